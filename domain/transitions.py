@@ -1,0 +1,117 @@
+"""The transition table, and the judgement of one report by it.
+
+Source of every rule: ``docs/statuses.md``, which a test holds against this module cell by cell.
+"""
+
+from typing import Final, Literal, NamedTuple
+
+from domain.statuses import HAPPY_PATH, STATUSES, Status
+
+Verdict = Literal["advanced", "repeated", "late", "refused", "unrecognised"]
+
+# A problem remembers on which leg of the journey it arose, since that decides what may follow.
+Leg = Literal["before_transit", "on_the_way_out", "on_the_way_back"]
+
+# Where an order can stand: a status, a problem on one of its legs, or nowhere yet.
+Origin = tuple[Status | None, Leg | None]
+
+# Columns in the order of STATUSES. A advanced, S advanced with stages skipped, = repeated, L late, R refused.
+TABLE: Final[dict[Origin, str]] = {
+    #                                sub pack pick trans ofd prob deliv compl retg retd canc lost dmg
+    (None, None):                   "A   A    A    A     A   A    A     A     A    A    A    A    A",
+    ("submitted", None):            "=   A    A    S     S   A    S     S     S    S    A    S    S",
+    ("packed", None):               "L   =    A    A     S   A    S     S     S    S    A    A    A",
+    ("picked_up", None):            "L   L    =    A     A   A    S     S     A    S    A    A    A",
+    ("in_transit", None):           "L   L    L    =     A   A    A     S     A    S    R    A    A",
+    ("out_for_delivery", None):     "L   L    L    A     =   A    A     S     A    S    R    A    A",
+    ("problem", "before_transit"):  "L   A    A    A     A   =    A     S     A    S    A    A    A",
+    ("problem", "on_the_way_out"):  "L   L    A    A     A   =    A     S     A    S    R    A    A",
+    ("problem", "on_the_way_back"): "L   L    L    L     L   =    R     R     A    S    R    A    A",
+    ("delivered", None):            "L   L    L    L     L   L    =     A     A    S    R    R    R",
+    ("completed", None):            "L   L    L    L     L   L    L     =     A    S    R    R    R",
+    ("returning", None):            "L   L    L    L     L   A    R     R     =    A    R    A    A",
+    ("returned", None):             "L   L    L    L     L   L    R     R     L    =    R    R    R",
+    ("cancelled", None):            "L   L    R    R     R   R    R     R     R    R    =    R    R",
+    ("lost", None):                 "L   L    L    A     A   L    A     S     A    S    R    =    A",
+    ("damaged", None):              "L   L    L    A     A   L    A     S     A    S    R    R    =",
+}  # fmt: skip
+
+_VERDICTS: Final[dict[str, Verdict]] = {
+    "A": "advanced",
+    "S": "advanced",
+    "=": "repeated",
+    "L": "late",
+    "R": "refused",
+}
+
+_BEFORE_TRANSIT: Final = frozenset({None, "submitted", "packed", "picked_up"})
+
+# How far along the happy path an origin beside that path counts as being.
+_RANK_OFF_PATH: Final = HAPPY_PATH.index("out_for_delivery")
+
+
+class Judgement(NamedTuple):
+    """What the table says of one report.
+
+    ``leg`` is the order's leg afterwards; ``skipped`` and ``reason`` are empty where there is nothing to say.
+    """
+
+    verdict: Verdict
+    leg: Leg | None
+    skipped: tuple[Status, ...]
+    reason: str | None
+
+
+def _leg_after(origin: Origin, reported: Status) -> Leg | None:
+    status, _ = origin
+    if reported != "problem":
+        return None
+    if status == "returning":
+        return "on_the_way_back"
+    return "before_transit" if status in _BEFORE_TRANSIT else "on_the_way_out"
+
+
+def _skipped(status: Status, reported: Status) -> tuple[Status, ...]:
+    rank = HAPPY_PATH.index(status) if status in HAPPY_PATH else _RANK_OFF_PATH
+    if reported in HAPPY_PATH:
+        return HAPPY_PATH[rank + 1 : HAPPY_PATH.index(reported)]
+    up_to_transit = HAPPY_PATH[rank + 1 : HAPPY_PATH.index("in_transit") + 1]
+    return (*up_to_transit, "returning") if reported == "returned" else up_to_transit
+
+
+def _judgement(origin: Origin, reported: Status, cell: str) -> Judgement:
+    status, leg = origin
+    verdict = _VERDICTS[cell]
+    if verdict == "advanced":
+        skipped = _skipped(status, reported) if cell == "S" and status is not None else ()
+        return Judgement(verdict, _leg_after(origin, reported), skipped, None)
+    reason = {
+        "repeated": None,
+        "late": f"{reported} is an earlier stage than {status}, which was reported before it",
+        "refused": f"{reported} contradicts {status}, which was reported before it",
+    }[verdict]
+    return Judgement(verdict, leg, (), reason)
+
+
+_JUDGEMENTS: Final[dict[tuple[Status | None, Leg | None, Status], Judgement]] = {
+    (*origin, reported): _judgement(origin, reported, cell)
+    for origin, row in TABLE.items()
+    for reported, cell in zip(STATUSES, row.split(), strict=True)
+}
+_UNRECOGNISED: Final = {
+    leg: Judgement("unrecognised", leg, (), "the status string is outside the vocabulary")
+    for leg in (None, "before_transit", "on_the_way_out", "on_the_way_back")
+}
+
+
+def judge(status: Status | None, leg: Leg | None, reported: Status | None) -> Judgement:
+    """Judge a report against where its order stands.
+
+    Args:
+        status: the order's status, None where it has none yet.
+        leg: the leg of its problem, None where its status is another.
+        reported: the recognised status of the report, None outside the vocabulary.
+    """
+    if reported is None:
+        return _UNRECOGNISED[leg]
+    return _JUDGEMENTS[status, leg, reported]

@@ -1,0 +1,295 @@
+"""Rebuild views from the log beside the live ones, and swap them in while everything goes on."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
+
+import asyncpg
+import structlog
+
+from projections.engine import (
+    PAGE_EVENTS_MAX,
+    TAKE_VIEW_LOCK,
+    Connection,
+    DecodedEvent,
+    LoggedEvent,
+    OutdatedViewError,
+    ReadLog,
+    View,
+    advance,
+    apply_page,
+    view_state,
+)
+
+# Dropping what was swapped out waits for its last readers, a dump among them, but never makes others wait.
+DROP_LOCK_TIMEOUT: Final = "SET lock_timeout = '200ms'"
+DROP_ATTEMPTS_MAX: Final = 50
+DROP_PAUSE_SECONDS: Final = 0.2
+
+TRY_REBUILD_LOCK: Final = "SELECT pg_try_advisory_lock(hashtextextended('rebuild', 0))"
+HOLD_VIEW: Final = "SELECT pg_advisory_lock(hashtextextended('view ' || $1, 0))"
+BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES ($1, $2)"
+SET_ASIDE_ROWS: Final = ("order_no", "since_version", "position", "reason")
+COUNT_SET_ASIDE: Final = "SELECT count(*) FROM set_aside"
+
+# Names of schemas and tables cannot be parameters. They are the views' own constants, never a caller's.
+DROP_SCHEMA: Final = "DROP SCHEMA IF EXISTS {schema} CASCADE"
+CREATE_SCHEMA: Final = "CREATE SCHEMA {schema}"
+SWAP_SCHEMAS: Final = """
+    ALTER SCHEMA {view} RENAME TO {view}_old;
+    ALTER SCHEMA {view}_next RENAME TO {view};
+"""
+COUNT_DIFFERENCES: Final = """
+    SELECT (SELECT count(*) FROM (TABLE {view}.{table} EXCEPT ALL TABLE {view}_next.{table}) AS only_live)
+         + (SELECT count(*) FROM (TABLE {view}_next.{table} EXCEPT ALL TABLE {view}.{table}) AS only_rebuilt)
+"""
+
+log = structlog.get_logger()
+
+
+class RebuildRunningError(Exception):
+    """Another rebuild is running already."""
+
+
+class Log(Protocol):
+    """The log, as a rebuild reads it."""
+
+    async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
+        """Return the events above a position, in the order of the log."""
+        ...
+
+    async def head(self) -> int:
+        """Return the highest position."""
+        ...
+
+    async def count(self, head: int) -> int:
+        """Return about how many events lie up to a position."""
+        ...
+
+    def read_streams(self, head: int) -> AsyncIterator[Sequence[LoggedEvent]]:
+        """Yield the events up to a position, ordered by order and version, in pages."""
+        ...
+
+
+Connect = Callable[[str], Awaitable[Connection]]
+Progress = Callable[[int, int], None]
+
+
+class RebuiltView(NamedTuple):
+    """What came of one view: what is set aside in it, and where a verification found it different."""
+
+    name: str
+    set_aside: int
+    differences: int
+
+
+@dataclass
+class _Fill:
+    """One view being filled: its connection, what its copy carries, and the orders set aside so far."""
+
+    view: View
+    connection: Connection
+    carried: dict[str, object] = field(default_factory=dict)
+    aside: dict[str, LoggedEvent] = field(default_factory=dict)
+
+    async def take(self, page: Sequence[LoggedEvent]) -> None:
+        decoded: list[DecodedEvent] = []
+        for logged in page:
+            if logged.event is None:
+                self.aside.setdefault(logged.order_no, logged)
+            elif not self.aside or logged.order_no not in self.aside:
+                decoded.append(DecodedEvent(logged.position, logged.event))
+        if decoded:
+            await self.view.copy(self.connection, decoded, self.carried)
+
+
+async def rebuild(
+    views: Sequence[View], connect: Connect, log_reader: Log, progress: Progress, *, verify: bool = False
+) -> list[RebuiltView]:
+    """Rebuild views and swap them in, or compare them with the live ones and leave those alone.
+
+    Args:
+        views: the views; the log is read once for all of them.
+        connect: opens a connection with the given search path.
+        log_reader: the log.
+        progress: told how many events are folded, and of how many.
+        verify: compare instead of swapping.
+
+    Raises:
+        RebuildRunningError: another rebuild is running, in this process or another.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def open_connection(search_path: str) -> Connection:
+            connection = await connect(search_path)
+            stack.push_async_callback(connection.close)
+            return connection
+
+        guard = await open_connection("public")
+        if not await guard.fetchval(TRY_REBUILD_LOCK):
+            raise RebuildRunningError
+        fills = [_Fill(view, await open_connection(f"{view.name}_next")) for view in views]
+        head = await log_reader.head()
+        try:
+            await _fill(fills, guard, log_reader, head, progress)
+        except (
+            asyncpg.IntegrityConstraintViolationError,
+            asyncpg.DataError,
+            ArithmeticError,
+            LookupError,
+        ) as error:
+            # Some event cannot be written: find which, the slow way, and set its order aside.
+            log.warning("the rebuild goes on event by event", error=repr(error))
+            await _fill_carefully(fills, guard, log_reader, head, progress)
+        read_log = log_reader.read_log
+        for fill in fills:
+            # Most of what arrived meanwhile is applied before the live projector is made to wait for the rest.
+            while await _catch_up(fill.connection, fill.view, read_log):
+                pass
+        if verify:
+            return [await _compare(fill, connect, guard, read_log) for fill in fills]
+        return [await _swap(fill, guard, read_log) for fill in fills]
+
+
+async def _prepare(fills: Sequence[_Fill], guard: Connection) -> None:
+    for fill in fills:
+        await _drop(guard, f"{fill.view.name}_next")
+        await guard.execute(CREATE_SCHEMA.format(schema=f"{fill.view.name}_next"))
+        await fill.connection.execute(fill.view.tables_sql)
+
+
+async def _fill(
+    fills: Sequence[_Fill], guard: Connection, log_reader: Log, head: int, progress: Progress
+) -> None:
+    """Copy the log up to ``head`` into new tables, order by order, then make their keys."""
+    await _prepare(fills, guard)
+    total = await log_reader.count(head)
+    done = 0
+    pages = aiter(log_reader.read_streams(head))
+    page: Sequence[LoggedEvent] | None = await anext(pages, None)
+    while page is not None:
+        # The next page is fetched while the server takes this one.
+        page_next = asyncio.ensure_future(anext(pages, None))
+        try:
+            await _all(fill.take(page) for fill in fills)
+        except BaseException:
+            page_next.cancel()
+            await asyncio.gather(page_next, return_exceptions=True)
+            raise
+        done += len(page)
+        progress(done, max(total, done))
+        page = await page_next
+    await _all(_complete(fill, head) for fill in fills)
+
+
+async def _all(work: Iterable[Awaitable[None]]) -> None:
+    """Wait for all of it, even where some of it fails: a connection that is still busy is no use after it."""
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
+
+
+async def _complete(fill: _Fill, head: int) -> None:
+    await fill.view.copy(fill.connection, [], fill.carried)
+    await fill.connection.copy_records_to_table(
+        "set_aside",
+        records=[
+            (order_no, logged.version, logged.position, logged.reason or "it could not be decoded")
+            for order_no, logged in fill.aside.items()
+        ],
+        columns=SET_ASIDE_ROWS,
+    )
+    await fill.connection.execute(fill.view.keys_sql)
+    await fill.connection.execute(BEGIN_PROJECTION, head, fill.view.definition)
+
+
+async def _fill_carefully(
+    fills: Sequence[_Fill], guard: Connection, log_reader: Log, head: int, progress: Progress
+) -> None:
+    """Fill the views through the function that the live projections use, which sets orders aside."""
+    await _prepare(fills, guard)
+    for fill in fills:
+        await fill.connection.execute(fill.view.keys_sql)
+        await fill.connection.execute(BEGIN_PROJECTION, head, fill.view.definition)
+    total = await log_reader.count(head)
+    done = 0
+    async for page in log_reader.read_streams(head):
+        for fill in fills:
+            async with fill.connection.transaction():
+                await apply_page(fill.connection, fill.view, page, sets_aside=True, one_by_one=True)
+        done += len(page)
+        progress(done, max(total, done))
+
+
+async def _swap(fill: _Fill, guard: Connection, read_log: ReadLog) -> RebuiltView:
+    """Apply the rest and rename the schemas, in one transaction under the live projector's lock."""
+    view, connection = fill.view, fill.connection
+    await _drop(guard, f"{view.name}_old")
+    async with connection.transaction():
+        await connection.execute(TAKE_VIEW_LOCK, view.name)
+        while await _apply_next(connection, view, read_log):
+            pass
+        set_aside = await connection.fetchval(COUNT_SET_ASIDE)
+        await connection.execute(SWAP_SCHEMAS.format(view=view.name))
+    await _drop(guard, f"{view.name}_old")
+    return RebuiltView(view.name, set_aside, 0)
+
+
+async def _compare(fill: _Fill, connect: Connect, guard: Connection, read_log: ReadLog) -> RebuiltView:
+    """Bring the rebuilt and the live view to one position, hold both there for a snapshot, and compare in it."""
+    view, rebuilt = fill.view, fill.connection
+    live = await connect(view.name)
+    try:
+        await live.execute(HOLD_VIEW, view.name)
+        position = (await view_state(rebuilt)).position
+        while await _catch_up(live, view, read_log, position):
+            pass
+        state = await view_state(live)
+        if state.definition != view.definition:
+            raise OutdatedViewError(f"the view {view.name} is outdated: it needs a replay")
+        while await _catch_up(rebuilt, view, read_log, state.position):
+            pass
+        await rebuilt.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        set_aside = await rebuilt.fetchval(COUNT_SET_ASIDE)
+    finally:
+        # The view's lock goes with it.
+        await live.close()
+    differences = 0
+    for table in (*view.tables, "set_aside"):
+        differences += await rebuilt.fetchval(COUNT_DIFFERENCES.format(view=view.name, table=table))
+    await rebuilt.execute("ROLLBACK")
+    await _drop(guard, f"{view.name}_next")
+    return RebuiltView(view.name, set_aside, differences)
+
+
+async def _catch_up(connection: Connection, view: View, read_log: ReadLog, up_to: int | None = None) -> bool:
+    async with connection.transaction():
+        return await _apply_next(connection, view, read_log, up_to)
+
+
+async def _apply_next(connection: Connection, view: View, read_log: ReadLog, up_to: int | None = None) -> bool:
+    """Apply the next page in log order, as the live projection does; return whether there was one."""
+    state = await view_state(connection)
+    page = await read_log(state.position, PAGE_EVENTS_MAX)
+    if up_to is not None:
+        page = [logged for logged in page if logged.position <= up_to]
+    if not page:
+        return False
+    await apply_page(connection, view, page, sets_aside=state.sets_aside, one_by_one=True)
+    await advance(connection, state.position, page[-1].position)
+    return True
+
+
+async def _drop(guard: Connection, schema: str) -> None:
+    await guard.execute(DROP_LOCK_TIMEOUT)
+    for attempt in range(DROP_ATTEMPTS_MAX):
+        try:
+            await guard.execute(DROP_SCHEMA.format(schema=schema))
+        except asyncpg.LockNotAvailableError:
+            if attempt == DROP_ATTEMPTS_MAX - 1:
+                raise
+            await asyncio.sleep(DROP_PAUSE_SECONDS)
+        else:
+            return

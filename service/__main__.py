@@ -1,0 +1,334 @@
+"""The command line: ``order-tracking`` or ``python -m service``.
+
+Exit codes: 0 done; 1 something is wrong (an unknown order, a difference, a port taken, a replay already
+running, a report that was neither advanced nor repeated); 2 misused.
+"""
+
+import asyncio
+import gc
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Annotated, Any, Final, NoReturn
+
+import aiohttp
+import structlog
+import typer
+import uvloop
+from aiohttp import http_parser
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from projections.engine import OutdatedViewError
+from projections.rebuild import RebuildRunningError
+from service import audit as audits
+from service import check as checks
+from service.app import prepare_database, rebuild_views, serving
+from service.database import (
+    Connection,
+    HeldConnection,
+    StorageUnavailableError,
+    UnsupportedServerError,
+    connect,
+)
+from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, running_dsn
+from service.log_reader import LogReader
+from service.schema import VIEWS, SchemaError, check_version
+from service.settings import Settings, SettingsError, read_settings
+
+WRONG: Final = 1
+MISUSED: Final = 2
+
+# For one webhook that a person sends by hand.
+SEND_SECONDS_MAX: Final = 10.0
+
+cli = typer.Typer(
+    name="order-tracking",
+    help="Event-sourced tracking of orders shipped through Komerce.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _end(message: str, code: int = WRONG) -> NoReturn:
+    err.print(message, markup=False, style="red")
+    raise typer.Exit(code)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Say in one line what an operator can mend."""
+    try:
+        yield
+    except SettingsError as error:
+        _end(str(error), MISUSED)
+    except RebuildRunningError:
+        _end("a replay is running already")
+    except (StorageUnavailableError, UnsupportedServerError) as error:
+        _end(f"the database cannot be used: {error}")
+    except (SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
+        _end(str(error))
+
+
+@contextmanager
+def _database(settings: Settings) -> Iterator[tuple[str, EmbeddedPostgres | None]]:
+    """Yield the database's DSN: the given one, that of a running service, or of one started for the purpose."""
+    if settings.database_url:
+        yield settings.database_url, None
+    elif (dsn := running_dsn(settings.state_dir)) is not None:
+        yield dsn, None
+    else:
+        with EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir) as server:
+            yield server.dsn, server
+
+
+def _run_with_database(work: Callable[[str], Coroutine[Any, Any, int]]) -> NoReturn:
+    """Run a piece of work on the configured database, and exit as it says."""
+    with _plain_errors(), _database(read_settings()) as (dsn, _):
+        code = uvloop.run(work(dsn))
+    raise typer.Exit(code)
+
+
+@asynccontextmanager
+async def _connected(dsn: str) -> AsyncIterator[Connection]:
+    connection = await connect(dsn)
+    try:
+        await check_version(connection)
+        yield connection
+    finally:
+        await connection.close()
+
+
+@cli.command()
+def serve() -> None:
+    """Serve the webhook and the read API until SIGTERM or Ctrl-C."""
+    with _plain_errors():
+        settings = read_settings()
+        _configure_logs(settings)
+        if settings.database_url:
+            uvloop.run(_serve(settings, settings.database_url, None))
+        else:
+            with EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir) as server:
+                uvloop.run(_serve(settings, server.dsn, server))
+
+
+async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) -> None:
+    if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
+        _end("aiohttp runs without its C parser here: install a wheel of it for this platform")
+    stopped = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    log = structlog.get_logger()
+    keeper = None
+    if server is not None:
+        keeper = asyncio.create_task(server.keep_running(log.warning))
+    try:
+        await prepare_database(dsn)
+        async with serving(settings, dsn) as port:
+            _greet(settings, port)
+            # What lives as long as the process need not be looked at by every collection.
+            gc.collect()
+            gc.freeze()
+            await stopped.wait()
+            out.print("stopping")
+    except OSError as error:
+        where = f"{settings.host} port {settings.port}"
+        _end(f"cannot listen on {where}: {error.strerror or error}; ORDER_TRACKING_PORT sets another port")
+    finally:
+        if keeper is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
+
+
+def _greet(settings: Settings, port: int) -> None:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    base = f"http://{host}:{port}"
+    where = "the database of ORDER_TRACKING_DATABASE_URL" if settings.database_url else str(settings.state_dir)
+    body = '{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'
+    out.print(f"order-tracking listens on {base}", markup=False)
+    out.print(f"  its data is in {where}", markup=False)
+    out.print(f"  try: curl -X PUT {base}/webhook -d '{body}'", markup=False)
+    out.print(f"       curl {base}/orders/KOM1/timeline", markup=False)
+    sys.stdout.flush()
+
+
+def _configure_logs(settings: Settings) -> None:
+    human = settings.log_format == "human"
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+            if human
+            else structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    # aiohttp writes a traceback for every malformed request; the answer tells the sender all there is to tell.
+    logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
+
+
+@cli.command()
+def replay(
+    view: Annotated[str | None, typer.Option(help="Only this view; all of them if left out.")] = None,
+    verify: Annotated[  # noqa: FBT002 - a flag of the command line
+        bool, typer.Option("--verify", help="Compare a rebuild with the live views; swap nothing.")
+    ] = False,
+) -> None:
+    """Rebuild the views from the log, beside the live ones, and swap them in."""
+    views = [known for known in VIEWS if view is None or known.name == view]
+    if not views:
+        _end(f"there is no view {view}; there are {', '.join(known.name for known in VIEWS)}", MISUSED)
+
+    async def work(dsn: str) -> int:
+        async with _connected(dsn):
+            pass
+        held = HeldConnection(lambda: connect(dsn))
+        with Progress(
+            TextColumn("replaying"),
+            BarColumn(),
+            TaskProgressColumn(show_speed=True),
+            MofNCompleteColumn(),
+            TextColumn("events"),
+            TimeRemainingColumn(),
+            console=out,
+        ) as progress:
+            bar = progress.add_task("replay", total=None)
+            rebuilt = await rebuild_views(
+                dsn,
+                views,
+                LogReader(held, lambda: connect(dsn)),
+                lambda done, total: progress.update(bar, completed=done, total=total),
+                verify=verify,
+            )
+        await held.close()
+        for one in rebuilt:
+            if verify:
+                verdict = "equal" if one.differences == 0 else f"{one.differences} rows differ"
+                out.print(f"{one.name}: {verdict}")
+            else:
+                out.print(f"{one.name}: rebuilt and swapped in")
+            if one.set_aside:
+                out.print(f"{one.name}: {one.set_aside} orders are set aside; GET /projections says why")
+        return WRONG if any(one.differences or one.set_aside for one in rebuilt) else 0
+
+    _run_with_database(work)
+
+
+@cli.command()
+def audit(
+    order_no: Annotated[str | None, typer.Argument(help="The order to audit.")] = None,
+    rejudge: Annotated[  # noqa: FBT002 - a flag of the command line
+        bool, typer.Option("--rejudge", help="Judge every order's reports again by today's table.")
+    ] = False,
+) -> None:
+    """Print an order's transitions, or what today's table would judge otherwise."""
+    if (order_no is None) == (not rejudge):
+        _end("give an order number, or --rejudge", MISUSED)
+
+    async def work(dsn: str) -> int:
+        async with _connected(dsn) as connection:
+            if order_no is not None:
+                return await _audit_order(connection, order_no)
+            return await _rejudge(dsn)
+
+    _run_with_database(work)
+
+
+async def _audit_order(connection: Connection, order_no: str) -> int:
+    table = Table("version", "received at", "verdict", "from", "reported", "to", "reason", title=order_no)
+    async for event in audits.order_events(connection, order_no):
+        table.add_row(
+            str(event.originator_version),
+            event.timestamp.isoformat(timespec="seconds"),
+            event.verdict,
+            event.previous_status or "-",
+            event.reported_status,
+            event.recognised or "-",
+            audits.explanation(event),
+        )
+    if not table.row_count:
+        _end(f"nothing was reported of {order_no}")
+    out.print(table)
+    return 0
+
+
+async def _rejudge(dsn: str) -> int:
+    held = HeldConnection(lambda: connect(dsn))
+    table = Table("order", "version", "reported", "recorded verdict", "today's verdict", "today's status")
+    async for change in audits.rejudge(LogReader(held, lambda: connect(dsn))):
+        table.add_row(
+            change.order_no,
+            str(change.version),
+            change.reported_status,
+            change.recorded,
+            change.today,
+            change.status or "-",
+        )
+    if not table.row_count:
+        out.print("today's table judges every report as it was judged")
+        return 0
+    out.print(table)
+    return WRONG
+
+
+@cli.command()
+def send(
+    order_no: str,
+    cnote: str,
+    status: str,
+    url: Annotated[str | None, typer.Option(help="Where to; the configured host and port if left out.")] = None,
+) -> None:
+    """Send one webhook as Komerce would, and print the receipt."""
+    with _plain_errors():
+        settings = read_settings()
+        target = url or f"http://{settings.host}:{settings.port}/webhook"
+        body = {"order_no": order_no, "cnote": cnote, "status": status}
+        code, text = asyncio.run(_put(target, body))
+    out.print(text, markup=False)
+    if code != 200:  # noqa: PLR2004 - the one answer that means committed
+        raise typer.Exit(WRONG)
+    raise typer.Exit(0 if '"outcome":"advanced"' in text or '"outcome":"repeated"' in text else WRONG)
+
+
+async def _put(url: str, body: dict[str, str]) -> tuple[int, str]:
+    timeout = aiohttp.ClientTimeout(total=SEND_SECONDS_MAX)
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, session.put(url, json=body) as response:
+            return response.status, await response.text()
+    except (aiohttp.ClientError, TimeoutError) as error:
+        _end(f"cannot send to {url}: {error or 'no answer in time'}")
+
+
+@cli.command()
+def check() -> None:
+    """Say whether settings, database and schema are in order."""
+
+    async def work(dsn: str) -> int:
+        findings = await checks.check(dsn)
+        for finding in findings:
+            out.print(f"{'ok   ' if finding.is_ok else 'WRONG'}  {finding.text}", markup=False)
+        return 0 if all(finding.is_ok for finding in findings) else WRONG
+
+    _run_with_database(work)
+
+
+if __name__ == "__main__":
+    cli(prog_name="order-tracking")

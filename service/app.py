@@ -1,0 +1,209 @@
+"""The composition root: every part is made and wired here, and ended in the opposite order."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from typing import Final
+
+import structlog
+from aiohttp import web
+
+from domain.order import Order
+from projections.engine import Projector, View, view_state
+from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
+from service.database import (
+    RECONNECT_PAUSE_SECONDS,
+    Connection,
+    HeldConnection,
+    StorageUnavailableError,
+    connect,
+    open_pool,
+)
+from service.event_store import EventStore
+from service.log_reader import LogReader
+from service.problems import problems
+from service.quarantine import Quarantine
+from service.read_api import ReadApi
+from service.recorder import Recorder
+from service.schema import VIEWS, apply_schema
+from service.settings import Settings
+from service.webhook import Webhook
+
+# How long an unreachable database is waited for at start, such as one that starts at the same time.
+START_SECONDS_MAX: Final = 30.0
+# After a background task failed, before it is begun again.
+RESTART_PAUSE_SECONDS: Final = 1.0
+# For the handlers that still run once everything that was taken is answered.
+SHUTDOWN_SECONDS_MAX: Final = 1.0
+# While another process rebuilds an outdated view.
+REBUILD_LOOK_SECONDS: Final = 2.0
+
+CHANNEL: Final = "order_events"
+
+log = structlog.get_logger()
+
+
+async def prepare_database(dsn: str) -> None:
+    """Apply the schema where there is none, waiting for a database that is not up yet.
+
+    Raises:
+        StorageUnavailableError: it cannot be reached within START_SECONDS_MAX.
+        SchemaError: its schema is not one for this release.
+    """
+    due = asyncio.get_running_loop().time() + START_SECONDS_MAX
+    while True:
+        try:
+            connection = await connect(dsn)
+            break
+        except StorageUnavailableError:
+            if asyncio.get_running_loop().time() > due:
+                raise
+            await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
+    try:
+        await apply_schema(connection)
+    finally:
+        await connection.close()
+
+
+class Service:
+    """The running parts of one process."""
+
+    def __init__(self, settings: Settings, dsn: str) -> None:
+        self._dsn = dsn
+        self.pool = open_pool(dsn)
+        connect_here = partial(connect, dsn)
+        self._reading_log = HeldConnection(connect_here)
+        self._reading_orders = HeldConnection(connect_here)
+        self._writing = HeldConnection(partial(connect_here, idle_in_transaction_session_timeout="5s"))
+        self._projecting = {
+            # Views are made anew from the log after a crash, so nothing is lost with a late commit of theirs:
+            # position and rows go together.
+            view.name: HeldConnection(partial(connect_here, search_path=view.name, synchronous_commit="off"))
+            for view in VIEWS
+        }
+        self.log_reader = LogReader(self._reading_log, connect_here)
+        self.projectors = {
+            view.name: Projector(view, self._projecting[view.name].transaction, self.log_reader.read_log)
+            for view in VIEWS
+        }
+        self.recorder = Recorder(
+            EventStore(self._writing),
+            self._on_commit,
+            queue_reports_max=settings.queue_reports_max,
+            seconds_max=settings.request_seconds_max,
+        )
+        self.webhook = Webhook(self.recorder, Quarantine(self.pool, settings.request_seconds_max))
+        self.reads = ReadApi(self.pool, self._reading_orders, self.projectors, settings.request_seconds_max)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Open the pool and begin to follow the log."""
+        await self.pool
+        for view in VIEWS:
+            self._supervise(f"project {view.name}", partial(self._project, view))
+        self._supervise("listen", self._listen)
+
+    async def stop(self) -> None:
+        """Answer what waits, then end everything."""
+        await self.recorder.finish()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for held in (self._writing, self._reading_orders, self._reading_log, *self._projecting.values()):
+            await held.close()
+        self.pool.terminate()
+
+    def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
+        self.log_reader.remember(events, positions)
+        self._wake()
+
+    def _wake(self, *_notification: object) -> None:
+        for projector in self.projectors.values():
+            projector.wake()
+
+    def _supervise(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Run something for ever: whatever ends it is logged, and it is begun again."""
+
+        async def run() -> None:
+            while True:
+                try:
+                    await work()
+                except Exception as error:  # noqa: BLE001 - no failure of a background task may end it for good
+                    log.warning("background task failed; it is begun again", task=name, error=repr(error))
+                await asyncio.sleep(RESTART_PAUSE_SECONDS)
+
+        self._tasks.append(asyncio.create_task(run(), name=name))
+
+    async def _project(self, view: View) -> None:
+        await self._rebuild_where_outdated(view)
+        await self.projectors[view.name].run()
+
+    async def _rebuild_where_outdated(self, view: View) -> None:
+        projector = self.projectors[view.name]
+        while True:
+            async with self._projecting[view.name].use() as connection:
+                state = await view_state(connection)
+            projector.is_outdated = state.definition != view.definition
+            if not projector.is_outdated:
+                return
+            log.info("view is rebuilt: its definition has changed", view=view.name)
+            try:
+                await rebuild_views(self._dsn, [view], self.log_reader, lambda _done, _total: None)
+            except RebuildRunningError:
+                await asyncio.sleep(REBUILD_LOOK_SECONDS)
+
+    async def _listen(self) -> None:
+        """Hear of what other processes append. Only a hint: beneath it, every projector polls."""
+        connection = await connect(self._dsn)
+        try:
+            ended = asyncio.Event()
+            connection.add_termination_listener(lambda _connection: ended.set())
+            await connection.add_listener(CHANNEL, self._wake)
+            # Listening comes first, and then the reading of what was appended before it.
+            self._wake()
+            await ended.wait()
+        finally:
+            connection.terminate()
+
+
+async def rebuild_views(
+    dsn: str, views: Sequence[View], log_reader: LogReader, progress: Progress, *, verify: bool = False
+) -> list[RebuiltView]:
+    """Rebuild views of a database; see ``projections.rebuild``."""
+
+    async def connect_with(search_path: str) -> Connection:
+        return await connect(dsn, search_path=search_path, synchronous_commit="off")
+
+    return await rebuild(views, connect_with, log_reader, progress, verify=verify)
+
+
+def make_app(service: Service, settings: Settings) -> web.Application:
+    """Return the HTTP application of a service."""
+    app = web.Application(middlewares=[problems], client_max_size=settings.body_bytes_max)
+    app.add_routes([*service.webhook.routes(), *service.reads.routes()])
+    return app
+
+
+@asynccontextmanager
+async def serving(settings: Settings, dsn: str) -> AsyncIterator[int]:
+    """Serve for the length of the block, and yield the port.
+
+    Raises:
+        OSError: the address cannot be listened on.
+    """
+    async with AsyncExitStack() as stack:
+        service = Service(settings, dsn)
+        stack.push_async_callback(service.stop)
+        await service.start()
+        runner = web.AppRunner(
+            make_app(service, settings), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS_MAX
+        )
+        stack.push_async_callback(runner.cleanup)
+        await runner.setup()
+        site = web.TCPSite(runner, settings.host, settings.port)
+        await site.start()
+        yield runner.addresses[0][1]
+        await site.stop()
+        # What was taken is answered first; a body that is only half here is not waited for.
+        await service.recorder.finish()

@@ -1,0 +1,142 @@
+"""Gather concurrent calls into batches: many callers, one piece of work."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context
+from typing import Generic, NamedTuple, TypeVar
+
+Item = TypeVar("Item")
+Outcome = TypeVar("Outcome")
+
+
+class _Call(NamedTuple, Generic[Item, Outcome]):
+    """A waiting call; ``due`` is by the loop's clock."""
+
+    item: Item
+    weight: int
+    due: float
+    caller: "asyncio.Future[Outcome]"
+
+
+class QueueFullError(Exception):
+    """More is waiting than the queue may hold."""
+
+
+class BatchFailedError(Exception):
+    """The work that a call was part of failed; the cause says why."""
+
+
+class Batcher(Generic[Item, Outcome]):
+    """Callers wait together: whoever finds no leader starts one, which works batch after batch and ends.
+
+    Args:
+        work: given the items of a batch and the loop time by which the first of them is due; returns an
+            outcome for each, in their order. An outcome that is an exception is raised in its caller.
+        batch_items_max: items in one batch.
+        queue_items_max: items waiting; more are refused at once.
+        seconds_max: how long a call may take, waiting included.
+        batch_weight_max: the weight of one batch, as ``submit`` was told it.
+        queue_weight_max: the weight of what waits.
+    """
+
+    def __init__(  # noqa: PLR0913 - every limit is named by its caller
+        self,
+        work: Callable[[list[Item], float], Awaitable[Sequence[Outcome | Exception]]],
+        *,
+        batch_items_max: int,
+        queue_items_max: int,
+        seconds_max: float,
+        batch_weight_max: int = 2**63,
+        queue_weight_max: int = 2**63,
+    ) -> None:
+        self._work = work
+        self._batch_items_max = batch_items_max
+        self._batch_weight_max = batch_weight_max
+        self._queue_items_max = queue_items_max
+        self._queue_weight_max = queue_weight_max
+        self._seconds_max = seconds_max
+        self._waiting: deque[_Call[Item, Outcome]] = deque()
+        self._waiting_weight = 0
+        self._leader: asyncio.Task[None] | None = None
+
+    async def submit(self, item: Item, weight: int = 0) -> Outcome:
+        """Hand in an item and wait for its outcome.
+
+        Raises:
+            QueueFullError: too much is waiting already; nothing was done.
+            TimeoutError: its time was over before its batch began; nothing was done.
+            BatchFailedError: the work failed as a whole.
+        """
+        if (
+            len(self._waiting) >= self._queue_items_max
+            or self._waiting_weight + weight > self._queue_weight_max
+        ):
+            raise QueueFullError
+        loop = asyncio.get_running_loop()
+        caller: asyncio.Future[Outcome] = loop.create_future()
+        self._waiting.append(_Call(item, weight, loop.time() + self._seconds_max, caller))
+        self._waiting_weight += weight
+        if self._leader is None:
+            # The leader outlives the caller that started it: it inherits none of its context.
+            self._leader = loop.create_task(self._lead(), context=Context())
+        return await caller
+
+    async def finish(self) -> None:
+        """Wait until nothing waits any more."""
+        while self._leader is not None:
+            await asyncio.wait([self._leader])
+
+    async def _lead(self) -> None:
+        try:
+            while self._waiting:
+                batch = self._take()
+                if batch:
+                    await self._work_on(batch)
+        finally:
+            self._leader = None
+            # Reached with calls still waiting only when the loop itself is being torn down.
+            while self._waiting:
+                self._waiting.popleft().caller.cancel()
+            self._waiting_weight = 0
+
+    def _take(self) -> list[_Call[Item, Outcome]]:
+        now = asyncio.get_running_loop().time()
+        batch: list[_Call[Item, Outcome]] = []
+        batch_weight = 0
+        while self._waiting and len(batch) < self._batch_items_max:
+            call = self._waiting[0]
+            if batch and batch_weight + call.weight > self._batch_weight_max:
+                break
+            self._waiting.popleft()
+            self._waiting_weight -= call.weight
+            if call.caller.done():
+                continue
+            if call.due <= now:
+                call.caller.set_exception(TimeoutError("the time was over before the work began"))
+                continue
+            batch.append(call)
+            batch_weight += call.weight
+        return batch
+
+    async def _work_on(self, batch: list[_Call[Item, Outcome]]) -> None:
+        try:
+            outcomes = await self._work([call.item for call in batch], batch[0].due)
+            answered = list(zip(batch, outcomes, strict=True))
+        except BaseException as error:
+            for call in batch:
+                if not call.caller.done():
+                    # One instance raised in many tasks would grow its traceback with each of them.
+                    failure = BatchFailedError(str(error))
+                    failure.__cause__ = error
+                    call.caller.set_exception(failure)
+            if not isinstance(error, Exception):
+                raise
+            return
+        for call, outcome in answered:
+            if call.caller.done():
+                continue
+            if isinstance(outcome, Exception):
+                call.caller.set_exception(outcome)
+            else:
+                call.caller.set_result(outcome)

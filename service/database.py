@@ -1,0 +1,165 @@
+"""Connections to PostgreSQL: how one is made, when it counts as lost, and how it is left."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Final, TypeAlias, cast
+
+import asyncpg
+
+Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+Connect: TypeAlias = Callable[[], Awaitable[Connection]]
+
+# A server that does not answer in this time is as good as gone.
+CONNECT_SECONDS_MAX: Final = 2.0
+# Between two attempts to reach a server that is not there.
+RECONNECT_PAUSE_SECONDS: Final = 0.05
+# For the reads that are not gathered: enough for some slow pages, few beside the server's own limit.
+POOL_CONNECTIONS_MAX: Final = 8
+SERVER_VERSION_MIN: Final = 15
+
+SERVER_SETTINGS: Final = {
+    "application_name": "order-tracking",
+    # A plan made while the log was empty would be kept for ever: 0.1 ms became 4.6.
+    "plan_cache_mode": "force_custom_plan",
+    "timezone": "UTC",
+    # A process that is stopped in mid-transaction must not keep the append lock from the others.
+    "idle_in_transaction_session_timeout": "10s",
+}
+
+# Connection exceptions, shutdowns, a standby that became read-only, and the two conflicts that end a
+# transaction through no fault of its own: each is mended by trying again on a new connection.
+_LOST_SQLSTATES: Final = ("08", "57P01", "57P02", "57P03", "25006", "40001", "40P01", "25P03", "53300")
+
+
+class StorageUnavailableError(Exception):
+    """The database cannot be reached, or did not answer in time."""
+
+
+class UnsupportedServerError(Exception):
+    """The database server is older than this service supports."""
+
+
+def is_connection_lost(error: BaseException) -> bool:
+    """Tell whether an error leaves open what became of the statement that met it."""
+    if isinstance(error, asyncpg.PostgresError):
+        return (error.sqlstate or "").startswith(_LOST_SQLSTATES)
+    if isinstance(error, asyncpg.DataError):
+        return False
+    # asyncpg raises InternalClientError as well as the documented ones when the server dies.
+    return isinstance(
+        error, StorageUnavailableError | asyncpg.InterfaceError | asyncpg.InternalClientError | OSError
+    )
+
+
+async def connect(dsn: str, **settings: str) -> Connection:
+    """Open a connection with the settings that every connection of this service has, and the given ones.
+
+    Raises:
+        StorageUnavailableError: the server did not answer within CONNECT_SECONDS_MAX, or refused.
+        UnsupportedServerError: the server is older than SERVER_VERSION_MIN.
+    """
+    try:
+        connection = await asyncpg.connect(
+            dsn, timeout=CONNECT_SECONDS_MAX, server_settings={**SERVER_SETTINGS, **settings}
+        )
+    except (OSError, TimeoutError, asyncpg.InternalClientError, asyncpg.InterfaceError) as error:
+        raise StorageUnavailableError(str(error) or type(error).__name__) from error
+    except asyncpg.PostgresError as error:
+        if is_connection_lost(error):
+            raise StorageUnavailableError(str(error)) from error
+        raise
+    version = connection.get_server_version().major
+    if version < SERVER_VERSION_MIN:
+        await connection.close()
+        raise UnsupportedServerError(
+            f"PostgreSQL {version} is too old: {SERVER_VERSION_MIN} or newer is needed"
+        )
+    return connection
+
+
+def open_pool(dsn: str) -> Pool:
+    """Return a pool that opens connections as they are needed; ``await`` it once before use."""
+
+    async def connect_for_pool(*_args: object, **_kwargs: object) -> Connection:
+        return await connect(dsn)
+
+    pool: Pool = asyncpg.create_pool(dsn, min_size=0, max_size=POOL_CONNECTIONS_MAX, connect=connect_for_pool)
+    return pool
+
+
+@asynccontextmanager
+async def borrowed(pool: Pool, seconds_max: float) -> AsyncIterator[Connection]:
+    """Lend a connection of the pool for at most ``seconds_max`` seconds, waiting included.
+
+    Raises:
+        StorageUnavailableError: the time is over, or the connection was lost.
+    """
+    try:
+        async with asyncio.timeout(seconds_max), pool.acquire() as connection:
+            try:
+                yield cast("Connection", connection)
+            except asyncio.CancelledError:
+                # asyncpg would wait for its cancellation to be answered, by a server that may be stopped.
+                connection.terminate()
+                raise
+    except Exception as error:
+        if is_connection_lost(error):
+            raise StorageUnavailableError(str(error) or type(error).__name__) from error
+        raise
+
+
+class HeldConnection:
+    """One connection for one purpose: opened when first needed, and anew after it was lost.
+
+    The users of a held connection take turns.
+    """
+
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
+        self._connection: Connection | None = None
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[Connection]:
+        """Lend the connection; leave no transaction open, and no connection that is in doubt."""
+        async with self._turn:
+            if self._connection is None or self._connection.is_closed():
+                self._connection = await self._connect()
+            connection = self._connection
+            try:
+                yield connection
+            except Exception as error:
+                await self._leave(connection, error)
+                raise
+            except BaseException:
+                connection.terminate()
+                raise
+
+    @asynccontextmanager
+    async def transaction(self, begin: str = "BEGIN") -> AsyncIterator[Connection]:
+        """Lend the connection in a transaction: committed at the end, undone after an error.
+
+        asyncpg's own context manager would send a ROLLBACK and wait for it even when cancelled.
+        """
+        async with self.use() as connection:
+            await connection.execute(begin)
+            yield connection
+            await connection.execute("COMMIT")
+
+    async def _leave(self, connection: Connection, error: Exception) -> None:
+        if is_connection_lost(error) or connection.is_closed():
+            connection.terminate()
+        elif connection.is_in_transaction():
+            try:
+                await connection.execute("ROLLBACK")
+            except BaseException:
+                connection.terminate()
+                raise
+
+    async def close(self) -> None:
+        """End the connection; a later use would open another."""
+        if self._connection is not None and not self._connection.is_closed():
+            self._connection.terminate()
+        self._connection = None

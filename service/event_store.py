@@ -1,0 +1,282 @@
+"""The log: events appended in one statement, positions in the order of their commits.
+
+The table is laid out as the ``eventsourcing`` library's own PostgreSQL recorder would (an application named
+``order``, with text ids), and the bytes are those of its JSON transcoder, so either can read and write the
+other's orders.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from typing import Any, Final, NamedTuple
+
+import asyncpg
+import orjson
+from eventsourcing.persistence import DatetimeAsISO, Mapper, StoredEvent, Transcoder
+
+from domain.order import UNHEARD, Order, Standing
+from service.database import Connection, HeldConnection
+
+# Shared by every writer of the log, of whatever process; the number is the word "ORDER" in ASCII.
+APPEND_LOCK: Final = 0x4F52444552
+
+_DATETIME: Final = DatetimeAsISO()
+
+
+class OrjsonTranscoder(Transcoder):
+    """The library's JSONTranscoder, byte for byte, by orjson."""
+
+    def encode(self, obj: Any) -> bytes:
+        """Return the bytes that the library's own transcoder would."""
+        return orjson.dumps(obj, default=self._encode_obj, option=orjson.OPT_PASSTHROUGH_DATETIME)
+
+    def decode(self, data: bytes) -> Any:
+        """Return what was encoded, typed values included."""
+        return self._restore(orjson.loads(data))
+
+    @staticmethod
+    def _encode_obj(obj: Any) -> dict[str, str]:
+        if isinstance(obj, datetime):
+            return {"_type_": _DATETIME.name, "_data_": obj.isoformat()}
+        raise TypeError(f"{type(obj)} has no place in an event")
+
+    def _restore(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            if value.keys() == {"_type_", "_data_"}:
+                if value["_type_"] != _DATETIME.name:
+                    raise TypeError(f"an event holds a value of the unknown type {value['_type_']!r}")
+                return _DATETIME.decode(value["_data_"])
+            return {key: self._restore(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._restore(item) for item in value]
+        return value
+
+
+MAPPER: Final[Mapper[str]] = Mapper(OrjsonTranscoder())
+
+_CLASS_VERSION: Final = getattr(Order.StatusReported, "class_version", 1)
+
+
+def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order.StatusReported:
+    """Return a recorded event, in its present form.
+
+    The common case, an event of the present class version, takes a third of the mapper's time.
+
+    Raises:
+        Exception: the bytes, their topic or their class version are not ours to read; whatever was wrong.
+    """
+    if topic == Order.StatusReported.TOPIC:
+        fields = orjson.loads(state)
+        if fields.get("class_version", 1) == _CLASS_VERSION:
+            fields.pop("class_version", None)
+            fields["timestamp"] = datetime.fromisoformat(fields["timestamp"]["_data_"])
+            if fields["occurred_at"] is not None:
+                fields["occurred_at"] = datetime.fromisoformat(fields["occurred_at"]["_data_"])
+            fields["originator_id"] = order_no
+            fields["originator_version"] = version
+            event = object.__new__(Order.StatusReported)
+            object.__setattr__(event, "__dict__", fields)
+            return event
+    event = MAPPER.to_domain_event(StoredEvent(order_no, version, topic, state))  # type: ignore[assignment]
+    if not isinstance(event, Order.StatusReported):
+        raise TypeError(f"{topic} is not an event of an order")
+    return event
+
+
+def plain_fields(state: bytes) -> dict[str, Any] | None:
+    """Return a recorded event's fields as plain JSON values, None where they are no JSON object."""
+    try:
+        fields = orjson.loads(state)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(fields, dict):
+        return None
+    return {
+        name: value["_data_"] if isinstance(value, dict) and value.keys() == {"_type_", "_data_"} else value
+        for name, value in fields.items()
+    }
+
+
+class VersionTakenError(Exception):
+    """Another writer recorded one of these versions first; nothing of the append was kept."""
+
+
+class RecordedEvent(NamedTuple):
+    """An event as it lies in the log, undecoded."""
+
+    position: int
+    order_no: str
+    version: int
+    topic: str
+    state: bytes
+    recorded_at: datetime
+
+
+# The lock stands in the statement itself: one round trip. The identity is drawn only for rows of the join,
+# which there are none of until the lock is held; so positions are drawn in the order of the commits.
+APPEND: Final = """
+    INSERT INTO order_events (originator_id, originator_version, topic, state)
+    SELECT given.*
+    FROM (SELECT pg_advisory_xact_lock($5), pg_notify('order_events', '')) AS held,
+         unnest($1::text[], $2::bigint[], $3::text[], $4::bytea[]) AS given
+    RETURNING originator_id, originator_version, notification_id
+"""
+
+# The table's lock first, as in the append itself and in the library's own recorder: one order for all.
+BEGIN_LOCKED: Final = "BEGIN; LOCK TABLE order_events IN ROW EXCLUSIVE MODE"
+TAKE_APPEND_LOCK: Final = "SELECT pg_advisory_xact_lock($1)"
+
+LAST_EVENTS: Final = """
+    SELECT wanted.order_no, last.originator_version, last.topic, last.state
+    FROM unnest($1::text[]) AS wanted (order_no),
+    LATERAL (
+        SELECT originator_version, topic, state
+        FROM order_events
+        WHERE originator_id = wanted.order_no
+        ORDER BY originator_version DESC
+        LIMIT 1
+    ) AS last
+"""
+
+POSITIONS_OF_EVENTS: Final = """
+    SELECT logged.notification_id, logged.topic, logged.state, logged.originator_id, logged.originator_version
+    FROM unnest($1::text[], $2::bigint[]) AS wanted (order_no, version)
+    JOIN order_events AS logged
+      ON logged.originator_id = wanted.order_no AND logged.originator_version = wanted.version
+"""
+
+STREAM: Final = """
+    SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
+    FROM order_events
+    WHERE originator_id = $1 AND originator_version > $2
+    ORDER BY originator_version
+    LIMIT $3
+"""
+
+LOG: Final = """
+    SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
+    FROM order_events
+    WHERE notification_id > $1
+    ORDER BY notification_id
+    LIMIT $2
+"""
+
+HEAD: Final = "SELECT notification_id FROM order_events ORDER BY notification_id DESC LIMIT 1"
+
+COUNT_AFTER: Final = """
+    SELECT count(*) FROM (SELECT FROM order_events WHERE notification_id > $1 LIMIT $2) AS behind
+"""
+
+
+async def append(connection: Connection, events: Sequence[Order.StatusReported]) -> list[int]:
+    """Append events in one statement, all or none, and return their positions.
+
+    Success is what the server returned for each (order, version), never the absence of an error.
+
+    Raises:
+        VersionTakenError: another writer was first with one of them.
+    """
+    stored = [MAPPER.to_stored_event(event) for event in events]
+    return await append_stored(connection, stored)
+
+
+async def append_stored(connection: Connection, stored: Sequence[StoredEvent]) -> list[int]:
+    """Append encoded events; see ``append``."""
+    try:
+        rows = await connection.fetch(
+            APPEND,
+            [event.originator_id for event in stored],
+            [event.originator_version for event in stored],
+            [event.topic for event in stored],
+            [event.state for event in stored],
+            APPEND_LOCK,
+        )
+    except asyncpg.UniqueViolationError as error:
+        raise VersionTakenError(str(error)) from error
+    positions = {(order_no, version): position for order_no, version, position in rows}
+    return [positions[str(event.originator_id), event.originator_version] for event in stored]
+
+
+async def standings(connection: Connection, order_nos: Sequence[str]) -> dict[str, Standing]:
+    """Return where each of these orders stands, from its last event alone; UNHEARD where it has none."""
+    found: dict[str, Standing] = dict.fromkeys(order_nos, UNHEARD)
+    for order_no, version, topic, state in await connection.fetch(LAST_EVENTS, order_nos):
+        found[order_no] = decode_event(order_no, version, topic, state).standing
+    return found
+
+
+async def positions_of(connection: Connection, events: Sequence[Order.StatusReported]) -> list[int] | None:
+    """Return the positions of events whose append had no answer, None where it did not come about.
+
+    To be asked under the append lock: the transaction that may have written them has ended then.
+    """
+    rows = await connection.fetch(
+        POSITIONS_OF_EVENTS,
+        [event.originator_id for event in events],
+        [event.originator_version for event in events],
+    )
+    found = {
+        (order_no, version, decode_event(order_no, version, topic, state).report_id): position
+        for position, topic, state, order_no, version in rows
+    }
+    positions = [
+        found.get((event.originator_id, event.originator_version, event.report_id)) for event in events
+    ]
+    known = [position for position in positions if position is not None]
+    if not known:
+        return None
+    if len(known) != len(events):
+        raise RuntimeError("an append was committed in part, which one statement cannot do")
+    return known
+
+
+async def read_stream(connection: Connection, order_no: str, after: int, limit: int) -> list[RecordedEvent]:
+    """Return an order's events with versions above ``after``, at most ``limit``, oldest first."""
+    return [RecordedEvent(*row) for row in await connection.fetch(STREAM, order_no, after, limit)]
+
+
+async def read_log(connection: Connection, after: int, limit: int) -> list[RecordedEvent]:
+    """Return the events with positions above ``after``, at most ``limit``, in the order of the commits."""
+    return [RecordedEvent(*row) for row in await connection.fetch(LOG, after, limit)]
+
+
+async def head_position(connection: Connection) -> int:
+    """Return the highest position in the log, 0 where it is empty."""
+    return await connection.fetchval(HEAD) or 0
+
+
+async def count_after(connection: Connection, position: int, limit: int) -> int:
+    """Return how many events lie above a position; counting stops at ``limit``."""
+    count: int = await connection.fetchval(COUNT_AFTER, position, limit)
+    return count
+
+
+class EventStore:
+    """The two ways to append: at once in one round trip, or with the log held still before judging."""
+
+    def __init__(self, held: HeldConnection) -> None:
+        self._held = held
+
+    async def standings(self, order_nos: Sequence[str]) -> dict[str, Standing]:
+        """Return where these orders stand now; see ``standings``."""
+        async with self._held.use() as connection:
+            return await standings(connection, order_nos)
+
+    async def append(self, events: Sequence[Order.StatusReported]) -> list[int]:
+        """Append in a transaction of its own; see ``append``."""
+        async with self._held.use() as connection:
+            return await append(connection, events)
+
+    @asynccontextmanager
+    async def locked(self) -> AsyncIterator[Connection]:
+        """Hold the log still: until the end of the block nobody else appends, so what is read stays true.
+
+        Committed at the end of the block.
+        """
+        async with self._held.transaction(BEGIN_LOCKED) as connection:
+            await connection.fetchval(TAKE_APPEND_LOCK, APPEND_LOCK)
+            yield connection
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._held.close()

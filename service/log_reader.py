@@ -1,0 +1,103 @@
+"""The log, decoded for projections: from memory where this process wrote it, else from the database."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Final
+
+from domain.order import Order
+from projections.engine import LoggedEvent
+from service import event_store
+from service.database import Connect, Connection, HeldConnection
+
+# What was committed last is kept for the projections, which read it milliseconds later.
+TAIL_EVENTS_MAX: Final = 8_192
+TAIL_BYTES_MAX: Final = 16 * 1024 * 1024
+
+STREAMS_PAGE_EVENTS: Final = 5_000
+
+# In the order of the primary key; a cursor, so that neither side holds more than a page.
+STREAMS: Final = """
+    SELECT notification_id, originator_id, originator_version, topic, state
+    FROM order_events
+    WHERE notification_id <= $1
+    ORDER BY originator_id, originator_version
+"""
+# A scan of the key visits the log's pages at random, which beats a sort of the whole log on disk only while
+# most of those pages are in memory; left to itself the planner chooses by its statistics.
+COUNT_EVENTS: Final = "SELECT count(*) FROM order_events WHERE notification_id <= $1"
+
+
+def decode(position: int, order_no: str, version: int, topic: str, state: bytes) -> LoggedEvent:
+    """Return an event as a projection is given it, whatever its bytes are."""
+    try:
+        event = event_store.decode_event(order_no, version, topic, state)
+    except Exception as error:  # noqa: BLE001 - whatever lies in the log, its reader goes on
+        return LoggedEvent(position, order_no, version, None, f"{type(error).__name__}: {error}")
+    return LoggedEvent(position, order_no, version, event)
+
+
+class LogReader:
+    """Reads the log for projections.
+
+    Args:
+        held: the connection for reading what is not in memory.
+        connect: opens another, for the long reads of a rebuild.
+    """
+
+    def __init__(self, held: HeldConnection, connect: Connect) -> None:
+        self._held = held
+        self._connect = connect
+        # Events at consecutive positions, so that nothing of another process can lie between them.
+        self._tail: list[LoggedEvent] = []
+        self._tail_bytes = 0
+
+    def remember(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
+        """Keep what was just committed, in the order of the log."""
+        if self._tail and positions[0] != self._tail[-1].position + 1:
+            self._forget()
+        for event, position in zip(events, positions, strict=True):
+            if self._tail and position != self._tail[-1].position + 1:
+                self._forget()
+            self._tail.append(LoggedEvent(position, event.originator_id, event.originator_version, event))
+            self._tail_bytes += len(event.body)
+        if len(self._tail) > TAIL_EVENTS_MAX or self._tail_bytes > TAIL_BYTES_MAX:
+            del self._tail[: len(self._tail) // 2]
+            self._tail_bytes = sum(len(logged.event.body) for logged in self._tail if logged.event is not None)
+
+    def _forget(self) -> None:
+        self._tail = []
+        self._tail_bytes = 0
+
+    async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
+        """Return the events above a position, at most ``limit``, in the order of the log."""
+        if self._tail:
+            start = after + 1 - self._tail[0].position
+            if 0 <= start < len(self._tail):
+                return self._tail[start : start + limit]
+        async with self._held.use() as connection:
+            logged = await event_store.read_log(connection, after, limit)
+        return [
+            decode(position, order_no, version, topic, state)
+            for position, order_no, version, topic, state, _ in logged
+        ]
+
+    async def head(self) -> int:
+        """Return the highest position, 0 for an empty log."""
+        async with self._held.use() as connection:
+            return await event_store.head_position(connection)
+
+    async def count(self, head: int) -> int:
+        """Return how many events lie up to a position."""
+        async with self._held.use() as connection:
+            total: int = await connection.fetchval(COUNT_EVENTS, head)
+            return total
+
+    async def read_streams(self, head: int) -> AsyncIterator[Sequence[LoggedEvent]]:
+        """Yield the events up to a position by order and version, in pages of STREAMS_PAGE_EVENTS."""
+        connection: Connection = await self._connect()
+        try:
+            async with connection.transaction(isolation="repeatable_read", readonly=True):
+                cursor = await connection.cursor(STREAMS, head)
+                while rows := await cursor.fetch(STREAMS_PAGE_EVENTS):
+                    yield [decode(*row) for row in rows]
+        finally:
+            connection.terminate()

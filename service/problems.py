@@ -1,0 +1,111 @@
+"""Answers: JSON, and RFC 9457 problems where a request cannot be answered as asked."""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import orjson
+import structlog
+from aiohttp import web
+
+from service.database import StorageUnavailableError
+from service.recorder import OverloadedError
+
+JSON_HEADERS: Final = {"Content-Type": "application/json", "Server": "order-tracking"}
+PROBLEM_HEADERS: Final = {"Content-Type": "application/problem+json", "Server": "order-tracking"}
+# A client that comes back at once would find the same.
+RETRY_AFTER_SECONDS: Final = 2
+
+log = structlog.get_logger()
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class ProblemError(Exception):
+    """A request that gets a problem for an answer.
+
+    Args:
+        status: of the answer.
+        title: the kind of problem, the same for all of its kind.
+        detail: what was wrong this time.
+        headers: sent along.
+        members: further members of the problem.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        title: str,
+        detail: str | None = None,
+        *,
+        headers: dict[str, str] | None = None,
+        **members: Any,
+    ) -> None:
+        super().__init__(detail or title)
+        self.status = status
+        self.title = title
+        self.detail = detail
+        self.headers = headers or {}
+        self.members = members
+
+
+def bad_parameter(name: str, detail: str) -> ProblemError:
+    """Return the problem of a query parameter that cannot be used."""
+    return ProblemError(400, "Bad parameter", f"{name}: {detail}", parameter=name)
+
+
+def unavailable(detail: str, **members: Any) -> ProblemError:
+    """Return the problem of something that may be there again in a moment."""
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    return ProblemError(503, "Temporarily unavailable", detail, headers=headers, **members)
+
+
+def answer(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """Return a JSON answer. Times are written by RFC 3339, in UTC."""
+    return web.Response(
+        body=orjson.dumps(value, option=orjson.OPT_UTC_Z),
+        status=status,
+        headers={**JSON_HEADERS, **headers} if headers else JSON_HEADERS,
+    )
+
+
+def problem_answer(problem: ProblemError) -> web.Response:
+    """Return a problem as an answer."""
+    body = {
+        "type": "about:blank",
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+        **problem.members,
+    }
+    return web.Response(
+        body=orjson.dumps(body, option=orjson.OPT_UTC_Z),
+        status=problem.status,
+        headers={**PROBLEM_HEADERS, **problem.headers},
+    )
+
+
+@web.middleware
+async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into a problem; the one place where errors become statuses."""
+    try:
+        return await handler(request)
+    except ProblemError as problem:
+        return problem_answer(problem)
+    except OverloadedError as error:
+        return problem_answer(unavailable(str(error)))
+    except StorageUnavailableError:
+        # What the driver says may name hosts and users: it is for the log, not for the answer.
+        return problem_answer(unavailable("the database did not answer in time"))
+    except web.HTTPException as error:
+        if error.status < 400:  # noqa: PLR2004 - a redirect is no problem
+            raise
+        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+        return problem_answer(ProblemError(error.status, error.reason, headers=headers))
+    except Exception:
+        log.exception("request failed", method=request.method, route=_route(request))
+        return problem_answer(ProblemError(500, "Internal error"))
+
+
+def _route(request: web.Request) -> str:
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None else "unknown"

@@ -1,0 +1,182 @@
+"""What a read request asks for: its path and its query parameters, checked before anything is looked up."""
+
+import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, TypeVar
+from urllib.parse import quote, unquote_to_bytes, urlencode
+
+from aiohttp import web
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
+
+from domain.statuses import Status
+from domain.transitions import Verdict
+from service.problems import ProblemError, bad_parameter
+
+# Versions and positions are PostgreSQL's bigint.
+POSITION_MAX: Final = 2**63 - 1
+PAGE_ROWS_DEFAULT: Final = 100
+PAGE_ROWS_MAX: Final = 1_000
+TEXT_CHARACTERS_MAX: Final = 128
+
+_ORDER_PATH: Final = re.compile(r"/orders/(?P<order_no>[^/?#]+)")
+_BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def order_no_of(request: web.Request) -> str:
+    """Return the order number of the path, percent-decoded once, strictly.
+
+    Raises:
+        ProblemError: 400, an escape is broken, or what it spells is no text or has control characters.
+    """
+    # The framework hands a broken escape on as it stands, so the path is read as it was sent.
+    found = _ORDER_PATH.search(request.raw_path)
+    escaped = found["order_no"] if found is not None else ""
+    if _BAD_ESCAPE.search(escaped):
+        raise ProblemError(400, "Bad path", "a percent sign in the path is not followed by two hex digits")
+    try:
+        order_no = unquote_to_bytes(escaped).decode()
+    except UnicodeDecodeError:
+        raise ProblemError(400, "Bad path", "the path is not UTF-8") from None
+    if _CONTROL.search(order_no):
+        raise ProblemError(400, "Bad path", "the path has control characters")
+    return order_no
+
+
+def _time(value: Any) -> Any:
+    # A plus sign that nobody escaped arrives as a space.
+    try:
+        time = datetime.fromisoformat(str(value).replace(" ", "+") if "T" in str(value) else str(value))
+    except ValueError:
+        raise ValueError("it must be a time by RFC 3339, such as 2026-01-31T08:30:00Z") from None
+    if time.tzinfo is None:
+        raise ValueError("it must have an offset, such as Z or +07:00")
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("it is out of range") from None
+
+
+def _no_control(value: str) -> str:
+    if _CONTROL.search(value):
+        raise ValueError("it must not have control characters")
+    return value
+
+
+def _cursor(value: Any) -> Any:
+    try:
+        key = int(urlsafe_b64decode(f"{value}==").decode("ascii"))
+    except ValueError:
+        key = -1
+    if not 0 <= key <= POSITION_MAX:
+        raise ValueError("it must be one that an earlier answer gave")
+    return key
+
+
+def encode_cursor(key: int) -> str:
+    """Return the opaque form of where a page ended."""
+    return urlsafe_b64encode(str(key).encode()).decode().rstrip("=")
+
+
+Position = Annotated[int, Field(ge=0, le=POSITION_MAX)]
+Limit = Annotated[int, Field(ge=1, le=PAGE_ROWS_MAX)]
+Time = Annotated[datetime, BeforeValidator(_time)]
+Cursor = Annotated[int, BeforeValidator(_cursor)]
+Text = Annotated[
+    str, StringConstraints(min_length=1, max_length=TEXT_CHARACTERS_MAX), AfterValidator(_no_control)
+]
+
+
+class Query(BaseModel):
+    """The parameters of every read. One that is not known is an error: ignored, it would be believed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=False)
+
+    after_position: Position | None = None
+
+
+class PageQuery(Query):
+    """A page of a list."""
+
+    cursor: Cursor | None = None
+    limit: Limit = PAGE_ROWS_DEFAULT
+
+
+class OrderQuery(Query):
+    """One order, now or as it was known then."""
+
+    version: Annotated[int, Field(ge=1, le=POSITION_MAX)] | None = None
+    as_of: Time | None = None
+
+
+class OrdersQuery(PageQuery):
+    """A list of orders."""
+
+    status: Status | None = None
+    cnote: Text | None = None
+
+
+class EventsQuery(Query):
+    """A page of events after a version or a position."""
+
+    after: Position = 0
+    limit: Limit = PAGE_ROWS_DEFAULT
+
+
+class TransitionsQuery(PageQuery):
+    """A page of the audit."""
+
+    verdict: Verdict | None = None
+    order_no: Text | None = None
+    from_: Status | None = Field(default=None, alias="from")
+    to: Status | None = None
+    since: Time | None = None
+    until: Time | None = None
+
+
+AnyQuery = TypeVar("AnyQuery", bound=Query)
+
+
+def read_query(model: type[AnyQuery], request: web.Request) -> AnyQuery:
+    """Read the query parameters of a request.
+
+    Raises:
+        ProblemError: 400, naming the parameter at fault.
+    """
+    given: dict[str, str] = {}
+    for name, value in request.query.items():
+        if name in given:
+            raise bad_parameter(name, "it is given twice")
+        given[name] = value
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        detail = "there is no such parameter" if first["type"] == "extra_forbidden" else first["msg"]
+        raise bad_parameter(name, detail.removeprefix("Value error, ")) from None
+
+
+def path_of(order_no: str, *rest: str) -> str:
+    """Return the path of an order, percent-encoded."""
+    return "/".join(("/orders", quote(order_no, safe=""), *rest))
+
+
+def next_page(path: str, query: Query, moved: dict[str, Any]) -> str:
+    """Return path and query of the page after this one: the same question, moved on."""
+    given = query.model_dump(exclude_unset=True, exclude={"after_position", "cursor", "after"}, by_alias=True)
+    parameters = {
+        name: value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    return f"{path}?{urlencode({**parameters, **moved})}"

@@ -1,0 +1,369 @@
+"""The read API: what is known of orders, how it came about, and by which rules."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
+from itertools import takewhile
+from typing import Any, Final
+
+from aiohttp import web
+
+from projections import current_status, timeline
+from projections.current_status import OrderRow
+from projections.engine import DecodedEvent, Projector
+from service import event_store, log_reader, representations
+from service.batcher import Batcher, BatchFailedError, QueueFullError
+from service.database import HeldConnection, Pool, StorageUnavailableError, borrowed, is_connection_lost
+from service.event_store import RecordedEvent
+from service.problems import Handler, ProblemError, answer, unavailable
+from service.queries import (
+    POSITION_MAX,
+    EventsQuery,
+    OrderQuery,
+    OrdersQuery,
+    PageQuery,
+    Query,
+    TransitionsQuery,
+    encode_cursor,
+    next_page,
+    order_no_of,
+    path_of,
+    read_query,
+)
+from service.recorder import OverloadedError
+
+# How long a read waits for a view to come to the position that it asks for.
+AFTER_POSITION_SECONDS_MAX: Final = 5.0
+READY_SECONDS_MAX: Final = 1.0
+# Reads that are gathered into one query, and how many may wait for theirs.
+READS_BATCH_MAX: Final = 256
+READS_QUEUE_MAX: Final = 16_384
+# Counting the events behind the head stops here: beyond it the exact number tells nobody more.
+LAG_EVENTS_MAX: Final = 1_000_000
+SET_ASIDE_SHOWN_MAX: Final = 100
+STREAM_PAGE_EVENTS: Final = 1_000
+
+ALL_SET_ASIDE: Final = {
+    current_status.NAME: """
+        SELECT order_no, since_version, position, reason
+        FROM current_status.set_aside ORDER BY position LIMIT $1
+    """,
+    timeline.NAME: """
+        SELECT order_no, since_version, position, reason
+        FROM timeline.set_aside ORDER BY position LIMIT $1
+    """,
+}
+POSITIONS: Final = """
+    SELECT (SELECT position FROM current_status.projection), (SELECT position FROM timeline.projection)
+"""
+OLDEST_AFTER: Final = """
+    SELECT recorded_at FROM order_events WHERE notification_id > $1 ORDER BY notification_id LIMIT 1
+"""
+IS_ALIVE: Final = "SELECT 1"
+
+
+class ReadApi:
+    """Answers reads.
+
+    Args:
+        pool: for everything but the single order.
+        held: the connection on which reads of single orders are gathered.
+        projectors: of the views, by name.
+        seconds_max: how long a read may take, the wait for a position not included.
+    """
+
+    def __init__(
+        self, pool: Pool, held: HeldConnection, projectors: dict[str, Projector], seconds_max: float
+    ) -> None:
+        self._pool = pool
+        self._held = held
+        self._projectors = projectors
+        self._seconds_max = seconds_max
+        self._orders: Batcher[str, OrderRow | None] = Batcher(
+            self._find_orders,
+            batch_items_max=READS_BATCH_MAX,
+            queue_items_max=READS_QUEUE_MAX,
+            seconds_max=seconds_max,
+        )
+
+    def routes(self) -> list[web.RouteDef]:
+        """Every path of the read API."""
+        paths: dict[str, Handler] = {
+            "/orders": self.list_orders,
+            "/orders/{order_no}": self.show_order,
+            "/orders/{order_no}/timeline": self.show_timeline,
+            "/orders/{order_no}/events": self.list_order_events,
+            "/events": self.list_events,
+            "/audit/transitions": self.list_transitions,
+            "/transitions": self.show_rules,
+            "/projections": self.show_projections,
+            "/livez": self.is_alive,
+            "/readyz": self.is_ready,
+        }
+        return [web.get(path, handler) for path, handler in paths.items()]
+
+    async def list_orders(self, request: web.Request) -> web.Response:
+        """A page of orders, the one first reported last first, so that no page shifts while it is read."""
+        query = read_query(OrdersQuery, request)
+        await self._wait_for(query, current_status.NAME)
+        before = POSITION_MAX if query.cursor is None else query.cursor
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            rows = await current_status.orders_page(
+                connection, before, query.status, query.cnote, query.limit + 1
+            )
+        page = rows[: query.limit]
+        onward = encode_cursor(page[-1].first_position) if len(rows) > len(page) else None
+        return _list_answer(
+            "orders", [representations.order(row) for row in page], request.path, query, cursor=onward
+        )
+
+    async def show_order(self, request: web.Request) -> web.Response:
+        """One order, as it is known now or as it was known at a version or a time."""
+        order_no = order_no_of(request)
+        query = read_query(OrderQuery, request) if request.query_string else None
+        if query is not None and (query.version is not None or query.as_of is not None):
+            row = await self._order_as_of(order_no, query)
+        else:
+            if query is not None:
+                await self._wait_for(query, current_status.NAME)
+            row = await self._current_order(order_no)
+            if query is not None and row.aside_position is not None:
+                _refuse_beyond(query, row.aside_position)
+        etag = f'"{row.version}"'
+        if request.headers.get("If-None-Match") == etag:
+            return web.Response(status=304, headers={"ETag": etag, "Server": "order-tracking"})
+        return answer(representations.order(row), headers={"ETag": etag})
+
+    async def show_timeline(self, request: web.Request) -> web.Response:
+        """A page of what was reported of an order, oldest first, mere repeats folded in."""
+        order_no = order_no_of(request)
+        query = read_query(PageQuery, request)
+        await self._wait_for(query, timeline.NAME)
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            aside = await timeline.set_aside(connection, order_no)
+            known, status = await timeline.status_of(connection, order_no)
+            entries = await timeline.entries_page(connection, order_no, query.cursor or 0, query.limit + 1)
+        if aside is not None:
+            _refuse_beyond(query, aside.position)
+        if not known:
+            raise _unknown_order(order_no) if aside is None else _wholly_set_aside(order_no)
+        page = entries[: query.limit]
+        onward = encode_cursor(page[-1].version) if len(entries) > len(page) else None
+        return _list_answer(
+            "entries",
+            [representations.entry(row) for row in page],
+            path_of(order_no, "timeline"),
+            query,
+            cursor=onward,
+            order_no=order_no,
+            status=status,
+            set_aside=aside and representations.set_aside(timeline.NAME, aside.since_version, aside.reason),
+        )
+
+    async def list_order_events(self, request: web.Request) -> web.Response:
+        """A page of an order's recorded events, by version."""
+        order_no = order_no_of(request)
+        query = read_query(EventsQuery, request)
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            events = await event_store.read_stream(connection, order_no, query.after, query.limit + 1)
+            if not events and not await event_store.read_stream(connection, order_no, 0, 1):
+                raise _unknown_order(order_no)
+        page = events[: query.limit]
+        return _list_answer(
+            "events",
+            [representations.order_event(event) for event in page],
+            path_of(order_no, "events"),
+            query,
+            after=page[-1].version if len(events) > len(page) else None,
+        )
+
+    async def list_events(self, request: web.Request) -> web.Response:
+        """A page of the whole log, by position."""
+        query = read_query(EventsQuery, request)
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            events = await event_store.read_log(connection, query.after, query.limit + 1)
+        page = events[: query.limit]
+        return _list_answer(
+            "events",
+            [representations.log_event(event) for event in page],
+            request.path,
+            query,
+            after=page[-1].position if len(events) > len(page) else None,
+        )
+
+    async def list_transitions(self, request: web.Request) -> web.Response:
+        """A page of every verdict on every report, in the order of the log."""
+        query = read_query(TransitionsQuery, request)
+        await self._wait_for(query, timeline.NAME)
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            rows = await timeline.transitions_page(
+                connection,
+                after=query.cursor or 0,
+                verdict=query.verdict,
+                order_no=query.order_no,
+                previous_status=query.from_,
+                recognised=query.to,
+                since=query.since,
+                until=query.until,
+                limit=query.limit + 1,
+            )
+        page = rows[: query.limit]
+        onward = encode_cursor(page[-1].position) if len(rows) > len(page) else None
+        return _list_answer(
+            "transitions",
+            [representations.transition(row) for row in page],
+            request.path,
+            query,
+            cursor=onward,
+        )
+
+    async def show_rules(self, request: web.Request) -> web.Response:
+        """The vocabulary and the transition table."""
+        read_query(Query, request)
+        return answer(representations.RULES)
+
+    async def show_projections(self, request: web.Request) -> web.Response:
+        """How far each view has come, and what is set aside in it."""
+        read_query(Query, request)
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            positions = await connection.fetchrow(POSITIONS)
+            head = await event_store.head_position(connection)
+            views = []
+            for name, position in zip((current_status.NAME, timeline.NAME), positions or (), strict=True):
+                aside = await connection.fetch(ALL_SET_ASIDE[name], SET_ASIDE_SHOWN_MAX)
+                oldest = await connection.fetchval(OLDEST_AFTER, position)
+                views.append(
+                    {
+                        "view": name,
+                        "position": position,
+                        "head": head,
+                        "lag_events": await event_store.count_after(connection, position, LAG_EVENTS_MAX),
+                        "lag_seconds": (datetime.now(UTC) - oldest).total_seconds() if oldest else 0.0,
+                        "is_outdated": self._projectors[name].is_outdated,
+                        "set_aside": [dict(row) for row in aside],
+                    }
+                )
+        return answer({"head": head, "projections": views})
+
+    async def is_alive(self, _request: web.Request) -> web.Response:
+        """The process answers; nothing else is asked."""
+        return answer({"status": "alive"})
+
+    async def is_ready(self, _request: web.Request) -> web.Response:
+        """The database answers, in time."""
+        async with borrowed(self._pool, READY_SECONDS_MAX) as connection:
+            await connection.fetchval(IS_ALIVE)
+        return answer({"status": "ready"})
+
+    async def _wait_for(self, query: Query, view: str) -> None:
+        projector = self._projectors[view]
+        if projector.is_outdated:
+            raise unavailable(f"the view {view} is being rebuilt", view=view)
+        if query.after_position is None:
+            return
+        if not await projector.reached(query.after_position, AFTER_POSITION_SECONDS_MAX):
+            raise unavailable(
+                f"the view {view} has not come to position {query.after_position} yet",
+                view=view,
+                position=projector.position,
+            )
+
+    async def _current_order(self, order_no: str) -> OrderRow:
+        if self._projectors[current_status.NAME].is_outdated:
+            raise unavailable(f"the view {current_status.NAME} is being rebuilt", view=current_status.NAME)
+        try:
+            row = await self._orders.submit(order_no)
+        except QueueFullError:
+            raise OverloadedError("too many reads are waiting") from None
+        except TimeoutError as error:
+            raise StorageUnavailableError(str(error)) from None
+        except BatchFailedError as error:
+            if error.__cause__ is not None and is_connection_lost(error.__cause__):
+                raise StorageUnavailableError(str(error)) from error
+            raise
+        if row is not None:
+            return row
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            if await current_status.is_set_aside(connection, order_no):
+                raise _wholly_set_aside(order_no)
+        raise _unknown_order(order_no)
+
+    async def _find_orders(self, order_nos: list[str], due: float) -> Sequence[OrderRow | None]:
+        async with asyncio.timeout_at(due), self._held.use() as connection:
+            found = await current_status.orders_by_number(connection, order_nos)
+        return [found.get(order_no) for order_no in order_nos]
+
+    async def _order_as_of(self, order_no: str, query: OrderQuery) -> OrderRow:
+        """Fold an order's events up to a version or a time."""
+        if query.version is not None and query.as_of is not None:
+            raise ProblemError(400, "Bad parameter", "version and as_of exclude each other", parameter="as_of")
+        rows: dict[str, list[Any]] = {}
+        version = 0
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            while page := await event_store.read_stream(connection, order_no, version, STREAM_PAGE_EVENTS):
+                known = list(takewhile(partial(_is_known, query), map(_decoded, page)))
+                current_status.fold(known, rows)
+                version += len(known)
+                if len(known) < len(page):
+                    break
+            else:
+                if version == 0:
+                    raise _unknown_order(order_no)
+        if order_no not in rows or (query.version is not None and query.version != version):
+            raise ProblemError(404, "Not known then", f"{order_no} was not known then", order_no=order_no)
+        return OrderRow(*rows[order_no])
+
+
+def _decoded(recorded: RecordedEvent) -> DecodedEvent:
+    position, order_no, version, topic, state, _ = recorded
+    logged = log_reader.decode(position, order_no, version, topic, state)
+    if logged.event is None:
+        raise unavailable(f"version {version} of {order_no} cannot be decoded: {logged.reason}")
+    return DecodedEvent(position, logged.event)
+
+
+def _is_known(query: OrderQuery, item: DecodedEvent) -> bool:
+    if query.version is not None:
+        return item.event.originator_version <= query.version
+    return query.as_of is not None and item.event.timestamp <= query.as_of
+
+
+def _list_answer(  # noqa: PLR0913 - the parts of every list
+    name: str,
+    items: Sequence[Any],
+    path: str,
+    query: Query,
+    *,
+    cursor: str | None = None,
+    after: int | None = None,
+    **members: Any,
+) -> web.Response:
+    """Return a page of a list, with the way to the next one in the body and as an RFC 8288 link."""
+    onward = {"cursor": cursor} if cursor is not None else {"after": after} if after is not None else None
+    following = next_page(path, query, onward) if onward is not None else None
+    headers = {"Link": f'<{following}>; rel="next"'} if following is not None else None
+    return answer({**members, name: items, "next": following}, headers=headers)
+
+
+def _unknown_order(order_no: str) -> ProblemError:
+    return ProblemError(404, "Unknown order", f"nothing was reported of {order_no}", order_no=order_no)
+
+
+def _wholly_set_aside(order_no: str) -> ProblemError:
+    return ProblemError(
+        503,
+        "Set aside",
+        f"{order_no} is set aside from its first event on; see /projections",
+        order_no=order_no,
+    )
+
+
+def _refuse_beyond(query: Query, aside_position: int) -> None:
+    if query.after_position is not None and query.after_position >= aside_position:
+        raise ProblemError(
+            503,
+            "Set aside",
+            f"the order is set aside from position {aside_position} on: a replay heals it",
+            position=aside_position,
+        )

@@ -1,0 +1,79 @@
+"""The settings, read from the environment and ``.env``; nothing else in the service reads either."""
+
+import os
+from pathlib import Path
+from typing import Final, Literal
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.embedded_postgres import default_state_dir
+
+PREFIX: Final = "ORDER_TRACKING_"
+
+
+class SettingsError(Exception):
+    """A setting is wrong. ``str()`` is one line that names it."""
+
+
+class Settings(BaseSettings):
+    """What an operator can choose. Each field is the variable of its name with ORDER_TRACKING_ before it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    host: str = Field(default="127.0.0.1", description="the address to listen on")
+    port: int = Field(default=8080, ge=0, le=65_535, description="the port to listen on; 0: any free one")
+    database_url: str = Field(
+        default="", repr=False, description="a PostgreSQL 15 to 18 to use; empty: the embedded one"
+    )
+    state_dir: Path = Field(
+        default_factory=default_state_dir, description="where the embedded PostgreSQL keeps its data"
+    )
+    pg_bindir: Path | None = Field(
+        default=None, description="the folder of initdb and postgres, in place of the embedded ones"
+    )
+    # A report of the sender's has some hundred bytes.
+    body_bytes_max: int = Field(
+        default=65_536, ge=1_024, le=1_048_576, description="the size of a webhook's body"
+    )
+    # The sender's patience is not published; 3 s is short of any.
+    request_seconds_max: float = Field(
+        default=3.0, gt=0, le=60, description="how long one request may take, waiting included"
+    )
+    # About a second's work: what waited behind more would be past its time before its turn came.
+    queue_reports_max: int = Field(
+        default=16_384, ge=1, le=1_000_000, description="how many reports may wait for their commit"
+    )
+    log_format: Literal["human", "json"] = Field(default="human", description="how log lines are written")
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgresql(cls, url: str) -> str:
+        if url and not url.startswith(("postgresql://", "postgres://")):
+            raise ValueError("it must begin with postgresql://")
+        return url
+
+    @field_validator("state_dir")
+    @classmethod
+    def _is_absolute(cls, state_dir: Path) -> Path:
+        return state_dir.expanduser().absolute()
+
+
+def read_settings() -> Settings:
+    """Read the settings.
+
+    Raises:
+        SettingsError: one is wrong, or a variable with our prefix is none of ours.
+    """
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    if unknown:
+        raise SettingsError(f"{unknown[0]} is no setting; there are {', '.join(sorted(known))}")
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = f"{PREFIX}{'_'.join(str(part) for part in first['loc'])}".upper()
+        raise SettingsError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None

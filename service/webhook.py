@@ -1,0 +1,86 @@
+"""The webhook: HTTP to raw bytes, and the receipt back. 200 means committed."""
+
+from datetime import UTC, datetime
+from typing import Final, NamedTuple
+from uuid import uuid4
+
+import structlog
+from aiohttp import web
+
+from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
+from service.parser import UnreadableError, parse, to_report
+from service.problems import answer
+from service.quarantine import Quarantine
+from service.recorder import Arrival, Recorder, RefusedReportError
+
+PATH: Final = "/webhook"
+
+log = structlog.get_logger()
+
+
+class _Unread(NamedTuple):
+    """A body that could not be understood, and what is known of its arrival."""
+
+    raw: bytes
+    report_id: str
+    remote: str | None
+    received_at: datetime
+
+
+class Webhook:
+    """Takes what the sender pushes.
+
+    Args:
+        recorder: for what can be understood.
+        quarantine: for what cannot.
+    """
+
+    def __init__(self, recorder: Recorder, quarantine: Quarantine) -> None:
+        self._recorder = recorder
+        self._quarantine = quarantine
+
+    def routes(self) -> list[web.RouteDef]:
+        """The sender documents PUT in its samples and POST in its tips."""
+        return [web.put(PATH, self.receive), web.post(PATH, self.receive)]
+
+    async def receive(self, request: web.Request) -> web.Response:
+        """Record one report, or keep what cannot be understood; answer when it is committed."""
+        received_at = datetime.now(UTC)
+        raw = await request.read()
+        report_id = str(uuid4())
+        try:
+            report = to_report(parse(raw), report_id, request.remote, _idempotency_key(request))
+            receipt = await self._recorder.record(Arrival(report, received_at))
+        except UnreadableError as error:
+            unread = _Unread(raw, report_id, request.remote, received_at)
+            return await self._keep(unread, str(error), error.order_no)
+        except RefusedReportError as error:
+            log.warning("report refused by the database", report_id=report_id, error=str(error))
+            unread = _Unread(raw, report_id, request.remote, received_at)
+            return await self._keep(unread, "the database refuses it", report.order_no)
+        return answer(receipt._asdict())
+
+    async def _keep(self, unread: _Unread, reason: str, order_no: str | None) -> web.Response:
+        quarantine_id = await self._quarantine.keep(unread.raw, reason, unread.remote, unread.received_at)
+        return answer(
+            {
+                "outcome": "quarantined",
+                "report_id": unread.report_id,
+                "order_no": order_no,
+                "version": None,
+                "position": None,
+                "status": None,
+                "reported_status": None,
+                "skipped": None,
+                "reason": reason,
+                "quarantine_id": quarantine_id,
+            }
+        )
+
+
+def _idempotency_key(request: web.Request) -> str | None:
+    for name in KEY_HEADERS:
+        key = request.headers.get(name)
+        if key:
+            return key if len(key.encode(errors="surrogateescape")) <= KEY_BYTES_MAX else None
+    return None

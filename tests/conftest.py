@@ -1,0 +1,87 @@
+"""What tests that touch data stand on: one real PostgreSQL, and a clone of a template for each test."""
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from service.app import prepare_database
+from service.database import Connection, connect
+from service.embedded_postgres import EmbeddedPostgres
+
+TEMPLATE = "template_with_schema"
+DATABASE = "/order_tracking?"
+
+
+def make_folder() -> Path:
+    """A folder that PostgreSQL's own user can reach too, as pytest's own are not when root runs them."""
+    folder = Path(tempfile.mkdtemp(prefix="order-tracking-test-"))
+    folder.chmod(0o711)
+    return folder
+
+
+def dsn_of(server_dsn: str, database: str) -> str:
+    return server_dsn.replace(DATABASE, f"/{database}?")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[EmbeddedPostgres]:
+    """The server of the whole run. ORDER_TRACKING_TEST_PG_BINDIR chooses another PostgreSQL than the wheel's."""
+    folder = make_folder()
+    bindir = os.environ.get("ORDER_TRACKING_TEST_PG_BINDIR")
+    server = EmbeddedPostgres(
+        folder,
+        bindir=Path(bindir) if bindir else None,
+        # Many small databases: what is measured elsewhere with fsync on is here only waited for.
+        settings={"fsync": "off", "full_page_writes": "off", "min_wal_size": "80MB", "max_connections": "200"},
+    )
+    server.start()
+    asyncio.run(_make_template(server.dsn))
+    yield server
+    server.stop()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+async def _make_template(dsn: str) -> None:
+    await _administer(dsn, f'CREATE DATABASE "{TEMPLATE}"')
+    await prepare_database(dsn_of(dsn, TEMPLATE))
+
+
+async def _administer(dsn: str, statement: str) -> None:
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.fixture
+async def empty_dsn(server: EmbeddedPostgres) -> AsyncIterator[str]:
+    """A database of this test's own, with nothing in it."""
+    name = f"test_{uuid4().hex}"
+    await _administer(server.dsn, f'CREATE DATABASE "{name}"')
+    yield dsn_of(server.dsn, name)
+    await _administer(server.dsn, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+async def dsn(server: EmbeddedPostgres) -> AsyncIterator[str]:
+    """A database of this test's own, with the schema applied."""
+    name = f"test_{uuid4().hex}"
+    await _administer(server.dsn, f'CREATE DATABASE "{name}" TEMPLATE "{TEMPLATE}"')
+    yield dsn_of(server.dsn, name)
+    await _administer(server.dsn, f'DROP DATABASE "{name}" WITH (FORCE)')
+
+
+@pytest.fixture
+async def connection(dsn: str) -> AsyncIterator[Connection]:
+    """A connection to this test's database."""
+    connection = await connect(dsn)
+    yield connection
+    await connection.close()
