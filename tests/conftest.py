@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
@@ -39,7 +40,12 @@ def server() -> Iterator[EmbeddedPostgres]:
         folder,
         bindir=Path(bindir) if bindir else None,
         # Many small databases: what is measured elsewhere with fsync on is here only waited for.
-        settings={"fsync": "off", "full_page_writes": "off", "min_wal_size": "80MB", "max_connections": "200"},
+        settings={
+            "fsync": "off",
+            "full_page_writes": "off",
+            "min_wal_size": "80MB",
+            "max_connections": "200",
+        },
     )
     server.start()
     asyncio.run(_make_template(server.dsn))
@@ -61,22 +67,27 @@ async def _administer(dsn: str, statement: str) -> None:
         await connection.close()
 
 
-@pytest.fixture
-async def empty_dsn(server: EmbeddedPostgres) -> AsyncIterator[str]:
-    """A database of this test's own, with nothing in it."""
+@contextmanager
+def database(server: EmbeddedPostgres, template: str = TEMPLATE) -> Iterator[str]:
+    """A database of one test's own."""
     name = f"test_{uuid4().hex}"
-    await _administer(server.dsn, f'CREATE DATABASE "{name}"')
+    asyncio.run(_administer(server.dsn, f'CREATE DATABASE "{name}" TEMPLATE "{template}"'))
     yield dsn_of(server.dsn, name)
-    await _administer(server.dsn, f'DROP DATABASE "{name}" WITH (FORCE)')
+    asyncio.run(_administer(server.dsn, f'DROP DATABASE "{name}" WITH (FORCE)'))
 
 
 @pytest.fixture
-async def dsn(server: EmbeddedPostgres) -> AsyncIterator[str]:
-    """A database of this test's own, with the schema applied."""
-    name = f"test_{uuid4().hex}"
-    await _administer(server.dsn, f'CREATE DATABASE "{name}" TEMPLATE "{TEMPLATE}"')
-    yield dsn_of(server.dsn, name)
-    await _administer(server.dsn, f'DROP DATABASE "{name}" WITH (FORCE)')
+def empty_dsn(server: EmbeddedPostgres) -> Iterator[str]:
+    """A database with nothing in it."""
+    with database(server, "template1") as dsn:
+        yield dsn
+
+
+@pytest.fixture
+def dsn(server: EmbeddedPostgres) -> Iterator[str]:
+    """A database with the schema applied."""
+    with database(server) as dsn:
+        yield dsn
 
 
 @pytest.fixture

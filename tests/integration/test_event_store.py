@@ -1,0 +1,261 @@
+"""The log: the library's own recorder tests, its own application, and positions in the order of commits."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from eventsourcing.application import Application
+from eventsourcing.persistence import AggregateRecorder, ApplicationRecorder, DatetimeAsISO, JSONTranscoder
+from eventsourcing.tests import persistence as library
+
+from domain.order import Order, Report
+from service import event_store
+from service.database import Connection, HeldConnection, connect
+from service.embedded_postgres import EmbeddedPostgres
+from service.event_store import EventStore, VersionTakenError
+from tests.conftest import database
+from tests.integration.recorder_facade import AggregateFacade, ApplicationFacade, LogInThread
+
+NOW = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
+
+
+def report(order_no: str, status: str = "Dikirim", cnote: str | None = "AWB1") -> Report:
+    return Report(str(uuid4()), order_no, status, cnote, f'{{"order_no":"{order_no}"}}')
+
+
+class _OnOurLog(library.RecorderTestCase):
+    """The library's cases, over our log, with order numbers for ids."""
+
+    @pytest.fixture(autouse=True)
+    def _log(self, server: EmbeddedPostgres) -> Iterator[None]:
+        self.server = server
+        self.logs: list[tuple[LogInThread, Any]] = []
+        yield
+        for log, context in self.logs:
+            log.close()
+            context.__exit__(None, None, None)
+
+    def new_log(self) -> LogInThread:
+        context = database(self.server)
+        log = LogInThread(context.__enter__())
+        self.logs.append((log, context))
+        return log
+
+    def new_originator_id(self) -> str:
+        return f"KOM-{uuid4()}"
+
+
+class TestAggregateRecorder(_OnOurLog, library.AggregateRecorderTestCase):
+    """Our log passes the library's tests of a recorder of aggregates."""
+
+    def create_recorder(self) -> AggregateRecorder:
+        return AggregateFacade(self.new_log())
+
+
+class TestApplicationRecorder(_OnOurLog, library.ApplicationRecorderTestCase[ApplicationRecorder]):
+    """Our log passes the library's tests of a recorder of applications."""
+
+    def create_recorder(self) -> ApplicationRecorder:
+        return ApplicationFacade(self.new_log())
+
+
+class TestNonInterleaving(_OnOurLog, library.NonInterleavingNotificationIDsBaseCase):
+    """Two appends at once never interleave their positions."""
+
+    def create_recorder(self) -> ApplicationRecorder:
+        return ApplicationFacade(self.new_log())
+
+
+class Orders(Application[str]):
+    """The library's own application, of the name that our table is laid out for."""
+
+    name = "order"
+
+    def register_transcodings(self, transcoder: Any) -> None:
+        transcoder.register(DatetimeAsISO())
+
+
+@contextmanager
+def library_application(dsn: str) -> Iterator[Orders]:
+    parts = urlsplit(dsn)
+    query = parse_qs(parts.query)
+    application = Orders(
+        {
+            "PERSISTENCE_MODULE": "eventsourcing.postgres",
+            "ORIGINATOR_ID_TYPE": "text",
+            "POSTGRES_DBNAME": parts.path.removeprefix("/"),
+            "POSTGRES_HOST": query["host"][0],
+            "POSTGRES_PORT": "5432",
+            "POSTGRES_USER": query["user"][0],
+            "POSTGRES_PASSWORD": "none",
+        }
+    )
+    try:
+        yield application
+    finally:
+        application.close()
+
+
+@pytest.fixture
+def held(dsn: str) -> HeldConnection:
+    return HeldConnection(lambda: connect(dsn))
+
+
+async def test_an_order_of_ours_is_read_by_the_library_and_one_of_its_by_us(dsn: str) -> None:
+    """The table, the bytes and the positions are the library's own: either side goes on where the other was."""
+    connection = await connect(dsn)
+    try:
+        ours = Order.unheard("KOM/1 ü")
+        ours.report(report("KOM/1 ü", "Diajukan"), NOW)
+        ours.report(report("KOM/1 ü", "Dikirim"), NOW)
+        assert await event_store.append(connection, ours.pending_events) == [1, 2]  # type: ignore[arg-type]
+
+        def go_on_in_the_library() -> tuple[Order, list[int]]:
+            with library_application(dsn) as application:
+                order: Order = application.repository.get("KOM/1 ü")
+                order.report(report("KOM/1 ü", "Diterima"), NOW)
+                recordings = application.save(order)
+                theirs = Order.unheard("KOM2")
+                theirs.report(report("KOM2", "Batal"), NOW)
+                application.save(theirs)
+                ids = [recording.notification.id for recording in recordings]
+                return application.repository.get("KOM/1 ü"), ids
+
+        read, ids = await asyncio.to_thread(go_on_in_the_library)
+        assert (read.version, read.status, ids) == (3, "delivered", [3])
+
+        logged = await event_store.read_log(connection, 2, 10)
+        events = [event_store.decode_event(*entry[1:5]) for entry in logged]
+        assert [(e.originator_id, e.originator_version, e.status) for e in events] == [
+            ("KOM/1 ü", 3, "delivered"),
+            ("KOM2", 1, "cancelled"),
+        ]
+        standings = await event_store.standings(connection, ["KOM2", "KOM/1 ü", "unheard"])
+        assert [standings[order_no][0] for order_no in ("KOM2", "KOM/1 ü", "unheard")] == [1, 3, 0]
+    finally:
+        await connection.close()
+
+
+async def test_the_bytes_in_the_table_are_those_of_the_librarys_transcoder(connection: Connection) -> None:
+    """What lies in the table is byte for byte what the library's JSONTranscoder writes of the same state."""
+    order = Order.unheard("KOM1")
+    event = order.report(report("KOM1"), NOW)
+    await event_store.append(connection, [event])
+    (logged,) = await event_store.read_log(connection, 0, 1)
+    transcoder = JSONTranscoder()
+    transcoder.register(DatetimeAsISO())
+    state = {k: v for k, v in vars(event).items() if k not in {"originator_id", "originator_version"}}
+    assert logged.state == transcoder.encode(state)
+    assert logged.topic == "order.status_reported"
+
+
+async def test_a_version_that_is_taken_refuses_the_whole_append(connection: Connection) -> None:
+    """Nothing of an append is kept where one of its versions is another's already."""
+    first = Order.unheard("KOM1").report(report("KOM1"), NOW)
+    await event_store.append(connection, [first])
+    stale = Order.unheard("KOM1").report(report("KOM1"), NOW)
+    fresh = Order.unheard("KOM2").report(report("KOM2"), NOW)
+    with pytest.raises(VersionTakenError):
+        await event_store.append(connection, [fresh, stale])
+    assert [event.order_no for event in await event_store.read_log(connection, 0, 10)] == ["KOM1"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE order_events SET state = ''",
+        "DELETE FROM order_events",
+        "TRUNCATE order_events CASCADE",
+        "INSERT INTO order_events (originator_id, originator_version, topic, state, notification_id) "
+        "VALUES ('KOM2', 1, '', '', 7)",
+    ],
+)
+async def test_the_database_itself_refuses_to_change_the_log(connection: Connection, statement: str) -> None:
+    """Not even the owner changes or removes an event, or chooses a position, whatever code there is."""
+    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
+    await connection.execute("SET session_replication_role = replica")
+    with pytest.raises(asyncpg.PostgresError):
+        await connection.execute(statement)
+    assert len(await event_store.read_log(connection, 0, 10)) == 1
+
+
+async def test_a_lost_answer_is_looked_for_by_report_id(connection: Connection) -> None:
+    """Only an event with the very report_id counts as ours; another's at that version does not."""
+    event = Order.unheard("KOM1").report(report("KOM1"), NOW)
+    assert await event_store.positions_of(connection, [event]) is None
+    (position,) = await event_store.append(connection, [event])
+    assert await event_store.positions_of(connection, [event]) == [position]
+    other = Order.unheard("KOM1").report(report("KOM1"), NOW)
+    assert await event_store.positions_of(connection, [other]) is None
+
+
+async def test_nobody_appends_while_the_log_is_held_still(dsn: str, held: HeldConnection) -> None:
+    """What is read under the lock stays true until the end of the block."""
+    store = EventStore(held)
+    other = await connect(dsn)
+    async with store.locked() as connection:
+        event = Order.unheard("KOM1").report(report("KOM1"), NOW)
+        waiting = asyncio.create_task(event_store.append(other, [event]))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        assert await event_store.standings(connection, ["KOM1"]) == {"KOM1": Order.unheard("KOM1").standing}
+    assert await waiting == [1]
+    await other.close()
+    await store.close()
+
+
+WRITERS = 4
+APPENDS_EACH = 150
+
+
+async def tail_while_writing(dsn: str, append_statement: str) -> tuple[int, int]:
+    """Tail the log while several writers append to it; return how many the tail saw and how many there are."""
+    finished = asyncio.Event()
+
+    async def write(number: int) -> None:
+        connection = await connect(dsn)
+        for i in range(APPENDS_EACH):
+            ids = [f"W{number}-{i}-{k}" for k in range(5)]
+            await connection.fetch(append_statement, ids, [1] * 5, ["t"] * 5, [b"{}"] * 5, 1)
+        await connection.close()
+
+    async def tail() -> int:
+        connection = await connect(dsn)
+        position, seen = 0, 0
+        while True:
+            is_last = finished.is_set()
+            page = await event_store.read_log(connection, position, 1_000)
+            if page:
+                position = page[-1].position
+                seen += len(page)
+            elif is_last:
+                await connection.close()
+                return seen
+
+    tailing = asyncio.create_task(tail())
+    await asyncio.gather(*(write(number) for number in range(WRITERS)))
+    finished.set()
+    return await tailing, WRITERS * APPENDS_EACH * 5
+
+
+async def test_position_order_is_commit_order(dsn: str) -> None:
+    """A reader that tails the log while several connections append misses no event."""
+    seen, written = await tail_while_writing(dsn, event_store.APPEND)
+    assert seen == written
+
+
+async def test_without_the_lock_a_tailing_reader_misses_events(dsn: str) -> None:
+    """The test above can fail: with the lock taken out of the statement, a slow commit is overtaken."""
+    unlocked = event_store.APPEND.replace(
+        "pg_advisory_xact_lock($5)", "pg_sleep(random() * 0.005 + $5::bigint * 0)"
+    )
+    # The identity is drawn before the pause: the row order of commits and that of positions part.
+    unlocked = unlocked.replace("RETURNING", "RETURNING pg_sleep(random() * 0.005) IS NULL,")
+    seen, written = await tail_while_writing(dsn, unlocked)
+    assert seen < written

@@ -1,0 +1,307 @@
+"""Recording: exactly once, in batches, beside other writers, and with connections that are lost."""
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from domain.order import UNHEARD, Order, Report, Standing, judge_report
+from service import event_store
+from service.database import Connection, HeldConnection, StorageUnavailableError, connect
+from service.event_store import EventStore
+from service.recorder import Arrival, OverloadedError, Receipt, Recorder, RefusedReportError
+
+NOW = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
+SECONDS_MAX = 3.0
+
+
+def report(order_no: str = "KOM1", status: str = "Dikirim", **more: Any) -> Report:
+    return Report(str(uuid4()), order_no, status, None, f'{{"n":"{uuid4()}"}}', **more)
+
+
+async def record(recorder: Recorder, *reports: Report) -> list[Receipt]:
+    return list(await asyncio.gather(*(recorder.record(Arrival(one, NOW)) for one in reports)))
+
+
+def make_recorder(held: HeldConnection, **limits: Any) -> Recorder:
+    return Recorder(
+        EventStore(held),
+        limits.pop("on_commit", lambda _events, _positions: None),
+        **{"queue_reports_max": 1_000, "seconds_max": SECONDS_MAX, **limits},
+    )
+
+
+@pytest.fixture
+async def held(dsn: str) -> AsyncIterator[HeldConnection]:
+    held = HeldConnection(lambda: connect(dsn))
+    yield held
+    await held.close()
+
+
+@pytest.fixture
+def recorder(held: HeldConnection) -> Recorder:
+    return make_recorder(held)
+
+
+async def logged_events(connection: Connection) -> list[tuple[int, Order.StatusReported]]:
+    entries = await event_store.read_log(connection, 0, 1_000_000)
+    return [(entry.position, event_store.decode_event(*entry[1:5])) for entry in entries]
+
+
+def assert_judged_in_order(events: Sequence[Order.StatusReported]) -> None:
+    """Versions are gapless, and every verdict is what judging the log in its order gives."""
+    standings: dict[str, Standing] = {}
+    for event in events:
+        again = Report(
+            event.report_id,
+            event.originator_id,
+            event.reported_status,
+            event.reported_cnote,
+            event.body,
+            event.occurred_at,
+            event.remote,
+        )
+        judged = judge_report(standings.get(event.originator_id, UNHEARD), again, event.timestamp)
+        assert judged == event
+        standings[event.originator_id] = event.standing
+
+
+async def test_concurrent_reports_share_commits_and_each_gets_its_own_receipt(
+    held: HeldConnection, connection: Connection
+) -> None:
+    """A hundred concurrent reports take few commits, and each receipt names its own event."""
+    commits: list[int] = []
+    recorder = make_recorder(held, on_commit=lambda events, _positions: commits.append(len(events)))
+    reports = [report(f"KOM{number % 10}") for number in range(100)]
+    receipts = await record(recorder, *reports)
+    events = await logged_events(connection)
+    assert sum(commits) == 100
+    assert len(commits) < 10
+    by_id = {event.report_id: (position, event) for position, event in events}
+    for one, receipt in zip(reports, receipts, strict=True):
+        position, event = by_id[one.report_id]
+        assert receipt == Receipt(
+            event.verdict,
+            one.report_id,
+            one.order_no,
+            event.originator_version,
+            position,
+            event.status,
+            one.reported_status,
+            event.skipped,
+            event.reason,
+        )
+    assert_judged_in_order([event for _, event in events])
+
+
+async def test_a_stale_cache_is_refused_by_the_key_and_judged_again(
+    dsn: str, recorder: Recorder, connection: Connection
+) -> None:
+    """Where another process recorded meanwhile, the report is judged from what that one recorded."""
+    await record(recorder, report(status="Dikirim"))
+    other_held = HeldConnection(lambda: connect(dsn))
+    await record(make_recorder(other_held), report(status="Diterima"))
+    await other_held.close()
+    (receipt,) = await record(recorder, report(status="Diantar"))
+    assert (receipt.version, receipt.outcome, receipt.status) == (3, "late", "delivered")
+    assert_judged_in_order([event for _, event in await logged_events(connection)])
+
+
+@pytest.mark.parametrize("point", ["before it is sent", "after it is committed"])
+async def test_a_lost_connection_leaves_one_event(
+    dsn: str, held: HeldConnection, connection: Connection, point: str
+) -> None:
+    """A connection cut before or after the commit is made anew, and the report is there exactly once."""
+    cuts = iter([True])
+
+    class CuttingStore(EventStore):
+        async def append(self, events: Sequence[Order.StatusReported]) -> list[int]:
+            cut = next(cuts, False)
+            if cut and point == "before it is sent":
+                await terminate_backends(dsn)
+            positions = await super().append(events)
+            if cut:
+                await terminate_backends(dsn)
+                raise ConnectionResetError("cut after the commit")
+            return positions
+
+    recorder = Recorder(
+        CuttingStore(held), lambda _events, _positions: None, queue_reports_max=10, seconds_max=SECONDS_MAX
+    )
+    one, two = report("KOM1"), report("KOM2", "Diterima")
+    receipts = await record(recorder, one, two)
+    check = await connect(dsn)
+    events = await logged_events(check)
+    await check.close()
+    assert [event.report_id for _, event in events] == [one.report_id, two.report_id]
+    assert [receipt.position for receipt in receipts] == [position for position, _ in events]
+
+
+async def terminate_backends(dsn: str) -> None:
+    connection = await connect(dsn)
+    await connection.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    await connection.close()
+
+
+async def test_no_database_is_unavailable_within_the_time() -> None:
+    """Without a database a report is refused when its time is over, not later, and nothing hangs."""
+
+    async def connect_nowhere() -> Connection:
+        raise StorageUnavailableError("nobody listens")
+
+    held = HeldConnection(connect_nowhere)
+    recorder = make_recorder(held, seconds_max=0.3)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    outcomes = await asyncio.gather(
+        *(recorder.record(Arrival(report(), NOW)) for _ in range(5)), return_exceptions=True
+    )
+    assert all(isinstance(outcome, StorageUnavailableError) for outcome in outcomes)
+    assert loop.time() - began < 5 * 0.3
+
+
+async def test_a_full_queue_refuses_at_once(held: HeldConnection) -> None:
+    """More than may wait is refused without waiting; what was taken is recorded."""
+    recorder = make_recorder(held, queue_reports_max=10)
+    outcomes = await asyncio.gather(
+        *(recorder.record(Arrival(report(f"KOM{n}"), NOW)) for n in range(15)), return_exceptions=True
+    )
+    assert sum(isinstance(outcome, OverloadedError) for outcome in outcomes) == 5
+    assert sum(isinstance(outcome, Receipt) for outcome in outcomes) == 10
+
+
+async def test_one_report_that_the_database_refuses_does_not_fail_its_neighbours(
+    recorder: Recorder, connection: Connection
+) -> None:
+    """A batch refused for its content is halved until the one report at fault is alone."""
+    # PostgreSQL's text cannot hold a NUL character; the parser would not let one through.
+    reports = [report(f"KOM{number}") for number in range(9)]
+    reports[4] = report("KOM\x00")
+    outcomes = await asyncio.gather(
+        *(recorder.record(Arrival(one, NOW)) for one in reports), return_exceptions=True
+    )
+    assert [type(outcome) for outcome in outcomes].count(RefusedReportError) == 1
+    assert isinstance(outcomes[4], RefusedReportError)
+    assert len(await logged_events(connection)) == 8
+
+
+async def test_a_caller_that_vanishes_takes_nothing_with_it(recorder: Recorder, connection: Connection) -> None:
+    """A cancelled caller cancels neither its neighbours nor the commit under way."""
+    calls = [asyncio.create_task(recorder.record(Arrival(report(f"KOM{n}"), NOW))) for n in range(10)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    calls[3].cancel()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes].count(asyncio.CancelledError) == 1
+    assert sum(isinstance(outcome, Receipt) for outcome in outcomes) == 9
+    assert_judged_in_order([event for _, event in await logged_events(connection)])
+
+
+async def test_time_never_goes_back_within_an_order(recorder: Recorder, connection: Connection) -> None:
+    """A clock that was set back does not make an order's later event the earlier one."""
+    await recorder.record(Arrival(report(), NOW))
+    await recorder.record(Arrival(report(status="Diterima"), NOW - timedelta(hours=1)))
+    assert [event.timestamp for _, event in await logged_events(connection)] == [NOW, NOW]
+
+
+async def test_an_idempotency_key_gets_the_first_receipt_again(
+    recorder: Recorder, connection: Connection
+) -> None:
+    """The same key for the same order brings no second event; with another body it is an ordinary report."""
+    first = report(idempotency_key="key-1")
+    (receipt,) = await record(recorder, first)
+    again = await record(recorder, first._replace(report_id=str(uuid4())))
+    assert again == [receipt]
+    (other_body,) = await record(recorder, first._replace(report_id=str(uuid4()), body="{}"))
+    (other_order,) = await record(recorder, first._replace(report_id=str(uuid4()), order_no="KOM2"))
+    assert (other_body.version, other_body.outcome) == (2, "repeated")
+    assert (other_order.order_no, other_order.version) == ("KOM2", 1)
+    assert len(await logged_events(connection)) == 3
+
+
+async def test_a_key_whose_commit_had_no_answer_is_found_again(dsn: str, connection: Connection) -> None:
+    """Concurrent retries with one key, and a connection cut among them, still make one event."""
+    held = HeldConnection(lambda: connect(dsn))
+    recorder = make_recorder(held)
+    first = report(idempotency_key="key-1")
+    calls = [
+        asyncio.create_task(recorder.record(Arrival(first._replace(report_id=str(uuid4())), NOW)))
+        for _ in range(8)
+    ]
+    await asyncio.sleep(0.005)
+    await terminate_backends(dsn)
+    receipts = await asyncio.gather(*calls)
+    await held.close()
+    check = await connect(dsn)
+    assert len(await logged_events(check)) == 1
+    await check.close()
+    assert len({receipt.report_id for receipt in receipts}) == 1
+
+
+async def run_processes(dsn: str, processes: int, reports: int, order_nos: list[str]) -> list[dict[str, Any]]:
+    running = [
+        await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "tests.integration.recording_process",
+            dsn,
+            str(reports),
+            *order_nos,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        for _ in range(processes)
+    ]
+    outputs = await asyncio.gather(*(process.communicate() for process in running))
+    assert [process.returncode for process in running] == [0] * processes
+    return [json.loads(output) for output, _ in outputs]
+
+
+@pytest.mark.parametrize("order_nos", [["HOT"], ["A", "B", "C", "D"]], ids=["one hot order", "a few orders"])
+async def test_eight_processes_on_the_same_orders(
+    dsn: str, connection: Connection, order_nos: list[str]
+) -> None:
+    """Every report has its event, versions are gapless, verdicts follow the log's order, and nobody starves."""
+    results = await run_processes(dsn, 8, 60, order_nos)
+    events = await logged_events(connection)
+    assert len(events) == 8 * 60
+    assert_judged_in_order([event for _, event in events])
+    recorded = {(event.originator_id, event.originator_version, event.report_id) for _, event in events}
+    told = {tuple(version) for result in results for version in result["versions"]}
+    assert told == recorded
+    # The service's own time is 3 s; starting eight processes on a small machine takes some of it.
+    assert max(result["slowest"] for result in results) < 5 * SECONDS_MAX
+
+
+async def test_a_stopped_server_is_left_in_time_and_found_again(
+    server: Any, recorder: Recorder, connection: Connection
+) -> None:
+    """While the server is stopped a report fails when its time is over; afterwards recording goes on."""
+    await record(recorder, report())
+    loop = asyncio.get_running_loop()
+    backend: int = await connection.fetchval(
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    os.kill(backend, signal.SIGSTOP)
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        began = loop.time()
+        with pytest.raises(StorageUnavailableError):
+            await record(recorder, report())
+        assert loop.time() - began < SECONDS_MAX + 1
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+        os.kill(backend, signal.SIGCONT)
+    (receipt,) = await record(recorder, report())
+    # The one in doubt may have been committed by the backend when it went on, or not.
+    assert receipt.version in {2, 3}
+    assert_judged_in_order([event for _, event in await logged_events(connection)])
