@@ -87,27 +87,46 @@ def fold(events: Iterable[DecodedEvent], rows: dict[str, list[Any]]) -> dict[tup
     return cnotes
 
 
+# What the events say is added to the row that is there before it is proposed: the table's checks look at the
+# proposed row, conflict or not. Nobody else writes the view meanwhile.
 UPSERT_ORDERS: Final = """
-    INSERT INTO orders AS known (
+    INSERT INTO orders (
         order_no, version, position, first_position, status, reported_status, status_since, cnote,
         first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised)
-    SELECT * FROM unnest(
+    SELECT given.order_no, given.version, given.position,
+        coalesce(known.first_position, given.first_position),
+        given.status,
+        coalesce(given.reported_status, known.reported_status),
+        coalesce(given.status_since, known.status_since),
+        given.cnote,
+        coalesce(known.first_reported_at, given.first_reported_at),
+        given.last_reported_at,
+        given.advanced + coalesce(known.advanced, 0),
+        given.repeated + coalesce(known.repeated, 0),
+        given.late + coalesce(known.late, 0),
+        given.refused + coalesce(known.refused, 0),
+        given.unrecognised + coalesce(known.unrecognised, 0)
+    FROM unnest(
         $1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[], $7::timestamptz[],
         $8::text[], $9::timestamptz[], $10::timestamptz[], $11::bigint[], $12::bigint[], $13::bigint[],
-        $14::bigint[], $15::bigint[])
+        $14::bigint[], $15::bigint[]
+    ) AS given (
+        order_no, version, position, first_position, status, reported_status, status_since, cnote,
+        first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised)
+    LEFT JOIN orders AS known ON known.order_no = given.order_no
     ON CONFLICT (order_no) DO UPDATE SET
         version = excluded.version,
         position = excluded.position,
         status = excluded.status,
-        reported_status = coalesce(excluded.reported_status, known.reported_status),
-        status_since = coalesce(excluded.status_since, known.status_since),
+        reported_status = excluded.reported_status,
+        status_since = excluded.status_since,
         cnote = excluded.cnote,
         last_reported_at = excluded.last_reported_at,
-        advanced = known.advanced + excluded.advanced,
-        repeated = known.repeated + excluded.repeated,
-        late = known.late + excluded.late,
-        refused = known.refused + excluded.refused,
-        unrecognised = known.unrecognised + excluded.unrecognised
+        advanced = excluded.advanced,
+        repeated = excluded.repeated,
+        late = excluded.late,
+        refused = excluded.refused,
+        unrecognised = excluded.unrecognised
 """
 
 INSERT_CNOTES: Final = """

@@ -180,9 +180,14 @@ async def _apply_order(connection: Connection, view: View, events: Sequence[Deco
                 raise
             await connection.execute("ROLLBACK TO SAVEPOINT event")
             logged = LoggedEvent(item.position, item.event.originator_id, item.event.originator_version, None)
-            await _set_aside(connection, view, logged, f"{type(error).__name__}: {error}")
+            await _set_aside(connection, view, logged, f"{type(error).__name__}: {_first_line(error)}")
             return
         await connection.execute("RELEASE SAVEPOINT event")
+
+
+def _first_line(error: Exception) -> str:
+    # A database's error goes on with the row that it was about.
+    return next(iter(str(error).splitlines()), "")
 
 
 async def _set_aside(connection: Connection, view: View, logged: LoggedEvent, reason: str) -> None:

@@ -28,6 +28,9 @@ DROP_LOCK_TIMEOUT: Final = "SET lock_timeout = '200ms'"
 DROP_ATTEMPTS_MAX: Final = 50
 DROP_PAUSE_SECONDS: Final = 0.2
 
+# How often what arrived meanwhile is applied before the swap: each round leaves less to the next.
+CATCH_UP_ROUNDS: Final = 3
+
 TRY_REBUILD_LOCK: Final = "SELECT pg_try_advisory_lock(hashtextextended('rebuild', 0))"
 HOLD_VIEW: Final = "SELECT pg_advisory_lock(hashtextextended('view ' || $1, 0))"
 BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES ($1, $2)"
@@ -146,11 +149,11 @@ async def rebuild(
         read_log = log_reader.read_log
         for fill in fills:
             # Most of what arrived meanwhile is applied before the live projector is made to wait for the rest.
-            while await _catch_up(fill.connection, fill.view, read_log):
-                pass
+            for _ in range(CATCH_UP_ROUNDS):
+                await _catch_up(fill.connection, fill.view, read_log, await log_reader.head())
         if verify:
             return [await _compare(fill, connect, guard, read_log) for fill in fills]
-        return [await _swap(fill, guard, read_log) for fill in fills]
+        return [await _swap(fill, guard, log_reader) for fill in fills]
 
 
 async def _prepare(fills: Sequence[_Fill], guard: Connection) -> None:
@@ -218,19 +221,19 @@ async def _fill_carefully(
     async for page in log_reader.read_streams(head):
         for fill in fills:
             async with fill.connection.transaction():
-                await apply_page(fill.connection, fill.view, page, sets_aside=True, one_by_one=True)
+                await _apply(fill.connection, fill.view, page, sets_aside=True)
         done += len(page)
         progress(done, max(total, done))
 
 
-async def _swap(fill: _Fill, guard: Connection, read_log: ReadLog) -> RebuiltView:
+async def _swap(fill: _Fill, guard: Connection, log_reader: Log) -> RebuiltView:
     """Apply the rest and rename the schemas, in one transaction under the live projector's lock."""
     view, connection = fill.view, fill.connection
     await _drop(guard, f"{view.name}_old")
     async with connection.transaction():
         await connection.execute(TAKE_VIEW_LOCK, view.name)
-        while await _apply_next(connection, view, read_log):
-            pass
+        # The live view cannot be beyond this head: it does not move while its lock is held.
+        await _catch_up(connection, view, log_reader.read_log, await log_reader.head())
         set_aside = await connection.fetchval(COUNT_SET_ASIDE)
         await connection.execute(SWAP_SCHEMAS.format(view=view.name))
     await _drop(guard, f"{view.name}_old")
@@ -238,19 +241,16 @@ async def _swap(fill: _Fill, guard: Connection, read_log: ReadLog) -> RebuiltVie
 
 
 async def _compare(fill: _Fill, connect: Connect, guard: Connection, read_log: ReadLog) -> RebuiltView:
-    """Bring the rebuilt and the live view to one position, hold both there for a snapshot, and compare in it."""
+    """Bring the rebuilt and the live view to one position, take a snapshot of both there, and compare in it."""
     view, rebuilt = fill.view, fill.connection
     live = await connect(view.name)
     try:
         await live.execute(HOLD_VIEW, view.name)
-        position = (await view_state(rebuilt)).position
-        while await _catch_up(live, view, read_log, position):
-            pass
+        await _catch_up(live, view, read_log, (await view_state(rebuilt)).position)
         state = await view_state(live)
         if state.definition != view.definition:
             raise OutdatedViewError(f"the view {view.name} is outdated: it needs a replay")
-        while await _catch_up(rebuilt, view, read_log, state.position):
-            pass
+        await _catch_up(rebuilt, view, read_log, state.position)
         await rebuilt.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         set_aside = await rebuilt.fetchval(COUNT_SET_ASIDE)
     finally:
@@ -264,22 +264,27 @@ async def _compare(fill: _Fill, connect: Connect, guard: Connection, read_log: R
     return RebuiltView(view.name, set_aside, differences)
 
 
-async def _catch_up(connection: Connection, view: View, read_log: ReadLog, up_to: int | None = None) -> bool:
-    async with connection.transaction():
-        return await _apply_next(connection, view, read_log, up_to)
+async def _catch_up(connection: Connection, view: View, read_log: ReadLog, head: int) -> None:
+    """Apply what lies between the view's position and a head in log order, as the live projection does."""
+    while True:
+        async with connection.transaction():
+            state = await view_state(connection)
+            page = await read_log(state.position, PAGE_EVENTS_MAX)
+            page = [logged for logged in page if logged.position <= head]
+            if not page:
+                return
+            await _apply(connection, view, page, sets_aside=state.sets_aside)
+            await advance(connection, state.position, page[-1].position)
 
 
-async def _apply_next(connection: Connection, view: View, read_log: ReadLog, up_to: int | None = None) -> bool:
-    """Apply the next page in log order, as the live projection does; return whether there was one."""
-    state = await view_state(connection)
-    page = await read_log(state.position, PAGE_EVENTS_MAX)
-    if up_to is not None:
-        page = [logged for logged in page if logged.position <= up_to]
-    if not page:
-        return False
-    await apply_page(connection, view, page, sets_aside=state.sets_aside, one_by_one=True)
-    await advance(connection, state.position, page[-1].position)
-    return True
+async def _apply(connection: Connection, view: View, page: Sequence[LoggedEvent], *, sets_aside: bool) -> None:
+    try:
+        async with connection.transaction():
+            await apply_page(connection, view, page, sets_aside=sets_aside)
+    except Exception:
+        if connection.is_closed():
+            raise
+        await apply_page(connection, view, page, sets_aside=sets_aside, one_by_one=True)
 
 
 async def _drop(guard: Connection, schema: str) -> None:

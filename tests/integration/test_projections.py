@@ -1,0 +1,379 @@
+"""Projections: exactly once, one process at a time, and rebuilt to the very same rows."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import asyncpg
+import pytest
+from eventsourcing.utils import clear_topic_cache, register_topic
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from domain.order import Order, Report
+from domain.statuses import ALIASES
+from projections import current_status, timeline
+from projections.current_status import OrderRow
+from projections.engine import DecodedEvent, OutdatedViewError
+from projections.rebuild import RebuildRunningError, RebuiltView
+from service import event_store
+from service.app import Service, rebuild_views
+from service.database import Connection, HeldConnection, connect
+from service.log_reader import LogReader
+from service.recorder import Arrival
+from service.schema import VIEWS
+from service.settings import Settings
+
+NOW = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
+CAUGHT_UP_SECONDS_MAX = 10.0
+EQUAL = [RebuiltView(view.name, 0, 0) for view in VIEWS]
+
+
+def report(order_no: str, status: str = "Dikirim", cnote: str | None = None) -> Report:
+    return Report(str(uuid4()), order_no, status, cnote, json.dumps({"order_no": order_no, "status": status}))
+
+
+@pytest.fixture
+async def service(dsn: str) -> AsyncIterator[Service]:
+    service = Service(Settings(), dsn)
+    await service.start()
+    yield service
+    await service.stop()
+
+
+async def record(service: Service, *reports: Report) -> int:
+    """Record reports, wait until the views have them, and return the last position."""
+    receipts = await asyncio.gather(*(service.recorder.record(Arrival(one, NOW)) for one in reports))
+    position = max(receipt.position for receipt in receipts)
+    await caught_up(service, position)
+    return position
+
+
+async def caught_up(service: Service, position: int) -> None:
+    for projector in service.projectors.values():
+        assert await projector.reached(position, CAUGHT_UP_SECONDS_MAX)
+
+
+async def rebuilt(dsn: str, *, verify: bool = False, views: Any = VIEWS) -> list[RebuiltView]:
+    held = HeldConnection(lambda: connect(dsn))
+    try:
+        reader = LogReader(held, lambda: connect(dsn))
+        return await rebuild_views(dsn, views, reader, lambda _done, _total: None, verify=verify)
+    finally:
+        await held.close()
+
+
+async def insert_raw(connection: Connection, order_no: str, version: int, topic: str, state: bytes) -> int:
+    """Append an event that this release did not write."""
+    position: int = await connection.fetchval(
+        "INSERT INTO order_events (originator_id, originator_version, topic, state) VALUES ($1, $2, $3, $4) "
+        "RETURNING notification_id",
+        order_no,
+        version,
+        topic,
+        state,
+    )
+    return position
+
+
+async def rows_of(connection: Connection, table: str) -> list[tuple[Any, ...]]:
+    return sorted(map(tuple, await connection.fetch(f"TABLE {table}")), key=repr)
+
+
+async def test_the_views_follow_the_log_behind_the_commit(service: Service, connection: Connection) -> None:
+    """What was recorded is in both views once they have its position."""
+    await record(
+        service,
+        report("KOM1", "Diajukan", "A1"),
+        report("KOM1", "Dikirim", "A1"),
+        report("KOM1", "dikirim", "A1"),
+        report("KOM1", "Dipacking", "A2"),
+        report("KOM1", "mystery"),
+        report("KOM1", "Batal"),
+    )
+    row = (await current_status.orders_by_number(connection, ["KOM1"]))["KOM1"]
+    assert row == OrderRow(
+        "KOM1", 6, 6, 1, "in_transit", "Dikirim", NOW, "A1", NOW, NOW, 2, 1, 1, 1, 1, None, None, None
+    )
+    assert await rows_of(connection, "current_status.order_cnotes") == [("A1", "KOM1"), ("A2", "KOM1")]
+    entries = await timeline.entries_page(connection, "KOM1", 0, 10)
+    assert [(entry.version, entry.verdict, entry.repeats) for entry in entries] == [
+        (1, "advanced", 0),
+        (2, "advanced", 1),
+        (4, "late", 0),
+        (5, "unrecognised", 0),
+        (6, "refused", 0),
+    ]
+    assert entries[1].skipped == ["packed", "picked_up"]
+
+
+STATUS_STRINGS = [*(alias for aliases in ALIASES.values() for alias in aliases), "mystery", "RETUR_DITERIMA"]
+REPORTS = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sampled_from(STATUS_STRINGS),
+        st.sampled_from([None, "AWB1", "AWB2"]),
+        st.integers(-5, 5),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+async def test_live_and_rebuilt_views_are_equal_row_for_row(
+    service: Service, dsn: str, connection: Connection
+) -> None:
+    """Whatever is reported: the live views equal a rebuild, and each order's row equals its events folded."""
+
+    async def try_one(reports: list[tuple[int, str, str | None, int]]) -> None:
+        prefix = str(uuid4())
+        positions = [
+            (
+                await service.recorder.record(
+                    Arrival(report(f"{prefix}/{order}", status, cnote), NOW + timedelta(seconds=seconds))
+                )
+            ).position
+            for order, status, cnote, seconds in reports
+        ]
+        await caught_up(service, max(positions))
+        assert await rebuilt(dsn, verify=True) == EQUAL
+        for order_no in {f"{prefix}/{order}" for order, *_ in reports}:
+            stream = await event_store.read_stream(connection, order_no, 0, 1_000)
+            events = [DecodedEvent(entry.position, event_store.decode_event(*entry[1:5])) for entry in stream]
+            folded: dict[str, list[Any]] = {}
+            current_status.fold(events, folded)
+            live = await current_status.orders_by_number(connection, [order_no])
+            assert live[order_no] == OrderRow(*folded[order_no])
+
+    loop = asyncio.get_running_loop()
+
+    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(REPORTS)
+    def try_many(reports: list[tuple[int, str, str | None, int]]) -> None:
+        asyncio.run_coroutine_threadsafe(try_one(reports), loop).result()
+
+    await asyncio.to_thread(try_many)
+    assert await rebuilt(dsn) == EQUAL
+
+
+async def test_two_processes_project_each_event_once(dsn: str, connection: Connection) -> None:
+    """However many stand by, a row of the timeline is written once, and counts are right."""
+    services = [Service(Settings(), dsn) for _ in range(3)]
+    for service in services:
+        await service.start()
+    try:
+        receipts = await asyncio.gather(
+            *(
+                services[number % 3].recorder.record(Arrival(report(f"KOM{number % 7}"), NOW))
+                for number in range(300)
+            )
+        )
+        head = max(receipt.position for receipt in receipts)
+        for service in services:
+            await caught_up(service, head)
+        assert await connection.fetchval("SELECT count(*) FROM timeline.entries") == 300
+        assert await rebuilt(dsn, verify=True) == EQUAL
+    finally:
+        for service in services:
+            await service.stop()
+
+
+async def test_a_projector_whose_backend_is_killed_goes_on(service: Service, connection: Connection) -> None:
+    """A lost connection loses and doubles nothing in a view."""
+    for number in range(5):
+        await service.recorder.record(Arrival(report(f"KOM{number}"), NOW))
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+    await record(service, report("LAST"))
+    assert await connection.fetchval("SELECT count(*) FROM timeline.entries") == 6
+
+
+async def test_an_event_that_cannot_be_decoded_sets_its_order_aside(
+    service: Service, dsn: str, connection: Connection
+) -> None:
+    """The order waits from that event on, others go on, and a replay that understands it heals it."""
+    await record(service, report("KOM1", "Diajukan"), report("KOM2", "Diajukan"))
+    alien = Order.unheard("KOM1").report(report("KOM1", "Dikirim"), NOW)
+    state = event_store.MAPPER.to_stored_event(alien).state
+    aside = await insert_raw(connection, "KOM1", 2, "order.not_known_yet", state)
+    await caught_up(service, aside)
+    later = await record(service, report("KOM2", "Dikirim"))
+    assert await connection.fetchval("SELECT count(*) FROM timeline.entries WHERE position > $1", aside) == 1
+    row = (await current_status.orders_by_number(connection, ["KOM1"]))["KOM1"]
+    assert (row.version, row.aside_since, row.aside_position) == (1, 2, aside)
+    assert (await timeline.set_aside(connection, "KOM1")) is not None
+    assert [one.set_aside for one in await rebuilt(dsn)] == [1, 1]
+    assert [one.differences for one in await rebuilt(dsn, verify=True)] == [0, 0]
+
+    register_topic("order.not_known_yet", Order.StatusReported)
+    try:
+        assert await rebuilt(dsn) == EQUAL
+    finally:
+        clear_topic_cache()
+        register_topic(Order.StatusReported.TOPIC, Order.StatusReported)
+    await caught_up(service, later)
+    row = (await current_status.orders_by_number(connection, ["KOM1"]))["KOM1"]
+    assert (row.version, row.aside_since) == (2, None)
+
+
+async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
+    service: Service, dsn: str, connection: Connection
+) -> None:
+    """A verdict unknown to a view stops neither the other orders nor the other view; a rebuild swaps even so."""
+    await record(service, report("KOM1", "Diajukan"))
+    state = json.loads((await event_store.read_log(connection, 0, 1))[0].state)
+    state["verdict"] = "postponed"
+    position = await insert_raw(
+        connection, "KOM1", 2, Order.StatusReported.TOPIC, json.dumps(state, separators=(",", ":")).encode()
+    )
+    after = await record(service, report("KOM2", "Diajukan"), report("KOM2", "Dikirim"))
+    assert after > position
+    assert [row[0] for row in await connection.fetch("SELECT order_no FROM current_status.set_aside")] == [
+        "KOM1"
+    ]
+    assert await connection.fetchval("SELECT count(*) FROM timeline.set_aside") == 0
+    assert [(one.name, one.set_aside) for one in await rebuilt(dsn)] == [("current_status", 1), ("timeline", 0)]
+    row = (await current_status.orders_by_number(connection, ["KOM1", "KOM2"]))["KOM1"]
+    assert (row.version, row.aside_since) == (1, 2)
+    assert await connection.fetchval("SELECT count(*) FROM current_status.orders") == 2
+
+
+async def test_a_view_of_another_definition_is_rebuilt_at_start(dsn: str, connection: Connection) -> None:
+    """Views are never migrated: where the definition differs the view is made anew, while reports are taken."""
+    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
+    await connection.execute("UPDATE timeline.projection SET definition = 'of an earlier release'")
+    await connection.execute("ALTER TABLE timeline.entries DROP COLUMN reason")
+    service = Service(Settings(), dsn)
+    await service.start()
+    try:
+        await record(service, report("KOM1", "Diterima"))
+        assert [entry.version for entry in await timeline.entries_page(connection, "KOM1", 0, 10)] == [1, 2]
+        assert not service.projectors["timeline"].is_outdated
+    finally:
+        await service.stop()
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_an_older_process_does_not_write_a_newer_view(service: Service, connection: Connection) -> None:
+    """A process whose definition is another's past stands by and says so; webhooks go on."""
+    await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
+    with pytest.raises(OutdatedViewError):
+        await service.projectors["current_status"].step()
+    receipt = await service.recorder.record(Arrival(report("KOM1"), NOW))
+    assert receipt.version == 1
+    assert await connection.fetchval("SELECT position FROM current_status.projection") == 0
+
+
+async def test_a_difference_is_found(service: Service, dsn: str, connection: Connection) -> None:
+    """A verification that could not fail would be worth nothing: a row changed by hand is told."""
+    await record(service, report("KOM1"))
+    await connection.execute("UPDATE current_status.orders SET cnote = 'forged'")
+    assert [(one.name, one.differences) for one in await rebuilt(dsn, verify=True)] == [
+        ("current_status", 2),
+        ("timeline", 0),
+    ]
+    assert await rebuilt(dsn) == EQUAL
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_only_one_rebuild_runs_at_a_time(dsn: str, connection: Connection) -> None:
+    """A second rebuild is refused, in whatever process the first one runs."""
+    await connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
+    with pytest.raises(RebuildRunningError):
+        await rebuilt(dsn)
+
+
+async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
+    service: Service, dsn: str, connection: Connection
+) -> None:
+    """Rebuilds swap while prepared readers read, reports arrive and a dump holds the tables.
+
+    No read fails, none sees a row or a position go back, and at the end the views equal a rebuild.
+    """
+    await record(service, *(report(f"KOM{number}") for number in range(200)))
+    finished = asyncio.Event()
+    slowest_read = 0.0
+    reads = 0
+
+    async def read() -> None:
+        nonlocal slowest_read, reads
+        reader = await connect(dsn)
+        position = 0
+        versions: dict[str, int] = {}
+        loop = asyncio.get_running_loop()
+        while not finished.is_set():
+            began = loop.time()
+            rows = await current_status.orders_by_number(reader, [f"KOM{n}" for n in range(200)])
+            entries = await timeline.entries_page(reader, "KOM1", 0, 10)
+            slowest_read = max(slowest_read, loop.time() - began)
+            reads += 1
+            assert len(rows) == 200
+            assert entries
+            at = await reader.fetchval("SELECT position FROM timeline.projection")
+            assert at >= position
+            position = at
+            for order_no, row in rows.items():
+                assert row.version >= versions.get(order_no, 0)
+                versions[order_no] = row.version
+        await reader.close()
+
+    async def report_on() -> int:
+        number = 0
+        while not finished.is_set():
+            await service.recorder.record(Arrival(report(f"KOM{number % 200}", "Diterima"), NOW))
+            number += 1
+        return number
+
+    async def dump() -> None:
+        # As pg_dump does: one long transaction with a lock on every table.
+        holder = await connect(dsn)
+        while not finished.is_set():
+            async with holder.transaction(isolation="repeatable_read"):
+                await holder.fetch("SELECT 1 FROM timeline.entries, current_status.orders LIMIT 1")
+                await asyncio.sleep(0.3)
+        await holder.close()
+
+    background = [asyncio.create_task(work()) for work in (read, read, report_on, dump)]
+    try:
+        for _ in range(8):
+            assert await rebuilt(dsn) == EQUAL
+    finally:
+        finished.set()
+        await asyncio.gather(*background)
+    head = await event_store.head_position(connection)
+    await caught_up(service, head)
+    assert reads > 20
+    assert slowest_read < 1.0
+    assert await rebuilt(dsn, verify=True) == EQUAL
+    leftover = await connection.fetch("SELECT nspname FROM pg_namespace WHERE nspname ~ '_(next|old)$'")
+    assert leftover == []
+
+
+async def test_an_order_longer_than_a_page_is_rebuilt_whole(
+    service: Service, dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of the rebuild's reading may end within an order; its row and airway bills are whole even so."""
+    await record(
+        service,
+        *(report(f"KOM{n % 3}", cnote=f"AWB{n % 2}") for n in range(30)),
+        *(report("HOT", cnote=f"AWB{n % 3}") for n in range(50)),
+    )
+    monkeypatch.setattr("service.log_reader.STREAMS_PAGE_EVENTS", 7)
+    before = await rows_of(connection, "current_status.orders")
+    assert await rebuilt(dsn) == EQUAL
+    assert await rows_of(connection, "current_status.orders") == before
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_a_view_is_written_by_its_projection_alone(connection: Connection) -> None:
+    """The schema refuses what no fold makes: counts that do not add up to the version."""
+    with pytest.raises(asyncpg.CheckViolationError):
+        await connection.execute(
+            "INSERT INTO current_status.orders VALUES "
+            "('KOM1', 2, 1, 1, NULL, NULL, NULL, NULL, now(), now(), 0, 0, 0, 0, 1)"
+        )
