@@ -1,0 +1,482 @@
+"""The HTTP contract, over a real socket to the real application."""
+
+import asyncio
+import gzip
+import json
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import aiohttp
+import pytest
+from yarl import URL
+
+from domain.statuses import STATUSES
+from service.app import serving
+from service.database import Connection
+from service.settings import Settings
+
+RECEIPT = {
+    "outcome",
+    "report_id",
+    "order_no",
+    "version",
+    "position",
+    "status",
+    "reported_status",
+    "skipped",
+    "reason",
+}
+
+
+class Client:
+    """Sends webhooks and reads as a user would."""
+
+    def __init__(self, session: aiohttp.ClientSession, port: int) -> None:
+        self.session = session
+        self.port = port
+
+    async def webhook(self, order_no: Any, status: Any = "Dikirim", cnote: Any = "AWB1", **more: Any) -> Any:
+        body = {"order_no": order_no, "cnote": cnote, "status": status, **more}
+        async with self.session.put(f"http://127.0.0.1:{self.port}/webhook", json=body) as response:
+            assert response.status == 200
+            return await response.json()
+
+    async def raw(self, body: bytes, method: str = "PUT", **headers: str) -> Any:
+        url = f"http://127.0.0.1:{self.port}/webhook"
+        async with self.session.request(method, url, data=body, headers=headers) as response:
+            assert response.status == 200
+            return await response.json()
+
+    async def get(self, path: str, status: int = 200, headers: dict[str, str] | None = None) -> Any:
+        answer, _ = await self.get_with_headers(path, status, headers)
+        return answer
+
+    async def get_with_headers(
+        self, path: str, status: int = 200, headers: dict[str, str] | None = None
+    ) -> tuple[Any, Any]:
+        url = URL(f"http://127.0.0.1:{self.port}{path}", encoded=True)
+        async with self.session.get(url, headers=headers) as response:
+            body = await response.read()
+            assert response.status == status, body
+            kind = "application/problem+json" if status >= 400 else "application/json"
+            if body:
+                assert response.headers["Content-Type"] == kind
+            assert response.headers["Server"] == "order-tracking"
+            return json.loads(body) if body else None, response.headers
+
+    async def talk(self, request: bytes) -> bytes:
+        """Send bytes as they are and read until the answer is whole or the connection ends."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(request)
+        answer = await asyncio.wait_for(reader.read(65_536), 5)
+        writer.close()
+        return answer
+
+
+@pytest.fixture
+async def client(dsn: str) -> AsyncIterator[Client]:
+    settings = Settings(port=0)
+    async with serving(settings, dsn) as port, aiohttp.ClientSession() as session:
+        yield Client(session, port)
+
+
+# What each sample of the sender's documentation puts on the wire: all of them PUT, none of them the same bytes.
+CURL_BODY = b'{\n"order_no": "KOM1",\n"cnote": "AWB1",\n"status": "Dikirim"\n}'
+COMPACT_BODY = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'
+DOCUMENTED = {
+    "curl": (
+        b"User-Agent: curl/7.88.1\r\naccept: application/json\r\nContent-Type: application/json\r\n",
+        CURL_BODY,
+    ),
+    "javascript fetch": (
+        b"accept: application/json\r\nContent-Type: application/json\r\nAccept-Language: *\r\n"
+        b"Sec-Fetch-Mode: cors\r\nUser-Agent: node\r\nAccept-Encoding: gzip, deflate\r\n",
+        COMPACT_BODY,
+    ),
+    "php curl": (b"Accept-Encoding: deflate, gzip, br\r\naccept: application/json\r\n"
+                 b"Content-Type: application/json\r\n", CURL_BODY),
+    "go net/http": (
+        b"User-Agent: Go-http-client/1.1\r\nAccept: application/json\r\nContent-Type: application/json\r\n"
+        b"Accept-Encoding: gzip\r\n",
+        CURL_BODY,
+    ),
+    "node axios": (
+        b"Accept: application/json\r\nContent-Type: application/json\r\nUser-Agent: axios/1.7.9\r\n"
+        b"Accept-Encoding: gzip, compress, deflate, br\r\nConnection: keep-alive\r\n",
+        COMPACT_BODY,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sample", DOCUMENTED)
+async def test_every_documented_sender_is_understood(client: Client, sample: str) -> None:
+    """The bytes of each sample of the sender's documentation become an event that keeps the body verbatim."""
+    headers, body = DOCUMENTED[sample]
+    request = b"PUT /webhook HTTP/1.1\r\nHost: shop.example\r\n" + headers
+    answer = await client.talk(request + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+    receipt = json.loads(answer.split(b"\r\n\r\n", 1)[1])
+    assert receipt["outcome"] == "advanced"
+    (event,) = (await client.get("/orders/KOM1/events"))["events"]
+    assert event["data"]["body"] == body.decode()
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+async def test_a_report_gets_the_receipt_of_the_contract(client: Client, method: str) -> None:
+    """PUT and POST alike: 200 with outcome, place and status, and the event is in the log by then."""
+    receipt = await client.raw(COMPACT_BODY, method)
+    report_id = receipt.pop("report_id")
+    assert receipt == {
+        "outcome": "advanced",
+        "order_no": "KOM1",
+        "version": 1,
+        "position": 1,
+        "status": "in_transit",
+        "reported_status": "Dikirim",
+        "skipped": [],
+        "reason": None,
+    }
+    (event,) = (await client.get("/events"))["events"]
+    assert event["data"]["report_id"] == report_id
+
+
+@pytest.mark.parametrize(
+    ("body", "order_no"),
+    [
+        (b"", None),
+        (b"not json", None),
+        (b"[1]", None),
+        (b'"text"', None),
+        (b"\xff\xfe", None),
+        (b'{"cnote":"A","status":"Sent"}', None),
+        (b'{"order_no":7.5,"status":"Sent"}', None),
+        (b'{"order_no":"KOM1"}', "KOM1"),
+        (b'{"order_no":"KOM1","status":3}', "KOM1"),
+        (b'{"order_no":"KOM1","status":"Sent","order_no":"KOM2"}', None),
+        (b"order_no=KOM1&status=Sent", None),
+    ],
+)
+async def test_what_cannot_be_understood_is_kept_byte_for_byte(
+    client: Client, connection: Connection, body: bytes, order_no: str | None
+) -> None:
+    """It is answered 200 quarantined, since a 4xx would be retried in vain; no event comes of it."""
+    first, second = await client.raw(body), await client.raw(body)
+    assert set(first) == RECEIPT | {"quarantine_id"}
+    assert (first["outcome"], first["order_no"]) == ("quarantined", order_no)
+    assert first["reason"]
+    assert second["quarantine_id"] == first["quarantine_id"]
+    kept = await connection.fetch("SELECT body, times_seen, reason FROM quarantine")
+    assert [tuple(row) for row in kept] == [(body, 2, first["reason"])]
+    assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
+
+
+async def test_a_body_that_the_database_refuses_is_quarantined(client: Client, connection: Connection) -> None:
+    """What passes the parser and cannot be stored is kept all the same, and answered 200."""
+    await connection.execute("ALTER TABLE order_events ADD CHECK (originator_id <> 'KOM2')")
+    receipts = await asyncio.gather(*(client.webhook(f"KOM{number}") for number in range(5)))
+    assert [receipt["outcome"] for receipt in receipts] == [
+        "advanced", "advanced", "quarantined", "advanced", "advanced",
+    ]  # fmt: skip
+    assert receipts[2]["order_no"] == "KOM2"
+
+
+async def test_an_order_as_it_is_now(client: Client) -> None:
+    """The members of one order are those of the contract, all of them present, and ETag is the version."""
+    await client.webhook("KOM1", "Diajukan", "")
+    last = await client.webhook("KOM1", "Dikirim", "AWB7")
+    order, headers = await client.get_with_headers(f"/orders/KOM1?after_position={last['position']}")
+    times = [order.pop(name) for name in ("status_since", "first_reported_at", "last_reported_at")]
+    assert all(datetime.fromisoformat(time).tzinfo is not None for time in times)
+    assert order == {
+        "order_no": "KOM1",
+        "cnote": "AWB7",
+        "status": "in_transit",
+        "status_label": {"id": "Dikirim", "en": "In transit"},
+        "reported_status": "Dikirim",
+        "settled": False,
+        "version": 2,
+        "position": 2,
+        "counts": {"advanced": 2, "repeated": 0, "late": 0, "refused": 0, "unrecognised": 0},
+        "set_aside": None,
+    }
+    assert headers["ETag"] == '"2"'
+    _, headers = await client.get_with_headers("/orders/KOM1", 304, {"If-None-Match": '"2"'})
+    assert headers["ETag"] == '"2"'
+
+
+async def test_an_order_without_a_status_yet(client: Client) -> None:
+    """Until something advanced, status, label, since and the string that gave it are null."""
+    last = await client.webhook("KOM1", "Antar Ulang", None)
+    order = await client.get(f"/orders/KOM1?after_position={last['position']}")
+    assert [order[name] for name in ("status", "status_label", "status_since", "reported_status", "cnote")] == (
+        [None] * 5
+    )
+    assert (order["settled"], order["counts"]["unrecognised"]) == (False, 1)
+
+
+async def test_an_order_as_it_was_known(client: Client) -> None:
+    """By version or by time an order is folded from its events; before and beyond them it is not known."""
+    for status in ("Diajukan", "Dikirim", "mystery", "Diterima"):
+        await client.webhook("KOM1", status)
+    events = (await client.get("/orders/KOM1/events"))["events"]
+    for event in events:
+        by_version = await client.get(f"/orders/KOM1?version={event['version']}")
+        by_time = await client.get(f"/orders/KOM1?as_of={event['data']['timestamp'].replace('+', '%2B')}")
+        assert by_version == by_time
+        assert by_version["version"] == event["version"]
+        assert by_version["status"] == event["data"]["status"]
+        assert sum(by_version["counts"].values()) == event["version"]
+    assert await client.get("/orders/KOM1?version=4") == await client.get("/orders/KOM1?after_position=4")
+    before = (datetime.fromisoformat(events[0]["data"]["timestamp"]) - timedelta(seconds=1)).astimezone(UTC)
+    for query in ("version=5", f"as_of={before.isoformat()[:19]}Z"):
+        assert (await client.get(f"/orders/KOM1?{query}", 404))["title"] == "Not known then"
+    await client.get("/orders/KOM1?version=1&as_of=2026-01-01T00:00:00Z", 400)
+    await client.get("/orders/ABSENT?version=1", 404)
+
+
+async def test_a_timeline_folds_repeats_and_shows_contradictions(client: Client) -> None:
+    """A repeat counts in the entry it repeats, unless it brings a new airway bill; nothing else is hidden."""
+    for status, cnote in [
+        ("Diajukan", "A1"), ("Diajukan", "A1"), ("Diajukan", "A2"), ("Batal", "A2"), ("Diterima", "A2"),
+        ("Diajukan", "A2"),
+    ]:  # fmt: skip
+        last = await client.webhook("KOM1", status, cnote)
+    timeline = await client.get(f"/orders/KOM1/timeline?after_position={last['position']}")
+    assert (timeline["order_no"], timeline["status"], timeline["next"]) == ("KOM1", "cancelled", None)
+    shown = [
+        (entry["version"], entry["verdict"], entry["reported_cnote"], entry["repeats"])
+        for entry in timeline["entries"]
+    ]
+    assert shown == [
+        (1, "advanced", "A1", 1),
+        (3, "repeated", "A2", 0),
+        (4, "advanced", "A2", 0),
+        (5, "refused", "A2", 0),
+        (6, "late", "A2", 0),
+    ]
+    first, refused = timeline["entries"][0], timeline["entries"][3]
+    assert first["last_repeated_at"] > first["received_at"]
+    assert refused["reason"] == "delivered contradicts cancelled, which was reported before it"
+    assert set(first) == {
+        "version", "verdict", "status", "previous_status", "reported_status", "status_label", "reported_cnote",
+        "skipped", "reason", "received_at", "occurred_at", "repeats", "last_repeated_at",
+    }  # fmt: skip
+
+
+async def walk(client: Client, path: str, name: str) -> list[Any]:
+    """Every item of a list, page by page, by the link in the header, which the body says as well."""
+    items: list[Any] = []
+    while path:
+        page, headers = await client.get_with_headers(path)
+        items += page[name]
+        if page["next"] is None:
+            assert "Link" not in headers
+        else:
+            assert headers["Link"] == f'<{page["next"]}>; rel="next"'
+        path = page["next"]
+    return items
+
+
+async def test_every_list_is_paged_whole(client: Client) -> None:
+    """Following next gives every item once, in order, whatever the size of a page, filters kept."""
+    for number in range(7):
+        last = await client.webhook(f"KOM {number}", "Diajukan", "AWB" if number % 2 else "")
+    for status in ("Dikirim", "Diantar", "Diterima"):
+        last = await client.webhook("KOM 3", status)
+    at = f"after_position={last['position']}"
+    await client.get(f"/orders?{at}")
+    await client.get(f"/audit/transitions?{at}")
+
+    orders = await walk(client, "/orders?limit=2", "orders")
+    assert [order["order_no"] for order in orders] == [f"KOM {number}" for number in range(6, -1, -1)]
+    submitted = await walk(client, "/orders?limit=2&status=submitted&cnote=AWB", "orders")
+    assert [order["order_no"] for order in submitted] == ["KOM 5", "KOM 1"]
+    assert await walk(client, "/orders?cnote=ABSENT", "orders") == []
+
+    entries = await walk(client, "/orders/KOM%203/timeline?limit=3", "entries")
+    assert [entry["version"] for entry in entries] == [1, 2, 3, 4]
+    events = await walk(client, "/orders/KOM%203/events?limit=3", "events")
+    assert [event["version"] for event in events] == [1, 2, 3, 4]
+    log = await walk(client, "/events?limit=4", "events")
+    assert [event["position"] for event in log] == list(range(1, 11))
+    assert set(log[0]) == {"position", "order_no", "version", "type", "recorded_at", "data"}
+
+    transitions = await walk(client, "/audit/transitions?limit=4&verdict=advanced", "transitions")
+    assert [transition["position"] for transition in transitions] == list(range(1, 11))
+    assert set(transitions[0]) == {
+        "position", "order_no", "version", "verdict", "from", "to", "reported_status", "reason", "skipped",
+        "received_at",
+    }  # fmt: skip
+    moved = await walk(client, "/audit/transitions?from=submitted&to=in_transit", "transitions")
+    assert [(one["order_no"], one["skipped"]) for one in moved] == [("KOM 3", ["packed", "picked_up"])]
+    since = transitions[7]["received_at"]
+    assert len(await walk(client, f"/audit/transitions?since={since}&limit=1", "transitions")) == 3
+    assert len(await walk(client, f"/audit/transitions?until={since}&order_no=KOM%203", "transitions")) == 1
+
+
+@pytest.mark.parametrize(
+    "order_no",
+    ["KOM/1", "a?b#c", "..%2F", "%41", "KOM 1 ", "😀", "\u202egnp", "é", "e\u0301", "КОМ1", "a+b&c=d"],
+)
+async def test_any_order_number_is_readable_at_its_percent_encoded_path(client: Client, order_no: str) -> None:
+    """Order numbers are kept as written, told apart, and found again at the path that spells them."""
+    receipt = await client.webhook(order_no)
+    assert receipt["order_no"] == order_no
+    escaped = "".join(f"%{byte:02X}" for byte in order_no.encode())
+    for path in (f"/orders/{escaped}", f"/orders/{escaped}?version=1"):
+        order = await client.get(path if "?" in path else f"{path}?after_position={receipt['position']}")
+        assert order["order_no"] == order_no
+    timeline = await client.get(f"/orders/{escaped}/timeline?limit=1")
+    assert timeline["order_no"] == order_no
+    assert len((await client.get(f"/orders/{escaped}/events"))["events"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "parameter"),
+    [
+        ("/orders?limit=0", "limit"),
+        ("/orders?limit=1001", "limit"),
+        ("/orders?limit=x", "limit"),
+        ("/orders?limit=-1", "limit"),
+        ("/orders?status=sent", "status"),
+        ("/orders?cursor=%25", "cursor"),
+        ("/orders?cursor=LTE", "cursor"),
+        ("/orders?colour=red", "colour"),
+        ("/orders?limit=1&limit=2", "limit"),
+        ("/orders?cnote=%00", "cnote"),
+        ("/orders/KOM1?as_of=yesterday", "as_of"),
+        ("/orders/KOM1?as_of=2026-01-01T00:00:00", "as_of"),
+        ("/orders/KOM1?version=0", "version"),
+        ("/orders/KOM1?version=99999999999999999999", "version"),
+        ("/orders/KOM1?after_position=-1", "after_position"),
+        ("/orders/KOM1/events?after=x", "after"),
+        ("/audit/transitions?verdict=postponed", "verdict"),
+        ("/audit/transitions?from=nowhere", "from"),
+        ("/audit/transitions?since=0", "since"),
+        ("/events?after=9223372036854775808", "after"),
+    ],
+)
+async def test_a_bad_parameter_is_named(client: Client, path: str, parameter: str) -> None:
+    """A parameter that cannot be used gets 400 and a problem that names it; none is ignored."""
+    problem = await client.get(path, 400)
+    assert (problem["title"], problem["parameter"]) == ("Bad parameter", parameter)
+    assert problem["status"] == 400
+
+
+@pytest.mark.parametrize("path", ["/orders/%00", "/orders/%zz", "/orders/%FF", "/orders/a%0Ab/timeline"])
+async def test_a_path_that_spells_no_text_is_refused(client: Client, path: str) -> None:
+    """Broken escapes and control characters in a path are a client's mistake: 400, and nothing is looked up."""
+    answer = await client.talk(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"application/problem+json" in answer
+
+
+async def test_what_is_unknown_is_a_problem(client: Client) -> None:
+    """Unknown orders and paths get 404, other methods 405 with Allow, all as problems."""
+    for path in ("/orders/ABSENT", "/orders/ABSENT/timeline", "/orders/ABSENT/events"):
+        assert (await client.get(path, 404))["title"] == "Unknown order"
+    await client.get("/nothing", 404)
+    problem, headers = await client.get_with_headers("/webhook", 405)
+    assert (problem["status"], headers["Allow"]) == (405, "POST,PUT")
+
+
+async def test_a_position_that_does_not_come_is_waited_for_and_refused(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read waits for the position that it asks for, but not for ever: 503 with Retry-After."""
+    monkeypatch.setattr("service.read_api.AFTER_POSITION_SECONDS_MAX", 0.2)
+    await client.webhook("KOM1")
+    for path in ("/orders/KOM1", "/orders", "/orders/KOM1/timeline", "/audit/transitions"):
+        problem, headers = await client.get_with_headers(f"{path}?after_position=99", 503)
+        assert problem["view"] in {"current_status", "timeline"}
+        assert int(headers["Retry-After"]) > 0
+
+
+async def test_every_receipt_can_be_read_at_once(client: Client) -> None:
+    """Read your writes: with the position of its receipt a report is seen, every time."""
+    for number in range(50):
+        receipt = await client.webhook("KOM1", "Dikirim")
+        order = await client.get(f"/orders/KOM1?after_position={receipt['position']}")
+        assert order["version"] == number + 1
+
+
+async def test_an_order_set_aside_says_so_in_every_answer(client: Client, connection: Connection) -> None:
+    """Beyond the event that a view cannot handle there is no waiting: 503 at once; before it, set_aside tells."""
+    await client.webhook("KOM1")
+    insert = (
+        "INSERT INTO order_events (originator_id, originator_version, topic, state) "
+        "VALUES ($1, $2, 'order.not_known_yet', '{}') RETURNING notification_id"
+    )
+    at = await connection.fetchval(insert, "KOM1", 2)
+    await connection.fetchval(insert, "KOM2", 1)
+    after = await client.webhook("KOM3")
+    await client.get(f"/orders/KOM3?after_position={after['position']}")
+    await client.get(f"/orders/KOM3/timeline?after_position={after['position']}")
+    for path in ("/orders/KOM1", "/orders/KOM1/timeline"):
+        view = "timeline" if path.endswith("timeline") else "current_status"
+        assert (await client.get(path))["set_aside"]["view"] == view
+        assert (await client.get(f"{path}?after_position={at}", 503))["title"] == "Set aside"
+    assert (await client.get("/orders/KOM2", 503))["title"] == "Set aside"
+    assert (await client.get("/orders/KOM2/timeline", 503))["title"] == "Set aside"
+    (listed,) = [one for one in (await client.get("/orders"))["orders"] if one["order_no"] == "KOM1"]
+    assert listed["set_aside"]["since_version"] == 2
+    projections = (await client.get("/projections"))["projections"]
+    assert [[one["order_no"] for one in view["set_aside"]] for view in projections] == [["KOM1", "KOM2"]] * 2
+    assert (await client.get("/orders/KOM1/events"))["events"][1]["data"] == {}
+    await client.get("/orders/KOM1?version=2", 503)
+
+
+async def test_the_rules_are_told(client: Client) -> None:
+    """GET /transitions tells the vocabulary and the whole table, the row of an order without a status too."""
+    rules = await client.get("/transitions")
+    assert [status["status"] for status in rules["statuses"]] == list(STATUSES)
+    assert {(row["from"], row["leg"]) for row in rules["table"]} >= {
+        (None, None),
+        ("problem", "on_the_way_back"),
+    }
+    (submitted,) = [row for row in rules["table"] if row["from"] == "submitted"]
+    assert submitted["to"]["returned"] == {
+        "verdict": "advanced",
+        "skipped": ["packed", "picked_up", "in_transit", "returning"],
+    }
+
+
+async def test_how_far_the_views_have_come_is_told(client: Client) -> None:
+    """Each view's position, the head, and the lag as a count and in seconds."""
+    receipt = await client.webhook("KOM1")
+    await client.get(f"/orders/KOM1?after_position={receipt['position']}")
+    await client.get(f"/orders/KOM1/timeline?after_position={receipt['position']}")
+    answer = await client.get("/projections")
+    assert answer["head"] == 1
+    for view in answer["projections"]:
+        assert (view["position"], view["lag_events"], view["lag_seconds"]) == (1, 0, 0.0)
+
+
+async def test_health(client: Client) -> None:
+    """livez and readyz answer."""
+    assert await client.get("/livez") == {"status": "alive"}
+    assert await client.get("/readyz") == {"status": "ready"}
+
+
+async def test_a_body_over_the_limit_is_refused_and_a_compressed_one_is_read(client: Client) -> None:
+    """413 beyond the limit; gzip, which senders may use, is understood."""
+    big = b'{"order_no":"KOM1","status":"Sent","x":"' + b"x" * 65_536 + b'"}'
+    async with client.session.put(f"http://127.0.0.1:{client.port}/webhook", data=big) as response:
+        assert response.status == 413
+        assert response.headers["Content-Type"] == "application/problem+json"
+    receipt = await client.raw(gzip.compress(COMPACT_BODY), **{"Content-Encoding": "gzip"})
+    assert receipt["outcome"] == "advanced"
+
+
+async def test_idempotency_keys_over_http(client: Client, connection: Connection) -> None:
+    """A sender that gives keys is answered the first receipt again; a key that is too long is no key."""
+    for name in ("webhook-id", "Idempotency-Key"):
+        first = await client.raw(COMPACT_BODY, **{name: f"key of {name}"})
+        again = await client.raw(COMPACT_BODY, **{name: f"key of {name}"})
+        assert first == again
+    before = await connection.fetchval("SELECT count(*) FROM order_events")
+    assert before == 2
+    await client.raw(COMPACT_BODY, **{"webhook-id": "x" * 257})
+    await client.raw(COMPACT_BODY, **{"webhook-id": "x" * 257})
+    assert await connection.fetchval("SELECT count(*) FROM order_events") == 4
