@@ -33,9 +33,9 @@ def dsn_of(server_dsn: str, database: str) -> str:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[EmbeddedPostgres]:
-    """The server of the whole run. ORDER_TRACKING_TEST_PG_BINDIR chooses another PostgreSQL than the wheel's."""
+    """The server of the whole run. TEST_PG_BINDIR chooses another PostgreSQL than the wheel's."""
     folder = make_folder()
-    bindir = os.environ.get("ORDER_TRACKING_TEST_PG_BINDIR")
+    bindir = os.environ.get("TEST_PG_BINDIR")
     server = EmbeddedPostgres(
         folder,
         bindir=Path(bindir) if bindir else None,

@@ -79,7 +79,7 @@ async def test_kill_of_postgresql(service: RunningService, state_dir: Path) -> N
 
 
 async def test_kill_of_the_backend_that_commits(service: RunningService, state_dir: Path) -> None:
-    """After kill -9 of the very backend that appends, reports in doubt are there once, whichever way it went."""
+    """After kill -9 of the very backend that appends, what was in doubt is there once, whichever way it went."""
     load = Load(service.url)
     task = await loaded(load)
     for _ in range(3):
@@ -134,7 +134,7 @@ async def server_pids(service: RunningService) -> list[int]:
 
 
 async def test_sigterm_with_a_body_that_is_half_here(service: RunningService) -> None:
-    """SIGTERM ends it in time with exit code 0, what was taken is answered, a half-sent body is not waited for."""
+    """SIGTERM: exit code 0 in time, what was taken is answered, a half-sent body is not waited for."""
     load = Load(service.url)
     task = await loaded(load)
     host, port = service.url.removeprefix("http://").split(":")

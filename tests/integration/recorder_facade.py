@@ -3,10 +3,9 @@
 import asyncio
 from collections.abc import Coroutine, Sequence
 from threading import Thread
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
-import asyncpg
 from eventsourcing.persistence import (
     AggregateRecorder,
     ApplicationRecorder,
@@ -19,6 +18,9 @@ from eventsourcing.persistence import (
 from service import event_store
 from service.database import Connection, open_pool
 from service.event_store import RecordedEvent, VersionTakenError
+
+if TYPE_CHECKING:
+    import asyncpg
 
 Result = TypeVar("Result")
 EVERYTHING = 1_000_000

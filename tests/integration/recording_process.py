@@ -1,6 +1,6 @@
-"""A process of its own that records reports: ``python -m tests.integration.recording_process DSN REPORTS ORDER...``.
+"""A process of its own that records reports; its arguments are a DSN, how many, and the orders.
 
-It prints a line of JSON: the versions that its receipts named, and the longest that one report took in seconds.
+It writes a line of JSON: the versions that its receipts named, and the longest that one report took in seconds.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ async def record(dsn: str, reports: int, order_nos: list[str]) -> None:
     await asyncio.gather(*(call() for _ in range(CALLERS)))
     await held.close()
     versions = [(receipt.order_no, receipt.version, receipt.report_id) for receipt in receipts]
-    print(json.dumps({"versions": versions, "slowest": slowest}))
+    sys.stdout.write(json.dumps({"versions": versions, "slowest": slowest}))
 
 
 if __name__ == "__main__":

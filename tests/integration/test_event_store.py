@@ -172,8 +172,7 @@ async def test_a_version_that_is_taken_refuses_the_whole_append(connection: Conn
         "UPDATE order_events SET state = ''",
         "DELETE FROM order_events",
         "TRUNCATE order_events CASCADE",
-        "INSERT INTO order_events (originator_id, originator_version, topic, state, notification_id) "
-        "VALUES ('KOM2', 1, '', '', 7)",
+        "INSERT INTO order_events VALUES ('KOM2', 1, '', '', 7, now())",
     ],
 )
 async def test_the_database_itself_refuses_to_change_the_log(connection: Connection, statement: str) -> None:

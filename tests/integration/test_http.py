@@ -84,29 +84,14 @@ async def client(dsn: str) -> AsyncIterator[Client]:
 # What each sample of the sender's documentation puts on the wire: all of them PUT, none of them the same bytes.
 CURL_BODY = b'{\n"order_no": "KOM1",\n"cnote": "AWB1",\n"status": "Dikirim"\n}'
 COMPACT_BODY = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'
+_JSON = b"Accept: application/json\r\nContent-Type: application/json\r\n"
 DOCUMENTED = {
-    "curl": (
-        b"User-Agent: curl/7.88.1\r\naccept: application/json\r\nContent-Type: application/json\r\n",
-        CURL_BODY,
-    ),
-    "javascript fetch": (
-        b"accept: application/json\r\nContent-Type: application/json\r\nAccept-Language: *\r\n"
-        b"Sec-Fetch-Mode: cors\r\nUser-Agent: node\r\nAccept-Encoding: gzip, deflate\r\n",
-        COMPACT_BODY,
-    ),
-    "php curl": (b"Accept-Encoding: deflate, gzip, br\r\naccept: application/json\r\n"
-                 b"Content-Type: application/json\r\n", CURL_BODY),
-    "go net/http": (
-        b"User-Agent: Go-http-client/1.1\r\nAccept: application/json\r\nContent-Type: application/json\r\n"
-        b"Accept-Encoding: gzip\r\n",
-        CURL_BODY,
-    ),
-    "node axios": (
-        b"Accept: application/json\r\nContent-Type: application/json\r\nUser-Agent: axios/1.7.9\r\n"
-        b"Accept-Encoding: gzip, compress, deflate, br\r\nConnection: keep-alive\r\n",
-        COMPACT_BODY,
-    ),
-}  # fmt: skip
+    "curl": (b"User-Agent: curl/7.88.1\r\n" + _JSON, CURL_BODY),
+    "javascript fetch": (b"Accept-Language: *\r\nSec-Fetch-Mode: cors\r\n" + _JSON, COMPACT_BODY),
+    "php curl": (b"Accept-Encoding: deflate, gzip, br\r\n" + _JSON, CURL_BODY),
+    "go net/http": (b"User-Agent: Go-http-client/1.1\r\nAccept-Encoding: gzip\r\n" + _JSON, CURL_BODY),
+    "node axios": (b"User-Agent: axios/1.7.9\r\nConnection: keep-alive\r\n" + _JSON, COMPACT_BODY),
+}
 
 
 @pytest.mark.parametrize("sample", DOCUMENTED)
@@ -317,7 +302,19 @@ async def test_every_list_is_paged_whole(client: Client) -> None:
 
 @pytest.mark.parametrize(
     "order_no",
-    ["KOM/1", "a?b#c", "..%2F", "%41", "KOM 1 ", "😀", "\u202egnp", "é", "e\u0301", "КОМ1", "a+b&c=d"],
+    [
+        "KOM/1",
+        "a?b#c",
+        "..%2F",
+        "%41",
+        "KOM 1 ",
+        "😀",
+        "\u202egnp",
+        "é",
+        "e\u0301",
+        "\u041a\u041e\u041c1",
+        "a+b&c=d",
+    ],
 )
 async def test_any_order_number_is_readable_at_its_percent_encoded_path(client: Client, order_no: str) -> None:
     """Order numbers are kept as written, told apart, and found again at the path that spells them."""
@@ -402,7 +399,7 @@ async def test_every_receipt_can_be_read_at_once(client: Client) -> None:
 
 
 async def test_an_order_set_aside_says_so_in_every_answer(client: Client, connection: Connection) -> None:
-    """Beyond the event that a view cannot handle there is no waiting: 503 at once; before it, set_aside tells."""
+    """Beyond the event that a view cannot handle it is 503 at once; before it, set_aside tells."""
     await client.webhook("KOM1")
     insert = (
         "INSERT INTO order_events (originator_id, originator_version, topic, state) "
@@ -454,7 +451,7 @@ async def test_how_far_the_views_have_come_is_told(client: Client) -> None:
 
 
 async def test_health(client: Client) -> None:
-    """livez and readyz answer."""
+    """A running service is alive and ready."""
     assert await client.get("/livez") == {"status": "alive"}
     assert await client.get("/readyz") == {"status": "ready"}
 

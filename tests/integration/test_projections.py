@@ -224,7 +224,7 @@ async def test_an_event_that_cannot_be_decoded_sets_its_order_aside(
 async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
     service: Service, dsn: str, connection: Connection
 ) -> None:
-    """A verdict unknown to a view stops neither the other orders nor the other view; a rebuild swaps even so."""
+    """A verdict that a view does not know stops neither other orders nor the other view; a rebuild swaps."""
     await record(service, report("KOM1", "Diajukan"))
     state = json.loads((await event_store.read_log(connection, 0, 1))[0].state)
     state["verdict"] = "postponed"

@@ -115,9 +115,7 @@ async def test_a_stale_cache_is_refused_by_the_key_and_judged_again(
 
 
 @pytest.mark.parametrize("point", ["before it is sent", "after it is committed"])
-async def test_a_lost_connection_leaves_one_event(
-    dsn: str, held: HeldConnection, connection: Connection, point: str
-) -> None:
+async def test_a_lost_connection_leaves_one_event(dsn: str, held: HeldConnection, point: str) -> None:
     """A connection cut before or after the commit is made anew, and the report is there exactly once."""
     cuts = iter([True])
 
@@ -229,7 +227,7 @@ async def test_an_idempotency_key_gets_the_first_receipt_again(
     assert len(await logged_events(connection)) == 3
 
 
-async def test_a_key_whose_commit_had_no_answer_is_found_again(dsn: str, connection: Connection) -> None:
+async def test_a_key_whose_commit_had_no_answer_is_found_again(dsn: str) -> None:
     """Concurrent retries with one key, and a connection cut among them, still make one event."""
     held = HeldConnection(lambda: connect(dsn))
     recorder = make_recorder(held)
