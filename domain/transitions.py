@@ -33,7 +33,7 @@ TABLE: Final[dict[Origin, str]] = {
     ("returned", None):             "L   L    L    L     L   L    R     R     L    =    R    R    R",
     ("cancelled", None):            "L   L    R    R     R   R    R     R     R    R    =    R    R",
     ("lost", None):                 "L   L    L    A     A   L    A     S     A    S    R    =    A",
-    ("damaged", None):              "L   L    L    A     A   L    A     S     A    S    R    R    =",
+    ("damaged", None):              "L   L    L    L     L   L    A     S     A    S    R    R    =",
 }  # fmt: skip
 
 _VERDICTS: Final[dict[str, Verdict]] = {

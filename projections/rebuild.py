@@ -137,12 +137,9 @@ async def rebuild(
         head = await log_reader.head()
         try:
             await _fill(fills, guard, log_reader, head, progress)
-        except (
-            asyncpg.IntegrityConstraintViolationError,
-            asyncpg.DataError,
-            ArithmeticError,
-            LookupError,
-        ) as error:
+        except Exception as error:
+            if any(fill.connection.is_closed() for fill in fills):
+                raise
             # Some event cannot be written: find which, the slow way, and set its order aside.
             log.warning("the rebuild goes on event by event", error=repr(error))
             await _fill_carefully(fills, guard, log_reader, head, progress)

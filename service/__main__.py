@@ -9,6 +9,7 @@ import gc
 import logging
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any, Final, NoReturn
@@ -23,11 +24,11 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError
@@ -42,6 +43,7 @@ from service.database import (
     connect,
 )
 from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, running_dsn
+from service.event_store import UndecodableEventError
 from service.log_reader import LogReader
 from service.schema import VIEWS, SchemaError, check_version
 from service.settings import Settings, SettingsError, read_settings
@@ -79,6 +81,8 @@ def _plain_errors() -> Iterator[None]:
         _end("a replay is running already")
     except (StorageUnavailableError, UnsupportedServerError) as error:
         _end(f"the database cannot be used: {error}")
+    except UndecodableEventError as error:
+        _end(f"the log holds an event that cannot be read: {error}")
     except (SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
         _end(str(error))
 
@@ -204,20 +208,22 @@ def replay(
         with Progress(
             TextColumn("replaying"),
             BarColumn(),
-            TaskProgressColumn(show_speed=True),
             MofNCompleteColumn(),
             TextColumn("events"),
+            TextColumn("{task.fields[rate]:,.0f}/s"),
+            TextColumn("left"),
             TimeRemainingColumn(),
             console=out,
         ) as progress:
-            bar = progress.add_task("replay", total=None)
-            rebuilt = await rebuild_views(
-                dsn,
-                views,
-                LogReader(held, lambda: connect(dsn)),
-                lambda done, total: progress.update(bar, completed=done, total=total),
-                verify=verify,
-            )
+            bar = progress.add_task("replay", total=None, rate=0.0)
+            began = time.monotonic()
+
+            def show(done: int, total: int) -> None:
+                rate = done / (time.monotonic() - began)
+                progress.update(bar, completed=done, total=total, rate=rate)
+
+            reader = LogReader(held, lambda: connect(dsn))
+            rebuilt = await rebuild_views(dsn, views, reader, show, verify=verify)
         await held.close()
         for one in rebuilt:
             if verify:
@@ -253,14 +259,23 @@ def audit(
 
 
 async def _audit_order(connection: Connection, order_no: str) -> int:
-    table = Table("version", "received at", "verdict", "from", "reported", "to", "reason", title=order_no)
+    table = Table(
+        "version",
+        "received at",
+        "verdict",
+        "from",
+        "reported",
+        "to",
+        "reason",
+        title=Text(audits.printable(order_no)),
+    )
     async for event in audits.order_events(connection, order_no):
         table.add_row(
             str(event.originator_version),
             event.timestamp.isoformat(timespec="seconds"),
             event.verdict,
             event.previous_status or "-",
-            event.reported_status,
+            Text(audits.printable(event.reported_status)),
             event.recognised or "-",
             audits.explanation(event),
         )
@@ -275,9 +290,9 @@ async def _rejudge(dsn: str) -> int:
     table = Table("order", "version", "reported", "recorded verdict", "today's verdict", "today's status")
     async for change in audits.rejudge(LogReader(held, lambda: connect(dsn))):
         table.add_row(
-            change.order_no,
+            Text(audits.printable(change.order_no)),
             str(change.version),
-            change.reported_status,
+            Text(audits.printable(change.reported_status)),
             change.recorded,
             change.today,
             change.status or "-",

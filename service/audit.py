@@ -24,10 +24,6 @@ class Change(NamedTuple):
     status: Status | None
 
 
-class UndecodableEventError(Exception):
-    """An event of the log cannot be decoded, so nothing can be said of its order."""
-
-
 async def order_events(connection: Connection, order_no: str) -> AsyncIterator[Order.StatusReported]:
     """Yield an order's events, oldest first."""
     version = 0
@@ -47,7 +43,9 @@ async def rejudge(log_reader: LogReader) -> AsyncIterator[Change]:
     async for page in log_reader.read_streams(await log_reader.head()):
         for logged in page:
             if logged.event is None:
-                raise UndecodableEventError(f"version {logged.version} of {logged.order_no}: {logged.reason}")
+                raise event_store.UndecodableEventError(
+                    f"version {logged.version} of {logged.order_no}: {logged.reason}"
+                )
             event = logged.event
             if logged.order_no != order_no:
                 order_no, standing = logged.order_no, UNHEARD
@@ -63,6 +61,14 @@ async def rejudge(log_reader: LogReader) -> AsyncIterator[Change]:
                     today.verdict,
                     today.status,
                 )
+
+
+def printable(text: str) -> str:
+    """Return a sender's text fit for a terminal: what is not printable is spelled out, never acted on."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
 
 
 def explanation(event: Order.StatusReported) -> str:

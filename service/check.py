@@ -14,6 +14,7 @@ TRIGGERS: Final = """
 """
 EXPECTED_TRIGGERS: Final = ("order_events_immutable", "order_events_kept")
 ALWAYS: Final = b"A"
+SERVER_VERSION: Final = "SHOW server_version"
 DURABILITY: Final = """
     SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')
 """
@@ -41,8 +42,7 @@ async def check(dsn: str) -> list[Finding]:
     except (StorageUnavailableError, UnsupportedServerError, asyncpg.PostgresError) as error:
         return [_wrong(f"the database cannot be used: {error}")]
     try:
-        version = connection.get_server_version()
-        findings = [_ok(f"PostgreSQL {version.major}.{version.minor} answers")]
+        findings = [_ok(f"PostgreSQL {await connection.fetchval(SERVER_VERSION)} answers")]
         findings += [
             Finding(is_ok=setting == "on", text=f"{name} is {setting}")
             for name, setting in await connection.fetch(DURABILITY)

@@ -7,6 +7,7 @@ other's orders.
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
@@ -55,6 +56,12 @@ class OrjsonTranscoder(Transcoder):
 MAPPER: Final[Mapper[str]] = Mapper(OrjsonTranscoder())
 
 _CLASS_VERSION: Final = getattr(Order.StatusReported, "class_version", 1)
+_FIELDS: Final = frozenset(field.name for field in fields(Order.StatusReported))
+_STATE_FIELDS: Final = _FIELDS - {"originator_id", "originator_version"}
+
+
+class UndecodableEventError(Exception):
+    """What lies in the log is not an event that this release can read."""
 
 
 def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order.StatusReported:
@@ -63,37 +70,46 @@ def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order
     The common case, an event of the present class version, takes a third of the mapper's time.
 
     Raises:
-        Exception: the bytes, their topic or their class version are not ours to read; whatever was wrong.
+        UndecodableEventError: the bytes, their topic or their class version are not ours to read.
     """
-    if topic == Order.StatusReported.TOPIC:
-        fields = orjson.loads(state)
-        if fields.get("class_version", 1) == _CLASS_VERSION:
-            fields.pop("class_version", None)
-            fields["timestamp"] = datetime.fromisoformat(fields["timestamp"]["_data_"])
-            if fields["occurred_at"] is not None:
-                fields["occurred_at"] = datetime.fromisoformat(fields["occurred_at"]["_data_"])
-            fields["originator_id"] = order_no
-            fields["originator_version"] = version
+    try:
+        values = orjson.loads(state)
+        if topic == Order.StatusReported.TOPIC and values.keys() == _STATE_FIELDS:
+            values["timestamp"] = datetime.fromisoformat(values["timestamp"]["_data_"])
+            if values["occurred_at"] is not None:
+                values["occurred_at"] = datetime.fromisoformat(values["occurred_at"]["_data_"])
+            values["originator_id"] = order_no
+            values["originator_version"] = version
             event = object.__new__(Order.StatusReported)
-            object.__setattr__(event, "__dict__", fields)
+            object.__setattr__(event, "__dict__", values)
             return event
-    event = MAPPER.to_domain_event(StoredEvent(order_no, version, topic, state))  # type: ignore[assignment]
-    if not isinstance(event, Order.StatusReported):
-        raise TypeError(f"{topic} is not an event of an order")
+        return _decode_by_mapper(StoredEvent(order_no, version, topic, state), values)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise UndecodableEventError(f"{type(error).__name__}: {reason}") from error
+
+
+def _decode_by_mapper(stored: StoredEvent, values: dict[str, Any]) -> Order.StatusReported:
+    """Decode what may be of an earlier class version; the mapper would take a later one for the present."""
+    if values.get("class_version", 1) > _CLASS_VERSION:
+        raise ValueError("it was written by a later release")
+    event = MAPPER.to_domain_event(stored)
+    if not isinstance(event, Order.StatusReported) or vars(event).keys() != _FIELDS:
+        raise TypeError(f"{stored.topic} with these fields is not an event of an order")
     return event
 
 
 def plain_fields(state: bytes) -> dict[str, Any] | None:
     """Return a recorded event's fields as plain JSON values, None where they are no JSON object."""
     try:
-        fields = orjson.loads(state)
+        values = orjson.loads(state)
     except orjson.JSONDecodeError:
         return None
-    if not isinstance(fields, dict):
+    if not isinstance(values, dict):
         return None
     return {
         name: value["_data_"] if isinstance(value, dict) and value.keys() == {"_type_", "_data_"} else value
-        for name, value in fields.items()
+        for name, value in values.items()
     }
 
 
@@ -198,7 +214,11 @@ async def append_stored(connection: Connection, stored: Sequence[StoredEvent]) -
 
 
 async def standings(connection: Connection, order_nos: Sequence[str]) -> dict[str, Standing]:
-    """Return where each of these orders stands, from its last event alone; UNHEARD where it has none."""
+    """Return where each of these orders stands, from its last event alone; UNHEARD where it has none.
+
+    Raises:
+        UndecodableEventError: the last event of one of them cannot be read, so nothing can be judged by it.
+    """
     found: dict[str, Standing] = dict.fromkeys(order_nos, UNHEARD)
     for order_no, version, topic, state in await connection.fetch(LAST_EVENTS, order_nos):
         found[order_no] = decode_event(order_no, version, topic, state).standing

@@ -10,7 +10,7 @@ from service.database import Connect, Connection, HeldConnection
 
 # What was committed last is kept for the projections, which read it milliseconds later.
 TAIL_EVENTS_MAX: Final = 8_192
-TAIL_BYTES_MAX: Final = 16 * 1024 * 1024
+TAIL_CHARACTERS_MAX: Final = 8 * 1024 * 1024
 
 STREAMS_PAGE_EVENTS: Final = 5_000
 
@@ -30,8 +30,8 @@ def decode(position: int, order_no: str, version: int, topic: str, state: bytes)
     """Return an event as a projection is given it, whatever its bytes are."""
     try:
         event = event_store.decode_event(order_no, version, topic, state)
-    except Exception as error:  # noqa: BLE001 - whatever lies in the log, its reader goes on
-        return LoggedEvent(position, order_no, version, None, f"{type(error).__name__}: {error}")
+    except event_store.UndecodableEventError as error:
+        return LoggedEvent(position, order_no, version, None, str(error))
     return LoggedEvent(position, order_no, version, event)
 
 
@@ -48,7 +48,7 @@ class LogReader:
         self._connect = connect
         # Events at consecutive positions, so that nothing of another process can lie between them.
         self._tail: list[LoggedEvent] = []
-        self._tail_bytes = 0
+        self._tail_characters = 0
 
     def remember(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         """Keep what was just committed, in the order of the log."""
@@ -58,14 +58,16 @@ class LogReader:
             if self._tail and position != self._tail[-1].position + 1:
                 self._forget()
             self._tail.append(LoggedEvent(position, event.originator_id, event.originator_version, event))
-            self._tail_bytes += len(event.body)
-        if len(self._tail) > TAIL_EVENTS_MAX or self._tail_bytes > TAIL_BYTES_MAX:
+            self._tail_characters += len(event.body)
+        if len(self._tail) > TAIL_EVENTS_MAX or self._tail_characters > TAIL_CHARACTERS_MAX:
             del self._tail[: len(self._tail) // 2]
-            self._tail_bytes = sum(len(logged.event.body) for logged in self._tail if logged.event is not None)
+            self._tail_characters = sum(
+                len(logged.event.body) for logged in self._tail if logged.event is not None
+            )
 
     def _forget(self) -> None:
         self._tail = []
-        self._tail_bytes = 0
+        self._tail_characters = 0
 
     async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
         """Return the events above a position, at most ``limit``, in the order of the log."""

@@ -1,6 +1,6 @@
 """Bytes to a report, or the reason why they cannot be understood. No I/O.
 
-The rules are those of ``docs/inputs.md``: what is ambiguous is never guessed at, and nothing is trimmed.
+The rules are those of ``docs/api.md``: what is ambiguous is never guessed at, and nothing is trimmed.
 """
 
 import json
@@ -141,7 +141,8 @@ def _occurred_at(value: Any) -> datetime | None:
     """Read a time with an offset, or seconds or milliseconds since 1970; a time without an offset is none."""
     try:
         if isinstance(value, str):
-            time = datetime.fromisoformat(value)
+            # Python 3.11 reads no further than a NUL.
+            time = datetime.fromisoformat(value if value.isprintable() else "")
             return _plausible(time.astimezone(UTC)) if time.tzinfo is not None else None
         if isinstance(value, int | float) and not isinstance(value, bool):
             seconds = value if value < _SECONDS_MAX else value / 1_000

@@ -27,7 +27,7 @@ PAGE_ROWS_DEFAULT: Final = 100
 PAGE_ROWS_MAX: Final = 1_000
 TEXT_CHARACTERS_MAX: Final = 128
 
-_ORDER_PATH: Final = re.compile(r"/orders/(?P<order_no>[^/?#]+)")
+_ORDER_PATH: Final = re.compile(r"(?:https?://[^/?#]*)?/orders/(?P<order_no>[^/?#]+)", re.IGNORECASE)
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -39,7 +39,7 @@ def order_no_of(request: web.Request) -> str:
         ProblemError: 400, an escape is broken, or what it spells is no text or has control characters.
     """
     # The framework hands a broken escape on as it stands, so the path is read as it was sent.
-    found = _ORDER_PATH.search(request.raw_path)
+    found = _ORDER_PATH.match(request.raw_path)
     escaped = found["order_no"] if found is not None else ""
     if _BAD_ESCAPE.search(escaped):
         raise ProblemError(400, "Bad path", "a percent sign in the path is not followed by two hex digits")
@@ -52,10 +52,18 @@ def order_no_of(request: web.Request) -> str:
     return order_no
 
 
+def _no_control(value: str) -> str:
+    if _CONTROL.search(value):
+        raise ValueError("it must not have control characters")
+    return value
+
+
 def _time(value: Any) -> Any:
     # A plus sign that nobody escaped arrives as a space.
+    text = str(value).replace(" ", "+") if "T" in str(value) else str(value)
     try:
-        time = datetime.fromisoformat(str(value).replace(" ", "+") if "T" in str(value) else str(value))
+        # Python 3.11 reads no further than a NUL.
+        time = datetime.fromisoformat(_no_control(text))
     except ValueError:
         raise ValueError("it must be a time by RFC 3339, such as 2026-01-31T08:30:00Z") from None
     if time.tzinfo is None:
@@ -66,18 +74,13 @@ def _time(value: Any) -> Any:
         raise ValueError("it is out of range") from None
 
 
-def _no_control(value: str) -> str:
-    if _CONTROL.search(value):
-        raise ValueError("it must not have control characters")
-    return value
-
-
 def _cursor(value: Any) -> Any:
     try:
         key = int(urlsafe_b64decode(f"{value}==").decode("ascii"))
     except ValueError:
         key = -1
-    if not 0 <= key <= POSITION_MAX:
+    # Decoders are lenient: only the very spelling that an answer gave is taken.
+    if not 0 <= key <= POSITION_MAX or encode_cursor(key) != value:
         raise ValueError("it must be one that an earlier answer gave")
     return key
 

@@ -51,7 +51,7 @@ class Receipt(NamedTuple):
 
 
 class RefusedReportError(Exception):
-    """The database refuses this one report for its content."""
+    """This one report cannot be recorded: the database refuses it, or its order's last event is unreadable."""
 
 
 class OverloadedError(Exception):
@@ -95,7 +95,7 @@ class Recorder:
         Raises:
             OverloadedError: too much is waiting; nothing was recorded.
             StorageUnavailableError: no commit was seen in time. The report may or may not be recorded.
-            RefusedReportError: the database cannot hold it.
+            RefusedReportError: it cannot be recorded, now or later, by this release.
         """
         if arrival.report.idempotency_key is not None:
             receipt = await self._record_keyed(arrival)
@@ -123,7 +123,13 @@ class Recorder:
     async def _record(self, arrivals: list[Arrival]) -> Sequence[Receipt | Exception]:
         try:
             return await self._record_together(arrivals)
-        except (asyncpg.PostgresError, asyncpg.DataError, UnicodeError, OverflowError) as error:
+        except (
+            asyncpg.PostgresError,
+            asyncpg.DataError,
+            event_store.UndecodableEventError,
+            UnicodeError,
+            OverflowError,
+        ) as error:
             if len(arrivals) == 1:
                 return [RefusedReportError(str(error))]
         # One report that cannot be kept must not fail its neighbours: it is found by halving.

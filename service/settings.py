@@ -46,7 +46,9 @@ class Settings(BaseSettings):
     queue_reports_max: int = Field(
         default=16_384, ge=1, le=1_000_000, description="how many reports may wait for their commit"
     )
-    log_format: Literal["human", "json"] = Field(default="human", description="how log lines are written")
+    log_format: Literal["human", "json"] = Field(
+        default="human", description="how log lines are written, human or json"
+    )
 
     @field_validator("database_url")
     @classmethod

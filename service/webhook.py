@@ -55,9 +55,9 @@ class Webhook:
             unread = _Unread(raw, report_id, request.remote, received_at)
             return await self._keep(unread, str(error), error.order_no)
         except RefusedReportError as error:
-            log.warning("report refused by the database", report_id=report_id, error=str(error))
+            log.warning("report cannot be recorded", report_id=report_id, error=str(error))
             unread = _Unread(raw, report_id, request.remote, received_at)
-            return await self._keep(unread, "the database refuses it", report.order_no)
+            return await self._keep(unread, "it cannot be recorded", report.order_no)
         return answer(receipt._asdict())
 
     async def _keep(self, unread: _Unread, reason: str, order_no: str | None) -> web.Response:

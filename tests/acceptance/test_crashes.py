@@ -79,7 +79,7 @@ async def test_kill_of_postgresql(service: RunningService, state_dir: Path) -> N
 
 
 async def test_kill_of_the_backend_that_commits(service: RunningService, state_dir: Path) -> None:
-    """After kill -9 of the very backend that appends, what was in doubt is there once, whichever way it went."""
+    """After kill -9 of the very backend that appends, what was in doubt is there once, either way."""
     load = Load(service.url)
     task = await loaded(load)
     for _ in range(3):

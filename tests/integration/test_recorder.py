@@ -193,6 +193,23 @@ async def test_one_report_that_the_database_refuses_does_not_fail_its_neighbours
     assert len(await logged_events(connection)) == 8
 
 
+async def test_an_order_whose_history_cannot_be_read_does_not_fail_the_others(
+    recorder: Recorder, connection: Connection
+) -> None:
+    """A report on an order that a later release wrote cannot be judged here; its neighbours are recorded."""
+    await connection.execute(
+        "INSERT INTO order_events (originator_id, originator_version, topic, state) "
+        "VALUES ('KOM3', 1, 'order.not_known_yet', '{}')"
+    )
+    outcomes = await asyncio.gather(
+        *(recorder.record(Arrival(report(f"KOM{number}"), NOW)) for number in range(9)),
+        return_exceptions=True,
+    )
+    refused = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, RefusedReportError)]
+    assert refused == [3]
+    assert sum(isinstance(outcome, Receipt) for outcome in outcomes) == 8
+
+
 async def test_a_caller_that_vanishes_takes_nothing_with_it(recorder: Recorder, connection: Connection) -> None:
     """A cancelled caller cancels neither its neighbours nor the commit under way."""
     calls = [asyncio.create_task(recorder.record(Arrival(report(f"KOM{n}"), NOW))) for n in range(10)]

@@ -1,0 +1,104 @@
+"""The README tells the truth: its commands are run as they stand, its tables and diagram held to the code."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from domain.statuses import STATUSES, Status
+from domain.transitions import Leg, judge
+from service.settings import Settings
+from tests.acceptance.running import ROOT, RunningService, environment
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND_SECONDS_MAX = 60
+
+# What differs from one run to the next; everything else is compared as it stands.
+VARYING = {
+    r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}": "ID",
+    r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)": "TIME",
+}
+
+
+def steps() -> list[tuple[str, str]]:
+    """Each command of the README's console blocks, with what it says comes of it."""
+    found = []
+    for block in re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
+        for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = step.partition("\n")
+            found.append((command, output))
+    return found
+
+
+def pattern_of(written: str) -> str:
+    """What is written, with three dots for anything, over lines as well."""
+    return r".*?".join(re.escape(part) for part in levelled(written).strip().split("..."))
+
+
+def levelled(text: str) -> str:
+    for varying, name in VARYING.items():
+        text = re.sub(varying, name, text)
+    return text
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="the README's commands use curl")
+def test_the_first_five_minutes_are_what_they_say(service: RunningService, tmp_path: Path) -> None:
+    """Every command of the README, run in its order against a fresh service, prints what stands below it."""
+    tool = tmp_path / "order-tracking"
+    tool.write_text(
+        f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m service "$@"\n', encoding="utf-8"
+    )
+    tool.chmod(0o755)
+    commands = steps()
+    assert len(commands) >= 8
+    for command, written in commands:
+        run = command.replace("http://127.0.0.1:8080", service.url).replace(
+            ".venv/bin/order-tracking", str(tool)
+        )
+        done = subprocess.run(
+            ["sh", "-c", run],
+            env=environment(service.state_dir),
+            cwd=service.state_dir,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_SECONDS_MAX,
+            check=False,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        assert re.fullmatch(pattern_of(written), levelled(done.stdout).strip(), re.DOTALL), (
+            command,
+            done.stdout,
+        )
+
+
+def test_the_diagram_draws_legal_moves_only() -> None:
+    """Each arrow of the diagram is a move that the table takes, skipping nothing; every status is there."""
+    (diagram,) = re.findall(r"^```mermaid\nstateDiagram-v2\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    arrows = re.findall(r"^ +(\S+) --> (\S+)$", diagram, re.MULTILINE)
+    drawn = {name for arrow in arrows for name in arrow if name != "[*]"}
+    assert drawn == set(STATUSES)
+    for origin, reported in arrows:
+        if "[*]" in {origin, reported}:
+            continue
+        leg: Leg | None = "on_the_way_out" if origin == "problem" else None
+        judgement = judge(cast("Status", origin), leg, cast("Status", reported))
+        assert (judgement.verdict, judgement.skipped) == ("advanced", ()), (origin, reported)
+
+
+def test_every_setting_stands_in_the_table() -> None:
+    """The README's table of settings has each of them, with its default and its meaning."""
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| .*? \| (.*?) \|$", README, re.MULTILINE))
+    assert set(rows) == {name.upper() for name in Settings.model_fields}
+    for name, field in Settings.model_fields.items():
+        assert field.description is not None
+        assert rows[name.upper()].replace("`", "") == field.description, name
+
+
+def test_the_files_that_it_names_are_there() -> None:
+    """No link and no path of the README leads nowhere."""
+    for path in re.findall(r"\]\((docs/[^)]+)\)|`((?:service|domain|projections)/\w+\.py)`", README):
+        assert (ROOT / (path[0] or path[1])).is_file(), path

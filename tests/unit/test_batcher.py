@@ -1,0 +1,360 @@
+"""Calls that wait together are answered together, and each gets what is its own."""
+
+import asyncio
+import traceback
+from collections.abc import Sequence
+from contextvars import ContextVar
+
+import pytest
+
+from service.batcher import Batcher, BatchFailedError, QueueFullError
+
+SECONDS_MAX = 10.0
+
+
+class Work:
+    """Doubles numbers; held back while ``gate`` is closed, and told what it was given."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.dues: list[float] = []
+        self.begun = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def __call__(self, items: list[int], due: float) -> Sequence[int | Exception]:
+        self.batches.append(items)
+        self.dues.append(due)
+        self.begun.set()
+        await self.gate.wait()
+        return [item * 2 for item in items]
+
+
+def batcher(work: Work, **limits: float) -> Batcher[int, int]:
+    return Batcher(
+        work,
+        batch_items_max=int(limits.get("batch_items_max", 3)),
+        queue_items_max=int(limits.get("queue_items_max", 100)),
+        seconds_max=limits.get("seconds_max", SECONDS_MAX),
+        batch_weight_max=int(limits.get("batch_weight_max", 2**63)),
+        queue_weight_max=int(limits.get("queue_weight_max", 2**63)),
+    )
+
+
+async def begin(calls: Batcher[int, int], *items: int, weight: int = 0) -> list["asyncio.Task[int]"]:
+    """Hand in items, each from a caller of its own, and let them begin to wait."""
+    tasks = [asyncio.create_task(calls.submit(item, weight)) for item in items]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def held(work: Work, calls: Batcher[int, int], item: int = 0) -> "asyncio.Task[int]":
+    """Hand in an item whose batch goes on until the gate is opened, so that later ones wait behind it."""
+    work.gate.clear()
+    (task,) = await begin(calls, item)
+    await work.begun.wait()
+    return task
+
+
+async def test_everyone_gets_the_outcome_of_its_own_item() -> None:
+    """Outcomes go back in the order of the items."""
+    work = Work()
+    calls = batcher(work, batch_items_max=7)
+    assert await asyncio.gather(*(calls.submit(item) for item in range(50))) == [item * 2 for item in range(50)]
+
+
+async def test_what_waits_together_is_one_batch_up_to_its_limit() -> None:
+    """Items keep their order, and no batch has more than batch_items_max."""
+    work = Work()
+    await asyncio.gather(*await begin(batcher(work), *range(8)))
+    assert work.batches == [[0, 1, 2], [3, 4, 5], [6, 7]]
+
+
+async def test_nobody_waits_for_more_to_come() -> None:
+    """A single call is a batch of one, at once."""
+    work = Work()
+    assert await batcher(work).submit(21) == 42
+    assert work.batches == [[21]]
+
+
+async def test_what_arrives_during_a_batch_is_the_next_one() -> None:
+    """One batch at a time: the work is never entered twice."""
+    work = Work()
+    calls = batcher(work)
+    first = await held(work, calls)
+    others = await begin(calls, 1, 2)
+    assert work.batches == [[0]]
+    work.gate.set()
+    assert await asyncio.gather(first, *others) == [0, 2, 4]
+    assert work.batches == [[0], [1, 2]]
+
+
+async def test_a_batch_is_bounded_by_weight() -> None:
+    """It ends before the item that would take it over batch_weight_max."""
+    work = Work()
+    await asyncio.gather(*await begin(batcher(work, batch_weight_max=10), 1, 2, 3, weight=5))
+    assert work.batches == [[1, 2], [3]]
+
+
+async def test_an_item_over_the_weight_of_a_batch_is_a_batch_of_its_own() -> None:
+    """Too heavy to share, it is still done."""
+    work = Work()
+    calls = batcher(work, batch_weight_max=10)
+    tasks = [
+        *await begin(calls, 1, weight=1),
+        *await begin(calls, 2, weight=11),
+        *await begin(calls, 3, weight=1),
+    ]
+    # All three were handed in before the leader could take any.
+    assert await asyncio.gather(*tasks) == [2, 4, 6]
+    assert [2] in work.batches
+
+
+async def test_a_full_queue_refuses_at_once() -> None:
+    """What is over queue_items_max is refused without waiting; what waited before it is done."""
+    work = Work()
+    calls = batcher(work, queue_items_max=2)
+    first = await held(work, calls)
+    waiting = await begin(calls, 1, 2)
+    with pytest.raises(QueueFullError):
+        await calls.submit(3)
+    work.gate.set()
+    assert await asyncio.gather(first, *waiting) == [0, 2, 4]
+    assert work.batches == [[0], [1, 2]]
+
+
+async def test_a_heavy_queue_refuses_at_once() -> None:
+    """What would take the waiting weight over queue_weight_max is refused; what still fits is taken."""
+    work = Work()
+    calls = batcher(work, queue_weight_max=10)
+    first = await held(work, calls)
+    waiting = await begin(calls, 1, weight=8)
+    with pytest.raises(QueueFullError):
+        await calls.submit(2, 3)
+    waiting += await begin(calls, 3, weight=2)
+    work.gate.set()
+    assert await asyncio.gather(first, *waiting) == [0, 2, 6]
+
+
+async def test_what_was_taken_weighs_no_longer() -> None:
+    """The queue's limits are on what waits: what is being worked on leaves room for as much again."""
+    work = Work()
+    calls = batcher(work, queue_items_max=3, queue_weight_max=9)
+    work.gate.clear()
+    first = await begin(calls, 1, 2, 3, weight=3)
+    await work.begun.wait()
+    second = await begin(calls, 4, 5, 6, weight=3)
+    with pytest.raises(QueueFullError):
+        await calls.submit(7, 1)
+    work.gate.set()
+    assert await asyncio.gather(*first, *second) == [2, 4, 6, 8, 10, 12]
+
+
+async def test_an_item_whose_time_is_over_before_its_batch_is_not_done() -> None:
+    """Its caller gets TimeoutError, and the work never sees it; those in time are done."""
+    work = Work()
+    calls = batcher(work, seconds_max=0.05)
+    first = await held(work, calls)
+    late = await begin(calls, 1, 2)
+    await asyncio.sleep(0.06)
+    in_time = await begin(calls, 3)
+    work.gate.set()
+    assert await first == 0
+    for task in late:
+        with pytest.raises(TimeoutError):
+            await task
+    assert await asyncio.gather(*in_time) == [6]
+    assert work.batches == [[0], [3]]
+
+
+async def test_a_batch_of_nothing_but_late_items_is_no_work() -> None:
+    """Where all who waited are out of time, the work is not called at all."""
+    work = Work()
+    calls = batcher(work, seconds_max=0)
+    with pytest.raises(TimeoutError):
+        await calls.submit(1)
+    await calls.finish()
+    assert work.batches == []
+
+
+async def test_the_work_is_told_when_the_first_item_is_due() -> None:
+    """Due is by the loop's clock, from the time that the item was handed in."""
+    work = Work()
+    calls = batcher(work)
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    await calls.submit(1)
+    assert before + SECONDS_MAX <= work.dues[0] <= loop.time() + SECONDS_MAX
+
+
+async def test_a_caller_that_went_before_its_batch_is_left_out() -> None:
+    """Its item is not done, and nobody else notices."""
+    work = Work()
+    calls = batcher(work)
+    first = await held(work, calls)
+    gone, stays = await begin(calls, 1, 2)
+    gone.cancel()
+    await asyncio.wait([gone])
+    work.gate.set()
+    assert [await first, await stays] == [0, 4]
+    assert gone.cancelled()
+    assert work.batches == [[0], [2]]
+
+
+async def test_a_caller_that_goes_during_its_batch_cancels_nothing() -> None:
+    """The work goes on, and the others of the batch get their outcomes, though it was the starter that went."""
+    work = Work()
+    calls = batcher(work)
+    work.gate.clear()
+    starter, other = await begin(calls, 1, 2)
+    await work.begun.wait()
+    starter.cancel()
+    await asyncio.wait([starter])
+    assert work.batches == [[1, 2]]
+    work.gate.set()
+    assert await other == 4
+
+
+async def test_work_that_fails_fails_all_of_its_batch_and_no_other() -> None:
+    """Everyone of the batch gets an error of its own, with the cause in it; the next batch is done."""
+    work = Work()
+    failure = OSError("the disk is full")
+
+    async def fail_once(items: list[int], due: float) -> Sequence[int | Exception]:
+        outcomes = await work(items, due)
+        if len(work.batches) == 1:
+            raise failure
+        return outcomes
+
+    calls: Batcher[int, int] = Batcher(
+        fail_once, batch_items_max=3, queue_items_max=100, seconds_max=SECONDS_MAX
+    )
+    outcomes = await asyncio.gather(*(calls.submit(item) for item in range(5)), return_exceptions=True)
+    errors = outcomes[:3]
+    assert outcomes[3:] == [6, 8]
+    assert [type(error) for error in errors] == [BatchFailedError] * 3
+    assert len({id(error) for error in errors}) == 3
+    for error in errors:
+        assert isinstance(error, BatchFailedError)
+        assert error.__cause__ is failure
+        assert str(error) == "the disk is full"
+
+
+async def test_an_error_of_many_callers_stays_small() -> None:
+    """One instance raised in every caller would grow its traceback with each: the cause does not grow."""
+
+    async def fail(_items: list[int], _due: float) -> Sequence[int | Exception]:
+        raise OSError
+
+    calls: Batcher[int, int] = Batcher(fail, batch_items_max=512, queue_items_max=512, seconds_max=SECONDS_MAX)
+    errors = await asyncio.gather(*(calls.submit(item) for item in range(512)), return_exceptions=True)
+    assert len(errors) == 512
+    for error in (errors[0], errors[-1]):
+        assert isinstance(error, BatchFailedError)
+        assert len(traceback.extract_tb(error.__traceback__)) < 5
+        assert error.__cause__ is not None
+        assert len(traceback.extract_tb(error.__cause__.__traceback__)) < 5
+
+
+@pytest.mark.parametrize("outcomes", [[], [1], [1, 2, 3]])
+async def test_another_number_of_outcomes_than_items_is_a_failure(outcomes: list[int]) -> None:
+    """Nobody is given the outcome of somebody else's item."""
+
+    async def miscount(_items: list[int], _due: float) -> Sequence[int | Exception]:
+        return outcomes
+
+    calls: Batcher[int, int] = Batcher(miscount, batch_items_max=3, queue_items_max=3, seconds_max=SECONDS_MAX)
+    errors = await asyncio.gather(calls.submit(1), calls.submit(2), return_exceptions=True)
+    assert [type(error) for error in errors] == [BatchFailedError] * 2
+    assert all(isinstance(error, BatchFailedError) and error.__cause__ is not None for error in errors)
+
+
+async def test_an_outcome_that_is_an_error_is_raised_in_its_caller_alone() -> None:
+    """One bad item fails none of its neighbours."""
+    bad = KeyError("bad")
+
+    async def work(items: list[int], _due: float) -> Sequence[int | Exception]:
+        return [bad if item == 2 else item for item in items]
+
+    calls: Batcher[int, int] = Batcher(work, batch_items_max=3, queue_items_max=3, seconds_max=SECONDS_MAX)
+    assert await asyncio.gather(*map(calls.submit, (1, 2, 3)), return_exceptions=True) == [1, bad, 3]
+
+
+async def test_the_leader_ends_and_another_one_begins() -> None:
+    """No task outlives the work: between calls nothing runs, and the next call is served all the same."""
+    work = Work()
+    calls = batcher(work)
+    idle = asyncio.all_tasks()
+    for item in range(3):
+        assert await calls.submit(item) == item * 2
+        await calls.finish()
+        assert asyncio.all_tasks() == idle
+    assert work.batches == [[0], [1], [2]]
+
+
+async def test_a_leader_that_met_a_failure_is_replaced() -> None:
+    """After a failed batch the next call finds its work done."""
+
+    async def work(items: list[int], _due: float) -> Sequence[int | Exception]:
+        if items == [0]:
+            raise OSError
+        return items
+
+    calls: Batcher[int, int] = Batcher(work, batch_items_max=3, queue_items_max=3, seconds_max=SECONDS_MAX)
+    with pytest.raises(BatchFailedError):
+        await calls.submit(0)
+    assert await calls.submit(1) == 1
+
+
+async def test_the_leader_has_nothing_of_its_first_callers_context() -> None:
+    """It works for all: what one of them had bound for itself, such as a log context, is not bound in it."""
+    request: ContextVar[str] = ContextVar("request")
+    seen: list[str | None] = []
+
+    async def look(items: list[int], _due: float) -> Sequence[int | Exception]:
+        seen.append(request.get(None))
+        return items
+
+    calls: Batcher[int, int] = Batcher(look, batch_items_max=3, queue_items_max=3, seconds_max=SECONDS_MAX)
+    request.set("the first caller's")
+    assert await calls.submit(1) == 1
+    assert seen == [None]
+
+
+async def test_finish_waits_for_all_that_waits() -> None:
+    """When it returns, everything that was handed in has been answered."""
+    work = Work()
+    calls = batcher(work)
+    first = await held(work, calls)
+    others = await begin(calls, *range(1, 8))
+    finishing = asyncio.create_task(calls.finish())
+    await asyncio.sleep(0)
+    assert not finishing.done()
+    work.gate.set()
+    await finishing
+    await asyncio.sleep(0)
+    assert all(task.done() for task in (first, *others))
+    assert [item for batch in work.batches for item in batch] == list(range(8))
+
+
+async def test_finish_with_nothing_waiting_is_done() -> None:
+    """There is nothing to wait for before the first call."""
+    await batcher(Work()).finish()
+
+
+async def test_a_leader_that_is_cancelled_leaves_nobody_waiting() -> None:
+    """As the loop is torn down: those in the batch are told that it failed, those behind it are cancelled."""
+    work = Work()
+    calls = batcher(work, batch_items_max=1)
+    before = asyncio.all_tasks()
+    first = await held(work, calls)
+    (behind,) = await begin(calls, 1)
+    (leader,) = asyncio.all_tasks() - before - {first, behind}
+    leader.cancel()
+    await asyncio.wait([leader, first, behind], timeout=SECONDS_MAX)
+    assert leader.cancelled()
+    with pytest.raises(BatchFailedError):
+        await first
+    assert behind.cancelled()
+    work.gate.set()
+    assert await calls.submit(2) == 4

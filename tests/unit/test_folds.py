@@ -1,0 +1,335 @@
+"""What the views make of events does not depend on how the events are paged, or on where they were read."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from domain.order import UNHEARD, Order, judge_report
+from domain.statuses import ALIASES
+from projections import current_status, timeline
+from projections.engine import DecodedEvent, LoggedEvent
+from service.database import Connection, HeldConnection
+from service.event_store import MAPPER
+from service.log_reader import TAIL_CHARACTERS_MAX, TAIL_EVENTS_MAX, LogReader, decode
+from tests.unit.examples import CNOTE, CNOTE_OF_THE_RETURN, MINUTE, RECEIVED_AT, SENT, SENT_EVENT, history, says
+from tests.unit.written_law import VERDICTS
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+MANY = settings(deadline=None, derandomize=True, max_examples=200)
+
+ORDER_NOS = ("KOM1", "KOM2", "KOM3")
+STRINGS = [raws[0] for raws in ALIASES.values()] + ["Transit Jakarta"]
+REPORTS = st.lists(
+    st.builds(
+        lambda order_no, status, cnote: says(status, cnote)._replace(order_no=order_no),
+        st.sampled_from(ORDER_NOS),
+        st.sampled_from(STRINGS),
+        st.sampled_from([None, CNOTE, CNOTE_OF_THE_RETURN]),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@st.composite
+def logs(draw: st.DrawFn) -> list[DecodedEvent]:
+    """A log of some orders: positions increase, and gaps mean nothing."""
+    standings = dict.fromkeys(ORDER_NOS, UNHEARD)
+    log: list[DecodedEvent] = []
+    position = 0
+    for number, report in enumerate(draw(REPORTS)):
+        position += draw(st.integers(1, 3))
+        event = judge_report(standings[report.order_no], report, RECEIVED_AT + number * MINUTE)
+        standings[report.order_no] = event.standing
+        log.append(DecodedEvent(position, event))
+    return log
+
+
+def pages_of(data: st.DataObject, events: list[DecodedEvent]) -> list[list[DecodedEvent]]:
+    """The same events, cut anywhere."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(events)), max_size=5)))
+    return [events[start:end] for start, end in zip([0, *cuts], [*cuts, len(events)], strict=True)]
+
+
+# The present status of every order
+
+
+@MANY
+@given(logs(), st.data())
+def test_current_status_is_the_same_page_by_page(log: list[DecodedEvent], data: st.DataObject) -> None:
+    """Folded in one go or cut anywhere and gone on with: the same rows, and the same airway bills."""
+    rows: dict[str, list[Any]] = {}
+    cnotes = current_status.fold(log, rows)
+    paged_rows: dict[str, list[Any]] = {}
+    paged_cnotes: dict[tuple[str, str], None] = {}
+    for page in pages_of(data, log):
+        paged_cnotes.update(current_status.fold(page, paged_rows))
+    assert paged_rows == rows
+    assert list(paged_cnotes) == list(cnotes)
+
+
+@MANY
+@given(logs())
+def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
+    """Each column is what the order's events say, each asked on its own."""
+    rows: dict[str, list[Any]] = {}
+    cnotes = current_status.fold(log, rows)
+    assert set(rows) == {event.originator_id for _, event in log}
+    assert set(cnotes) == {(e.reported_cnote, e.originator_id) for _, e in log if e.reported_cnote is not None}
+    for order_no, values in rows.items():
+        row = current_status.OrderRow(*values)
+        mine = [(position, event) for position, event in log if event.originator_id == order_no]
+        (first_position, first), (position, last) = mine[0], mine[-1]
+        brought = next((event for _, event in mine if event.originator_version == last.status_version), None)
+        counts: dict[str, Any] = {
+            verdict: sum(event.verdict == verdict for _, event in mine) for verdict in VERDICTS
+        }
+        assert row == current_status.OrderRow(
+            order_no,
+            version=len(mine),
+            position=position,
+            first_position=first_position,
+            status=last.status,
+            reported_status=brought.reported_status if brought else None,
+            status_since=brought.timestamp if brought else None,
+            cnote=last.cnote,
+            first_reported_at=first.timestamp,
+            last_reported_at=last.timestamp,
+            **counts,
+        )
+
+
+class Copied:
+    """The driver's COPY, of which only what was handed to it is of interest."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[tuple[Any, ...]]] = {}
+
+    async def copy_records_to_table(
+        self, table: str, *, records: Sequence[Sequence[Any]], columns: Sequence[str]
+    ) -> None:
+        assert records
+        assert all(len(record) == len(columns) for record in records)
+        self.tables.setdefault(table, []).extend(map(tuple, records))
+
+    @property
+    def connection(self) -> Connection:
+        return cast("Connection", self)
+
+
+@MANY
+@given(logs(), st.data())
+async def test_a_rebuild_writes_what_the_fold_says_however_it_is_paged(
+    log: list[DecodedEvent], data: st.DataObject
+) -> None:
+    """In stream order, with an order going on from page to page: each row and airway bill is written once."""
+    rows: dict[str, list[Any]] = {}
+    cnotes = current_status.fold(log, rows)
+    streams = sorted(log, key=lambda one: (one.event.originator_id, one.event.originator_version))
+    copied = Copied()
+    carried: dict[str, Any] = {}
+    for page in pages_of(data, streams):
+        if page:
+            await current_status.copy(copied.connection, page, carried)
+            await timeline.copy(copied.connection, page, {})
+    await current_status.copy(copied.connection, [], carried)
+    await timeline.copy(copied.connection, [], {})
+
+    assert sorted(copied.tables["orders"]) == sorted(map(tuple, rows.values()))
+    assert sorted(copied.tables.get("order_cnotes", [])) == sorted(cnotes)
+    assert copied.tables["entries"] == timeline.fold(streams)
+
+
+def test_current_status_of_a_journey() -> None:
+    """The row of an order that moved, repeated, was told something late and got another airway bill."""
+    events = history(says("Packed", CNOTE), "Sent", "Sent", "Created", says("Return", CNOTE_OF_THE_RETURN), "?")
+    rows: dict[str, list[Any]] = {}
+    cnotes = current_status.fold([DecodedEvent(10 + i, event) for i, event in enumerate(events)], rows)
+    assert list(rows.values()) == [
+        [
+            *(SENT.order_no, 6, 15, 10, "returning", "Return", RECEIVED_AT + 4 * MINUTE, CNOTE_OF_THE_RETURN),
+            *(RECEIVED_AT, RECEIVED_AT + 5 * MINUTE, 3, 1, 1, 0, 1),
+        ]
+    ]
+    assert list(cnotes) == [(CNOTE, SENT.order_no), (CNOTE_OF_THE_RETURN, SENT.order_no)]
+
+
+# The timeline
+
+
+@MANY
+@given(logs(), st.data())
+def test_timeline_has_a_row_for_each_event(log: list[DecodedEvent], data: st.DataObject) -> None:
+    """One event, one row, in the log's order, cut anywhere; each column is the event's field of that name."""
+    rows = timeline.fold(log)
+    assert [row for page in pages_of(data, log) for row in timeline.fold(page)] == rows
+    renamed = {"order_no": "originator_id", "version": "originator_version", "received_at": "timestamp"}
+    for row, (position, event) in zip(rows, log, strict=True):
+        assert dict(zip(timeline.COLUMNS, row, strict=True)) == {
+            column: position if column == "position" else getattr(event, renamed.get(column, column))
+            for column in timeline.COLUMNS
+        }
+
+
+# The tail of the log that is kept in memory
+
+
+class DatabaseAskedError(Exception):
+    """The log was not served from memory."""
+
+
+async def no_database() -> Connection:
+    raise DatabaseAskedError
+
+
+def reader() -> LogReader:
+    connect: Callable[[], Awaitable[Connection]] = no_database
+    return LogReader(HeldConnection(connect), connect)
+
+
+EVENTS = history(*["Packed", "Sent"] * 5)
+
+
+def logged(events: Sequence[Order.StatusReported], first_position: int) -> list[LoggedEvent]:
+    return [
+        LoggedEvent(first_position + i, event.originator_id, event.originator_version, event)
+        for i, event in enumerate(events)
+    ]
+
+
+async def test_what_was_just_committed_is_read_from_memory() -> None:
+    """From any position within it, as far as the limit goes."""
+    log = reader()
+    log.remember(EVENTS[:3], [7, 8, 9])
+    log.remember(EVENTS[3:5], [10, 11])
+    for after in range(6, 11):
+        assert await log.read_log(after, 100) == logged(EVENTS[after - 6 : 5], after + 1)
+        assert await log.read_log(after, 1) == logged(EVENTS[after - 6 : after - 5], after + 1)
+
+
+@pytest.mark.parametrize("after", [0, 5, 11, 12, 1_000])
+async def test_what_is_not_in_memory_is_asked_of_the_database(after: int) -> None:
+    """Before what is kept there may be other events, and after it other processes may have written some."""
+    log = reader()
+    log.remember(EVENTS[:5], [7, 8, 9, 10, 11])
+    with pytest.raises(DatabaseAskedError):
+        await log.read_log(after, 100)
+
+
+async def test_a_reader_that_remembers_nothing_asks_the_database() -> None:
+    """Nothing is served from an empty memory, at whatever position."""
+    for after in (-1, 0, 1):
+        with pytest.raises(DatabaseAskedError):
+            await reader().read_log(after, 100)
+
+
+@pytest.mark.parametrize(
+    ("batches", "kept_from"),
+    [
+        ([[7, 8], [10, 11]], 10),
+        ([[7, 9, 10]], 9),
+        ([[7, 8, 11], [12]], 11),
+        ([[7, 8], [8, 9]], 8),
+        ([[7, 8], [3, 4]], 3),
+        ([[7, 9, 11]], 11),
+    ],
+    ids=[
+        "a gap between batches",
+        "a gap within a batch",
+        "and a batch that goes on",
+        "a position twice",
+        "an earlier batch",
+        "two gaps",
+    ],
+)
+async def test_a_gap_ends_what_is_kept(batches: list[list[int]], kept_from: int) -> None:
+    """In a gap there may be another process's event: only what follows the last gap is served from memory."""
+    log = reader()
+    for positions in batches:
+        log.remember(EVENTS[: len(positions)], positions)
+    served = await log.read_log(kept_from - 1, 100)
+    assert [one.position for one in served] == list(range(kept_from, batches[-1][-1] + 1))
+    for after in range(kept_from - 1):
+        with pytest.raises(DatabaseAskedError):
+            await log.read_log(after, 100)
+
+
+@MANY
+@given(
+    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), min_size=1, max_size=6), st.integers(0, 40)
+)
+async def test_memory_never_leaves_anything_out(steps: list[list[int]], after: int) -> None:
+    """Whatever gaps there were, what is served from memory is consecutive and begins right after ``after``."""
+    log = reader()
+    position = 0
+    for batch in steps:
+        positions = []
+        for step in batch:
+            position += step
+            positions.append(position)
+        log.remember([SENT_EVENT] * len(batch), positions)
+    try:
+        served = await log.read_log(after, 100)
+    except DatabaseAskedError:
+        return
+    assert [one.position for one in served] == list(range(after + 1, position + 1))
+    assert served
+
+
+async def test_memory_is_bounded_by_events() -> None:
+    """Past TAIL_EVENTS_MAX the older half is let go; the younger half is still there."""
+    log = reader()
+    total = 2 * TAIL_EVENTS_MAX
+    for first in range(1, total, 512):
+        log.remember([SENT_EVENT] * 512, range(first, first + 512))
+    with pytest.raises(DatabaseAskedError):
+        await log.read_log(total - TAIL_EVENTS_MAX - 1, 1)
+    assert len(await log.read_log(total - TAIL_EVENTS_MAX // 2, total)) == TAIL_EVENTS_MAX // 2
+
+
+async def test_memory_is_bounded_by_bytes() -> None:
+    """Past TAIL_CHARACTERS_MAX of bodies the older half is let go, time after time."""
+    heavy = judge_report(UNHEARD, SENT._replace(body="x" * (TAIL_CHARACTERS_MAX // 4)), RECEIVED_AT)
+    log = reader()
+    for position in range(1, 21):
+        log.remember([heavy], [position])
+        kept = 0
+        while kept < position:
+            try:
+                await log.read_log(position - kept - 1, 1)
+            except DatabaseAskedError:
+                break
+            kept += 1
+        assert 1 <= kept <= 4
+
+
+# The log as a projection is given it
+
+
+def test_decode() -> None:
+    """An event that can be decoded is given as it is."""
+    stored = MAPPER.to_stored_event(SENT_EVENT)
+    assert decode(7, SENT.order_no, 1, stored.topic, stored.state) == LoggedEvent(
+        7, SENT.order_no, 1, SENT_EVENT
+    )
+
+
+@pytest.mark.parametrize(
+    ("topic", "state"), [("order.status_reported", b"state4"), ("order.unknown", b"{}"), ("", b"")]
+)
+def test_decode_of_what_cannot_be_decoded(topic: str, state: bytes) -> None:
+    """The reader of the log goes on: it is told where, whose, and why."""
+    found = decode(7, SENT.order_no, 3, topic, state)
+    assert (found.position, found.order_no, found.version, found.event) == (7, SENT.order_no, 3, None)
+    assert found.reason
+
+
+def test_times_of_the_examples_differ() -> None:
+    """What the folds above are held against would be worth nothing if all events had one time."""
+    assert timedelta(0) < EVENTS[1].timestamp - EVENTS[0].timestamp == MINUTE

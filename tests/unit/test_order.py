@@ -1,0 +1,389 @@
+"""An order judges its reports, and its last event alone tells where it stands."""
+
+import dataclasses
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from eventsourcing.domain import OriginatorIDError, OriginatorVersionError
+from eventsourcing.persistence import StoredEvent
+from eventsourcing.utils import get_topic, register_topic, resolve_topic
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from domain.order import UNHEARD, Order, Report, judge_report
+from domain.statuses import ALIASES, recognise
+from service.event_store import MAPPER, decode_event
+from tests.unit import written_law
+from tests.unit.examples import (
+    CNOTE,
+    CNOTE_OF_THE_RETURN,
+    MINUTE,
+    ORDER_NO,
+    RECEIVED_AT,
+    SENT,
+    SENT_EVENT,
+    SENT_STATE,
+    folded,
+    history,
+    judged,
+    says,
+)
+
+ADVANCED, REPEATED, LATE, REFUSED, UNRECOGNISED = written_law.VERDICTS
+
+# Every raw string, some in other spellings, and some that nobody knows.
+STRINGS = [
+    *(raw for raws in ALIASES.values() for raw in raws),
+    "PICK_UP",
+    " Dikirim ",
+    "out-for-delivery",
+    "Transit Jakarta",
+    "",
+]
+RECEIVED = st.lists(
+    st.builds(
+        lambda status, cnote, minutes: (says(status, cnote), RECEIVED_AT + minutes * MINUTE),
+        st.sampled_from(STRINGS),
+        st.sampled_from([None, CNOTE, CNOTE_OF_THE_RETURN, "C"]),
+        st.integers(-10, 10),
+    ),
+    min_size=1,
+    max_size=20,
+)
+MANY = settings(deadline=None, derandomize=True, max_examples=300)
+
+
+# What is documented
+
+
+@pytest.mark.parametrize(
+    ("reports", "verdicts", "status"),
+    [
+        (
+            ("Diajukan", "Dipacking", "Dijemput", "Dikirim", "Diantar", "Diterima", "Selesai"),
+            (ADVANCED,) * 7,
+            "completed",
+        ),
+        (("Packed", "Sent", "Received"), (ADVANCED,) * 3, "delivered"),
+        (("Packed", "Sent", "Problem", "Sent", "Received"), (ADVANCED,) * 5, "delivered"),
+        (("Sent", "Return", "Return Done"), (ADVANCED,) * 3, "returned"),
+        (("Return", "Problem", "Received", "Return Done"), (ADVANCED, ADVANCED, REFUSED, ADVANCED), "returned"),
+        (("Created", "Canceled", "Sent"), (ADVANCED, ADVANCED, REFUSED), "cancelled"),
+        (("Sent", "Canceled"), (ADVANCED, REFUSED), "in_transit"),
+        (("Packed", "Packed", "Packed"), (ADVANCED, REPEATED, REPEATED), "packed"),
+        (("Delivering", "Packed"), (ADVANCED, LATE), "out_for_delivery"),
+        (("Sent", "Transit Jakarta"), (ADVANCED, UNRECOGNISED), "in_transit"),
+        (("Transit Jakarta", "Selesai"), (UNRECOGNISED, ADVANCED), "completed"),
+        (("Return", "Received"), (ADVANCED, REFUSED), "returning"),
+        (("Lost", "Sent", "Received"), (ADVANCED,) * 3, "delivered"),
+    ],
+)
+def test_lifecycles(reports: tuple[str, ...], verdicts: tuple[str, ...], status: str) -> None:
+    """The journeys of an order that the page and the sender's documentation tell."""
+    events = history(*reports)
+    assert tuple(event.verdict for event in events) == verdicts
+    assert folded(events).status == status
+
+
+def test_an_order_never_heard_of() -> None:
+    """Nothing was reported of it: version 0, no status, no airway bill."""
+    order = Order.unheard(ORDER_NO)
+    assert order.id == ORDER_NO
+    assert order.standing == UNHEARD
+    assert order.version == 0
+    assert order.pending_events == []
+
+
+@pytest.mark.parametrize("status", [word.raw_strings[0] for word in written_law.VOCABULARY])
+def test_any_status_may_be_the_first(status: str) -> None:
+    """Listening may begin anywhere: the first status advances, and nothing was skipped."""
+    (event,) = history(status)
+    assert (event.originator_version, event.verdict, event.skipped) == (1, ADVANCED, [])
+    assert (event.previous_status, event.status, event.status_version) == (None, recognise(status), 1)
+
+
+def test_the_event_carries_the_report() -> None:
+    """What was reported is in the event as it came, beside what was made of it."""
+    event = judge_report(UNHEARD, SENT, RECEIVED_AT)
+    assert Report(
+        event.report_id,
+        event.originator_id,
+        event.reported_status,
+        event.reported_cnote,
+        event.body,
+        event.occurred_at,
+        event.remote,
+    ) == SENT._replace(idempotency_key=None)
+    assert event.timestamp == RECEIVED_AT
+    assert event.recognised == "in_transit"
+
+
+def test_a_retry_that_nothing_overtook() -> None:
+    """It is judged repeated where the first one advanced, and else as the first one was."""
+    for reports in (("Packed", "Sent"), ("Sent", "Packed"), ("Cancelled", "Sent"), ("Sent", "?")):
+        *_, first, again = history(*reports, reports[-1])
+        assert again.verdict == (REPEATED if first.verdict == ADVANCED else first.verdict)
+        assert again.status == first.status
+
+
+@pytest.mark.parametrize(
+    ("reports", "moved_back_to"),
+    [
+        (("Sent", "Delivering", "Sent"), "in_transit"),
+        (("Pickup", "Problem", "Pickup"), "picked_up"),
+        (("Sent", "Problem", "Sent"), "in_transit"),
+    ],
+)
+def test_an_overtaken_retry_can_move_a_status_back(reports: tuple[str, ...], moved_back_to: str) -> None:
+    """The limit that the page names: nothing on the wire tells such a retry from a new attempt."""
+    last = history(*reports)[-1]
+    assert (last.verdict, last.status) == (ADVANCED, moved_back_to)
+
+
+def test_reports_that_move_nothing_leave_the_standing_alone() -> None:
+    """Late, refused and unrecognised reports keep status, the version that brought it, and the leg."""
+    before, *events = history("Problem", "Created", "?", "Kendala")
+    assert [event.verdict for event in events] == [LATE, UNRECOGNISED, REPEATED]
+    for event in events:
+        assert (event.status, event.status_version, event.leg) == ("problem", 1, "before_transit")
+        assert event.previous_status == before.status
+
+
+def test_skipped_stages_are_recorded() -> None:
+    """The event names the stages that no report has shown."""
+    assert history("Diajukan", "Diterima")[-1].skipped == [
+        "packed",
+        "picked_up",
+        "in_transit",
+        "out_for_delivery",
+    ]
+
+
+# The airway bill
+
+
+def test_the_first_cnote_is_kept_whatever_its_verdict() -> None:
+    """While an order has no airway bill, any report brings it one."""
+    for status in ("Sent", "?", "Packed"):
+        *_, event = history("Delivering", says(status, CNOTE))
+        assert event.cnote == CNOTE
+
+
+@pytest.mark.parametrize(
+    ("status", "verdict", "kept"),
+    [
+        ("Return", ADVANCED, CNOTE_OF_THE_RETURN),
+        ("Sent", REPEATED, CNOTE_OF_THE_RETURN),
+        ("Packed", LATE, CNOTE),
+        ("Cancelled", REFUSED, CNOTE),
+        ("?", UNRECOGNISED, CNOTE),
+    ],
+)
+def test_a_new_cnote(status: str, verdict: str, kept: str) -> None:
+    """It replaces the order's if its report advanced or repeated; any other leaves the order's alone."""
+    _, event = history(says("Sent", CNOTE), says(status, CNOTE_OF_THE_RETURN))
+    assert event.verdict == verdict
+    assert event.reported_cnote == CNOTE_OF_THE_RETURN
+    assert event.cnote == kept
+
+
+def test_a_missing_cnote_takes_none_away() -> None:
+    """A report without an airway bill leaves the order's."""
+    assert history(says("Sent", CNOTE), "Delivering", "Delivering")[-1].cnote == CNOTE
+
+
+@pytest.mark.parametrize("cnote", [None, CNOTE])
+def test_a_mere_repeat_names_the_version_that_it_repeats(cnote: str | None) -> None:
+    """Without news of the airway bill it belongs to the entry that brought the status."""
+    *_, event = history("Created", says("Sent", CNOTE), says("Packed"), says("Sent", cnote))
+    assert (event.verdict, event.repeats) == (REPEATED, 2)
+
+
+def test_a_repeat_with_a_new_cnote_is_an_entry_of_its_own() -> None:
+    """It repeats the status but brings news; the repeats after it still belong to what brought the status."""
+    _, news, repeat = history(
+        says("Sent", CNOTE), says("Sent", CNOTE_OF_THE_RETURN), says("Sent", CNOTE_OF_THE_RETURN)
+    )
+    assert (news.verdict, news.repeats, news.status_version) == (REPEATED, None, 1)
+    assert (repeat.verdict, repeat.repeats) == (REPEATED, 1)
+
+
+# Time and versions
+
+
+def test_received_at_never_goes_back() -> None:
+    """A clock that was set back does not reorder history: the later report gets the earlier one's time."""
+    times = [RECEIVED_AT, RECEIVED_AT - MINUTE, RECEIVED_AT + MINUTE, RECEIVED_AT]
+    assert [event.timestamp for event in judged((SENT, time) for time in times)] == [
+        RECEIVED_AT,
+        RECEIVED_AT,
+        RECEIVED_AT + MINUTE,
+        RECEIVED_AT + MINUTE,
+    ]
+
+
+def test_the_senders_time_orders_nothing() -> None:
+    """occurred_at is recorded and never consulted."""
+    old = SENT._replace(occurred_at=datetime(2001, 1, 1, tzinfo=UTC))
+    _, event = history("Packed", old)
+    assert (event.verdict, event.occurred_at) == (ADVANCED, old.occurred_at)
+
+
+def test_an_order_takes_only_its_own_next_event() -> None:
+    """An event of another order, or one out of turn, is refused by the fold."""
+    first, second = history("Packed", "Sent")
+    with pytest.raises(OriginatorVersionError):
+        second.mutate(None)
+    with pytest.raises(OriginatorIDError):
+        first.mutate(Order.unheard("another"))
+
+
+# A command decides, an event assigns
+
+
+def test_report_is_the_same_judgement_and_waits_in_pending_events() -> None:
+    """The aggregate's command decides as judge_report does, takes its event in, and has it to be recorded."""
+    order = Order.unheard(ORDER_NO)
+    events = [order.report(says(status), RECEIVED_AT) for status in ("Packed", "Sent", "Packed")]
+    assert events == judged((says(status), RECEIVED_AT) for status in ("Packed", "Sent", "Packed"))
+    assert order.standing == events[-1].standing
+    assert order.collect_events() == events
+
+
+def test_a_report_of_another_order_is_refused() -> None:
+    """An order does not take in what was said of another, and stands as it stood."""
+    order = Order.unheard("another")
+    with pytest.raises(OriginatorIDError):
+        order.report(SENT, RECEIVED_AT)
+    assert order.pending_events == []
+    assert order.standing == UNHEARD
+
+
+def test_loading_keeps_the_verdict_that_was_recorded() -> None:
+    """A verdict that today's table would not give, and the fields with it, survive loading and folding."""
+    created, sent = history("Created", "Sent")
+    assert sent.verdict == ADVANCED
+    otherwise = dataclasses.replace(
+        sent,
+        verdict=REFUSED,
+        status="submitted",
+        status_version=1,
+        skipped=[],
+        leg="on_the_way_back",
+        cnote="X",
+    )
+    stored = MAPPER.to_stored_event(otherwise)
+    loaded = decode_event(ORDER_NO, stored.originator_version, stored.topic, stored.state)
+    assert loaded == otherwise
+    assert folded([created, loaded]).standing == (2, sent.timestamp, "submitted", "on_the_way_back", 1, "X")
+
+
+@MANY
+@given(RECEIVED)
+def test_the_last_event_and_the_full_fold_agree(received: list[tuple[Report, datetime]]) -> None:
+    """Judged from the last event alone or by an order that was folded whole: the same events and standing."""
+    events = judged(received)
+    assert folded(events).standing == events[-1].standing
+
+    order = Order.unheard(ORDER_NO)
+    assert [order.report(*one) for one in received] == events
+    assert order.standing == events[-1].standing
+
+
+@MANY
+@given(RECEIVED)
+def test_the_last_event_sums_up_all_of_them(received: list[tuple[Report, datetime]]) -> None:
+    """Version, time, status, leg and airway bill of the last event are what the whole history says of them."""
+    events = judged(received)
+    advances = [event for event in events if event.verdict == ADVANCED]
+    last_advance = advances[-1] if advances else None
+    bills = [event for event in events if event.reported_cnote is not None]
+    moving_bills = [event for event in bills if event.verdict in (ADVANCED, REPEATED)]
+    told_by = [*bills[:1], *moving_bills][-1:]
+
+    version, received_at, status, leg, status_version, cnote = events[-1].standing
+    assert version == len(received)
+    assert received_at == max(time for _, time in received)
+    assert status == (last_advance.recognised if last_advance else None)
+    assert status_version == (last_advance.originator_version if last_advance else None)
+    assert leg == (
+        written_law.LEG_AFTER[last_advance.previous_status]
+        if last_advance is not None and status == "problem"
+        else None
+    )
+    assert cnote == (told_by[0].reported_cnote if told_by else None)
+
+
+@MANY
+@given(RECEIVED)
+def test_what_holds_of_every_event(received: list[tuple[Report, datetime]]) -> None:
+    """Versions count up, times never go back, previous_status is the status before, repeats name advances."""
+    events = judged(received)
+    assert [event.originator_version for event in events] == list(range(1, len(events) + 1))
+    assert [event.previous_status for event in events] == [None, *(event.status for event in events[:-1])]
+    assert sorted(event.timestamp for event in events) == [event.timestamp for event in events]
+    for event in events:
+        assert event.recognised == recognise(event.reported_status)
+        assert (event.status == event.recognised) or event.verdict not in (ADVANCED, REPEATED)
+        assert (event.reason is not None) == (event.verdict in (LATE, REFUSED, UNRECOGNISED))
+        if event.repeats is not None:
+            assert event.verdict == REPEATED
+            repeated = events[event.repeats - 1]
+            assert (repeated.verdict, repeated.status) == (ADVANCED, event.status)
+
+
+# Loading bypasses __init__
+
+
+def loaded(topic: str, state: bytes) -> Any:
+    return MAPPER.to_domain_event(StoredEvent(ORDER_NO, 1, topic, state))
+
+
+def test_the_topic_is_a_name_of_the_field() -> None:
+    """The class may be moved or renamed; what lies in the log names no module."""
+    assert get_topic(Order.StatusReported) == "order.status_reported"
+    assert resolve_topic("order.status_reported") is Order.StatusReported
+
+
+def test_class_version_1_has_all_fields_when_loaded() -> None:
+    """What this release's first day wrote has the fields of today's class, by both ways of loading."""
+    assert getattr(Order.StatusReported, "class_version", 1) == 1
+    names = {field.name for field in dataclasses.fields(Order.StatusReported)}
+    assert vars(loaded("order.status_reported", SENT_STATE)).keys() == names
+    assert vars(decode_event(ORDER_NO, 1, "order.status_reported", SENT_STATE)).keys() == names
+    assert loaded("order.status_reported", SENT_STATE) == SENT_EVENT
+
+
+def test_an_event_of_an_older_class_version_is_upcast_when_loaded() -> None:
+    """A second version of the class: bytes of the first become it, with every field; its own bytes say 2."""
+
+    class StatusReportedWithCourier(Order.StatusReported):
+        TOPIC = "order.status_reported.with_courier"
+        class_version = 2
+
+        courier: str | None
+
+        @staticmethod
+        def upcast_v1_v2(state: dict[str, Any]) -> None:
+            state["courier"] = None
+
+    register_topic(StatusReportedWithCourier.TOPIC, StatusReportedWithCourier)
+
+    upcast = loaded(StatusReportedWithCourier.TOPIC, SENT_STATE)
+    assert type(upcast) is StatusReportedWithCourier
+    assert vars(upcast) == {**vars(SENT_EVENT), "courier": None}
+    assert vars(upcast).keys() == {field.name for field in dataclasses.fields(StatusReportedWithCourier)}
+    assert folded([upcast]).standing == SENT_EVENT.standing
+
+    by_jne = object.__new__(StatusReportedWithCourier)
+    vars(by_jne).update(vars(upcast), courier="JNE")
+    stored = MAPPER.to_stored_event(by_jne)
+    assert b'"class_version":2' in stored.state
+    assert loaded(stored.topic, stored.state) == by_jne
+
+
+def test_unheard_is_before_every_time() -> None:
+    """The first event's time is the clock's own, however early."""
+    early = datetime(1, 1, 1, tzinfo=UTC) + timedelta(microseconds=1)
+    assert judge_report(UNHEARD, SENT, early).timestamp == early

@@ -1,0 +1,343 @@
+"""What a read asks for is checked, and named where it is wrong, before anything is looked up."""
+
+from base64 import urlsafe_b64encode
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.problems import ProblemError
+from service.queries import (
+    PAGE_ROWS_DEFAULT,
+    PAGE_ROWS_MAX,
+    POSITION_MAX,
+    EventsQuery,
+    OrderQuery,
+    OrdersQuery,
+    PageQuery,
+    Query,
+    TransitionsQuery,
+    encode_cursor,
+    next_page,
+    order_no_of,
+    path_of,
+    read_query,
+)
+
+MANY = settings(deadline=None, derandomize=True, max_examples=300)
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+
+
+def get(path: str) -> web.Request:
+    return make_mocked_request("GET", path)
+
+
+def refused(model: type[Query], query: str) -> ProblemError:
+    """The problem that a query string gets."""
+    with pytest.raises(ProblemError) as raised:
+        read_query(model, get(f"/x?{query}"))
+    assert raised.value.status == 400
+    return raised.value
+
+
+# Cursors
+
+
+@MANY
+@given(st.integers(0, POSITION_MAX))
+def test_a_cursor_comes_back_as_what_it_was_made_of(key: int) -> None:
+    """Every position survives the way through an answer's link, unescaped, without padding."""
+    cursor = encode_cursor(key)
+    assert quote(cursor, safe="") == cursor
+    assert read_query(PageQuery, get(f"/x?cursor={cursor}")).cursor == key
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    [
+        "",
+        "x",
+        "!!!!",
+        "%00",
+        "%F0%9F%98%80",
+        "A" * 5_000,
+        encode_cursor(-1),
+        encode_cursor(POSITION_MAX + 1),
+        encode_cursor(10**30),
+        *(
+            urlsafe_b64encode(text.encode()).decode().rstrip("=")
+            for text in ("", "x", "1.5", "0x10", "\u0661", "\x00", "9" * 5_000)
+        ),
+    ],
+)
+def test_a_cursor_that_no_answer_gave(cursor: str) -> None:
+    """It is a bad parameter, never a page of something else."""
+    assert refused(PageQuery, f"cursor={cursor}").members == {"parameter": "cursor"}
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    ["MT!A", "%20MTA", "MTA%0A", "M.T.A", "MTA=", "MTA=x", "IDEw", "KzEw", "MV8w", "MDEw"],
+)
+def test_another_spelling_of_a_cursor(cursor: str) -> None:
+    """A cursor has one spelling, the one that it was given in; anything else was not given."""
+    assert refused(PageQuery, f"cursor={cursor}").members == {"parameter": "cursor"}
+
+
+# Pages
+
+
+def test_the_next_page_asks_the_same_question_further_on() -> None:
+    """Filters stay, as they were given; the cursor moves; what belongs to one page alone is left out."""
+    query = read_query(
+        TransitionsQuery,
+        get(
+            "/audit/transitions?from=problem&to=lost&verdict=advanced&since=2026-01-31T19:00:00%2B07:00"
+            "&order_no=a%26b%20%2F%C3%96&limit=7&cursor=MTA&after_position=5"
+        ),
+    )
+    url = urlsplit(next_page("/audit/transitions", query, {"cursor": encode_cursor(17)}))
+    assert url.path == "/audit/transitions"
+    assert parse_qs(url.query, strict_parsing=True) == {
+        "from": ["problem"],
+        "to": ["lost"],
+        "verdict": ["advanced"],
+        "since": ["2026-01-31T12:00:00Z"],
+        "order_no": ["a&b /Ö"],
+        "limit": ["7"],
+        "cursor": [encode_cursor(17)],
+    }
+
+
+def test_the_next_page_is_understood_as_the_same_question() -> None:
+    """What next_page writes, read_query reads."""
+    query = read_query(TransitionsQuery, get("/x?from=problem&since=2026-01-31T12:00:00.000001Z&limit=7"))
+    followed = read_query(TransitionsQuery, get(next_page("/x", query, {"cursor": encode_cursor(17)})))
+    assert followed == query.model_copy(update={"cursor": 17})
+
+
+def test_the_next_page_of_events_moves_after() -> None:
+    """Lists of events are paged by version or position, in the open; a default stays unsaid."""
+    query = read_query(EventsQuery, get("/events?after=3"))
+    assert next_page("/events", query, {"after": 103}) == "/events?after=103"
+
+
+@MANY
+@given(st.text(min_size=1, max_size=20).filter(lambda text: "\x00" not in text))
+def test_the_path_of_an_order_leads_back_to_it(order_no: str) -> None:
+    """Any order number, slashes and all, is one segment of the path, and is read back from it."""
+    path = path_of(order_no, "timeline")
+    assert path.count("/") == 3
+    try:
+        assert order_no_of(get(path)) == order_no
+    except ProblemError:
+        assert any(ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0 for character in order_no)
+
+
+# Times
+
+
+@pytest.mark.parametrize(
+    ("text", "time"),
+    [
+        ("2026-01-31T12:00:00Z", NOON),
+        ("2026-01-31T19:00:00%2B07:00", NOON),
+        ("2026-01-31T19:00:00+07:00", NOON),
+        ("2026-01-31T07:00:00-05:00", NOON),
+        ("2026-01-31T12:00:00.000001Z", NOON.replace(microsecond=1)),
+        ("2026-01-31%2012:00:00Z", NOON),
+    ],
+)
+def test_times(text: str, time: datetime) -> None:
+    """RFC 3339 with any offset; a plus sign that nobody escaped is understood; UTC is what comes out."""
+    as_of = read_query(OrderQuery, get(f"/x?as_of={text}")).as_of
+    assert as_of == time
+    assert as_of is not None
+    assert as_of.tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "now",
+        "yesterday",
+        "1769848198",
+        "2026-01-31",
+        "2026-01-31T12:00:00",
+        "2026-02-30T12:00:00Z",
+        "2026-01-31T25:00:00Z",
+        "2026-01-31T12:00:00%2B99:00",
+        "0001-01-01T00:00:00%2B07:00",
+        "9999-12-31T23:59:59-07:00",
+        "%F0%9F%98%80",
+        "T",
+        "2026-01-31T12:00:00ZT",
+    ],
+)
+def test_what_is_no_time(text: str) -> None:
+    """Without an offset, off the calendar or out of range: the problem names the parameter."""
+    for model, name in ((OrderQuery, "as_of"), (TransitionsQuery, "since"), (TransitionsQuery, "until")):
+        assert refused(model, f"{name}={text}").members == {"parameter": name}
+
+
+def test_a_time_with_a_tail_is_no_time() -> None:
+    """What only begins as a time is refused."""
+    assert refused(OrderQuery, "as_of=2026-01-31T12:00:00Z%00junk").members == {"parameter": "as_of"}
+
+
+# Limits and filters
+
+
+def test_what_is_left_out() -> None:
+    """A query without parameters asks for the first page of everything."""
+    assert read_query(OrdersQuery, get("/orders")).model_dump() == {
+        "after_position": None,
+        "cursor": None,
+        "limit": PAGE_ROWS_DEFAULT,
+        "status": None,
+        "cnote": None,
+    }
+    assert read_query(EventsQuery, get("/events")).after == 0
+
+
+@pytest.mark.parametrize("limit", [1, 100, PAGE_ROWS_MAX])
+def test_a_limit_within_bounds(limit: int) -> None:
+    """From one row to a page's most."""
+    assert read_query(PageQuery, get(f"/x?limit={limit}")).limit == limit
+
+
+@pytest.mark.parametrize(
+    ("model", "query", "parameter"),
+    [
+        *(
+            (PageQuery, f"limit={limit}", "limit")
+            for limit in (0, -1, PAGE_ROWS_MAX + 1, 10**9, 10**30, "x", "", 1.5)
+        ),
+        *((EventsQuery, f"limit={limit}", "limit") for limit in (0, PAGE_ROWS_MAX + 1)),
+        *((EventsQuery, f"after={after}", "after") for after in (-1, POSITION_MAX + 1, "x", "")),
+        *((OrderQuery, f"version={version}", "version") for version in (0, -1, POSITION_MAX + 1, "x", "")),
+        *((Query, f"after_position={position}", "after_position") for position in (-1, 2**63, "x", "")),
+        (OrdersQuery, "status=teleported", "status"),
+        (OrdersQuery, "status=Sent", "status"),
+        (OrdersQuery, "cnote=", "cnote"),
+        (OrdersQuery, "cnote=" + "x" * 129, "cnote"),
+        (OrdersQuery, "cnote=a%00b", "cnote"),
+        (OrdersQuery, "cnote=a%0Ab", "cnote"),
+        (TransitionsQuery, "verdict=maybe", "verdict"),
+        (TransitionsQuery, "from=teleported", "from"),
+        (TransitionsQuery, "from_=problem", "from_"),
+        (TransitionsQuery, "to=", "to"),
+        (TransitionsQuery, "order_no=", "order_no"),
+        (OrdersQuery, "stauts=lost", "stauts"),
+        (Query, "limit=1", "limit"),
+        (OrdersQuery, "limit=1&limit=2", "limit"),
+        (OrdersQuery, "limit=1&limit=1", "limit"),
+    ],
+)
+def test_a_parameter_that_cannot_be_used(model: type[Query], query: str, parameter: str) -> None:
+    """Out of bounds, of another kind, outside the vocabulary, unknown or given twice: the problem names it."""
+    problem = refused(model, query)
+    assert problem.members == {"parameter": parameter}
+    assert problem.detail is not None
+    assert problem.detail.startswith(f"{parameter}: ")
+
+
+@pytest.mark.parametrize("position", [0, POSITION_MAX])
+def test_positions_are_bigints(position: int) -> None:
+    """What the database can hold can be asked for."""
+    assert read_query(Query, get(f"/x?after_position={position}")).after_position == position
+
+
+@pytest.mark.parametrize("cnote", ["JX1234567890", " ", "a b", "😀", "'; --", "x" * 128, "NFD: O\u0308"])
+def test_a_text_filter_is_taken_as_it_is(cnote: str) -> None:
+    """Nothing is trimmed or folded."""
+    assert read_query(OrdersQuery, get(f"/x?cnote={quote(cnote, safe='')}")).cnote == cnote
+
+
+# Order numbers in paths
+
+
+@pytest.mark.parametrize(
+    ("segment", "order_no"),
+    [
+        ("KOM1", "KOM1"),
+        ("a%2Fb", "a/b"),
+        ("a%2fb", "a/b"),
+        ("%252F", "%2F"),
+        ("%2500", "%00"),
+        ("%25zz", "%zz"),
+        ("%F0%9F%98%80", "😀"),
+        ("😀", "😀"),
+        ("a%20b", "a b"),
+        ("%20a%20", " a "),
+        ("a+b", "a+b"),
+        ("a%3Fb%23c", "a?b#c"),
+        ("%E2%80%AEKOM1", "\u202eKOM1"),
+        ("K%C3%96M", "K\u00d6M"),
+        ("KO%CC%88M", "KO\u0308M"),
+        ("...", "..."),
+        ("orders", "orders"),
+    ],
+)
+@pytest.mark.parametrize("rest", ["", "/timeline", "/events?after=1", "?as_of=%zz", "?x=/orders/other"])
+def test_an_order_number_in_the_path_is_decoded_once(segment: str, order_no: str, rest: str) -> None:
+    """Percent escapes are read once, as UTF-8; what comes after the segment makes no difference."""
+    assert order_no_of(get(f"/orders/{segment}{rest}")) == order_no
+
+
+@pytest.mark.parametrize(
+    "segment",
+    [
+        "%00",
+        "a%00",
+        "%0A",
+        "%1F",
+        "%7F",
+        "%C2%85",
+        "%zz",
+        "%",
+        "a%",
+        "%2",
+        "%2g",
+        "%%",
+        "%u0041",
+        "%FF",
+        "%C3",
+        "%ED%A0%80",
+        "%C0%AF",
+        "%F0%9F%98",
+        "%E9",
+    ],
+)
+def test_a_path_that_spells_no_order_number(segment: str) -> None:
+    """Broken escapes, what is not UTF-8 and control characters are a bad request, not an unknown order."""
+    with pytest.raises(ProblemError) as raised:
+        order_no_of(get(f"/orders/{segment}/timeline"))
+    assert raised.value.status == 400
+    assert raised.value.title == "Bad path"
+
+
+@pytest.mark.parametrize("host", ["example.com", "127.0.0.1:8080"])
+def test_a_request_target_in_absolute_form(host: str) -> None:
+    """A proxy may send the whole URL."""
+    assert order_no_of(get(f"http://{host}/orders/KOM%2F1")) == "KOM/1"
+
+
+def test_a_request_target_in_absolute_form_of_a_host_named_orders() -> None:
+    """The host is no part of the path."""
+    assert order_no_of(get("http://orders/orders/KOM1")) == "KOM1"
+
+
+def test_a_problem_is_the_readers_not_the_servers() -> None:
+    """Whatever a query string holds, the answer is a query or a problem."""
+    names = ["cursor", "limit", "as_of", "status", "verdict", "x", ""]
+    values: list[Any] = ["%00", "%zz", "%FF", "[]", "{}", "=", ";", "%26", "😀"]
+    for name in names:
+        for value in values:
+            assert refused(OrderQuery, f"{name}={value}").members.keys() == {"parameter"}

@@ -1,0 +1,96 @@
+"""The vocabulary of docs/statuses.md against what the code recognises."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from domain.statuses import ALIASES, LABELS, SETTLED, STATUSES, Status, recognise
+from tests.unit.written_law import VOCABULARY
+
+RAW_STRINGS = [(raw, word.status) for word in VOCABULARY for raw in word.raw_strings]
+# Runs of what separates words, Unicode's white space included.
+SEPARATORS = st.text("_- \t\n\r\u00a0\u2003\u3000", min_size=1, max_size=4)
+
+
+def test_the_statuses_are_the_written_ones() -> None:
+    """The code's statuses are those of the page, in its order."""
+    assert list(STATUSES) == [word.status for word in VOCABULARY]
+    assert len(STATUSES) == 13
+
+
+def test_the_labels_are_the_written_ones() -> None:
+    """Every status has the page's label in both languages."""
+    assert [(status, label.id, label.en) for status, label in LABELS.items()] == [
+        (word.status, word.label_id, word.label_en) for word in VOCABULARY
+    ]
+
+
+def test_the_aliases_are_the_written_ones() -> None:
+    """Every status has the page's raw strings."""
+    assert list(ALIASES.items()) == [(word.status, word.raw_strings) for word in VOCABULARY]
+
+
+def test_what_is_settled_is_the_written() -> None:
+    """The settled statuses are those that the page marks."""
+    assert {word.status for word in VOCABULARY if word.settled} == SETTLED
+
+
+def test_an_alias_belongs_to_one_status() -> None:
+    """No string means two things."""
+    assert [raw for raw, times in Counter(raw for raw, _ in RAW_STRINGS).items() if times > 1] == []
+
+
+@pytest.mark.parametrize(("raw", "status"), RAW_STRINGS)
+def test_each_raw_string_is_recognised(raw: str, status: Status) -> None:
+    """Every raw string of the page means its status, in lower, upper and title case."""
+    assert [recognise(spelling) for spelling in (raw, raw.upper(), raw.title())] == [status] * 3
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_each_canonical_name_and_label_is_recognised(status: Status) -> None:
+    """A status is understood by its own name, and by what people read for it."""
+    assert recognise(status) == status
+    assert recognise(LABELS[status].id) == status
+    assert recognise(LABELS[status].en) == status
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(data=st.data())
+def test_case_and_separators_do_not_count(data: st.DataObject) -> None:
+    """Any case, any run of separators between words, any surrounding separators: the same status."""
+    raw, status = data.draw(st.sampled_from(RAW_STRINGS))
+    spelling = "".join(
+        data.draw(SEPARATORS) if letter == " " else data.draw(st.sampled_from([letter, letter.upper()]))
+        for letter in raw
+    )
+    padding = st.one_of(st.just(""), SEPARATORS)
+    assert recognise(data.draw(padding) + spelling + data.draw(padding)) == status
+
+
+def test_case_is_folded_not_lowered() -> None:
+    """Letters that differ in case alone by Unicode's folding count as the same: the long s is an s."""
+    assert recognise("\u017fent") == "in_transit"
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        "",
+        " ",
+        "dikirimm",
+        "in.transit",
+        "intransit",
+        "returdone",
+        "dikirim dikirim",
+        "re turn",
+        "dіkіrіm",  # noqa: RUF001 - Cyrillic look-alikes are the point
+        "dikirim\u200b",
+        "none",
+        "null",
+    ],
+)
+def test_anything_else_is_unrecognised(unknown: str) -> None:
+    """What is merely like a word of the vocabulary is none: nothing is guessed."""
+    assert recognise(unknown) is None

@@ -1,0 +1,171 @@
+"""The table of docs/statuses.md, cell by cell, against what the code judges."""
+
+from typing import get_args
+
+import pytest
+
+from domain.statuses import HAPPY_PATH, STATUSES, Status
+from domain.transitions import TABLE, Leg, Verdict, judge
+from service.representations import RULES
+from tests.unit import written_law
+from tests.unit.examples import history
+from tests.unit.written_law import CELLS, Cell
+
+VERDICT_OF = {"A": "advanced", "S": "advanced", "=": "repeated", "L": "late", "R": "refused"}
+EVERY_CELL = pytest.mark.parametrize("cell", CELLS, ids=str)
+ORIGINS = list(dict.fromkeys((cell.status, cell.leg) for cell in CELLS))
+
+
+def skipped_by_the_written_rule(cell: Cell) -> list[Status]:
+    """The rule under "Skipped stages", in another way than the code's: each stage is asked if it belongs."""
+    if cell.letter != "S":
+        return []
+    ranks = {status: rank for rank, status in enumerate(written_law.HAPPY_PATH)}
+    beside_the_path = {"problem", "lost", "damaged", "returning"}
+    assert cell.status is not None
+    stands_at = ranks["out_for_delivery" if cell.status in beside_the_path else cell.status]
+    if cell.reported in ranks:
+        return [stage for stage, rank in ranks.items() if stands_at < rank < ranks[cell.reported]]
+    assert cell.reported in {"returning", "lost", "damaged", "returned"}
+    skipped = [stage for stage, rank in ranks.items() if stands_at < rank <= ranks["in_transit"]]
+    return [*skipped, "returning"] if cell.reported == "returned" else skipped
+
+
+def test_the_page_has_every_cell() -> None:
+    """The written table is whole: 16 rows of 13 statuses, each (row, column) once."""
+    assert len(CELLS) == 16 * 13
+    assert len({(cell.status, cell.leg, cell.reported) for cell in CELLS}) == 16 * 13
+    assert {cell.letter for cell in CELLS} == set("AS=LR")
+
+
+def test_the_code_has_no_other_rows() -> None:
+    """The code's table has the rows of the page, in the page's order, and no more."""
+    assert list(TABLE) == ORIGINS
+
+
+def test_the_happy_path_is_the_written_one() -> None:
+    """The ranks are those of the page."""
+    assert list(HAPPY_PATH) == written_law.HAPPY_PATH
+
+
+def test_the_verdicts_are_the_written_ones() -> None:
+    """The code knows the verdicts of the page, in its order."""
+    assert list(get_args(Verdict)) == written_law.VERDICTS
+
+
+@EVERY_CELL
+def test_verdict(cell: Cell) -> None:
+    """Each cell is judged as the page says."""
+    assert judge(cell.status, cell.leg, cell.reported).verdict == VERDICT_OF[cell.letter]
+
+
+@EVERY_CELL
+def test_skipped_stages(cell: Cell) -> None:
+    """At S the stages that the written rule names are skipped, at every other letter none."""
+    skipped = judge(cell.status, cell.leg, cell.reported).skipped
+    assert list(skipped) == skipped_by_the_written_rule(cell)
+    assert bool(skipped) == (cell.letter == "S")
+
+
+@EVERY_CELL
+def test_leg(cell: Cell) -> None:
+    """A problem takes the leg of where it was entered from; a report that moves nothing leaves it alone."""
+    leg = judge(cell.status, cell.leg, cell.reported).leg
+    if VERDICT_OF[cell.letter] != "advanced":
+        assert leg == cell.leg
+    elif cell.reported == "problem":
+        assert leg == written_law.LEG_AFTER[cell.status]
+    else:
+        assert leg is None
+
+
+@EVERY_CELL
+def test_reason(cell: Cell) -> None:
+    """Late and refused reports have a reason that names both statuses; the others have none."""
+    reason = judge(cell.status, cell.leg, cell.reported).reason
+    if cell.letter in "LR":
+        assert reason is not None
+        assert cell.reported in reason
+        assert str(cell.status) in reason
+    else:
+        assert reason is None
+
+
+@pytest.mark.parametrize(("status", "leg"), ORIGINS)
+def test_a_string_outside_the_vocabulary_is_unrecognised_everywhere(
+    status: Status | None, leg: Leg | None
+) -> None:
+    """Wherever the order stands, such a report changes nothing, skips nothing, and says why."""
+    verdict, leg_after, skipped, reason = judge(status, leg, None)
+    assert verdict == "unrecognised"
+    assert leg_after == leg
+    assert skipped == ()
+    assert reason
+
+
+@pytest.mark.parametrize(
+    ("skipping", "skipped"),
+    [
+        (("lost", "completed"), ["delivered"]),
+        (("submitted", "returned"), ["packed", "picked_up", "in_transit", "returning"]),
+        (("submitted", "lost"), ["packed", "picked_up", "in_transit"]),
+        (("delivered", "returned"), ["returning"]),
+        (("in_transit", "completed"), ["out_for_delivery", "delivered"]),
+        (("picked_up", "returning"), []),
+    ],
+)
+def test_examples_of_skipped_stages(skipping: tuple[Status, Status], skipped: list[str]) -> None:
+    """The page's own examples, and some more worked out by hand."""
+    status, reported = skipping
+    assert list(judge(status, None, reported).skipped) == skipped
+
+
+@pytest.mark.parametrize(
+    ("reports", "verdict"),
+    [
+        (("Delivering", "Sent", "Delivering"), "advanced"),
+        (("Packed", "Sent", "Packed"), "late"),
+        (("Cancelled", "Sent", "Cancelled"), "repeated"),
+    ],
+    ids=["both advanced", "the second advanced", "the second was refused"],
+)
+def test_a_b_a_is_judged_by_the_table(reports: tuple[str, ...], verdict: str) -> None:
+    """A status reported again after another one advanced is no repeat; after one that did not, it is."""
+    assert history(*reports)[-1].verdict == verdict
+
+
+def test_the_served_rules_are_the_written_ones() -> None:
+    """GET /transitions tells the table of the page: verdict and skipped stages of each cell."""
+    served = {
+        (row["from"], row["leg"], reported): (cell["verdict"], list(cell["skipped"]))
+        for row in RULES["table"]
+        for reported, cell in row["to"].items()
+    }
+    assert served == {
+        (cell.status, cell.leg, cell.reported): (VERDICT_OF[cell.letter], skipped_by_the_written_rule(cell))
+        for cell in CELLS
+    }
+
+
+def test_the_served_statuses_are_the_written_ones() -> None:
+    """GET /transitions tells the vocabulary of the page, and the rank of what is on the happy path."""
+    assert [
+        (
+            served["status"],
+            served["label"]["id"],
+            served["label"]["en"],
+            tuple(served["aliases"]),
+            served["settled"],
+            served["rank"],
+        )
+        for served in RULES["statuses"]
+    ] == [
+        (*word, written_law.HAPPY_PATH.index(word.status) if word.status in written_law.HAPPY_PATH else None)
+        for word in written_law.VOCABULARY
+    ]
+
+
+def test_the_columns_are_the_statuses() -> None:
+    """The page's columns stand in the order of the vocabulary."""
+    assert list(written_law.COLUMNS.values()) == list(STATUSES)
+    assert [cell.reported for cell in CELLS[: len(STATUSES)]] == list(STATUSES)
