@@ -1,0 +1,107 @@
+"""``make bench``: measure against the named baselines, on one real PostgreSQL, and print the ratios.
+
+It measures and asserts nothing: a missed target is said, and the exit code is 0 all the same.
+"""
+
+import argparse
+import asyncio
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, Self
+
+import psycopg
+
+from service.app import prepare_database
+from service.embedded_postgres import NAME as MAIN_DATABASE
+from service.embedded_postgres import EmbeddedPostgres
+from tests.benchmarks import load
+from tests.benchmarks.rebuilds import measure_rebuild
+from tests.benchmarks.report import Row, machine, out, print_table
+from tests.benchmarks.serving import measure_history, measure_reads, measure_webhooks
+
+PARTS: Final = ("ingest", "library", "read", "rebuild", "history")
+SECONDS: Final = 4
+EVENTS: Final = 400_000
+
+
+class Server:
+    """The PostgreSQL of one run, with its default settings, and a database for each thing that is measured."""
+
+    def __init__(self, folder: Path) -> None:
+        self._embedded = EmbeddedPostgres(folder)
+
+    def __enter__(self) -> Self:
+        self._embedded.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._embedded.stop()
+
+    def version(self) -> str:
+        """The server's own version."""
+        with psycopg.connect(self._embedded.dsn) as connection:
+            return str(connection.execute("SHOW server_version").fetchone()[0])  # type: ignore[index]
+
+    def database(self, name: str, *, with_schema: bool = False) -> str:
+        """Make a database and return its DSN."""
+        with psycopg.connect(self._embedded.dsn, autocommit=True) as connection:
+            connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(name)))
+        dsn = self._embedded.dsn.replace(f"/{MAIN_DATABASE}?", f"/{name}?")
+        if with_schema:
+            asyncio.run(prepare_database(dsn))
+        return dsn
+
+
+def _measure(server: Server, folder: Path, parts: list[str], seconds: int, events: int) -> Iterator[Row]:
+    if "ingest" in parts or "library" in parts:
+        library_dsn = server.database("library") if "library" in parts else None
+        yield from measure_webhooks(server.database("webhooks"), library_dsn, folder, seconds)
+    if "read" in parts:
+        yield measure_reads(server.database("reads"), folder, seconds)
+    if "history" in parts:
+        yield measure_history(server.database("history"), folder)
+    if "rebuild" in parts:
+        small, large = (server.database(name, with_schema=True) for name in ("small_log", "large_log"))
+        yield from measure_rebuild(small, large, events)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="of each load (%(default)s)")
+    parser.add_argument("--events", type=int, default=EVENTS, help="in the log of the rebuild (%(default)s)")
+    parser.add_argument("--only", default=",".join(PARTS), help="of %(default)s")
+    arguments = parser.parse_args()
+    arguments.parts = arguments.only.split(",")
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    if arguments.seconds < 1 or arguments.events < 1_000:
+        parser.error("at least a second, and 1,000 events")
+    return arguments
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    arguments = _arguments()
+    # Ended from outside, it ends what it started all the same.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    folder = Path(tempfile.mkdtemp(prefix="order-tracking-bench-"))
+    # For the server's own user, where root measures.
+    folder.chmod(0o711)
+    try:
+        with Server(folder / "state") as server:
+            out.print(machine(server.version(), load.generator()), markup=False)
+            rows = []
+            for row in _measure(server, folder, arguments.parts, arguments.seconds, arguments.events):
+                out.print(f"{row.what}: {row.measured}", markup=False)
+                rows.append(row)
+        print_table(rows)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What the service is measured against over HTTP: each an aiohttp application in a process of its own.
+
+``python -m tests.benchmarks.baselines nothing PORT ANSWERS`` parses, stores nothing and answers;
+``python -m tests.benchmarks.baselines library PORT DSN`` records by the eventsourcing library's own means.
+"""
+
+import asyncio
+import gc
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import uuid4
+
+import orjson
+import uvloop
+from aiohttp import web
+from eventsourcing.application import AggregateNotFoundError, Application
+from psycopg.conninfo import conninfo_to_dict
+
+from domain.order import Order, Report
+
+# The threads of the library's application, and its connections. Tried were 4, 8, 16 and 32: since each of its
+# commits locks the table, more threads only wait for it and for each other.
+LIBRARY_THREADS: Final = 4
+
+
+def do_nothing(answers: dict[str, Any]) -> web.Application:
+    """Parse the same body as the service does, store nothing, and answer as much as the service does.
+
+    Args:
+        answers: ``receipt`` and ``order``, the bodies to answer with, and ``receipt_headers`` and
+            ``order_headers``.
+    """
+    receipt, order = answers["receipt"].encode(), answers["order"].encode()
+    receipt_headers, order_headers = answers["receipt_headers"], answers["order_headers"]
+
+    async def receive(request: web.Request) -> web.Response:
+        orjson.loads(await request.read())
+        return web.Response(body=receipt, headers=receipt_headers)
+
+    async def show(_request: web.Request) -> web.Response:
+        return web.Response(body=order, headers=order_headers)
+
+    app = web.Application()
+    app.add_routes([web.put("/webhook", receive), web.get("/orders/{order_no}", show)])
+    return app
+
+
+class Orders(Application[str]):
+    """The library's application: its repository, its recorder, its transcoder."""
+
+    def record(self, raw: bytes) -> dict[str, Any]:
+        """Record one report, and answer when it is committed."""
+        body = orjson.loads(raw)
+        order_no, status = body["order_no"], body["status"]
+        report = Report(str(uuid4()), order_no, status, body["cnote"], raw.decode())
+        try:
+            order: Order = self.repository.get(order_no)
+        except AggregateNotFoundError:
+            order = Order.unheard(order_no)
+        event = order.report(report, datetime.now(UTC))
+        (recording,) = self.save(order)
+        return {
+            "outcome": event.verdict,
+            "report_id": event.report_id,
+            "order_no": order_no,
+            "version": event.originator_version,
+            "position": recording.notification.id,
+            "status": event.status,
+            "reported_status": status,
+            "skipped": event.skipped,
+            "reason": event.reason,
+        }
+
+
+def library(dsn: str) -> web.Application:
+    """Record by the library's Application and its own PostgreSQL recorder as they come, in threads."""
+    parts = conninfo_to_dict(dsn)
+    orders = Orders(
+        env={
+            "PERSISTENCE_MODULE": "eventsourcing.postgres",
+            "ORIGINATOR_ID_TYPE": "text",
+            "POSTGRES_HOST": str(parts["host"]),
+            "POSTGRES_PORT": str(parts["port"]),
+            "POSTGRES_USER": str(parts["user"]),
+            "POSTGRES_PASSWORD": "none is asked for",
+            "POSTGRES_DBNAME": str(parts["dbname"]),
+            "POSTGRES_POOL_SIZE": str(LIBRARY_THREADS),
+            "POSTGRES_MAX_OVERFLOW": "4",
+        }
+    )
+    threads = ThreadPoolExecutor(LIBRARY_THREADS)
+
+    async def receive(request: web.Request) -> web.Response:
+        raw = await request.read()
+        receipt = await asyncio.get_running_loop().run_in_executor(threads, orders.record, raw)
+        return web.Response(body=orjson.dumps(receipt), content_type="application/json")
+
+    app = web.Application()
+    app.add_routes([web.put("/webhook", receive)])
+    return app
+
+
+if __name__ == "__main__":
+    kind, port, argument = sys.argv[1:]
+    application = do_nothing(json.loads(argument)) if kind == "nothing" else library(argument)
+    gc.freeze()
+    web.run_app(
+        application,
+        host="127.0.0.1",
+        port=int(port),
+        access_log=None,
+        print=None,
+        loop=uvloop.new_event_loop(),
+    )

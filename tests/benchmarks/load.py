@@ -1,0 +1,220 @@
+"""Load over HTTP: by wrk where it is on the PATH, else by a generator of our own in a process of its own."""
+
+import asyncio
+import json
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Final, NamedTuple, cast
+
+import uvloop
+
+CONNECTIONS: Final = 64
+STATUSES: Final = ("Diajukan", "Dijemput", "Dikirim", "Diterima")
+# An order's next report comes after those of so many others: in life hours lie between them.
+ORDERS_INTERLEAVED: Final = 512
+# A generator that does not end with its load is ended.
+OVERTIME_SECONDS_MAX: Final = 30
+OWN: Final = "an asyncio generator of our own (wrk is not on the PATH)"
+
+_LENGTH: Final = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
+
+LUA_REPORTS: Final = """
+local heads, tails, sent = {%(heads)s}, {%(tails)s}, 0
+function request()
+    local at, order = sent %% %(block)d, nil
+    order = string.format("%%07d", (sent - at) / %(statuses)d + at %% %(interleaved)d)
+    local status = math.floor(at / %(interleaved)d) + 1
+    sent = sent + 1
+    return heads[status] .. order .. %(middle)s .. order .. tails[status]
+end
+"""
+LUA_READS: Final = """
+local requests = {}
+for order = 0, %(orders)d - 1 do requests[order + 1] = %(head)s .. string.format("%%07d", order) .. %(tail)s end
+math.randomseed(%(orders)d)
+function request() return requests[math.random(%(orders)d)] end
+"""
+LUA_DONE: Final = """
+function done(summary, latency)
+    local errors = summary.errors
+    local cut = errors.connect + errors.read + errors.write + errors.timeout
+    io.write(string.format("result %d %d %d %d %d\\n",
+        summary.requests, errors.status, cut, summary.duration, latency:percentile(99)))
+end
+"""
+
+
+def generator() -> str:
+    """The name of what makes the load on this machine."""
+    return "wrk -t1" if shutil.which("wrk") else OWN
+
+
+def order_number(run: int, order: int) -> str:
+    """The number of an order of a run: of equal length for all, so that every request is."""
+    return f"KOM{run:03d}{order:07d}"
+
+
+def report(run: int, order: int, status: str) -> bytes:
+    """The body of a webhook."""
+    text = f'{{"order_no":"{order_number(run, order)}","cnote":"JNE{run:03d}{order:07d}","status":"{status}"}}'
+    return text.encode()
+
+
+class Reports(NamedTuple):
+    """Webhooks: four for each order, new orders all the time; ``run`` tells those of one load from others'."""
+
+    run: int
+
+    def lua(self) -> str:
+        """The same as ``requests``, for wrk."""
+        samples = [_put(report(self.run, 0, status)).decode().split("0000000") for status in STATUSES]
+        return LUA_REPORTS % {
+            "heads": ", ".join(_quoted(head) for head, _, _ in samples),
+            "middle": _quoted(samples[0][1]),
+            "tails": ", ".join(_quoted(tail) for _, _, tail in samples),
+            "block": len(STATUSES) * ORDERS_INTERLEAVED,
+            "statuses": len(STATUSES),
+            "interleaved": ORDERS_INTERLEAVED,
+        }
+
+    def requests(self) -> Iterator[bytes]:
+        """Requests without end."""
+        first = 0
+        while True:
+            for status in STATUSES:
+                for order in range(first, first + ORDERS_INTERLEAVED):
+                    yield _put(report(self.run, order, status))
+            first += ORDERS_INTERLEAVED
+
+
+class Reads(NamedTuple):
+    """Reads of the first ``orders`` orders of a run, at random."""
+
+    run: int
+    orders: int
+
+    def lua(self) -> str:
+        """The same as ``requests``, for wrk."""
+        head, tail = _get(order_number(self.run, 0)).decode().split("0000000")
+        return LUA_READS % {"orders": self.orders, "head": _quoted(head), "tail": _quoted(tail)}
+
+    def requests(self) -> Iterator[bytes]:
+        """Requests without end."""
+        every = [_get(order_number(self.run, order)) for order in range(self.orders)]
+        chosen = random.Random(self.orders)
+        while True:
+            yield chosen.choice(every)
+
+
+class Load(NamedTuple):
+    """What came of a load: answers with 200, requests that got another answer or none, and how long it took."""
+
+    answered: int
+    failed: int
+    seconds: float
+    p99_ms: float
+
+    @property
+    def per_second(self) -> float:
+        """Answers with 200, a second."""
+        return self.answered / self.seconds
+
+
+def run(requests: Reports | Reads, port: int, seconds: int, folder: Path) -> Load:
+    """Send requests for some seconds, by CONNECTIONS connections without pipelining."""
+    time_max = seconds + OVERTIME_SECONDS_MAX
+    if wrk := shutil.which("wrk"):
+        script = folder / "load.lua"
+        script.write_text(requests.lua() + LUA_DONE, encoding="utf-8")
+        command = [wrk, "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--latency", "-s", str(script)]
+        output = _output([*command, f"http://127.0.0.1:{port}"], time_max)
+        found = re.search(r"^result (\d+) (\d+) (\d+) (\d+) (\d+)$", output, re.MULTILINE)
+        if found is None:
+            raise RuntimeError(f"wrk gave no result: {output}")
+        total, refused, cut, duration_us, p99_us = map(int, found.groups())
+        return Load(total - refused, refused + cut, duration_us / 1e6, p99_us / 1e3)
+    arguments = json.dumps([type(requests).__name__, list(requests), port, seconds])
+    return Load(*json.loads(_output([sys.executable, "-m", __name__, arguments], time_max)))
+
+
+def _output(command: list[str], seconds_max: float) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds_max).stdout
+
+
+def _quoted(text: str) -> str:
+    # What JSON escapes, Lua reads alike.
+    return json.dumps(text)
+
+
+def _put(body: bytes) -> bytes:
+    head = "PUT /webhook HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _get(order_no: str) -> bytes:
+    return f"GET /orders/{order_no} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+
+
+class _Client(asyncio.Protocol):
+    """One connection: a request, its answer, the next request, until the time is over."""
+
+    def __init__(self, requests: Iterator[bytes], due: float, latencies: list[float]) -> None:
+        self.ended = asyncio.get_running_loop().create_future()
+        self.failed = 0
+        self._requests = requests
+        self._due = due
+        self._latencies = latencies
+        self._answer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are not derived from asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
+        self._send()
+
+    def data_received(self, data: bytes) -> None:
+        self._answer += data
+        head, end, body = self._answer.partition(b"\r\n\r\n")
+        length = _LENGTH.search(head)
+        if not end or (length is not None and len(body) < int(length[1])):
+            return
+        self._latencies.append(time.perf_counter() - self._sent_at)
+        self.failed += not head.startswith(b"HTTP/1.1 200")
+        self._answer = b""
+        if time.perf_counter() < self._due:
+            self._send()
+        else:
+            self._transport.close()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self.failed += time.perf_counter() < self._due
+        self.ended.set_result(None)
+
+    def _send(self) -> None:
+        self._sent_at = time.perf_counter()
+        self._transport.write(next(self._requests))
+
+
+async def _generate(requests: Reports | Reads, port: int, seconds: int) -> Load:
+    began = time.perf_counter()
+    latencies: list[float] = []
+    make = partial(_Client, requests.requests(), began + seconds, latencies)
+    loop = asyncio.get_running_loop()
+    made = [await loop.create_connection(make, "127.0.0.1", port) for _ in range(CONNECTIONS)]
+    await asyncio.gather(*(client.ended for _, client in made))
+    failed = sum(client.failed for _, client in made)
+    p99 = statistics.quantiles(latencies, n=100)[-1]
+    return Load(len(latencies) - failed, failed, time.perf_counter() - began, p99 * 1e3)
+
+
+if __name__ == "__main__":
+    kind, values, to_port, for_seconds = json.loads(sys.argv[1])
+    wanted = {"Reports": Reports, "Reads": Reads}[kind](*values)
+    sys.stdout.write(json.dumps(uvloop.run(_generate(wanted, to_port, for_seconds))))

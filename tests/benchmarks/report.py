@@ -1,0 +1,90 @@
+"""What is printed: the machine, and a row for each thing that was measured."""
+
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+WIDTH_CHARACTERS: Final = 132
+
+out = Console(width=WIDTH_CHARACTERS, highlight=False)
+
+
+class Row(NamedTuple):
+    """One thing measured.
+
+    Args:
+        what: was measured.
+        measured: with its unit; ``x`` for a ratio.
+        to_reach: the same.
+        is_met: whether it was reached; None where the measurement itself is not valid.
+        figures: the absolute ones behind it.
+    """
+
+    what: str
+    measured: str
+    to_reach: str
+    is_met: bool | None
+    figures: str
+
+
+def ratio(what: str, measured: float, figures: str, *, least: float = 0, most: float = 0) -> Row:
+    """A row whose target is a least or a most ratio."""
+    is_met = measured >= least if least else measured <= most
+    return Row(what, f"{measured:.2f}", f">= {least:.2f}" if least else f"<= {most:.2f}", is_met, figures)
+
+
+def machine(postgresql: str, generator: str) -> str:
+    """What the figures were measured on."""
+    gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return (
+        f"{os.cpu_count()} cores of {_cpu_model()}, {gigabytes:.0f} GB, "
+        f"load {os.getloadavg()[0]:.1f} at the start; "
+        f"{platform.system()}, Python {platform.python_version()}, "
+        f"PostgreSQL {postgresql} (embedded, fsync on); load by {generator}, all on this machine"
+    )
+
+
+def print_table(rows: list[Row]) -> None:
+    """Print the rows, and say which targets are missed."""
+    table = Table("what", "measured", "to reach", "", "figures (median of the rounds)", show_lines=True)
+    for row in rows:
+        verdict = {True: ("ok", "green"), False: ("MISSED", "red"), None: ("INVALID", "bold red")}[row.is_met]
+        table.add_row(row.what, row.measured, row.to_reach, Text(*verdict), row.figures)
+    out.print(table)
+    missed = [row.what for row in rows if not row.is_met]
+    out.print(f"missed: {'; '.join(missed)}" if missed else "every target is reached", markup=False)
+
+
+class Memory(NamedTuple):
+    """The resident memory of a process, in MB."""
+
+    now: float
+    most: float
+
+
+def resident_mb(pid: int) -> Memory:
+    """Measure a process. Where only the present size can be told, it stands for the greatest too.
+
+    Not by getrusage: a new process inherits the greatest size of the one that started it.
+    """
+    status = Path(f"/proc/{pid}/status")
+    if status.exists():
+        sizes = dict(
+            re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB$", status.read_text(encoding="utf-8"), re.MULTILINE)
+        )
+        return Memory(int(sizes["VmRSS"]) / 1024, int(sizes["VmHWM"]) / 1024)
+    listed = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True)
+    return Memory(int(listed.stdout) / 1024, int(listed.stdout) / 1024)
+
+
+def _cpu_model() -> str:
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpus.read_text(encoding="utf-8")) if cpus.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -1,0 +1,350 @@
+"""The rows that are measured over HTTP: a real ``serve`` process against the baselines, in turns.
+
+The machine is shared with PostgreSQL, the load generator and whoever else is on it, so every round measures
+each contender once, and what counts is the median of the ratios within the rounds.
+"""
+
+import http.client
+import itertools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Final, NamedTuple, Self
+
+import psycopg
+
+from tests.benchmarks import load
+from tests.benchmarks.rebuilds import Log
+from tests.benchmarks.report import Row, out, ratio, resident_mb
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+ROUNDS: Final = 3
+WARM_SECONDS: Final = 2
+# Of webhooks, for the orders that are read.
+SEED_SECONDS: Final = 4
+START_SECONDS_MAX: Final = 30.0
+STOP_SECONDS_MAX: Final = 20.0
+CATCH_UP_SECONDS_MAX: Final = 60.0
+LOOK_SECONDS: Final = 0.02
+
+# A history longer than any order's, and how often a report is recorded into it and into a short one.
+LONG_HISTORY_EVENTS: Final = 10_000
+HISTORY_REPORTS: Final = 400
+HISTORY_RATIO_MAX: Final = 1.1
+
+MEMORY_MB_MAX: Final = 200
+
+IS_BEHIND: Final = """
+    SELECT EXISTS (
+        SELECT FROM order_events
+        WHERE notification_id > least(
+            (SELECT position FROM current_status.projection), (SELECT position FROM timeline.projection)))
+"""
+# Each report is sent once, so one that is there twice was doubled.
+COUNT_EVENTS: Final = """
+    SELECT count(*), count(*) - count(DISTINCT md5(convert_from(state, 'UTF8')::json ->> 'body'))
+    FROM order_events
+"""
+
+
+class Process(NamedTuple):
+    """A server under load."""
+
+    pid: int
+    port: int
+
+    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[str, dict[str, str]]:
+        """Return the body of an answer, and the headers that the handler set."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START_SECONDS_MAX)
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        names = ("Content-Type", "Server", "ETag")
+        return text, {name: value for name in names if (value := answer.getheader(name)) is not None}
+
+
+@contextmanager
+def _process(folder: Path, module: str, *arguments: str, **settings: str) -> Iterator[Process]:
+    """Run a module that listens on the port of its arguments or of ORDER_TRACKING_PORT."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("ORDER_TRACKING_")}
+    environment = {**inherited, "PYTHONPATH": str(ROOT), "ORDER_TRACKING_PORT": str(port), **settings}
+    words = [str(port) if argument == "PORT" else argument for argument in arguments]
+    errors = folder / f"{module}-{port}.log"
+    # Elsewhere than in the project, where a .env may lie.
+    with errors.open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, *words],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+        )
+    try:
+        due = time.monotonic() + START_SECONDS_MAX
+        while not _listens(port):
+            if child.poll() is not None or time.monotonic() > due:
+                raise RuntimeError(f"{module} does not listen: {errors.read_text(encoding='utf-8')[-2_000:]}")
+            time.sleep(LOOK_SECONDS)
+        yield Process(child.pid, port)
+    finally:
+        child.terminate()
+        try:
+            child.wait(STOP_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+class Contest:
+    """The service, on a database of its own, and what it is measured against.
+
+    Args:
+        dsn: of an empty database.
+        folder: for scripts and logs.
+        seconds: of each load.
+    """
+
+    _runs = itertools.count(1)
+
+    def __init__(self, dsn: str, folder: Path, seconds: int) -> None:
+        self._dsn = dsn
+        self._folder = folder
+        self._seconds = seconds
+        self._stack = ExitStack()
+        self.answered = self.failed = self.loads = 0
+        self.catch_up_seconds = 0.0
+
+    def __enter__(self) -> Self:
+        try:
+            self.ours = self._start("service", "serve", ORDER_TRACKING_DATABASE_URL=self._dsn)
+            self._database = self._stack.enter_context(psycopg.connect(self._dsn, autocommit=True))
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self, module: str, *arguments: str, **settings: str) -> Process:
+        return self._stack.enter_context(_process(self._folder, module, *arguments, **settings))
+
+    def start_nothing(self) -> Process:
+        """Start the handler that does nothing, with answers of the size that the service's have."""
+        bodies = [load.report(0, 0, status) for status in load.STATUSES]
+        receipts = [self.ours.ask("PUT", "/webhook", body) for body in bodies]
+        receipt, receipt_headers = receipts[-1]
+        self.answered += len(bodies)
+        self.wait_for_views()
+        order, order_headers = self.ours.ask("GET", f"/orders/{load.order_number(0, 0)}")
+        answers = {
+            "receipt": receipt,
+            "receipt_headers": receipt_headers,
+            "order": order,
+            "order_headers": order_headers,
+        }
+        return self._start("tests.benchmarks.baselines", "nothing", "PORT", json.dumps(answers))
+
+    def start_library(self, dsn: str) -> Process:
+        """Start the library's own application, on a database of its own."""
+        return self._start("tests.benchmarks.baselines", "library", "PORT", dsn)
+
+    def send_reports(self, target: Process, seconds: int) -> tuple[load.Load, load.Reports]:
+        """Load a contender with webhooks; where it is ours, wait for the views thereafter."""
+        self._database.execute("CHECKPOINT")
+        reports = load.Reports(next(self._runs))
+        done = load.run(reports, target.port, seconds, self._folder)
+        if target is self.ours:
+            self.answered += done.answered
+            self.failed += done.failed
+            self.loads += 1
+            self.catch_up_seconds = max(self.catch_up_seconds, self.wait_for_views())
+        return done, reports
+
+    def rounds(self, *targets: Process) -> list[list[load.Load]]:
+        """Load every contender with webhooks, in turns; the results of each."""
+        for target in targets:
+            self.send_reports(target, WARM_SECONDS)
+        results: list[list[load.Load]] = [[] for _ in targets]
+        for _ in range(ROUNDS):
+            for target, found in zip(targets, results, strict=True):
+                found.append(self.send_reports(target, self._seconds)[0])
+        return results
+
+    def wait_for_views(self) -> float:
+        """Wait until both views have the whole log; return the seconds that it took."""
+        began = time.monotonic()
+        while self._database.execute(IS_BEHIND).fetchone() == (True,):
+            if time.monotonic() > began + CATCH_UP_SECONDS_MAX:
+                raise RuntimeError(f"the views are still behind after {CATCH_UP_SECONDS_MAX} s")
+            time.sleep(LOOK_SECONDS)
+        return time.monotonic() - began
+
+    def fault(self) -> str | None:
+        """What is wrong with the log after all loads, in the light of what was answered; None if nothing."""
+        events, doubled = self._database.execute(COUNT_EVENTS).fetchone() or (0, 0)
+        # What was on its way when the generator stopped is recorded, and its answer was not waited for.
+        unseen_max = self.loads * load.CONNECTIONS
+        if self.failed:
+            return f"{self.failed} webhooks were not answered with 200"
+        if doubled:
+            return f"{doubled} reports are in the log twice"
+        if not self.answered <= events <= self.answered + unseen_max:
+            return f"{self.answered} webhooks were answered, but {events} events are there"
+        return None
+
+
+def measure_webhooks(dsn: str, library_dsn: str | None, folder: Path, seconds: int) -> Iterator[Row]:
+    """Webhooks under full load: throughput, p99, memory; against the library where its database is given."""
+    with Contest(dsn, folder, seconds) as contest:
+        targets = [contest.start_nothing(), contest.ours]
+        if library_dsn is not None:
+            targets.append(contest.start_library(library_dsn))
+        nothing, ours, *library = contest.rounds(*targets)
+        fault = contest.fault()
+        memory = resident_mb(contest.ours.pid)
+        others_failed = sum(done.failed for done in itertools.chain(nothing, *library))
+        if others_failed:
+            fault = f"{others_failed} requests to the baselines failed"
+        out.print(
+            f"webhooks: {contest.answered} answered with 200, {fault or 'each in the log, once'}; "
+            f"the views had the whole log {contest.catch_up_seconds:.2f} s after a load at the latest"
+        )
+
+        def row(made: Row) -> Row:
+            return made if fault is None else made._replace(measured="-", is_met=None, figures=fault)
+
+        yield row(
+            ratio(
+                "durable webhooks/s, as a share of a handler that parses and does nothing",
+                _median_ratio(ours, nothing),
+                f"{_median(ours):,.0f}/s against {_median(nothing):,.0f}/s; "
+                f"by round {_by_round(ours, nothing)}",
+                least=0.60,
+            )
+        )
+        p99 = [one.p99_ms / other.p99_ms for one, other in zip(ours, nothing, strict=True)]
+        yield row(
+            ratio(
+                "p99 of a webhook at that load, as a multiple of that handler's",
+                statistics.median(p99),
+                f"{statistics.median(one.p99_ms for one in ours):.1f} ms against "
+                f"{statistics.median(one.p99_ms for one in nothing):.1f} ms",
+                most=3,
+            )
+        )
+        if library:
+            yield row(
+                ratio(
+                    "durable webhooks/s, against the library's own application and recorder",
+                    _median_ratio(ours, library[0]),
+                    f"{_median(ours):,.0f}/s against {_median(library[0]):,.0f}/s",
+                    least=15,
+                )
+            )
+        yield Row(
+            "memory of the service after that load",
+            f"{memory.now:.0f} MB",
+            f"< {MEMORY_MB_MAX} MB",
+            memory.most < MEMORY_MB_MAX,
+            f"at its most {memory.most:.0f} MB, {contest.answered:,} webhooks",
+        )
+
+
+def measure_reads(dsn: str, folder: Path, seconds: int) -> Row:
+    """Reads of single orders, at random, against a handler with an answer of the same size and headers."""
+    with Contest(dsn, folder, seconds) as contest:
+        nothing = contest.start_nothing()
+        done, reports = contest.send_reports(contest.ours, SEED_SECONDS)
+        # Of the last block not every order was reported of.
+        orders = done.answered // len(load.STATUSES) - load.ORDERS_INTERLEAVED
+        reads = load.Reads(reports.run, orders)
+        results: list[tuple[load.Load, load.Load]] = []
+        for number in range(ROUNDS + 1):
+            for_seconds = seconds if number else WARM_SECONDS
+            baseline, ours = (
+                load.run(reads, target.port, for_seconds, folder) for target in (nothing, contest.ours)
+            )
+            if number:
+                results.append((baseline, ours))
+    without, with_reads = zip(*results, strict=True)
+    failed = sum(one.failed for pair in results for one in pair)
+    made = ratio(
+        "GET /orders/{order_no} per second, as a share of a handler that does nothing",
+        _median_ratio(with_reads, without),
+        f"{_median(with_reads):,.0f}/s against {_median(without):,.0f}/s; by round "
+        f"{_by_round(with_reads, without)}; p99 {statistics.median(one.p99_ms for one in with_reads):.1f} ms "
+        f"against {statistics.median(one.p99_ms for one in without):.1f} ms; {orders:,} orders",
+        least=0.70,
+    )
+    if failed:
+        return made._replace(measured="-", is_met=None, figures=f"{failed} reads were not answered with 200")
+    return made
+
+
+def measure_history(dsn: str, folder: Path) -> Row:
+    """One webhook after the other, into an order of a long history and into one of a single event, in turns."""
+    with Contest(dsn, folder, 0) as contest:
+        long = Log(orders=1, reports=LONG_HISTORY_EVENTS)
+        long.write(dsn)
+        contest.wait_for_views()
+        connection = http.client.HTTPConnection("127.0.0.1", contest.ours.port, timeout=START_SECONDS_MAX)
+
+        def send(body: bytes) -> float:
+            began = time.perf_counter()
+            connection.request("PUT", "/webhook", body)
+            answer = connection.getresponse()
+            answer.read()
+            took = time.perf_counter() - began
+            if answer.status != http.HTTPStatus.OK:
+                raise RuntimeError(f"a webhook was answered with {answer.status}")
+            return took * 1e3
+
+        send(load.report(0, 0, load.STATUSES[0]))
+        # Nothing of the long one is in this process yet: like every fresh one it is looked up.
+        first_long = send(long.report(0))
+        long_ms, fresh_ms = [], []
+        for number in range(1, HISTORY_REPORTS + 1):
+            fresh_ms.append(send(load.report(0, number, load.STATUSES[0])))
+            long_ms.append(send(long.report(0)))
+        connection.close()
+    return ratio(
+        "recording into an order of 10,000 events, as a multiple of fresh orders'",
+        statistics.median(long_ms) / statistics.median(fresh_ms),
+        f"{statistics.median(long_ms):.2f} ms against {statistics.median(fresh_ms):.2f} ms, one at a time; "
+        f"the long one's first, not in memory yet, {first_long:.2f} ms",
+        most=HISTORY_RATIO_MAX,
+    )
+
+
+Loads = list[load.Load] | tuple[load.Load, ...]
+
+
+def _median(loads: Loads) -> float:
+    return statistics.median(done.per_second for done in loads)
+
+
+def _by_round(ours: Loads, others: Loads) -> str:
+    return " ".join(f"{one.per_second / other.per_second:.2f}" for one, other in zip(ours, others, strict=True))
+
+
+def _median_ratio(ours: Loads, others: Loads) -> float:
+    return statistics.median(one.per_second / other.per_second for one, other in zip(ours, others, strict=True))
