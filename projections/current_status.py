@@ -151,7 +151,7 @@ async def copy(connection: Connection, events: Sequence[DecodedEvent], carried: 
     cnotes: dict[tuple[str, str], None] = carried.setdefault("cnotes", {})
     known = dict(cnotes)
     found = fold(events, rows)
-    going_on = events[-1].event.originator_id if events else None
+    going_on = events[-1][1].originator_id if events else None
     complete = [row for order_no, row in rows.items() if order_no != going_on]
     cnotes.clear()
     cnotes.update({pair: None for pair in (*known, *found) if pair[1] == going_on})

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
 
 import structlog
 
@@ -17,41 +17,37 @@ if TYPE_CHECKING:
     import asyncpg
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-Transaction: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]
+# Begins a transaction by the given statements, and commits it at the end of the block.
+Transaction: TypeAlias = Callable[[str], AbstractAsyncContextManager[Connection]]
 
 # Larger pages gain no throughput and make webhooks wait: 2,000 took their p99 from 2.3 to 3 times.
 PAGE_EVENTS_MAX: Final = 300
+# Between two pages: under load a page is then what several commits brought, for the price of one. A report that
+# comes alone is projected at once.
+GATHER_SECONDS: Final = 0.01
 # Beneath the notifications, which are only hints: the longest that an unannounced event goes unseen.
 POLL_SECONDS: Final = 1.0
 # How often a page is tried whole before the order at fault in it is looked for.
 PAGE_ATTEMPTS_MAX: Final = 3
 # Between two attempts at a page, and while the database is away.
 RETRY_PAUSE_SECONDS: Final = 0.2
-# How often a standing-by process looks how far the projecting one has come, while readers wait for it.
-STANDBY_LOOK_SECONDS: Final = 0.02
+# How often a view is looked at while readers wait for a position that has not been announced.
+LOOK_SECONDS: Final = 0.02
 
 log = structlog.get_logger()
 
 
-class LoggedEvent(NamedTuple):
-    """One event of the log as a projection is given it.
+class Undecodable(NamedTuple):
+    """What stands in the place of an event that could not be decoded."""
 
-    ``event`` is None where it could not be decoded; ``reason`` then says why.
-    """
-
-    position: int
-    order_no: str
-    version: int
-    event: Order.StatusReported | None
-    reason: str | None = None
+    originator_id: str
+    originator_version: int
+    reason: str
 
 
-class DecodedEvent(NamedTuple):
-    """A logged event that could be decoded: what a view's fold is given."""
-
-    position: int
-    event: Order.StatusReported
-
+# A position and what was recorded there. Plain tuples: one for each event, for each view.
+DecodedEvent: TypeAlias = tuple[int, Order.StatusReported]
+LoggedEvent: TypeAlias = tuple[int, Order.StatusReported | Undecodable]
 
 # Given a position and a limit, the events above that position in the order of the log.
 ReadLog: TypeAlias = Callable[[int, int], Awaitable[Sequence[LoggedEvent]]]
@@ -99,9 +95,10 @@ class ViewState(NamedTuple):
     sets_aside: bool
 
 
-# In a transaction these two come first, in this order: the position must be read by a snapshot that is younger
-# than the lock. A row lock on the position would not do: a waiter would go on with the tables of before a swap.
-TRY_VIEW_LOCK: Final = "SELECT pg_try_advisory_xact_lock(hashtextextended('view ' || $1, 0))"
+# One process at a time writes a view; the others wait here. The position is read after it, by a snapshot that
+# is younger than the lock. A row lock on the position would not do: a waiter would go on with the tables of
+# before a swap. Filled with the view's own name; one message to the server, since it is sent for every page.
+BEGIN_WITH_VIEW_LOCK: Final = "BEGIN; SELECT pg_advisory_xact_lock(hashtextextended('view {view}', 0))"
 TAKE_VIEW_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('view ' || $1, 0))"
 VIEW_STATE: Final = "SELECT position, definition, EXISTS (SELECT FROM set_aside) FROM projection"
 
@@ -145,56 +142,60 @@ async def apply_page(
         sets_aside: whether anything is set aside in the view already.
         one_by_one: apply each order by itself and set aside those that fail; else a failure is raised.
     """
-    aside: set[str] = set()
-    if sets_aside:
-        order_nos = list({logged.order_no for logged in page})
-        aside = {row[0] for row in await connection.fetch(ORDERS_SET_ASIDE, order_nos)}
-    decoded: list[DecodedEvent] = []
-    for logged in page:
-        if logged.order_no in aside:
-            continue
-        if logged.event is None:
-            await _set_aside(connection, view, logged, logged.reason or "it could not be decoded")
-            aside.add(logged.order_no)
-        else:
-            decoded.append(DecodedEvent(logged.position, logged.event))
+    decoded = await _not_aside(connection, view, page, sets_aside=sets_aside)
     if not one_by_one:
         if decoded:
             await view.apply(connection, decoded)
         return
     by_order: defaultdict[str, list[DecodedEvent]] = defaultdict(list)
-    for item in decoded:
-        by_order[item.event.originator_id].append(item)
+    for position, event in decoded:
+        by_order[event.originator_id].append((position, event))
     for events in by_order.values():
         await _apply_order(connection, view, events)
 
 
+async def _not_aside(
+    connection: Connection, view: View, page: Sequence[LoggedEvent], *, sets_aside: bool
+) -> Sequence[DecodedEvent]:
+    """Return the events of orders that are not set aside, and set aside those that cannot be decoded."""
+    if not sets_aside and not any(type(event) is Undecodable for _, event in page):
+        return cast("Sequence[DecodedEvent]", page)
+    order_nos = list({event.originator_id for _, event in page})
+    aside = {order_no for (order_no,) in await connection.fetch(ORDERS_SET_ASIDE, order_nos)}
+    decoded: list[DecodedEvent] = []
+    for position, event in page:
+        if event.originator_id in aside:
+            continue
+        if isinstance(event, Undecodable):
+            await _set_aside(connection, view, position, event)
+            aside.add(event.originator_id)
+        else:
+            decoded.append((position, event))
+    return decoded
+
+
 async def _apply_order(connection: Connection, view: View, events: Sequence[DecodedEvent]) -> None:
     """Apply one order's events one after the other; set it aside at the first that fails."""
-    for item in events:
+    for position, event in events:
         await connection.execute("SAVEPOINT event")
         try:
-            await view.apply(connection, [item])
+            await view.apply(connection, [(position, event)])
         except Exception as error:
             if connection.is_closed():
                 raise
             await connection.execute("ROLLBACK TO SAVEPOINT event")
-            logged = LoggedEvent(item.position, item.event.originator_id, item.event.originator_version, None)
-            await _set_aside(connection, view, logged, f"{type(error).__name__}: {_first_line(error)}")
+            # The first line: a database's error goes on with the row that it was about.
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            failed = Undecodable(event.originator_id, event.originator_version, reason)
+            await _set_aside(connection, view, position, failed)
             return
         await connection.execute("RELEASE SAVEPOINT event")
 
 
-def _first_line(error: Exception) -> str:
-    # A database's error goes on with the row that it was about.
-    return next(iter(str(error).splitlines()), "")
-
-
-async def _set_aside(connection: Connection, view: View, logged: LoggedEvent, reason: str) -> None:
-    log.error(
-        "order set aside", view=view.name, position=logged.position, version=logged.version, reason=reason
-    )
-    await connection.execute(SET_ASIDE, logged.order_no, logged.version, logged.position, reason)
+async def _set_aside(connection: Connection, view: View, position: int, failed: Undecodable) -> None:
+    order_no, version, reason = failed
+    log.error("order set aside", view=view.name, position=position, version=version, reason=reason)
+    await connection.execute(SET_ASIDE, order_no, version, position, reason)
 
 
 class Projector:
@@ -210,6 +211,7 @@ class Projector:
         self.view = view
         self.position = 0
         self.is_outdated = False
+        self._begin = BEGIN_WITH_VIEW_LOCK.format(view=view.name)
         self._transaction = transaction
         self._read_log = read_log
         self._wake = asyncio.Event()
@@ -226,8 +228,9 @@ class Projector:
         while True:
             self._wake.clear()
             try:
-                while await self.step():
-                    pass
+                while events := await self.step():
+                    if events < PAGE_EVENTS_MAX:
+                        await asyncio.sleep(GATHER_SECONDS)
             except Exception as error:  # noqa: BLE001 - whatever it is, webhooks go on and so does this
                 self._note_failure(error)
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
@@ -243,22 +246,20 @@ class Projector:
             self._last_failure = repr(error)
             log.warning("projection failed; it goes on trying", view=self.view.name, error=repr(error))
 
-    async def step(self) -> bool:
-        """Apply the next page; return whether there may be more to do now.
+    async def step(self) -> int:
+        """Apply the next page; return how many events it had.
 
         Raises:
             OutdatedViewError: another definition made the view; it is not this code's to write.
         """
-        async with self._transaction() as connection:
-            is_mine = await connection.fetchval(TRY_VIEW_LOCK, self.view.name)
+        async with self._transaction(self._begin) as connection:
             state = await view_state(connection)
             if state.definition != self.view.definition:
                 raise OutdatedViewError(f"the view {self.view.name} was made by another definition")
             position = state.position
-            # Where another process holds the lock it is projecting, or swapping; it is notified as we are.
-            page = await self._read_log(position, PAGE_EVENTS_MAX) if is_mine else ()
+            page = await self._read_log(position, PAGE_EVENTS_MAX)
             if page:
-                position = page[-1].position
+                position, _ = page[-1]
                 await apply_page(
                     connection,
                     self.view,
@@ -271,7 +272,7 @@ class Projector:
         self._last_failure = ""
         self.is_outdated = False
         await self._reach(position)
-        return bool(page)
+        return len(page)
 
     async def reached(self, position: int, seconds_max: float) -> bool:
         """Wait until the view has a position; return whether it has, within the time."""
@@ -283,10 +284,10 @@ class Projector:
             if left <= 0:
                 return False
             try:
-                async with asyncio.timeout(min(left, STANDBY_LOOK_SECONDS)), self._moved:
+                async with asyncio.timeout(min(left, LOOK_SECONDS)), self._moved:
                     await self._moved.wait()
             except TimeoutError:
-                # Standing by, or not notified: look again how far it has come.
+                # Another process has moved it, or the notification was lost: look again.
                 self.wake()
         return True
 

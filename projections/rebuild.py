@@ -2,9 +2,9 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol, cast
 
 import asyncpg
 import structlog
@@ -17,6 +17,7 @@ from projections.engine import (
     LoggedEvent,
     OutdatedViewError,
     ReadLog,
+    Undecodable,
     View,
     advance,
     apply_page,
@@ -95,17 +96,20 @@ class _Fill:
     view: View
     connection: Connection
     carried: dict[str, object] = field(default_factory=dict)
-    aside: dict[str, LoggedEvent] = field(default_factory=dict)
+    aside: dict[str, tuple[int, Undecodable]] = field(default_factory=dict)
 
     async def take(self, page: Sequence[LoggedEvent]) -> None:
-        decoded: list[DecodedEvent] = []
-        for logged in page:
-            if logged.event is None:
-                self.aside.setdefault(logged.order_no, logged)
-            elif not self.aside or logged.order_no not in self.aside:
-                decoded.append(DecodedEvent(logged.position, logged.event))
-        if decoded:
-            await self.view.copy(self.connection, decoded, self.carried)
+        if self.aside or any(type(event) is Undecodable for _, event in page):
+            page = [*self._not_aside(page)]
+        if page:
+            await self.view.copy(self.connection, cast("Sequence[DecodedEvent]", page), self.carried)
+
+    def _not_aside(self, page: Sequence[LoggedEvent]) -> Iterator[LoggedEvent]:
+        for position, event in page:
+            if isinstance(event, Undecodable):
+                self.aside.setdefault(event.originator_id, (position, event))
+            elif event.originator_id not in self.aside:
+                yield position, event
 
 
 async def rebuild(
@@ -196,8 +200,8 @@ async def _complete(fill: _Fill, head: int) -> None:
     await fill.connection.copy_records_to_table(
         "set_aside",
         records=[
-            (order_no, logged.version, logged.position, logged.reason or "it could not be decoded")
-            for order_no, logged in fill.aside.items()
+            (order_no, failed.originator_version, position, failed.reason)
+            for order_no, (position, failed) in fill.aside.items()
         ],
         columns=SET_ASIDE_ROWS,
     )
@@ -267,11 +271,11 @@ async def _catch_up(connection: Connection, view: View, read_log: ReadLog, head:
         async with connection.transaction():
             state = await view_state(connection)
             page = await read_log(state.position, PAGE_EVENTS_MAX)
-            page = [logged for logged in page if logged.position <= head]
+            page = [logged for logged in page if logged[0] <= head]
             if not page:
                 return
             await _apply(connection, view, page, sets_aside=state.sets_aside)
-            await advance(connection, state.position, page[-1].position)
+            await advance(connection, state.position, page[-1][0])
 
 
 async def _apply(connection: Connection, view: View, page: Sequence[LoggedEvent], *, sets_aside: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 from domain.order import UNHEARD, Order, Report, Standing, judge_report
 from domain.statuses import Status
 from domain.transitions import Verdict
+from projections.engine import Undecodable
 from service import event_store
 from service.database import Connection
 from service.log_reader import LogReader
@@ -41,14 +42,12 @@ async def rejudge(log_reader: LogReader) -> AsyncIterator[Change]:
     order_no: str | None = None
     standing: Standing = UNHEARD
     async for page in log_reader.read_streams(await log_reader.head()):
-        for logged in page:
-            if logged.event is None:
-                raise event_store.UndecodableEventError(
-                    f"version {logged.version} of {logged.order_no}: {logged.reason}"
-                )
-            event = logged.event
-            if logged.order_no != order_no:
-                order_no, standing = logged.order_no, UNHEARD
+        for _, event in page:
+            if isinstance(event, Undecodable):
+                place = f"version {event.originator_version} of {event.originator_id}"
+                raise event_store.UndecodableEventError(f"{place}: {event.reason}")
+            if event.originator_id != order_no:
+                order_no, standing = event.originator_id, UNHEARD
             report = Report(event.report_id, order_no, event.reported_status, event.reported_cnote, event.body)
             today = judge_report(standing, report, event.timestamp)
             standing = today.standing

@@ -4,19 +4,14 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
-class _Call(NamedTuple, Generic[Item, Outcome]):
-    """A waiting call; ``due`` is by the loop's clock."""
-
-    item: Item
-    weight: int
-    due: float
-    caller: "asyncio.Future[Outcome]"
+# Its item, its weight, when it is due by the loop's clock, and its caller. A plain tuple: one for each request.
+_Call: TypeAlias = tuple[Item, int, float, asyncio.Future[Outcome]]
 
 
 class QueueFullError(Exception):
@@ -59,12 +54,15 @@ class Batcher(Generic[Item, Outcome]):
         self._waiting: deque[_Call[Item, Outcome]] = deque()
         self._waiting_weight = 0
         self._leader: asyncio.Task[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def submit(self, item: Item, weight: int = 0) -> Outcome:
-        """Hand in an item and wait for its outcome.
+    def submit(self, item: Item, weight: int = 0) -> "asyncio.Future[Outcome]":
+        """Hand in an item; the future gets its outcome.
 
         Raises:
             QueueFullError: too much is waiting already; nothing was done.
+
+        The future may raise:
             TimeoutError: its time was over before its batch began; nothing was done.
             BatchFailedError: the work failed as a whole.
         """
@@ -73,14 +71,15 @@ class Batcher(Generic[Item, Outcome]):
             or self._waiting_weight + weight > self._queue_weight_max
         ):
             raise QueueFullError
-        loop = asyncio.get_running_loop()
+        # Asked for once: Python 3.11 takes as long for it as for all the rest here.
+        loop = self._loop = self._loop or asyncio.get_running_loop()
         caller: asyncio.Future[Outcome] = loop.create_future()
-        self._waiting.append(_Call(item, weight, loop.time() + self._seconds_max, caller))
+        self._waiting.append((item, weight, loop.time() + self._seconds_max, caller))
         self._waiting_weight += weight
         if self._leader is None:
             # The leader outlives the caller that started it: it inherits none of its context.
             self._leader = loop.create_task(self._lead(), context=Context())
-        return await caller
+        return caller
 
     async def finish(self) -> None:
         """Wait until nothing waits any more."""
@@ -97,7 +96,8 @@ class Batcher(Generic[Item, Outcome]):
             self._leader = None
             # Reached with calls still waiting only when the loop itself is being torn down.
             while self._waiting:
-                self._waiting.popleft().caller.cancel()
+                *_, caller = self._waiting.popleft()
+                caller.cancel()
             self._waiting_weight = 0
 
     def _take(self) -> list[_Call[Item, Outcome]]:
@@ -106,37 +106,39 @@ class Batcher(Generic[Item, Outcome]):
         batch_weight = 0
         while self._waiting and len(batch) < self._batch_items_max:
             call = self._waiting[0]
-            if batch and batch_weight + call.weight > self._batch_weight_max:
+            _, weight, due, caller = call
+            if batch and batch_weight + weight > self._batch_weight_max:
                 break
             self._waiting.popleft()
-            self._waiting_weight -= call.weight
-            if call.caller.done():
+            self._waiting_weight -= weight
+            if caller.done():
                 continue
-            if call.due <= now:
-                call.caller.set_exception(TimeoutError("the time was over before the work began"))
+            if due <= now:
+                caller.set_exception(TimeoutError("the time was over before the work began"))
                 continue
             batch.append(call)
-            batch_weight += call.weight
+            batch_weight += weight
         return batch
 
     async def _work_on(self, batch: list[_Call[Item, Outcome]]) -> None:
+        _, _, first_due, _ = batch[0]
         try:
-            outcomes = await self._work([call.item for call in batch], batch[0].due)
+            outcomes = await self._work([item for item, *_ in batch], first_due)
             answered = list(zip(batch, outcomes, strict=True))
         except BaseException as error:
-            for call in batch:
-                if not call.caller.done():
+            for *_, caller in batch:
+                if not caller.done():
                     # One instance raised in many tasks would grow its traceback with each of them.
                     failure = BatchFailedError(str(error))
                     failure.__cause__ = error
-                    call.caller.set_exception(failure)
+                    caller.set_exception(failure)
             if not isinstance(error, Exception):
                 raise
             return
-        for call, outcome in answered:
-            if call.caller.done():
+        for (*_, caller), outcome in answered:
+            if caller.done():
                 continue
             if isinstance(outcome, Exception):
-                call.caller.set_exception(outcome)
+                caller.set_exception(outcome)
             else:
-                call.caller.set_result(outcome)
+                caller.set_result(outcome)

@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Final
 
 from domain.order import Order
-from projections.engine import LoggedEvent
+from projections.engine import DecodedEvent, LoggedEvent, Undecodable
 from service import event_store
 from service.database import Connect, Connection, HeldConnection
 
 # What was committed last is kept for the projections, which read it milliseconds later.
-TAIL_EVENTS_MAX: Final = 8_192
+TAIL_EVENTS_MAX: Final = 4_096
 TAIL_CHARACTERS_MAX: Final = 8 * 1024 * 1024
 
 STREAMS_PAGE_EVENTS: Final = 5_000
@@ -31,8 +31,8 @@ def decode(position: int, order_no: str, version: int, topic: str, state: bytes)
     try:
         event = event_store.decode_event(order_no, version, topic, state)
     except event_store.UndecodableEventError as error:
-        return LoggedEvent(position, order_no, version, None, str(error))
-    return LoggedEvent(position, order_no, version, event)
+        return position, Undecodable(order_no, version, str(error))
+    return position, event
 
 
 class LogReader:
@@ -47,23 +47,19 @@ class LogReader:
         self._held = held
         self._connect = connect
         # Events at consecutive positions, so that nothing of another process can lie between them.
-        self._tail: list[LoggedEvent] = []
+        self._tail: list[DecodedEvent] = []
         self._tail_characters = 0
 
     def remember(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         """Keep what was just committed, in the order of the log."""
-        if self._tail and positions[0] != self._tail[-1].position + 1:
-            self._forget()
         for event, position in zip(events, positions, strict=True):
-            if self._tail and position != self._tail[-1].position + 1:
+            if self._tail and position != self._tail[-1][0] + 1:
                 self._forget()
-            self._tail.append(LoggedEvent(position, event.originator_id, event.originator_version, event))
+            self._tail.append((position, event))
             self._tail_characters += len(event.body)
         if len(self._tail) > TAIL_EVENTS_MAX or self._tail_characters > TAIL_CHARACTERS_MAX:
             del self._tail[: len(self._tail) // 2]
-            self._tail_characters = sum(
-                len(logged.event.body) for logged in self._tail if logged.event is not None
-            )
+            self._tail_characters = sum(len(event.body) for _, event in self._tail)
 
     def _forget(self) -> None:
         self._tail = []
@@ -72,7 +68,7 @@ class LogReader:
     async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
         """Return the events above a position, at most ``limit``, in the order of the log."""
         if self._tail:
-            start = after + 1 - self._tail[0].position
+            start = after + 1 - self._tail[0][0]
             if 0 <= start < len(self._tail):
                 return self._tail[start : start + limit]
         async with self._held.use() as connection:

@@ -6,7 +6,8 @@ The rules are those of ``docs/api.md``: what is ambiguous is never guessed at, a
 import json
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, NamedTuple
+from operator import itemgetter
+from typing import Any, Final
 
 import orjson
 
@@ -38,18 +39,14 @@ class UnreadableError(Exception):
         self.order_no = order_no
 
 
-class ReadBody(NamedTuple):
-    """What a body says: the parts of a Report that come from the sender."""
-
-    order_no: str
-    status: str
-    cnote: str | None
-    text: str
-    occurred_at: datetime | None
-
-
-def parse(raw: bytes) -> ReadBody:
+def parse(raw: bytes, report_id: str, remote: str | None = None, idempotency_key: str | None = None) -> Report:
     """Read the body of a webhook.
+
+    Args:
+        raw: the body.
+        report_id: and what else is known of its arrival, see Report.
+        remote: the address that it came from.
+        idempotency_key: the sender's key.
 
     Raises:
         UnreadableError: it is not JSON, not an object, ambiguous, or lacks an order number or a status.
@@ -66,12 +63,7 @@ def parse(raw: bytes) -> ReadBody:
     order_no = _order_no(body.get("order_no"))
     status = _status(body.get("status"), order_no)
     occurred_at = _occurred_at(body["timestamp"]) if "timestamp" in body else None
-    return ReadBody(order_no, status, _cnote(body.get("cnote")), text, occurred_at)
-
-
-def to_report(read: ReadBody, report_id: str, remote: str | None, idempotency_key: str | None) -> Report:
-    """Return the report that a body makes, together with what is known of its arrival."""
-    order_no, status, cnote, text, occurred_at = read
+    cnote = _cnote(body.get("cnote"))
     return Report(report_id, order_no, status, cnote, text, occurred_at, remote, idempotency_key)
 
 
@@ -92,8 +84,9 @@ def _refuse_doubled_keys(raw: bytes, text: str) -> None:
         json.loads(text, object_pairs_hook=keep_last, parse_int=str)
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"not JSON that can be checked for doubled keys: {error}") from None
+    names = [*map(itemgetter(0), outermost)]
     for key in _KEYS:
-        if sum(name == key for name, _ in outermost) > 1:
+        if names.count(key) > 1:
             raise UnreadableError(f"{key} stands in it twice")
 
 

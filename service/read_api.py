@@ -12,7 +12,7 @@ from aiohttp import web
 from projections import current_status, timeline
 from projections.current_status import OrderRow
 from projections.engine import DecodedEvent, Projector
-from service import event_store, log_reader, representations
+from service import event_store, representations
 from service.batcher import Batcher, BatchFailedError, QueueFullError
 from service.database import HeldConnection, Pool, StorageUnavailableError, borrowed, is_connection_lost
 from service.event_store import RecordedEvent
@@ -317,16 +317,17 @@ class ReadApi:
 
 def _decoded(recorded: RecordedEvent) -> DecodedEvent:
     position, order_no, version, topic, state, _ = recorded
-    logged = log_reader.decode(position, order_no, version, topic, state)
-    if logged.event is None:
-        raise unavailable(f"version {version} of {order_no} cannot be decoded: {logged.reason}")
-    return DecodedEvent(position, logged.event)
+    try:
+        return position, event_store.decode_event(order_no, version, topic, state)
+    except event_store.UndecodableEventError as error:
+        raise unavailable(f"version {version} of {order_no} cannot be decoded: {error}") from None
 
 
 def _is_known(query: OrderQuery, item: DecodedEvent) -> bool:
+    _, event = item
     if query.version is not None:
-        return item.event.originator_version <= query.version
-    return query.as_of is not None and item.event.timestamp <= query.as_of
+        return event.originator_version <= query.version
+    return query.as_of is not None and event.timestamp <= query.as_of
 
 
 def _list_answer(  # noqa: PLR0913 - the parts of every list

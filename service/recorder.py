@@ -3,8 +3,9 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, NamedTuple
+from typing import Final, TypeAlias
 
 import asyncpg
 
@@ -29,14 +30,12 @@ QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
 STANDINGS_MAX: Final = 100_000
 
 
-class Arrival(NamedTuple):
-    """A report and the time of its arrival, in UTC."""
-
-    report: Report
-    received_at: datetime
+# A report and the time of its arrival, in UTC.
+Arrival: TypeAlias = tuple[Report, datetime]
 
 
-class Receipt(NamedTuple):
+@dataclass(slots=True)
+class Receipt:
     """What became of a report: the event, and its place in the log."""
 
     outcome: Verdict
@@ -89,7 +88,7 @@ class Recorder:
             seconds_max=seconds_max,
         )
 
-    async def record(self, arrival: Arrival) -> Receipt:
+    async def record(self, report: Report, received_at: datetime) -> Receipt:
         """Record one report; when this returns, its event is committed.
 
         Raises:
@@ -97,12 +96,12 @@ class Recorder:
             StorageUnavailableError: no commit was seen in time. The report may or may not be recorded.
             RefusedReportError: it cannot be recorded, now or later, by this release.
         """
-        if arrival.report.idempotency_key is not None:
-            receipt = await self._record_keyed(arrival)
+        if report.idempotency_key is not None:
+            receipt = await self._record_keyed(report, received_at)
             if receipt is not None:
                 return receipt
         try:
-            return await self._batcher.submit(arrival, len(arrival.report.body))
+            return await self._batcher.submit((report, received_at), len(report.body))
         except QueueFullError:
             raise OverloadedError("too many reports are waiting") from None
         except TimeoutError as error:
@@ -137,7 +136,7 @@ class Recorder:
         return [*await self._record(arrivals[:middle]), *await self._record(arrivals[middle:])]
 
     async def _record_together(self, arrivals: list[Arrival]) -> Sequence[Receipt]:
-        order_nos = {arrival.report.order_no for arrival in arrivals}
+        order_nos = {report.order_no for report, _ in arrivals}
         # What was sent to be committed, as long as no answer has told what became of it.
         sent: list[Order.StatusReported] | None = None
         try:
@@ -184,14 +183,13 @@ class Recorder:
             else:
                 return sent, positions
 
-    async def _record_keyed(self, arrival: Arrival) -> Receipt | None:
+    async def _record_keyed(self, report: Report, received_at: datetime) -> Receipt | None:
         """Record a report that has an idempotency key, in a transaction of its own with that key.
 
         Returns:
             Its receipt, the first one again where the key was seen with this body; None where the key was
             seen with another body, which makes it an ordinary report.
         """
-        report = arrival.report
         async with _in_time(asyncio.get_running_loop().time() + self._seconds_max):
             while True:
                 try:
@@ -199,7 +197,7 @@ class Recorder:
                         seen = await idempotency.find(connection, report)
                         if seen is None:
                             standings = await event_store.standings(connection, [report.order_no])
-                            (event,) = _judge([arrival], standings)
+                            (event,) = _judge([(report, received_at)], standings)
                             (position,) = await event_store.append(connection, [event])
                             await idempotency.keep(connection, report, event.originator_version)
                 except VersionTakenError:

@@ -26,7 +26,7 @@ from service.app import rebuild_views
 from service.database import HeldConnection, connect
 from service.event_store import MAPPER
 from service.log_reader import LogReader
-from service.parser import parse, to_report
+from service.parser import parse
 from service.schema import VIEWS
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, ratio, resident_mb
@@ -80,7 +80,7 @@ class Log(NamedTuple):
         for milliseconds, order in enumerate(arrivals):
             standing = standings[order]
             report_id = str(UUID(int=chosen.getrandbits(128), version=4))
-            report = to_report(parse(self.report(order, standing[0])), report_id, "127.0.0.1", None)
+            report = parse(self.report(order, standing[0]), report_id, "127.0.0.1")
             event = judge_report(standing, report, FIRST_RECEIVED_AT + timedelta(milliseconds=milliseconds))
             standings[order] = event.standing
             stored = MAPPER.to_stored_event(event)

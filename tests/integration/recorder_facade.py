@@ -53,7 +53,13 @@ class LogInThread:
     def append(self, stored: Sequence[StoredEvent]) -> list[int]:
         async def work() -> list[int]:
             async with self._pool.acquire() as connection:
-                return await event_store.append_stored(_plain(connection), stored)
+                return await event_store.append_encoded(
+                    _plain(connection),
+                    [str(event.originator_id) for event in stored],
+                    [event.originator_version for event in stored],
+                    [event.topic for event in stored],
+                    [event.state for event in stored],
+                )
 
         try:
             return self._wait_for(work())

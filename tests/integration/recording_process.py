@@ -15,7 +15,7 @@ from domain.order import Report
 from domain.statuses import STATUSES
 from service.database import HeldConnection, connect
 from service.event_store import EventStore
-from service.recorder import Arrival, Receipt, Recorder
+from service.recorder import Receipt, Recorder
 
 CALLERS = 16
 SECONDS_MAX = 15.0
@@ -37,7 +37,7 @@ async def record(dsn: str, reports: int, order_nos: list[str]) -> None:
                 str(uuid4()), random.choice(order_nos), random.choice(STATUSES), None, "{}", None, None, None
             )
             began = time.monotonic()
-            receipts.append(await recorder.record(Arrival(report, datetime.now(UTC))))
+            receipts.append(await recorder.record(report, datetime.now(UTC)))
             slowest = max(slowest, time.monotonic() - began)
 
     await asyncio.gather(*(call() for _ in range(CALLERS)))

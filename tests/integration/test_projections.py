@@ -17,13 +17,12 @@ from domain.order import Order, Report
 from domain.statuses import ALIASES
 from projections import current_status, timeline
 from projections.current_status import OrderRow
-from projections.engine import DecodedEvent, OutdatedViewError
+from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError, RebuiltView
 from service import event_store
 from service.app import Service, rebuild_views
 from service.database import Connection, HeldConnection, connect
 from service.log_reader import LogReader
-from service.recorder import Arrival
 from service.schema import VIEWS
 from service.settings import Settings
 
@@ -46,7 +45,7 @@ async def service(dsn: str) -> AsyncIterator[Service]:
 
 async def record(service: Service, *reports: Report) -> int:
     """Record reports, wait until the views have them, and return the last position."""
-    receipts = await asyncio.gather(*(service.recorder.record(Arrival(one, NOW)) for one in reports))
+    receipts = await asyncio.gather(*(service.recorder.record(one, NOW) for one in reports))
     position = max(receipt.position for receipt in receipts)
     await caught_up(service, position)
     return position
@@ -133,7 +132,7 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
         positions = [
             (
                 await service.recorder.record(
-                    Arrival(report(f"{prefix}/{order}", status, cnote), NOW + timedelta(seconds=seconds))
+                    report(f"{prefix}/{order}", status, cnote), NOW + timedelta(seconds=seconds)
                 )
             ).position
             for order, status, cnote, seconds in reports
@@ -142,7 +141,7 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
         assert await rebuilt(dsn, verify=True) == EQUAL
         for order_no in {f"{prefix}/{order}" for order, *_ in reports}:
             stream = await event_store.read_stream(connection, order_no, 0, 1_000)
-            events = [DecodedEvent(entry.position, event_store.decode_event(*entry[1:5])) for entry in stream]
+            events = [(entry.position, event_store.decode_event(*entry[1:5])) for entry in stream]
             folded: dict[str, list[Any]] = {}
             current_status.fold(events, folded)
             live = await current_status.orders_by_number(connection, [order_no])
@@ -166,10 +165,7 @@ async def test_two_processes_project_each_event_once(dsn: str, connection: Conne
         await service.start()
     try:
         receipts = await asyncio.gather(
-            *(
-                services[number % 3].recorder.record(Arrival(report(f"KOM{number % 7}"), NOW))
-                for number in range(300)
-            )
+            *(services[number % 3].recorder.record(report(f"KOM{number % 7}"), NOW) for number in range(300))
         )
         head = max(receipt.position for receipt in receipts)
         for service in services:
@@ -184,7 +180,7 @@ async def test_two_processes_project_each_event_once(dsn: str, connection: Conne
 async def test_a_projector_whose_backend_is_killed_goes_on(service: Service, connection: Connection) -> None:
     """A lost connection loses and doubles nothing in a view."""
     for number in range(5):
-        await service.recorder.record(Arrival(report(f"KOM{number}"), NOW))
+        await service.recorder.record(report(f"KOM{number}"), NOW)
         await connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -264,7 +260,7 @@ async def test_an_older_process_does_not_write_a_newer_view(service: Service, co
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
     with pytest.raises(OutdatedViewError):
         await service.projectors["current_status"].step()
-    receipt = await service.recorder.record(Arrival(report("KOM1"), NOW))
+    receipt = await service.recorder.record(report("KOM1"), NOW)
     assert receipt.version == 1
     assert await connection.fetchval("SELECT position FROM current_status.projection") == 0
 
@@ -325,7 +321,7 @@ async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
     async def report_on() -> int:
         number = 0
         while not finished.is_set():
-            await service.recorder.record(Arrival(report(f"KOM{number % 200}", "Diterima"), NOW))
+            await service.recorder.record(report(f"KOM{number % 200}", "Diterima"), NOW)
             number += 1
         return number
 

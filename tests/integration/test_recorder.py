@@ -16,7 +16,7 @@ from domain.order import UNHEARD, Order, Report, Standing, judge_report
 from service import event_store
 from service.database import Connection, HeldConnection, StorageUnavailableError, connect
 from service.event_store import EventStore
-from service.recorder import Arrival, OverloadedError, Receipt, Recorder, RefusedReportError
+from service.recorder import OverloadedError, Receipt, Recorder, RefusedReportError
 
 NOW = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
 SECONDS_MAX = 3.0
@@ -27,7 +27,7 @@ def report(order_no: str = "KOM1", status: str = "Dikirim", **more: Any) -> Repo
 
 
 async def record(recorder: Recorder, *reports: Report) -> list[Receipt]:
-    return list(await asyncio.gather(*(recorder.record(Arrival(one, NOW)) for one in reports)))
+    return list(await asyncio.gather(*(recorder.record(one, NOW) for one in reports)))
 
 
 def make_recorder(held: HeldConnection, **limits: Any) -> Recorder:
@@ -161,9 +161,7 @@ async def test_no_database_is_unavailable_within_the_time() -> None:
     recorder = make_recorder(held, seconds_max=0.3)
     loop = asyncio.get_running_loop()
     began = loop.time()
-    outcomes = await asyncio.gather(
-        *(recorder.record(Arrival(report(), NOW)) for _ in range(5)), return_exceptions=True
-    )
+    outcomes = await asyncio.gather(*(recorder.record(report(), NOW) for _ in range(5)), return_exceptions=True)
     assert all(isinstance(outcome, StorageUnavailableError) for outcome in outcomes)
     assert loop.time() - began < 5 * 0.3
 
@@ -172,7 +170,7 @@ async def test_a_full_queue_refuses_at_once(held: HeldConnection) -> None:
     """More than may wait is refused without waiting; what was taken is recorded."""
     recorder = make_recorder(held, queue_reports_max=10)
     outcomes = await asyncio.gather(
-        *(recorder.record(Arrival(report(f"KOM{n}"), NOW)) for n in range(15)), return_exceptions=True
+        *(recorder.record(report(f"KOM{n}"), NOW) for n in range(15)), return_exceptions=True
     )
     assert sum(isinstance(outcome, OverloadedError) for outcome in outcomes) == 5
     assert sum(isinstance(outcome, Receipt) for outcome in outcomes) == 10
@@ -185,9 +183,7 @@ async def test_one_report_that_the_database_refuses_does_not_fail_its_neighbours
     # PostgreSQL's text cannot hold a NUL character; the parser would not let one through.
     reports = [report(f"KOM{number}") for number in range(9)]
     reports[4] = report("KOM\x00")
-    outcomes = await asyncio.gather(
-        *(recorder.record(Arrival(one, NOW)) for one in reports), return_exceptions=True
-    )
+    outcomes = await asyncio.gather(*(recorder.record(one, NOW) for one in reports), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes].count(RefusedReportError) == 1
     assert isinstance(outcomes[4], RefusedReportError)
     assert len(await logged_events(connection)) == 8
@@ -202,7 +198,7 @@ async def test_an_order_whose_history_cannot_be_read_does_not_fail_the_others(
         "VALUES ('KOM3', 1, 'order.not_known_yet', '{}')"
     )
     outcomes = await asyncio.gather(
-        *(recorder.record(Arrival(report(f"KOM{number}"), NOW)) for number in range(9)),
+        *(recorder.record(report(f"KOM{number}"), NOW) for number in range(9)),
         return_exceptions=True,
     )
     refused = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, RefusedReportError)]
@@ -212,7 +208,7 @@ async def test_an_order_whose_history_cannot_be_read_does_not_fail_the_others(
 
 async def test_a_caller_that_vanishes_takes_nothing_with_it(recorder: Recorder, connection: Connection) -> None:
     """A cancelled caller cancels neither its neighbours nor the commit under way."""
-    calls = [asyncio.create_task(recorder.record(Arrival(report(f"KOM{n}"), NOW))) for n in range(10)]
+    calls = [asyncio.create_task(recorder.record(report(f"KOM{n}"), NOW)) for n in range(10)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     calls[3].cancel()
@@ -224,8 +220,8 @@ async def test_a_caller_that_vanishes_takes_nothing_with_it(recorder: Recorder, 
 
 async def test_time_never_goes_back_within_an_order(recorder: Recorder, connection: Connection) -> None:
     """A clock that was set back does not make an order's later event the earlier one."""
-    await recorder.record(Arrival(report(), NOW))
-    await recorder.record(Arrival(report(status="Diterima"), NOW - timedelta(hours=1)))
+    await recorder.record(report(), NOW)
+    await recorder.record(report(status="Diterima"), NOW - timedelta(hours=1))
     assert [event.timestamp for _, event in await logged_events(connection)] == [NOW, NOW]
 
 
@@ -250,8 +246,7 @@ async def test_a_key_whose_commit_had_no_answer_is_found_again(dsn: str) -> None
     recorder = make_recorder(held)
     first = report(idempotency_key="key-1")
     calls = [
-        asyncio.create_task(recorder.record(Arrival(first._replace(report_id=str(uuid4())), NOW)))
-        for _ in range(8)
+        asyncio.create_task(recorder.record(first._replace(report_id=str(uuid4())), NOW)) for _ in range(8)
     ]
     await asyncio.sleep(0.005)
     await terminate_backends(dsn)

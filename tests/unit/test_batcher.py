@@ -43,7 +43,11 @@ def batcher(work: Work, **limits: float) -> Batcher[int, int]:
 
 async def begin(calls: Batcher[int, int], *items: int, weight: int = 0) -> list["asyncio.Task[int]"]:
     """Hand in items, each from a caller of its own, and let them begin to wait."""
-    tasks = [asyncio.create_task(calls.submit(item, weight)) for item in items]
+
+    async def call(item: int) -> int:
+        return await calls.submit(item, weight)
+
+    tasks = [asyncio.create_task(call(item)) for item in items]
     await asyncio.sleep(0)
     return tasks
 

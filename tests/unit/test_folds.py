@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from domain.order import UNHEARD, Order, judge_report
 from domain.statuses import ALIASES
 from projections import current_status, timeline
-from projections.engine import DecodedEvent, LoggedEvent
+from projections.engine import DecodedEvent, LoggedEvent, Undecodable
 from service.database import Connection, HeldConnection
 from service.event_store import MAPPER
 from service.log_reader import TAIL_CHARACTERS_MAX, TAIL_EVENTS_MAX, LogReader, decode
@@ -47,7 +47,7 @@ def logs(draw: st.DrawFn) -> list[DecodedEvent]:
         position += draw(st.integers(1, 3))
         event = judge_report(standings[report.order_no], report, RECEIVED_AT + number * MINUTE)
         standings[report.order_no] = event.standing
-        log.append(DecodedEvent(position, event))
+        log.append((position, event))
     return log
 
 
@@ -131,7 +131,7 @@ async def test_a_rebuild_writes_what_the_fold_says_however_it_is_paged(
     """In stream order, with an order going on from page to page: each row and airway bill is written once."""
     rows: dict[str, list[Any]] = {}
     cnotes = current_status.fold(log, rows)
-    streams = sorted(log, key=lambda one: (one.event.originator_id, one.event.originator_version))
+    streams = sorted(log, key=lambda one: (one[1].originator_id, one[1].originator_version))
     copied = Copied()
     carried: dict[str, Any] = {}
     for page in pages_of(data, streams):
@@ -150,7 +150,7 @@ def test_current_status_of_a_journey() -> None:
     """The row of an order that moved, repeated, was told something late and got another airway bill."""
     events = history(says("Packed", CNOTE), "Sent", "Sent", "Created", says("Return", CNOTE_OF_THE_RETURN), "?")
     rows: dict[str, list[Any]] = {}
-    cnotes = current_status.fold([DecodedEvent(10 + i, event) for i, event in enumerate(events)], rows)
+    cnotes = current_status.fold([(10 + i, event) for i, event in enumerate(events)], rows)
     assert list(rows.values()) == [
         [
             *(SENT.order_no, 6, 15, 10, "returning", "Return", RECEIVED_AT + 4 * MINUTE, CNOTE_OF_THE_RETURN),
@@ -197,10 +197,7 @@ EVENTS = history(*["Packed", "Sent"] * 5)
 
 
 def logged(events: Sequence[Order.StatusReported], first_position: int) -> list[LoggedEvent]:
-    return [
-        LoggedEvent(first_position + i, event.originator_id, event.originator_version, event)
-        for i, event in enumerate(events)
-    ]
+    return [(first_position + i, event) for i, event in enumerate(events)]
 
 
 async def test_what_was_just_committed_is_read_from_memory() -> None:
@@ -254,7 +251,7 @@ async def test_a_gap_ends_what_is_kept(batches: list[list[int]], kept_from: int)
     for positions in batches:
         log.remember(EVENTS[: len(positions)], positions)
     served = await log.read_log(kept_from - 1, 100)
-    assert [one.position for one in served] == list(range(kept_from, batches[-1][-1] + 1))
+    assert [position for position, _ in served] == list(range(kept_from, batches[-1][-1] + 1))
     for after in range(kept_from - 1):
         with pytest.raises(DatabaseAskedError):
             await log.read_log(after, 100)
@@ -278,7 +275,7 @@ async def test_memory_never_leaves_anything_out(steps: list[list[int]], after: i
         served = await log.read_log(after, 100)
     except DatabaseAskedError:
         return
-    assert [one.position for one in served] == list(range(after + 1, position + 1))
+    assert [position for position, _ in served] == list(range(after + 1, position + 1))
     assert served
 
 
@@ -315,9 +312,7 @@ async def test_memory_is_bounded_by_bytes() -> None:
 def test_decode() -> None:
     """An event that can be decoded is given as it is."""
     stored = MAPPER.to_stored_event(SENT_EVENT)
-    assert decode(7, SENT.order_no, 1, stored.topic, stored.state) == LoggedEvent(
-        7, SENT.order_no, 1, SENT_EVENT
-    )
+    assert decode(7, SENT.order_no, 1, stored.topic, stored.state) == (7, SENT_EVENT)
 
 
 @pytest.mark.parametrize(
@@ -325,8 +320,9 @@ def test_decode() -> None:
 )
 def test_decode_of_what_cannot_be_decoded(topic: str, state: bytes) -> None:
     """The reader of the log goes on: it is told where, whose, and why."""
-    found = decode(7, SENT.order_no, 3, topic, state)
-    assert (found.position, found.order_no, found.version, found.event) == (7, SENT.order_no, 3, None)
+    position, found = decode(7, SENT.order_no, 3, topic, state)
+    assert isinstance(found, Undecodable)
+    assert (position, found.originator_id, found.originator_version) == (7, SENT.order_no, 3)
     assert found.reason
 
 

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from service.parser import UnreadableError, parse, to_report
+from domain.order import Report
+from service import parser
+from service.parser import UnreadableError
 from tests.unit.examples import CNOTE, ORDER_NO, SENT, SENT_BODY
 
 MANY = settings(deadline=None, derandomize=True, max_examples=400)
@@ -29,6 +31,10 @@ def body(**fields: Any) -> bytes:
     return json.dumps({"order_no": ORDER_NO, "cnote": CNOTE, "status": "Sent", **fields}).encode()
 
 
+def parse(raw: bytes) -> Report:
+    return parser.parse(raw, "the report_id")
+
+
 def reason_of(raw: bytes) -> str:
     with pytest.raises(UnreadableError) as raised:
         parse(raw)
@@ -40,7 +46,7 @@ def reason_of(raw: bytes) -> str:
 
 def test_the_documented_body() -> None:
     """Each field is where it belongs, and the text is the body."""
-    assert parse(SENT_BODY.encode()) == (ORDER_NO, "Sent", CNOTE, SENT_BODY, None)
+    assert parse(SENT_BODY.encode()) == Report("the report_id", ORDER_NO, "Sent", CNOTE, SENT_BODY)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +80,7 @@ def test_the_documented_body() -> None:
 )
 def test_the_same_report_in_other_words(text: str) -> None:
     """However it is spelt, the report is the same, and the text is what came."""
-    assert parse(text.encode()) == (ORDER_NO, "Sent", CNOTE, text, None)
+    assert parse(text.encode()) == Report("the report_id", ORDER_NO, "Sent", CNOTE, text)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text() -> None:
@@ -121,7 +127,7 @@ def test_an_order_number_written_as_a_number(number: int) -> None:
 )
 def test_any_text_is_a_status(status: str) -> None:
     """Whether it is in the vocabulary is not the parser's question."""
-    assert parse(body(status=status)).status == status
+    assert parse(body(status=status)).reported_status == status
 
 
 @pytest.mark.parametrize(
@@ -152,19 +158,19 @@ def test_a_cnote_is_text_an_integer_or_none(cnote: Any, taken: str | None) -> No
     """What cannot be an airway bill is none, and never a reason to refuse the report; the body keeps it."""
     raw = body(cnote=cnote)
     read = parse(raw)
-    assert read.cnote == taken
-    assert read.text == raw.decode()
+    assert read.reported_cnote == taken
+    assert read.body == raw.decode()
 
 
 def test_a_missing_cnote_is_none() -> None:
     """The airway bill often comes later."""
-    assert parse(b'{"order_no":"KOM1","status":"Sent"}').cnote is None
+    assert parse(b'{"order_no":"KOM1","status":"Sent"}').reported_cnote is None
 
 
-def test_to_report() -> None:
-    """What was read and what is known of its arrival make the report."""
-    read = parse(SENT_BODY.encode())._replace(occurred_at=SENT.occurred_at)
-    assert to_report(read, SENT.report_id, SENT.remote, "key") == SENT._replace(idempotency_key="key")
+def test_what_is_known_of_the_arrival() -> None:
+    """The report has it as it was given."""
+    report = parser.parse(SENT_BODY.encode(), SENT.report_id, SENT.remote, "key")
+    assert report == SENT._replace(idempotency_key="key", occurred_at=None)
 
 
 # What is not
@@ -225,7 +231,7 @@ def test_nesting_is_read_or_refused(depth: int, escape: str) -> None:
     """At the depths where one reader gives up before the other, the answer is still one of the two."""
     raw = f'{{"order_no":"KOM1","status":"Sent{escape}","x":{"[" * depth}{"]" * depth}}}'.encode()
     if depth < 500:
-        assert parse(raw).text == raw.decode()
+        assert parse(raw).body == raw.decode()
     else:
         assert_read_or_refused(raw)
 
@@ -373,10 +379,10 @@ def assert_read_or_refused(raw: bytes) -> None:
         read = parse(raw)
     except UnreadableError:
         return
-    fields = orjson.loads(read.text)
-    assert read.text.encode() == raw.removeprefix(b"\xef\xbb\xbf")
+    fields = orjson.loads(read.body)
+    assert read.body.encode() == raw.removeprefix(b"\xef\xbb\xbf")
     assert str(fields["order_no"]) == read.order_no
-    assert fields["status"] == read.status
+    assert fields["status"] == read.reported_status
 
 
 JSON = st.recursive(
@@ -432,7 +438,7 @@ def test_any_text_stays_as_it_is(order_no: str, status: str) -> None:
         controls = any(unicodedata.category(character) in ("Cc", "Cs") for character in order_no + status)
         assert controls or not order_no.strip() or not status.strip() or order_no in (".", "..")
     else:
-        assert (read.order_no, read.status, read.text) == (order_no, status, raw.decode())
+        assert (read.order_no, read.reported_status, read.body) == (order_no, status, raw.decode())
 
 
 # Cost
