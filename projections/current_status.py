@@ -2,37 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from projections.engine import Connection, DecodedEvent
 
 NAME: Final = "current_status"
 FOLD_VERSION: Final = 1
 TABLES: Final = ("orders", "order_cnotes")
-
-COLUMNS: Final = (
-    "order_no",
-    "version",
-    "position",
-    "first_position",
-    "status",
-    "reported_status",
-    "status_since",
-    "cnote",
-    "first_reported_at",
-    "last_reported_at",
-    "advanced",
-    "repeated",
-    "late",
-    "refused",
-    "unrecognised",
-)
-_VERSION, _POSITION = COLUMNS.index("version"), COLUMNS.index("position")
-_STATUS, _REPORTED_STATUS, _STATUS_SINCE, _CNOTE = 4, 5, 6, 7
-_LAST_REPORTED_AT = COLUMNS.index("last_reported_at")
-_COUNT: Final = {
-    verdict: COLUMNS.index(verdict) for verdict in ("advanced", "repeated", "late", "refused", "unrecognised")
-}
 
 
 class OrderRow(NamedTuple):
@@ -58,38 +34,68 @@ class OrderRow(NamedTuple):
     aside_reason: str | None = None
 
 
-def fold(events: Iterable[DecodedEvent], rows: dict[str, list[Any]]) -> dict[tuple[str, str], None]:
-    """Fold events into the rows of their orders, and return the (cnote, order_no) that they report.
+# What is known of an order, by the names of its columns, and the airway bills that were reported of it.
+Row: TypeAlias = dict[str, Any]
+
+COLUMNS: Final = OrderRow._fields[: OrderRow._fields.index("aside_since")]
+
+
+def fold(events: Iterable[DecodedEvent], rows: dict[str, Row]) -> None:
+    """Fold events into the rows of their orders.
 
     A row that begins here holds what these events say, to be added to the row of what came before them.
     """
-    cnotes: dict[tuple[str, str], None] = {}
     for position, event in events:
-        order_no = event.originator_id
         received_at = event.timestamp
-        row = rows.get(order_no)
+        row = rows.get(event.originator_id)
         if row is None:
-            rows[order_no] = row = [
-                order_no, 0, 0, position, None, None, None, None, received_at, received_at, 0, 0, 0, 0, 0,
-            ]  # fmt: skip
-        row[_VERSION] = event.originator_version
-        row[_POSITION] = position
-        row[_STATUS] = event.status
-        row[_CNOTE] = event.cnote
-        row[_LAST_REPORTED_AT] = received_at
+            row = rows[event.originator_id] = {
+                "order_no": event.originator_id,
+                "version": 0,
+                "position": 0,
+                "first_position": position,
+                "status": None,
+                "reported_status": None,
+                "status_since": None,
+                "cnote": None,
+                "first_reported_at": received_at,
+                "last_reported_at": received_at,
+                "advanced": 0,
+                "repeated": 0,
+                "late": 0,
+                "refused": 0,
+                "unrecognised": 0,
+                "cnotes": [],
+            }
+        row["version"] = event.originator_version
+        row["position"] = position
+        row["status"] = event.status
+        row["cnote"] = event.cnote
+        row["last_reported_at"] = received_at
         verdict = event.verdict
-        row[_COUNT[verdict]] += 1
+        row[verdict] += 1
         if verdict == "advanced":
-            row[_REPORTED_STATUS] = event.reported_status
-            row[_STATUS_SINCE] = received_at
-        if event.reported_cnote is not None:
-            cnotes[event.reported_cnote, order_no] = None
-    return cnotes
+            row["reported_status"] = event.reported_status
+            row["status_since"] = received_at
+        if event.reported_cnote is not None and event.reported_cnote not in row["cnotes"]:
+            row["cnotes"].append(event.reported_cnote)
 
 
+# One parameter: an array for each column would be looked through for nested ones, value by value.
 # What the events say is added to the row that is there before it is proposed: the table's checks look at the
 # proposed row, conflict or not. Nobody else writes the view meanwhile.
-UPSERT_ORDERS: Final = """
+ADD_TO_ORDERS: Final = """
+    WITH given AS MATERIALIZED (
+        SELECT * FROM json_to_recordset($1) AS given (
+            order_no text, version bigint, position bigint, first_position bigint, status text,
+            reported_status text, status_since timestamptz, cnote text, first_reported_at timestamptz,
+            last_reported_at timestamptz, advanced bigint, repeated bigint, late bigint, refused bigint,
+            unrecognised bigint, cnotes text[])
+    ), noted AS (
+        INSERT INTO order_cnotes (cnote, order_no)
+        SELECT reported.cnote, given.order_no FROM given, unnest(given.cnotes) AS reported (cnote)
+        ON CONFLICT DO NOTHING
+    )
     INSERT INTO orders (
         order_no, version, position, first_position, status, reported_status, status_since, cnote,
         first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised)
@@ -106,14 +112,7 @@ UPSERT_ORDERS: Final = """
         given.late + coalesce(known.late, 0),
         given.refused + coalesce(known.refused, 0),
         given.unrecognised + coalesce(known.unrecognised, 0)
-    FROM unnest(
-        $1::text[], $2::bigint[], $3::bigint[], $4::bigint[], $5::text[], $6::text[], $7::timestamptz[],
-        $8::text[], $9::timestamptz[], $10::timestamptz[], $11::bigint[], $12::bigint[], $13::bigint[],
-        $14::bigint[], $15::bigint[]
-    ) AS given (
-        order_no, version, position, first_position, status, reported_status, status_since, cnote,
-        first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised)
-    LEFT JOIN orders AS known ON known.order_no = given.order_no
+    FROM given LEFT JOIN orders AS known ON known.order_no = given.order_no
     ON CONFLICT (order_no) DO UPDATE SET
         version = excluded.version,
         position = excluded.position,
@@ -129,39 +128,33 @@ UPSERT_ORDERS: Final = """
         unrecognised = excluded.unrecognised
 """
 
-INSERT_CNOTES: Final = """
-    INSERT INTO order_cnotes (cnote, order_no) SELECT * FROM unnest($1::text[], $2::text[])
-    ON CONFLICT DO NOTHING
-"""
-
 
 async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
     """Add what these events say to the rows of their orders."""
-    rows: dict[str, list[Any]] = {}
-    cnotes = fold(events, rows)
-    await connection.execute(UPSERT_ORDERS, *zip(*rows.values(), strict=True))
-    if cnotes:
-        await connection.execute(INSERT_CNOTES, *zip(*cnotes, strict=True))
+    rows: dict[str, Row] = {}
+    fold(events, rows)
+    await connection.execute(ADD_TO_ORDERS, list(rows.values()))
 
 
 async def copy(connection: Connection, events: Sequence[DecodedEvent], carried: dict[str, Any]) -> None:
     """Write events in stream order into empty tables; the last order may go on in the next call."""
-    rows: dict[str, list[Any]] = carried.setdefault("rows", {})
-    # The airway bills of the order that goes on, so that none is written twice.
-    cnotes: dict[tuple[str, str], None] = carried.setdefault("cnotes", {})
-    known = dict(cnotes)
-    found = fold(events, rows)
-    going_on = events[-1][1].originator_id if events else None
-    complete = [row for order_no, row in rows.items() if order_no != going_on]
-    cnotes.clear()
-    cnotes.update({pair: None for pair in (*known, *found) if pair[1] == going_on})
-    for row in complete:
-        del rows[row[0]]
-    if complete:
-        await connection.copy_records_to_table("orders", records=complete, columns=COLUMNS)
-    new = [pair for pair in found if pair not in known]
-    if new:
-        await connection.copy_records_to_table("order_cnotes", records=new, columns=("cnote", "order_no"))
+    rows: dict[str, Row] = carried
+    fold(events, rows)
+    going_on = rows.pop(events[-1][1].originator_id) if events else None
+    cnotes = [(cnote, row["order_no"]) for row in rows.values() for cnote in row.pop("cnotes")]
+    if rows:
+        records = [tuple(row.values()) for row in rows.values()]
+        await connection.copy_records_to_table("orders", records=records, columns=COLUMNS)
+    if cnotes:
+        await connection.copy_records_to_table("order_cnotes", records=cnotes, columns=("cnote", "order_no"))
+    rows.clear()
+    if going_on is not None:
+        rows[going_on["order_no"]] = going_on
+
+
+def order_row(row: Row) -> OrderRow:
+    """Return a folded row as a read of the view would."""
+    return OrderRow(*(row[column] for column in COLUMNS))
 
 
 ORDERS_BY_NUMBER: Final = """

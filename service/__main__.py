@@ -212,6 +212,7 @@ def replay(
     async def work(dsn: str) -> int:
         async with _connected(dsn):
             pass
+        _calm_garbage_collector()
         held = HeldConnection(lambda: connect(dsn))
         with Progress(
             TextColumn("replaying"),

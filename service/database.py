@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Final, TypeAlias, cast
 
 import asyncpg
+import orjson
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -70,6 +71,10 @@ async def connect(dsn: str, **settings: str) -> Connection:
         if is_connection_lost(error):
             raise StorageUnavailableError(str(error)) from error
         raise
+    # So that a parameter of type json takes what orjson can write.
+    await connection.set_type_codec(
+        "json", schema="pg_catalog", encoder=lambda value: orjson.dumps(value).decode(), decoder=orjson.loads
+    )
     version = connection.get_server_version().major
     if version < SERVER_VERSION_MIN:
         await connection.close()

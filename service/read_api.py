@@ -10,7 +10,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from projections import current_status, timeline
-from projections.current_status import OrderRow
+from projections.current_status import OrderRow, Row, order_row
 from projections.engine import DecodedEvent, Projector
 from service import event_store, representations
 from service.batcher import Batcher, BatchFailedError, QueueFullError
@@ -298,7 +298,7 @@ class ReadApi:
         """Fold an order's events up to a version or a time."""
         if query.version is not None and query.as_of is not None:
             raise ProblemError(400, "Bad parameter", "version and as_of exclude each other", parameter="as_of")
-        rows: dict[str, list[Any]] = {}
+        rows: dict[str, Row] = {}
         version = 0
         async with borrowed(self._pool, self._seconds_max) as connection:
             while page := await event_store.read_stream(connection, order_no, version, STREAM_PAGE_EVENTS):
@@ -312,7 +312,7 @@ class ReadApi:
                     raise _unknown_order(order_no)
         if order_no not in rows or (query.version is not None and query.version != version):
             raise ProblemError(404, "Not known then", f"{order_no} was not known then", order_no=order_no)
-        return OrderRow(*rows[order_no])
+        return order_row(rows[order_no])
 
 
 def _decoded(recorded: RecordedEvent) -> DecodedEvent:

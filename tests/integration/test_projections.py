@@ -142,10 +142,10 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
         for order_no in {f"{prefix}/{order}" for order, *_ in reports}:
             stream = await event_store.read_stream(connection, order_no, 0, 1_000)
             events = [(entry.position, event_store.decode_event(*entry[1:5])) for entry in stream]
-            folded: dict[str, list[Any]] = {}
+            folded: dict[str, current_status.Row] = {}
             current_status.fold(events, folded)
             live = await current_status.orders_by_number(connection, [order_no])
-            assert live[order_no] == OrderRow(*folded[order_no])
+            assert live[order_no] == current_status.order_row(folded[order_no])
 
     loop = asyncio.get_running_loop()
 
