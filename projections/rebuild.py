@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol, cast
 
@@ -29,6 +29,8 @@ DROP_LOCK_TIMEOUT: Final = "SET lock_timeout = '200ms'"
 DROP_ATTEMPTS_MAX: Final = 50
 DROP_PAUSE_SECONDS: Final = 0.2
 
+# Pages decoded and waiting for each view: enough that nobody waits for nothing, and few for the memory.
+PAGES_AHEAD_MAX: Final = 2
 # How often what arrived meanwhile is applied before the swap: each round leaves less to the next.
 CATCH_UP_ROUNDS: Final = 3
 
@@ -72,7 +74,7 @@ class Log(Protocol):
         """Return about how many events lie up to a position."""
         ...
 
-    def read_streams(self, head: int) -> AsyncIterator[Sequence[LoggedEvent]]:
+    def read_streams(self, head: int) -> AsyncGenerator[Sequence[LoggedEvent]]:
         """Yield the events up to a position, ordered by order and version, in pages."""
         ...
 
@@ -167,32 +169,38 @@ async def _prepare(fills: Sequence[_Fill], guard: Connection) -> None:
 async def _fill(
     fills: Sequence[_Fill], guard: Connection, log_reader: Log, head: int, progress: Progress
 ) -> None:
-    """Copy the log up to ``head`` into new tables, order by order, then make their keys."""
+    """Copy the log up to ``head`` into new tables, order by order, then make their keys.
+
+    The log is read once, and each view writes at its own pace: while the server takes one page, others are
+    decoded and folded.
+    """
     await _prepare(fills, guard)
     total = await log_reader.count(head)
-    done = 0
-    pages = aiter(log_reader.read_streams(head))
-    page: Sequence[LoggedEvent] | None = await anext(pages, None)
-    while page is not None:
-        # The next page is fetched while the server takes this one.
-        page_next = asyncio.ensure_future(anext(pages, None))
-        try:
-            await _all(fill.take(page) for fill in fills)
-        except BaseException:
-            page_next.cancel()
-            await asyncio.gather(page_next, return_exceptions=True)
-            raise
-        done += len(page)
-        progress(done, max(total, done))
-        page = await page_next
-    await _all(_complete(fill, head) for fill in fills)
+    queues: list[asyncio.Queue[Sequence[LoggedEvent]]] = [asyncio.Queue(PAGES_AHEAD_MAX) for _ in fills]
 
+    async def read() -> None:
+        done = 0
+        async with contextlib.aclosing(log_reader.read_streams(head)) as pages:
+            async for page in pages:
+                for queue in queues:
+                    await queue.put(page)
+                done += len(page)
+                progress(done, max(total, done))
+        for queue in queues:
+            await queue.put(())
 
-async def _all(work: Iterable[Awaitable[None]]) -> None:
-    """Wait for all of it, even where some of it fails: a connection that is still busy is no use after it."""
-    for outcome in await asyncio.gather(*work, return_exceptions=True):
-        if outcome is not None:
-            raise outcome
+    async def write(fill: _Fill, queue: asyncio.Queue[Sequence[LoggedEvent]]) -> None:
+        while page := await queue.get():
+            await fill.take(page)
+        await _complete(fill, head)
+
+    try:
+        async with asyncio.TaskGroup() as together:
+            together.create_task(read())
+            for fill, queue in zip(fills, queues, strict=True):
+                together.create_task(write(fill, queue))
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from failures
 
 
 async def _complete(fill: _Fill, head: int) -> None:

@@ -5,7 +5,6 @@ running, a report that was neither advanced nor repeated); 2 misused.
 """
 
 import asyncio
-import gc
 import logging
 import signal
 import sys
@@ -34,7 +33,7 @@ from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError
 from service import audit as audits
 from service import check as checks
-from service.app import prepare_database, rebuild_views, serving
+from service.app import calm_garbage_collector, prepare_database, rebuild_views, serving
 from service.database import (
     Connection,
     HeldConnection,
@@ -50,9 +49,6 @@ from service.settings import Settings, SettingsError, read_settings
 
 WRONG: Final = 1
 MISUSED: Final = 2
-
-# New objects between two collections; the default of some hundreds takes a twentieth of the time under load.
-GC_OBJECTS: Final = 50_000
 
 # For one webhook that a person sends by hand.
 SEND_SECONDS_MAX: Final = 10.0
@@ -146,7 +142,7 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
         await prepare_database(dsn)
         async with serving(settings, dsn) as port:
             _greet(settings, port)
-            _calm_garbage_collector()
+            calm_garbage_collector()
             await stopped.wait()
             out.print("stopping")
     except OSError as error:
@@ -156,13 +152,6 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
         if keeper is not None:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
-
-
-def _calm_garbage_collector() -> None:
-    """Let it look less often: what lives as long as the process is set apart, and requests leave few cycles."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_OBJECTS)
 
 
 def _greet(settings: Settings, port: int) -> None:
@@ -212,7 +201,7 @@ def replay(
     async def work(dsn: str) -> int:
         async with _connected(dsn):
             pass
-        _calm_garbage_collector()
+        calm_garbage_collector()
         held = HeldConnection(lambda: connect(dsn))
         with Progress(
             TextColumn("replaying"),

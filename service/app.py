@@ -1,6 +1,7 @@
 """The composition root: every part is made and wired here, and ended in the opposite order."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -13,11 +14,13 @@ from domain.order import Order
 from projections.engine import Projector, View, view_state
 from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
 from service.database import (
+    HOT_SETTINGS,
     RECONNECT_PAUSE_SECONDS,
     Connection,
     HeldConnection,
     StorageUnavailableError,
     connect,
+    is_connection_lost,
     open_pool,
 )
 from service.event_store import EventStore
@@ -32,6 +35,8 @@ from service.webhook import Webhook
 
 # How long an unreachable database is waited for at start, such as one that starts at the same time.
 START_SECONDS_MAX: Final = 30.0
+# New objects between two collections; the default of some hundreds takes a twentieth of the time under load.
+GC_OBJECTS: Final = 50_000
 # After a background task failed, before it is begun again.
 RESTART_PAUSE_SECONDS: Final = 1.0
 # For the handlers that still run once everything that was taken is answered.
@@ -72,17 +77,17 @@ class Service:
     def __init__(self, settings: Settings, dsn: str) -> None:
         self._dsn = dsn
         self.pool = open_pool(dsn)
-        connect_here = partial(connect, dsn)
-        self._reading_log = HeldConnection(connect_here)
-        self._reading_orders = HeldConnection(connect_here)
-        self._writing = HeldConnection(partial(connect_here, idle_in_transaction_session_timeout="5s"))
+        connect_hot = partial(connect, dsn, **HOT_SETTINGS)
+        self._reading_log = HeldConnection(connect_hot)
+        self._reading_orders = HeldConnection(connect_hot)
+        self._writing = HeldConnection(partial(connect_hot, idle_in_transaction_session_timeout="5s"))
         self._projecting = {
             # Views are made anew from the log after a crash, so nothing is lost with a late commit of theirs:
             # position and rows go together.
-            view.name: HeldConnection(partial(connect_here, search_path=view.name, synchronous_commit="off"))
+            view.name: HeldConnection(partial(connect_hot, search_path=view.name, synchronous_commit="off"))
             for view in VIEWS
         }
-        self.log_reader = LogReader(self._reading_log, connect_here)
+        self.log_reader = LogReader(self._reading_log, partial(connect, dsn))
         self.projectors = {
             view.name: Projector(view, self._projecting[view.name].transaction, self.log_reader.read_log)
             for view in VIEWS
@@ -175,7 +180,19 @@ async def rebuild_views(
     async def connect_with(search_path: str) -> Connection:
         return await connect(dsn, search_path=search_path, synchronous_commit="off")
 
-    return await rebuild(views, connect_with, log_reader, progress, verify=verify)
+    try:
+        return await rebuild(views, connect_with, log_reader, progress, verify=verify)
+    except Exception as error:
+        if is_connection_lost(error):
+            raise StorageUnavailableError(str(error) or type(error).__name__) from error
+        raise
+
+
+def calm_garbage_collector() -> None:
+    """Let it look less often: what lives as long as the process is set apart, and requests leave few cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_OBJECTS)
 
 
 def make_app(service: Service, settings: Settings) -> web.Application:

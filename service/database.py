@@ -29,6 +29,16 @@ SERVER_SETTINGS: Final = {
     "idle_in_transaction_session_timeout": "10s",
 }
 
+# For the few statements that are run all the time, each on a held connection: planned once, always by way of
+# the keys, whatever the tables held at that time. Planning them anew would cost more than running them.
+HOT_SETTINGS: Final = {
+    "plan_cache_mode": "force_generic_plan",
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+}
+
 # Connection exceptions, shutdowns, a standby that became read-only, and the two conflicts that end a
 # transaction through no fault of its own: each is mended by trying again on a new connection.
 _LOST_SQLSTATES: Final = ("08", "57P01", "57P02", "57P03", "25006", "40001", "40P01", "25P03", "53300")

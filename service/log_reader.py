@@ -1,6 +1,6 @@
 """The log, decoded for projections: from memory where this process wrote it, else from the database."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 from domain.order import Order
@@ -12,7 +12,8 @@ from service.database import Connect, Connection, HeldConnection
 TAIL_EVENTS_MAX: Final = 4_096
 TAIL_CHARACTERS_MAX: Final = 8 * 1024 * 1024
 
-STREAMS_PAGE_EVENTS: Final = 5_000
+# Small, since the loop stands still while a page is decoded.
+STREAMS_PAGE_EVENTS: Final = 2_000
 
 # In the order of the primary key; a cursor, so that neither side holds more than a page.
 STREAMS: Final = """
@@ -89,7 +90,7 @@ class LogReader:
             total: int = await connection.fetchval(COUNT_EVENTS, head)
             return total
 
-    async def read_streams(self, head: int) -> AsyncIterator[Sequence[LoggedEvent]]:
+    async def read_streams(self, head: int) -> AsyncGenerator[Sequence[LoggedEvent]]:
         """Yield the events up to a position by order and version, in pages of STREAMS_PAGE_EVENTS."""
         connection: Connection = await self._connect()
         try:

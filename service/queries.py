@@ -41,6 +41,8 @@ def order_no_of(request: web.Request) -> str:
     # The framework hands a broken escape on as it stands, so the path is read as it was sent.
     found = _ORDER_PATH.match(request.raw_path)
     escaped = found["order_no"] if found is not None else ""
+    if "%" not in escaped and escaped.isascii() and escaped.isprintable():
+        return escaped
     if _BAD_ESCAPE.search(escaped):
         raise ProblemError(400, "Bad path", "a percent sign in the path is not followed by two hex digits")
     try:

@@ -22,7 +22,7 @@ import uvloop
 
 from domain.order import UNHEARD, judge_report
 from projections import current_status, timeline
-from service.app import rebuild_views
+from service.app import calm_garbage_collector, rebuild_views
 from service.database import HeldConnection, connect
 from service.event_store import MAPPER
 from service.log_reader import LogReader
@@ -202,6 +202,7 @@ async def _rebuild(dsn: str) -> Rebuild:
     held = HeldConnection(connect_here)
     reader = LogReader(held, connect_here)
     began = time.perf_counter()
+    calm_garbage_collector()
     rebuilt = await rebuild_views(dsn, VIEWS, reader, lambda _done, _total: None)
     seconds = time.perf_counter() - began
     await held.close()
