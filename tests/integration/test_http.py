@@ -450,6 +450,17 @@ async def test_how_far_the_views_have_come_is_told(client: Client) -> None:
         assert (view["position"], view["lag_events"], view["lag_seconds"]) == (1, 0, 0.0)
 
 
+async def test_what_nobody_foresaw_is_a_problem_without_a_traceback(
+    client: Client, connection: Connection
+) -> None:
+    """A view's table that somebody renamed: 500 to the reader, nothing of its inside, and webhooks go on."""
+    await client.webhook("KOM1")
+    await connection.execute("ALTER TABLE timeline.entries RENAME TO elsewhere")
+    problem = await client.get("/orders/KOM1/timeline", 500)
+    assert problem == {"type": "about:blank", "title": "Internal error", "status": 500, "detail": None}
+    assert (await client.webhook("KOM1"))["version"] == 2
+
+
 async def test_health(client: Client) -> None:
     """A running service is alive and ready."""
     assert await client.get("/livez") == {"status": "alive"}

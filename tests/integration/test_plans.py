@@ -1,0 +1,88 @@
+"""The statements that run all the time go by the keys, whatever the tables held when they were planned."""
+
+import pytest
+
+from projections import current_status, engine, timeline
+from service import event_store, log_reader
+from service.database import HOT_SETTINGS, Connection, connect
+
+# Each statement of the hot path: how many parameters it has, where its names are found, what it goes by.
+HOT = {
+    "append": (event_store.APPEND, 5, "public", []),
+    "last events": (event_store.LAST_EVENTS, 1, "public", ["order_events_pkey"]),
+    "what became of an append": (event_store.POSITIONS_OF_EVENTS, 2, "public", ["order_events_pkey"]),
+    "the log after a position": (event_store.LOG, 2, "public", ["order_events_notification_id_idx"]),
+    "the head of the log": (event_store.HEAD, 0, "public", ["order_events_notification_id_idx"]),
+    "add to orders": (current_status.ADD_TO_ORDERS, 1, current_status.NAME, ["orders_pkey"]),
+    "orders by number": (current_status.ORDERS_BY_NUMBER, 1, "public", ["orders_pkey", "set_aside_pkey"]),
+    "move a view": (engine.ADVANCE, 2, timeline.NAME, []),
+}
+# Of a view's own single row, and of what is made in the statement itself, a scan is all there is.
+SCANS_ALLOWED = ("Seq Scan on projection",)
+
+
+@pytest.mark.parametrize("name", HOT)
+async def test_a_hot_statement_goes_by_the_keys_even_if_planned_on_empty_tables(dsn: str, name: str) -> None:
+    """Its generic plan, made while there was nothing, scans no table."""
+    statement, parameters, search_path, keys = HOT[name]
+    connection = await connect(dsn, **HOT_SETTINGS, search_path=search_path)
+    try:
+        plan = await generic_plan(connection, statement, parameters)
+    finally:
+        await connection.close()
+    scans = [line.strip() for line in plan.splitlines() if "Seq Scan" in line]
+    assert all(any(allowed in scan for allowed in SCANS_ALLOWED) for scan in scans), plan
+    for key in keys:
+        assert key in plan, plan
+
+
+@pytest.mark.parametrize(
+    ("statement", "arguments", "key"),
+    [
+        (event_store.STREAM, ("'KOM77'", "0", "100"), "order_events_pkey"),
+        (timeline.ENTRIES_PAGE, ("'KOM77'", "0", "100"), "entries_pkey"),
+        (timeline.TRANSITIONS_PAGE, ("5000", *["NULL"] * 6, "100"), "entries_position_idx"),
+        (timeline.TRANSITIONS_PAGE, ("0", "NULL", "'KOM77'", *["NULL"] * 4, "100"), "entries_pkey"),
+        (current_status.ORDERS_PAGE, ("9000", "NULL", "NULL", "100"), "orders_first_position_idx"),
+        (current_status.ORDERS_PAGE, ("9000", "'lost'", "NULL", "100"), "orders_status_idx"),
+        (current_status.ORDERS_PAGE, ("9000", "NULL", "'AWB77'", "100"), "order_cnotes_pkey"),
+    ],
+    ids=["events", "timeline", "audit", "audit of an order", "orders", "orders by status", "orders by cnote"],
+)
+async def test_a_page_goes_by_its_index(
+    connection: Connection, statement: str, arguments: tuple[str, ...], key: str
+) -> None:
+    """With ten thousand orders each list finds its page by an index, by the planner's own choice."""
+    await connection.execute(FILL)
+    await connection.execute(f"PREPARE page AS {statement}")
+    rows = await connection.fetch(f"EXPLAIN EXECUTE page ({', '.join(arguments)})")
+    plan = "\n".join(row[0] for row in rows)
+    assert key in plan, plan
+
+
+FILL = """
+    INSERT INTO order_events (originator_id, originator_version, topic, state)
+    SELECT 'KOM' || n, 1, 'order.status_reported', '{}' FROM generate_series(1, 10000) AS n;
+    INSERT INTO current_status.orders
+    SELECT 'KOM' || n, 1, n, n, CASE WHEN n % 1000 = 0 THEN 'lost' ELSE 'in_transit' END, 'Dikirim', now(),
+        'AWB' || n, now(), now(), 1, 0, 0, 0, 0
+    FROM generate_series(1, 10000) AS n;
+    INSERT INTO current_status.order_cnotes SELECT 'AWB' || n, 'KOM' || n FROM generate_series(1, 10000) AS n;
+    INSERT INTO timeline.entries
+    SELECT 'KOM' || n, 1, n, 'advanced', NULL, 'in_transit', 'in_transit', 'Dikirim', 'AWB' || n, '{}', NULL,
+        now()
+    FROM generate_series(1, 10000) AS n;
+    ANALYZE
+"""
+
+
+async def generic_plan(connection: Connection, statement: str, parameters: int) -> str:
+    await connection.execute(f"PREPARE hot AS {statement}")
+    arguments = f"({', '.join(['NULL'] * parameters)})" if parameters else ""
+    rows = await connection.fetch(f"EXPLAIN EXECUTE hot {arguments}")
+    return "\n".join(row[0] for row in rows)
+
+
+def test_every_statement_of_a_rebuild_reads_in_the_order_of_the_key() -> None:
+    """A rebuild folds one order at a time, so it must read them one after the other."""
+    assert "ORDER BY originator_id, originator_version" in log_reader.STREAMS
