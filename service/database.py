@@ -18,6 +18,8 @@ CONNECT_SECONDS_MAX: Final = 2.0
 RECONNECT_PAUSE_SECONDS: Final = 0.05
 # For the reads that are not gathered: enough for some slow pages, few beside the server's own limit.
 POOL_CONNECTIONS_MAX: Final = 8
+# A reader that gave up has ended its connection, which the server notices only when it next writes to it.
+POOL_STATEMENT_TIMEOUT: Final = "10s"
 SERVER_VERSION_MIN: Final = 15
 
 SERVER_SETTINGS: Final = {
@@ -98,7 +100,7 @@ def open_pool(dsn: str) -> Pool:
     """Return a pool that opens connections as they are needed; ``await`` it once before use."""
 
     async def connect_for_pool(*_args: object, **_kwargs: object) -> Connection:
-        return await connect(dsn)
+        return await connect(dsn, statement_timeout=POOL_STATEMENT_TIMEOUT)
 
     pool: Pool = asyncpg.create_pool(dsn, min_size=0, max_size=POOL_CONNECTIONS_MAX, connect=connect_for_pool)
     return pool
