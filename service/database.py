@@ -41,9 +41,12 @@ HOT_SETTINGS: Final = {
     "jit": "off",
 }
 
-# Connection exceptions, shutdowns, a standby that became read-only, and the two conflicts that end a
-# transaction through no fault of its own: each is mended by trying again on a new connection.
-_LOST_SQLSTATES: Final = ("08", "57P01", "57P02", "57P03", "25006", "40001", "40P01", "25P03", "53300")
+# The connection, the server or its resources failed (classes 08, 53, 57, 58), it became read-only, or it ended an
+# idle transaction; a conflict or a lock ended ours. None of it has to do with what was asked, and each may
+# be mended by trying again on a new connection.
+_LOST_SQLSTATES: Final = ("08", "53", "57", "58", "25006", "25P03", "40001", "40P01", "55P03")
+# What was asked cannot be done, now or later: its data, a constraint, a limit of the server.
+_CONTENT_SQLSTATES: Final = ("22", "23", "54")
 
 
 class StorageUnavailableError(Exception):
@@ -64,6 +67,13 @@ def is_connection_lost(error: BaseException) -> bool:
     return isinstance(
         error, StorageUnavailableError | asyncpg.InterfaceError | asyncpg.InternalClientError | OSError
     )
+
+
+def is_content_refused(error: BaseException) -> bool:
+    """Tell whether an error is about the values of a statement, which would meet it again each time."""
+    if isinstance(error, asyncpg.PostgresError):
+        return (error.sqlstate or "").startswith(_CONTENT_SQLSTATES)
+    return isinstance(error, asyncpg.DataError | UnicodeError | OverflowError)
 
 
 async def connect(dsn: str, **settings: str) -> Connection:

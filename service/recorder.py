@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, TypeAlias
 
-import asyncpg
-
 from domain.order import Order, Report, Standing, judge_report
 from domain.statuses import Status
 from domain.transitions import Verdict
@@ -18,6 +16,7 @@ from service.database import (
     RECONNECT_PAUSE_SECONDS,
     StorageUnavailableError,
     is_connection_lost,
+    is_content_refused,
 )
 from service.event_store import EventStore, VersionTakenError
 
@@ -122,13 +121,9 @@ class Recorder:
     async def _record(self, arrivals: list[Arrival]) -> Sequence[Receipt | Exception]:
         try:
             return await self._record_together(arrivals)
-        except (
-            asyncpg.PostgresError,
-            asyncpg.DataError,
-            event_store.UndecodableEventError,
-            UnicodeError,
-            OverflowError,
-        ) as error:
+        except Exception as error:
+            if not _is_refused(error):
+                raise
             if len(arrivals) == 1:
                 return [RefusedReportError(str(error))]
         # One report that cannot be kept must not fail its neighbours: it is found by halving.
@@ -203,6 +198,8 @@ class Recorder:
                 except VersionTakenError:
                     continue
                 except Exception as error:
+                    if _is_refused(error):
+                        raise RefusedReportError(str(error)) from error
                     if not is_connection_lost(error):
                         raise
                     # Whether it was committed is told by the key itself.
@@ -231,6 +228,10 @@ async def _in_time(due: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise StorageUnavailableError("the commit was not confirmed in time") from None
+
+
+def _is_refused(error: Exception) -> bool:
+    return isinstance(error, event_store.UndecodableEventError) or is_content_refused(error)
 
 
 def _judge(arrivals: Sequence[Arrival], standings: dict[str, Standing]) -> list[Order.StatusReported]:

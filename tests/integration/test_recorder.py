@@ -315,3 +315,22 @@ async def test_a_stopped_server_is_left_in_time_and_found_again(
     # The one in doubt may have been committed by the backend when it went on, or not.
     assert receipt.version in {2, 3}
     assert_judged_in_order([event for _, event in await logged_events(connection)])
+
+
+async def test_a_server_that_cannot_write_is_unavailable_and_nothing_is_refused(
+    dsn: str, connection: Connection
+) -> None:
+    """Read-only for a while, as a full disk or a failover makes it: no report is blamed for it."""
+    held = HeldConnection(lambda: connect(dsn, default_transaction_read_only="on"))
+    recorder = make_recorder(held, seconds_max=0.4)
+    for one in (report(), report(idempotency_key="key-1")):
+        with pytest.raises(StorageUnavailableError):
+            await recorder.record(one, NOW)
+    await held.close()
+    assert await logged_events(connection) == []
+
+
+async def test_a_keyed_report_that_the_database_refuses(recorder: Recorder) -> None:
+    """It is refused like any other, whatever key it has."""
+    with pytest.raises(RefusedReportError):
+        await recorder.record(report("KOM\x00", idempotency_key="key-1"), NOW)
