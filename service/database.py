@@ -41,9 +41,9 @@ HOT_SETTINGS: Final = {
     "jit": "off",
 }
 
-# The connection, the server or its resources failed (classes 08, 53, 57, 58), it became read-only, or it ended an
-# idle transaction; a conflict or a lock ended ours. None of it has to do with what was asked, and each may
-# be mended by trying again on a new connection.
+# The connection, the server or its resources failed (classes 08, 53, 57, 58), it became read-only, it ended an
+# idle transaction, or a conflict or a lock ended ours. None of it has to do with what was asked, and each may be mended
+# by trying again on a new connection.
 _LOST_SQLSTATES: Final = ("08", "53", "57", "58", "25006", "25P03", "40001", "40P01", "55P03")
 # What was asked cannot be done, now or later: its data, a constraint, a limit of the server.
 _CONTENT_SQLSTATES: Final = ("22", "23", "54")
