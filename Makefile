@@ -18,17 +18,17 @@ run: $(VENV)/run.stamp ## serve on 127.0.0.1:8080 with a PostgreSQL of its own (
 
 test: $(VENV)/dev.stamp ## run every test against a real PostgreSQL, with coverage
 	@rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest $(ARGS)
-	@$(BIN)/coverage combine -q
+	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	@$(BIN)/python -m coverage combine -q
 	@# Branches too. A selection of tests (ARGS) is not held to it.
-	@[ -n "$(ARGS)" ] || $(BIN)/coverage report --include='domain/*' --fail-under=100
-	@[ -n "$(ARGS)" ] || $(BIN)/coverage report --include='projections/*,service/*' --fail-under=90
+	@[ -n "$(ARGS)" ] || $(BIN)/python -m coverage report --include='domain/*' --fail-under=100
+	@[ -n "$(ARGS)" ] || $(BIN)/python -m coverage report --include='projections/*,service/*' --fail-under=90
 
 lint: $(VENV)/dev.stamp ## check style, types and import directions
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 
 bench: $(VENV)/dev.stamp ## measure against the named baselines and print the ratios
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
@@ -58,6 +58,7 @@ $(VENV)/dev.stamp: requirements-dev.lock Makefile
 venv:
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "no Python of 3.11 or newer is on the PATH: install one, or say make PYTHON=/path/to/python3.12" >&2; exit 1; fi
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "there is no $(PYTHON)" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is too old: Python 3.11 or newer is needed (make PYTHON=...)" >&2; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
@@ -69,5 +70,7 @@ venv:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $(LOCK) || { \
 		echo "the packages of $(LOCK) could not be installed: see above; a platform without a wheel of them needs" >&2; \
 		echo "ORDER_TRACKING_DATABASE_URL and a PostgreSQL of yours, and pip without --only-binary" >&2; exit 1; }
-	@printf '#!/bin/sh\nPYTHONPATH="%s" exec "%s" -m service "$$@"\n' "$(CURDIR)" "$(CURDIR)/$(BIN)/python" > $(BIN)/order-tracking
+	@# It finds the clone by its own place, and imports nothing from wherever it is called.
+	@printf '%s\n' '#!/bin/sh' 'clone=$$(cd "$$(dirname "$$0")/../.." && pwd) || exit 1' \
+		'PYTHONPATH="$$clone" exec "$$clone/.venv/bin/python" -P -m service "$$@"' > $(BIN)/order-tracking
 	@chmod +x $(BIN)/order-tracking

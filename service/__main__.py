@@ -59,8 +59,11 @@ cli = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False, soft_wrap=True)
+# Into a pipe or a file as wide as it takes.
+PIPED_COLUMNS: Final = 200
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_COLUMNS)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -132,7 +135,8 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         _end("aiohttp runs without its C parser here: install a wheel of it for this platform")
     stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # A terminal that is closed ends it like Ctrl-C.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     log = structlog.get_logger()
     keeper = None
@@ -144,10 +148,10 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
             _greet(settings, port)
             calm_garbage_collector()
             await stopped.wait()
-            out.print("stopping")
+            log.info("stopping")
     except OSError as error:
         where = f"{settings.host} port {settings.port}"
-        _end(f"cannot listen on {where}: {error.strerror or error}; ORDER_TRACKING_PORT sets another port")
+        _end(f"cannot listen on {where}: {error.strerror or error}; set ORDER_TRACKING_PORT or _HOST")
     finally:
         if keeper is not None:
             keeper.cancel()
@@ -158,11 +162,14 @@ def _greet(settings: Settings, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     base = f"http://{host}:{port}"
     where = "the database of ORDER_TRACKING_DATABASE_URL" if settings.database_url else str(settings.state_dir)
-    body = '{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'
+    if settings.log_format == "json":
+        structlog.get_logger().info(f"order-tracking listens on {base}", data=where)
+        return
+    body = '{"order_no":"TRY1","cnote":"AWB1","status":"Dikirim"}'
     out.print(f"order-tracking listens on {base}", markup=False)
     out.print(f"  its data is in {where}", markup=False)
     out.print(f"  try: curl -X PUT {base}/webhook -d '{body}'", markup=False)
-    out.print(f"       curl {base}/orders/KOM1/timeline", markup=False)
+    out.print(f"       curl {base}/orders/TRY1/timeline", markup=False)
     sys.stdout.flush()
 
 
@@ -245,7 +252,7 @@ def audit(
 ) -> None:
     """Print an order's transitions, or what today's table would judge otherwise."""
     if (order_no is None) == (not rejudge):
-        _end("give an order number, or --rejudge", MISUSED)
+        _end("give either an order number or --rejudge", MISUSED)
 
     async def work(dsn: str) -> int:
         async with _connected(dsn) as connection:
@@ -254,6 +261,14 @@ def audit(
             return await _rejudge(dsn)
 
     _run_with_database(work)
+
+
+def _table(*columns: str) -> Table:
+    """A table that folds what is too long for the terminal, and never cuts it."""
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
 
 
 async def _audit_order(connection: Connection, order_no: str) -> int:
@@ -278,14 +293,14 @@ async def _audit_order(connection: Connection, order_no: str) -> int:
             audits.explanation(event),
         )
     if not table.row_count:
-        _end(f"nothing was reported of {order_no}")
+        _end(f"nothing was reported of {audits.printable(order_no)}")
     out.print(table)
     return 0
 
 
 async def _rejudge(dsn: str) -> int:
     held = HeldConnection(lambda: connect(dsn))
-    table = Table("order", "version", "reported", "recorded verdict", "today's verdict", "today's status")
+    table = _table("order", "version", "reported", "recorded verdict", "today's verdict", "today's status")
     async for change in audits.rejudge(LogReader(held, lambda: connect(dsn))):
         table.add_row(
             Text(audits.printable(change.order_no)),

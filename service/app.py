@@ -57,13 +57,17 @@ async def prepare_database(dsn: str) -> None:
         SchemaError: its schema is not one for this release.
     """
     due = asyncio.get_running_loop().time() + START_SECONDS_MAX
+    is_waiting = False
     while True:
         try:
             connection = await connect(dsn)
             break
-        except StorageUnavailableError:
+        except StorageUnavailableError as error:
             if asyncio.get_running_loop().time() > due:
                 raise
+            if not is_waiting:
+                is_waiting = True
+                log.warning("waiting for the database", error=str(error))
             await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
     try:
         await apply_schema(connection)
@@ -131,11 +135,14 @@ class Service:
         """Run something for ever: whatever ends it is logged, and it is begun again."""
 
         async def run() -> None:
+            last_failure = ""
             while True:
                 try:
                     await work()
                 except Exception as error:  # noqa: BLE001 - no failure of a background task may end it for good
-                    log.warning("background task failed; it is begun again", task=name, error=repr(error))
+                    if repr(error) != last_failure:
+                        last_failure = repr(error)
+                        log.warning("background task failed; it is begun again", task=name, error=repr(error))
                 await asyncio.sleep(RESTART_PAUSE_SECONDS)
 
         self._tasks.append(asyncio.create_task(run(), name=name))

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Final, TypeAlias, cast
+from urllib.parse import urlsplit
 
 import asyncpg
 import orjson
@@ -42,8 +43,8 @@ HOT_SETTINGS: Final = {
 }
 
 # The connection, the server or its resources failed (classes 08, 53, 57, 58), it became read-only, it ended an
-# idle transaction, or a conflict or a lock ended ours. None of it has to do with what was asked, and each may be mended
-# by trying again on a new connection.
+# idle transaction, or a conflict or a lock ended ours. None of it has to do with what was asked: each may be
+# mended by trying again on a new connection.
 _LOST_SQLSTATES: Final = ("08", "53", "57", "58", "25006", "25P03", "40001", "40P01", "55P03")
 # What was asked cannot be done, now or later: its data, a constraint, a limit of the server.
 _CONTENT_SQLSTATES: Final = ("22", "23", "54")
@@ -87,12 +88,11 @@ async def connect(dsn: str, **settings: str) -> Connection:
         connection = await asyncpg.connect(
             dsn, timeout=CONNECT_SECONDS_MAX, server_settings={**SERVER_SETTINGS, **settings}
         )
-    except (OSError, TimeoutError, asyncpg.InternalClientError, asyncpg.InterfaceError) as error:
-        raise StorageUnavailableError(str(error) or type(error).__name__) from error
-    except asyncpg.PostgresError as error:
-        if is_connection_lost(error):
-            raise StorageUnavailableError(str(error)) from error
-        raise
+    except (OSError, asyncpg.InternalClientError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
+        # A wrong password or an unknown database may be mended by an operator like all the rest.
+        parts = urlsplit(dsn)
+        where = f"{parts.hostname}:{parts.port or 5432}" if parts.hostname else "its socket"
+        raise StorageUnavailableError(f"at {where}: {error or 'no answer in time'}") from error
     # So that a parameter of type json takes what orjson can write.
     await connection.set_type_codec(
         "json", schema="pg_catalog", encoder=lambda value: orjson.dumps(value).decode(), decoder=orjson.loads

@@ -12,6 +12,8 @@ from service.recorder import OverloadedError
 
 JSON_HEADERS: Final = {"Content-Type": "application/json", "Server": "order-tracking"}
 PROBLEM_HEADERS: Final = {"Content-Type": "application/problem+json", "Server": "order-tracking"}
+# A line of its own for whoever reads it in a terminal.
+OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
 # A client that comes back at once would find the same.
 RETRY_AFTER_SECONDS: Final = 2
 
@@ -62,7 +64,7 @@ def unavailable(detail: str, **members: Any) -> ProblemError:
 def answer(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
     """Return a JSON answer. Times are written by RFC 3339, in UTC."""
     return web.Response(
-        body=orjson.dumps(value, option=orjson.OPT_UTC_Z),
+        body=orjson.dumps(value, option=OPTIONS),
         status=status,
         headers={**JSON_HEADERS, **headers} if headers else JSON_HEADERS,
     )
@@ -78,7 +80,7 @@ def problem_answer(problem: ProblemError) -> web.Response:
         **problem.members,
     }
     return web.Response(
-        body=orjson.dumps(body, option=orjson.OPT_UTC_Z),
+        body=orjson.dumps(body, option=OPTIONS),
         status=problem.status,
         headers={**PROBLEM_HEADERS, **problem.headers},
     )
@@ -100,10 +102,18 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         if error.status < 400:  # noqa: PLR2004 - a redirect is no problem
             raise
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        return problem_answer(ProblemError(error.status, error.reason, headers=headers))
+        return problem_answer(ProblemError(error.status, error.reason, _detail(error), headers=headers))
     except Exception:
         log.exception("request failed", method=request.method, route=_route(request))
         return problem_answer(ProblemError(500, "Internal error"))
+
+
+def _detail(error: web.HTTPException) -> str | None:
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return error.text
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        return f"there are {', '.join(sorted(error.allowed_methods))}"
+    return None
 
 
 def _route(request: web.Request) -> str:

@@ -1,6 +1,7 @@
 """The read API: what is known of orders, how it came about, and by which rules."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -12,7 +13,7 @@ from aiohttp import web
 from projections import current_status, timeline
 from projections.current_status import OrderRow, Row, order_row
 from projections.engine import DecodedEvent, Projector
-from service import event_store, representations
+from service import event_store, quarantine, representations
 from service.batcher import Batcher, BatchFailedError, QueueFullError
 from service.database import HeldConnection, Pool, StorageUnavailableError, borrowed, is_connection_lost
 from service.event_store import RecordedEvent
@@ -62,6 +63,8 @@ OLDEST_AFTER: Final = """
 """
 IS_ALIVE: Final = "SELECT 1"
 
+QUARANTINE_ID: Final = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
+
 
 class ReadApi:
     """Answers reads.
@@ -97,6 +100,8 @@ class ReadApi:
             "/events": self.list_events,
             "/audit/transitions": self.list_transitions,
             "/transitions": self.show_rules,
+            "/quarantine": self.list_quarantine,
+            "/quarantine/{quarantine_id}": self.show_quarantine_entry,
             "/projections": self.show_projections,
             "/livez": self.is_alive,
             "/readyz": self.is_ready,
@@ -222,6 +227,34 @@ class ReadApi:
         """The vocabulary and the transition table."""
         read_query(Query, request)
         return answer(representations.RULES)
+
+    async def list_quarantine(self, request: web.Request) -> web.Response:
+        """A page of what could not be understood, newest first."""
+        query = read_query(PageQuery, request)
+        before = POSITION_MAX if query.cursor is None else query.cursor
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            rows = await quarantine.entries_page(connection, before, query.limit + 1)
+        page = rows[: query.limit]
+        onward = encode_cursor(page[-1].quarantine_id) if len(rows) > len(page) else None
+        return _list_answer(
+            "entries",
+            [representations.quarantine_entry(row) for row in page],
+            request.path,
+            query,
+            cursor=onward,
+        )
+
+    async def show_quarantine_entry(self, request: web.Request) -> web.Response:
+        """One body that could not be understood, byte for byte."""
+        read_query(Query, request)
+        wanted = request.match_info["quarantine_id"]
+        entry = None
+        if QUARANTINE_ID.fullmatch(wanted):
+            async with borrowed(self._pool, self._seconds_max) as connection:
+                entry = await quarantine.find_entry(connection, int(wanted))
+        if entry is None:
+            raise ProblemError(404, "Unknown entry", f"the quarantine has no entry {wanted}")
+        return answer(representations.quarantine_entry(entry))
 
     async def show_projections(self, request: web.Request) -> web.Response:
         """How far each view has come, and what is set aside in it."""

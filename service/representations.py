@@ -1,5 +1,6 @@
 """How what is known is written in JSON: the members of every answer, by the contract in ``docs/api.md``."""
 
+from base64 import b64encode
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ from projections import current_status
 from projections.current_status import OrderRow
 from projections.timeline import Entry, Transition
 from service.event_store import RecordedEvent, plain_fields
+from service.quarantine import QuarantineEntry
 
 STATUS_LABELS: Final[dict[str, dict[str, str]]] = {status: label._asdict() for status, label in LABELS.items()}
 
@@ -107,6 +109,14 @@ def log_event(event: RecordedEvent) -> dict[str, Any]:
         "recorded_at": event.recorded_at,
         "data": plain_fields(event.state),
     }
+
+
+def quarantine_entry(entry: QuarantineEntry) -> dict[str, Any]:
+    """One entry of the quarantine, in a list without its body."""
+    shown = {name: value for name, value in entry._asdict().items() if name != "body"}
+    if entry.body is not None:
+        shown["body_base64"] = b64encode(entry.body).decode()
+    return shown
 
 
 def _table() -> Iterator[dict[str, Any]]:

@@ -1,15 +1,19 @@
-"""The settings, read from the environment and ``.env``; nothing else in the service reads either."""
+"""The settings, read from the environment and a file; nothing else in the service reads either."""
 
 import os
 from pathlib import Path
 from typing import Final, Literal
 
+from dotenv import dotenv_values
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.embedded_postgres import default_state_dir
 
 PREFIX: Final = "ORDER_TRACKING_"
+# Beside the Makefile, wherever a command is called from: two commands must never mean two databases.
+DEFAULT_FILE: Final = Path(__file__).resolve().parent.parent / ".env"
+FILE_VARIABLE: Final = f"{PREFIX}ENV_FILE"
 
 
 class SettingsError(Exception):
@@ -19,9 +23,7 @@ class SettingsError(Exception):
 class Settings(BaseSettings):
     """What an operator can choose. Each field is the variable of its name with ORDER_TRACKING_ before it."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_file=".env", env_ignore_empty=True, extra="ignore", frozen=True
-    )
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True)
 
     host: str = Field(default="127.0.0.1", description="the address to listen on")
     port: int = Field(default=8080, ge=0, le=65_535, description="the port to listen on; 0: any free one")
@@ -69,12 +71,14 @@ def read_settings() -> Settings:
     Raises:
         SettingsError: one is wrong, or a variable with our prefix is none of ours.
     """
+    file = Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE))
+    given = {*os.environ, *dotenv_values(file)} - {FILE_VARIABLE}
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    unknown = sorted(name for name in given if name.startswith(PREFIX) and name not in known)
     if unknown:
         raise SettingsError(f"{unknown[0]} is no setting; there are {', '.join(sorted(known))}")
     try:
-        return Settings()
+        return Settings(_env_file=file)  # type: ignore[call-arg]  # an argument that only its plugin knows
     except ValidationError as error:
         first = error.errors()[0]
         name = f"{PREFIX}{'_'.join(str(part) for part in first['loc'])}".upper()

@@ -20,7 +20,7 @@ from service.embedded_postgres import running_dsn
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_SECONDS_MAX = 60.0
 STOP_SECONDS_MAX = 15.0
-LISTENS = re.compile(r"order-tracking listens on (?P<url>\S+)")
+LISTENS = re.compile(r'order-tracking listens on (?P<url>[^\s"]+)')
 
 
 def environment(state_dir: Path, **settings: str) -> dict[str, str]:
@@ -31,6 +31,7 @@ def environment(state_dir: Path, **settings: str) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "ORDER_TRACKING_STATE_DIR": str(state_dir),
         "ORDER_TRACKING_PORT": "0",
+        "ORDER_TRACKING_ENV_FILE": str(state_dir / ".env"),
         "NO_COLOR": "1",
         "COLUMNS": "200",
         **{f"ORDER_TRACKING_{name}": value for name, value in settings.items()},

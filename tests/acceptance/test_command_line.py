@@ -187,11 +187,14 @@ def test_a_wrong_setting_is_one_clear_line(state_dir: Path, settings: dict[str, 
 
 
 def test_a_setting_may_stand_in_a_file(state_dir: Path) -> None:
-    """A .env in the folder of the process counts like the environment, which comes before it."""
-    (state_dir / ".env").write_text("ORDER_TRACKING_LOG_FORMAT=loud\n", encoding="utf-8")
-    ended = run_command(state_dir, "serve")
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("ORDER_TRACKING_LOG_FORMAT: ")
+    """It counts like the environment, which comes before it, and a name that is no setting is told as well."""
+    for line, message in [
+        ("ORDER_TRACKING_LOG_FORMAT=loud", "ORDER_TRACKING_LOG_FORMAT: "),
+        ("ORDER_TRACKING_PROT=8091", "ORDER_TRACKING_PROT is no setting; there are "),
+    ]:
+        (state_dir / ".env").write_text(f"{line}\n", encoding="utf-8")
+        ended = run_command(state_dir, "serve")
+        assert (ended.returncode, ended.stderr.startswith(message)) == (2, True), ended.stderr
 
 
 def test_a_port_that_is_taken_is_one_clear_line(state_dir: Path) -> None:
@@ -255,7 +258,7 @@ def test_it_says_where_it_listens_where_its_data_is_and_what_to_try(service: Run
     tried = subprocess.check_output(shlex.split(lines[2].removeprefix("  try: ")), timeout=20)
     assert json.loads(tried)["outcome"] == "advanced"
     shown = subprocess.check_output(shlex.split(lines[3]), timeout=20)
-    assert json.loads(shown)["order_no"] == "KOM1"
+    assert json.loads(shown)["order_no"] == "TRY1"
 
 
 def test_logs_are_json_where_that_is_asked_for_and_say_nothing_of_single_requests(state_dir: Path) -> None:

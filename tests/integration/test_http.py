@@ -1,6 +1,7 @@
 """The HTTP contract, over a real socket to the real application."""
 
 import asyncio
+import base64
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -151,6 +152,10 @@ async def test_what_cannot_be_understood_is_kept_byte_for_byte(
     assert (first["outcome"], first["order_no"]) == ("quarantined", order_no)
     assert first["reason"]
     assert second["quarantine_id"] == first["quarantine_id"]
+    entry = await client.get(f"/quarantine/{first['quarantine_id']}")
+    assert base64.b64decode(entry.pop("body_base64")) == body
+    assert (await client.get("/quarantine"))["entries"] == [entry]
+    assert (entry["state"], entry["times_seen"], entry["reason"]) == ("open", 2, first["reason"])
     kept = await connection.fetch("SELECT body, times_seen, reason FROM quarantine")
     assert [tuple(row) for row in kept] == [(body, 2, first["reason"])]
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
@@ -367,6 +372,16 @@ async def test_a_path_that_spells_no_text_is_refused(client: Client, path: str) 
     answer = await client.talk(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"application/problem+json" in answer
+
+
+async def test_the_quarantine_is_paged(client: Client) -> None:
+    """Every entry is listed once, newest first; what is no id is unknown."""
+    for number in range(5):
+        await client.raw(b"not json %d" % number)
+    entries = await walk(client, "/quarantine?limit=2", "entries")
+    assert [entry["quarantine_id"] for entry in entries] == [5, 4, 3, 2, 1]
+    for path in ("/quarantine/9", "/quarantine/0", "/quarantine/x", "/quarantine/99999999999999999999"):
+        assert (await client.get(path, 404))["title"] == "Unknown entry"
 
 
 async def test_what_is_unknown_is_a_problem(client: Client) -> None:
