@@ -7,14 +7,12 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
+import asyncpg
 import structlog
 
 from domain.order import Order
-
-if TYPE_CHECKING:
-    import asyncpg
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 # Begins a transaction by the given statements, and commits it at the end of the block.
@@ -27,6 +25,8 @@ PAGE_EVENTS_MAX: Final = 300
 GATHER_SECONDS: Final = 0.01
 # Beneath the notifications, which are only hints: the longest that an unannounced event goes unseen.
 POLL_SECONDS: Final = 1.0
+# For one page; what takes longer is begun again on a new connection.
+STEP_SECONDS_MAX: Final = 10.0
 # How often a page is tried whole before the order at fault in it is looked for.
 PAGE_ATTEMPTS_MAX: Final = 3
 # Between two attempts at a page, and while the database is away.
@@ -81,6 +81,10 @@ class View:
         """What tells one shape of this view from another: where it differs, the view is rebuilt."""
         text = f"{self.fold_version}\n{self.tables_sql}\n{self.keys_sql}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Errors about values: cardinality, data, constraints, limits of the server.
+_CONTENT_SQLSTATES: Final = ("21", "22", "23", "54")
 
 
 class OutdatedViewError(Exception):
@@ -174,6 +178,19 @@ async def _not_aside(
     return decoded
 
 
+def is_of_content(error: Exception) -> bool:
+    """Tell whether an error is about the event itself, not about the server's or the connection's state.
+
+    A server without room, or one that is restarted, must not be taken for an event that cannot be handled.
+    """
+    sqlstate = getattr(error, "sqlstate", None)
+    if sqlstate is not None:
+        return str(sqlstate).startswith(_CONTENT_SQLSTATES)
+    return not isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.InternalClientError) or isinstance(
+        error, asyncpg.DataError
+    )
+
+
 async def _apply_order(connection: Connection, view: View, events: Sequence[DecodedEvent]) -> None:
     """Apply one order's events one after the other; set it aside at the first that fails."""
     for position, event in events:
@@ -181,7 +198,7 @@ async def _apply_order(connection: Connection, view: View, events: Sequence[Deco
         try:
             await view.apply(connection, [(position, event)])
         except Exception as error:
-            if connection.is_closed():
+            if connection.is_closed() or not is_of_content(error):
                 raise
             await connection.execute("ROLLBACK TO SAVEPOINT event")
             # The first line: a database's error goes on with the row that it was about.
@@ -210,7 +227,7 @@ class Projector:
     def __init__(self, view: View, transaction: Transaction, read_log: ReadLog) -> None:
         self.view = view
         self.position = 0
-        self.is_outdated = False
+        self.is_outdated = True  # until it has been looked at
         self._begin = BEGIN_WITH_VIEW_LOCK.format(view=view.name)
         self._transaction = transaction
         self._read_log = read_log
@@ -228,7 +245,7 @@ class Projector:
         while True:
             self._wake.clear()
             try:
-                while events := await self.step():
+                while events := await self._step_in_time():
                     if events < PAGE_EVENTS_MAX:
                         await asyncio.sleep(GATHER_SECONDS)
             except Exception as error:  # noqa: BLE001 - whatever it is, webhooks go on and so does this
@@ -239,8 +256,13 @@ class Projector:
                 async with asyncio.timeout(POLL_SECONDS):
                     await self._wake.wait()
 
+    async def _step_in_time(self) -> int:
+        # A connection that died in silence would be waited for without end.
+        async with asyncio.timeout(STEP_SECONDS_MAX):
+            return await self.step()
+
     def _note_failure(self, error: Exception) -> None:
-        self._failures += 1
+        self._failures += is_of_content(error)
         self.is_outdated = isinstance(error, OutdatedViewError)
         if repr(error) != self._last_failure:
             self._last_failure = repr(error)

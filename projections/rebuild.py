@@ -21,6 +21,7 @@ from projections.engine import (
     View,
     advance,
     apply_page,
+    is_of_content,
     view_state,
 )
 
@@ -36,6 +37,7 @@ CATCH_UP_ROUNDS: Final = 3
 
 TRY_REBUILD_LOCK: Final = "SELECT pg_try_advisory_lock(hashtextextended('rebuild', 0))"
 HOLD_VIEW: Final = "SELECT pg_advisory_lock(hashtextextended('view ' || $1, 0))"
+IS_ALIVE: Final = "SELECT 1"
 BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES ($1, $2)"
 SET_ASIDE_ROWS: Final = ("order_no", "since_version", "position", "reason")
 COUNT_SET_ASIDE: Final = "SELECT count(*) FROM set_aside"
@@ -144,7 +146,7 @@ async def rebuild(
         try:
             await _fill(fills, guard, log_reader, head, progress)
         except Exception as error:
-            if any(fill.connection.is_closed() for fill in fills):
+            if any(fill.connection.is_closed() for fill in fills) or not is_of_content(error):
                 raise
             # Some event cannot be written: find which, the slow way, and set its order aside.
             log.warning("the rebuild goes on event by event", error=repr(error))
@@ -244,8 +246,13 @@ async def _swap(fill: _Fill, guard: Connection, log_reader: Log) -> RebuiltView:
         # The live view cannot be beyond this head: it does not move while its lock is held.
         await _catch_up(connection, view, log_reader.read_log, await log_reader.head())
         set_aside = await connection.fetchval(COUNT_SET_ASIDE)
+        # The rebuild's own lock is this connection's: were it gone, another could be at the same tables.
+        await guard.fetchval(IS_ALIVE)
         await connection.execute(SWAP_SCHEMAS.format(view=view.name))
-    await _drop(guard, f"{view.name}_old")
+    try:
+        await _drop(guard, f"{view.name}_old")
+    except asyncpg.LockNotAvailableError:
+        log.warning("the old tables are still being read; the next replay drops them", view=view.name)
     return RebuiltView(view.name, set_aside, 0)
 
 
@@ -290,8 +297,8 @@ async def _apply(connection: Connection, view: View, page: Sequence[LoggedEvent]
     try:
         async with connection.transaction():
             await apply_page(connection, view, page, sets_aside=sets_aside)
-    except Exception:
-        if connection.is_closed():
+    except Exception as error:
+        if connection.is_closed() or not is_of_content(error):
             raise
         await apply_page(connection, view, page, sets_aside=sets_aside, one_by_one=True)
 

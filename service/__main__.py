@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Annotated, Any, Final, NoReturn
 
 import aiohttp
+import asyncpg
 import structlog
 import typer
 import uvloop
@@ -83,6 +84,8 @@ def _plain_errors() -> Iterator[None]:
         _end("a replay is running already")
     except (StorageUnavailableError, UnsupportedServerError) as error:
         _end(f"the database cannot be used: {error}")
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, UnicodeError) as error:
+        _end(f"the database refuses this: {str(error).partition(chr(10))[0]}")
     except UndecodableEventError as error:
         _end(f"the log holds an event that cannot be read: {error}")
     except (SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
@@ -143,12 +146,15 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
     if server is not None:
         keeper = asyncio.create_task(server.keep_running(log.warning))
     try:
-        await prepare_database(dsn)
+        if not await _prepared(dsn, stopped):
+            return
         async with serving(settings, dsn) as port:
             _greet(settings, port)
             calm_garbage_collector()
             await stopped.wait()
             log.info("stopping")
+    except StorageUnavailableError:
+        raise
     except OSError as error:
         where = f"{settings.host} port {settings.port}"
         _end(f"cannot listen on {where}: {error.strerror or error}; set ORDER_TRACKING_PORT or _HOST")
@@ -156,6 +162,19 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
         if keeper is not None:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
+
+
+async def _prepared(dsn: str, stopped: asyncio.Event) -> bool:
+    """Prepare the database, however long it takes to be there, unless the service is stopped meanwhile."""
+    preparing = asyncio.ensure_future(prepare_database(dsn))
+    stopping = asyncio.ensure_future(stopped.wait())
+    await asyncio.wait([preparing, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not preparing.done():
+        preparing.cancel()
+        return False
+    await preparing
+    return True
 
 
 def _greet(settings: Settings, port: int) -> None:

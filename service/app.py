@@ -1,17 +1,19 @@
 """The composition root: every part is made and wired here, and ended in the opposite order."""
 
 import asyncio
+import contextlib
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Final
 
+import asyncpg
 import structlog
 from aiohttp import web
 
 from domain.order import Order
-from projections.engine import Projector, View, view_state
+from projections.engine import OutdatedViewError, Projector, View, view_state
 from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
 from service.database import (
     HOT_SETTINGS,
@@ -41,8 +43,14 @@ GC_OBJECTS: Final = 50_000
 RESTART_PAUSE_SECONDS: Final = 1.0
 # For the handlers that still run once everything that was taken is answered.
 SHUTDOWN_SECONDS_MAX: Final = 1.0
+# How often the connection that listens is asked whether it is still one; it would never notice by itself.
+LISTEN_LOOK_SECONDS: Final = 5.0
+IS_ALIVE: Final = "SELECT 1"
 # While another process rebuilds an outdated view.
 REBUILD_LOOK_SECONDS: Final = 2.0
+
+# For the connections of a rebuild: one waits in its transaction while another works.
+PATIENT: Final = {"idle_in_transaction_session_timeout": "0"}
 
 CHANNEL: Final = "order_events"
 
@@ -86,12 +94,9 @@ class Service:
         self._reading_orders = HeldConnection(connect_hot)
         self._writing = HeldConnection(partial(connect_hot, idle_in_transaction_session_timeout="5s"))
         self._projecting = {
-            # Views are made anew from the log after a crash, so nothing is lost with a late commit of theirs:
-            # position and rows go together.
-            view.name: HeldConnection(partial(connect_hot, search_path=view.name, synchronous_commit="off"))
-            for view in VIEWS
+            view.name: HeldConnection(partial(connect_hot, search_path=view.name)) for view in VIEWS
         }
-        self.log_reader = LogReader(self._reading_log, partial(connect, dsn))
+        self.log_reader = LogReader(self._reading_log, partial(connect, dsn, **PATIENT))
         self.projectors = {
             view.name: Projector(view, self._projecting[view.name].transaction, self.log_reader.read_log)
             for view in VIEWS
@@ -109,6 +114,8 @@ class Service:
     async def start(self) -> None:
         """Open the pool and begin to follow the log."""
         await self.pool
+        for view in VIEWS:
+            self.projectors[view.name].is_outdated = await self._is_outdated(view)
         for view in VIEWS:
             self._supervise(f"project {view.name}", partial(self._project, view))
         self._supervise("listen", self._listen)
@@ -154,9 +161,7 @@ class Service:
     async def _rebuild_where_outdated(self, view: View) -> None:
         projector = self.projectors[view.name]
         while True:
-            async with self._projecting[view.name].use() as connection:
-                state = await view_state(connection)
-            projector.is_outdated = state.definition != view.definition
+            projector.is_outdated = await self._is_outdated(view)
             if not projector.is_outdated:
                 return
             log.info("view is rebuilt: its definition has changed", view=view.name)
@@ -164,6 +169,15 @@ class Service:
                 await rebuild_views(self._dsn, [view], self.log_reader, lambda _done, _total: None)
             except RebuildRunningError:
                 await asyncio.sleep(REBUILD_LOOK_SECONDS)
+
+    async def _is_outdated(self, view: View) -> bool:
+        try:
+            async with self._projecting[view.name].use() as connection:
+                state = await view_state(connection)
+        except (OutdatedViewError, asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+            # Its position is lost, or its tables are not what they were: it is made anew.
+            return True
+        return state.definition != view.definition
 
     async def _listen(self) -> None:
         """Hear of what other processes append. Only a hint: beneath it, every projector polls."""
@@ -174,7 +188,13 @@ class Service:
             await connection.add_listener(CHANNEL, self._wake)
             # Listening comes first, and then the reading of what was appended before it.
             self._wake()
-            await ended.wait()
+            while not ended.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LISTEN_LOOK_SECONDS):
+                        await ended.wait()
+                        return
+                async with asyncio.timeout(LISTEN_LOOK_SECONDS):
+                    await connection.execute(IS_ALIVE)
         finally:
             connection.terminate()
 
@@ -185,7 +205,7 @@ async def rebuild_views(
     """Rebuild views of a database; see ``projections.rebuild``."""
 
     async def connect_with(search_path: str) -> Connection:
-        return await connect(dsn, search_path=search_path, synchronous_commit="off")
+        return await connect(dsn, search_path=search_path, **PATIENT)
 
     try:
         return await rebuild(views, connect_with, log_reader, progress, verify=verify)

@@ -20,7 +20,7 @@ RECONNECT_PAUSE_SECONDS: Final = 0.05
 # For the reads that are not gathered: enough for some slow pages, few beside the server's own limit.
 POOL_CONNECTIONS_MAX: Final = 8
 # A reader that gave up has ended its connection, which the server notices only when it next writes to it.
-POOL_STATEMENT_TIMEOUT: Final = "10s"
+POOL_STATEMENT_TIMEOUT: Final = "4s"
 SERVER_VERSION_MIN: Final = 15
 
 SERVER_SETTINGS: Final = {
@@ -40,17 +40,17 @@ HOT_SETTINGS: Final = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
     "jit": "off",
+    "statement_timeout": "10s",
 }
 
-# The connection, the server or its resources failed (classes 08, 53, 57, 58), it became read-only, it ended an
-# idle transaction, or a conflict or a lock ended ours. None of it has to do with what was asked: each may be
-# mended by trying again on a new connection.
-_LOST_SQLSTATES: Final = ("08", "53", "57", "58", "25006", "25P03", "40001", "40P01", "55P03")
+# The connection, the server, its resources or its settings failed, a conflict or a lock ended ours: none of it
+# has to do with what was asked, and each may be mended by trying again, at once or when an operator has acted.
+_LOST_SQLSTATES: Final = ("08", "25", "28", "3D", "40", "42501", "53", "55", "57", "58", "XX")
 # What was asked cannot be done, now or later: its data, a constraint, a limit of the server.
 _CONTENT_SQLSTATES: Final = ("22", "23", "54")
 
 
-class StorageUnavailableError(Exception):
+class StorageUnavailableError(ConnectionError):
     """The database cannot be reached, or did not answer in time."""
 
 

@@ -175,20 +175,34 @@ POSITIONS_OF_EVENTS: Final = """
       ON logged.originator_id = wanted.order_no AND logged.originator_version = wanted.version
 """
 
+# A page ends at a number of rows or of bytes: bodies may be a thousand times larger than usual. It has a row at
+# least.
+PAGE_BYTES_MAX: Final = 2 * 1024 * 1024
+
 STREAM: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
-    FROM order_events
-    WHERE originator_id = $1 AND originator_version > $2
+    FROM (
+        SELECT *, sum(length(state)) OVER (ORDER BY originator_version) - length(state) AS bytes_before
+        FROM order_events
+        WHERE originator_id = $1 AND originator_version > $2
+        ORDER BY originator_version
+        LIMIT $3
+    ) AS page
+    WHERE bytes_before < $4
     ORDER BY originator_version
-    LIMIT $3
 """
 
 LOG: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
-    FROM order_events
-    WHERE notification_id > $1
+    FROM (
+        SELECT *, sum(length(state)) OVER (ORDER BY notification_id) - length(state) AS bytes_before
+        FROM order_events
+        WHERE notification_id > $1
+        ORDER BY notification_id
+        LIMIT $2
+    ) AS page
+    WHERE bytes_before < $3
     ORDER BY notification_id
-    LIMIT $2
 """
 
 HEAD: Final = "SELECT notification_id FROM order_events ORDER BY notification_id DESC LIMIT 1"
@@ -254,7 +268,7 @@ async def positions_of(connection: Connection, events: Sequence[Order.StatusRepo
         [event.originator_version for event in events],
     )
     found = {
-        (order_no, version, decode_event(order_no, version, topic, state).report_id): position
+        (order_no, version, _report_id(order_no, version, topic, state)): position
         for position, topic, state, order_no, version in rows
     }
     positions = [
@@ -268,14 +282,24 @@ async def positions_of(connection: Connection, events: Sequence[Order.StatusRepo
     return known
 
 
+def _report_id(order_no: str, version: int, topic: str, state: bytes) -> str | None:
+    try:
+        return decode_event(order_no, version, topic, state).report_id
+    except UndecodableEventError:
+        # Another writer's: what was sent from here can be read here.
+        return None
+
+
 async def read_stream(connection: Connection, order_no: str, after: int, limit: int) -> list[RecordedEvent]:
-    """Return an order's events with versions above ``after``, at most ``limit``, oldest first."""
-    return [RecordedEvent(*row) for row in await connection.fetch(STREAM, order_no, after, limit)]
+    """Return an order's events with versions above ``after``, oldest first: a page of at most ``limit``."""
+    return [
+        RecordedEvent(*row) for row in await connection.fetch(STREAM, order_no, after, limit, PAGE_BYTES_MAX)
+    ]
 
 
 async def read_log(connection: Connection, after: int, limit: int) -> list[RecordedEvent]:
-    """Return the events with positions above ``after``, at most ``limit``, in the order of the commits."""
-    return [RecordedEvent(*row) for row in await connection.fetch(LOG, after, limit)]
+    """Return the events above a position in the order of the commits: a page of at most ``limit``."""
+    return [RecordedEvent(*row) for row in await connection.fetch(LOG, after, limit, PAGE_BYTES_MAX)]
 
 
 async def head_position(connection: Connection) -> int:

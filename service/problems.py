@@ -16,6 +16,8 @@ PROBLEM_HEADERS: Final = {"Content-Type": "application/problem+json", "Server": 
 OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
 # A client that comes back at once would find the same.
 RETRY_AFTER_SECONDS: Final = 2
+# A replay is started by a person.
+HEALED_AFTER_SECONDS: Final = 300
 
 log = structlog.get_logger()
 
@@ -59,6 +61,12 @@ def unavailable(detail: str, **members: Any) -> ProblemError:
     """Return the problem of something that may be there again in a moment."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return ProblemError(503, "Temporarily unavailable", detail, headers=headers, **members)
+
+
+def set_aside(detail: str, **members: Any) -> ProblemError:
+    """Return the problem of an order that a view cannot show until a replay has healed it."""
+    headers = {"Retry-After": str(HEALED_AFTER_SECONDS)}
+    return ProblemError(503, "Set aside", detail, headers=headers, **members)
 
 
 def answer(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:

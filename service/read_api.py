@@ -17,7 +17,7 @@ from service import event_store, quarantine, representations
 from service.batcher import Batcher, BatchFailedError, QueueFullError
 from service.database import HeldConnection, Pool, StorageUnavailableError, borrowed, is_connection_lost
 from service.event_store import RecordedEvent
-from service.problems import Handler, ProblemError, answer, unavailable
+from service.problems import Handler, ProblemError, answer, set_aside, unavailable
 from service.queries import (
     POSITION_MAX,
     EventsQuery,
@@ -136,7 +136,7 @@ class ReadApi:
             if query is not None and row.aside_position is not None:
                 _refuse_beyond(query, row.aside_position)
         etag = f'"{row.version}"'
-        if request.headers.get("If-None-Match") == etag:
+        if _has_tag(request.headers.get("If-None-Match", ""), etag):
             return web.Response(status=304, headers={"ETag": etag, "Server": "order-tracking"})
         return answer(representations.order(row), headers={"ETag": etag})
 
@@ -171,30 +171,30 @@ class ReadApi:
         order_no = order_no_of(request)
         query = read_query(EventsQuery, request)
         async with borrowed(self._pool, self._seconds_max) as connection:
-            events = await event_store.read_stream(connection, order_no, query.after, query.limit + 1)
-            if not events and not await event_store.read_stream(connection, order_no, 0, 1):
+            page = await event_store.read_stream(connection, order_no, query.after, query.limit)
+            if not page and not await event_store.read_stream(connection, order_no, 0, 1):
                 raise _unknown_order(order_no)
-        page = events[: query.limit]
+            more = page and await event_store.read_stream(connection, order_no, page[-1].version, 1)
         return _list_answer(
             "events",
             [representations.order_event(event) for event in page],
             path_of(order_no, "events"),
             query,
-            after=page[-1].version if len(events) > len(page) else None,
+            after=page[-1].version if more else None,
         )
 
     async def list_events(self, request: web.Request) -> web.Response:
         """A page of the whole log, by position."""
         query = read_query(EventsQuery, request)
         async with borrowed(self._pool, self._seconds_max) as connection:
-            events = await event_store.read_log(connection, query.after, query.limit + 1)
-        page = events[: query.limit]
+            page = await event_store.read_log(connection, query.after, query.limit)
+            more = page and await event_store.read_log(connection, page[-1].position, 1)
         return _list_answer(
             "events",
             [representations.log_event(event) for event in page],
             request.path,
             query,
-            after=page[-1].position if len(events) > len(page) else None,
+            after=page[-1].position if more else None,
         )
 
     async def list_transitions(self, request: web.Request) -> web.Response:
@@ -380,24 +380,21 @@ def _list_answer(  # noqa: PLR0913 - the parts of every list
     return answer({**members, name: items, "next": following}, headers=headers)
 
 
+def _has_tag(if_none_match: str, etag: str) -> bool:
+    """Tell whether a list of entity tags has this one; weak ones count as well (RFC 9110, 13.1.2)."""
+    tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
+    return etag in tags or "*" in tags
+
+
 def _unknown_order(order_no: str) -> ProblemError:
     return ProblemError(404, "Unknown order", f"nothing was reported of {order_no}", order_no=order_no)
 
 
 def _wholly_set_aside(order_no: str) -> ProblemError:
-    return ProblemError(
-        503,
-        "Set aside",
-        f"{order_no} is set aside from its first event on; see /projections",
-        order_no=order_no,
-    )
+    return set_aside(f"{order_no} is set aside from its first event on; see /projections", order_no=order_no)
 
 
 def _refuse_beyond(query: Query, aside_position: int) -> None:
     if query.after_position is not None and query.after_position >= aside_position:
-        raise ProblemError(
-            503,
-            "Set aside",
-            f"the order is set aside from position {aside_position} on: a replay heals it",
-            position=aside_position,
-        )
+        detail = f"the order is set aside from position {aside_position} on: a replay heals it"
+        raise set_aside(detail, position=aside_position)

@@ -25,6 +25,8 @@ BATCH_REPORTS_MAX: Final = 512
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 # The bodies of what waits: a queue full of large ones must not fill the memory.
 QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
+# Reports with a key wait one by one for the connection of the batches: few, so that those are not starved.
+KEYED_REPORTS_MAX: Final = 64
 # Where orders stood last, kept for judging without a read. About 500 bytes an order: 50 MB.
 STANDINGS_MAX: Final = 100_000
 
@@ -78,6 +80,7 @@ class Recorder:
         self._on_commit = on_commit
         self._seconds_max = seconds_max
         self._standings = _Standings(STANDINGS_MAX)
+        self._keyed_waiting = 0
         self._batcher: Batcher[Arrival, Receipt] = Batcher(
             self._record_batch,
             batch_items_max=BATCH_REPORTS_MAX,
@@ -96,9 +99,10 @@ class Recorder:
             RefusedReportError: it cannot be recorded, now or later, by this release.
         """
         if report.idempotency_key is not None:
-            receipt = await self._record_keyed(report, received_at)
-            if receipt is not None:
-                return receipt
+            return await self._record_with_key(report, received_at)
+        return await self._record_in_batch(report, received_at)
+
+    async def _record_in_batch(self, report: Report, received_at: datetime) -> Receipt:
         try:
             return await self._batcher.submit((report, received_at), len(report.body))
         except QueueFullError:
@@ -109,6 +113,17 @@ class Recorder:
             if isinstance(error.__cause__, StorageUnavailableError):
                 raise StorageUnavailableError(str(error)) from error
             raise
+
+    async def _record_with_key(self, report: Report, received_at: datetime) -> Receipt:
+        if self._keyed_waiting >= KEYED_REPORTS_MAX:
+            raise OverloadedError("too many reports with keys are waiting")
+        self._keyed_waiting += 1
+        try:
+            async with _in_time(asyncio.get_running_loop().time() + self._seconds_max):
+                receipt = await self._record_keyed(report, received_at)
+                return receipt or await self._record_in_batch(report, received_at)
+        finally:
+            self._keyed_waiting -= 1
 
     async def finish(self) -> None:
         """Wait until everything that was handed in is answered."""
@@ -185,30 +200,29 @@ class Recorder:
             Its receipt, the first one again where the key was seen with this body; None where the key was
             seen with another body, which makes it an ordinary report.
         """
-        async with _in_time(asyncio.get_running_loop().time() + self._seconds_max):
-            while True:
-                try:
-                    async with self._store.locked() as connection:
-                        seen = await idempotency.find(connection, report)
-                        if seen is None:
-                            standings = await event_store.standings(connection, [report.order_no])
-                            (event,) = _judge([(report, received_at)], standings)
-                            (position,) = await event_store.append(connection, [event])
-                            await idempotency.keep(connection, report, event.originator_version)
-                except VersionTakenError:
-                    continue
-                except Exception as error:
-                    if _is_refused(error):
-                        raise RefusedReportError(str(error)) from error
-                    if not is_connection_lost(error):
-                        raise
-                    # Whether it was committed is told by the key itself.
-                    await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
-                    continue
-                if seen is None:
-                    self._committed([event], [position])
-                    return _receipt(event, position)
-                return _receipt(seen.event, seen.position) if seen.same_body else None
+        while True:
+            try:
+                async with self._store.locked() as connection:
+                    seen = await idempotency.find(connection, report)
+                    if seen is None:
+                        standings = await event_store.standings(connection, [report.order_no])
+                        (event,) = _judge([(report, received_at)], standings)
+                        (position,) = await event_store.append(connection, [event])
+                        await idempotency.keep(connection, report, event.originator_version)
+            except VersionTakenError:
+                continue
+            except Exception as error:
+                if _is_refused(error):
+                    raise RefusedReportError(str(error)) from error
+                if not is_connection_lost(error):
+                    raise
+                # Whether it was committed is told by the key itself.
+                await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
+                continue
+            if seen is None:
+                self._committed([event], [position])
+                return _receipt(event, position)
+            return _receipt(seen.event, seen.position) if seen.same_body else None
 
     async def _known_standings(self, order_nos: set[str]) -> dict[str, Standing]:
         known, missing = self._standings.look_up(order_nos)

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from pydantic import Field, ValidationError, field_validator
@@ -57,6 +58,10 @@ class Settings(BaseSettings):
     def _is_postgresql(cls, url: str) -> str:
         if url and not url.startswith(("postgresql://", "postgres://")):
             raise ValueError("it must begin with postgresql://")
+        try:
+            _ = urlsplit(url).port
+        except ValueError:
+            raise ValueError("its port is no port") from None
         return url
 
     @field_validator("state_dir")

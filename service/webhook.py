@@ -10,7 +10,7 @@ from aiohttp import web
 
 from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
 from service.parser import UnreadableError, parse
-from service.problems import answer
+from service.problems import ProblemError, answer
 from service.quarantine import Quarantine
 from service.recorder import Recorder, RefusedReportError
 
@@ -49,7 +49,7 @@ class Webhook:
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or keep what cannot be understood; answer when it is committed."""
         received_at = datetime.now(UTC)
-        raw = await request.read()
+        raw = await _read_body(request)
         report_id = next(self._report_ids)
         try:
             report = parse(raw, report_id, request.remote, _idempotency_key(request))
@@ -94,9 +94,17 @@ def _random_uuids() -> Iterator[str]:
             yield f"{one[:8]}-{one[8:12]}-4{one[13:16]}-{variant}{one[17:20]}-{one[20:]}"
 
 
+async def _read_body(request: web.Request) -> bytes:
+    try:
+        return await request.read()
+    except (web.RequestPayloadError, ConnectionError) as error:
+        # Corrupt in transfer or in compression, or the sender is gone; then nobody reads this.
+        raise ProblemError(400, "Bad body", f"the body cannot be read: {error}") from None
+
+
 def _idempotency_key(request: web.Request) -> str | None:
     for name in KEY_HEADERS:
         key = request.headers.get(name)
         if key:
-            return key if len(key.encode(errors="surrogateescape")) <= KEY_BYTES_MAX else None
+            return key if key.isascii() and len(key) <= KEY_BYTES_MAX else None
     return None

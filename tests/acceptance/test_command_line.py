@@ -220,6 +220,24 @@ def test_a_database_that_cannot_be_reached_is_one_clear_line(state_dir: Path) ->
     assert (ended.returncode, "the database cannot be used" in ended.stdout) == (1, True)
 
 
+def test_it_can_be_stopped_while_it_waits_for_its_database(state_dir: Path) -> None:
+    """SIGTERM ends a service whose database is not there yet: at once, and with exit code 0."""
+    waiting = subprocess.Popen(
+        [sys.executable, "-m", "service", "serve"],
+        env=environment(state_dir, DATABASE_URL="postgresql://nobody@127.0.0.1:9/absent"),
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+    try:
+        assert waiting.stderr is not None
+        assert b"waiting for the database" in waiting.stderr.readline()
+        waiting.terminate()
+        assert waiting.wait(5) == 0
+    finally:
+        waiting.kill()
+        waiting.communicate()
+
+
 def test_a_database_of_the_users_own(state_dir: Path, dsn: str, server: EmbeddedPostgres) -> None:
     """With a URL that database is used and none is started; two processes may share it."""
     assert server.pid is not None

@@ -11,7 +11,7 @@ HOT = {
     "append": (event_store.APPEND, 5, "public", []),
     "last events": (event_store.LAST_EVENTS, 1, "public", ["order_events_pkey"]),
     "what became of an append": (event_store.POSITIONS_OF_EVENTS, 2, "public", ["order_events_pkey"]),
-    "the log after a position": (event_store.LOG, 2, "public", ["order_events_notification_id_idx"]),
+    "the log after a position": (event_store.LOG, 3, "public", ["order_events_notification_id_idx"]),
     "the head of the log": (event_store.HEAD, 0, "public", ["order_events_notification_id_idx"]),
     "add to orders": (current_status.ADD_TO_ORDERS, 1, current_status.NAME, ["orders_pkey"]),
     "orders by number": (current_status.ORDERS_BY_NUMBER, 1, "public", ["orders_pkey", "set_aside_pkey"]),
@@ -39,7 +39,7 @@ async def test_a_hot_statement_goes_by_the_keys_even_if_planned_on_empty_tables(
 @pytest.mark.parametrize(
     ("statement", "arguments", "key"),
     [
-        (event_store.STREAM, ("'KOM77'", "0", "100"), "order_events_pkey"),
+        (event_store.STREAM, ("'KOM77'", "0", "100", "1000"), "order_events_pkey"),
         (timeline.ENTRIES_PAGE, ("'KOM77'", "0", "100"), "entries_pkey"),
         (timeline.TRANSITIONS_PAGE, ("5000", *["NULL"] * 6, "100"), "entries_position_idx"),
         (timeline.TRANSITIONS_PAGE, ("0", "NULL", "'KOM77'", *["NULL"] * 4, "100"), "entries_pkey"),

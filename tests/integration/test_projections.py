@@ -239,6 +239,42 @@ async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
     assert await connection.fetchval("SELECT count(*) FROM current_status.orders") == 2
 
 
+async def test_trouble_of_the_server_sets_nothing_aside(
+    service: Service, dsn: str, connection: Connection
+) -> None:
+    """A view's table that is locked beyond the server's own limit delays the view, and blames no event."""
+    await connection.execute("ALTER ROLE order_tracking SET lock_timeout = '30ms'")
+    try:
+        await connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        async with connection.transaction():
+            await connection.execute(
+                "LOCK TABLE current_status.orders, timeline.entries IN ACCESS EXCLUSIVE MODE"
+            )
+            receipt = await service.recorder.record(report("KOM1"), NOW)
+            await asyncio.sleep(1.5)
+        await caught_up(service, receipt.position)
+    finally:
+        await connection.execute("ALTER ROLE order_tracking RESET lock_timeout")
+    assert await connection.fetchval("SELECT count(*) FROM current_status.set_aside") == 0
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_a_view_whose_position_is_lost_is_rebuilt_at_start(dsn: str, connection: Connection) -> None:
+    """Without its position a view cannot be trusted: it is made anew."""
+    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
+    await connection.execute("DELETE FROM current_status.projection")
+    service = Service(Settings(), dsn)
+    await service.start()
+    try:
+        await caught_up(service, 1)
+    finally:
+        await service.stop()
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
 async def test_a_view_of_another_definition_is_rebuilt_at_start(dsn: str, connection: Connection) -> None:
     """Views are never migrated: where the definition differs the view is made anew, while reports are taken."""
     await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])

@@ -334,3 +334,27 @@ async def test_a_keyed_report_that_the_database_refuses(recorder: Recorder) -> N
     """It is refused like any other, whatever key it has."""
     with pytest.raises(RefusedReportError):
         await recorder.record(report("KOM\x00", idempotency_key="key-1"), NOW)
+
+
+async def test_a_lock_that_does_not_come_is_no_fault_of_the_report(dsn: str, connection: Connection) -> None:
+    """A limit of the server's, met while the log is held by another, is 503; the report is recorded later."""
+    held = HeldConnection(lambda: connect(dsn, lock_timeout="50ms"))
+    recorder = make_recorder(held, seconds_max=0.4)
+    async with connection.transaction():
+        await connection.execute("SELECT pg_advisory_xact_lock($1)", event_store.APPEND_LOCK)
+        outcomes = await asyncio.gather(
+            *(recorder.record(report(f"KOM{number}"), NOW) for number in range(4)), return_exceptions=True
+        )
+    assert [type(outcome) for outcome in outcomes] == [StorageUnavailableError] * 4
+    (receipt,) = await record(recorder, report())
+    assert receipt.version == 1
+    await held.close()
+
+
+async def test_reports_with_keys_do_not_starve_the_others(recorder: Recorder) -> None:
+    """However many come with keys, those beyond a few are refused at once and plain ones are recorded."""
+    keyed = [recorder.record(report(f"K{n}", idempotency_key=f"key-{n}"), NOW) for n in range(500)]
+    plain = [recorder.record(report(f"P{n}"), NOW) for n in range(20)]
+    outcomes = await asyncio.gather(*keyed, *plain, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes[:500]} == {Receipt, OverloadedError}
+    assert all(isinstance(outcome, Receipt) for outcome in outcomes[500:])
