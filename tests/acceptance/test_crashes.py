@@ -96,6 +96,28 @@ async def test_kill_of_the_backend_that_commits(service: RunningService, state_d
     assert_views_equal_a_rebuild(state_dir)
 
 
+async def test_what_was_read_once_is_not_taken_back_by_a_crash(service: RunningService) -> None:
+    """A read with after_position has the report, before a crash of PostgreSQL and after it, or it is 503."""
+    async with aiohttp.ClientSession() as session:
+        for number in range(3):
+            body = {"order_no": f"KOM{number}", "status": "Dikirim"}
+            async with session.put(f"{service.url}/webhook", json=body) as response:
+                position = (await response.json())["position"]
+            url = f"{service.url}/orders/KOM{number}?after_position={position}"
+            async with session.get(url) as response:
+                assert response.status == 200
+            connection = await asyncpg.connect(service.dsn)
+            pid: int = await connection.fetchval("SELECT pg_backend_pid()")
+            os.kill(pid, signal.SIGKILL)
+            statuses: set[int] = set()
+            due = time.monotonic() + RECOVERED_SECONDS_MAX
+            while time.monotonic() < due and 200 not in statuses:
+                async with session.get(url) as response:
+                    statuses.add(response.status)
+            assert statuses <= {200, 503}
+            assert 200 in statuses
+
+
 async def test_postgresql_stopped_for_five_seconds(service: RunningService, state_dir: Path) -> None:
     """While PostgreSQL stands still answers are 503 within the budget; afterwards all is as before."""
     load = Load(service.url)

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -237,6 +239,25 @@ async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
     row = (await current_status.orders_by_number(connection, ["KOM1", "KOM2"]))["KOM1"]
     assert (row.version, row.aside_since) == (1, 2)
     assert await connection.fetchval("SELECT count(*) FROM current_status.orders") == 2
+
+
+async def test_a_connection_that_died_in_silence_is_left(
+    service: Service, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backend that never answers again delays its view by one step's time, not for ever."""
+    monkeypatch.setattr("projections.engine.STEP_SECONDS_MAX", 0.5)
+    await record(service, report("KOM1"))
+    # Between two pages both projecting connections have committed last, and hold no lock.
+    await asyncio.sleep(0.1)
+    pid: int = await connection.fetchval(
+        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query = 'COMMIT' LIMIT 1"
+    )
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        await record(service, report("KOM1", "Diterima"))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert await connection.fetchval("SELECT count(*) FROM timeline.entries") == 2
 
 
 async def test_trouble_of_the_server_sets_nothing_aside(
