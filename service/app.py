@@ -49,9 +49,6 @@ IS_ALIVE: Final = "SELECT 1"
 # While another process rebuilds an outdated view.
 REBUILD_LOOK_SECONDS: Final = 2.0
 
-# For the connections of a rebuild: one waits in its transaction while another works.
-PATIENT: Final = {"idle_in_transaction_session_timeout": "0"}
-
 CHANNEL: Final = "order_events"
 
 log = structlog.get_logger()
@@ -96,7 +93,7 @@ class Service:
         self._projecting = {
             view.name: HeldConnection(partial(connect_hot, search_path=view.name)) for view in VIEWS
         }
-        self.log_reader = LogReader(self._reading_log, partial(connect, dsn, **PATIENT))
+        self.log_reader = LogReader(self._reading_log, partial(connect, dsn))
         self.projectors = {
             view.name: Projector(view, self._projecting[view.name].transaction, self.log_reader.read_log)
             for view in VIEWS
@@ -205,7 +202,8 @@ async def rebuild_views(
     """Rebuild views of a database; see ``projections.rebuild``."""
 
     async def connect_with(search_path: str) -> Connection:
-        return await connect(dsn, search_path=search_path, **PATIENT)
+        # One waits in its transaction while another works.
+        return await connect(dsn, search_path=search_path, idle_in_transaction_session_timeout="0")
 
     try:
         return await rebuild(views, connect_with, log_reader, progress, verify=verify)

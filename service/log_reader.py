@@ -15,6 +15,9 @@ TAIL_CHARACTERS_MAX: Final = 8 * 1024 * 1024
 # Small, since the loop stands still while a page is decoded.
 STREAMS_PAGE_EVENTS: Final = 2_000
 
+# The one who reads may take long for a page.
+BE_PATIENT: Final = "SET idle_in_transaction_session_timeout = 0"
+
 # In the order of the primary key; a cursor, so that neither side holds more than a page.
 STREAMS: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state
@@ -94,6 +97,7 @@ class LogReader:
         """Yield the events up to a position by order and version, in pages of STREAMS_PAGE_EVENTS."""
         connection: Connection = await self._connect()
         try:
+            await connection.execute(BE_PATIENT)
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 cursor = await connection.cursor(STREAMS, head)
                 while rows := await cursor.fetch(STREAMS_PAGE_EVENTS):
