@@ -12,21 +12,22 @@ from service.database import Connect, Connection, HeldConnection
 TAIL_EVENTS_MAX: Final = 4_096
 TAIL_CHARACTERS_MAX: Final = 8 * 1024 * 1024
 
-# Small, since the loop stands still while a page is decoded.
+# Small, since the loop stands still while a page is decoded; smaller where bodies are larger than usual.
 STREAMS_PAGE_EVENTS: Final = 2_000
+STREAMS_PAGE_BYTES: Final = 2 * 1024 * 1024
+FIRST_PAGE_EVENTS: Final = 100
 
 # The one who reads may take long for a page.
 BE_PATIENT: Final = "SET idle_in_transaction_session_timeout = 0"
 
-# In the order of the primary key; a cursor, so that neither side holds more than a page.
+# In the order of the primary key; a cursor, so that neither side holds more than a page. Whether by a scan of
+# the key or by a sort of the log is the planner's choice: it depends on how much of the log is in memory.
 STREAMS: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state
     FROM order_events
     WHERE notification_id <= $1
     ORDER BY originator_id, originator_version
 """
-# A scan of the key visits the log's pages at random, which beats a sort of the whole log on disk only while
-# most of those pages are in memory; left to itself the planner chooses by its statistics.
 COUNT_EVENTS: Final = "SELECT count(*) FROM order_events WHERE notification_id <= $1"
 
 
@@ -94,13 +95,16 @@ class LogReader:
             return total
 
     async def read_streams(self, head: int) -> AsyncGenerator[Sequence[LoggedEvent]]:
-        """Yield the events up to a position by order and version, in pages of STREAMS_PAGE_EVENTS."""
+        """Yield the events up to a position by order and version, in pages bounded by rows and bytes."""
         connection: Connection = await self._connect()
         try:
             await connection.execute(BE_PATIENT)
             async with connection.transaction(isolation="repeatable_read", readonly=True):
                 cursor = await connection.cursor(STREAMS, head)
-                while rows := await cursor.fetch(STREAMS_PAGE_EVENTS):
+                wanted = min(FIRST_PAGE_EVENTS, STREAMS_PAGE_EVENTS)
+                while rows := await cursor.fetch(wanted):
+                    mean_bytes = sum(len(row["state"]) for row in rows) // len(rows) + 1
+                    wanted = max(1, min(STREAMS_PAGE_EVENTS, STREAMS_PAGE_BYTES // mean_bytes))
                     yield [decode(*row) for row in rows]
         finally:
             connection.terminate()
