@@ -229,12 +229,13 @@ async def _fill_carefully(
         await fill.connection.execute(BEGIN_PROJECTION, head, fill.view.definition)
     total = await log_reader.count(head)
     done = 0
-    async for page in log_reader.read_streams(head):
-        for fill in fills:
-            async with fill.connection.transaction():
-                await _apply(fill.connection, fill.view, page, sets_aside=True)
-        done += len(page)
-        progress(done, max(total, done))
+    async with contextlib.aclosing(log_reader.read_streams(head)) as pages:
+        async for page in pages:
+            for fill in fills:
+                async with fill.connection.transaction():
+                    await _apply(fill.connection, fill.view, page, sets_aside=True)
+            done += len(page)
+            progress(done, max(total, done))
 
 
 async def _swap(fill: _Fill, guard: Connection, log_reader: Log) -> RebuiltView:

@@ -65,9 +65,7 @@ def is_connection_lost(error: BaseException) -> bool:
     if isinstance(error, asyncpg.DataError):
         return False
     # asyncpg raises InternalClientError as well as the documented ones when the server dies.
-    return isinstance(
-        error, StorageUnavailableError | asyncpg.InterfaceError | asyncpg.InternalClientError | OSError
-    )
+    return isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError)
 
 
 def is_content_refused(error: BaseException) -> bool:
@@ -85,18 +83,14 @@ async def connect(dsn: str, **settings: str) -> Connection:
         UnsupportedServerError: the server is older than SERVER_VERSION_MIN.
     """
     try:
-        connection = await asyncpg.connect(
-            dsn, timeout=CONNECT_SECONDS_MAX, server_settings={**SERVER_SETTINGS, **settings}
-        )
+        async with asyncio.timeout(CONNECT_SECONDS_MAX):
+            connection = await asyncpg.connect(dsn, server_settings={**SERVER_SETTINGS, **settings})
+            await _take_json(connection)
     except (OSError, asyncpg.InternalClientError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
         # A wrong password or an unknown database may be mended by an operator like all the rest.
         parts = urlsplit(dsn)
         where = f"{parts.hostname}:{parts.port or 5432}" if parts.hostname else "its socket"
         raise StorageUnavailableError(f"at {where}: {error or 'no answer in time'}") from error
-    # So that a parameter of type json takes what orjson can write.
-    await connection.set_type_codec(
-        "json", schema="pg_catalog", encoder=lambda value: orjson.dumps(value).decode(), decoder=orjson.loads
-    )
     version = connection.get_server_version().major
     if version < SERVER_VERSION_MIN:
         await connection.close()
@@ -104,6 +98,20 @@ async def connect(dsn: str, **settings: str) -> Connection:
             f"PostgreSQL {version} is too old: {SERVER_VERSION_MIN} or newer is needed"
         )
     return connection
+
+
+async def _take_json(connection: Connection) -> None:
+    """Let a parameter of type json be whatever orjson can write."""
+    try:
+        await connection.set_type_codec(
+            "json",
+            schema="pg_catalog",
+            encoder=lambda value: orjson.dumps(value).decode(),
+            decoder=orjson.loads,
+        )
+    except BaseException:
+        connection.terminate()
+        raise
 
 
 def open_pool(dsn: str) -> Pool:
