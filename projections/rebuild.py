@@ -138,18 +138,25 @@ async def rebuild(
             stack.push_async_callback(connection.close)
             return connection
 
+        async def empty_fills() -> list[_Fill]:
+            return [_Fill(view, await open_connection(f"{view.name}_next")) for view in views]
+
         guard = await open_connection("public")
         if not await guard.fetchval(TRY_REBUILD_LOCK):
             raise RebuildRunningError
-        fills = [_Fill(view, await open_connection(f"{view.name}_next")) for view in views]
+        fills = await empty_fills()
         head = await log_reader.head()
         try:
             await _fill(fills, guard, log_reader, head, progress)
         except Exception as error:
             if any(fill.connection.is_closed() for fill in fills) or not is_of_content(error):
                 raise
-            # Some event cannot be written: find which, the slow way, and set its order aside.
+            # Some event cannot be written: find which, the slow way, and set its order aside. A COPY that was
+            # cancelled half way may keep its connection, and with it the locks of its tables: both are left.
             log.warning("the rebuild goes on event by event", error=repr(error))
+            for fill in fills:
+                fill.connection.terminate()
+            fills = await empty_fills()
             await _fill_carefully(fills, guard, log_reader, head, progress)
         read_log = log_reader.read_log
         for fill in fills:
