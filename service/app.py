@@ -26,8 +26,8 @@ from service.database import (
     open_pool,
 )
 from service.event_store import EventStore
+from service.http_server import HttpServer
 from service.log_reader import LogReader
-from service.problems import problems
 from service.quarantine import Quarantine
 from service.read_api import ReadApi
 from service.recorder import Recorder
@@ -41,8 +41,6 @@ START_SECONDS_MAX: Final = 30.0
 GC_OBJECTS: Final = 50_000
 # After a background task failed, before it is begun again.
 RESTART_PAUSE_SECONDS: Final = 1.0
-# For the handlers that still run once everything that was taken is answered.
-SHUTDOWN_SECONDS_MAX: Final = 1.0
 # How often the connection that listens is asked whether it is still one; it would never notice by itself.
 LISTEN_LOOK_SECONDS: Final = 5.0
 IS_ALIVE: Final = "SELECT 1"
@@ -114,8 +112,8 @@ class Service:
         for view in VIEWS:
             self.projectors[view.name].is_outdated = await self._is_outdated(view)
         for view in VIEWS:
-            self._supervise(f"project {view.name}", partial(self._project, view))
-        self._supervise("listen", self._listen)
+            self.supervise(f"project {view.name}", partial(self._project, view))
+        self.supervise("listen", self._listen)
 
     async def stop(self) -> None:
         """Answer what waits, then end everything."""
@@ -135,7 +133,7 @@ class Service:
         for projector in self.projectors.values():
             projector.wake()
 
-    def _supervise(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+    def supervise(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
         """Run something for ever: whatever ends it is logged, and it is begun again."""
 
         async def run() -> None:
@@ -222,7 +220,7 @@ def calm_garbage_collector() -> None:
 
 def make_app(service: Service, settings: Settings) -> web.Application:
     """Return the HTTP application of a service."""
-    app = web.Application(middlewares=[problems], client_max_size=settings.body_bytes_max)
+    app = web.Application(client_max_size=settings.body_bytes_max)
     app.add_routes([*service.webhook.routes(), *service.reads.routes()])
     return app
 
@@ -238,14 +236,13 @@ async def serving(settings: Settings, dsn: str) -> AsyncIterator[int]:
         service = Service(settings, dsn)
         stack.push_async_callback(service.stop)
         await service.start()
-        runner = web.AppRunner(
-            make_app(service, settings), access_log=None, shutdown_timeout=SHUTDOWN_SECONDS_MAX
+        server = HttpServer(
+            make_app(service, settings), settings.host, settings.port, reuse_port=settings.reuse_port
         )
-        stack.push_async_callback(runner.cleanup)
-        await runner.setup()
-        site = web.TCPSite(runner, settings.host, settings.port)
-        await site.start()
-        yield runner.addresses[0][1]
-        await site.stop()
+        stack.push_async_callback(server.stop)
+        port = await server.start()
+        service.supervise("close slow connections", server.close_slow_connections)
+        yield port
+        server.stop_listening()
         # What was taken is answered first; a body that is only half here is not waited for.
         await service.recorder.finish()

@@ -94,36 +94,29 @@ def problem_answer(problem: ProblemError) -> web.Response:
     )
 
 
-@web.middleware
-async def problems(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every error into a problem; the one place where errors become statuses."""
-    try:
-        return await handler(request)
-    except ProblemError as problem:
-        return problem_answer(problem)
-    except OverloadedError as error:
-        return problem_answer(unavailable(str(error)))
-    except StorageUnavailableError:
+def problem_of(error: Exception, request: web.BaseRequest) -> ProblemError:
+    """Return the problem that an error is to whoever asked; the one place where errors become statuses."""
+    if isinstance(error, ProblemError):
+        return error
+    if isinstance(error, OverloadedError):
+        return unavailable(str(error))
+    if isinstance(error, StorageUnavailableError):
         # What the driver says may name hosts and users: it is for the log, not for the answer.
-        return problem_answer(unavailable("the database did not answer in time"))
-    except web.HTTPException as error:
-        if error.status < 400:  # noqa: PLR2004 - a redirect is no problem
-            raise
+        return unavailable("the database did not answer in time")
+    if isinstance(error, web.HTTPException):
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        return problem_answer(ProblemError(error.status, error.reason, _detail(error), headers=headers))
-    except Exception:
-        log.exception("request failed", method=request.method, route=_route(request))
-        return problem_answer(ProblemError(500, "Internal error"))
+        return ProblemError(error.status, error.reason, _detail(error), headers=headers)
+    log.error("request failed", method=request.method, route=_route(request), exc_info=error)
+    return ProblemError(500, "Internal error")
 
 
 def _detail(error: web.HTTPException) -> str | None:
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return error.text
     if isinstance(error, web.HTTPMethodNotAllowed):
         return f"there are {', '.join(sorted(error.allowed_methods))}"
     return None
 
 
-def _route(request: web.Request) -> str:
-    resource = request.match_info.route.resource
+def _route(request: web.BaseRequest) -> str:
+    """The pattern of the path, never the path itself: it may hold a token."""
+    resource = request.match_info.route.resource if isinstance(request, web.Request) else None
     return resource.canonical if resource is not None else "unknown"

@@ -28,6 +28,9 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="the address to listen on")
     port: int = Field(default=8080, ge=0, le=65_535, description="the port to listen on; 0: any free one")
+    reuse_port: bool = Field(
+        default=False, description="whether other processes may listen on the same port (SO_REUSEPORT)"
+    )
     database_url: str = Field(
         default="", repr=False, description="a PostgreSQL 15 to 18 to use; empty: the embedded one"
     )

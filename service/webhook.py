@@ -8,9 +8,10 @@ from typing import Final, NamedTuple
 import structlog
 from aiohttp import web
 
+from service.http_server import read_body
 from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
 from service.parser import UnreadableError, parse
-from service.problems import ProblemError, answer
+from service.problems import answer
 from service.quarantine import Quarantine
 from service.recorder import Recorder, RefusedReportError
 
@@ -49,7 +50,7 @@ class Webhook:
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or keep what cannot be understood; answer when it is committed."""
         received_at = datetime.now(UTC)
-        raw = await _read_body(request)
+        raw = await read_body(request)
         report_id = next(self._report_ids)
         try:
             report = parse(raw, report_id, request.remote, _idempotency_key(request))
@@ -92,14 +93,6 @@ def _random_uuids() -> Iterator[str]:
             one = digits[start : start + 32]
             variant = "89ab"[int(one[16], 16) & 3]
             yield f"{one[:8]}-{one[8:12]}-4{one[13:16]}-{variant}{one[17:20]}-{one[20:]}"
-
-
-async def _read_body(request: web.Request) -> bytes:
-    try:
-        return await request.read()
-    except (web.RequestPayloadError, ConnectionError) as error:
-        # Corrupt in transfer or in compression, or the sender is gone; then nobody reads this.
-        raise ProblemError(400, "Bad body", f"the body cannot be read: {error}") from None
 
 
 def _idempotency_key(request: web.Request) -> str | None:
