@@ -1,6 +1,43 @@
 -- The whole present schema, applied once, in one transaction, to a database that has no schema_version row.
 -- Plain CREATEs: IF NOT EXISTS would hide a wrong shape. Later releases add service/migrations/.
 
+------------------------------------------------------------------------------------------------------------
+-- Three roles, of the whole server: the owner of the log, who migrates it and erases from it; the service, which
+-- can add to the log and never change it, and owns the views; and a reader, for people and reports. Where whoever
+-- applies this may not make roles, it is the one role, owns everything, and "check" says what that leaves open.
+
+DO $$
+DECLARE
+    wanted text;
+BEGIN
+    IF NOT (SELECT rolsuper OR rolcreaterole FROM pg_roles WHERE rolname = current_user) THEN
+        RETURN;
+    END IF;
+    FOREACH wanted IN ARRAY ARRAY['order_tracking_owner', 'order_tracking_service', 'order_tracking_reader'] LOOP
+        BEGIN
+            EXECUTE format('CREATE ROLE %I', wanted);
+        EXCEPTION WHEN duplicate_object OR unique_violation THEN
+            NULL;  -- another database of this server has made it
+        END;
+        -- A superuser may act as anybody; others must be members, and may be refused that for another's role.
+        BEGIN
+            IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+                EXECUTE format('GRANT %I TO CURRENT_USER', wanted);
+            END IF;
+        EXCEPTION WHEN insufficient_privilege THEN
+            RETURN;
+        END;
+    END LOOP;
+    GRANT USAGE, CREATE ON SCHEMA public TO order_tracking_owner;
+    GRANT USAGE ON SCHEMA public TO order_tracking_service, order_tracking_reader;
+    REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+    -- The service makes the views' schemas, and renames them in a rebuild.
+    EXECUTE format('GRANT CREATE ON DATABASE %I TO order_tracking_service', current_database());
+    ALTER DEFAULT PRIVILEGES FOR ROLE order_tracking_service GRANT USAGE ON SCHEMAS TO order_tracking_reader;
+    ALTER DEFAULT PRIVILEGES FOR ROLE order_tracking_service GRANT SELECT ON TABLES TO order_tracking_reader;
+    PERFORM set_config('role', 'order_tracking_owner', true);
+END $$;
+
 CREATE TABLE schema_version (
     version     integer     NOT NULL PRIMARY KEY,
     applied_at  timestamptz NOT NULL DEFAULT now()
@@ -35,6 +72,16 @@ BEGIN
         USING ERRCODE = 'integrity_constraint_violation';
 END $$;
 
+-- The lock-first append takes the table's lock before anything else, as the library's own recorder does. A grant
+-- on columns gives no right to LOCK TABLE, so this function lends it, and nothing more.
+
+CREATE FUNCTION lock_order_events() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    LOCK TABLE public.order_events IN ROW EXCLUSIVE MODE;
+END $$;
+REVOKE EXECUTE ON FUNCTION lock_order_events() FROM PUBLIC;
+
 CREATE TRIGGER order_events_immutable BEFORE UPDATE OR DELETE ON order_events
     FOR EACH ROW EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER order_events_kept BEFORE TRUNCATE ON order_events
@@ -55,19 +102,100 @@ CREATE TABLE idempotency_keys (
 );
 
 ------------------------------------------------------------------------------------------------------------
--- Bodies that could not be understood, byte for byte. Equal bodies share an entry.
+-- Bodies that could not be understood, byte for byte, until somebody deals with them. Equal bodies share an entry.
 
 CREATE TABLE quarantine (
     quarantine_id  bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     body           bytea       NOT NULL,
     body_sha256    bytea       GENERATED ALWAYS AS (sha256(body)) STORED UNIQUE,
-    reason         text        NOT NULL,
+    reason         text        NOT NULL,                -- why it could not be understood
     remote         text,
     state          text        NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'retried', 'discarded')),
     received_at    timestamptz NOT NULL,
     times_seen     bigint      NOT NULL DEFAULT 1 CHECK (times_seen > 0),
-    last_seen_at   timestamptz NOT NULL
+    last_seen_at   timestamptz NOT NULL,
+    resolved_at    timestamptz,
+    resolution     text,                                -- why it was discarded
+    order_no       text        COLLATE "C",             -- the event that a retry made
+    version        bigint,
+    CHECK ((state = 'open') = (resolved_at IS NULL)),
+    CHECK ((state = 'discarded') = (resolution IS NOT NULL)),
+    CHECK ((state = 'retried') = (version IS NOT NULL)),
+    FOREIGN KEY (order_no, version) REFERENCES order_events (originator_id, originator_version)
 );
+-- How many were kept within the hour is counted before each that is new.
+CREATE INDEX quarantine_received_at_idx ON quarantine (received_at);
+CREATE INDEX quarantine_order_idx ON quarantine (order_no, version);
+
+------------------------------------------------------------------------------------------------------------
+-- Who may read and operate. Of a key's secret only the hash is kept.
+
+CREATE TABLE api_keys (
+    name           text        NOT NULL PRIMARY KEY,
+    scope          text        NOT NULL CHECK (scope IN ('read', 'admin')),
+    secret_sha256  bytea       NOT NULL UNIQUE CHECK (length(secret_sha256) = 32),
+    created_at     timestamptz NOT NULL DEFAULT now(),
+    expires_at     timestamptz,
+    last_used_at   timestamptz,                         -- to the minute
+    revoked_at     timestamptz
+);
+
+------------------------------------------------------------------------------------------------------------
+-- Erasure. The one way in which an event's bytes change: the owner takes out what a sender wrote beyond the
+-- members that are judged. What was judged, when and how stays, so every view and every audit stays the same.
+
+CREATE TABLE erasures (
+    erasure_id  bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    order_no    text        NOT NULL COLLATE "C",
+    erased_at   timestamptz NOT NULL DEFAULT now(),
+    erased_by   text        NOT NULL DEFAULT session_user,
+    why         text        NOT NULL CHECK (why <> ''),
+    events      bigint      NOT NULL,                   -- how many events and
+    entries     bigint      NOT NULL                    -- quarantine entries it emptied
+);
+
+-- Runs as its caller, who must own the log: nobody else can switch the triggers. The lock that this takes lets
+-- reads pass, and holds webhooks up for as long as one order's events take.
+CREATE PROCEDURE erase_order(erased_order_no text, why text) LANGUAGE plpgsql
+    SET search_path = public, pg_catalog, pg_temp AS $$
+DECLARE
+    events bigint;
+    entries bigint;
+BEGIN
+    ALTER TABLE order_events DISABLE TRIGGER order_events_immutable;
+    UPDATE order_events
+    SET state = convert_to(
+        (convert_from(state, 'UTF8')::jsonb || '{"body": "", "remote": null}')::text, 'UTF8')
+    WHERE originator_id = erased_order_no;
+    GET DIAGNOSTICS events = ROW_COUNT;
+    ALTER TABLE order_events ENABLE ALWAYS TRIGGER order_events_immutable;
+    -- Equal bodies share an entry, so what is left says which one it was.
+    UPDATE quarantine SET body = convert_to('erased ' || quarantine_id, 'UTF8'), remote = NULL
+    WHERE order_no = erased_order_no;
+    GET DIAGNOSTICS entries = ROW_COUNT;
+    INSERT INTO erasures (order_no, why, events, entries) VALUES (erased_order_no, why, events, entries);
+END $$;
+REVOKE EXECUTE ON PROCEDURE erase_order(text, text) FROM PUBLIC;
+
+------------------------------------------------------------------------------------------------------------
+-- What the service and the reader may do. Position and recorded_at are not the service's to give.
+
+DO $$
+BEGIN
+    IF current_user <> 'order_tracking_owner' THEN
+        RETURN;
+    END IF;
+    GRANT SELECT ON schema_version, order_events, idempotency_keys, quarantine, api_keys, erasures
+        TO order_tracking_service;
+    GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
+    GRANT EXECUTE ON FUNCTION lock_order_events() TO order_tracking_service;
+    GRANT INSERT ON idempotency_keys TO order_tracking_service;
+    GRANT INSERT (body, reason, remote, received_at, last_seen_at) ON quarantine TO order_tracking_service;
+    GRANT UPDATE (times_seen, last_seen_at, state, resolved_at, resolution, order_no, version) ON quarantine
+        TO order_tracking_service;
+    GRANT INSERT, UPDATE (last_used_at, revoked_at) ON api_keys TO order_tracking_service;
+    GRANT SELECT ON order_events TO order_tracking_reader;
+END $$;
 
 ------------------------------------------------------------------------------------------------------------
 -- The views. Each is a schema of its own, made from its section below by names that are not qualified, so

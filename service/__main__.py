@@ -45,7 +45,7 @@ from service.database import (
 from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, running_dsn
 from service.event_store import UndecodableEventError
 from service.log_reader import LogReader
-from service.schema import VIEWS, SchemaError, check_version
+from service.schema import SCHEMA_VERSION, VIEWS, SchemaError, apply_schema, service_dsn
 from service.settings import Settings, SettingsError, read_settings
 
 WRONG: Final = 1
@@ -104,10 +104,14 @@ def _database(settings: Settings) -> Iterator[tuple[str, EmbeddedPostgres | None
             yield server.dsn, server
 
 
-def _run_with_database(work: Callable[[str], Coroutine[Any, Any, int]]) -> NoReturn:
-    """Run a piece of work on the configured database, and exit as it says."""
+def _run_with_database(work: Callable[[str], Coroutine[Any, Any, int]], *, as_service: bool = True) -> NoReturn:
+    """Run a piece of work on the configured database, as the service's role or as given; exit as it says."""
+
+    async def run(dsn: str) -> int:
+        return await work(await service_dsn(dsn) if as_service else dsn)
+
     with _plain_errors(), _database(read_settings()) as (dsn, _):
-        code = uvloop.run(work(dsn))
+        code = uvloop.run(run(dsn))
     raise typer.Exit(code)
 
 
@@ -115,7 +119,6 @@ def _run_with_database(work: Callable[[str], Coroutine[Any, Any, int]]) -> NoRet
 async def _connected(dsn: str) -> AsyncIterator[Connection]:
     connection = await connect(dsn)
     try:
-        await check_version(connection)
         yield connection
     finally:
         await connection.close()
@@ -146,9 +149,9 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
     if server is not None:
         keeper = asyncio.create_task(server.keep_running(log.warning))
     try:
-        if not await _prepared(dsn, stopped):
+        if (own_dsn := await _prepared(dsn, stopped)) is None:
             return
-        async with serving(settings, dsn) as port:
+        async with serving(settings, own_dsn) as port:
             _greet(settings, port)
             calm_garbage_collector()
             await stopped.wait()
@@ -164,17 +167,16 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
             await asyncio.gather(keeper, return_exceptions=True)
 
 
-async def _prepared(dsn: str, stopped: asyncio.Event) -> bool:
-    """Prepare the database, however long it takes to be there, unless the service is stopped meanwhile."""
+async def _prepared(dsn: str, stopped: asyncio.Event) -> str | None:
+    """Prepare the database, however long it takes to be there; None where the service is stopped meanwhile."""
     preparing = asyncio.ensure_future(prepare_database(dsn))
     stopping = asyncio.ensure_future(stopped.wait())
     await asyncio.wait([preparing, stopping], return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()
     if not preparing.done():
         preparing.cancel()
-        return False
-    await preparing
-    return True
+        return None
+    return await preparing
 
 
 def _greet(settings: Settings, port: int) -> None:
@@ -225,8 +227,6 @@ def replay(
         _end(f"there is no view {view}; there are {', '.join(known.name for known in VIEWS)}", MISUSED)
 
     async def work(dsn: str) -> int:
-        async with _connected(dsn):
-            pass
         calm_garbage_collector()
         held = HeldConnection(lambda: connect(dsn))
         with Progress(
@@ -374,7 +374,20 @@ def check() -> None:
             out.print(f"{'ok   ' if finding.is_ok else 'WRONG'}  {finding.text}", markup=False)
         return 0 if all(finding.is_ok for finding in findings) else WRONG
 
-    _run_with_database(work)
+    _run_with_database(work, as_service=False)
+
+
+@cli.command()
+def migrate() -> None:
+    """Bring the database's schema to this release, as the owner of the log; 'serve' does it by itself."""
+
+    async def work(dsn: str) -> int:
+        async with _connected(dsn) as connection:
+            await apply_schema(connection)
+        out.print(f"the schema has version {SCHEMA_VERSION}")
+        return 0
+
+    _run_with_database(work, as_service=False)
 
 
 if __name__ == "__main__":

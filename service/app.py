@@ -31,7 +31,7 @@ from service.log_reader import LogReader
 from service.quarantine import Quarantine
 from service.read_api import ReadApi
 from service.recorder import Recorder
-from service.schema import VIEWS, apply_schema
+from service.schema import VIEWS, apply_schema, service_dsn
 from service.settings import Settings
 from service.webhook import Webhook
 
@@ -52,8 +52,8 @@ CHANNEL: Final = "order_events"
 log = structlog.get_logger()
 
 
-async def prepare_database(dsn: str) -> None:
-    """Apply the schema where there is none, waiting for a database that is not up yet.
+async def prepare_database(dsn: str) -> str:
+    """Bring the schema up to date, waiting for a database that is not up yet; return the service's own DSN.
 
     Raises:
         StorageUnavailableError: it cannot be reached within START_SECONDS_MAX.
@@ -76,6 +76,7 @@ async def prepare_database(dsn: str) -> None:
         await apply_schema(connection)
     finally:
         await connection.close()
+    return await service_dsn(dsn)
 
 
 class Service:

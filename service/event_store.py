@@ -153,7 +153,7 @@ APPEND: Final = """
 """
 
 # The table's lock first, as in the append itself and in the library's own recorder: one order for all.
-BEGIN_LOCKED: Final = "BEGIN; LOCK TABLE order_events IN ROW EXCLUSIVE MODE"
+BEGIN_LOCKED: Final = "BEGIN; SELECT public.lock_order_events()"
 TAKE_APPEND_LOCK: Final = "SELECT pg_advisory_xact_lock($1)"
 
 LAST_EVENTS: Final = """

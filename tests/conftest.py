@@ -15,6 +15,7 @@ import pytest
 from service.app import prepare_database
 from service.database import Connection, connect
 from service.embedded_postgres import EmbeddedPostgres
+from service.schema import SERVICE_ROLE, as_role
 
 TEMPLATE = "template_with_schema"
 DATABASE = "/order_tracking?"
@@ -72,6 +73,10 @@ def database(server: EmbeddedPostgres, template: str = TEMPLATE) -> Iterator[str
     """A database of one test's own."""
     name = f"test_{uuid4().hex}"
     asyncio.run(_administer(server.dsn, f'CREATE DATABASE "{name}" TEMPLATE "{template}"'))
+    if template == TEMPLATE:
+        # A database's own grants do not come with its template.
+        grant = f'GRANT CREATE ON DATABASE "{name}" TO {SERVICE_ROLE}'
+        asyncio.run(_administer(server.dsn, grant))
     yield dsn_of(server.dsn, name)
     asyncio.run(_administer(server.dsn, f'DROP DATABASE "{name}" WITH (FORCE)'))
 
@@ -84,15 +89,21 @@ def empty_dsn(server: EmbeddedPostgres) -> Iterator[str]:
 
 
 @pytest.fixture
-def dsn(server: EmbeddedPostgres) -> Iterator[str]:
-    """A database with the schema applied."""
+def owner_dsn(server: EmbeddedPostgres) -> Iterator[str]:
+    """A database with the schema applied, to be entered as whoever applied it."""
     with database(server) as dsn:
         yield dsn
 
 
 @pytest.fixture
-async def connection(dsn: str) -> AsyncIterator[Connection]:
-    """A connection to this test's database."""
-    connection = await connect(dsn)
+def dsn(owner_dsn: str) -> str:
+    """The same database, entered by the service's own role."""
+    return as_role(owner_dsn, SERVICE_ROLE)
+
+
+@pytest.fixture
+async def connection(owner_dsn: str) -> AsyncIterator[Connection]:
+    """A connection to this test's database that may do anything."""
+    connection = await connect(owner_dsn)
     yield connection
     await connection.close()

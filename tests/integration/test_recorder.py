@@ -17,6 +17,7 @@ from service import event_store
 from service.database import Connection, HeldConnection, StorageUnavailableError, connect
 from service.event_store import EventStore
 from service.recorder import OverloadedError, Receipt, Recorder, RefusedReportError
+from service.schema import SERVICE_ROLE
 
 NOW = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
 SECONDS_MAX = 3.0
@@ -143,7 +144,7 @@ async def test_a_lost_connection_leaves_one_event(dsn: str, held: HeldConnection
 
 
 async def terminate_backends(dsn: str) -> None:
-    connection = await connect(dsn)
+    connection = await connect(dsn.removesuffix(f"&role={SERVICE_ROLE}"))
     await connection.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()"
