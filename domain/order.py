@@ -36,6 +36,7 @@ class Report(NamedTuple):
         occurred_at: the sender's own time, None where it told none that parses.
         remote: the address that the report came from.
         idempotency_key: the sender's key for this report, None where it sent none.
+        quarantine_id: the quarantine's entry that it was taken out of, None where it came by itself.
     """
 
     report_id: str
@@ -46,6 +47,7 @@ class Report(NamedTuple):
     occurred_at: datetime | None = None
     remote: str | None = None
     idempotency_key: str | None = None
+    quarantine_id: int | None = None
 
 
 class Order(BaseAggregate[str]):
@@ -85,6 +87,7 @@ class Order(BaseAggregate[str]):
         reported_cnote: str | None
         occurred_at: datetime | None
         remote: str | None
+        quarantine_id: int | None
         verdict: Verdict
         recognised: Status | None
         previous_status: Status | None
@@ -174,6 +177,7 @@ def judge_report(standing: Standing, report: Report, received_at: datetime) -> O
         "reported_cnote": reported_cnote,
         "occurred_at": report.occurred_at,
         "remote": report.remote,
+        "quarantine_id": report.quarantine_id,
         "verdict": verdict,
         "recognised": recognised,
         "previous_status": previous_status,

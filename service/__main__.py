@@ -6,11 +6,13 @@ running, a report that was neither advanced nor repeated); 2 misused.
 
 import asyncio
 import logging
+import secrets
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Final, NoReturn
 
 import aiohttp
@@ -29,11 +31,15 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+from yarl import URL
 
 from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError
+from service import api_keys
 from service import audit as audits
 from service import check as checks
+from service import quarantine as quarantines
+from service.api_keys import Scope
 from service.app import calm_garbage_collector, prepare_database, rebuild_views, serving
 from service.database import (
     Connection,
@@ -43,8 +49,12 @@ from service.database import (
     connect,
 )
 from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, running_dsn
-from service.event_store import UndecodableEventError
+from service.event_store import EventStore, UndecodableEventError
 from service.log_reader import LogReader
+from service.pages import POSITION_MAX
+from service.parser import UnreadableError
+from service.quarantine import QuarantineState
+from service.recorder import Recorder, RefusedReportError
 from service.schema import SCHEMA_VERSION, VIEWS, SchemaError, apply_schema, service_dsn
 from service.settings import Settings, SettingsError, read_settings
 
@@ -53,6 +63,10 @@ MISUSED: Final = 2
 
 # For one webhook that a person sends by hand.
 SEND_SECONDS_MAX: Final = 10.0
+# For one entry of the quarantine, beside whatever the service is recording.
+RETRY_SECONDS_MAX: Final = 10.0
+QUARANTINE_PAGE_ENTRIES: Final = 1_000
+TOKEN_BYTES: Final = 32
 
 cli = typer.Typer(
     name="order-tracking",
@@ -62,6 +76,10 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+keys_cli = typer.Typer(help="Keys of those who read and operate.", no_args_is_help=True)
+quarantine_cli = typer.Typer(help="What could not be understood.", no_args_is_help=True)
+cli.add_typer(keys_cli, name="keys")
+cli.add_typer(quarantine_cli, name="quarantine")
 # Into a pipe or a file as wide as it takes.
 PIPED_COLUMNS: Final = 200
 out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_COLUMNS)
@@ -151,8 +169,9 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
     try:
         if (own_dsn := await _prepared(dsn, stopped)) is None:
             return
-        async with serving(settings, own_dsn) as port:
+        async with serving(settings, own_dsn) as (port, is_without_keys):
             _greet(settings, port)
+            _warn(settings, is_without_keys=is_without_keys)
             calm_garbage_collector()
             await stopped.wait()
             log.info("stopping")
@@ -187,11 +206,26 @@ def _greet(settings: Settings, port: int) -> None:
         structlog.get_logger().info(f"order-tracking listens on {base}", data=where)
         return
     body = '{"order_no":"TRY1","cnote":"AWB1","status":"Dikirim"}'
+    path = "webhook/<token>" if settings.webhook_tokens else "webhook"
     out.print(f"order-tracking listens on {base}", markup=False)
     out.print(f"  its data is in {where}", markup=False)
-    out.print(f"  try: curl -X PUT {base}/webhook -d '{body}'", markup=False)
+    out.print(f"  try: curl -X PUT {base}/{path} -d '{body}'", markup=False)
     out.print(f"       curl {base}/orders/TRY1/timeline", markup=False)
     sys.stdout.flush()
+
+
+def _warn(settings: Settings, *, is_without_keys: bool) -> None:
+    """Say what stands open."""
+    log = structlog.get_logger()
+    if not settings.webhook_tokens and not settings.is_local:
+        log.warning(
+            "ANYBODY WHO REACHES THIS ADDRESS CAN REPORT: set ORDER_TRACKING_WEBHOOK_TOKENS",
+            try_this="order-tracking token",
+        )
+    if is_without_keys and settings.is_local:
+        log.info("reads and operations are open until a first key is made", by="order-tracking keys create")
+    elif is_without_keys:
+        log.warning("nobody can read or operate before a key is made", by="order-tracking keys create")
 
 
 def _configure_logs(settings: Settings) -> None:
@@ -346,7 +380,8 @@ def send(
     """Send one webhook as Komerce would, and print the receipt."""
     with _plain_errors():
         settings = read_settings()
-        target = url or f"http://{settings.host}:{settings.port}/webhook"
+        token = "".join(f"/{token.get_secret_value()}" for token in settings.webhook_tokens[:1])
+        target = url or f"http://{settings.host}:{settings.port}/webhook{token}"
         body = {"order_no": order_no, "cnote": cnote, "status": status}
         code, text = asyncio.run(_put(target, body))
     out.print(text, markup=False)
@@ -361,7 +396,186 @@ async def _put(url: str, body: dict[str, str]) -> tuple[int, str]:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.put(url, json=body) as response:
             return response.status, await response.text()
     except (aiohttp.ClientError, TimeoutError) as error:
-        _end(f"cannot send to {url}: {error or 'no answer in time'}")
+        # Its path may hold a token.
+        _end(f"cannot send to {URL(url).origin()}: {error or 'no answer in time'}")
+
+
+@cli.command()
+def token() -> None:
+    """Make a good webhook token for ORDER_TRACKING_WEBHOOK_TOKENS."""
+    out.print(secrets.token_urlsafe(TOKEN_BYTES), markup=False)
+
+
+@keys_cli.command("create")
+def create_key(
+    name: Annotated[str, typer.Argument(help="What it is for; shown in lists, never used again.")],
+    scope: Annotated[Scope, typer.Option(help="read, or admin: read and operate.")] = "read",
+    days: Annotated[
+        int | None, typer.Option(min=1, max=36_500, help="When it expires; never if left out.")
+    ] = None,
+) -> None:
+    """Make a key, and show its secret, once."""
+
+    async def work(dsn: str) -> int:
+        expires_at = datetime.now(UTC) + timedelta(days=days) if days is not None else None
+        async with _connected(dsn) as connection:
+            try:
+                secret = await api_keys.create_key(connection, name, scope, expires_at)
+            except api_keys.KeyNotMadeError as error:
+                _end(str(error))
+        out.print(secret, markup=False)
+        err.print("send it as 'Authorization: Bearer ...'; it cannot be shown again", markup=False)
+        return 0
+
+    _run_with_database(work)
+
+
+@keys_cli.command("list")
+def list_keys() -> None:
+    """List every key that was ever made."""
+
+    async def work(dsn: str) -> int:
+        async with _connected(dsn) as connection:
+            keys = await api_keys.all_keys(connection)
+        table = _table("name", "scope", "made", "expires", "last used", "revoked")
+        for key in keys:
+            times = (key.created_at, key.expires_at, key.last_used_at, key.revoked_at)
+            table.add_row(Text(key.name), key.scope, *(_time(time) for time in times))
+        out.print(table)
+        return 0
+
+    _run_with_database(work)
+
+
+@keys_cli.command("revoke")
+def revoke_key(name: str) -> None:
+    """Revoke a key for good; it is refused within a second."""
+
+    async def work(dsn: str) -> int:
+        async with _connected(dsn) as connection:
+            if not await api_keys.revoke_key(connection, name):
+                _end(f"there is no key of the name {audits.printable(name)} that is not revoked")
+        out.print("revoked")
+        return 0
+
+    _run_with_database(work)
+
+
+@quarantine_cli.command("list")
+def list_quarantine(
+    state: Annotated[QuarantineState | None, typer.Option(help="Only entries of this state.")] = None,
+) -> None:
+    """List what could not be understood, newest first."""
+
+    async def work(dsn: str) -> int:
+        table = _table("entry", "received at", "seen", "state", "reason")
+        before = POSITION_MAX
+        async with _connected(dsn) as connection:
+            while page := await quarantines.entries_page(connection, before, state, QUARANTINE_PAGE_ENTRIES):
+                for entry in page:
+                    received_at = _time(entry.received_at)
+                    reason = Text(audits.printable(entry.reason))
+                    table.add_row(
+                        str(entry.quarantine_id), received_at, str(entry.times_seen), entry.state, reason
+                    )
+                before = page[-1].quarantine_id
+        out.print(table)
+        return 0
+
+    _run_with_database(work)
+
+
+@quarantine_cli.command("show")
+def show_quarantine(
+    quarantine_id: int,
+    raw: Annotated[  # noqa: FBT002 - a flag of the command line
+        bool, typer.Option("--raw", help="Write the body alone, byte for byte.")
+    ] = False,
+) -> None:
+    """Show one entry and its body."""
+
+    async def work(dsn: str) -> int:
+        async with _connected(dsn) as connection:
+            entry = await _quarantine_entry(connection, quarantine_id)
+        if raw:
+            sys.stdout.buffer.write(entry.body or b"")
+            return 0
+        for name, value in entry._asdict().items():
+            if name != "body" and value is not None:
+                out.print(f"{name:<14} {audits.printable(str(value))}", markup=False)
+        out.print(
+            f"{'body':<14} {audits.printable((entry.body or b'').decode(errors='backslashreplace'))}",
+            markup=False,
+        )
+        return 0
+
+    _run_with_database(work)
+
+
+async def _quarantine_entry(connection: Connection, quarantine_id: int) -> quarantines.QuarantineEntry:
+    try:
+        return await quarantines.find_entry(connection, quarantine_id)
+    except quarantines.UnknownEntryError as error:
+        _end(str(error))
+
+
+@quarantine_cli.command("retry")
+def retry_quarantine(
+    quarantine_ids: Annotated[list[int] | None, typer.Argument(help="The entries.")] = None,
+    every: Annotated[  # noqa: FBT002 - a flag of the command line
+        bool, typer.Option("--all", help="Every open entry, the oldest first.")
+    ] = False,
+) -> None:
+    """Record entries as ordinary reports, now that they are understood; exit 1 where one still is not."""
+    if bool(quarantine_ids) == every:
+        _end("give either entries or --all", MISUSED)
+
+    async def work(dsn: str) -> int:
+        held = HeldConnection(lambda: connect(dsn))
+        recorder = Recorder(
+            EventStore(held),
+            lambda _events, _positions: None,
+            queue_reports_max=1,
+            seconds_max=RETRY_SECONDS_MAX,
+        )
+        left = 0
+        async with _connected(dsn) as connection:
+            for number in quarantine_ids or await quarantines.open_entries(connection):
+                entry = await _quarantine_entry(connection, number)
+                try:
+                    receipt = await recorder.record(quarantines.report_of(entry), datetime.now(UTC))
+                except (UnreadableError, RefusedReportError, quarantines.NotOpenError) as error:
+                    left += 1
+                    out.print(f"{number}: {audits.printable(str(error))}", markup=False)
+                else:
+                    place = f"version {receipt.version} of {audits.printable(receipt.order_no)}"
+                    out.print(f"{number}: {receipt.outcome}, {place}", markup=False)
+        await held.close()
+        return WRONG if left else 0
+
+    _run_with_database(work)
+
+
+@quarantine_cli.command("discard")
+def discard_quarantine(quarantine_id: int, reason: str) -> None:
+    """Say of an entry that nothing will come of it, and why; it stays."""
+
+    async def work(dsn: str) -> int:
+        async with _connected(dsn) as connection:
+            try:
+                await quarantines.discard(connection, quarantine_id, reason)
+            except (quarantines.UnknownEntryError, quarantines.NotOpenError) as error:
+                _end(str(error))
+            except ValueError as error:
+                _end(str(error), MISUSED)
+        out.print("discarded")
+        return 0
+
+    _run_with_database(work)
+
+
+def _time(time: datetime | None) -> str:
+    return "-" if time is None else time.isoformat(timespec="seconds")
 
 
 @cli.command()
@@ -369,10 +583,11 @@ def check() -> None:
     """Say whether settings, database and schema are in order."""
 
     async def work(dsn: str) -> int:
-        findings = await checks.check(dsn)
+        settings = read_settings()
+        findings = [*checks.check_settings(settings), *await checks.check(dsn)]
         for finding in findings:
-            out.print(f"{'ok   ' if finding.is_ok else 'WRONG'}  {finding.text}", markup=False)
-        return 0 if all(finding.is_ok for finding in findings) else WRONG
+            out.print(f"{finding.kind:<5}  {finding.text}", markup=False)
+        return WRONG if any(finding.kind == "WRONG" for finding in findings) else 0
 
     _run_with_database(work, as_service=False)
 

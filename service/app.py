@@ -15,6 +15,7 @@ from aiohttp import web
 from domain.order import Order
 from projections.engine import OutdatedViewError, Projector, View, view_state
 from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
+from service.api_keys import Access
 from service.database import (
     HOT_SETTINGS,
     RECONNECT_PAUSE_SECONDS,
@@ -29,9 +30,11 @@ from service.event_store import EventStore
 from service.http_server import HttpServer
 from service.log_reader import LogReader
 from service.quarantine import Quarantine
+from service.quarantine_api import QuarantineApi
 from service.read_api import ReadApi
 from service.recorder import Recorder
 from service.schema import VIEWS, apply_schema, service_dsn
+from service.sender import Sender
 from service.settings import Settings
 from service.webhook import Webhook
 
@@ -103,8 +106,12 @@ class Service:
             queue_reports_max=settings.queue_reports_max,
             seconds_max=settings.request_seconds_max,
         )
-        self.webhook = Webhook(self.recorder, Quarantine(self.pool, settings.request_seconds_max))
-        self.reads = ReadApi(self.pool, self._reading_orders, self.projectors, settings.request_seconds_max)
+        seconds_max = settings.request_seconds_max
+        quarantine = Quarantine(self.pool, seconds_max, settings.quarantine_hourly_max)
+        self.access = Access(self.pool, seconds_max, is_open_without_keys=settings.is_local)
+        self.webhook = Webhook(make_sender(settings), self.recorder, quarantine)
+        self.reads = ReadApi(self.pool, self._reading_orders, self.access, self.projectors, seconds_max)
+        self.quarantine = QuarantineApi(self.pool, self.access, self.recorder, seconds_max)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -219,16 +226,26 @@ def calm_garbage_collector() -> None:
     gc.set_threshold(GC_OBJECTS)
 
 
+def make_sender(settings: Settings) -> Sender:
+    """Return what is asked of whoever sends a webhook."""
+    return Sender(
+        [token.get_secret_value().encode() for token in settings.webhook_tokens],
+        settings.webhook_hmac_secret.get_secret_value().encode(),
+        settings.webhook_hmac_header,
+        settings.trusted_proxies,
+    )
+
+
 def make_app(service: Service, settings: Settings) -> web.Application:
     """Return the HTTP application of a service."""
     app = web.Application(client_max_size=settings.body_bytes_max)
-    app.add_routes([*service.webhook.routes(), *service.reads.routes()])
+    app.add_routes([*service.webhook.routes(), *service.reads.routes(), *service.quarantine.routes()])
     return app
 
 
 @asynccontextmanager
-async def serving(settings: Settings, dsn: str) -> AsyncIterator[int]:
-    """Serve for the length of the block, and yield the port.
+async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, bool]]:
+    """Serve for the length of the block; yield the port, and whether no API key was ever made.
 
     Raises:
         OSError: the address cannot be listened on.
@@ -243,7 +260,7 @@ async def serving(settings: Settings, dsn: str) -> AsyncIterator[int]:
         stack.push_async_callback(server.stop)
         port = await server.start()
         service.supervise("close slow connections", server.close_slow_connections)
-        yield port
+        yield port, await service.access.is_without_keys()
         server.stop_listening()
         # What was taken is answered first; a body that is only half here is not waited for.
         await service.recorder.finish()

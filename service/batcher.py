@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
-from typing import Generic, TypeAlias, TypeVar
+from typing import Final, Generic, TypeAlias, TypeVar
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
@@ -14,8 +14,12 @@ Outcome = TypeVar("Outcome")
 _Call: TypeAlias = tuple[Item, int, float, asyncio.Future[Outcome]]
 
 
-class QueueFullError(Exception):
-    """More is waiting than the queue may hold."""
+# How much the time of one batch weighs in what is expected of the next ones.
+BATCH_SECONDS_WEIGHT: Final = 0.1
+
+
+class OverloadedError(Exception):
+    """More is waiting than may wait."""
 
 
 class BatchFailedError(Exception):
@@ -31,6 +35,8 @@ class Batcher(Generic[Item, Outcome]):
         batch_items_max: items in one batch.
         queue_items_max: items waiting; more are refused at once.
         seconds_max: how long a call may take, waiting included.
+        wait_seconds_max: how long a call may be expected to wait for its batch, by the time that batches took
+            lately; what would wait longer is refused at once, while its caller can still do something else.
         batch_weight_max: the weight of one batch, as ``submit`` was told it.
         queue_weight_max: the weight of what waits.
     """
@@ -42,6 +48,7 @@ class Batcher(Generic[Item, Outcome]):
         batch_items_max: int,
         queue_items_max: int,
         seconds_max: float,
+        wait_seconds_max: float = float("inf"),
         batch_weight_max: int = 2**63,
         queue_weight_max: int = 2**63,
     ) -> None:
@@ -53,6 +60,9 @@ class Batcher(Generic[Item, Outcome]):
         self._seconds_max = seconds_max
         self._waiting: deque[_Call[Item, Outcome]] = deque()
         self._waiting_weight = 0
+        self._wait_seconds_max = wait_seconds_max
+        self._batch_seconds = 0.0
+        self._admitted = queue_items_max
         self._leader: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -60,17 +70,14 @@ class Batcher(Generic[Item, Outcome]):
         """Hand in an item; the future gets its outcome.
 
         Raises:
-            QueueFullError: too much is waiting already; nothing was done.
+            OverloadedError: too much is waiting already; nothing was done.
 
         The future may raise:
             TimeoutError: its time was over before its batch began; nothing was done.
             BatchFailedError: the work failed as a whole.
         """
-        if (
-            len(self._waiting) >= self._queue_items_max
-            or self._waiting_weight + weight > self._queue_weight_max
-        ):
-            raise QueueFullError
+        if len(self._waiting) >= self._admitted or self._waiting_weight + weight > self._queue_weight_max:
+            raise OverloadedError("too many requests are waiting")
         # Asked for once: Python 3.11 takes as long for it as for all the rest here.
         loop = self._loop = self._loop or asyncio.get_running_loop()
         caller: asyncio.Future[Outcome] = loop.create_future()
@@ -91,7 +98,11 @@ class Batcher(Generic[Item, Outcome]):
             while self._waiting:
                 batch = self._take()
                 if batch:
+                    began = asyncio.get_running_loop().time()
+                    # What was left waiting tells that this one is as large as they come.
+                    items_max = len(batch) if self._waiting else self._batch_items_max
                     await self._work_on(batch)
+                    self._expect(items_max, asyncio.get_running_loop().time() - began)
         finally:
             self._leader = None
             # Reached with calls still waiting only when the loop itself is being torn down.
@@ -99,6 +110,12 @@ class Batcher(Generic[Item, Outcome]):
                 *_, caller = self._waiting.popleft()
                 caller.cancel()
             self._waiting_weight = 0
+
+    def _expect(self, items_max: int, seconds: float) -> None:
+        """Admit as many as the next batches will take in time, if they take as long as the last ones did."""
+        self._batch_seconds += BATCH_SECONDS_WEIGHT * (seconds - self._batch_seconds)
+        batches = max(1.0, self._wait_seconds_max / max(self._batch_seconds, 1e-9))
+        self._admitted = int(min(self._queue_items_max, batches * items_max))
 
     def _take(self) -> list[_Call[Item, Outcome]]:
         now = asyncio.get_running_loop().time()

@@ -1,12 +1,15 @@
 """Whether everything is in order: what would be noticed too late otherwise."""
 
-from typing import Final, NamedTuple
+from datetime import UTC, datetime
+from typing import Final, Literal, NamedTuple
 
 import asyncpg
 
 from projections.engine import view_state
+from service.api_keys import all_keys
 from service.database import Connection, StorageUnavailableError, UnsupportedServerError, connect
-from service.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version
+from service.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
+from service.settings import Settings
 
 TRIGGERS: Final = """
     SELECT tgname, tgenabled FROM pg_trigger
@@ -15,24 +18,49 @@ TRIGGERS: Final = """
 EXPECTED_TRIGGERS: Final = ("order_events_immutable", "order_events_kept")
 ALWAYS: Final = b"A"
 SERVER_VERSION: Final = "SHOW server_version"
+# A right to one of the columns is a right to forge.
+ROLE: Final = """
+    SELECT current_user::text,
+           (SELECT rolsuper FROM pg_roles WHERE rolname = current_user),
+           (SELECT pg_has_role(relowner, 'MEMBER') FROM pg_class WHERE oid = 'public.order_events'::regclass),
+           has_table_privilege('public.order_events', 'UPDATE, DELETE, TRUNCATE'),
+           has_column_privilege('public.order_events', 'notification_id', 'INSERT')
+           OR has_column_privilege('public.order_events', 'recorded_at', 'INSERT'),
+           has_database_privilege(current_database(), 'CREATE')
+"""
+GRANT_HINT: Final = "GRANT CREATE ON DATABASE to it"
 DURABILITY: Final = """
     SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')
 """
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at."""
+    """One thing that was looked at; ``note`` is something that is open, and may be meant to be."""
 
-    is_ok: bool
+    kind: Literal["ok", "note", "WRONG"]
     text: str
 
 
 def _ok(text: str) -> Finding:
-    return Finding(is_ok=True, text=text)
+    return Finding("ok", text)
+
+
+def _note(text: str) -> Finding:
+    return Finding("note", text)
 
 
 def _wrong(text: str) -> Finding:
-    return Finding(is_ok=False, text=text)
+    return Finding("WRONG", text)
+
+
+def check_settings(settings: Settings) -> list[Finding]:
+    """Look at what the settings leave open; whether each is one was looked at when they were read."""
+    count = len(settings.webhook_tokens)
+    if count:
+        return [_ok(f"the webhook asks for one of {count} tokens")]
+    if settings.is_local:
+        return [_note("the webhook is open to this machine: ORDER_TRACKING_WEBHOOK_TOKENS is not set")]
+    return [_wrong("the webhook is open to whoever reaches it: set ORDER_TRACKING_WEBHOOK_TOKENS")]
 
 
 async def check(dsn: str) -> list[Finding]:
@@ -44,7 +72,7 @@ async def check(dsn: str) -> list[Finding]:
     try:
         findings = [_ok(f"PostgreSQL {await connection.fetchval(SERVER_VERSION)} answers")]
         findings += [
-            Finding(is_ok=setting == "on", text=f"{name} is {setting}")
+            (_ok if setting == "on" else _wrong)(f"{name} is {setting}")
             for name, setting in await connection.fetch(DURABILITY)
         ]
         try:
@@ -52,7 +80,13 @@ async def check(dsn: str) -> list[Finding]:
         except SchemaError as error:
             return [*findings, _wrong(str(error))]
         findings.append(_ok(f"the schema has version {SCHEMA_VERSION}"))
-        return [*findings, *await _check_triggers(connection), *await _check_views(connection)]
+        return [
+            *findings,
+            *await _check_triggers(connection),
+            *await _check_role(dsn),
+            *await _check_keys(connection),
+            *await _check_views(connection),
+        ]
     finally:
         await connection.close()
 
@@ -65,6 +99,39 @@ async def _check_triggers(connection: Connection) -> list[Finding]:
         else _wrong(f"trigger {name} is not ENABLE ALWAYS: the log can be changed")
         for name in EXPECTED_TRIGGERS
     ]
+
+
+async def _check_role(dsn: str) -> list[Finding]:
+    """Look at what the role that the service runs as could do to the log."""
+    connection = await connect(await service_dsn(dsn))
+    try:
+        name, is_superuser, owns_log, may_change, may_forge, may_make_views = (await connection.fetch(ROLE))[0]
+    finally:
+        await connection.close()
+    findings = [_ok(f"the service runs as {name}")]
+    open_ways = [
+        what
+        for what, is_open in (
+            ("is a superuser", is_superuser),
+            ("owns the log and can switch its triggers off", owns_log),
+            ("may change or remove events", may_change),
+            ("may choose positions and times", may_forge),
+        )
+        if is_open
+    ]
+    if open_ways:
+        findings.append(_note(f"the log is not protected from the service: {name} {', '.join(open_ways)}"))
+    else:
+        findings.append(_ok("it can add to the log, and neither change nor remove what is there"))
+    if not may_make_views:
+        findings.append(_wrong(f"{name} cannot make schemas here, so no view can be rebuilt: {GRANT_HINT}"))
+    return findings
+
+
+async def _check_keys(connection: Connection) -> list[Finding]:
+    now = datetime.now(UTC)
+    valid = sum(key.is_valid(now) for key in await all_keys(connection))
+    return [_ok(f"{valid} API keys are valid") if valid else _note("no API key is valid")]
 
 
 async def _check_views(connection: Connection) -> list[Finding]:

@@ -5,7 +5,7 @@ The table is laid out as the ``eventsourcing`` library's own PostgreSQL recorder
 other's orders.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import fields
 from datetime import datetime
@@ -15,7 +15,7 @@ import asyncpg
 import orjson
 from eventsourcing.persistence import DatetimeAsISO, Mapper, StoredEvent, Transcoder
 
-from domain.order import UNHEARD, Order, Standing
+from domain.order import UNHEARD, Order, Report, Standing
 from service.database import Connection, HeldConnection
 
 # Shared by every writer of the log, of whatever process; the number is the word "ORDER" in ASCII.
@@ -140,6 +140,21 @@ class RecordedEvent(NamedTuple):
     topic: str
     state: bytes
     recorded_at: datetime
+
+
+class Seen(NamedTuple):
+    """The event that a claim brought, its position, and whether it brought it with the same body."""
+
+    event: Order.StatusReported
+    position: int
+    same_body: bool
+
+
+class Claim(NamedTuple):
+    """What lets a report be recorded once only, such as a sender's key: kept together with its event."""
+
+    find: Callable[[Connection, Report], Awaitable[Seen | None]]
+    keep: Callable[[Connection, Report, Order.StatusReported], Awaitable[None]]
 
 
 # The lock stands in the statement itself: one round trip. The identity is drawn only for rows of the join,

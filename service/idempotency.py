@@ -1,11 +1,11 @@
 """A sender's idempotency keys: the same key for the same order gets the first receipt, and no event."""
 
 import hashlib
-from typing import Final, NamedTuple
+from typing import Final
 
 from domain.order import Order, Report
 from service.database import Connection
-from service.event_store import decode_event
+from service.event_store import Claim, Seen, decode_event
 
 # The headers that carry a key, the first one that is there counts: Standard Webhooks', then the IETF draft's.
 KEY_HEADERS: Final = ("webhook-id", "Idempotency-Key")
@@ -24,14 +24,6 @@ KEEP_KEY: Final = """
 """
 
 
-class Seen(NamedTuple):
-    """The event that a key brought, its position, and whether it brought it with the same body."""
-
-    event: Order.StatusReported
-    position: int
-    same_body: bool
-
-
 async def find(connection: Connection, report: Report) -> Seen | None:
     """Return what the report's key brought before, None where it is new for its order."""
     row = await connection.fetchrow(FIND_KEY, report.order_no, report.idempotency_key)
@@ -42,10 +34,14 @@ async def find(connection: Connection, report: Report) -> Seen | None:
     return Seen(event, position, body_sha256 == _body_sha256(report))
 
 
-async def keep(connection: Connection, report: Report, version: int) -> None:
-    """Record that the report's key brought this version; in the transaction that appends it."""
+async def keep(connection: Connection, report: Report, event: Order.StatusReported) -> None:
+    """Record that the report's key brought this event; in the transaction that appends it."""
+    version = event.originator_version
     await connection.execute(KEEP_KEY, report.order_no, report.idempotency_key, version, _body_sha256(report))
 
 
 def _body_sha256(report: Report) -> bytes:
     return hashlib.sha256(report.body.encode()).digest()
+
+
+CLAIM: Final = Claim(find, keep)

@@ -7,8 +7,8 @@ import orjson
 import structlog
 from aiohttp import web
 
-from service.database import StorageUnavailableError
-from service.recorder import OverloadedError
+from service.batcher import BatchFailedError, OverloadedError
+from service.database import StorageUnavailableError, is_connection_lost
 
 JSON_HEADERS: Final = {"Content-Type": "application/json", "Server": "order-tracking"}
 PROBLEM_HEADERS: Final = {"Content-Type": "application/problem+json", "Server": "order-tracking"}
@@ -100,7 +100,7 @@ def problem_of(error: Exception, request: web.BaseRequest) -> ProblemError:
         return error
     if isinstance(error, OverloadedError):
         return unavailable(str(error))
-    if isinstance(error, StorageUnavailableError):
+    if _is_storage_away(error):
         # What the driver says may name hosts and users: it is for the log, not for the answer.
         return unavailable("the database did not answer in time")
     if isinstance(error, web.HTTPException):
@@ -108,6 +108,12 @@ def problem_of(error: Exception, request: web.BaseRequest) -> ProblemError:
         return ProblemError(error.status, error.reason, _detail(error), headers=headers)
     log.error("request failed", method=request.method, route=_route(request), exc_info=error)
     return ProblemError(500, "Internal error")
+
+
+def _is_storage_away(error: Exception) -> bool:
+    if isinstance(error, BatchFailedError):
+        return error.__cause__ is not None and is_connection_lost(error.__cause__)
+    return isinstance(error, StorageUnavailableError | TimeoutError)
 
 
 def _detail(error: web.HTTPException) -> str | None:

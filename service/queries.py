@@ -1,10 +1,9 @@
 """What a read request asks for: its path and its query parameters, checked before anything is looked up."""
 
 import re
-from base64 import urlsafe_b64decode, urlsafe_b64encode
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, TypeVar
-from urllib.parse import quote, unquote_to_bytes, urlencode
+from urllib.parse import quote, unquote_to_bytes
 
 from aiohttp import web
 from pydantic import (
@@ -19,10 +18,10 @@ from pydantic import (
 
 from domain.statuses import Status
 from domain.transitions import Verdict
+from service.pages import POSITION_MAX, decode_cursor
 from service.problems import ProblemError, bad_parameter
+from service.quarantine import QuarantineState
 
-# Versions and positions are PostgreSQL's bigint.
-POSITION_MAX: Final = 2**63 - 1
 PAGE_ROWS_DEFAULT: Final = 100
 PAGE_ROWS_MAX: Final = 1_000
 TEXT_CHARACTERS_MAX: Final = 128
@@ -76,26 +75,10 @@ def _time(value: Any) -> Any:
         raise ValueError("it is out of range") from None
 
 
-def _cursor(value: Any) -> Any:
-    try:
-        key = int(urlsafe_b64decode(f"{value}==").decode("ascii"))
-    except ValueError:
-        key = -1
-    # Decoders are lenient: only the very spelling that an answer gave is taken.
-    if not 0 <= key <= POSITION_MAX or encode_cursor(key) != value:
-        raise ValueError("it must be one that an earlier answer gave")
-    return key
-
-
-def encode_cursor(key: int) -> str:
-    """Return the opaque form of where a page ended."""
-    return urlsafe_b64encode(str(key).encode()).decode().rstrip("=")
-
-
 Position = Annotated[int, Field(ge=0, le=POSITION_MAX)]
 Limit = Annotated[int, Field(ge=1, le=PAGE_ROWS_MAX)]
 Time = Annotated[datetime, BeforeValidator(_time)]
-Cursor = Annotated[int, BeforeValidator(_cursor)]
+Cursor = Annotated[int, BeforeValidator(decode_cursor)]
 Text = Annotated[
     str, StringConstraints(min_length=1, max_length=TEXT_CHARACTERS_MAX), AfterValidator(_no_control)
 ]
@@ -137,6 +120,12 @@ class EventsQuery(Query):
     limit: Limit = PAGE_ROWS_DEFAULT
 
 
+class QuarantineQuery(PageQuery):
+    """A page of the quarantine."""
+
+    state: QuarantineState | None = None
+
+
 class TransitionsQuery(PageQuery):
     """A page of the audit."""
 
@@ -174,14 +163,3 @@ def read_query(model: type[AnyQuery], request: web.Request) -> AnyQuery:
 def path_of(order_no: str, *rest: str) -> str:
     """Return the path of an order, percent-encoded."""
     return "/".join(("/orders", quote(order_no, safe=""), *rest))
-
-
-def next_page(path: str, query: Query, moved: dict[str, Any]) -> str:
-    """Return path and query of the page after this one: the same question, moved on."""
-    given = query.model_dump(exclude_unset=True, exclude={"after_position", "cursor", "after"}, by_alias=True)
-    parameters = {
-        name: value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else value
-        for name, value in given.items()
-        if value is not None
-    }
-    return f"{path}?{urlencode({**parameters, **moved})}"

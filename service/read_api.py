@@ -1,38 +1,35 @@
 """The read API: what is known of orders, how it came about, and by which rules."""
 
 import asyncio
-import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 from itertools import takewhile
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import web
 
 from projections import current_status, timeline
 from projections.current_status import OrderRow, Row, order_row
 from projections.engine import DecodedEvent, Projector
-from service import event_store, quarantine, representations
-from service.batcher import Batcher, BatchFailedError, QueueFullError
-from service.database import HeldConnection, Pool, StorageUnavailableError, borrowed, is_connection_lost
+from service import event_store, representations
+from service.api_keys import Access
+from service.batcher import Batcher
+from service.database import HeldConnection, Pool, borrowed
 from service.event_store import RecordedEvent
+from service.pages import POSITION_MAX, encode_cursor, list_answer
 from service.problems import Handler, ProblemError, answer, set_aside, unavailable
 from service.queries import (
-    POSITION_MAX,
     EventsQuery,
     OrderQuery,
     OrdersQuery,
     PageQuery,
     Query,
     TransitionsQuery,
-    encode_cursor,
-    next_page,
     order_no_of,
     path_of,
     read_query,
 )
-from service.recorder import OverloadedError
 
 # How long a read waits for a view to come to the position that it asks for.
 AFTER_POSITION_SECONDS_MAX: Final = 5.0
@@ -63,8 +60,6 @@ OLDEST_AFTER: Final = """
 """
 IS_ALIVE: Final = "SELECT 1"
 
-QUARANTINE_ID: Final = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
-
 
 class ReadApi:
     """Answers reads.
@@ -72,13 +67,20 @@ class ReadApi:
     Args:
         pool: for everything but the single order.
         held: the connection on which reads of single orders are gathered.
+        access: who may read.
         projectors: of the views, by name.
         seconds_max: how long a read may take, the wait for a position not included.
     """
 
     def __init__(
-        self, pool: Pool, held: HeldConnection, projectors: dict[str, Projector], seconds_max: float
+        self,
+        pool: Pool,
+        held: HeldConnection,
+        access: Access,
+        projectors: dict[str, Projector],
+        seconds_max: float,
     ) -> None:
+        self._access = access
         self._pool = pool
         self._held = held
         self._projectors = projectors
@@ -100,13 +102,14 @@ class ReadApi:
             "/events": self.list_events,
             "/audit/transitions": self.list_transitions,
             "/transitions": self.show_rules,
-            "/quarantine": self.list_quarantine,
-            "/quarantine/{quarantine_id}": self.show_quarantine_entry,
             "/projections": self.show_projections,
-            "/livez": self.is_alive,
-            "/readyz": self.is_ready,
         }
-        return [web.get(path, handler) for path, handler in paths.items()]
+        return [
+            *(web.get(path, self._access.requires("read", handler)) for path, handler in paths.items()),
+            # Whoever watches over the process has no key.
+            web.get("/livez", self.is_alive),
+            web.get("/readyz", self.is_ready),
+        ]
 
     async def list_orders(self, request: web.Request) -> web.Response:
         """A page of orders, the one first reported last first, so that no page shifts while it is read."""
@@ -119,7 +122,7 @@ class ReadApi:
             )
         page = rows[: query.limit]
         onward = encode_cursor(page[-1].first_position) if len(rows) > len(page) else None
-        return _list_answer(
+        return list_answer(
             "orders", [representations.order(row) for row in page], request.path, query, cursor=onward
         )
 
@@ -155,7 +158,7 @@ class ReadApi:
             raise _unknown_order(order_no) if aside is None else _wholly_set_aside(order_no)
         page = entries[: query.limit]
         onward = encode_cursor(page[-1].version) if len(entries) > len(page) else None
-        return _list_answer(
+        return list_answer(
             "entries",
             [representations.entry(row) for row in page],
             path_of(order_no, "timeline"),
@@ -175,7 +178,7 @@ class ReadApi:
             if not page and not await event_store.read_stream(connection, order_no, 0, 1):
                 raise _unknown_order(order_no)
             more = page and await event_store.read_stream(connection, order_no, page[-1].version, 1)
-        return _list_answer(
+        return list_answer(
             "events",
             [representations.order_event(event) for event in page],
             path_of(order_no, "events"),
@@ -189,7 +192,7 @@ class ReadApi:
         async with borrowed(self._pool, self._seconds_max) as connection:
             page = await event_store.read_log(connection, query.after, query.limit)
             more = page and await event_store.read_log(connection, page[-1].position, 1)
-        return _list_answer(
+        return list_answer(
             "events",
             [representations.log_event(event) for event in page],
             request.path,
@@ -215,7 +218,7 @@ class ReadApi:
             )
         page = rows[: query.limit]
         onward = encode_cursor(page[-1].position) if len(rows) > len(page) else None
-        return _list_answer(
+        return list_answer(
             "transitions",
             [representations.transition(row) for row in page],
             request.path,
@@ -227,34 +230,6 @@ class ReadApi:
         """The vocabulary and the transition table."""
         read_query(Query, request)
         return answer(representations.RULES)
-
-    async def list_quarantine(self, request: web.Request) -> web.Response:
-        """A page of what could not be understood, newest first."""
-        query = read_query(PageQuery, request)
-        before = POSITION_MAX if query.cursor is None else query.cursor
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            rows = await quarantine.entries_page(connection, before, query.limit + 1)
-        page = rows[: query.limit]
-        onward = encode_cursor(page[-1].quarantine_id) if len(rows) > len(page) else None
-        return _list_answer(
-            "entries",
-            [representations.quarantine_entry(row) for row in page],
-            request.path,
-            query,
-            cursor=onward,
-        )
-
-    async def show_quarantine_entry(self, request: web.Request) -> web.Response:
-        """One body that could not be understood, byte for byte."""
-        read_query(Query, request)
-        wanted = request.match_info["quarantine_id"]
-        entry = None
-        if QUARANTINE_ID.fullmatch(wanted):
-            async with borrowed(self._pool, self._seconds_max) as connection:
-                entry = await quarantine.find_entry(connection, int(wanted))
-        if entry is None:
-            raise ProblemError(404, "Unknown entry", f"the quarantine has no entry {wanted}")
-        return answer(representations.quarantine_entry(entry))
 
     async def show_projections(self, request: web.Request) -> web.Response:
         """How far each view has come, and what is set aside in it."""
@@ -305,16 +280,7 @@ class ReadApi:
     async def _current_order(self, order_no: str) -> OrderRow:
         if self._projectors[current_status.NAME].is_outdated:
             raise unavailable(f"the view {current_status.NAME} is being rebuilt", view=current_status.NAME)
-        try:
-            row = await self._orders.submit(order_no)
-        except QueueFullError:
-            raise OverloadedError("too many reads are waiting") from None
-        except TimeoutError as error:
-            raise StorageUnavailableError(str(error)) from None
-        except BatchFailedError as error:
-            if error.__cause__ is not None and is_connection_lost(error.__cause__):
-                raise StorageUnavailableError(str(error)) from error
-            raise
+        row = await self._orders.submit(order_no)
         if row is not None:
             return row
         async with borrowed(self._pool, self._seconds_max) as connection:
@@ -361,23 +327,6 @@ def _is_known(query: OrderQuery, item: DecodedEvent) -> bool:
     if query.version is not None:
         return event.originator_version <= query.version
     return query.as_of is not None and event.timestamp <= query.as_of
-
-
-def _list_answer(  # noqa: PLR0913 - the parts of every list
-    name: str,
-    items: Sequence[Any],
-    path: str,
-    query: Query,
-    *,
-    cursor: str | None = None,
-    after: int | None = None,
-    **members: Any,
-) -> web.Response:
-    """Return a page of a list, with the way to the next one in the body and as an RFC 8288 link."""
-    onward = {"cursor": cursor} if cursor is not None else {"after": after} if after is not None else None
-    following = next_page(path, query, onward) if onward is not None else None
-    headers = {"Link": f'<{following}>; rel="next"'} if following is not None else None
-    return answer({**members, name: items, "next": following}, headers=headers)
 
 
 def _has_tag(if_none_match: str, etag: str) -> bool:

@@ -10,21 +10,24 @@ from typing import Final, TypeAlias
 from domain.order import Order, Report, Standing, judge_report
 from domain.statuses import Status
 from domain.transitions import Verdict
-from service import event_store, idempotency
-from service.batcher import Batcher, BatchFailedError, QueueFullError
+from service import event_store, idempotency, quarantine
+from service.batcher import Batcher, BatchFailedError, OverloadedError
 from service.database import (
     RECONNECT_PAUSE_SECONDS,
     StorageUnavailableError,
     is_connection_lost,
     is_content_refused,
 )
-from service.event_store import EventStore, VersionTakenError
+from service.event_store import Claim, EventStore, VersionTakenError
 
 # A batch beyond this gains nothing and keeps the first of it waiting.
 BATCH_REPORTS_MAX: Final = 512
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 # The bodies of what waits: a queue full of large ones must not fill the memory.
 QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
+# A report that would wait longer is refused: its next try finds a shorter queue, while a queue that everybody
+# waits through to the end of their time would answer nobody.
+WAIT_SECONDS_MAX: Final = 0.6
 # Reports with a key wait one by one for the connection of the batches: few, so that those are not starved.
 KEYED_REPORTS_MAX: Final = 64
 # Where orders stood last, kept for judging without a read. About 500 bytes an order: 50 MB.
@@ -52,10 +55,6 @@ class Receipt:
 
 class RefusedReportError(Exception):
     """This one report cannot be recorded: the database refuses it, or its order's last event is unreadable."""
-
-
-class OverloadedError(Exception):
-    """More reports are waiting than may wait."""
 
 
 class Recorder:
@@ -88,6 +87,7 @@ class Recorder:
             queue_items_max=queue_reports_max,
             queue_weight_max=QUEUE_BYTES_MAX,
             seconds_max=seconds_max,
+            wait_seconds_max=WAIT_SECONDS_MAX,
         )
 
     async def record(self, report: Report, received_at: datetime) -> Receipt:
@@ -98,15 +98,15 @@ class Recorder:
             StorageUnavailableError: no commit was seen in time. The report may or may not be recorded.
             RefusedReportError: it cannot be recorded, now or later, by this release.
         """
+        if report.quarantine_id is not None:
+            return await self._record_once(report, received_at, quarantine.CLAIM)
         if report.idempotency_key is not None:
-            return await self._record_with_key(report, received_at)
+            return await self._record_once(report, received_at, idempotency.CLAIM)
         return await self._record_in_batch(report, received_at)
 
     async def _record_in_batch(self, report: Report, received_at: datetime) -> Receipt:
         try:
             return await self._batcher.submit((report, received_at), len(report.body))
-        except QueueFullError:
-            raise OverloadedError("too many reports are waiting") from None
         except TimeoutError as error:
             raise StorageUnavailableError(str(error)) from None
         except BatchFailedError as error:
@@ -114,13 +114,13 @@ class Recorder:
                 raise StorageUnavailableError(str(error)) from error
             raise
 
-    async def _record_with_key(self, report: Report, received_at: datetime) -> Receipt:
+    async def _record_once(self, report: Report, received_at: datetime, claim: Claim) -> Receipt:
         if self._keyed_waiting >= KEYED_REPORTS_MAX:
             raise OverloadedError("too many reports with keys are waiting")
         self._keyed_waiting += 1
         try:
             async with _in_time(asyncio.get_running_loop().time() + self._seconds_max):
-                receipt = await self._record_keyed(report, received_at)
+                receipt = await self._record_claimed(report, received_at, claim)
                 return receipt or await self._record_in_batch(report, received_at)
         finally:
             self._keyed_waiting -= 1
@@ -193,22 +193,22 @@ class Recorder:
             else:
                 return sent, positions
 
-    async def _record_keyed(self, report: Report, received_at: datetime) -> Receipt | None:
-        """Record a report that has an idempotency key, in a transaction of its own with that key.
+    async def _record_claimed(self, report: Report, received_at: datetime, claim: Claim) -> Receipt | None:
+        """Record a report that may be recorded once only, in a transaction of its own with its claim.
 
         Returns:
-            Its receipt, the first one again where the key was seen with this body; None where the key was
-            seen with another body, which makes it an ordinary report.
+            Its receipt, the first one again where the claim was used with this body; None where it was used
+            with another body, which makes it an ordinary report.
         """
         while True:
             try:
                 async with self._store.locked() as connection:
-                    seen = await idempotency.find(connection, report)
+                    seen = await claim.find(connection, report)
                     if seen is None:
                         standings = await event_store.standings(connection, [report.order_no])
                         (event,) = _judge([(report, received_at)], standings)
                         (position,) = await event_store.append(connection, [event])
-                        await idempotency.keep(connection, report, event.originator_version)
+                        await claim.keep(connection, report, event)
             except VersionTakenError:
                 continue
             except Exception as error:
@@ -216,7 +216,7 @@ class Recorder:
                     raise RefusedReportError(str(error)) from error
                 if not is_connection_lost(error):
                     raise
-                # Whether it was committed is told by the key itself.
+                # Whether it was committed is told by the claim itself.
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
             if seen is None:

@@ -1,13 +1,15 @@
 """The settings, read from the environment and a file; nothing else in the service reads either."""
 
 import os
+import re
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.embedded_postgres import default_state_dir
 
@@ -15,6 +17,26 @@ PREFIX: Final = "ORDER_TRACKING_"
 # Beside the Makefile, wherever a command is called from: two commands must never mean two databases.
 DEFAULT_FILE: Final = Path(__file__).resolve().parent.parent / ".env"
 FILE_VARIABLE: Final = f"{PREFIX}ENV_FILE"
+
+
+# Short ones can be guessed.
+SECRET_CHARACTERS_MIN: Final = 16
+# What stands in a path as it is.
+_TOKEN: Final = re.compile(r"[A-Za-z0-9._~-]+")
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach what listens on a host."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listed(text: Any) -> Any:
+    return [part.strip() for part in text.split(",") if part.strip()] if isinstance(text, str) else text
 
 
 class SettingsError(Exception):
@@ -40,6 +62,24 @@ class Settings(BaseSettings):
     pg_bindir: Path | None = Field(
         default=None, description="the folder of initdb and postgres, in place of the embedded ones"
     )
+    webhook_tokens: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        default=(), description="a comma list of tokens, one of which must end the webhook's path; empty: open"
+    )
+    webhook_hmac_secret: SecretStr = Field(
+        default=SecretStr(""), description="the secret of the body's signature; empty: none is asked for"
+    )
+    webhook_hmac_header: str = Field(
+        default="X-Callback-Api-Key",
+        pattern=r"^[A-Za-z0-9-]+$",
+        description="the header that holds the hex HMAC-SHA256 of the body",
+    )
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_listed)] = Field(
+        default=(), description="a comma list of networks whose X-Forwarded-For is believed"
+    )
+    # At 64 KiB each, 640 MB an hour at the very worst.
+    quarantine_hourly_max: int = Field(
+        default=10_000, ge=1, le=10_000_000, description="how many bodies an hour the quarantine takes"
+    )
     # A report of the sender's has some hundred bytes.
     body_bytes_max: int = Field(
         default=65_536, ge=1_024, le=1_048_576, description="the size of a webhook's body"
@@ -56,6 +96,11 @@ class Settings(BaseSettings):
         default="human", description="how log lines are written, human or json"
     )
 
+    @property
+    def is_local(self) -> bool:
+        """Whether nobody but this machine can reach the service, by way of a proxy neither."""
+        return not self.trusted_proxies and is_loopback(self.host)
+
     @field_validator("database_url")
     @classmethod
     def _is_postgresql(cls, url: str) -> str:
@@ -66,6 +111,24 @@ class Settings(BaseSettings):
         except ValueError:
             raise ValueError("its port is no port") from None
         return url
+
+    @field_validator("webhook_tokens")
+    @classmethod
+    def _are_tokens(cls, tokens: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        for token in tokens:
+            if len(token) < SECRET_CHARACTERS_MIN or not _TOKEN.fullmatch(token.get_secret_value()):
+                raise ValueError(
+                    f"each must have {SECRET_CHARACTERS_MIN} or more of the characters A-Z a-z 0-9 . _ ~ - "
+                    "('order-tracking token' makes one)"
+                )
+        return tokens
+
+    @field_validator("webhook_hmac_secret")
+    @classmethod
+    def _is_long(cls, secret: SecretStr) -> SecretStr:
+        if 0 < len(secret) < SECRET_CHARACTERS_MIN:
+            raise ValueError(f"it must have {SECRET_CHARACTERS_MIN} or more characters")
+        return secret
 
     @field_validator("state_dir")
     @classmethod

@@ -14,8 +14,10 @@ from service.parser import UnreadableError, parse
 from service.problems import answer
 from service.quarantine import Quarantine
 from service.recorder import Recorder, RefusedReportError
+from service.sender import Sender
 
 PATH: Final = "/webhook"
+METHODS: Final = ("POST", "PUT")
 UUIDS_AT_ONCE: Final = 64
 
 log = structlog.get_logger()
@@ -34,33 +36,43 @@ class Webhook:
     """Takes what the sender pushes.
 
     Args:
+        sender: whom it takes them from.
         recorder: for what can be understood.
         quarantine: for what cannot.
     """
 
-    def __init__(self, recorder: Recorder, quarantine: Quarantine) -> None:
+    def __init__(self, sender: Sender, recorder: Recorder, quarantine: Quarantine) -> None:
+        self._sender = sender
         self._recorder = recorder
         self._quarantine = quarantine
         self._report_ids = _random_uuids()
 
     def routes(self) -> list[web.RouteDef]:
         """The sender documents PUT in its samples and POST in its tips."""
-        return [web.put(PATH, self.receive), web.post(PATH, self.receive)]
+        if self._sender.has_tokens:
+            # Every method, since a wrong token must not learn that there is anything here.
+            return [web.route("*", f"{PATH}/{{token}}", self.receive)]
+        return [web.route(method, PATH, self.receive) for method in METHODS]
 
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or keep what cannot be understood; answer when it is committed."""
         received_at = datetime.now(UTC)
+        self._sender.check_token(request)
+        if request.method not in METHODS:
+            raise web.HTTPMethodNotAllowed(request.method, METHODS)
         raw = await read_body(request)
+        self._sender.check_signature(request, raw)
+        remote = self._sender.address_of(request)
         report_id = next(self._report_ids)
         try:
-            report = parse(raw, report_id, request.remote, _idempotency_key(request))
+            report = parse(raw, report_id, remote, _idempotency_key(request))
             receipt = await self._recorder.record(report, received_at)
         except UnreadableError as error:
-            unread = _Unread(raw, report_id, request.remote, received_at)
+            unread = _Unread(raw, report_id, remote, received_at)
             return await self._keep(unread, str(error), error.order_no)
         except RefusedReportError as error:
             log.warning("report cannot be recorded", report_id=report_id, error=str(error))
-            unread = _Unread(raw, report_id, request.remote, received_at)
+            unread = _Unread(raw, report_id, remote, received_at)
             return await self._keep(unread, "it cannot be recorded", report.order_no)
         return answer(receipt)
 

@@ -38,7 +38,7 @@ def test_send_prints_the_receipt_and_ends_by_the_verdict(service: RunningService
     assert json.loads(sent.stdout)["outcome"] == "refused"
     nobody = run_command(service.state_dir, "send", "KOM1", "AWB1", "Sent", "--url", "http://127.0.0.1:9/")
     assert (nobody.returncode, nobody.stdout) == (1, "")
-    assert nobody.stderr.startswith("cannot send to http://127.0.0.1:9/")
+    assert nobody.stderr.startswith("cannot send to http://127.0.0.1:9")
 
 
 def test_audit_prints_every_transition_and_its_reason(service: RunningService) -> None:
@@ -254,16 +254,16 @@ def test_a_database_of_the_users_own(state_dir: Path, dsn: str, server: Embedded
             service.end()
 
 
-def test_a_database_of_a_later_release_is_refused(state_dir: Path, dsn: str) -> None:
+def test_a_database_of_a_later_release_is_refused(state_dir: Path, owner_dsn: str) -> None:
     """A schema version that this release does not know is a clear error, and nothing is touched."""
 
     async def age() -> None:
-        connection = await connect(dsn)
+        connection = await connect(owner_dsn)
         await connection.execute("INSERT INTO schema_version (version) VALUES (99)")
         await connection.close()
 
     asyncio.run(age())
-    ended = run_command(state_dir, "serve", DATABASE_URL=dsn)
+    ended = run_command(state_dir, "serve", DATABASE_URL=owner_dsn)
     assert ended.returncode == 1
     assert ended.stderr.startswith("the database has schema version 99, this release knows up to 1")
 

@@ -78,7 +78,7 @@ class Client:
 @pytest.fixture
 async def client(dsn: str) -> AsyncIterator[Client]:
     settings = Settings(port=0)
-    async with serving(settings, dsn) as port, aiohttp.ClientSession() as session:
+    async with serving(settings, dsn) as (port, _), aiohttp.ClientSession() as session:
         yield Client(session, port)
 
 

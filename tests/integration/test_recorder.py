@@ -14,9 +14,10 @@ import pytest
 
 from domain.order import UNHEARD, Order, Report, Standing, judge_report
 from service import event_store
+from service.batcher import OverloadedError
 from service.database import Connection, HeldConnection, StorageUnavailableError, connect
 from service.event_store import EventStore
-from service.recorder import OverloadedError, Receipt, Recorder, RefusedReportError
+from service.recorder import Receipt, Recorder, RefusedReportError
 from service.schema import SERVICE_ROLE
 
 NOW = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)

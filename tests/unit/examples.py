@@ -34,9 +34,9 @@ SENT_STATE: Final = (
     b'"body":"{\\"order_no\\":\\"KOM20260131-0001\\",\\"cnote\\":\\"JX1234567890\\",\\"status\\":\\"Sent\\"}",'
     b'"reported_status":"Sent","reported_cnote":"JX1234567890",'
     b'"occurred_at":{"_type_":"datetime_iso","_data_":"2026-01-31T08:29:58+00:00"},'
-    b'"remote":"203.0.113.7","verdict":"advanced","recognised":"in_transit","previous_status":null,'
-    b'"status":"in_transit","status_version":1,"leg":null,"cnote":"JX1234567890","skipped":[],"repeats":null,'
-    b'"reason":null}'
+    b'"remote":"203.0.113.7","quarantine_id":null,"verdict":"advanced","recognised":"in_transit",'
+    b'"previous_status":null,"status":"in_transit","status_version":1,"leg":null,"cnote":"JX1234567890",'
+    b'"skipped":[],"repeats":null,"reason":null}'
 )
 
 

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 
 import pytest
 
-from service.batcher import Batcher, BatchFailedError, QueueFullError
+from service.batcher import Batcher, BatchFailedError, OverloadedError
 
 SECONDS_MAX = 10.0
 
@@ -120,7 +120,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
     calls = batcher(work, queue_items_max=2)
     first = await held(work, calls)
     waiting = await begin(calls, 1, 2)
-    with pytest.raises(QueueFullError):
+    with pytest.raises(OverloadedError):
         await calls.submit(3)
     work.gate.set()
     assert await asyncio.gather(first, *waiting) == [0, 2, 4]
@@ -133,7 +133,7 @@ async def test_a_heavy_queue_refuses_at_once() -> None:
     calls = batcher(work, queue_weight_max=10)
     first = await held(work, calls)
     waiting = await begin(calls, 1, weight=8)
-    with pytest.raises(QueueFullError):
+    with pytest.raises(OverloadedError):
         await calls.submit(2, 3)
     waiting += await begin(calls, 3, weight=2)
     work.gate.set()
@@ -148,7 +148,7 @@ async def test_what_was_taken_weighs_no_longer() -> None:
     first = await begin(calls, 1, 2, 3, weight=3)
     await work.begun.wait()
     second = await begin(calls, 4, 5, 6, weight=3)
-    with pytest.raises(QueueFullError):
+    with pytest.raises(OverloadedError):
         await calls.submit(7, 1)
     work.gate.set()
     assert await asyncio.gather(*first, *second) == [2, 4, 6, 8, 10, 12]

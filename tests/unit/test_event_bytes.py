@@ -45,6 +45,7 @@ EVENTS = st.builds(
     reported_cnote=st.none() | TEXT,
     occurred_at=st.none() | TIMES,
     remote=st.none() | TEXT,
+    quarantine_id=st.none() | BIGINT,
     verdict=st.sampled_from(get_args(Verdict)),
     recognised=STATUS,
     previous_status=STATUS,

@@ -11,19 +11,17 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from service.pages import POSITION_MAX, encode_cursor, next_page
 from service.problems import ProblemError
 from service.queries import (
     PAGE_ROWS_DEFAULT,
     PAGE_ROWS_MAX,
-    POSITION_MAX,
     EventsQuery,
     OrderQuery,
     OrdersQuery,
     PageQuery,
     Query,
     TransitionsQuery,
-    encode_cursor,
-    next_page,
     order_no_of,
     path_of,
     read_query,
