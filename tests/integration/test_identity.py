@@ -1,0 +1,304 @@
+"""Who may report, read and operate: tokens, signatures, keys, and the addresses behind proxies."""
+
+import hashlib
+import hmac
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+from multidict import CIMultiDict
+
+from service import api_keys
+from service.app import Service, make_app, serving
+from service.database import Connection
+from service.sender import Sender
+from service.settings import Settings
+from tests.integration.test_http import Client
+
+OLD, NEW = "old-token-of-16-characters", "new-token-of-16-characters"
+BODY = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'
+SECRET = "a-secret-of-16-characters"  # noqa: S105 - of a service that lives for one test
+BAD_FIELDS = (
+    "Content-Length: +2",
+    "Content-Length: 1\r\nContent-Length: 2",
+    "Bad Header",
+    "Transfer-Encoding: gzip, chunked",
+    "Expect: miracles",
+    "Content-Encoding: x\r\nContent-Length: 0",
+)
+
+
+@asynccontextmanager
+async def served(dsn: str, **settings: Any) -> AsyncIterator[Client]:
+    async with serving(Settings(port=0, **settings), dsn) as (port, _), aiohttp.ClientSession() as session:
+        yield Client(session, port)
+
+
+async def answered(
+    client: Client, method: str, path: str, body: bytes = b"", **headers: str
+) -> tuple[int, bytes]:
+    """The status and the whole answer of a request sent as it stands, on a connection of its own."""
+    fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
+    fields += f"Host: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    answer = await client.talk(f"{method} {path} HTTP/1.1\r\n{fields}\r\n".encode() + body)
+    return int(answer.split(b" ", 2)[1]), answer
+
+
+@pytest.mark.parametrize("method", ["PUT", "POST", "GET", "HEAD", "DELETE", "PATCH", "OPTIONS"])
+@pytest.mark.parametrize(
+    "path",
+    ["/webhook", "/webhook/", f"/webhook/{OLD[:-1]}", f"/webhook/{OLD}x", "/webhook/wr%C3%B6ng", "/webhook/%FF",
+     f"/webhook/{OLD}/", f"/webhook/x/{OLD}", f"//webhook/{OLD}", f"/webhook/../webhook/{OLD}"],
+)  # fmt: skip
+async def test_without_the_right_token_there_is_nothing(
+    dsn: str, connection: Connection, method: str, path: str
+) -> None:
+    """Whatever the method, a wrong token gets the very answer of a path that there is none of."""
+    async with served(dsn, webhook_tokens=f"{OLD},{NEW}") as client:
+        status, answer = await answered(client, method, path, BODY)
+        _, unknown = await answered(client, method, "/nothing/here", BODY)
+    assert status == 404
+    assert without_date(answer) == without_date(unknown)
+    assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
+
+
+def without_date(answer: bytes) -> list[bytes]:
+    return [line for line in answer.split(b"\r\n") if not line.startswith(b"Date:")]
+
+
+@pytest.mark.parametrize("token", [OLD, NEW])
+async def test_two_tokens_are_live_during_a_rotation(dsn: str, token: str) -> None:
+    """Either is taken; other methods than the webhook's are told so only behind one of them."""
+    async with served(dsn, webhook_tokens=f"{OLD}, {NEW}") as client:
+        for method in ("PUT", "POST"):
+            status, answer = await answered(client, method, f"/webhook/{token}", BODY)
+            assert status == 200, answer
+        status, answer = await answered(client, "GET", f"/webhook/{token}")
+        assert status == 405
+        assert b"\r\nAllow: POST,PUT\r\n" in answer
+
+
+async def test_a_token_is_in_no_answer_and_no_log(dsn: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither of a good request, nor of malformed ones, nor of one that fails."""
+    async with served(dsn, webhook_tokens=OLD) as client:
+        answers = [
+            await client.talk(f"PUT /webhook/{OLD} HTTP/1.1\r\nHost: x\r\n{bad}\r\n\r\n".encode())
+            for bad in BAD_FIELDS
+        ]
+        answers.append((await answered(client, "PUT", f"/webhook/{OLD}", b"{"))[1])
+        answers.append((await answered(client, "PATCH", f"/webhook/{OLD}"))[1])
+        answers.append(await client.talk(f"BAD\x00 /webhook/{OLD} HTTP/9\r\n\r\n".encode()))
+    assert all(answer and OLD.encode() not in answer for answer in answers)
+    captured = capfd.readouterr()
+    assert OLD not in captured.out + captured.err
+    assert OLD not in repr(Settings(port=0, webhook_tokens=OLD))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("signature", "status"),
+    [
+        (lambda body: hmac.new(SECRET.encode(), body, hashlib.sha256).hexdigest(), 200),
+        (lambda body: hmac.new(SECRET.encode(), body, hashlib.sha256).hexdigest().upper(), 200),
+        (lambda body: hmac.new(b"another", body, hashlib.sha256).hexdigest(), 401),
+        (lambda body: hmac.new(SECRET.encode(), body + b" ", hashlib.sha256).hexdigest(), 401),
+        (lambda _: "", 401),
+        (lambda _: "ü", 401),
+    ],
+    ids=["right", "in capitals", "of another secret", "of another body", "empty", "no ASCII"],
+)
+async def test_a_signature_is_asked_for_where_there_is_a_secret(
+    dsn: str, connection: Connection, signature: Any, status: int
+) -> None:
+    """Wrong or missing: 401, and nothing is recorded, not even in the quarantine."""
+    async with served(dsn, webhook_hmac_secret=SECRET) as client:
+        for body in (BODY, b"not json"):
+            got, _ = await answered(client, "PUT", "/webhook", body, X_Callback_Api_Key=signature(body))
+            assert got == status
+    counts = "SELECT (SELECT count(*) FROM order_events) + (SELECT count(*) FROM quarantine)"
+    assert await connection.fetchval(counts) == (2 if status == 200 else 0)
+
+
+async def test_the_signature_may_stand_in_another_header(dsn: str) -> None:
+    """The header is the operator's to name; without it the request is refused."""
+    signature = hmac.new(SECRET.encode(), BODY, hashlib.sha256).hexdigest()
+    async with served(dsn, webhook_hmac_secret=SECRET, webhook_hmac_header="X-Signature") as client:
+        assert (await answered(client, "PUT", "/webhook", BODY, X_Signature=signature))[0] == 200
+        assert (await answered(client, "PUT", "/webhook", BODY, X_Callback_Api_Key=signature))[0] == 401
+        assert (await answered(client, "PUT", "/webhook", BODY))[0] == 401
+
+
+def all_routes(service: Service) -> list[tuple[str, str, str | None]]:
+    """Method, path and scope of every route; None for one that asks for no key."""
+    found = []
+    for route in make_app(service, Settings(port=0)).router.routes():
+        path = route.resource.canonical if route.resource is not None else "?"
+        found.append((route.method, path, getattr(route.handler, "scope", None)))
+    return found
+
+
+async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Connection) -> None:
+    """All but the webhook and the two probes: no key 401, a key of a lesser scope 403, the right one passes."""
+    read = await api_keys.create_key(connection, "reader", "read", None)
+    admin = await api_keys.create_key(connection, "operator", "admin", None)
+    async with served(dsn) as client:
+        service = Service(Settings(port=0), dsn)
+        routes = all_routes(service)
+        assert {(method, path) for method, path, scope in routes if scope is None and method != "HEAD"} == {
+            ("PUT", "/webhook"), ("POST", "/webhook"), ("GET", "/livez"), ("GET", "/readyz"),
+        }  # fmt: skip
+        assert {path for _, path, scope in routes if scope == "admin"} == {
+            "/quarantine/{quarantine_id}/retry", "/quarantine/{quarantine_id}/discard",
+        }  # fmt: skip
+        for method, pattern, scope in routes:
+            path = pattern.replace("{order_no}", "KOM1").replace("{quarantine_id}", "1")
+            bare = await refusal(client, method, path, None)
+            assert bare == (401 if scope else None), (method, path)
+            assert await refusal(client, method, path, read) == (403 if scope == "admin" else None), (
+                method,
+                path,
+            )
+            assert await refusal(client, method, path, admin) is None, (method, path)
+
+
+async def refusal(client: Client, method: str, path: str, key: str | None) -> int | None:
+    """The status by which a request was refused for its key; None where it was let through."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    async with client.session.request(
+        method, f"http://127.0.0.1:{client.port}{path}", headers=headers
+    ) as answer:
+        if answer.status not in {401, 403}:
+            return None
+        assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+        if method != "HEAD":
+            assert answer.headers["Content-Type"] == "application/problem+json"
+            assert json.loads(await answer.read())["status"] == answer.status
+        return answer.status
+
+
+@pytest.mark.parametrize(
+    "header", ["Bearer", "Bearer ", "Bearer wrong", "Basic {key}", "{key}", "Bearer {key} x", "Bearer ü"]
+)
+async def test_only_a_whole_bearer_key_counts(dsn: str, connection: Connection, header: str) -> None:
+    """Anything else in the header is no key."""
+    key = await api_keys.create_key(connection, "reader", "read", None)
+    async with served(dsn) as client:
+        assert (await answered(client, "GET", "/orders", Authorization=header.format(key=key)))[0] == 401
+        assert (await answered(client, "GET", "/orders", Authorization=f"bearer  {key} "))[0] == 200
+
+
+async def test_without_keys_it_is_open_to_this_machine_only(dsn: str) -> None:
+    """On loopback without a proxy everything is open before the first key; elsewhere nothing is."""
+    async with served(dsn) as client:
+        await client.get("/orders")
+    for settings in ({"host": "0.0.0.0"}, {"trusted_proxies": "127.0.0.1/32"}):  # noqa: S104 - the case
+        async with served(dsn, **settings) as client:
+            problem = await client.get("/orders", 401)
+            assert "keys create" in problem["detail"]
+            await client.get("/livez")
+            await client.get("/readyz")
+
+
+async def test_a_revoked_or_expired_key_is_refused(
+    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a second, and revoking the only key does not open the service again."""
+    monkeypatch.setattr("service.api_keys.KNOWN_SECONDS_MAX", 0.0)
+    key = await api_keys.create_key(connection, "one", "read", datetime.now(UTC) + timedelta(days=1))
+    late = await api_keys.create_key(connection, "late", "read", datetime.now(UTC) - timedelta(seconds=1))
+    async with served(dsn) as client:
+        await client.get("/orders", 200, {"Authorization": f"Bearer {key}"})
+        _, headers = await client.get_with_headers("/orders", 401, {"Authorization": f"Bearer {late}"})
+        assert 'error="invalid_token"' in headers["WWW-Authenticate"]
+        assert await api_keys.revoke_key(connection, "one")
+        assert not await api_keys.revoke_key(connection, "one")
+        await client.get("/orders", 401, {"Authorization": f"Bearer {key}"})
+        await client.get("/orders", 401)
+
+
+async def test_the_database_has_only_the_hash_and_the_last_use_to_the_minute(
+    dsn: str, connection: Connection
+) -> None:
+    """Many uses write once; nothing that lies in the database is the secret."""
+    key = await api_keys.create_key(connection, "one", "read", None)
+    assert await connection.fetchval("SELECT last_used_at FROM api_keys") is None
+    async with served(dsn) as client:
+        await client.get("/orders", 200, {"Authorization": f"Bearer {key}"})
+        first = await connection.fetchrow("SELECT last_used_at, xmin::text, api_keys::text FROM api_keys")
+        assert first is not None
+        assert first[0] is not None
+        assert key.removeprefix("otk_") not in first[2]
+        await client.get("/orders", 200, {"Authorization": f"Bearer {key}"})
+        assert await connection.fetchval("SELECT xmin::text FROM api_keys") == first[1]
+
+
+@pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 101])
+async def test_a_key_has_a_name_that_can_be_shown(connection: Connection, name: str) -> None:
+    """A name is what a key is revoked by."""
+    with pytest.raises(api_keys.KeyNotMadeError):
+        await api_keys.create_key(connection, name, "read", None)
+
+
+async def test_a_name_is_used_once(connection: Connection) -> None:
+    """Also when its key was revoked: what the name did stays told apart."""
+    await api_keys.create_key(connection, "one", "read", None)
+    await api_keys.revoke_key(connection, "one")
+    with pytest.raises(api_keys.KeyNotMadeError):
+        await api_keys.create_key(connection, "one", "admin", None)
+
+
+async def test_another_sites_page_cannot_operate(dsn: str) -> None:
+    """Where it is open, a browser's word that another site asks is enough to refuse."""
+    async with served(dsn) as client:
+        for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 404), ("none", 404)):
+            got, _ = await answered(client, "POST", "/quarantine/1/retry", Sec_Fetch_Site=site)
+            assert got == status
+
+
+PROXIES = [ip_network("10.0.0.0/8"), ip_network("2001:db8::/32"), ip_network("127.0.0.1")]
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "address"),
+    [
+        ("203.0.113.9", ["198.51.100.1"], "203.0.113.9"),
+        ("10.0.0.1", [], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.1"], "198.51.100.1"),
+        ("10.0.0.1", ["6.6.6.6, 198.51.100.1"], "198.51.100.1"),
+        ("10.0.0.1", ["6.6.6.6", "198.51.100.1, 10.0.0.2"], "198.51.100.1"),
+        ("10.0.0.1", ["198.51.100.1, 10.0.0.2, 10.0.0.3"], "198.51.100.1"),
+        ("10.0.0.1", ["10.0.0.3,10.0.0.2"], "10.0.0.3"),
+        ("10.0.0.1", ["198.51.100.1, rubbish"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.1, rubbish, 10.0.0.2"], "10.0.0.2"),
+        ("10.0.0.1", [""], "10.0.0.1"),
+        ("2001:db8::1", ["2001:470::7"], "2001:470::7"),
+        ("10.0.0.1", ["6.6.6.6," * 100_000 + "198.51.100.1"], "198.51.100.1"),
+        (None, ["198.51.100.1"], None),
+        ("", ["198.51.100.1"], ""),
+    ],
+)
+def test_the_address_is_the_rightmost_that_no_trusted_proxy_has(
+    peer: str | None, forwarded: Sequence[str], address: str | None
+) -> None:
+    """What untrusted ones say of others is never believed, and what is no address ends the look."""
+    headers = CIMultiDict([("X-Forwarded-For", value) for value in forwarded])
+    request: web.Request = make_mocked_request("PUT", "/webhook", headers).clone(remote=peer or "")
+    sender = Sender([], b"", "X", PROXIES)
+    assert sender.address_of(request) == (address or "")
+
+
+async def test_the_event_has_the_address_behind_the_proxy(dsn: str) -> None:
+    """End to end: a trusted peer's X-Forwarded-For is what the event keeps, another's is not."""
+    for proxies, address in (("127.0.0.0/8", "198.51.100.1"), ("10.0.0.0/8", "127.0.0.1")):
+        async with served(dsn, trusted_proxies=proxies) as client:
+            status, answer = await answered(client, "PUT", "/webhook", BODY, X_Forwarded_For="198.51.100.1")
+            assert status == 200, answer
+        async with served(dsn) as client:
+            (event,) = (await client.get("/events?limit=1000"))["events"][-1:]
+            assert event["data"]["remote"] == address

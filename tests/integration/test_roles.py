@@ -1,0 +1,321 @@
+"""The database as law: what each role may do, what erasure leaves, and how the schema moves on."""
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+import asyncpg
+import pytest
+
+from domain.order import Order
+from service import event_store
+from service.app import prepare_database, rebuild_views, serving
+from service.check import check
+from service.database import Connection, HeldConnection, connect
+from service.event_store import EventStore
+from service.log_reader import LogReader
+from service.schema import (
+    OWNER_ROLE,
+    SCHEMA_VERSION,
+    SERVICE_ROLE,
+    VIEWS,
+    SchemaError,
+    apply_schema,
+    as_role,
+    check_version,
+    service_dsn,
+)
+from service.settings import Settings
+from tests.integration.test_http import Client
+from tests.integration.test_recorder import NOW, report
+
+READER_ROLE = "order_tracking_reader"
+LOGGED = ("order_events", "idempotency_keys", "quarantine", "api_keys", "erasures", "schema_version")
+
+
+@asynccontextmanager
+async def acting(owner_dsn: str, role: str) -> AsyncIterator[Connection]:
+    connection = await connect(as_role(owner_dsn, role))
+    yield connection
+    await connection.close()
+
+
+async def fill(connection: Connection) -> None:
+    """One event, a key and a quarantine entry, so that a statement that is let through has something to hit."""
+    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
+    await connection.execute(
+        "INSERT INTO quarantine (body, reason, received_at, last_seen_at) VALUES ('x', 'y', now(), now())"
+    )
+    await connection.execute("INSERT INTO idempotency_keys VALUES ('KOM1', 'k', 1, '')")
+    await connection.execute(
+        "INSERT INTO api_keys (name, scope, secret_sha256) VALUES ('a', 'read', sha256(''))"
+    )
+
+
+INSERT = "INSERT INTO order_events (originator_id, originator_version, topic, state"
+# The server of the tests is a fast one.
+NOT_DURABLE = {"fsync is off", "full_page_writes is off"}
+
+
+async def wrong(dsn: str) -> list[str]:
+    """What check finds wrong, but for what is off on purpose."""
+    found = [finding.text for finding in await check(dsn) if finding.kind == "WRONG"]
+    return [text for text in found if text not in NOT_DURABLE]
+
+
+CHANGES = [
+    *(f"DELETE FROM {table}" for table in LOGGED),  # noqa: S608 - our names
+    *(f"TRUNCATE {table} CASCADE" for table in LOGGED),
+    *(f"DROP TABLE {table} CASCADE" for table in LOGGED),
+    *(f"ALTER TABLE {table} ADD COLUMN more text" for table in LOGGED),
+    "UPDATE order_events SET state = ''",
+    "UPDATE order_events SET recorded_at = now()",
+    "UPDATE idempotency_keys SET version = 1",
+    "UPDATE schema_version SET version = 1",
+    "INSERT INTO schema_version VALUES (99)",
+    "INSERT INTO erasures (order_no, why, events, entries) VALUES ('KOM1', 'x', 0, 0)",
+    f"{INSERT}, recorded_at) VALUES ('KOM2', 1, '', '', '2020-01-01')",
+    f"{INSERT}, notification_id) OVERRIDING SYSTEM VALUE VALUES ('KOM2', 1, '', '', 7)",
+    "SELECT setval(pg_get_serial_sequence('order_events', 'notification_id'), 1)",
+    "ALTER TABLE order_events DISABLE TRIGGER ALL",
+    "DROP TRIGGER order_events_immutable ON order_events",
+    "CREATE OR REPLACE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",
+    "CREATE OR REPLACE FUNCTION lock_order_events() RETURNS void LANGUAGE plpgsql AS 'BEGIN END'",
+    "CREATE RULE silent AS ON INSERT TO order_events DO INSTEAD NOTHING",
+    "CREATE TABLE public.order_events_2 (x int)",
+    "BEGIN; LOCK TABLE order_events IN ACCESS EXCLUSIVE MODE",
+    "SET session_replication_role = replica",
+    "CALL erase_order('KOM1', 'because')",
+    "UPDATE quarantine SET body = ''",
+    "UPDATE quarantine SET reason = ''",
+    "UPDATE api_keys SET secret_sha256 = sha256('other')",
+    "UPDATE api_keys SET scope = 'admin'",
+]
+ONLY_THE_READER_MAY_NOT = [
+    f"{INSERT}) VALUES ('KOM2', 1, '', '')",
+    "SELECT lock_order_events()",
+    "SELECT * FROM quarantine",
+    "SELECT * FROM api_keys",
+    "SELECT * FROM idempotency_keys",
+    "INSERT INTO quarantine (body, reason, received_at, last_seen_at) VALUES ('z', 'y', now(), now())",
+    "DELETE FROM current_status.orders",
+    "UPDATE timeline.entries SET verdict = ''",
+    "DROP SCHEMA timeline CASCADE",
+    "CREATE SCHEMA of_mine",
+]
+
+
+@pytest.mark.parametrize(
+    ("role", "statement"),
+    [
+        *((SERVICE_ROLE, statement) for statement in CHANGES),
+        *((READER_ROLE, statement) for statement in (*CHANGES, *ONLY_THE_READER_MAY_NOT)),
+    ],
+)
+async def test_what_a_role_may_not_do(
+    owner_dsn: str, connection: Connection, role: str, statement: str
+) -> None:
+    """The server refuses it, for want of a right; and nothing has changed."""
+    await fill(connection)
+    before = await everything(connection)
+    async with acting(owner_dsn, role) as acting_connection:
+        with pytest.raises((asyncpg.InsufficientPrivilegeError, asyncpg.GeneratedAlwaysError)):
+            await acting_connection.execute(statement)
+    assert await everything(connection) == before
+
+
+async def everything(connection: Connection) -> list[str]:
+    return [
+        str(await connection.fetchval(f"SELECT array_agg({table}::text) FROM {table}"))  # noqa: S608 - our names
+        for table in LOGGED
+    ]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["UPDATE order_events SET state = ''", "DELETE FROM order_events", "TRUNCATE order_events CASCADE"],
+)
+async def test_not_even_the_owner_changes_an_event(
+    owner_dsn: str, connection: Connection, statement: str
+) -> None:
+    """The triggers hold for the owner as well, and in a restore."""
+    await fill(connection)
+    async with acting(owner_dsn, OWNER_ROLE) as owner:
+        with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+            await owner.execute(statement)
+    await connection.execute("SET session_replication_role = replica")
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+        await connection.execute(statement)
+
+
+async def test_the_service_owns_the_views_and_nothing_of_the_log(connection: Connection) -> None:
+    """Every table belongs to the one who may change it."""
+    owners = await connection.fetch(
+        "SELECT schemaname, tableowner FROM pg_tables "
+        "WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
+    )
+    assert {tuple(row) for row in owners} == {
+        ("public", OWNER_ROLE),
+        *((view.name, SERVICE_ROLE) for view in VIEWS),
+    }
+
+
+async def test_the_reader_reads_after_two_rebuilds(owner_dsn: str, dsn: str, connection: Connection) -> None:
+    """What a rebuild makes anew is readable like what it replaced."""
+    await fill(connection)
+    held = HeldConnection(lambda: connect(dsn))
+    for _ in range(2):
+        await rebuild_views(dsn, VIEWS, LogReader(held, lambda: connect(dsn)), lambda _done, _total: None)
+    await held.close()
+    async with acting(owner_dsn, READER_ROLE) as reader:
+        for table in ("order_events", "current_status.orders", "current_status.projection", "timeline.entries"):
+            assert await reader.fetchval(f"SELECT count(*) FROM {table}") == 1  # noqa: S608 - our names
+
+
+async def test_the_lock_first_way_goes_by_the_function_alone(dsn: str) -> None:
+    """The service, which may not LOCK TABLE, holds the log still."""
+    held = HeldConnection(lambda: connect(dsn))
+    async with EventStore(held).locked() as connection:
+        locks = await connection.fetch(
+            "SELECT mode FROM pg_locks "
+            "WHERE relation = 'public.order_events'::regclass AND pid = pg_backend_pid()"
+        )
+        assert ("RowExclusiveLock",) in {tuple(lock) for lock in locks}
+    await held.close()
+
+
+async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
+    owner_dsn: str, connection: Connection
+) -> None:
+    """Body and address of the order's events go; what was judged stays, and so do views and immutability."""
+    body = {"order_no": "KOM1", "status": "Dikirim", "cnote": "AWB1", "buyer": "Siti", "text": '\u0000 "q" é'}
+    dsn = await service_dsn(owner_dsn)
+    async with serving(Settings(port=0), dsn) as (port, _), aiohttp.ClientSession() as session:
+        client = Client(session, port)
+        await client.webhook(**body)
+        await client.webhook("KOM2", buyer="Budi")
+        odd = await client.raw(b"not json")
+        # A body that the parser has learned to read since then.
+        await connection.execute(
+            "UPDATE quarantine SET body = $1", b'{"order_no":"KOM1","status":"Diterima","buyer":"Siti"}'
+        )
+        last = await client.session.post(f"http://127.0.0.1:{port}/quarantine/{odd['quarantine_id']}/retry")
+        at = f"after_position={(await last.json())['position']}"
+        before = await client.get(f"/orders/KOM1/timeline?{at}")
+        async with acting(owner_dsn, OWNER_ROLE) as owner:
+            await owner.execute("CALL erase_order('KOM1', 'asked for by the buyer')")
+        assert await client.get("/orders/KOM1/timeline") == before
+        events = (await client.get("/orders/KOM1/events"))["events"]
+        assert [(event["data"]["body"], event["data"]["remote"]) for event in events] == [("", None)] * 2
+        assert [event["data"]["status"] for event in events] == ["in_transit", "delivered"]
+        assert "Budi" in json.dumps(await client.get("/orders/KOM2/events"))
+        entry = await client.get(f"/quarantine/{odd['quarantine_id']}")
+        assert (entry["state"], entry["remote"]) == ("retried", None)
+        # The order goes on, judged from what is left of it.
+        assert (await client.webhook("KOM1", "Diterima"))["outcome"] == "repeated"
+    everything_left = json.dumps(
+        [str(row) for row in await connection.fetch("SELECT state, * FROM order_events")]
+    )
+    assert "Siti" not in everything_left
+    held = HeldConnection(lambda: connect(dsn))
+    rebuilt = await rebuild_views(
+        dsn, VIEWS, LogReader(held, lambda: connect(dsn)), lambda _done, _total: None, verify=True
+    )
+    await held.close()
+    assert [one.differences for one in rebuilt] == [0, 0]
+    recorded = await connection.fetch("SELECT order_no, erased_by, why, events, entries FROM erasures")
+    assert [tuple(row) for row in recorded] == [("KOM1", "order_tracking", "asked for by the buyer", 2, 1)]
+    with pytest.raises(asyncpg.IntegrityConstraintViolationError):
+        await connection.execute("DELETE FROM order_events")
+    assert not await wrong(owner_dsn)
+
+
+async def test_a_database_of_one_role_works_and_check_says_what_is_open(empty_dsn: str) -> None:
+    """Whoever may make no roles owns everything, serves and rebuilds; check names what that leaves open."""
+    admin = await connect(empty_dsn)
+    name = await admin.fetchval("SELECT current_database()")
+    await admin.execute(
+        f"DROP ROLE IF EXISTS lonely; CREATE ROLE lonely LOGIN; ALTER DATABASE {name} OWNER TO lonely"
+    )
+    try:
+        dsn = empty_dsn.replace("user=order_tracking", "user=lonely")
+        assert await prepare_database(dsn) == dsn
+        async with serving(Settings(port=0), dsn) as (port, _), aiohttp.ClientSession() as session:
+            client = Client(session, port)
+            receipt = await client.webhook("KOM1")
+            await client.get(f"/orders/KOM1?after_position={receipt['position']}")
+        held = HeldConnection(lambda: connect(dsn))
+        await rebuild_views(dsn, VIEWS, LogReader(held, lambda: connect(dsn)), lambda _done, _total: None)
+        await held.close()
+        assert not await wrong(dsn)
+        findings = await check(dsn)
+        (note,) = [finding.text for finding in findings if "not protected" in finding.text]
+        assert "owns the log" in note
+        assert "may change or remove events" in note
+    finally:
+        await admin.execute(
+            f"ALTER DATABASE {name} OWNER TO order_tracking; REASSIGN OWNED BY lonely TO order_tracking"
+        )
+        await admin.execute("DROP OWNED BY lonely; DROP ROLE lonely")
+        await admin.close()
+
+
+async def test_check_finds_the_log_protected_with_three_roles(owner_dsn: str) -> None:
+    """Given as the owner or as the service, the service itself can only add."""
+    for dsn in (owner_dsn, await service_dsn(owner_dsn)):
+        texts = [finding.text for finding in await check(dsn)]
+        assert f"the service runs as {SERVICE_ROLE}" in texts
+        assert "it can add to the log, and neither change nor remove what is there" in texts
+
+
+async def test_check_finds_triggers_that_a_restore_left_weaker(owner_dsn: str, connection: Connection) -> None:
+    """A trigger that is enabled, but not always, is found."""
+    await connection.execute("ALTER TABLE order_events ENABLE TRIGGER order_events_immutable")
+    assert await wrong(owner_dsn) == [
+        "trigger order_events_immutable is not ENABLE ALWAYS: the log can be changed"
+    ]
+
+
+async def test_a_restored_database_gets_its_own_grant_again(owner_dsn: str, connection: Connection) -> None:
+    """What belongs to the database itself comes with no dump: check says so, and the next start mends it."""
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(f'REVOKE CREATE ON DATABASE "{name}" FROM {SERVICE_ROLE}')
+    assert await wrong(owner_dsn)
+    await prepare_database(owner_dsn)
+    assert not await wrong(owner_dsn)
+
+
+async def test_a_database_of_this_release_is_brought_to_the_next_one(connection: Connection) -> None:
+    """Migrations run in their order, as the owner of the log, who owns what they make, and are recorded."""
+    await fill(connection)
+    migrations = {
+        SCHEMA_VERSION + 1: "CREATE TABLE couriers (name text)",
+        SCHEMA_VERSION + 2: "ALTER TABLE couriers ADD COLUMN code text",
+    }
+    await apply_schema(connection, migrations, version=SCHEMA_VERSION + 2)
+    await apply_schema(connection, migrations, version=SCHEMA_VERSION + 2)
+    assert (
+        await connection.fetchval("SELECT tableowner FROM pg_tables WHERE tablename = 'couriers'") == OWNER_ROLE
+    )
+    versions = await connection.fetch("SELECT version FROM schema_version ORDER BY version")
+    assert [version for (version,) in versions] == [SCHEMA_VERSION, SCHEMA_VERSION + 1, SCHEMA_VERSION + 2]
+    assert await connection.fetchval("SELECT current_user") == "order_tracking"
+    with pytest.raises(SchemaError, match="use the release that made it, or a newer one"):
+        await check_version(connection)
+
+
+async def test_a_migration_that_fails_leaves_nothing(connection: Connection) -> None:
+    """All of them or none, in one transaction, with one clear line."""
+    migrations = {SCHEMA_VERSION + 1: "CREATE TABLE couriers (name text)", SCHEMA_VERSION + 2: "SELECT 1 / 0"}
+    with pytest.raises(SchemaError, match="a migration cannot be applied to this database: division by zero"):
+        await apply_schema(connection, migrations, version=SCHEMA_VERSION + 2)
+    assert await connection.fetchval("SELECT to_regclass('couriers')") is None
+    assert await connection.fetchval("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
+
+
+async def test_the_service_cannot_migrate(owner_dsn: str, connection: Connection) -> None:
+    """A service with its own login, against a database of an earlier release, says who must act."""
+    await connection.execute("UPDATE schema_version SET version = version - 1")
+    with pytest.raises(SchemaError, match="'migrate' brings it to"):
+        await service_dsn(owner_dsn)
