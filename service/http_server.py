@@ -4,6 +4,7 @@ Every answer of this service, also one to bytes that are no request, is made her
 """
 
 import asyncio
+import zlib
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from time import monotonic
@@ -15,9 +16,9 @@ from aiohttp.http import HttpVersion10, HttpVersion11
 from service.problems import ProblemError, problem_answer, problem_of
 
 # A request's head, from its first byte or from the opening of the connection; whoever is slower is cut off.
-HEAD_SECONDS_MAX: Final = 7.0
-# A body, from the end of its head.
-BODY_SECONDS_MAX: Final = 5.0
+HEAD_SECONDS_MAX: Final = 4.0
+# A body, from the end of its head: with the head and a sweep, ten seconds at most.
+BODY_SECONDS_MAX: Final = 4.5
 # How often connections are looked at.
 SWEEP_SECONDS: Final = 1.0
 # Between two requests on a connection: longer than the proxies in front, which must be the ones to close.
@@ -41,24 +42,43 @@ async def read_body(request: web.Request) -> bytes:
     Raises:
         ProblemError: it is too large (413), too slow (408), broken (400), or in an unknown coding (415).
     """
-    if request.headers.get(hdrs.CONTENT_ENCODING, "").strip().lower() not in _CODINGS:
+    coding = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())).strip().lower()
+    if coding not in _CODINGS:
         headers = {"Accept-Encoding": "gzip"}
         raise ProblemError(415, "Unknown content coding", "there are gzip and identity", headers=headers)
     if (request.content_length or 0) > request.client_max_size:
         raise _too_large(request)
     try:
         if request.content.is_eof():
-            return await request.read()
-        async with asyncio.timeout(BODY_SECONDS_MAX):
-            return await request.read()
+            body = await request.read()
+        else:
+            async with asyncio.timeout(BODY_SECONDS_MAX):
+                body = await request.read()
+        return body if coding != "gzip" else _gunzip(body, request)
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(request) from None
     except TimeoutError:
         detail = f"the body took longer than {BODY_SECONDS_MAX:g} s"
         raise ProblemError(408, "Too slow", detail, headers={hdrs.CONNECTION: "close"}) from None
-    except (web.RequestPayloadError, ConnectionError) as error:
-        # Corrupt in transfer or in compression, or the sender is gone; then nobody reads this.
-        raise ProblemError(400, "Bad body", f"the body cannot be read: {error}") from None
+    except zlib.error as error:
+        raise ProblemError(400, "Bad body", f"the body is no gzip: {error}") from None
+    except (web.RequestPayloadError, ConnectionError):
+        # Corrupt in transfer, or the sender is gone; then nobody reads this.
+        raise ProblemError(400, "Bad body", "the body cannot be read to its end") from None
+
+
+def _gunzip(body: bytes, request: web.Request) -> bytes:
+    """Unpack to the end of the last member: aiohttp's own way takes what is cut short for whole."""
+    unpacked = b""
+    while body:
+        member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        unpacked += member.decompress(body, request.client_max_size + 1 - len(unpacked))
+        if len(unpacked) > request.client_max_size:
+            raise _too_large(request)
+        if not member.eof:
+            raise zlib.error("it is cut short")
+        body = member.unused_data
+    return unpacked
 
 
 def _too_large(request: web.Request) -> ProblemError:
@@ -91,9 +111,7 @@ class _Connection(web.RequestHandler):
             raise ConnectionError("an answer is on its way already")
         # The parser's message quotes what was sent, token and all, over several lines.
         del exc, message
-        answer = problem_answer(ProblemError(status, HTTPStatus(status).phrase))
-        answer.force_close()
-        return answer
+        return _closing(ProblemError(status, HTTPStatus(status).phrase))
 
 
 def _guarded(handler: Handler) -> Handler:
@@ -104,13 +122,11 @@ def _guarded(handler: Handler) -> Handler:
         if isinstance(connection, _Connection):
             connection.arriving_since = None
         try:
-            _refuse_odd_framing(request)
+            if (problem := _odd_framing(request)) is not None:
+                return _closing(problem)
             return await handler(request)
         except Exception as error:  # noqa: BLE001 - the outermost place: whatever it is gets an answer
-            answer = problem_answer(problem_of(error, request))
-            if answer.status in (HTTPStatus.BAD_REQUEST, HTTPStatus.HTTP_VERSION_NOT_SUPPORTED):
-                answer.force_close()
-            return answer
+            return problem_answer(problem_of(error, request))
         finally:
             if isinstance(connection, _Connection):
                 connection.arriving_since = None
@@ -118,13 +134,23 @@ def _guarded(handler: Handler) -> Handler:
     return handle
 
 
-def _refuse_odd_framing(request: web.BaseRequest) -> None:
+def _odd_framing(request: web.BaseRequest) -> ProblemError | None:
     if request.version not in _VERSIONS:
-        raise ProblemError(505, "HTTP version not supported", "there are HTTP/1.0 and HTTP/1.1")
+        # aiohttp would answer in the version that it was asked in, and has no public way to another.
+        request._cache["version"] = HttpVersion11  # noqa: SLF001
+        return ProblemError(505, "HTTP version not supported", "there are HTTP/1.0 and HTTP/1.1")
     # A coding below "chunked" is passed on by the parser undecoded: two readers of one message would disagree.
     coding = request.headers.get(hdrs.TRANSFER_ENCODING)
     if coding is not None and coding.strip().lower() != "chunked":
-        raise ProblemError(400, "Bad framing", "the one transfer coding is chunked")
+        return ProblemError(400, "Bad framing", "the one transfer coding is chunked")
+    return None
+
+
+def _closing(problem: ProblemError) -> web.Response:
+    answer = problem_answer(problem)
+    answer.headers[hdrs.CONNECTION] = "close"
+    answer.force_close()
+    return answer
 
 
 class HttpServer:
@@ -163,6 +189,7 @@ class HttpServer:
                 access_log=None,  # type: ignore[arg-type]  # as its own runner passes it
                 keepalive_timeout=KEEP_ALIVE_SECONDS,
                 lingering_time=LINGER_SECONDS_MAX,
+                auto_decompress=False,
             )
 
         host, port = self._address

@@ -16,7 +16,7 @@ from service.pages import POSITION_MAX, encode_cursor, list_answer
 from service.parser import UnreadableError
 from service.problems import ProblemError, answer
 from service.quarantine import NotOpenError, QuarantineEntry, UnknownEntryError
-from service.queries import QuarantineQuery, Query, read_query
+from service.queries import QuarantineQuery, Query, decoded, read_query
 from service.recorder import Recorder, RefusedReportError
 
 _ID: Final = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
@@ -108,6 +108,7 @@ class QuarantineApi:
     async def _entry(self, request: web.Request) -> QuarantineEntry:
         wanted = request.match_info["quarantine_id"]
         if not _ID.fullmatch(wanted):
+            decoded(request.raw_path.partition("?")[0])
             raise ProblemError(404, "Unknown entry", f"the quarantine has no entry {wanted}")
         try:
             async with borrowed(self._pool, self._seconds_max) as connection:

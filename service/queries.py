@@ -42,15 +42,24 @@ def order_no_of(request: web.Request) -> str:
     escaped = found["order_no"] if found is not None else ""
     if "%" not in escaped and escaped.isascii() and escaped.isprintable():
         return escaped
+    return decoded(escaped)
+
+
+def decoded(escaped: str) -> str:
+    """Return a path or a part of it, percent-decoded once, strictly.
+
+    Raises:
+        ProblemError: 400, an escape is broken, or what it spells is no text or has control characters.
+    """
     if _BAD_ESCAPE.search(escaped):
         raise ProblemError(400, "Bad path", "a percent sign in the path is not followed by two hex digits")
     try:
-        order_no = unquote_to_bytes(escaped).decode()
+        text = unquote_to_bytes(escaped).decode()
     except UnicodeDecodeError:
         raise ProblemError(400, "Bad path", "the path is not UTF-8") from None
-    if _CONTROL.search(order_no):
+    if _CONTROL.search(text):
         raise ProblemError(400, "Bad path", "the path has control characters")
-    return order_no
+    return text
 
 
 def _no_control(value: str) -> str:

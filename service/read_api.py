@@ -96,9 +96,9 @@ class ReadApi:
         """Every path of the read API."""
         paths: dict[str, Handler] = {
             "/orders": self.list_orders,
-            "/orders/{order_no}": self.show_order,
-            "/orders/{order_no}/timeline": self.show_timeline,
-            "/orders/{order_no}/events": self.list_order_events,
+            "/orders/{order_no:[^/]+}": self.show_order,
+            "/orders/{order_no:[^/]+}/timeline": self.show_timeline,
+            "/orders/{order_no:[^/]+}/events": self.list_order_events,
             "/events": self.list_events,
             "/audit/transitions": self.list_transitions,
             "/transitions": self.show_rules,

@@ -19,11 +19,12 @@ from service.app import prepare_database
 from service.embedded_postgres import NAME as MAIN_DATABASE
 from service.embedded_postgres import EmbeddedPostgres
 from tests.benchmarks import load
+from tests.benchmarks.parsing import measure_parsing
 from tests.benchmarks.rebuilds import measure_rebuild
 from tests.benchmarks.report import Row, machine, out, print_table
 from tests.benchmarks.serving import measure_history, measure_reads, measure_webhooks
 
-PARTS: Final = ("ingest", "library", "read", "rebuild", "history")
+PARTS: Final = ("ingest", "library", "read", "rebuild", "history", "parse")
 SECONDS: Final = 4
 EVENTS: Final = 400_000
 
@@ -64,6 +65,8 @@ def _measure(server: Server, folder: Path, parts: list[str], seconds: int, event
         yield measure_reads(server.database("reads"), folder, seconds)
     if "history" in parts:
         yield measure_history(server.database("history"), folder)
+    if "parse" in parts:
+        yield from measure_parsing()
     if "rebuild" in parts:
         small, large = (server.database(name, with_schema=True) for name in ("small_log", "large_log"))
         yield from measure_rebuild(small, large, events)

@@ -20,6 +20,7 @@ from eventsourcing.application import AggregateNotFoundError, Application
 from psycopg.conninfo import conninfo_to_dict
 
 from domain.order import Order, Report
+from tests.benchmarks.load import WEBHOOK_PATH
 
 # The threads of the library's application, and its connections. Tried were 4, 8, 16 and 32: since each of its
 # commits locks the table, more threads only wait for it and for each other.
@@ -44,7 +45,7 @@ def do_nothing(answers: dict[str, Any]) -> web.Application:
         return web.Response(body=order, headers=order_headers)
 
     app = web.Application()
-    app.add_routes([web.put("/webhook", receive), web.get("/orders/{order_no}", show)])
+    app.add_routes([web.put(WEBHOOK_PATH, receive), web.get("/orders/{order_no}", show)])
     return app
 
 
@@ -99,7 +100,7 @@ def library(dsn: str) -> web.Application:
         return web.Response(body=orjson.dumps(receipt), content_type="application/json")
 
     app = web.Application()
-    app.add_routes([web.put("/webhook", receive)])
+    app.add_routes([web.put(WEBHOOK_PATH, receive)])
     return app
 
 

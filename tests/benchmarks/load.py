@@ -22,6 +22,9 @@ STATUSES: Final = ("Diajukan", "Dijemput", "Dikirim", "Diterima")
 ORDERS_INTERLEAVED: Final = 512
 # A generator that does not end with its load is ended.
 OVERTIME_SECONDS_MAX: Final = 30
+# Tokens are on: it is as it would be on the open internet.
+WEBHOOK_TOKEN: Final = "a-token-of-the-benchmarks"  # noqa: S105 - of a service that lives for one run
+WEBHOOK_PATH: Final = f"/webhook/{WEBHOOK_TOKEN}"
 OWN: Final = "an asyncio generator of our own (wrk is not on the PATH)"
 
 _LENGTH: Final = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
@@ -155,7 +158,7 @@ def _quoted(text: str) -> str:
 
 
 def _put(body: bytes) -> bytes:
-    head = "PUT /webhook HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    head = f"PUT {WEBHOOK_PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 

@@ -134,7 +134,12 @@ class Contest:
 
     def __enter__(self) -> Self:
         try:
-            self.ours = self._start("service", "serve", ORDER_TRACKING_DATABASE_URL=self._dsn)
+            self.ours = self._start(
+                "service",
+                "serve",
+                ORDER_TRACKING_DATABASE_URL=self._dsn,
+                ORDER_TRACKING_WEBHOOK_TOKENS=load.WEBHOOK_TOKEN,
+            )
             self._database = self._stack.enter_context(psycopg.connect(self._dsn, autocommit=True))
         except BaseException:
             self._stack.close()
@@ -150,7 +155,7 @@ class Contest:
     def start_nothing(self) -> Process:
         """Start the handler that does nothing, with answers of the size that the service's have."""
         bodies = [load.report(0, 0, status) for status in load.STATUSES]
-        receipts = [self.ours.ask("PUT", "/webhook", body) for body in bodies]
+        receipts = [self.ours.ask("PUT", load.WEBHOOK_PATH, body) for body in bodies]
         receipt, receipt_headers = receipts[-1]
         self.answered += len(bodies)
         self.wait_for_views()
@@ -310,7 +315,7 @@ def measure_history(dsn: str, folder: Path) -> Row:
 
         def send(body: bytes) -> float:
             began = time.perf_counter()
-            connection.request("PUT", "/webhook", body)
+            connection.request("PUT", load.WEBHOOK_PATH, body)
             answer = connection.getresponse()
             answer.read()
             took = time.perf_counter() - began

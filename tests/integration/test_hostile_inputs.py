@@ -1,0 +1,478 @@
+"""What strangers send: every line of the written list of hostile inputs, as bytes to a real service process.
+
+Each answer is also held to what ``owed`` says of all of them, and none may leave a line in the service's log.
+"""
+
+import asyncio
+import json
+import shutil
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import cycle
+from typing import Any, Final
+from urllib.parse import quote
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+
+from service.embedded_postgres import EmbeddedPostgres
+from tests.acceptance.running import RunningService
+from tests.conftest import database, make_folder
+from tests.integration.hostile_inputs import (
+    BAD_PARAMETERS,
+    BADLY_CODED,
+    BADLY_FRAMED,
+    BESIDE_THE_WEBHOOK,
+    BODIES,
+    BODY_BYTES_MAX,
+    BYTE_ORDER_MARK,
+    DOCUMENTED,
+    ENDLESS,
+    INJECTIONS,
+    LARGE,
+    LENGTH,
+    QUARANTINED,
+    SENT,
+    SILENT,
+    SLOW,
+    SMUGGLED,
+    STRANGE_ORDER_NOS,
+    UNDERSTOOD,
+    VERDICTS,
+    WELL_CODED,
+    Wire,
+    body,
+    chunked,
+    head,
+    request,
+    split_answers,
+)
+
+# For 64 KiB of anything; an ordinary body takes some milliseconds.
+LARGE_SECONDS_MAX: Final = 0.5
+# An ordinary webhook while others are slow: five times a tenth of a second, itself many times the usual.
+ORDINARY_SECONDS_MAX: Final = 5 * 0.1
+SLOW_SECONDS_MAX: Final = 10.0
+SLOW_SECONDS_ROOM: Final = 2.0
+SLOW_CONNECTIONS: Final = 500
+SILENT_CONNECTIONS: Final = 10
+
+
+@pytest.fixture(scope="module")
+def wire(server: EmbeddedPostgres) -> Iterator[Wire]:
+    """One service for all of them, as its users run it: its log is what they would find in theirs."""
+    folder = make_folder()
+    with database(server) as dsn:
+        service = RunningService(folder, DATABASE_URL=dsn, LOG_FORMAT="json")
+        try:
+            yield Wire(service.start())
+        finally:
+            service.end()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(wire: Wire) -> Iterator[None]:
+    """Nothing that a stranger sends leaves a line in the log."""
+    before = wire.service.output
+    yield
+    assert wire.service.output == before
+
+
+# Bodies that are understood
+
+
+@pytest.mark.parametrize("raw", UNDERSTOOD.values(), ids=UNDERSTOOD)
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+def test_a_body_is_kept_as_it_was_written(wire: Wire, method: str, raw: bytes) -> None:
+    """However a good report is spelt, it is an event with the very text: spaces, numbers and order of keys."""
+    answer = wire.exchange(request(method, "/webhook", raw))
+    receipt, _ = wire.seen_recorded(raw, answer)
+    assert (receipt["order_no"], receipt["reported_status"]) == ("KOM1", "Dikirim")
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/xml", "x", ";;;", "", "multipart/form-data"])
+def test_the_content_type_says_nothing(wire: Wire, kind: str) -> None:
+    """An odd Content-Type is no reason to refuse valid JSON (the bodies above came without one)."""
+    wire.recorded(DOCUMENTED, f"Content-Type: {kind}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "taken"),
+    [
+        pytest.param({"cnote": None}, None, id="null"),
+        pytest.param({"cnote": ""}, None, id="empty"),
+        pytest.param({"cnote": 1234567890}, "1234567890", id="an integer"),
+        pytest.param({"cnote": True}, None, id="a boolean"),
+        pytest.param({"cnote": 1.5}, None, id="a float"),
+        pytest.param({"cnote": ["AWB1"]}, None, id="a list"),
+        pytest.param({"cnote": {"no": "AWB1"}}, None, id="an object"),
+        pytest.param({"cnote": "x" * 128}, "x" * 128, id="128 characters"),
+        pytest.param({"cnote": "x" * 129}, None, id="129 characters"),
+        pytest.param({"cnote": "a\nb"}, None, id="a line feed"),
+        pytest.param({"cnote": "a\x00b"}, None, id="a NUL"),
+    ],
+)
+def test_what_is_no_cnote_is_none(wire: Wire, fields: dict[str, Any], taken: str | None) -> None:
+    """The report is recorded all the same, and its body has what came."""
+    _, event = wire.recorded(body(**fields))
+    assert event["reported_cnote"] == taken
+
+
+def test_a_cnote_may_come_late(wire: Wire) -> None:
+    """Without one the order's is null, until one arrives."""
+    receipt, _ = wire.recorded(b'{"order_no":"CNOTE LATE","status":"Diajukan"}')
+    order = wire.read(f"/orders/CNOTE%20LATE?after_position={receipt['position']}")
+    assert order["cnote"] is None
+    receipt, _ = wire.recorded(body(order_no="CNOTE LATE", cnote="AWB LATE"))
+    order = wire.read(f"/orders/CNOTE%20LATE?after_position={receipt['position']}")
+    assert order["cnote"] == "AWB LATE"
+
+
+def test_a_cnote_may_change_and_be_of_two_orders(wire: Wire) -> None:
+    """Both of an order's are shown, and a look-up finds every order that ever had one."""
+    for order_no, status, cnote in [
+        ("CNOTES 1", "Diajukan", "AWB A"), ("CNOTES 1", "Dikirim", "AWB B"), ("CNOTES 2", "Diajukan", "AWB B"),
+    ]:  # fmt: skip
+        receipt, _ = wire.recorded(body(order_no=order_no, status=status, cnote=cnote))
+    at = f"after_position={receipt['position']}"
+    entries = wire.read(f"/orders/CNOTES%201/timeline?{at}")["entries"]
+    assert [entry["reported_cnote"] for entry in entries] == ["AWB A", "AWB B"]
+    for cnote, order_nos in [("AWB%20A", ["CNOTES 1"]), ("AWB%20B", ["CNOTES 2", "CNOTES 1"])]:
+        orders = wire.read(f"/orders?cnote={cnote}&{at}")["orders"]
+        assert [order["order_no"] for order in orders] == order_nos
+
+
+@pytest.mark.parametrize(
+    ("status", "recognised"),
+    [
+        ("DIKIRIM", "in_transit"),
+        ("  dikirim  ", "in_transit"),
+        ("In_Transit", "in_transit"),
+        ("in   transit", "in_transit"),
+        ("Transit Jakarta", None),
+        ("x" * 128, None),
+        ("😀", None),
+        ("a\nb", None),
+    ],
+)
+def test_a_status_in_any_dress(wire: Wire, status: str, recognised: str | None) -> None:
+    """Case, spaces and underscores do not matter; what is outside the vocabulary is recorded as it came."""
+    receipt, event = wire.recorded(body(status=status))
+    assert receipt["reported_status"] == status
+    assert event["recognised"] == recognised
+    assert (receipt["outcome"] == "unrecognised") == (recognised is None)
+
+
+@pytest.mark.parametrize("number", [0, 7, 10**18 - 1])
+def test_an_order_number_written_as_a_number(wire: Wire, number: int) -> None:
+    """An integer of up to 18 digits is its decimal text."""
+    receipt, _ = wire.recorded(body(order_no=number))
+    assert receipt["order_no"] == str(number)
+    assert wire.read(f"/orders/{number}?version=1")["order_no"] == str(number)
+
+
+def test_strange_order_numbers_are_kept_told_apart_and_found(wire: Wire) -> None:
+    """None is trimmed, resolved or normalised: each is an order of its own at the path that spells it."""
+    for order_no in STRANGE_ORDER_NOS.values():
+        receipt, _ = wire.recorded(body(order_no=order_no))
+        assert receipt["order_no"] == order_no
+    for order_no in STRANGE_ORDER_NOS.values():
+        path = f"/orders/{quote(order_no, safe='')}"
+        assert wire.read(f"{path}?after_position={receipt['position']}")["order_no"] == order_no
+        assert wire.read(f"{path}?version=1")["order_no"] == order_no
+        assert wire.read(f"{path}/timeline?after_position={receipt['position']}")["order_no"] == order_no
+        bodies = [event["data"]["body"] for event in wire.read(f"{path}/events")["events"]]
+        assert {json.loads(text)["order_no"] for text in bodies} == {order_no}
+
+
+@pytest.mark.parametrize("injection", INJECTIONS.values(), ids=INJECTIONS)
+@pytest.mark.parametrize("field", ["order_no", "cnote", "status", "note", "timestamp"])
+def test_an_injection_is_only_text(wire: Wire, field: str, injection: str) -> None:
+    """In whichever field it stands, it is kept and shown verbatim."""
+    receipt, event = wire.recorded(body(**{field: injection}))
+    shown = {
+        "order_no": receipt["order_no"],
+        "cnote": event["reported_cnote"],
+        "status": event["reported_status"],
+    }
+    assert shown.get(field, injection) == injection
+
+
+@pytest.mark.parametrize("timestamp", ["0000-00-00", "0000-00-00 00:00:00", "9999-12-31T23:59:59Z"])
+def test_a_time_that_is_none(wire: Wire, timestamp: str) -> None:
+    """A placeholder is not believed: the event has no occurred_at, and its body has what came."""
+    _, event = wire.recorded(body(timestamp=timestamp))
+    assert event["occurred_at"] is None
+
+
+# Bodies that are not
+
+
+@pytest.mark.parametrize("raw", QUARANTINED.values(), ids=QUARANTINED)
+def test_what_cannot_be_understood_is_kept_byte_for_byte(wire: Wire, raw: bytes) -> None:
+    """Nothing is guessed: it is answered 200, kept in the quarantine, and no event comes of it."""
+    wire.quarantined(raw)
+
+
+@pytest.mark.parametrize(
+    ("kind", "raw"),
+    [
+        ("application/x-www-form-urlencoded", b"order_no=KOM1&status=Dikirim"),
+        (
+            "multipart/form-data; boundary=x",
+            b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--',
+        ),
+        ("application/json; charset=utf-16", DOCUMENTED.decode().encode("utf-16")),
+        ("application/json; charset=no-such", b"not json"),
+    ],
+)
+def test_a_type_that_tells_the_truth_helps_nothing(wire: Wire, kind: str, raw: bytes) -> None:
+    """Forms and other encodings are not understood, even where the Content-Type names them."""
+    wire.quarantined(raw, f"Content-Type: {kind}")
+
+
+def kept(wire: Wire, raw: bytes) -> str:
+    """Send a body, see that it is an event's or the quarantine's as it is, and return the outcome."""
+    answer = wire.put(raw)
+    outcome: str = answer.json["outcome"]
+    if outcome == "quarantined":
+        wire.seen_quarantined(raw, answer)
+    else:
+        receipt, _ = wire.seen_recorded(raw, answer)
+        fields = orjson.loads(raw.removeprefix(BYTE_ORDER_MARK))
+        assert (receipt["order_no"], receipt["reported_status"]) == (str(fields["order_no"]), fields["status"])
+    return outcome
+
+
+@pytest.mark.parametrize("number", [b"1e400", b"-1e400", b"9" * 30, b"9" * 5_000, b"1e-400", b"-0", b"0.1e1"])
+def test_a_number_that_few_can_hold(wire: Wire, number: bytes) -> None:
+    """It is read or refused, as the parser says, and the body is kept as it was."""
+    kept(wire, SENT + b',"n":' + number + b"}")
+    kept(wire, SENT + rb',"\n":' + number + b"}")
+
+
+@pytest.mark.parametrize("depth", [100, 900, 1_000, 1_022, 1_023, 1_024, 1_100])
+def test_nesting_about_the_depth_that_is_too_deep(wire: Wire, depth: int) -> None:
+    """Also where one reader gives up before the other, a body is read or refused."""
+    for separator in (b',"x":', rb',"\n":'):
+        kept(wire, SENT + separator + b"[" * depth + b"]" * depth + b"}")
+
+
+@pytest.mark.parametrize("raw", LARGE.values(), ids=LARGE)
+def test_64_kib_of_anything_are_answered_soon(wire: Wire, raw: bytes) -> None:
+    """A large body costs in step with its size, and is kept like any other."""
+    begun = time.monotonic()
+    assert wire.put(raw).status == 200
+    assert time.monotonic() - begun < LARGE_SECONDS_MAX
+    kept(wire, raw)
+
+
+# Any body at all
+
+
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=400,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(raw=BODIES)
+@example(raw=BYTE_ORDER_MARK)
+@example(raw=body(order_no="a{b}c"))
+@example(raw=BYTE_ORDER_MARK + DOCUMENTED)
+def test_any_bytes_are_an_event_or_in_the_quarantine(wire: Wire, raw: bytes) -> None:
+    """Whatever a body is, it is answered 200, and the log or the quarantine has it as it was sent."""
+    assert kept(wire, raw) in VERDICTS | {"quarantined"}
+
+
+# Bodies as they travel
+
+
+@pytest.mark.parametrize(("coding", "sent"), WELL_CODED.values(), ids=WELL_CODED)
+def test_a_coded_body_is_read(wire: Wire, coding: str, sent: bytes) -> None:
+    """Gzip is undone, and the event's body is what was within."""
+    wire.seen_recorded(DOCUMENTED, wire.put(sent, f"Content-Encoding: {coding}"))
+
+
+@pytest.mark.parametrize(("status", "sent", "codings"), BADLY_CODED.values(), ids=BADLY_CODED)
+@pytest.mark.parametrize("framing", ["by length", "in chunks"])
+def test_a_coding_that_cannot_be_undone(
+    wire: Wire, framing: str, status: int, sent: bytes, codings: list[str]
+) -> None:
+    """Corrupt is 400, too large within is 413, and an unknown coding is 415; nothing is recorded or kept."""
+    before = wire.state()
+    lines = [f"Content-Encoding: {coding}".encode() for coding in codings]
+    if framing == "by length":
+        raw = head(*lines, b"Content-Length: %d" % len(sent)) + sent
+    else:
+        raw = head(*lines, b"Transfer-Encoding: chunked") + chunked(sent)
+    assert wire.exchange(raw).status == status
+    assert wire.state() == before
+
+
+@pytest.mark.parametrize("length", [BODY_BYTES_MAX + 1, 10**9, 2**63 - 1])
+def test_a_body_that_says_it_is_too_large_is_not_waited_for(wire: Wire, length: int) -> None:
+    """413 at once, before a byte of it has come."""
+    begun = time.monotonic()
+    assert wire.exchange(head(b"Content-Length: %d" % length)).status == 413
+    assert time.monotonic() - begun < LARGE_SECONDS_MAX
+
+
+def test_a_body_that_grows_too_large_is_cut_off(wire: Wire) -> None:
+    """By chunks, 413 comes when the limit is passed, not at the end, which never comes."""
+    raw = head(b"Transfer-Encoding: chunked") + b"4000\r\n%s\r\n" % (b" " * 0x4000) * 5
+    assert wire.exchange(raw).status == 413
+
+
+def test_a_sender_that_is_gone_loses_and_doubles_nothing(wire: Wire) -> None:
+    """What was sent whole is recorded although nobody waits; sent again with its key, it is the same event."""
+    resetting = struct.pack("ii", 1, 0)
+    for number in range(40):
+        with wire.connect() as connection:
+            raw = body(order_no=f"GONE {number}")
+            connection.sendall(request("PUT", "/webhook", raw, f"Idempotency-Key: gone {number}"))
+            if number % 2:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, resetting)
+        with wire.connect() as connection:
+            connection.sendall(request("PUT", "/webhook", body(order_no="HALF GONE"))[:-1])
+    due = time.monotonic() + 3
+    for number in range(0, 40, 2):
+        while wire.get(f"/orders/GONE%20{number}/events").status == 404:
+            assert time.monotonic() < due
+    for number in range(40):
+        receipt, _ = wire.recorded(body(order_no=f"GONE {number}"), f"Idempotency-Key: gone {number}")
+        assert receipt["version"] == 1
+        assert len(wire.read(f"/orders/GONE%20{number}/events")["events"]) == 1
+    assert wire.get("/orders/HALF%20GONE").status == 404
+
+
+# HTTP that is none
+
+
+@pytest.mark.parametrize("raw", BADLY_FRAMED.values(), ids=BADLY_FRAMED)
+def test_framing_that_two_readers_could_read_differently(wire: Wire, raw: bytes) -> None:
+    """One answer, 400, and the connection is closed: what follows on it is nobody's request."""
+    before = wire.state()
+    answers = wire.talk(raw + request("PUT", "/webhook", SMUGGLED))
+    assert [(answer.status, answer.headers.get("connection")) for answer in answers] == [(400, "close")]
+    assert wire.state() == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"PUT /webhook", b"GET /livez", b"PUT /webhook HTTP/0.9", b"PUT /webhook HTTP/2.0", b"PRI * HTTP/2.0"],
+)
+def test_another_version_of_http(wire: Wire, line: bytes) -> None:
+    """HTTP/0.9 and HTTP/2.0 are 400 or 505, and the connection is closed."""
+    before = wire.state()
+    (answer,) = wire.talk(line + b"\r\n" + LENGTH + b"\r\n\r\n" + SMUGGLED)
+    assert answer.status in (400, 505)
+    assert answer.headers.get("connection") == "close"
+    assert wire.state() == before
+
+
+@pytest.mark.parametrize("raw", ENDLESS.values(), ids=ENDLESS)
+def test_a_head_that_never_ends(wire: Wire, raw: bytes) -> None:
+    """Sent as fast as can be, it is 400 or cut off long before anybody's patience or memory ends."""
+    before = wire.state()
+    assert [answer.status for answer in wire.talk(raw)] in ([], [400])
+    assert wire.state() == before
+
+
+# Slowness
+
+
+async def trickle(port: int, at_once: bytes, later: bytes) -> tuple[float, bytes]:
+    """Open a connection and send, then a byte a second; return when it was closed and all that was answered."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    begun = time.monotonic()
+    writer.write(at_once)
+    received = bytearray()
+
+    async def receive() -> None:
+        with suppress(ConnectionError):
+            while piece := await reader.read(65_536):
+                received.extend(piece)
+
+    closing = asyncio.create_task(receive())
+    drops = cycle(later[at : at + 1] for at in range(len(later)))
+    while not closing.done() and time.monotonic() - begun < 2 * SLOW_SECONDS_MAX:
+        if later:
+            writer.write(next(drops))
+        await asyncio.wait([closing], timeout=1)
+    seconds = time.monotonic() - begun
+    closing.cancel()
+    writer.close()
+    return seconds, bytes(received)
+
+
+async def test_slow_senders_are_cut_off_and_nobody_else_notices(wire: Wire) -> None:
+    """Of 500 that send a byte a second, and some that say nothing, each is closed or 408 within 10 s."""
+    kinds = [*SLOW.values()]
+    slow = [kinds[number % len(kinds)] for number in range(SLOW_CONNECTIONS)]
+    slow += [SILENT] * SILENT_CONNECTIONS
+    ends = asyncio.gather(*(trickle(wire.port, at_once, later) for at_once, later, _ in slow))
+    took = []
+    while not ends.done():
+        begun = time.monotonic()
+        answer = await asyncio.to_thread(wire.put, DOCUMENTED)
+        took.append(time.monotonic() - begun)
+        assert answer.json["outcome"] in VERDICTS
+        await asyncio.sleep(0.02)
+    for (seconds, received), (at_once, _, expected) in zip(await ends, slow, strict=True):
+        assert seconds < SLOW_SECONDS_MAX + SLOW_SECONDS_ROOM, at_once
+        assert [answer.status for answer in split_answers(received)] in expected, at_once
+    assert len(took) > 100
+    assert max(took) < ORDINARY_SECONDS_MAX
+
+
+# Paths and parameters
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE", "PATCH"])
+def test_another_method_on_the_webhook(wire: Wire, method: str) -> None:
+    """405, and Allow says which there are."""
+    answer = wire.exchange(request(method, "/webhook", DOCUMENTED))
+    assert answer.status == 405
+    assert {name.strip() for name in answer.headers["allow"].split(",")} == {"POST", "PUT"}
+
+
+@pytest.mark.parametrize("path", BESIDE_THE_WEBHOOK)
+def test_a_path_beside_the_webhook(wire: Wire, path: str) -> None:
+    """Nothing is resolved on the way to the webhook: 404, and nothing is recorded."""
+    before = wire.state()
+    assert wire.exchange(request("PUT", path, SMUGGLED)).status == 404
+    assert wire.state() == before
+
+
+@pytest.mark.parametrize("bad", ["%00", "%zz", "%FF", "a%0Ab", "%C0%AF", "%", "a%2"])
+@pytest.mark.parametrize("path", ["/orders/{}", "/orders/{}/timeline", "/orders/{}/events", "/quarantine/{}"])
+def test_a_read_path_that_spells_no_text(wire: Wire, path: str, bad: str) -> None:
+    """Broken escapes, bytes that are no UTF-8 and control characters are 400 wherever a path is read."""
+    assert wire.get(path.format(bad)).status == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "parameter"), BAD_PARAMETERS, ids=[quote(path[:40]) for path, _ in BAD_PARAMETERS]
+)
+def test_a_bad_parameter_is_named(wire: Wire, path: str, parameter: str) -> None:
+    """A parameter that cannot be used is 400 with a problem that names it; none is ignored or clipped."""
+    wire.put(DOCUMENTED)
+    answer = wire.exchange(f"GET {path} HTTP/1.1\r\nHost: shop.example\r\n\r\n".encode())
+    assert (answer.status, answer.json.get("parameter")) == (400, parameter)
+
+
+def test_an_order_that_has_not_changed(wire: Wire) -> None:
+    """If-None-Match with the current ETag is 304 without a body; with an older one it is the order."""
+    receipt, _ = wire.recorded(body(order_no="TAGGED"))
+    etag = wire.get(f"/orders/TAGGED?after_position={receipt['position']}").headers["etag"]
+    answer = wire.get("/orders/TAGGED", f"If-None-Match: {etag}")
+    assert (answer.status, answer.headers["etag"], answer.body) == (304, etag, b"")
+    receipt, _ = wire.recorded(body(order_no="TAGGED"))
+    answer = wire.get(f"/orders/TAGGED?after_position={receipt['position']}", f"If-None-Match: {etag}")
+    assert (answer.status, answer.json["version"]) == (200, 2)

@@ -1,0 +1,188 @@
+"""The quarantine as a tool: bounded, shown, retried into ordinary events, discarded with a reason."""
+
+import asyncio
+import base64
+import json
+import shutil
+from collections.abc import AsyncIterator
+from datetime import datetime, timedelta
+from typing import Any
+
+import aiohttp
+import pytest
+
+from service.app import serving
+from service.database import Connection
+from service.settings import Settings
+from tests.acceptance.running import run_command
+from tests.conftest import make_folder
+from tests.integration.test_http import Client
+
+HOURLY_MAX = 5
+# What an older parser could not read, and today's can.
+LEARNED = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim","more":1.10}'
+
+
+@pytest.fixture
+async def client(dsn: str) -> AsyncIterator[Client]:
+    settings = Settings(port=0, quarantine_hourly_max=HOURLY_MAX)
+    async with serving(settings, dsn) as (port, _), aiohttp.ClientSession() as session:
+        yield Client(session, port)
+
+
+async def post(client: Client, path: str, status: int, body: Any = None) -> Any:
+    async with client.session.post(f"http://127.0.0.1:{client.port}{path}", json=body) as response:
+        assert response.status == status, await response.text()
+        return await response.json(content_type=None)
+
+
+async def quarantined(client: Client, connection: Connection, body: bytes = LEARNED) -> int:
+    """An entry of a body that today's parser understands."""
+    entry: int = (await client.raw(b"[%d]" % len(body)))["quarantine_id"]
+    await connection.execute("UPDATE quarantine SET body = $1 WHERE quarantine_id = $2", body, entry)
+    return entry
+
+
+async def test_a_flood_of_what_cannot_be_understood_is_turned_away(
+    client: Client, connection: Connection
+) -> None:
+    """Over the cap of the hour: 503 with Retry-After, never 200; known bodies and good reports go on."""
+    for number in range(HOURLY_MAX):
+        await client.raw(b"junk %d" % number)
+    for number in range(3):
+        async with client.session.put(
+            f"http://127.0.0.1:{client.port}/webhook", data=b"more %d" % number
+        ) as answer:
+            assert answer.status == 503
+            assert answer.headers["Retry-After"]
+            assert "cannot be understood" in (await answer.json(content_type=None))["detail"]
+    assert (await client.raw(b"junk 0"))["outcome"] == "quarantined"
+    assert (await client.webhook("KOM1"))["outcome"] == "advanced"
+    assert await connection.fetchval("SELECT count(*) FROM quarantine") == HOURLY_MAX
+    assert await connection.fetchval("SELECT times_seen FROM quarantine WHERE body = 'junk 0'") == 2
+    # The count is the database's, so it moves on with the hour, whatever process asks.
+    await connection.execute("UPDATE quarantine SET received_at = received_at - interval '61 minutes'")
+    assert (await client.raw(b"more 0"))["outcome"] == "quarantined"
+
+
+async def test_many_at_once_share_an_entry_or_stay_near_the_cap(client: Client, connection: Connection) -> None:
+    """Equal bodies that come together are one entry with their number; none of them fails."""
+    receipts = await asyncio.gather(*(client.raw(b"same") for _ in range(40)))
+    assert len({receipt["quarantine_id"] for receipt in receipts}) == 1
+    assert await connection.fetchval("SELECT times_seen FROM quarantine") == 40
+
+
+async def test_a_retried_entry_becomes_an_ordinary_event(client: Client, connection: Connection) -> None:
+    """It is judged as of now, keeps body and address, and says where it came from; the entry says where to."""
+    await client.webhook("KOM1", "Diajukan")
+    entry = await quarantined(client, connection)
+    before = await connection.fetchval("SELECT now()")
+    receipt = await post(client, f"/quarantine/{entry}/retry", 200)
+    assert receipt.pop("quarantine_id") == entry
+    assert (receipt["outcome"], receipt["version"], receipt["status"]) == ("advanced", 2, "in_transit")
+    _, event = (await client.get("/orders/KOM1/events"))["events"]
+    assert event["data"]["quarantine_id"] == entry
+    assert event["data"]["body"] == LEARNED.decode()
+    assert event["data"]["remote"] == "127.0.0.1"
+    assert datetime.fromisoformat(event["data"]["timestamp"]) >= before - timedelta(seconds=1)
+    shown = await client.get(f"/quarantine/{entry}")
+    assert (shown["state"], shown["order_no"], shown["version"]) == ("retried", "KOM1", 2)
+    assert shown["resolved_at"] is not None
+    assert base64.b64decode(shown["body_base64"]) == LEARNED
+
+
+async def test_an_entry_is_recorded_once_however_often_it_is_retried(
+    client: Client, connection: Connection
+) -> None:
+    """Many at once and again later: one event, the same receipt."""
+    entry = await quarantined(client, connection)
+    receipts = await asyncio.gather(*(post(client, f"/quarantine/{entry}/retry", 200) for _ in range(10)))
+    receipts.append(await post(client, f"/quarantine/{entry}/retry", 200))
+    assert all(receipt == receipts[0] for receipt in receipts)
+    assert await connection.fetchval("SELECT count(*) FROM order_events") == 1
+
+
+async def test_what_is_still_not_understood_stays(client: Client, connection: Connection) -> None:
+    """Retried in vain it is 422 with the reason; the entry is as it was."""
+    entry = (await client.raw(b"not json"))["quarantine_id"]
+    before = await client.get(f"/quarantine/{entry}")
+    problem = await post(client, f"/quarantine/{entry}/retry", 422)
+    assert problem["detail"] == before["reason"]
+    assert await client.get(f"/quarantine/{entry}") == before
+    assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
+
+
+async def test_an_entry_is_discarded_with_a_reason(client: Client, connection: Connection) -> None:
+    """It stays and says why; it is then neither retried nor discarded again, but still counts what comes."""
+    entry = await quarantined(client, connection)
+    bodies: list[Any] = [
+        {},
+        {"reason": ""},
+        {"reason": " "},
+        {"reason": 1},
+        {"reason": "x" * 501},
+        {"reason": "\0"},
+        [],
+        None,
+    ]
+    for body in bodies:
+        await post(client, f"/quarantine/{entry}/discard", 400, body)
+    shown = await post(client, f"/quarantine/{entry}/discard", 200, {"reason": "a test of ours"})
+    assert (shown["state"], shown["resolution"]) == ("discarded", "a test of ours")
+    assert shown == await client.get(f"/quarantine/{entry}")
+    await post(client, f"/quarantine/{entry}/discard", 409, {"reason": "again"})
+    assert "a test of ours" in (await post(client, f"/quarantine/{entry}/retry", 409))["detail"]
+    assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
+
+
+async def test_the_list_is_filtered_by_state(client: Client, connection: Connection) -> None:
+    """Open ones are what is to be dealt with; a page's next keeps the filter."""
+    entries = [await quarantined(client, connection, b"%d" % number) for number in range(4)]
+    await post(client, f"/quarantine/{entries[1]}/discard", 200, {"reason": "x"})
+    page = await client.get("/quarantine?state=open&limit=2")
+    assert [entry["quarantine_id"] for entry in page["entries"]] == [entries[3], entries[2]]
+    page = await client.get(page["next"])
+    assert [entry["quarantine_id"] for entry in page["entries"]] == [entries[0]]
+    (discarded,) = (await client.get("/quarantine?state=discarded"))["entries"]
+    assert discarded["quarantine_id"] == entries[1]
+    await client.get("/quarantine?state=closed", 400)
+
+
+@pytest.mark.parametrize("entry", ["999999", "0", "-1", "x", "1.5", "99999999999999999999"])
+async def test_an_entry_that_is_not_there(client: Client, entry: str) -> None:
+    """404 on every way to it."""
+    await client.get(f"/quarantine/{entry}", 404)
+    await post(client, f"/quarantine/{entry}/retry", 404)
+    await post(client, f"/quarantine/{entry}/discard", 404, {"reason": "x"})
+
+
+async def test_the_same_on_the_command_line(client: Client, connection: Connection, owner_dsn: str) -> None:
+    """list, show, retry and discard, beside the running service, which shows what came of it."""
+    folder = make_folder()
+
+    async def tool(*arguments: str, code: int = 0) -> str:
+        done = await asyncio.to_thread(run_command, folder, "quarantine", *arguments, DATABASE_URL=owner_dsn)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    try:
+        learned = await quarantined(client, connection)
+        junk = (await client.raw(b"junk \x1b[31m\xff"))["quarantine_id"]
+        listed = await tool("list")
+        assert str(learned) in listed
+        assert "not JSON" in listed
+        assert "junk \\x1b[31m\\xff" in await tool("show", str(junk))
+        assert f"{learned}: advanced, version 1 of KOM1" in await tool("retry", "--all", code=1)
+        assert "already" not in await tool("retry", str(learned))
+        assert "nobody sends this" not in await tool("list")
+        await tool("discard", str(junk), "nobody sends this")
+        assert "nobody sends this" in await tool("show", str(junk))
+        assert "already" in await tool("discard", str(junk), "x", code=1)
+        await tool("discard", str(junk), "", code=2)
+        await tool("show", "999", code=1)
+        await tool("retry", code=2)
+        assert str(junk) not in await tool("list", "--state", "open")
+    finally:
+        shutil.rmtree(folder)
+    order = await client.get("/orders/KOM1/events")
+    assert json.loads(order["events"][0]["data"]["body"]) == json.loads(LEARNED)
