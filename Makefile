@@ -1,10 +1,11 @@
 # Everything there is to do with this project. Needs make and a Python of 3.11 or newer; no root, no database.
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench replay lock clean FORCE
+.PHONY: help run test lint faults bench replay lock clean FORCE
 SHELL := /bin/sh
 
 VENV := .venv
 BIN := $(VENV)/bin
+AUDIT_SECONDS := 15
 # The newest Python on the PATH that will do, unless PYTHON names one.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -29,6 +30,16 @@ lint: $(VENV)/dev.stamp ## check style, types and import directions
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
+	$(BIN)/python -m bandit --quiet --configfile pyproject.toml --recursive domain projections service
+	@# What is not said of a vulnerability is said of a source that cannot be reached, which is no fault of ours.
+	@said=$$($(BIN)/python -m pip_audit --requirement requirements.lock --disable-pip --progress-spinner off \
+		--timeout $(AUDIT_SECONDS) 2>&1) && echo "pip-audit: $$(echo "$$said" | head -n 1);" \
+		"$$(echo "$$said" | grep -c 'could not be audited') packages are unknown to its source" || { \
+		case "$$said" in *"known vulnerabilit"*) echo "$$said" >&2; exit 1;; esac; \
+		echo "pip-audit: its source cannot be reached, nothing was audited"; }
+
+faults: $(VENV)/dev.stamp ## break everything that can break, under load, and check that nothing is lost
+	@$(BIN)/python -m tests.faults $(ARGS)
 
 bench: $(VENV)/dev.stamp ## measure against the named baselines and print the ratios
 	@$(BIN)/python -m tests.benchmarks $(ARGS)
