@@ -1,0 +1,31 @@
+"""``check`` and ``migrate``."""
+
+from service import check as checks
+from service.commands.console import WRONG, connected, out, run_with_database
+from service.schema import SCHEMA_VERSION, apply_schema
+from service.settings import read_settings
+
+
+def check() -> None:
+    """Say whether settings, database and schema are in order."""
+
+    async def work(dsn: str) -> int:
+        settings = read_settings()
+        findings = [*checks.check_settings(settings), *await checks.check(dsn)]
+        for finding in findings:
+            out.print(f"{finding.kind:<5}  {finding.text}", markup=False)
+        return WRONG if any(finding.kind == "WRONG" for finding in findings) else 0
+
+    run_with_database(work, as_service=False)
+
+
+def migrate() -> None:
+    """Bring the database's schema to this release, as the owner of the log; 'serve' does it by itself."""
+
+    async def work(dsn: str) -> int:
+        async with connected(dsn) as connection:
+            await apply_schema(connection)
+        out.print(f"the schema has version {SCHEMA_VERSION}")
+        return 0
+
+    run_with_database(work, as_service=False)

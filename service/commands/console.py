@@ -1,0 +1,102 @@
+"""What every command has in common: where it prints, how it ends, and how it comes by the database."""
+
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import datetime
+from typing import Any, Final, NoReturn
+
+import asyncpg
+import typer
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from projections.engine import OutdatedViewError
+from projections.rebuild import RebuildRunningError
+from service.database import (
+    Connection,
+    StorageUnavailableError,
+    UnsupportedServerError,
+    connect,
+)
+from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, running_dsn
+from service.event_store import UndecodableEventError
+from service.schema import SchemaError, service_dsn
+from service.settings import Settings, SettingsError, read_settings
+
+WRONG: Final = 1
+MISUSED: Final = 2
+
+# Into a pipe or a file as wide as it takes.
+PIPED_COLUMNS: Final = 200
+out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_COLUMNS)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def end(message: str, code: int = WRONG) -> NoReturn:
+    err.print(message, markup=False, style="red")
+    raise typer.Exit(code)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Say in one line what an operator can mend."""
+    try:
+        yield
+    except SettingsError as error:
+        end(str(error), MISUSED)
+    except RebuildRunningError:
+        end("a replay is running already")
+    except (StorageUnavailableError, UnsupportedServerError) as error:
+        end(f"the database cannot be used: {error}")
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, UnicodeError) as error:
+        end(f"the database refuses this: {str(error).partition(chr(10))[0]}")
+    except UndecodableEventError as error:
+        end(f"the log holds an event that cannot be read: {error}")
+    except (SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
+        end(str(error))
+
+
+@contextmanager
+def database(settings: Settings) -> Iterator[tuple[str, EmbeddedPostgres | None]]:
+    """Yield the database's DSN: the given one, that of a running service, or of one started for the purpose."""
+    if settings.database_url:
+        yield settings.database_url, None
+    elif (dsn := running_dsn(settings.state_dir)) is not None:
+        yield dsn, None
+    else:
+        with EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir) as server:
+            yield server.dsn, server
+
+
+def run_with_database(work: Callable[[str], Coroutine[Any, Any, int]], *, as_service: bool = True) -> NoReturn:
+    """Run a piece of work on the configured database, as the service's role or as given; exit as it says."""
+
+    async def run(dsn: str) -> int:
+        return await work(await service_dsn(dsn) if as_service else dsn)
+
+    with plain_errors(), database(read_settings()) as (dsn, _):
+        code = uvloop.run(run(dsn))
+    raise typer.Exit(code)
+
+
+@asynccontextmanager
+async def connected(dsn: str) -> AsyncIterator[Connection]:
+    connection = await connect(dsn)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+def make_table(*columns: str) -> Table:
+    """A table that folds what is too long for the terminal, and never cuts it."""
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def time_text(time: datetime | None) -> str:
+    return "-" if time is None else time.isoformat(timespec="seconds")
