@@ -250,7 +250,15 @@ CREATE TABLE set_aside (
 -- keys
 ALTER TABLE orders ADD PRIMARY KEY (order_no);
 CREATE INDEX orders_first_position_idx ON orders (first_position);
+-- One for each way in which orders are looked for; those of rare orders hold nothing of the others.
 CREATE INDEX orders_status_idx ON orders (status, first_position);
+CREATE INDEX orders_repeated_idx ON orders (first_position) WHERE repeated > 0;
+CREATE INDEX orders_late_idx ON orders (first_position) WHERE late > 0;
+CREATE INDEX orders_refused_idx ON orders (first_position) WHERE refused > 0;
+CREATE INDEX orders_unrecognised_idx ON orders (first_position) WHERE unrecognised > 0;
+CREATE INDEX orders_last_reported_idx ON orders (last_reported_at);
+CREATE INDEX orders_unsettled_idx ON orders (last_reported_at)
+    WHERE status IS NULL OR status NOT IN ('delivered', 'completed', 'returned', 'cancelled', 'lost', 'damaged');
 ALTER TABLE order_cnotes ADD PRIMARY KEY (cnote, order_no);
 
 -- view timeline
@@ -291,5 +299,55 @@ ALTER TABLE entries ADD PRIMARY KEY (order_no, version);
 CREATE UNIQUE INDEX entries_position_idx ON entries (position);
 -- A page of a timeline counts its repeats through this; most orders have none.
 CREATE INDEX entries_repeats_idx ON entries (order_no, repeats) WHERE repeats IS NOT NULL;
+
+-- view statistics
+
+-- Orders by what their status is; '' where they have none yet.
+CREATE TABLE statuses (
+    status  text   NOT NULL,
+    orders  bigint NOT NULL
+);
+
+-- How often orders went from one status to another, by how long they had been in the first: buckets of time, each
+-- a tenth wider than the one before it.
+CREATE TABLE moves (
+    previous_status  text    NOT NULL,
+    status           text    NOT NULL,
+    bucket           integer NOT NULL,
+    times            bigint  NOT NULL
+);
+
+-- Reports by verdict and day, in UTC.
+CREATE TABLE days (
+    day      date   NOT NULL,
+    verdict  text   NOT NULL,
+    reports  bigint NOT NULL
+);
+
+-- What the vocabulary does not have.
+CREATE TABLE unrecognised (
+    reported_status   text        NOT NULL COLLATE "C",
+    reports           bigint      NOT NULL,
+    last_received_at  timestamptz NOT NULL
+);
+
+CREATE TABLE projection (
+    position    bigint NOT NULL,
+    definition  text   NOT NULL,
+    one_row     boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row)
+);
+
+CREATE TABLE set_aside (
+    order_no       text   NOT NULL COLLATE "C" PRIMARY KEY,
+    since_version  bigint NOT NULL,
+    position       bigint NOT NULL,
+    reason         text   NOT NULL
+);
+
+-- keys
+ALTER TABLE statuses ADD PRIMARY KEY (status);
+ALTER TABLE moves ADD PRIMARY KEY (previous_status, status, bucket);
+ALTER TABLE days ADD PRIMARY KEY (day, verdict);
+ALTER TABLE unrecognised ADD PRIMARY KEY (reported_status);
 
 -- end of views

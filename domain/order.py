@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from domain.transitions import Leg, Verdict
 
 # Where an order stands, all that judging its next report needs:
-# version, received_at, status, leg, status_version, cnote. A plain tuple of plain values, since hundreds of
-# thousands of them are kept, and the garbage collector does not visit such tuples.
-Standing: TypeAlias = "tuple[int, datetime, Status | None, Leg | None, int | None, str | None]"
+# version, received_at, status, leg, status_version, status_since, cnote. A plain tuple of plain values, since
+# hundreds of thousands of them are kept, and the garbage collector does not visit such tuples.
+Standing: TypeAlias = "tuple[int, datetime, Status | None, Leg | None, int | None, datetime | None, str | None]"
 
-UNHEARD: Final[Standing] = (0, datetime.min.replace(tzinfo=UTC), None, None, None, None)
+UNHEARD: Final[Standing] = (0, datetime.min.replace(tzinfo=UTC), None, None, None, None, None)
 
 
 class Report(NamedTuple):
@@ -56,6 +56,7 @@ class Order(BaseAggregate[str]):
     status: Status | None
     leg: Leg | None
     status_version: int | None
+    status_since: datetime | None
     cnote: str | None
 
     @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Order(BaseAggregate[str]):
         ``timestamp`` is when the report was received. ``status``, ``leg``, ``status_version`` (the version that
         brought that status) and ``cnote`` are the order's after this event, so that the next report can be
         judged from its last event alone. ``recognised`` is what the vocabulary made of the string at that
-        time; ``repeats`` is the version whose entry this report merely repeats.
+        time; ``previous_since`` is when the order came into ``previous_status``; ``repeats`` is the version
+        whose entry this report merely repeats.
         """
 
         TOPIC = "order.status_reported"
@@ -91,6 +93,7 @@ class Order(BaseAggregate[str]):
         verdict: Verdict
         recognised: Status | None
         previous_status: Status | None
+        previous_since: datetime | None
         status: Status | None
         status_version: int | None
         leg: Leg | None
@@ -104,7 +107,13 @@ class Order(BaseAggregate[str]):
             aggregate.status = self.status
             aggregate.leg = self.leg
             aggregate.status_version = self.status_version
+            aggregate.status_since = self.status_since
             aggregate.cnote = self.cnote
+
+        @property
+        def status_since(self) -> datetime | None:
+            """When the order came into the status that it has after this event."""
+            return self.timestamp if self.verdict == "advanced" else self.previous_since
 
         @property
         def standing(self) -> Standing:
@@ -115,6 +124,7 @@ class Order(BaseAggregate[str]):
                 self.status,
                 self.leg,
                 self.status_version,
+                self.timestamp if self.verdict == "advanced" else self.previous_since,
                 self.cnote,
             )
 
@@ -124,13 +134,21 @@ class Order(BaseAggregate[str]):
         order = cls.__new__(cls)
         version, received_at, *_ = UNHEARD
         order.__base_init__(order_no, version, received_at)
-        order.status = order.leg = order.status_version = order.cnote = None
+        order.status = order.leg = order.status_version = order.status_since = order.cnote = None
         return order
 
     @property
     def standing(self) -> Standing:
         """Where the order stands now."""
-        return (self.version, self.modified_on, self.status, self.leg, self.status_version, self.cnote)
+        return (
+            self.version,
+            self.modified_on,
+            self.status,
+            self.leg,
+            self.status_version,
+            self.status_since,
+            self.cnote,
+        )
 
     def report(self, report: Report, received_at: datetime) -> Order.StatusReported:
         """Judge a report and take it into this order's history; it waits in ``pending_events``."""
@@ -151,7 +169,9 @@ def judge_report(standing: Standing, report: Report, received_at: datetime) -> O
         report: what the sender says.
         received_at: when it arrived, in UTC; never recorded as earlier than the order's previous event.
     """
-    previous_version, previous_received_at, previous_status, previous_leg, status_version, cnote = standing
+    previous_version, previous_received_at, previous_status, previous_leg, status_version, since, cnote = (
+        standing
+    )
     version = previous_version + 1
     recognised = recognise(report.reported_status)
     verdict, leg, skipped, reason = judge(previous_status, previous_leg, recognised)
@@ -181,6 +201,7 @@ def judge_report(standing: Standing, report: Report, received_at: datetime) -> O
         "verdict": verdict,
         "recognised": recognised,
         "previous_status": previous_status,
+        "previous_since": since,
         "status": status,
         "status_version": status_version,
         "leg": leg,

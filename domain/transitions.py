@@ -3,11 +3,12 @@
 Source of every rule: ``docs/statuses.md``, which a test holds against this module cell by cell.
 """
 
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 from domain.statuses import HAPPY_PATH, STATUSES, Status
 
 Verdict = Literal["advanced", "repeated", "late", "refused", "unrecognised"]
+VERDICTS: Final[tuple[Verdict, ...]] = get_args(Verdict)
 
 # A problem remembers on which leg of the journey it arose, since that decides what may follow.
 Leg = Literal["before_transit", "on_the_way_out", "on_the_way_back"]

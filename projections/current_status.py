@@ -8,6 +8,10 @@ from projections.engine import Connection, DecodedEvent
 
 NAME: Final = "current_status"
 FOLD_VERSION: Final = 1
+# Larger pages gain no throughput and make webhooks wait: 2,000 took their p99 from 2.3 to 3 times.
+PAGE_EVENTS_MAX: Final = 300
+# Under load a page is then what several commits brought, for the price of one.
+REST_SECONDS: Final = 0.01
 TABLES: Final = ("orders", "order_cnotes")
 
 
@@ -166,6 +170,7 @@ ORDERS_BY_NUMBER: Final = """
     WHERE known.order_no = ANY($1)
 """
 
+# Every filter that is left out is null, and planned away: this is planned anew each time.
 ORDERS_PAGE: Final = """
     SELECT known.order_no, known.version, known.position, known.first_position, known.status,
         known.reported_status, known.status_since, known.cnote, known.first_reported_at, known.last_reported_at,
@@ -176,8 +181,18 @@ ORDERS_PAGE: Final = """
       AND ($2::text IS NULL OR known.status = $2)
       AND ($3::text IS NULL
            OR known.order_no IN (SELECT order_no FROM current_status.order_cnotes WHERE cnote = $3))
+      AND ($4::text IS NULL OR CASE $4
+               WHEN 'advanced' THEN known.advanced > 0 WHEN 'repeated' THEN known.repeated > 0
+               WHEN 'late' THEN known.late > 0 WHEN 'refused' THEN known.refused > 0
+               WHEN 'unrecognised' THEN known.unrecognised > 0 END)
+      AND ($5::timestamptz IS NULL OR known.last_reported_at >= $5)
+      AND ($6::timestamptz IS NULL OR known.last_reported_at < $6)
+      AND ($7::timestamptz IS NULL
+           OR known.last_reported_at <= $7
+              AND (known.status IS NULL OR known.status NOT IN (
+                  'delivered', 'completed', 'returned', 'cancelled', 'lost', 'damaged')))
     ORDER BY known.first_position DESC
-    LIMIT $4
+    LIMIT $8
 """
 
 WHOLLY_SET_ASIDE: Final = """
@@ -190,11 +205,29 @@ async def orders_by_number(connection: Connection, order_nos: Sequence[str]) -> 
     return {row[0]: OrderRow(*row) for row in await connection.fetch(ORDERS_BY_NUMBER, order_nos)}
 
 
-async def orders_page(
-    connection: Connection, before: int, status: str | None, cnote: str | None, limit: int
-) -> list[OrderRow]:
-    """Return orders first reported below a position, newest first, by status and by any cnote of theirs."""
-    return [OrderRow(*row) for row in await connection.fetch(ORDERS_PAGE, before, status, cnote, limit)]
+class OrdersFilter(NamedTuple):
+    """What is asked of orders; None leaves it out.
+
+    Args:
+        status: that they have now.
+        cnote: that was ever reported of them.
+        verdict: that at least one report of theirs has.
+        updated_after: they were last reported at or after it.
+        updated_before: they were last reported before it.
+        unmoved_since: they are not settled, and were last reported at or before it.
+    """
+
+    status: str | None = None
+    cnote: str | None = None
+    verdict: str | None = None
+    updated_after: datetime | None = None
+    updated_before: datetime | None = None
+    unmoved_since: datetime | None = None
+
+
+async def orders_page(connection: Connection, before: int, wanted: OrdersFilter, limit: int) -> list[OrderRow]:
+    """Return orders first reported below a position, newest first."""
+    return [OrderRow(*row) for row in await connection.fetch(ORDERS_PAGE, before, *wanted, limit)]
 
 
 async def is_set_aside(connection: Connection, order_no: str) -> bool:

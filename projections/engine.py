@@ -18,11 +18,6 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 # Begins a transaction by the given statements, and commits it at the end of the block.
 Transaction: TypeAlias = Callable[[str], AbstractAsyncContextManager[Connection]]
 
-# Larger pages gain no throughput and make webhooks wait: 2,000 took their p99 from 2.3 to 3 times.
-PAGE_EVENTS_MAX: Final = 300
-# Between two pages: under load a page is then what several commits brought, for the price of one. A report that
-# comes alone is projected at once.
-GATHER_SECONDS: Final = 0.01
 # Beneath the notifications, which are only hints: the longest that an unannounced event goes unseen.
 POLL_SECONDS: Final = 1.0
 # For one page; what takes longer is begun again on a new connection.
@@ -66,6 +61,9 @@ class View:
         apply: writes events of any orders into tables that hold what came before them.
         copy: writes events in stream order into empty tables without keys; what is not complete yet is carried
             in the dictionary to the next call, and a call without events writes it.
+        page_events_max: events that the live projection applies at once.
+        rest_seconds: what it rests between two pages that are not full. A report that comes alone is projected
+            at once.
     """
 
     name: str
@@ -75,6 +73,8 @@ class View:
     tables: tuple[str, ...]
     apply: Callable[[Connection, Sequence[DecodedEvent]], Awaitable[None]]
     copy: Callable[[Connection, Sequence[DecodedEvent], dict[str, Any]], Awaitable[None]]
+    page_events_max: int
+    rest_seconds: float
 
     @property
     def definition(self) -> str:
@@ -246,8 +246,8 @@ class Projector:
             self._wake.clear()
             try:
                 while events := await self._step_in_time():
-                    if events < PAGE_EVENTS_MAX:
-                        await asyncio.sleep(GATHER_SECONDS)
+                    if events < self.view.page_events_max:
+                        await asyncio.sleep(self.view.rest_seconds)
             except Exception as error:  # noqa: BLE001 - whatever it is, webhooks go on and so does this
                 self._note_failure(error)
                 await asyncio.sleep(RETRY_PAUSE_SECONDS)
@@ -279,7 +279,7 @@ class Projector:
             if state.definition != self.view.definition:
                 raise OutdatedViewError(f"the view {self.view.name} was made by another definition")
             position = state.position
-            page = await self._read_log(position, PAGE_EVENTS_MAX)
+            page = await self._read_log(position, self.view.page_events_max)
             if page:
                 position, _ = page[-1]
                 await apply_page(

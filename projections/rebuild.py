@@ -10,7 +10,6 @@ import asyncpg
 import structlog
 
 from projections.engine import (
-    PAGE_EVENTS_MAX,
     TAKE_VIEW_LOCK,
     Connection,
     DecodedEvent,
@@ -293,7 +292,7 @@ async def _catch_up(connection: Connection, view: View, read_log: ReadLog, head:
     while True:
         async with connection.transaction():
             state = await view_state(connection)
-            page = await read_log(state.position, PAGE_EVENTS_MAX)
+            page = await read_log(state.position, view.page_events_max)
             page = [logged for logged in page if logged[0] <= head]
             if not page:
                 return

@@ -26,9 +26,11 @@ from service.database import (
     is_connection_lost,
     open_pool,
 )
+from service.endpoints import routes_of
 from service.event_store import EventStore
 from service.http_server import HttpServer
 from service.log_reader import LogReader
+from service.operations_api import OperationsApi
 from service.quarantine import Quarantine
 from service.quarantine_api import QuarantineApi
 from service.read_api import ReadApi
@@ -36,6 +38,7 @@ from service.recorder import Recorder
 from service.schema import VIEWS, apply_schema, service_dsn
 from service.sender import Sender
 from service.settings import Settings
+from service.streams import Streams
 from service.webhook import Webhook
 
 # How long an unreachable database is waited for at start, such as one that starts at the same time.
@@ -110,8 +113,13 @@ class Service:
         quarantine = Quarantine(self.pool, seconds_max, settings.quarantine_hourly_max)
         self.access = Access(self.pool, seconds_max, is_open_without_keys=settings.is_local)
         self.webhook = Webhook(make_sender(settings), self.recorder, quarantine)
-        self.reads = ReadApi(self.pool, self._reading_orders, self.access, self.projectors, seconds_max)
-        self.quarantine = QuarantineApi(self.pool, self.access, self.recorder, seconds_max)
+        self.streams = Streams(self.pool, seconds_max)
+        self.apis = (
+            ReadApi(self.pool, self._reading_orders, self.projectors, seconds_max),
+            self.streams,
+            QuarantineApi(self.pool, self.recorder, seconds_max),
+            OperationsApi(self.pool, [*self.projectors.values()], seconds_max),
+        )
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -138,6 +146,7 @@ class Service:
         self._wake()
 
     def _wake(self, *_notification: object) -> None:
+        self.streams.tail.wake()
         for projector in self.projectors.values():
             projector.wake()
 
@@ -239,7 +248,9 @@ def make_sender(settings: Settings) -> Sender:
 def make_app(service: Service, settings: Settings) -> web.Application:
     """Return the HTTP application of a service."""
     app = web.Application(client_max_size=settings.body_bytes_max)
-    app.add_routes([*service.webhook.routes(), *service.reads.routes(), *service.quarantine.routes()])
+    app.add_routes(service.webhook.routes())
+    for api in service.apis:
+        app.add_routes(routes_of(api, service.access))
     return app
 
 
@@ -262,5 +273,6 @@ async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, bool
         service.supervise("close slow connections", server.close_slow_connections)
         yield port, await service.access.is_without_keys()
         server.stop_listening()
+        await service.streams.tail.end()
         # What was taken is answered first; a body that is only half here is not waited for.
         await service.recorder.finish()

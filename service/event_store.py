@@ -71,6 +71,8 @@ def encode_event(event: Order.StatusReported) -> bytes:
     state["timestamp"] = _encode_datetime(event.timestamp)
     if event.occurred_at is not None:
         state["occurred_at"] = _encode_datetime(event.occurred_at)
+    if event.previous_since is not None:
+        state["previous_since"] = _encode_datetime(event.previous_since)
     return orjson.dumps(state)
 
 
@@ -92,6 +94,8 @@ def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order
             values["timestamp"] = datetime.fromisoformat(values["timestamp"]["_data_"])
             if values["occurred_at"] is not None:
                 values["occurred_at"] = datetime.fromisoformat(values["occurred_at"]["_data_"])
+            if values["previous_since"] is not None:
+                values["previous_since"] = datetime.fromisoformat(values["previous_since"]["_data_"])
             values["originator_id"] = order_no
             values["originator_version"] = version
             event = object.__new__(Order.StatusReported)

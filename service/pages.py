@@ -2,19 +2,21 @@
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from pydantic import BaseModel
 
 from service.problems import answer
+from service.tables import columns_of, to_csv
 
 # Cursors, versions and positions are PostgreSQL's bigint.
 POSITION_MAX: Final = 2**63 - 1
 # What says where a page begins, and so is another for the next one.
 PLACE_PARAMETERS: Final = frozenset({"after_position", "cursor", "after"})
+CSV_HEADERS: Final = {"Content-Type": "text/csv; charset=utf-8", "Server": "order-tracking", "Vary": "Accept"}
 
 
 def encode_cursor(key: int) -> str:
@@ -40,12 +42,33 @@ def decode_cursor(value: Any) -> int:
 def next_page(path: str, query: BaseModel, moved: dict[str, Any]) -> str:
     """Return path and query of the page after this one: the same question, moved on."""
     given = query.model_dump(exclude_unset=True, exclude=set(PLACE_PARAMETERS), by_alias=True)
-    parameters = {
-        name: value.isoformat().replace("+00:00", "Z") if isinstance(value, datetime) else value
-        for name, value in given.items()
-        if value is not None
-    }
+    parameters = {name: _as_parameter(value) for name, value in given.items() if value is not None}
     return f"{path}?{urlencode({**parameters, **moved})}"
+
+
+def _as_parameter(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat().replace("+00:00", "Z")
+    if isinstance(value, timedelta):
+        return f"PT{int(value.total_seconds())}S"
+    return value
+
+
+def wants_csv(request: web.Request, query: BaseModel) -> bool:
+    """Tell whether a list is asked for as CSV: by its parameter, or else by the Accept header."""
+    asked: str | None = getattr(query, "format", None)
+    if asked is not None:
+        return asked == "csv"
+    accepted = request.headers.get(hdrs.ACCEPT, "")
+    return "text/csv" in accepted and "application/json" not in accepted
+
+
+def csv_answer(
+    kind: type, items: Sequence[Any], path: str, query: BaseModel, *, cursor: str | None = None
+) -> web.Response:
+    """Return a page of a list as CSV; the way to the next one stands in the link alone."""
+    headers = {**CSV_HEADERS, **_link(_following(path, query, cursor=cursor))}
+    return web.Response(body=to_csv(columns_of(kind), items), headers=headers)
 
 
 def list_answer(  # noqa: PLR0913 - the parts of every list
@@ -59,7 +82,17 @@ def list_answer(  # noqa: PLR0913 - the parts of every list
     **members: Any,
 ) -> web.Response:
     """Return a page of a list, with the way to the next one in the body and as a link."""
-    onward = {"cursor": cursor} if cursor is not None else {"after": after} if after is not None else None
-    following = next_page(path, query, onward) if onward is not None else None
-    headers = {"Link": f'<{following}>; rel="next"'} if following is not None else None
-    return answer({**members, name: items, "next": following}, headers=headers)
+    following = _following(path, query, cursor=cursor, after=after)
+    return answer({**members, name: items, "next": following}, headers=_link(following))
+
+
+def _following(
+    path: str, query: BaseModel, *, cursor: str | None = None, after: int | None = None
+) -> str | None:
+    if cursor is not None:
+        return next_page(path, query, {"cursor": cursor})
+    return next_page(path, query, {"after": after}) if after is not None else None
+
+
+def _link(following: str | None) -> dict[str, str]:
+    return {"Link": f'<{following}>; rel="next"'} if following is not None else {}

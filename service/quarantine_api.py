@@ -6,26 +6,29 @@ from datetime import UTC, datetime
 from typing import Final
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service import quarantine, representations
-from service.api_keys import Access
 from service.database import Pool, borrowed
+from service.endpoints import Endpoint
 from service.http_server import read_body
 from service.pages import POSITION_MAX, encode_cursor, list_answer
 from service.parser import UnreadableError
 from service.problems import ProblemError, answer
 from service.quarantine import NotOpenError, QuarantineEntry, UnknownEntryError
-from service.queries import QuarantineQuery, Query, decoded, read_query
+from service.queries import QuarantineQuery, Query, decoded
 from service.recorder import Recorder, RefusedReportError
 
+ENTRY_PATH: Final = "/quarantine/{quarantine_id}"
 _ID: Final = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
 
-class _Discarding(BaseModel):
+class Discarding(BaseModel):
+    """Why nothing will come of an entry."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    reason: str
+    reason: str = Field(min_length=1, max_length=quarantine.WHY_CHARACTERS_MAX)
 
 
 class QuarantineApi:
@@ -33,30 +36,18 @@ class QuarantineApi:
 
     Args:
         pool: where its connections come from.
-        access: who may.
         recorder: for what can be understood by now.
         seconds_max: how long one request may take.
     """
 
-    def __init__(self, pool: Pool, access: Access, recorder: Recorder, seconds_max: float) -> None:
+    def __init__(self, pool: Pool, recorder: Recorder, seconds_max: float) -> None:
         self._pool = pool
-        self._access = access
         self._recorder = recorder
         self._seconds_max = seconds_max
 
-    def routes(self) -> list[web.RouteDef]:
-        """Whoever may read sees it; what becomes of an entry is for who may operate."""
-        entry = "/quarantine/{quarantine_id}"
-        return [
-            web.get("/quarantine", self._access.requires("read", self.list_entries)),
-            web.get(entry, self._access.requires("read", self.show_entry)),
-            web.post(f"{entry}/retry", self._access.requires("admin", self.retry)),
-            web.post(f"{entry}/discard", self._access.requires("admin", self.discard)),
-        ]
-
-    async def list_entries(self, request: web.Request) -> web.Response:
+    @Endpoint("GET", "/quarantine", representations.QuarantineEntries, query=QuarantineQuery, problems=(503,))
+    async def list_entries(self, request: web.Request, query: QuarantineQuery) -> web.Response:
         """A page of what could not be understood, newest first."""
-        query = read_query(QuarantineQuery, request)
         before = POSITION_MAX if query.cursor is None else query.cursor
         async with borrowed(self._pool, self._seconds_max) as connection:
             rows = await quarantine.entries_page(connection, before, query.state, query.limit + 1)
@@ -70,12 +61,19 @@ class QuarantineApi:
             cursor=onward,
         )
 
-    async def show_entry(self, request: web.Request) -> web.Response:
+    @Endpoint("GET", ENTRY_PATH, representations.QuarantineEntry, problems=(404, 503))
+    async def show_entry(self, request: web.Request, _query: Query) -> web.Response:
         """One body that could not be understood, byte for byte."""
-        read_query(Query, request)
         return answer(representations.quarantine_entry(await self._entry(request)))
 
-    async def retry(self, request: web.Request) -> web.Response:
+    @Endpoint(
+        "POST",
+        f"{ENTRY_PATH}/retry",
+        representations.Receipt,
+        scope="admin",
+        problems=(404, 409, 422, 503),
+    )
+    async def retry(self, request: web.Request, _query: Query) -> web.Response:
         """Record an entry as an ordinary report, now that it is understood; again, it gets the same receipt."""
         entry = await self._entry(request)
         try:
@@ -88,11 +86,19 @@ class QuarantineApi:
             raise ProblemError(409, "Not open", str(error)) from None
         return answer({**asdict(receipt), "quarantine_id": entry.quarantine_id})
 
-    async def discard(self, request: web.Request) -> web.Response:
+    @Endpoint(
+        "POST",
+        f"{ENTRY_PATH}/discard",
+        representations.QuarantineEntry,
+        scope="admin",
+        body=Discarding,
+        problems=(404, 408, 409, 413, 415, 503),
+    )
+    async def discard(self, request: web.Request, _query: Query) -> web.Response:
         """Say of an entry that nothing will come of it, and why."""
         entry = await self._entry(request)
         try:
-            why = _Discarding.model_validate_json(await read_body(request)).reason
+            why = Discarding.model_validate_json(await read_body(request)).reason
         except ValidationError:
             raise ProblemError(400, "Bad body", 'the body must be {"reason": "..."}') from None
         try:

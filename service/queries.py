@@ -1,8 +1,8 @@
 """What a read request asks for: its path and its query parameters, checked before anything is looked up."""
 
 import re
-from datetime import UTC, datetime
-from typing import Annotated, Any, Final, TypeVar
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final, Literal, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 from aiohttp import web
@@ -14,6 +14,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    WithJsonSchema,
 )
 
 from domain.statuses import Status
@@ -28,6 +29,10 @@ TEXT_CHARACTERS_MAX: Final = 128
 
 _ORDER_PATH: Final = re.compile(r"(?:https?://[^/?#]*)?/orders/(?P<order_no>[^/?#]+)", re.IGNORECASE)
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
+# Weeks to seconds; months and years have no fixed length. Nine digits are more than anybody waits.
+_DURATION: Final = re.compile(
+    r"P(?:(\d{1,5})W)?(?:(\d{1,5})D)?(?:T(?=\d)(?:(\d{1,6})H)?(?:(\d{1,7})M)?(?:(\d{1,9})S)?)?", re.ASCII
+)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -84,42 +89,73 @@ def _time(value: Any) -> Any:
         raise ValueError("it is out of range") from None
 
 
+def _duration(value: Any) -> Any:
+    found = _DURATION.fullmatch(str(value))
+    if found is None or not any(found.groups()):
+        raise ValueError("it must be a duration by ISO 8601, such as P3D or PT36H")
+    weeks, days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return timedelta(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
+
+
+def _text_schema(**more: Any) -> WithJsonSchema:
+    return WithJsonSchema({"type": "string", **more})
+
+
 Position = Annotated[int, Field(ge=0, le=POSITION_MAX)]
 Limit = Annotated[int, Field(ge=1, le=PAGE_ROWS_MAX)]
-Time = Annotated[datetime, BeforeValidator(_time)]
-Cursor = Annotated[int, BeforeValidator(decode_cursor)]
+Time = Annotated[datetime, BeforeValidator(_time), _text_schema(format="date-time")]
+Duration = Annotated[timedelta, BeforeValidator(_duration), _text_schema(format="duration")]
+Cursor = Annotated[int, BeforeValidator(decode_cursor), _text_schema()]
 Text = Annotated[
     str, StringConstraints(min_length=1, max_length=TEXT_CHARACTERS_MAX), AfterValidator(_no_control)
 ]
 
 
 class Query(BaseModel):
-    """The parameters of every read. One that is not known is an error: ignored, it would be believed."""
+    """The parameters of a request. One that is not known is an error: ignored, it would be believed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=False)
 
-    after_position: Position | None = None
+
+class ViewQuery(Query):
+    """Asks a view."""
+
+    after_position: Position | None = Field(
+        default=None, description="wait until the view has this position of the log"
+    )
 
 
 class PageQuery(Query):
     """A page of a list."""
 
-    cursor: Cursor | None = None
+    cursor: Cursor | None = Field(default=None, description="from the `next` of the page before")
     limit: Limit = PAGE_ROWS_DEFAULT
 
 
-class OrderQuery(Query):
+class TableQuery(ViewQuery, PageQuery):
+    """A page of a view's list, as JSON or as a table."""
+
+    format: Literal["json", "csv"] | None = Field(default=None, description="stronger than the Accept header")
+
+
+class OrderQuery(ViewQuery):
     """One order, now or as it was known then."""
 
     version: Annotated[int, Field(ge=1, le=POSITION_MAX)] | None = None
     as_of: Time | None = None
 
 
-class OrdersQuery(PageQuery):
+class OrdersQuery(TableQuery):
     """A list of orders."""
 
     status: Status | None = None
-    cnote: Text | None = None
+    cnote: Text | None = Field(default=None, description="an airway bill that was ever reported of the order")
+    verdict: Verdict | None = Field(default=None, description="orders with a report of this verdict")
+    updated_after: Time | None = Field(default=None, description="last reported at or after this time")
+    updated_before: Time | None = Field(default=None, description="last reported before this time")
+    unmoved_for: Duration | None = Field(
+        default=None, description="not settled, and without any report for so long"
+    )
 
 
 class EventsQuery(Query):
@@ -129,13 +165,27 @@ class EventsQuery(Query):
     limit: Limit = PAGE_ROWS_DEFAULT
 
 
+class StreamQuery(Query):
+    """Events from a position on."""
+
+    after: Position | None = Field(
+        default=None, description="from this position on; if left out, and without Last-Event-ID, from now on"
+    )
+
+
+class StatisticsQuery(ViewQuery):
+    """The statistics, by day for as many days."""
+
+    days: Annotated[int, Field(ge=1, le=366)] = 30
+
+
 class QuarantineQuery(PageQuery):
     """A page of the quarantine."""
 
     state: QuarantineState | None = None
 
 
-class TransitionsQuery(PageQuery):
+class TransitionsQuery(TableQuery):
     """A page of the audit."""
 
     verdict: Verdict | None = None

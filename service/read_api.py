@@ -2,63 +2,42 @@
 
 import asyncio
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import takewhile
 from typing import Final
 
 from aiohttp import web
 
-from projections import current_status, timeline
-from projections.current_status import OrderRow, Row, order_row
+from projections import current_status, statistics, timeline
+from projections.current_status import OrderRow, OrdersFilter, Row, order_row
 from projections.engine import DecodedEvent, Projector
 from service import event_store, representations
-from service.api_keys import Access
 from service.batcher import Batcher
 from service.database import HeldConnection, Pool, borrowed
+from service.endpoints import CSV, JSON, Endpoint
 from service.event_store import RecordedEvent
-from service.pages import POSITION_MAX, encode_cursor, list_answer
-from service.problems import Handler, ProblemError, answer, set_aside, unavailable
+from service.pages import POSITION_MAX, csv_answer, encode_cursor, list_answer, wants_csv
+from service.problems import ProblemError, answer, set_aside, unavailable
 from service.queries import (
     EventsQuery,
     OrderQuery,
     OrdersQuery,
-    PageQuery,
     Query,
+    StatisticsQuery,
+    TableQuery,
     TransitionsQuery,
+    ViewQuery,
     order_no_of,
     path_of,
-    read_query,
 )
 
 # How long a read waits for a view to come to the position that it asks for.
 AFTER_POSITION_SECONDS_MAX: Final = 5.0
-READY_SECONDS_MAX: Final = 1.0
 # Reads that are gathered into one query, and how many may wait for theirs.
 READS_BATCH_MAX: Final = 256
 READS_QUEUE_MAX: Final = 16_384
-# Counting the events behind the head stops here: beyond it the exact number tells nobody more.
-LAG_EVENTS_MAX: Final = 1_000_000
-SET_ASIDE_SHOWN_MAX: Final = 100
 STREAM_PAGE_EVENTS: Final = 1_000
-
-ALL_SET_ASIDE: Final = {
-    current_status.NAME: """
-        SELECT order_no, since_version, position, reason
-        FROM current_status.set_aside ORDER BY position LIMIT $1
-    """,
-    timeline.NAME: """
-        SELECT order_no, since_version, position, reason
-        FROM timeline.set_aside ORDER BY position LIMIT $1
-    """,
-}
-POSITIONS: Final = """
-    SELECT (SELECT position FROM current_status.projection), (SELECT position FROM timeline.projection)
-"""
-OLDEST_AFTER: Final = """
-    SELECT recorded_at FROM order_events WHERE notification_id > $1 ORDER BY notification_id LIMIT 1
-"""
-IS_ALIVE: Final = "SELECT 1"
 
 
 class ReadApi:
@@ -67,7 +46,6 @@ class ReadApi:
     Args:
         pool: for everything but the single order.
         held: the connection on which reads of single orders are gathered.
-        access: who may read.
         projectors: of the views, by name.
         seconds_max: how long a read may take, the wait for a position not included.
     """
@@ -76,11 +54,9 @@ class ReadApi:
         self,
         pool: Pool,
         held: HeldConnection,
-        access: Access,
         projectors: dict[str, Projector],
         seconds_max: float,
     ) -> None:
-        self._access = access
         self._pool = pool
         self._held = held
         self._projectors = projectors
@@ -92,76 +68,76 @@ class ReadApi:
             seconds_max=seconds_max,
         )
 
-    def routes(self) -> list[web.RouteDef]:
-        """Every path of the read API."""
-        paths: dict[str, Handler] = {
-            "/orders": self.list_orders,
-            "/orders/{order_no:[^/]+}": self.show_order,
-            "/orders/{order_no:[^/]+}/timeline": self.show_timeline,
-            "/orders/{order_no:[^/]+}/events": self.list_order_events,
-            "/events": self.list_events,
-            "/audit/transitions": self.list_transitions,
-            "/transitions": self.show_rules,
-            "/projections": self.show_projections,
-        }
-        return [
-            *(web.get(path, self._access.requires("read", handler)) for path, handler in paths.items()),
-            # Whoever watches over the process has no key.
-            web.get("/livez", self.is_alive),
-            web.get("/readyz", self.is_ready),
-        ]
-
-    async def list_orders(self, request: web.Request) -> web.Response:
+    @Endpoint("GET", "/orders", representations.Orders, query=OrdersQuery, problems=(503,), media=(JSON, CSV))
+    async def list_orders(self, request: web.Request, query: OrdersQuery) -> web.Response:
         """A page of orders, the one first reported last first, so that no page shifts while it is read."""
-        query = read_query(OrdersQuery, request)
         await self._wait_for(query, current_status.NAME)
         before = POSITION_MAX if query.cursor is None else query.cursor
+        unmoved_since = datetime.now(UTC) - query.unmoved_for if query.unmoved_for is not None else None
+        wanted = OrdersFilter(
+            query.status,
+            query.cnote,
+            query.verdict,
+            query.updated_after,
+            query.updated_before,
+            unmoved_since,
+        )
         async with borrowed(self._pool, self._seconds_max) as connection:
-            rows = await current_status.orders_page(
-                connection, before, query.status, query.cnote, query.limit + 1
-            )
+            rows = await current_status.orders_page(connection, before, wanted, query.limit + 1)
         page = rows[: query.limit]
         onward = encode_cursor(page[-1].first_position) if len(rows) > len(page) else None
-        return list_answer(
-            "orders", [representations.order(row) for row in page], request.path, query, cursor=onward
-        )
+        orders = [representations.order(row) for row in page]
+        if wants_csv(request, query):
+            return csv_answer(representations.Order, orders, request.path, query, cursor=onward)
+        return list_answer("orders", orders, request.path, query, cursor=onward)
 
-    async def show_order(self, request: web.Request) -> web.Response:
+    @Endpoint("GET", "/orders/{order_no}", representations.Order, query=OrderQuery, problems=(304, 404, 503))
+    async def show_order(self, request: web.Request, query: OrderQuery) -> web.Response:
         """One order, as it is known now or as it was known at a version or a time."""
         order_no = order_no_of(request)
-        query = read_query(OrderQuery, request) if request.query_string else None
-        if query is not None and (query.version is not None or query.as_of is not None):
+        if query.version is not None or query.as_of is not None:
             row = await self._order_as_of(order_no, query)
         else:
-            if query is not None:
+            if query.after_position is not None:
                 await self._wait_for(query, current_status.NAME)
             row = await self._current_order(order_no)
-            if query is not None and row.aside_position is not None:
+            if row.aside_position is not None:
                 _refuse_beyond(query, row.aside_position)
         etag = f'"{row.version}"'
         if _has_tag(request.headers.get("If-None-Match", ""), etag):
             return web.Response(status=304, headers={"ETag": etag, "Server": "order-tracking"})
         return answer(representations.order(row), headers={"ETag": etag})
 
-    async def show_timeline(self, request: web.Request) -> web.Response:
+    @Endpoint(
+        "GET",
+        "/orders/{order_no}/timeline",
+        representations.Timeline,
+        query=TableQuery,
+        problems=(404, 503),
+        media=(JSON, CSV),
+    )
+    async def show_timeline(self, request: web.Request, query: TableQuery) -> web.Response:
         """A page of what was reported of an order, oldest first, mere repeats folded in."""
         order_no = order_no_of(request)
-        query = read_query(PageQuery, request)
         await self._wait_for(query, timeline.NAME)
         async with borrowed(self._pool, self._seconds_max) as connection:
             aside = await timeline.set_aside(connection, order_no)
             known, status = await timeline.status_of(connection, order_no)
-            entries = await timeline.entries_page(connection, order_no, query.cursor or 0, query.limit + 1)
+            rows = await timeline.entries_page(connection, order_no, query.cursor or 0, query.limit + 1)
         if aside is not None:
             _refuse_beyond(query, aside.position)
         if not known:
             raise _unknown_order(order_no) if aside is None else _wholly_set_aside(order_no)
-        page = entries[: query.limit]
-        onward = encode_cursor(page[-1].version) if len(entries) > len(page) else None
+        page = rows[: query.limit]
+        onward = encode_cursor(page[-1].version) if len(rows) > len(page) else None
+        path = path_of(order_no, "timeline")
+        entries = [representations.entry(row) for row in page]
+        if wants_csv(request, query):
+            return csv_answer(representations.Entry, entries, path, query, cursor=onward)
         return list_answer(
             "entries",
-            [representations.entry(row) for row in page],
-            path_of(order_no, "timeline"),
+            entries,
+            path,
             query,
             cursor=onward,
             order_no=order_no,
@@ -169,10 +145,16 @@ class ReadApi:
             set_aside=aside and representations.set_aside(timeline.NAME, aside.since_version, aside.reason),
         )
 
-    async def list_order_events(self, request: web.Request) -> web.Response:
+    @Endpoint(
+        "GET",
+        "/orders/{order_no}/events",
+        representations.OrderEvents,
+        query=EventsQuery,
+        problems=(404, 503),
+    )
+    async def list_order_events(self, request: web.Request, query: EventsQuery) -> web.Response:
         """A page of an order's recorded events, by version."""
         order_no = order_no_of(request)
-        query = read_query(EventsQuery, request)
         async with borrowed(self._pool, self._seconds_max) as connection:
             page = await event_store.read_stream(connection, order_no, query.after, query.limit)
             if not page and not await event_store.read_stream(connection, order_no, 0, 1):
@@ -186,23 +168,16 @@ class ReadApi:
             after=page[-1].version if more else None,
         )
 
-    async def list_events(self, request: web.Request) -> web.Response:
-        """A page of the whole log, by position."""
-        query = read_query(EventsQuery, request)
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            page = await event_store.read_log(connection, query.after, query.limit)
-            more = page and await event_store.read_log(connection, page[-1].position, 1)
-        return list_answer(
-            "events",
-            [representations.log_event(event) for event in page],
-            request.path,
-            query,
-            after=page[-1].position if more else None,
-        )
-
-    async def list_transitions(self, request: web.Request) -> web.Response:
+    @Endpoint(
+        "GET",
+        "/audit/transitions",
+        representations.Transitions,
+        query=TransitionsQuery,
+        problems=(503,),
+        media=(JSON, CSV),
+    )
+    async def list_transitions(self, request: web.Request, query: TransitionsQuery) -> web.Response:
         """A page of every verdict on every report, in the order of the log."""
-        query = read_query(TransitionsQuery, request)
         await self._wait_for(query, timeline.NAME)
         async with borrowed(self._pool, self._seconds_max) as connection:
             rows = await timeline.transitions_page(
@@ -218,53 +193,26 @@ class ReadApi:
             )
         page = rows[: query.limit]
         onward = encode_cursor(page[-1].position) if len(rows) > len(page) else None
-        return list_answer(
-            "transitions",
-            [representations.transition(row) for row in page],
-            request.path,
-            query,
-            cursor=onward,
-        )
+        transitions = [representations.transition(row) for row in page]
+        if wants_csv(request, query):
+            return csv_answer(representations.Transition, transitions, request.path, query, cursor=onward)
+        return list_answer("transitions", transitions, request.path, query, cursor=onward)
 
-    async def show_rules(self, request: web.Request) -> web.Response:
+    @Endpoint("GET", "/transitions", representations.Rules)
+    async def show_rules(self, _request: web.Request, _query: Query) -> web.Response:
         """The vocabulary and the transition table."""
-        read_query(Query, request)
         return answer(representations.RULES)
 
-    async def show_projections(self, request: web.Request) -> web.Response:
-        """How far each view has come, and what is set aside in it."""
-        read_query(Query, request)
+    @Endpoint("GET", "/statistics", representations.Statistics, query=StatisticsQuery, problems=(503,))
+    async def show_statistics(self, _request: web.Request, query: StatisticsQuery) -> web.Response:
+        """How orders move in general: by status, by transition with the time it took, by day, by odd string."""
+        await self._wait_for(query, statistics.NAME)
+        since = datetime.now(UTC).date() - timedelta(days=query.days - 1)
         async with borrowed(self._pool, self._seconds_max) as connection:
-            positions = await connection.fetchrow(POSITIONS)
-            head = await event_store.head_position(connection)
-            views = []
-            for name, position in zip((current_status.NAME, timeline.NAME), positions or (), strict=True):
-                aside = await connection.fetch(ALL_SET_ASIDE[name], SET_ASIDE_SHOWN_MAX)
-                oldest = await connection.fetchval(OLDEST_AFTER, position)
-                views.append(
-                    {
-                        "view": name,
-                        "position": position,
-                        "head": head,
-                        "lag_events": await event_store.count_after(connection, position, LAG_EVENTS_MAX),
-                        "lag_seconds": (datetime.now(UTC) - oldest).total_seconds() if oldest else 0.0,
-                        "is_outdated": self._projectors[name].is_outdated,
-                        "set_aside": [dict(row) for row in aside],
-                    }
-                )
-        return answer({"head": head, "projections": views})
+            counted = await statistics.read(connection, since)
+        return answer(representations.statistics(counted))
 
-    async def is_alive(self, _request: web.Request) -> web.Response:
-        """The process answers; nothing else is asked."""
-        return answer({"status": "alive"})
-
-    async def is_ready(self, _request: web.Request) -> web.Response:
-        """The database answers, in time."""
-        async with borrowed(self._pool, READY_SECONDS_MAX) as connection:
-            await connection.fetchval(IS_ALIVE)
-        return answer({"status": "ready"})
-
-    async def _wait_for(self, query: Query, view: str) -> None:
+    async def _wait_for(self, query: ViewQuery, view: str) -> None:
         projector = self._projectors[view]
         if projector.is_outdated:
             raise unavailable(f"the view {view} is being rebuilt", view=view)
@@ -343,7 +291,7 @@ def _wholly_set_aside(order_no: str) -> ProblemError:
     return set_aside(f"{order_no} is set aside from its first event on; see /projections", order_no=order_no)
 
 
-def _refuse_beyond(query: Query, aside_position: int) -> None:
+def _refuse_beyond(query: ViewQuery, aside_position: int) -> None:
     if query.after_position is not None and query.after_position >= aside_position:
         detail = f"the order is set aside from position {aside_position} on: a replay heals it"
         raise set_aside(detail, position=aside_position)

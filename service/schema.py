@@ -7,7 +7,7 @@ from typing import Final
 
 import asyncpg
 
-from projections import current_status, timeline
+from projections import current_status, statistics, timeline
 from projections.engine import View
 from service.database import Connection, connect
 
@@ -71,8 +71,10 @@ def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
             tables=module.TABLES,
             apply=module.apply,
             copy=module.copy,
+            page_events_max=module.PAGE_EVENTS_MAX,
+            rest_seconds=module.REST_SECONDS,
         )
-        for module in (current_status, timeline)
+        for module in (current_status, timeline, statistics)
     )
     first_section = _SECTIONS.search(text)
     if first_section is None:

@@ -436,7 +436,9 @@ async def test_an_order_set_aside_says_so_in_every_answer(client: Client, connec
     (listed,) = [one for one in (await client.get("/orders"))["orders"] if one["order_no"] == "KOM1"]
     assert listed["set_aside"]["since_version"] == 2
     projections = (await client.get("/projections"))["projections"]
-    assert [[one["order_no"] for one in view["set_aside"]] for view in projections] == [["KOM1", "KOM2"]] * 2
+    assert [[one["order_no"] for one in view["set_aside"]] for view in projections[:2]] == [
+        ["KOM1", "KOM2"]
+    ] * 2
     assert (await client.get("/orders/KOM1/events"))["events"][1]["data"] == {}
     await client.get("/orders/KOM1?version=2", 503)
 

@@ -1,10 +1,14 @@
 """The statements that run all the time go by the keys, whatever the tables held when they were planned."""
 
+import re
+
 import pytest
 
+from domain.statuses import SETTLED
 from projections import current_status, engine, timeline
 from service import event_store, log_reader
 from service.database import HOT_SETTINGS, Connection, connect
+from tests.acceptance.running import ROOT
 
 # Each statement of the hot path: how many parameters it has, where its names are found, what it goes by.
 HOT = {
@@ -36,6 +40,10 @@ async def test_a_hot_statement_goes_by_the_keys_even_if_planned_on_empty_tables(
         assert key in plan, plan
 
 
+# Verdicts that few orders have.
+RARE = {verdict: f"orders_{verdict}_idx" for verdict in ("repeated", "late", "refused", "unrecognised")}
+
+
 @pytest.mark.parametrize(
     ("statement", "arguments", "key"),
     [
@@ -43,11 +51,34 @@ async def test_a_hot_statement_goes_by_the_keys_even_if_planned_on_empty_tables(
         (timeline.ENTRIES_PAGE, ("'KOM77'", "0", "100"), "entries_pkey"),
         (timeline.TRANSITIONS_PAGE, ("5000", *["NULL"] * 6, "100"), "entries_position_idx"),
         (timeline.TRANSITIONS_PAGE, ("0", "NULL", "'KOM77'", *["NULL"] * 4, "100"), "entries_pkey"),
-        (current_status.ORDERS_PAGE, ("9000", "NULL", "NULL", "100"), "orders_first_position_idx"),
-        (current_status.ORDERS_PAGE, ("9000", "'lost'", "NULL", "100"), "orders_status_idx"),
-        (current_status.ORDERS_PAGE, ("9000", "NULL", "'AWB77'", "100"), "order_cnotes_pkey"),
+        (current_status.ORDERS_PAGE, ("9000", *["NULL"] * 6, "100"), "orders_first_position_idx"),
+        (current_status.ORDERS_PAGE, ("9000", "'lost'", *["NULL"] * 5, "100"), "orders_status_idx"),
+        (current_status.ORDERS_PAGE, ("9000", "NULL", "'AWB77'", *["NULL"] * 4, "100"), "order_cnotes_pkey"),
+        *(
+            (current_status.ORDERS_PAGE, ("9000", *["NULL"] * 2, f"'{verdict}'", *["NULL"] * 3, "100"), index)
+            for verdict, index in RARE.items()
+        ),
+        (
+            current_status.ORDERS_PAGE,
+            ("9000", *["NULL"] * 3, "now() - interval '20 s'", *["NULL"] * 2, "100"),
+            "orders_last_reported_idx",
+        ),
+        (
+            current_status.ORDERS_PAGE,
+            ("9000", *["NULL"] * 4, "now() - interval '9900 s'", "NULL", "100"),
+            "orders_last_reported_idx",
+        ),
+        (
+            current_status.ORDERS_PAGE,
+            ("9000", *["NULL"] * 5, "now() - interval '9000 s'", "100"),
+            "orders_unsettled_idx",
+        ),
     ],
-    ids=["events", "timeline", "audit", "audit of an order", "orders", "orders by status", "orders by cnote"],
+    ids=[
+        *("events", "timeline", "audit", "audit of an order", "orders", "orders by status", "orders by cnote"),
+        *(f"orders with {verdict}" for verdict in RARE),
+        *("orders updated after", "orders updated before", "orders that are stuck"),
+    ],
 )
 async def test_a_page_goes_by_its_index(
     connection: Connection, statement: str, arguments: tuple[str, ...], key: str
@@ -64,8 +95,10 @@ FILL = """
     INSERT INTO order_events (originator_id, originator_version, topic, state)
     SELECT 'KOM' || n, 1, 'order.status_reported', '{}' FROM generate_series(1, 10000) AS n;
     INSERT INTO current_status.orders
-    SELECT 'KOM' || n, 1, n, n, CASE WHEN n % 1000 = 0 THEN 'lost' ELSE 'in_transit' END, 'Dikirim', now(),
-        'AWB' || n, now(), now(), 1, 0, 0, 0, 0
+    SELECT 'KOM' || n, 1 + 4 * (n % 1000 = 0)::int, n, n,
+        CASE WHEN n % 1000 = 0 THEN 'lost' WHEN n % 100 = 0 THEN 'in_transit' ELSE 'completed' END, 'Dikirim',
+        now(), 'AWB' || n, now() - (10000 - n) * interval '1 s', now() - (10000 - n) * interval '1 s',
+        1, (n % 1000 = 0)::int, (n % 1000 = 0)::int, (n % 1000 = 0)::int, (n % 1000 = 0)::int
     FROM generate_series(1, 10000) AS n;
     INSERT INTO current_status.order_cnotes SELECT 'AWB' || n, 'KOM' || n FROM generate_series(1, 10000) AS n;
     INSERT INTO timeline.entries
@@ -81,6 +114,13 @@ async def generic_plan(connection: Connection, statement: str, parameters: int) 
     arguments = f"({', '.join(['NULL'] * parameters)})" if parameters else ""
     rows = await connection.fetch(f"EXPLAIN EXECUTE hot {arguments}")
     return "\n".join(row[0] for row in rows)
+
+
+def test_what_is_settled_is_the_vocabularys_word() -> None:
+    """The list of settled statuses that stands in the statement and in its index is that of the domain."""
+    for text in (current_status.ORDERS_PAGE, (ROOT / "schema.sql").read_text(encoding="utf-8")):
+        (listed,) = re.findall(r"status NOT IN \(([^)]*)\)", text)
+        assert set(re.findall(r"'(\w+)'", listed)) == SETTLED
 
 
 def test_every_statement_of_a_rebuild_reads_in_the_order_of_the_key() -> None:

@@ -35,7 +35,7 @@ SENT_STATE: Final = (
     b'"reported_status":"Sent","reported_cnote":"JX1234567890",'
     b'"occurred_at":{"_type_":"datetime_iso","_data_":"2026-01-31T08:29:58+00:00"},'
     b'"remote":"203.0.113.7","quarantine_id":null,"verdict":"advanced","recognised":"in_transit",'
-    b'"previous_status":null,"status":"in_transit","status_version":1,"leg":null,"cnote":"JX1234567890",'
+    b'"previous_status":null,"previous_since":null,"status":"in_transit","status_version":1,"leg":null,"cnote":"JX1234567890",'
     b'"skipped":[],"repeats":null,"reason":null}'
 )
 

@@ -49,6 +49,7 @@ EVENTS = st.builds(
     verdict=st.sampled_from(get_args(Verdict)),
     recognised=STATUS,
     previous_status=STATUS,
+    previous_since=st.none() | TIMES,
     status=STATUS,
     status_version=st.none() | BIGINT,
     leg=st.none() | st.sampled_from(get_args(Leg)),

@@ -276,7 +276,8 @@ def test_loading_keeps_the_verdict_that_was_recorded() -> None:
     stored = MAPPER.to_stored_event(otherwise)
     loaded = decode_event(ORDER_NO, stored.originator_version, stored.topic, stored.state)
     assert loaded == otherwise
-    assert folded([created, loaded]).standing == (2, sent.timestamp, "submitted", "on_the_way_back", 1, "X")
+    standing = (2, sent.timestamp, "submitted", "on_the_way_back", 1, created.timestamp, "X")
+    assert folded([created, loaded]).standing == standing
 
 
 @MANY
@@ -302,11 +303,12 @@ def test_the_last_event_sums_up_all_of_them(received: list[tuple[Report, datetim
     moving_bills = [event for event in bills if event.verdict in (ADVANCED, REPEATED)]
     told_by = [*bills[:1], *moving_bills][-1:]
 
-    version, received_at, status, leg, status_version, cnote = events[-1].standing
+    version, received_at, status, leg, status_version, since, cnote = events[-1].standing
     assert version == len(received)
     assert received_at == max(time for _, time in received)
     assert status == (last_advance.recognised if last_advance else None)
     assert status_version == (last_advance.originator_version if last_advance else None)
+    assert since == (last_advance.timestamp if last_advance else None)
     assert leg == (
         written_law.LEG_AFTER[last_advance.previous_status]
         if last_advance is not None and status == "problem"

@@ -1,7 +1,7 @@
 """What a read asks for is checked, and named where it is wrong, before anything is looked up."""
 
 from base64 import urlsafe_b64encode
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -22,6 +22,7 @@ from service.queries import (
     PageQuery,
     Query,
     TransitionsQuery,
+    ViewQuery,
     order_no_of,
     path_of,
     read_query,
@@ -184,6 +185,32 @@ def test_what_is_no_time(text: str) -> None:
         assert refused(model, f"{name}={text}").members == {"parameter": name}
 
 
+@pytest.mark.parametrize(
+    ("text", "duration"),
+    [
+        ("P3D", timedelta(days=3)),
+        ("PT36H", timedelta(hours=36)),
+        ("P1W", timedelta(weeks=1)),
+        ("P1DT2H3M4S", timedelta(days=1, hours=2, minutes=3, seconds=4)),
+        ("PT0S", timedelta(0)),
+    ],
+)
+def test_a_duration(text: str, duration: timedelta) -> None:
+    """By ISO 8601, of parts that have a fixed length."""
+    assert read_query(OrdersQuery, get(f"/orders?unmoved_for={text}")).unmoved_for == duration
+    again = read_query(OrdersQuery, get(next_page("/orders", OrdersQuery(unmoved_for=text), {"cursor": "MQ"})))  # type: ignore[arg-type]
+    assert again.unmoved_for == duration
+
+
+@pytest.mark.parametrize(
+    "text", ["P", "PT", "3D", "P3", "P1M", "P1Y", "-P3D", "P-3D", "P3.5D", "P3DT", "p3d", "P٣D"]
+)
+def test_what_is_no_duration(text: str) -> None:
+    """Months and years have no fixed length; the rest is no duration at all."""
+    query = f"unmoved_for={quote(text)}"
+    assert refused(OrdersQuery, query).members == {"parameter": "unmoved_for"}
+
+
 def test_a_time_with_a_tail_is_no_time() -> None:
     """What only begins as a time is refused."""
     assert refused(OrderQuery, "as_of=2026-01-31T12:00:00Z%00junk").members == {"parameter": "as_of"}
@@ -198,8 +225,13 @@ def test_what_is_left_out() -> None:
         "after_position": None,
         "cursor": None,
         "limit": PAGE_ROWS_DEFAULT,
+        "format": None,
         "status": None,
         "cnote": None,
+        "verdict": None,
+        "updated_after": None,
+        "updated_before": None,
+        "unmoved_for": None,
     }
     assert read_query(EventsQuery, get("/events")).after == 0
 
@@ -249,7 +281,7 @@ def test_a_parameter_that_cannot_be_used(model: type[Query], query: str, paramet
 @pytest.mark.parametrize("position", [0, POSITION_MAX])
 def test_positions_are_bigints(position: int) -> None:
     """What the database can hold can be asked for."""
-    assert read_query(Query, get(f"/x?after_position={position}")).after_position == position
+    assert read_query(ViewQuery, get(f"/x?after_position={position}")).after_position == position
 
 
 @pytest.mark.parametrize("cnote", ["JX1234567890", " ", "a b", "😀", "'; --", "x" * 128, "NFD: O\u0308"])

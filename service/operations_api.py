@@ -1,0 +1,85 @@
+"""What whoever watches over the service asks: whether it lives, is ready, and how far the views have come."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final
+
+from aiohttp import web
+
+from projections.engine import Projector
+from service import event_store, representations
+from service.database import Connection, Pool, borrowed
+from service.endpoints import Endpoint
+from service.problems import answer
+from service.queries import Query
+
+READY_SECONDS_MAX: Final = 1.0
+# Counting the events behind the head stops here: beyond it the exact number tells nobody more.
+LAG_EVENTS_MAX: Final = 1_000_000
+SET_ASIDE_SHOWN_MAX: Final = 100
+
+# Both under the search path of a view: each view has tables of these names.
+POSITION: Final = "SELECT position FROM projection"
+ALL_SET_ASIDE: Final = (
+    "SELECT order_no, since_version, position, reason FROM set_aside ORDER BY position LIMIT $1"
+)
+LOOK_AT_VIEW: Final = "SELECT set_config('search_path', $1, true)"
+OLDEST_AFTER: Final = """
+    SELECT recorded_at FROM order_events WHERE notification_id > $1 ORDER BY notification_id LIMIT 1
+"""
+IS_ALIVE: Final = "SELECT 1"
+
+
+class OperationsApi:
+    """Tells how the service itself is.
+
+    Args:
+        pool: where its connections come from.
+        projectors: of the views.
+        seconds_max: how long one request may take.
+    """
+
+    def __init__(self, pool: Pool, projectors: Sequence[Projector], seconds_max: float) -> None:
+        self._pool = pool
+        self._projectors = projectors
+        self._seconds_max = seconds_max
+
+    @Endpoint("GET", "/projections", representations.Projections, problems=(503,))
+    async def show_projections(self, _request: web.Request, _query: Query) -> web.Response:
+        """How far each view has come, and what is set aside in it."""
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            head = await event_store.head_position(connection)
+            views = [await _view(connection, projector, head) for projector in self._projectors]
+        return answer({"head": head, "projections": views})
+
+    @Endpoint("GET", "/livez", representations.Health, scope=None)
+    async def is_alive(self, _request: web.Request, _query: Query) -> web.Response:
+        """The process answers; nothing else is asked."""
+        return answer({"status": "alive"})
+
+    @Endpoint("GET", "/readyz", representations.Health, scope=None, problems=(503,))
+    async def is_ready(self, _request: web.Request, _query: Query) -> web.Response:
+        """The database answers, in time."""
+        async with borrowed(self._pool, READY_SECONDS_MAX) as connection:
+            await connection.fetchval(IS_ALIVE)
+        return answer({"status": "ready"})
+
+
+async def _view(connection: Connection, projector: Projector, head: int) -> representations.Projection:
+    async with connection.transaction(readonly=True):
+        await connection.execute(LOOK_AT_VIEW, projector.view.name)
+        position: int = await connection.fetchval(POSITION) or 0
+        aside = await connection.fetch(ALL_SET_ASIDE, SET_ASIDE_SHOWN_MAX)
+    oldest = await connection.fetchval(OLDEST_AFTER, position)
+    return {
+        "view": projector.view.name,
+        "position": position,
+        "head": max(head, position),
+        "lag_events": await event_store.count_after(connection, position, LAG_EVENTS_MAX),
+        "lag_seconds": (datetime.now(UTC) - oldest).total_seconds() if oldest else 0.0,
+        "is_outdated": projector.is_outdated,
+        "set_aside": [
+            {"order_no": order_no, "since_version": version, "position": at, "reason": reason}
+            for order_no, version, at, reason in aside
+        ],
+    }

@@ -1,0 +1,297 @@
+"""The log to read on from where one stopped: by pages, as one long answer, or live, as server-sent events."""
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import Final, NamedTuple
+
+import orjson
+from aiohttp import hdrs, web
+from aiohttp.http import HttpVersion11
+from aiohttp_sse import EventSourceResponse
+
+from service import event_store, representations
+from service.database import Pool, borrowed
+from service.endpoints import JSON, NDJSON, SSE, Endpoint
+from service.event_store import RecordedEvent
+from service.pages import POSITION_MAX, list_answer
+from service.problems import OPTIONS, ProblemError, bad_parameter, unavailable
+from service.queries import EventsQuery, StreamQuery, order_no_of
+
+PAGE_EVENTS: Final = 1_000
+# Live readers at once; each has a connection and little else.
+READERS_MAX: Final = 2_000
+# What was read last is kept for all live readers; whoever is behind it reads the database by itself.
+RECENT_EVENTS_MAX: Final = 4_096
+RECENT_BYTES_MAX: Final = 16 * 1024 * 1024
+# Between two looks at the log while it grows: readers share each, and webhooks have the processor in between.
+REST_SECONDS: Final = 0.1
+# Beneath the hints that the log has grown.
+POLL_SECONDS: Final = 1.0
+HEARTBEAT_SECONDS: Final = 15.0
+# A reader that takes nothing for so long is cut off; it goes on from the last position that it saw.
+SEND_SECONDS_MAX: Final = 10.0
+# How long a reader waits before it comes again, in milliseconds.
+RETRY: Final = b"retry: 2000\n\n"
+
+LAST_EVENT_ID: Final = "Last-Event-ID"
+HEADERS: Final = {"Server": "order-tracking"}
+NDJSON_HEADERS: Final = {**HEADERS, "Content-Type": NDJSON, "X-Accel-Buffering": "no"}
+
+
+class Recent(NamedTuple):
+    """An event as live readers are sent it."""
+
+    position: int
+    order_no: str
+    message: bytes
+
+
+def message_of(event: RecordedEvent) -> Recent:
+    """Return an event as a server-sent event, its position the id."""
+    data = orjson.dumps(representations.log_event(event), option=orjson.OPT_UTC_Z)
+    message = b"id: %d\nevent: status_reported\ndata: %b\n\n" % (event.position, data)
+    return Recent(event.position, event.order_no, message)
+
+
+class _Tail:
+    """The end of the log, read once for all live readers, as long as there are any.
+
+    Args:
+        pool: where its connections come from.
+        seconds_max: how long one look at the log may take.
+    """
+
+    def __init__(self, pool: Pool, seconds_max: float) -> None:
+        self._pool = pool
+        self._seconds_max = seconds_max
+        self._recent: list[Recent] = []
+        self._bytes = 0
+        self._begins_after = 0
+        self._woken = asyncio.Event()
+        self._grown = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+        self.readers = 0
+        self.is_ended = False
+
+    @property
+    def position(self) -> int:
+        return self._recent[-1].position if self._recent else self._begins_after
+
+    def wake(self) -> None:
+        """Say that the log has grown."""
+        self._woken.set()
+
+    @asynccontextmanager
+    async def followed(self) -> AsyncIterator[None]:
+        """Follow the log for the length of the block, shared with other readers."""
+        if self.readers >= READERS_MAX or self.is_ended:
+            raise unavailable(
+                f"there are {READERS_MAX} live readers" if not self.is_ended else "it is stopping"
+            )
+        self.readers += 1
+        try:
+            if self._task is None:
+                async with borrowed(self._pool, self._seconds_max) as connection:
+                    head = await event_store.head_position(connection)
+                # Another reader may have been first meanwhile.
+                if self._task is None:
+                    self._begins_after, self._recent, self._bytes = head, [], 0
+                    self._task = asyncio.create_task(self._follow(), name="follow the log for live readers")
+            yield
+        finally:
+            self.readers -= 1
+            if self.readers == 0 and self._task is not None:
+                self._task.cancel()
+                self._task = None
+
+    def after(self, position: int) -> Sequence[Recent] | None:
+        """Return what is known above a position, None where that lies before all that is known."""
+        if position < self._begins_after:
+            return None
+        return self._recent[bisect_right(self._recent, position, key=lambda recent: recent.position) :]
+
+    async def grown(self, position: int) -> None:
+        """Wait until there is something above a position, or it is over."""
+        async with self._grown:
+            while self.position <= position and not self.is_ended:
+                await self._grown.wait()
+
+    async def end(self) -> None:
+        """Let every reader go; they come back to whoever serves next."""
+        self.is_ended = True
+        async with self._grown:
+            self._grown.notify_all()
+
+    async def _follow(self) -> None:
+        while True:
+            self._woken.clear()
+            # A database that is away is looked for again, as long as there are readers.
+            with suppress(ConnectionError, TimeoutError):
+                while await self._read_on():  # noqa: ASYNC110 - it rests between two pages, and waits for nothing
+                    await asyncio.sleep(REST_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS):
+                    await self._woken.wait()
+
+    async def _read_on(self) -> int:
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            page = await event_store.read_log(connection, self.position, PAGE_EVENTS)
+        if page:
+            read = [message_of(event) for event in page]
+            self._bytes += sum(len(recent.message) for recent in read)
+            self._recent += read
+            if len(self._recent) > RECENT_EVENTS_MAX or self._bytes > RECENT_BYTES_MAX:
+                # Whole pages are left, so that dropping is rare; what was just read stays.
+                dropped = min(len(self._recent) // 2, len(self._recent) - len(read))
+                self._begins_after = self._recent[dropped - 1].position if dropped else self._begins_after
+                self._bytes -= sum(len(recent.message) for recent in self._recent[:dropped])
+                self._recent = self._recent[dropped:]
+            async with self._grown:
+                self._grown.notify_all()
+        return len(page)
+
+
+class Streams:
+    """Serves the log.
+
+    Args:
+        pool: where its connections come from.
+        seconds_max: how long one page may take.
+    """
+
+    def __init__(self, pool: Pool, seconds_max: float) -> None:
+        self._pool = pool
+        self._seconds_max = seconds_max
+        self.tail = _Tail(pool, seconds_max)
+
+    @Endpoint(
+        "GET",
+        "/events",
+        representations.LogEvents,
+        query=EventsQuery,
+        problems=(503,),
+        media=(JSON, NDJSON),
+    )
+    async def list_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
+        """A page of the whole log, by position; as NDJSON, all of it up to the head, whatever the limit."""
+        if NDJSON in request.headers.get(hdrs.ACCEPT, "") and request.method == hdrs.METH_GET:
+            return await self._all_events(request, query)
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            page = await event_store.read_log(connection, query.after, query.limit)
+            more = page and await event_store.read_log(connection, page[-1].position, 1)
+        return list_answer(
+            "events",
+            [representations.log_event(event) for event in page],
+            request.path,
+            query,
+            after=page[-1].position if more else None,
+        )
+
+    @Endpoint("GET", "/events/stream", str, query=StreamQuery, problems=(503,), media=(SSE,))
+    async def stream_events(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
+        """The log as it grows, as server-sent events; `Last-Event-ID` goes on without a gap or a double."""
+        return await self._stream(request, query, None)
+
+    @Endpoint("GET", "/orders/{order_no}/stream", str, query=StreamQuery, problems=(503,), media=(SSE,))
+    async def stream_order(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
+        """An order's events as they come, as server-sent events; of an order never heard of as well."""
+        return await self._stream(request, query, order_no_of(request))
+
+    async def _all_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
+        position = query.after
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            head = await event_store.head_position(connection)
+        response = web.StreamResponse(headers=NDJSON_HEADERS)
+        if request.version >= HttpVersion11:
+            response.enable_chunked_encoding()
+        await response.prepare(request)
+        while position < head:
+            page = await self._page(position)
+            lines = [orjson.dumps(representations.log_event(event), option=OPTIONS) for event in page]
+            async with asyncio.timeout(SEND_SECONDS_MAX):
+                await response.write(b"".join(lines))
+            position = page[-1].position if page else head
+        return response
+
+    async def _page(self, position: int) -> list[RecordedEvent]:
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            return await event_store.read_log(connection, position, PAGE_EVENTS)
+
+    async def _stream(
+        self, request: web.Request, query: StreamQuery, order_no: str | None
+    ) -> web.StreamResponse:
+        if request.version < HttpVersion11:
+            raise ProblemError(505, "HTTP version not supported", "a stream needs HTTP/1.1")
+        begin = _position_seen(request)
+        begin = query.after if begin is None else begin
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self.tail.followed())
+            position = self.tail.position if begin is None else begin
+            response = EventSourceResponse(
+                headers=HEADERS, sep="\n", ping_interval=HEARTBEAT_SECONDS, send_timeout=SEND_SECONDS_MAX
+            )
+            await response.prepare(request)
+            await stack.enter_async_context(response)
+            # A comment and the time to come again: headers alone would wait for company.
+            await response.write(b": the log from position %d on\n" % position + RETRY)
+            with suppress(ConnectionError, TimeoutError):
+                while not self.tail.is_ended and response.is_connected():
+                    position = await self._send(response, position, order_no)
+                    await self._wait(response, position)
+        return response
+
+    async def _send(self, response: EventSourceResponse, position: int, order_no: str | None) -> int:
+        """Send what there is above a position; return the position up to which that is all."""
+        recent = self.tail.after(position)
+        if recent is None and order_no is not None:
+            return await self._send_order(response, position, order_no)
+        if recent is None:
+            # Behind what is kept in memory: read like anybody who comes late.
+            recent = [message_of(event) for event in await self._page(position)]
+        await _write(
+            response, [message for _, number, message in recent if order_no is None or number == order_no]
+        )
+        return recent[-1].position if recent else max(position, self.tail.position)
+
+    async def _send_order(self, response: EventSourceResponse, position: int, order_no: str) -> int:
+        """Send an order's events between a position and the end of the log as it is known to all readers."""
+        end, version = self.tail.position, 0
+        while True:
+            async with borrowed(self._pool, self._seconds_max) as connection:
+                page = await event_store.read_stream(connection, order_no, version, PAGE_EVENTS)
+            await _write(
+                response, [message_of(event).message for event in page if position < event.position <= end]
+            )
+            if not page:
+                return max(position, end)
+            version = page[-1].version
+
+    async def _wait(self, response: EventSourceResponse, position: int) -> None:
+        """Wait until there is more; look now and then whether the reader is still there."""
+        while response.is_connected() and not self.tail.is_ended and self.tail.position <= position:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    await self.tail.grown(position)
+
+
+async def _write(response: EventSourceResponse, messages: Sequence[bytes]) -> None:
+    if not messages:
+        return
+    try:
+        async with asyncio.timeout(SEND_SECONDS_MAX):
+            await response.write(b"".join(messages))
+    except TimeoutError:
+        # What it does not take would be waited for.
+        response.stop_streaming()
+        raise
+
+
+def _position_seen(request: web.Request) -> int | None:
+    given = request.headers.get(LAST_EVENT_ID)
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdecimal()) or int(given) > POSITION_MAX:
+        raise bad_parameter(LAST_EVENT_ID, "it must be a position")
+    return int(given)
