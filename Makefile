@@ -1,6 +1,6 @@
 # Everything there is to do with this project. Needs make and a Python of 3.11 or newer; no root, no database.
 .DEFAULT_GOAL := help
-.PHONY: help run test lint faults bench replay lock clean FORCE
+.PHONY: help run demo test lint faults bench replay lock clean FORCE
 SHELL := /bin/sh
 
 VENV := .venv
@@ -16,6 +16,21 @@ help: ## show this
 
 run: $(VENV)/run.stamp ## serve on 127.0.0.1:8080 with a PostgreSQL of its own (ORDER_TRACKING_* settings hold)
 	@exec $(BIN)/order-tracking serve
+
+demo: $(VENV)/run.stamp ## play Komerce against a service of its own, to look at; Ctrl-C ends it and its data
+	@# The service is no part of what Ctrl-C reaches: it is still there when the simulator asks for its account.
+	@dir=$$(mktemp -d) && chmod 711 "$$dir" && : >"$$dir/.env" && : >"$$dir/log" || exit 1; \
+	export ORDER_TRACKING_STATE_DIR="$$dir" ORDER_TRACKING_ENV_FILE="$$dir/.env" ORDER_TRACKING_DATABASE_URL= \
+		ORDER_TRACKING_WEBHOOK_TOKENS= ORDER_TRACKING_WEBHOOK_HMAC_SECRET=; \
+	$(BIN)/python -c 'import os, sys; os.setpgrp(); os.execv(sys.argv[1], sys.argv[1:])' \
+		$(BIN)/order-tracking serve >"$$dir/log" 2>&1 & pid=$$!; \
+	trap 'kill $$pid 2>/dev/null; wait $$pid; rm -rf "$$dir"' EXIT; trap 'exit 0' INT TERM HUP; \
+	until url=$$(sed -n 's/^order-tracking listens on //p' "$$dir/log") && [ -n "$$url" ]; do \
+		kill -0 $$pid 2>/dev/null || { cat "$$dir/log" >&2; exit 1; }; sleep 0.1; done; \
+	echo "look at $$url/ while Komerce, simulated, tells of orders; Ctrl-C ends it"; \
+	$(BIN)/order-tracking simulate --url "$$url/webhook" --orders 300 --rate 5 --duplicates 0.05 --reorder 0.05 \
+		--delay 0.02 --hang-up 0.02 --unknown 0.01 $(ARGS); \
+	echo "all is told; the service goes on at $$url/ until Ctrl-C"; wait $$pid
 
 test: $(VENV)/dev.stamp ## run every test against a real PostgreSQL, with coverage
 	@rm -f .coverage .coverage.*

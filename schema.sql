@@ -15,7 +15,9 @@ BEGIN
     END IF;
     FOREACH wanted IN ARRAY ARRAY['order_tracking_owner', 'order_tracking_service', 'order_tracking_reader'] LOOP
         BEGIN
-            EXECUTE format('CREATE ROLE %I', wanted);
+            -- Without a password: by one that is given to it later, or over a socket that trusts.
+            EXECUTE format('CREATE ROLE %I %s', wanted,
+                CASE wanted WHEN 'order_tracking_service' THEN 'LOGIN' ELSE 'NOLOGIN' END);
         EXCEPTION WHEN duplicate_object OR unique_violation THEN
             NULL;  -- another database of this server has made it
         END;
@@ -31,9 +33,10 @@ BEGIN
     GRANT USAGE, CREATE ON SCHEMA public TO order_tracking_owner;
     GRANT USAGE ON SCHEMA public TO order_tracking_service, order_tracking_reader;
     REVOKE CREATE ON SCHEMA public FROM PUBLIC;
-    -- The service makes the views' schemas, and renames them in a rebuild.
-    EXECUTE format('GRANT CREATE ON DATABASE %I TO order_tracking_service', current_database());
-    ALTER DEFAULT PRIVILEGES FOR ROLE order_tracking_service GRANT USAGE ON SCHEMAS TO order_tracking_reader;
+    -- The owner makes the views' schemas for the service. The service itself makes none: a schema of the name of a
+    -- role comes first on that role's search path, and what is in it would be run by whoever acts as that role.
+    EXECUTE format('GRANT CREATE ON DATABASE %I TO order_tracking_owner', current_database());
+    GRANT order_tracking_service TO order_tracking_owner;
     ALTER DEFAULT PRIVILEGES FOR ROLE order_tracking_service GRANT SELECT ON TABLES TO order_tracking_reader;
     PERFORM set_config('role', 'order_tracking_owner', true);
 END $$;
@@ -82,6 +85,33 @@ BEGIN
 END $$;
 REVOKE EXECUTE ON FUNCTION lock_order_events() FROM PUBLIC;
 
+-- The schemas that a view and its rebuild may have, and no others.
+
+CREATE FUNCTION make_view_schema(name text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF name !~ '^(current_status|timeline|statistics)(_next)?$' THEN
+        RAISE EXCEPTION '% is no schema of a view', name USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    EXECUTE format('CREATE SCHEMA %I', name);
+    IF current_user = 'order_tracking_owner' THEN
+        EXECUTE format('ALTER SCHEMA %I OWNER TO order_tracking_service', name);
+        EXECUTE format('GRANT USAGE ON SCHEMA %I TO order_tracking_reader', name);
+    END IF;
+END $$;
+REVOKE EXECUTE ON FUNCTION make_view_schema(text) FROM PUBLIC;
+
+CREATE FUNCTION swap_view_schemas(view text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF view !~ '^(current_status|timeline|statistics)$' THEN
+        RAISE EXCEPTION '% is no view', view USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    EXECUTE format('ALTER SCHEMA %I RENAME TO %I', view, view || '_old');
+    EXECUTE format('ALTER SCHEMA %I RENAME TO %I', view || '_next', view);
+END $$;
+REVOKE EXECUTE ON FUNCTION swap_view_schemas(text) FROM PUBLIC;
+
 CREATE TRIGGER order_events_immutable BEFORE UPDATE OR DELETE ON order_events
     FOR EACH ROW EXECUTE FUNCTION refuse_change();
 CREATE TRIGGER order_events_kept BEFORE TRUNCATE ON order_events
@@ -106,7 +136,7 @@ CREATE TABLE idempotency_keys (
 
 CREATE TABLE quarantine (
     quarantine_id  bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    body           bytea       NOT NULL,
+    body           bytea,                               -- null once it is erased
     body_sha256    bytea       GENERATED ALWAYS AS (sha256(body)) STORED UNIQUE,
     reason         text        NOT NULL,                -- why it could not be understood
     remote         text,
@@ -118,6 +148,7 @@ CREATE TABLE quarantine (
     resolution     text,                                -- why it was discarded
     order_no       text        COLLATE "C",             -- the event that a retry made
     version        bigint,
+    CHECK (body IS NOT NULL OR state <> 'open'),
     CHECK ((state = 'open') = (resolved_at IS NULL)),
     CHECK ((state = 'discarded') = (resolution IS NOT NULL)),
     CHECK ((state = 'retried') = (version IS NOT NULL)),
@@ -157,7 +188,7 @@ CREATE TABLE erasures (
 -- Runs as its caller, who must own the log: nobody else can switch the triggers. The lock that this takes lets
 -- reads pass, and holds webhooks up for as long as one order's events take.
 CREATE PROCEDURE erase_order(erased_order_no text, why text) LANGUAGE plpgsql
-    SET search_path = public, pg_catalog, pg_temp AS $$
+    SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     events bigint;
     entries bigint;
@@ -168,11 +199,14 @@ BEGIN
         (convert_from(state, 'UTF8')::jsonb || '{"body": "", "remote": null}')::text, 'UTF8')
     WHERE originator_id = erased_order_no;
     GET DIAGNOSTICS events = ROW_COUNT;
+    IF events = 0 THEN
+        RAISE EXCEPTION 'nothing was recorded of the order %', erased_order_no USING ERRCODE = 'no_data_found';
+    END IF;
     ALTER TABLE order_events ENABLE ALWAYS TRIGGER order_events_immutable;
-    -- Equal bodies share an entry, so what is left says which one it was.
-    UPDATE quarantine SET body = convert_to('erased ' || quarantine_id, 'UTF8'), remote = NULL
-    WHERE order_no = erased_order_no;
+    UPDATE quarantine SET body = NULL, remote = NULL WHERE order_no = erased_order_no;
     GET DIAGNOSTICS entries = ROW_COUNT;
+    -- The hash of a body could still confirm a guess at it.
+    UPDATE idempotency_keys SET body_sha256 = '' WHERE order_no = erased_order_no;
     INSERT INTO erasures (order_no, why, events, entries) VALUES (erased_order_no, why, events, entries);
 END $$;
 REVOKE EXECUTE ON PROCEDURE erase_order(text, text) FROM PUBLIC;
@@ -188,7 +222,8 @@ BEGIN
     GRANT SELECT ON schema_version, order_events, idempotency_keys, quarantine, api_keys, erasures
         TO order_tracking_service;
     GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
-    GRANT EXECUTE ON FUNCTION lock_order_events() TO order_tracking_service;
+    GRANT EXECUTE ON FUNCTION lock_order_events(), make_view_schema(text), swap_view_schemas(text)
+        TO order_tracking_service;
     GRANT INSERT ON idempotency_keys TO order_tracking_service;
     GRANT INSERT (body, reason, remote, received_at, last_seen_at) ON quarantine TO order_tracking_service;
     GRANT UPDATE (times_seen, last_seen_at, state, resolved_at, resolution, order_no, version) ON quarantine

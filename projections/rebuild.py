@@ -43,11 +43,9 @@ COUNT_SET_ASIDE: Final = "SELECT count(*) FROM set_aside"
 
 # Names of schemas and tables cannot be parameters. They are the views' own constants, never a caller's.
 DROP_SCHEMA: Final = "DROP SCHEMA IF EXISTS {schema} CASCADE"
-CREATE_SCHEMA: Final = "CREATE SCHEMA {schema}"
-SWAP_SCHEMAS: Final = """
-    ALTER SCHEMA {view} RENAME TO {view}_old;
-    ALTER SCHEMA {view}_next RENAME TO {view};
-"""
+# Whoever rebuilds may make no schemas; the database lends these two ways of making those of views.
+CREATE_SCHEMA: Final = "SELECT public.make_view_schema($1)"
+SWAP_SCHEMAS: Final = "SELECT public.swap_view_schemas($1)"
 COUNT_DIFFERENCES: Final = """
     SELECT (SELECT count(*) FROM (TABLE {view}.{table} EXCEPT ALL TABLE {view}_next.{table}) AS only_live)
          + (SELECT count(*) FROM (TABLE {view}_next.{table} EXCEPT ALL TABLE {view}.{table}) AS only_rebuilt)
@@ -170,7 +168,7 @@ async def rebuild(
 async def _prepare(fills: Sequence[_Fill], guard: Connection) -> None:
     for fill in fills:
         await _drop(guard, f"{fill.view.name}_next")
-        await guard.execute(CREATE_SCHEMA.format(schema=f"{fill.view.name}_next"))
+        await guard.execute(CREATE_SCHEMA, f"{fill.view.name}_next")
         await fill.connection.execute(fill.view.tables_sql)
 
 
@@ -255,7 +253,7 @@ async def _swap(fill: _Fill, guard: Connection, log_reader: Log) -> RebuiltView:
         set_aside = await connection.fetchval(COUNT_SET_ASIDE)
         # The rebuild's own lock is this connection's: were it gone, another could be at the same tables.
         await guard.fetchval(IS_ALIVE)
-        await connection.execute(SWAP_SCHEMAS.format(view=view.name))
+        await connection.execute(SWAP_SCHEMAS, view.name)
     try:
         await _drop(guard, f"{view.name}_old")
     except asyncpg.LockNotAvailableError:

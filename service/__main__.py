@@ -8,7 +8,7 @@ from typing import Final
 
 import typer
 
-from service.commands import auditing, checking, keys, quarantining, replaying, sending, serving
+from service.commands import auditing, checking, keys, quarantining, replaying, sending, serving, simulating
 
 cli: Final = typer.Typer(
     name="order-tracking",
@@ -24,6 +24,8 @@ for command in (
     auditing.audit,
     sending.send,
     sending.token,
+    simulating.simulate,
+    simulating.register,
     checking.check,
     checking.migrate,
 ):

@@ -1,6 +1,8 @@
 """API keys: who may read and who may operate. Of a key's secret the database has only the hash."""
 
+import asyncio
 import hashlib
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -9,11 +11,15 @@ from time import monotonic
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import asyncpg
+import structlog
 from aiohttp import hdrs, web
 
 from service.batcher import Batcher
-from service.database import Connection, Pool, borrowed
+from service.database import Connection, Pool, StorageUnavailableError, borrowed
 from service.problems import Handler, ProblemError
+from service.settings import is_loopback
+
+log = structlog.get_logger()
 
 Scope: TypeAlias = Literal["read", "admin"]
 
@@ -28,9 +34,13 @@ KNOWN_SECONDS_MAX: Final = 1.0
 # The last use of a key is written once in this time at most.
 USE_NOTED: Final = timedelta(minutes=1)
 WAITING_MAX: Final = 16_384
+KEY_COOKIE: Final = "order_tracking_key"
 SAFE_METHODS: Final = ("GET", "HEAD")
 # What a browser says of a request that another site's page made.
 OWN_SITE: Final = ("same-origin", "none")
+
+_LOCAL_HOSTS: Final = ("localhost", "127.0.0.1")
+_PORT: Final = re.compile(r":\d+$")
 
 ALL_KEYS: Final = """
     SELECT name, scope, secret_sha256, created_at, expires_at, last_used_at, revoked_at
@@ -113,6 +123,9 @@ class Access:
         self._is_open_without_keys = is_open_without_keys
         self._keys: Mapping[bytes, ApiKey] = {}
         self._known_until = 0.0
+        self._blind_until = 0.0
+        self._noted: dict[str, datetime] = {}
+        self._noting: asyncio.Task[None] | None = None
         # Whoever comes while the keys are being looked at waits for the same look.
         self._look: Batcher[None, None] = Batcher(
             self._look_at_keys,
@@ -129,9 +142,11 @@ class Access:
             if monotonic() >= self._known_until:
                 await self._look.submit(None)
             if self._keys or not self._is_open_without_keys:
-                await self._admit(request, scope)
+                self._admit(request, scope)
+            else:
+                refuse_other_names(request)
             if request.method not in SAFE_METHODS:
-                _refuse_other_sites(request)
+                refuse_other_sites(request)
             return await handler(request)
 
         guarded.scope = scope  # type: ignore[attr-defined]  # told to whoever walks the routes
@@ -142,33 +157,59 @@ class Access:
         await self._look.submit(None)
         return not self._keys
 
-    async def _look_at_keys(self, callers: Sequence[None], _due: float) -> Sequence[None]:
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            self._keys = {key.secret_sha256: key for key in await all_keys(connection)}
+    async def is_valid(self, secret: str) -> bool:
+        """Tell whether a key is good for reading, now."""
+        await self._look.submit(None)
+        key = self._keys.get(_sha256(secret))
+        return key is not None and key.is_valid(datetime.now(UTC))
+
+    async def _look_at_keys(self, callers: Sequence[None], due: float) -> Sequence[None]:
+        if monotonic() < self._blind_until:
+            raise StorageUnavailableError("the keys could not be looked at a moment ago")
+        try:
+            async with asyncio.timeout_at(due), borrowed(self._pool, self._seconds_max) as connection:
+                self._keys = {key.secret_sha256: key for key in await all_keys(connection)}
+        except (StorageUnavailableError, TimeoutError):
+            # Those who waited meanwhile have no time left for another try.
+            self._blind_until = monotonic() + KNOWN_SECONDS_MAX
+            raise
         self._known_until = monotonic() + KNOWN_SECONDS_MAX
         return callers
 
-    async def _admit(self, request: web.Request, scope: Scope) -> None:
+    def _admit(self, request: web.Request, scope: Scope) -> None:
         if not self._keys:
             raise _unauthorised("no key has been made yet: order-tracking keys create")
-        kind, _, secret = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-        if kind.lower() != "bearer" or not secret:
+        secret = _secret_of(request)
+        if not secret:
             raise _unauthorised("this needs a key: Authorization: Bearer ...")
         now = datetime.now(UTC)
-        key = self._keys.get(_sha256(secret.strip()))
+        key = self._keys.get(_sha256(secret))
         if key is None or not key.is_valid(now):
             raise _unauthorised("the key is unknown, revoked or expired", 'error="invalid_token"')
         if scope == "admin" and key.scope != "admin":
             headers = {"WWW-Authenticate": 'Bearer error="insufficient_scope", scope="admin"'}
             raise ProblemError(403, "Forbidden", "this needs a key of the scope admin", headers=headers)
-        if key.last_used_at is None or key.last_used_at < now - USE_NOTED:
-            await self._note_use(key, now)
+        last_used_at = self._noted.get(key.name, key.last_used_at)
+        if last_used_at is None or last_used_at < now - USE_NOTED:
+            self._noted[key.name] = now
+            if self._noting is None or self._noting.done():
+                self._noting = asyncio.create_task(self._note_use(key.name, now), name="note the use of a key")
 
-    async def _note_use(self, key: ApiKey, now: datetime) -> None:
-        # Noted here at once, so that what comes meanwhile does not write it again.
-        self._keys = {**self._keys, key.secret_sha256: key._replace(last_used_at=now)}
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            await connection.execute(NOTE_USE, key.name, now, now - USE_NOTED)
+    async def _note_use(self, name: str, now: datetime) -> None:
+        """Write down that a key was used; no request waits for it, and none fails with it."""
+        try:
+            async with borrowed(self._pool, self._seconds_max) as connection:
+                await connection.execute(NOTE_USE, name, now, now - USE_NOTED)
+        except Exception as error:  # noqa: BLE001 - a use that cannot be noted is noted a minute later
+            log.warning("the use of a key could not be noted", error=repr(error))
+
+
+def _secret_of(request: web.Request) -> str:
+    """Return the key of a request; a browser's pages, which can set no header, have it in a cookie, to read."""
+    kind, _, secret = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+    if kind:
+        return secret.strip() if kind.lower() == "bearer" else ""
+    return request.cookies.get(KEY_COOKIE, "") if request.method in SAFE_METHODS else ""
 
 
 def _unauthorised(detail: str, *challenge: str) -> ProblemError:
@@ -176,7 +217,27 @@ def _unauthorised(detail: str, *challenge: str) -> ProblemError:
     return ProblemError(401, "Unauthorized", detail, headers=headers)
 
 
-def _refuse_other_sites(request: web.Request) -> None:
-    """A page of another site may have a browser send this, without a key where none is needed."""
-    if request.headers.get("Sec-Fetch-Site", "none") not in OWN_SITE:
+def refuse_other_sites(request: web.BaseRequest) -> None:
+    """Refuse what a page of another site has a browser send, without a key where none is needed.
+
+    Raises:
+        ProblemError: 403.
+    """
+    headers = request.headers
+    origin = headers.get(hdrs.ORIGIN)
+    is_own = origin is None or origin.partition("://")[2] == headers.get(hdrs.HOST)
+    if headers.get("Sec-Fetch-Site", "none") not in OWN_SITE or not is_own:
         raise ProblemError(403, "Forbidden", "another site's page may not ask for this")
+
+
+def refuse_other_names(request: web.BaseRequest) -> None:
+    """Refuse a name that is not this machine's own: what is open to it alone is asked for by that alone.
+
+    A page may have its own name point to this machine, and then reads what it likes (DNS rebinding).
+
+    Raises:
+        ProblemError: 403.
+    """
+    host = request.headers.get(hdrs.HOST, "localhost")
+    if host not in _LOCAL_HOSTS and not is_loopback(_PORT.sub("", host).strip("[]")):
+        raise ProblemError(403, "Forbidden", "without keys it is asked by a name of this machine's own alone")

@@ -30,7 +30,9 @@ from service.endpoints import routes_of
 from service.event_store import EventStore
 from service.http_server import HttpServer
 from service.log_reader import LogReader
+from service.openapi import OpenApi
 from service.operations_api import OperationsApi
+from service.page.pages import Pages
 from service.quarantine import Quarantine
 from service.quarantine_api import QuarantineApi
 from service.read_api import ReadApi
@@ -39,6 +41,7 @@ from service.schema import VIEWS, apply_schema, service_dsn
 from service.sender import Sender
 from service.settings import Settings
 from service.streams import Streams
+from service.webhook import PATH as WEBHOOK_PATH
 from service.webhook import Webhook
 
 # How long an unreachable database is waited for at start, such as one that starts at the same time.
@@ -120,6 +123,8 @@ class Service:
             QuarantineApi(self.pool, self.recorder, seconds_max),
             OperationsApi(self.pool, [*self.projectors.values()], seconds_max),
         )
+        self.openapi = OpenApi(self.apis, WEBHOOK_PATH + ("/{token}" if settings.webhook_tokens else ""))
+        self.pages = Pages(self.pool, self.access, self.projectors, seconds_max, self.openapi.document)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -249,7 +254,8 @@ def make_app(service: Service, settings: Settings) -> web.Application:
     """Return the HTTP application of a service."""
     app = web.Application(client_max_size=settings.body_bytes_max)
     app.add_routes(service.webhook.routes())
-    for api in service.apis:
+    app.add_routes(service.pages.routes())
+    for api in (*service.apis, service.openapi):
         app.add_routes(routes_of(api, service.access))
     return app
 

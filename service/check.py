@@ -26,9 +26,13 @@ ROLE: Final = """
            has_table_privilege('public.order_events', 'UPDATE, DELETE, TRUNCATE'),
            has_column_privilege('public.order_events', 'notification_id', 'INSERT')
            OR has_column_privilege('public.order_events', 'recorded_at', 'INSERT'),
-           has_database_privilege(current_database(), 'CREATE')
+           (SELECT has_database_privilege(relowner, current_database(), 'CREATE') FROM pg_class
+            WHERE oid = 'public.order_events'::regclass),
+           session_user = current_user
 """
-GRANT_HINT: Final = "GRANT CREATE ON DATABASE to it"
+ARE_TABLES: Final = """
+    SELECT count(*) FROM unnest($1::text[]) AS name JOIN pg_class ON oid = to_regclass(name) AND relkind = 'r'
+"""
 DURABILITY: Final = """
     SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')
 """
@@ -105,7 +109,9 @@ async def _check_role(dsn: str) -> list[Finding]:
     """Look at what the role that the service runs as could do to the log."""
     connection = await connect(await service_dsn(dsn))
     try:
-        name, is_superuser, owns_log, may_change, may_forge, may_make_views = (await connection.fetch(ROLE))[0]
+        name, is_superuser, owns_log, may_change, may_forge, may_make_views, is_login = (
+            await connection.fetch(ROLE)
+        )[0]
     finally:
         await connection.close()
     findings = [_ok(f"the service runs as {name}")]
@@ -124,7 +130,13 @@ async def _check_role(dsn: str) -> list[Finding]:
     else:
         findings.append(_ok("it can add to the log, and neither change nor remove what is there"))
     if not may_make_views:
-        findings.append(_wrong(f"{name} cannot make schemas here, so no view can be rebuilt: {GRANT_HINT}"))
+        findings.append(
+            _wrong("the owner of the log cannot make schemas, so no view can be rebuilt: 'migrate'")
+        )
+    if not is_login:
+        findings.append(
+            _note(f"it acts as {name} by SET ROLE, and could take that back: a login of its own could not")
+        )
     return findings
 
 
@@ -137,12 +149,13 @@ async def _check_keys(connection: Connection) -> list[Finding]:
 async def _check_views(connection: Connection) -> list[Finding]:
     findings = []
     for view in VIEWS:
-        await connection.execute("SELECT set_config('search_path', $1, false)", view.name)
-        try:
-            state = await view_state(connection)
-        except asyncpg.UndefinedTableError:
+        # A view in the place of a table would run what its maker wrote as whoever looks at it.
+        tables = [f"{view.name}.projection", f"{view.name}.set_aside"]
+        if await connection.fetchval(ARE_TABLES, tables) != len(tables):
             findings.append(_wrong(f"the view {view.name} is missing: 'serve' makes it"))
             continue
+        await connection.execute("SELECT set_config('search_path', $1, false)", view.name)
+        state = await view_state(connection)
         if state.definition != view.definition:
             findings.append(_wrong(f"the view {view.name} is outdated: 'replay' rebuilds it"))
         elif state.sets_aside:

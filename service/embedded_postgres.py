@@ -56,7 +56,8 @@ COMMAND_SECONDS_MAX = 30.0
 START_SECONDS_MAX = 300.0  # recovery of max_wal_size from a slow disk
 REFUSED_SECONDS_MAX = 15.0  # how long a start is tried again while an old backend is still ending
 # Fast; immediate, where the postmaster kills after 5 s what has not ended; and the last resort.
-STOP_SIGNALS = ((signal.SIGINT, 20.0), (signal.SIGQUIT, 10.0), (signal.SIGKILL, 5.0))
+# A fast stop that meets a crash recovery may never end; an immediate one costs a recovery at the next start.
+STOP_SIGNALS = ((signal.SIGINT, 5.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
 WATCH_SECONDS = 0.2
 BACKOFF_SECONDS_MIN = 0.1
 BACKOFF_SECONDS_MAX = 5.0

@@ -1,7 +1,7 @@
 """What can be asked over HTTP: a declaration beside each handler makes its route and is its documentation."""
 
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from aiohttp import web
@@ -37,6 +37,7 @@ class Endpoint:
         problems: the statuses that it may be answered with beyond those of every endpoint.
         media: the forms that the answer may take.
         is_listed: whether the documentation has it.
+        summary: one line; the handler's docstring, where it is left out.
     """
 
     method: str
@@ -48,10 +49,12 @@ class Endpoint:
     problems: tuple[int, ...] = ()
     media: tuple[str, ...] = (JSON,)
     is_listed: bool = True
+    summary: str = ""
 
     def __call__(self, handler: AnyHandler) -> AnyHandler:
         """Declare a method: it is given the request, and the query as it was read."""
-        setattr(handler, DECLARATION, self)
+        summary = self.summary or (handler.__doc__ or "").strip()
+        setattr(handler, DECLARATION, replace(self, summary=summary))
         return handler
 
 

@@ -19,6 +19,8 @@ from service.problems import ProblemError, problem_answer, problem_of
 HEAD_SECONDS_MAX: Final = 4.0
 # A body, from the end of its head: with the head and a sweep, ten seconds at most.
 BODY_SECONDS_MAX: Final = 4.5
+# Packers write one; each more is copied once for each before it.
+GZIP_MEMBERS_MAX: Final = 16
 # How often connections are looked at.
 SWEEP_SECONDS: Final = 1.0
 # Between two requests on a connection: longer than the proxies in front, which must be the ones to close.
@@ -54,6 +56,8 @@ async def read_body(request: web.Request) -> bytes:
         else:
             async with asyncio.timeout(BODY_SECONDS_MAX):
                 body = await request.read()
+            if isinstance(request.protocol, _Connection):
+                request.protocol.has_more = False
         return body if coding != "gzip" else _gunzip(body, request)
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(request) from None
@@ -70,7 +74,7 @@ async def read_body(request: web.Request) -> bytes:
 def _gunzip(body: bytes, request: web.Request) -> bytes:
     """Unpack to the end of the last member: aiohttp's own way takes what is cut short for whole."""
     unpacked = b""
-    while body:
+    for _ in range(GZIP_MEMBERS_MAX):
         member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
         unpacked += member.decompress(body, request.client_max_size + 1 - len(unpacked))
         if len(unpacked) > request.client_max_size:
@@ -78,7 +82,9 @@ def _gunzip(body: bytes, request: web.Request) -> bytes:
         if not member.eof:
             raise zlib.error("it is cut short")
         body = member.unused_data
-    return unpacked
+        if not body:
+            return unpacked
+    raise zlib.error(f"it has more than {GZIP_MEMBERS_MAX} members")
 
 
 def _too_large(request: web.Request) -> ProblemError:
@@ -86,18 +92,43 @@ def _too_large(request: web.Request) -> ProblemError:
 
 
 class _Connection(web.RequestHandler):
-    """One connection; knows since when it has been waiting for a request to be whole."""
+    """One connection; knows since when it has been waiting for a request's head to be whole."""
 
-    __slots__ = ("arriving_since",)
+    __slots__ = ("arriving_since", "has_more", "is_handling")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.arriving_since: float | None = monotonic()
+        self.is_handling = False
+        # Whether something came during a request that is not of its body: the beginning of the next one.
+        self.has_more = False
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        if self.arriving_since is None:
-            self.arriving_since = monotonic()
+        # aiohttp itself calls this without data, to go on with what it has kept.
+        if data:
+            if self.is_handling:
+                self.has_more = True
+            elif self.arriving_since is None:
+                self.arriving_since = monotonic()
         super().data_received(data)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio's own meaning of what it returns
+        """Answer a client that has said all it had to say, and only then close."""
+        if self.is_handling or self.arriving_since is not None:
+            self.close()
+            return True
+        return None
+
+    def begin(self) -> None:
+        """A head has come whole, and its request is handled."""
+        self.arriving_since = None
+        self.is_handling = True
+        self.has_more = False
+
+    def end(self) -> None:
+        """The request is answered; what came meanwhile is the beginning of the next one."""
+        self.is_handling = False
+        self.arriving_since = monotonic() if self.has_more else None
 
     def handle_error(
         self,
@@ -120,7 +151,7 @@ def _guarded(handler: Handler) -> Handler:
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
         if isinstance(connection, _Connection):
-            connection.arriving_since = None
+            connection.begin()
         try:
             if (problem := _odd_framing(request)) is not None:
                 return _closing(problem)
@@ -129,7 +160,7 @@ def _guarded(handler: Handler) -> Handler:
             return problem_answer(problem_of(error, request))
         finally:
             if isinstance(connection, _Connection):
-                connection.arriving_since = None
+                connection.end()
 
     return handle
 

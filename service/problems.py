@@ -1,6 +1,7 @@
 """Answers: JSON, and RFC 9457 problems where a request cannot be answered as asked."""
 
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, Final
 
 import orjson
@@ -18,6 +19,31 @@ OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
 RETRY_AFTER_SECONDS: Final = 2
 # A replay is started by a person.
 HEALED_AFTER_SECONDS: Final = 300
+
+# Every kind of problem that has a name of its own: its status, and what there is to say of it.
+PROBLEMS: Final[dict[str, tuple[int, str]]] = {
+    "Bad parameter": (
+        400,
+        "A query parameter is unknown, given twice or cannot be used; `parameter` names it.",
+    ),
+    "Bad path": (400, "The path is not percent-encoded UTF-8, or has control characters."),
+    "Bad body": (400, "The body cannot be read, or is not what is asked for."),
+    "Bad framing": (400, "The message is framed in a way that two readers might read in two ways."),
+    "Unauthorized": (401, "A key is needed, and none came, or one that is unknown, revoked or expired."),
+    "Bad signature": (401, "The signature of the body is missing or wrong."),
+    "Forbidden": (403, "The key's scope is too small, or a page of another site asked."),
+    "Unknown order": (404, "Nothing was ever reported of this order."),
+    "Not known then": (404, "The order was not known at that version or time."),
+    "Unknown entry": (404, "The quarantine has no entry of this id."),
+    "Too slow": (408, "The body took too long."),
+    "Not open": (409, "The entry has been dealt with already."),
+    "Too large": (413, "The body is larger than bodies may be."),
+    "Unknown content coding": (415, "There are gzip and identity."),
+    "Still not understood": (422, "The entry still cannot be understood; it stays as it is."),
+    "Temporarily unavailable": (503, "Try again after `Retry-After` seconds."),
+    "Set aside": (503, "A view could not handle an event of this order; a replay heals it."),
+    "HTTP version not supported": (505, "There are HTTP/1.0 and HTTP/1.1."),
+}
 
 log = structlog.get_logger()
 
@@ -78,10 +104,17 @@ def answer(value: Any, *, status: int = 200, headers: dict[str, str] | None = No
     )
 
 
+def problem_type(status: int, title: str) -> str:
+    """Return where a kind of problem is explained; nowhere, where its status says all (RFC 9457, 4.2.1)."""
+    if title not in PROBLEMS or title == HTTPStatus(status).phrase:
+        return "about:blank"
+    return f"/docs#{title.lower().replace(' ', '-')}"
+
+
 def problem_answer(problem: ProblemError) -> web.Response:
     """Return a problem as an answer."""
     body = {
-        "type": "about:blank",
+        "type": problem_type(problem.status, problem.title),
         "title": problem.title,
         "status": problem.status,
         "detail": problem.detail,

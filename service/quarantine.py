@@ -136,8 +136,8 @@ async def discard(connection: Connection, quarantine_id: int, why: str) -> None:
         NotOpenError: it has been dealt with already.
         ValueError: the reason is empty or longer than WHY_CHARACTERS_MAX.
     """
-    if not 0 < len(why.strip()) <= WHY_CHARACTERS_MAX or "\0" in why:
-        raise ValueError(f"the reason must have 1 to {WHY_CHARACTERS_MAX} characters")
+    if not why.strip() or len(why) > WHY_CHARACTERS_MAX or not why.isprintable():
+        raise ValueError(f"the reason must have 1 to {WHY_CHARACTERS_MAX} printable characters")
     if await connection.execute(DISCARD, quarantine_id, datetime.now(UTC), why) == "UPDATE 0":
         entry = await find_entry(connection, quarantine_id)
         raise NotOpenError(f"entry {quarantine_id} is {entry.state} already")

@@ -64,7 +64,7 @@ class QuarantineApi:
     @Endpoint("GET", ENTRY_PATH, representations.QuarantineEntry, problems=(404, 503))
     async def show_entry(self, request: web.Request, _query: Query) -> web.Response:
         """One body that could not be understood, byte for byte."""
-        return answer(representations.quarantine_entry(await self._entry(request)))
+        return answer(representations.quarantine_entry(await self._entry(request), with_body=True))
 
     @Endpoint(
         "POST",
@@ -84,6 +84,8 @@ class QuarantineApi:
             raise ProblemError(422, "Still not understood", "it cannot be recorded") from None
         except NotOpenError as error:
             raise ProblemError(409, "Not open", str(error)) from None
+        except UnknownEntryError as error:
+            raise ProblemError(404, "Unknown entry", str(error)) from None
         return answer({**asdict(receipt), "quarantine_id": entry.quarantine_id})
 
     @Endpoint(
@@ -109,7 +111,7 @@ class QuarantineApi:
             raise ProblemError(400, "Bad body", str(error)) from None
         except NotOpenError as error:
             raise ProblemError(409, "Not open", str(error)) from None
-        return answer(representations.quarantine_entry(entry))
+        return answer(representations.quarantine_entry(entry, with_body=True))
 
     async def _entry(self, request: web.Request) -> QuarantineEntry:
         wanted = request.match_info["quarantine_id"]

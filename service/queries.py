@@ -27,7 +27,7 @@ PAGE_ROWS_DEFAULT: Final = 100
 PAGE_ROWS_MAX: Final = 1_000
 TEXT_CHARACTERS_MAX: Final = 128
 
-_ORDER_PATH: Final = re.compile(r"(?:https?://[^/?#]*)?/orders/(?P<order_no>[^/?#]+)", re.IGNORECASE)
+_ORDER_PATH: Final = re.compile(r"(?:https?://[^/?#]*)?/(?:orders|track)/(?P<order_no>[^/?#]+)", re.IGNORECASE)
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Weeks to seconds; months and years have no fixed length. Nine digits are more than anybody waits.
 _DURATION: Final = re.compile(

@@ -27,7 +27,7 @@ BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
 # A report that would wait longer is refused: its next try finds a shorter queue, while a queue that everybody
 # waits through to the end of their time would answer nobody.
-WAIT_SECONDS_MAX: Final = 0.6
+WAIT_SECONDS_MAX: Final = 0.4
 # Reports with a key wait one by one for the connection of the batches: few, so that those are not starved.
 KEYED_REPORTS_MAX: Final = 64
 # Where orders stood last, kept for judging without a read. About 500 bytes an order: 50 MB.

@@ -201,7 +201,7 @@ class QuarantineEntry(TypedDict):
     resolution: str | None
     order_no: str | None
     version: int | None
-    body_base64: NotRequired[str]
+    body_base64: NotRequired[str | None]
 
 
 class QuarantineEntries(TypedDict):
@@ -407,11 +407,12 @@ def log_event(event: RecordedEvent) -> LogEvent:
     }
 
 
-def quarantine_entry(entry: EntryKept) -> QuarantineEntry:
+def quarantine_entry(entry: EntryKept, *, with_body: bool = False) -> QuarantineEntry:
     """One entry of the quarantine, in a list without its body."""
     shown = {name: value for name, value in entry._asdict().items() if name != "body"}
-    if entry.body is not None:
-        shown["body_base64"] = b64encode(entry.body).decode()
+    if with_body:
+        # Null once it is erased.
+        shown["body_base64"] = b64encode(entry.body).decode() if entry.body is not None else None
     return cast("QuarantineEntry", shown)
 
 

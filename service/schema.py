@@ -4,12 +4,14 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import asyncpg
 
 from projections import current_status, statistics, timeline
 from projections.engine import View
-from service.database import Connection, connect
+from projections.rebuild import CREATE_SCHEMA
+from service.database import Connection, StorageUnavailableError, connect
 
 SCHEMA_FILE: Final = Path(__file__).resolve().parent.parent / "schema.sql"
 MIGRATIONS: Final = Path(__file__).resolve().parent / "migrations"
@@ -23,6 +25,7 @@ SCHEMAS: Final = "SELECT nspname FROM pg_namespace"
 CURRENT_VERSION: Final = "SELECT max(version) FROM public.schema_version"
 ACT_AS: Final = "SELECT set_config('role', $1, true)"
 RECORD_VERSION: Final = "INSERT INTO public.schema_version (version) VALUES ($1)"
+SEARCH: Final = "SELECT set_config('search_path', $1, true)"
 BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
 
 OWNER_ROLE: Final = "order_tracking_owner"
@@ -40,12 +43,12 @@ MAY_ACT_AS_OWNER: Final = """
     WHERE rolname = 'order_tracking_owner' AND pg_class.oid = 'public.order_events'::regclass
 """
 MAY_MAKE_SCHEMAS: Final = """
-    SELECT has_database_privilege('order_tracking_service', current_database(), 'CREATE')
+    SELECT has_database_privilege('order_tracking_owner', current_database(), 'CREATE')
         OR NOT has_database_privilege(current_database(), 'CREATE WITH GRANT OPTION')
 """
 GRANT_SCHEMAS: Final = """
     DO $$ BEGIN
-        EXECUTE format('GRANT CREATE ON DATABASE %I TO order_tracking_service', current_database());
+        EXECUTE format('GRANT CREATE ON DATABASE %I TO order_tracking_owner', current_database());
     END $$
 """
 
@@ -108,6 +111,8 @@ async def apply_schema(
         SchemaError: the database is newer than this release, or something else lies in its place.
     """
     async with connection.transaction():
+        # What is run here must be found where it is meant to be, whoever runs it.
+        await connection.execute(SEARCH, "public")
         await connection.execute(TAKE_SCHEMA_LOCK, SCHEMA_LOCK)
         is_new = not await connection.fetchval(IS_APPLIED)
         try:
@@ -156,7 +161,21 @@ async def service_dsn(dsn: str) -> str:
             return dsn
     finally:
         await connection.close()
-    return as_role(dsn, SERVICE_ROLE)
+    return await _own_login(dsn) or as_role(dsn, SERVICE_ROLE)
+
+
+async def _own_login(dsn: str) -> str | None:
+    """Return the DSN of the service's own login, where a socket lets it in; from that there is no way back."""
+    if urlsplit(dsn).hostname is not None:
+        return None
+    own = re.sub(r"(?<=[?&]user=)[^&]*", SERVICE_ROLE, dsn)
+    try:
+        connection = await connect(own)
+    except StorageUnavailableError:
+        return None
+    is_service = await connection.fetchval(IS_SERVICE)
+    await connection.close()
+    return own if is_service else None
 
 
 def as_role(dsn: str, role: str) -> str:
@@ -188,9 +207,9 @@ async def _version(connection: Connection, known: int) -> int:
 
 async def _make_views(connection: Connection, views: Sequence[View], definition: str | None) -> None:
     for view in views:
-        # The names are the views' own constants.
-        await connection.execute(f"CREATE SCHEMA {view.name}; SET LOCAL search_path TO {view.name}")
+        await connection.execute(CREATE_SCHEMA, view.name)
+        await connection.execute(SEARCH, view.name)
         await connection.execute(view.tables_sql)
         await connection.execute(view.keys_sql)
         await connection.execute(BEGIN_PROJECTION, view.definition if definition is None else definition)
-    await connection.execute("SET LOCAL search_path TO DEFAULT")
+    await connection.execute(SEARCH, "public")

@@ -21,8 +21,18 @@ FILE_VARIABLE: Final = f"{PREFIX}ENV_FILE"
 
 # Short ones can be guessed.
 SECRET_CHARACTERS_MIN: Final = 16
+# Labels of letters, digits and hyphens; one of digits alone at the end would be a broken address.
+_HOST_NAME: Final = re.compile(r"(?!.*\.\d+$)(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 # What stands in a path as it is.
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~-]+")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:
@@ -36,7 +46,12 @@ def is_loopback(host: str) -> bool:
 
 
 def _listed(text: Any) -> Any:
-    return [part.strip() for part in text.split(",") if part.strip()] if isinstance(text, str) else text
+    if not isinstance(text, str):
+        return text
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if text and not parts:
+        raise ValueError("there is nothing between its commas")
+    return parts
 
 
 class SettingsError(Exception):
@@ -96,10 +111,24 @@ class Settings(BaseSettings):
         default="human", description="how log lines are written, human or json"
     )
 
+    komerce_base_url: str = Field(
+        default="", description="where Komerce's API is, for register; PUT /webhook below it is asked"
+    )
+    komerce_api_key: SecretStr = Field(
+        default=SecretStr(""), description="the key of Komerce's API, for register and simulate"
+    )
+
     @property
     def is_local(self) -> bool:
         """Whether nobody but this machine can reach the service, by way of a proxy neither."""
         return not self.trusted_proxies and is_loopback(self.host)
+
+    @field_validator("host")
+    @classmethod
+    def _is_host(cls, host: str) -> str:
+        if not _is_address(host) and not _HOST_NAME.fullmatch(host):
+            raise ValueError("it must be an IP address or a host name")
+        return host
 
     @field_validator("database_url")
     @classmethod
@@ -107,9 +136,14 @@ class Settings(BaseSettings):
         if url and not url.startswith(("postgresql://", "postgres://")):
             raise ValueError("it must begin with postgresql://")
         try:
-            _ = urlsplit(url).port
+            parts = urlsplit(url)
+            _ = parts.port
         except ValueError:
             raise ValueError("its port is no port") from None
+        try:
+            _ = (parts.hostname or "").encode("idna")
+        except UnicodeError:
+            raise ValueError("its host is no host name") from None
         return url
 
     @field_validator("webhook_tokens")
@@ -143,7 +177,12 @@ def read_settings() -> Settings:
         SettingsError: one is wrong, or a variable with our prefix is none of ours.
     """
     file = Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE))
-    given = {*os.environ, *dotenv_values(file)} - {FILE_VARIABLE}
+    if FILE_VARIABLE in os.environ and (not file.exists() or file.is_dir()):
+        raise SettingsError(f"{FILE_VARIABLE} names {file}, which is no file")
+    try:
+        given = {name.upper() for name in (*os.environ, *dotenv_values(file))} - {FILE_VARIABLE}
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from None
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     unknown = sorted(name for name in given if name.startswith(PREFIX) and name not in known)
     if unknown:
@@ -152,5 +191,5 @@ def read_settings() -> Settings:
         return Settings(_env_file=file)  # type: ignore[call-arg]  # an argument that only its plugin knows
     except ValidationError as error:
         first = error.errors()[0]
-        name = f"{PREFIX}{'_'.join(str(part) for part in first['loc'])}".upper()
+        name = f"{PREFIX}{first['loc'][0]}".upper()
         raise SettingsError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import structlog
 from aiohttp import web
 
+from service.api_keys import refuse_other_sites
 from service.http_server import read_body
 from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
 from service.parser import UnreadableError, parse
@@ -57,7 +58,10 @@ class Webhook:
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or keep what cannot be understood; answer when it is committed."""
         received_at = datetime.now(UTC)
-        self._sender.check_token(request)
+        if self._sender.has_tokens:
+            self._sender.check_token(request)
+        else:
+            refuse_other_sites(request)
         if request.method not in METHODS:
             raise web.HTTPMethodNotAllowed(request.method, METHODS)
         raw = await read_body(request)

@@ -15,7 +15,7 @@ import pytest
 from service.app import prepare_database
 from service.database import Connection, connect
 from service.embedded_postgres import EmbeddedPostgres
-from service.schema import SERVICE_ROLE, as_role
+from service.schema import OWNER_ROLE, SERVICE_ROLE, as_role
 
 TEMPLATE = "template_with_schema"
 DATABASE = "/order_tracking?"
@@ -75,7 +75,7 @@ def database(server: EmbeddedPostgres, template: str = TEMPLATE) -> Iterator[str
     asyncio.run(_administer(server.dsn, f'CREATE DATABASE "{name}" TEMPLATE "{template}"'))
     if template == TEMPLATE:
         # A database's own grants do not come with its template.
-        grant = f'GRANT CREATE ON DATABASE "{name}" TO {SERVICE_ROLE}'
+        grant = f'GRANT CREATE ON DATABASE "{name}" TO {OWNER_ROLE}'
         asyncio.run(_administer(server.dsn, grant))
     yield dsn_of(server.dsn, name)
     asyncio.run(_administer(server.dsn, f'DROP DATABASE "{name}" WITH (FORCE)'))

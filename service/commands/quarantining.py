@@ -120,7 +120,12 @@ def retry_quarantine(
                 entry = await _quarantine_entry(connection, number)
                 try:
                     receipt = await recorder.record(quarantines.report_of(entry), datetime.now(UTC))
-                except (UnreadableError, RefusedReportError, quarantines.NotOpenError) as error:
+                except (
+                    UnreadableError,
+                    RefusedReportError,
+                    quarantines.NotOpenError,
+                    quarantines.UnknownEntryError,
+                ) as error:
                     left += 1
                     out.print(f"{number}: {audits.printable(str(error))}", markup=False)
                 else:

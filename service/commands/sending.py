@@ -9,12 +9,13 @@ import typer
 from yarl import URL
 
 from service.commands.console import (
+    MISUSED,
     WRONG,
     end,
     out,
     plain_errors,
 )
-from service.settings import read_settings
+from service.settings import Settings, read_settings
 
 # For one webhook that a person sends by hand.
 SEND_SECONDS_MAX: Final = 10.0
@@ -31,8 +32,7 @@ def send(
     """Send one webhook as Komerce would, and print the receipt."""
     with plain_errors():
         settings = read_settings()
-        token = "".join(f"/{token.get_secret_value()}" for token in settings.webhook_tokens[:1])
-        target = url or f"http://{settings.host}:{settings.port}/webhook{token}"
+        target = _checked(url) if url is not None else webhook_url(settings)
         body = {"order_no": order_no, "cnote": cnote, "status": status}
         code, text = asyncio.run(_put(target, body))
     out.print(text, markup=False)
@@ -41,14 +41,33 @@ def send(
     raise typer.Exit(0 if '"outcome":"advanced"' in text or '"outcome":"repeated"' in text else WRONG)
 
 
-async def _put(url: str, body: dict[str, str]) -> tuple[int, str]:
+def webhook_url(settings: Settings) -> URL:
+    """Return where the service of these settings takes reports."""
+    token = "".join(f"/{token.get_secret_value()}" for token in settings.webhook_tokens[:1])
+    return URL.build(scheme="http", host=settings.host, port=settings.port, path=f"/webhook{token}")
+
+
+def _checked(url: str) -> URL:
+    # What a library says of a bad URL quotes it whole, with the token that its path may hold.
+    try:
+        target = URL(url)
+        is_good = target.scheme in ("http", "https") and target.host is not None and target.port is not None
+    except ValueError:
+        is_good = False
+    if not is_good:
+        end("--url must be an http or https URL", MISUSED)
+    return target
+
+
+async def _put(url: URL, body: dict[str, str]) -> tuple[int, str]:
     timeout = aiohttp.ClientTimeout(total=SEND_SECONDS_MAX)
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.put(url, json=body) as response:
             return response.status, await response.text()
     except (aiohttp.ClientError, TimeoutError) as error:
         # Its path may hold a token.
-        end(f"cannot send to {URL(url).origin()}: {error or 'no answer in time'}")
+        said = error.strerror if isinstance(error, OSError) else type(error).__name__
+        end(f"cannot send to {url.origin()}: {said or 'no answer in time'}")
 
 
 def token() -> None:

@@ -31,7 +31,7 @@ def environment(state_dir: Path, **settings: str) -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "ORDER_TRACKING_STATE_DIR": str(state_dir),
         "ORDER_TRACKING_PORT": "0",
-        "ORDER_TRACKING_ENV_FILE": str(state_dir / ".env"),
+        "ORDER_TRACKING_ENV_FILE": os.devnull,
         "NO_COLOR": "1",
         "COLUMNS": "200",
         **{f"ORDER_TRACKING_{name}": value for name, value in settings.items()},

@@ -176,6 +176,18 @@ def test_commands_start_the_database_where_no_service_runs(state_dir: Path) -> N
         ({"DATABASE_URL": "mysql://x"}, "ORDER_TRACKING_DATABASE_URL: it must begin with postgresql://"),
         ({"BODY_BYTES_MAX": "1"}, "ORDER_TRACKING_BODY_BYTES_MAX: "),
         ({"PROT": "8080"}, "ORDER_TRACKING_PROT is no setting; there are "),
+        ({"prot": "8080"}, "ORDER_TRACKING_PROT is no setting; there are "),
+        ({"HOST": "x" * 64}, "ORDER_TRACKING_HOST: it must be an IP address or a host name"),
+        ({"HOST": "999.1.1.1"}, "ORDER_TRACKING_HOST: it must be an IP address or a host name"),
+        ({"WEBHOOK_TOKENS": "short"}, "ORDER_TRACKING_WEBHOOK_TOKENS: each must have 16 or more "),
+        (
+            {"WEBHOOK_TOKENS": "has/a/slash-in-it-1234"},
+            "ORDER_TRACKING_WEBHOOK_TOKENS: each must have 16 or more ",
+        ),
+        ({"WEBHOOK_TOKENS": ","}, "ORDER_TRACKING_WEBHOOK_TOKENS: there is nothing between its commas"),
+        ({"WEBHOOK_HMAC_SECRET": "short"}, "ORDER_TRACKING_WEBHOOK_HMAC_SECRET: it must have 16 or more "),
+        ({"TRUSTED_PROXIES": "10.0.0.0/8,x"}, "ORDER_TRACKING_TRUSTED_PROXIES: "),
+        ({"ENV_FILE": "/nowhere/at/all"}, "ORDER_TRACKING_ENV_FILE names /nowhere/at/all, which is no file"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_line(state_dir: Path, settings: dict[str, str], message: str) -> None:
@@ -186,6 +198,36 @@ def test_a_wrong_setting_is_one_clear_line(state_dir: Path, settings: dict[str, 
     assert ended.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("http://127.0.0.1:9/webhook/a-token-of-16-characters", 1),
+        ("http://x:99999/webhook/a-token-of-16-characters", 2),
+        ("ftp://127.0.0.1/webhook/a-token-of-16-characters", 2),
+        ("a-token-of-16-characters", 2),
+        ("http://[::1/webhook/a-token-of-16-characters", 2),
+    ],
+)
+def test_send_never_says_the_token(state_dir: Path, url: str, code: int) -> None:
+    """Whatever is wrong with the address, it is one line without the path."""
+    ended = run_command(state_dir, "send", "KOM1", "AWB1", "Sent", "--url", url)
+    assert ended.returncode == code
+    assert ended.stderr.count("\n") == 1
+    assert "a-token" not in ended.stderr + ended.stdout
+
+
+def test_send_finds_the_service_by_its_settings(state_dir: Path) -> None:
+    """With a token and on an IPv6 address, without any of it on the command line."""
+    service = RunningService(state_dir, HOST="::1", WEBHOOK_TOKENS="a-token-of-16-characters").start()
+    try:
+        port = service.url.rpartition(":")[2]
+        settings = {"HOST": "::1", "PORT": port, "WEBHOOK_TOKENS": "a-token-of-16-characters"}
+        assert run_command(state_dir, "send", "KOM1", "AWB1", "Sent", **settings).returncode == 0
+        assert "a-token" not in service.output
+    finally:
+        service.end()
+
+
 def test_a_setting_may_stand_in_a_file(state_dir: Path) -> None:
     """It counts like the environment, which comes before it, and a name that is no setting is told as well."""
     for line, message in [
@@ -193,7 +235,7 @@ def test_a_setting_may_stand_in_a_file(state_dir: Path) -> None:
         ("ORDER_TRACKING_PROT=8091", "ORDER_TRACKING_PROT is no setting; there are "),
     ]:
         (state_dir / ".env").write_text(f"{line}\n", encoding="utf-8")
-        ended = run_command(state_dir, "serve")
+        ended = run_command(state_dir, "serve", ENV_FILE=str(state_dir / ".env"))
         assert (ended.returncode, ended.stderr.startswith(message)) == (2, True), ended.stderr
 
 

@@ -43,13 +43,13 @@ def filled(prefix: bytes, unit: bytes, suffix: bytes) -> bytes:
 
 def request(method: str, path: str, content: bytes = b"", *headers: str) -> bytes:
     """A whole request. Header lines are written as they are given."""
-    lines = [f"{method} {path} HTTP/1.1", "Host: shop.example", f"Content-Length: {len(content)}", *headers]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(content)}", *headers]
     return "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + content
 
 
 def head(*lines: bytes, method: bytes = b"PUT") -> bytes:
     """The head of a webhook, with just these header lines."""
-    return b"\r\n".join([method + b" /webhook HTTP/1.1", b"Host: shop.example", *lines, b"", b""])
+    return b"\r\n".join([method + b" /webhook HTTP/1.1", b"Host: localhost", *lines, b"", b""])
 
 
 def chunked(content: bytes) -> bytes:

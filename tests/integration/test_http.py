@@ -371,7 +371,7 @@ async def test_a_bad_parameter_is_named(client: Client, path: str, parameter: st
 @pytest.mark.parametrize("path", ["/orders/%00", "/orders/%zz", "/orders/%FF", "/orders/a%0Ab/timeline"])
 async def test_a_path_that_spells_no_text_is_refused(client: Client, path: str) -> None:
     """Broken escapes and control characters in a path are a client's mistake: 400, and nothing is looked up."""
-    answer = await client.talk(b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode())
+    answer = await client.talk(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"application/problem+json" in answer
 
@@ -542,3 +542,30 @@ async def test_idempotency_keys_over_http(client: Client, connection: Connection
     await client.raw(COMPACT_BODY, **{"webhook-id": "x" * 257})
     await client.raw(COMPACT_BODY, **{"webhook-id": "x" * 257})
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 4
+
+
+async def test_a_request_may_take_longer_than_its_head(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is still on its way is cut off: not a request that is handled, nor the one behind it."""
+    monkeypatch.setattr("service.http_server.HEAD_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("service.http_server.SWEEP_SECONDS", 0.1)
+    monkeypatch.setattr("service.read_api.AFTER_POSITION_SECONDS_MAX", 1.5)
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    writer.write(b"GET /orders?after_position=99 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await asyncio.sleep(0.3)
+    writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    first = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    second = await asyncio.wait_for(reader.readuntil(b"alive"), 5)
+    writer.close()
+    assert first.startswith(b"HTTP/1.1 503 ")
+    assert b"HTTP/1.1 200 " in second
+
+
+async def test_a_client_that_has_said_all_it_has_to_say_is_answered(client: Client) -> None:
+    """Half closed after its body, it still gets its receipt, and then the end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    head = b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    writer.write(head % len(COMPACT_BODY) + COMPACT_BODY)
+    writer.write_eof()
+    answer = await asyncio.wait_for(reader.read(), 5)
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 200 OK")

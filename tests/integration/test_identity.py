@@ -1,5 +1,6 @@
 """Who may report, read and operate: tokens, signatures, keys, and the addresses behind proxies."""
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -46,7 +47,7 @@ async def answered(
 ) -> tuple[int, bytes]:
     """The status and the whole answer of a request sent as it stands, on a connection of its own."""
     fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-    fields += f"Host: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
+    fields += f"Host: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
     answer = await client.talk(f"{method} {path} HTTP/1.1\r\n{fields}\r\n".encode() + body)
     return int(answer.split(b" ", 2)[1]), answer
 
@@ -89,7 +90,7 @@ async def test_a_token_is_in_no_answer_and_no_log(dsn: str, capfd: pytest.Captur
     """Neither of a good request, nor of malformed ones, nor of one that fails."""
     async with served(dsn, webhook_tokens=OLD) as client:
         answers = [
-            await client.talk(f"PUT /webhook/{OLD} HTTP/1.1\r\nHost: x\r\n{bad}\r\n\r\n".encode())
+            await client.talk(f"PUT /webhook/{OLD} HTTP/1.1\r\nHost: localhost\r\n{bad}\r\n\r\n".encode())
             for bad in BAD_FIELDS
         ]
         answers.append((await answered(client, "PUT", f"/webhook/{OLD}", b"{"))[1])
@@ -152,11 +153,15 @@ async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Con
         routes = all_routes(service)
         assert {(method, path) for method, path, scope in routes if scope is None and method != "HEAD"} == {
             ("PUT", "/webhook"), ("POST", "/webhook"), ("GET", "/livez"), ("GET", "/readyz"),
+            # What says nothing of any order: the documentation, and how a browser gives its key.
+            ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/static/{name}"), ("POST", "/session"),
         }  # fmt: skip
         assert {path for _, path, scope in routes if scope == "admin"} == {
             "/quarantine/{quarantine_id}/retry", "/quarantine/{quarantine_id}/discard",
         }  # fmt: skip
         for method, pattern, scope in routes:
+            if pattern == "/session":
+                continue  # its body is the key
             path = pattern.replace("{order_no}", "KOM1").replace("{quarantine_id}", "1")
             bare = await refusal(client, method, path, None)
             assert bare == (401 if scope else None), (method, path)
@@ -175,6 +180,9 @@ async def refusal(client: Client, method: str, path: str, key: str | None) -> in
     ) as answer:
         if answer.status not in {401, 403}:
             return None
+        if answer.content_type == "text/html":
+            # A page asks for the key in a form.
+            return answer.status
         assert answer.headers["WWW-Authenticate"].startswith("Bearer")
         if method != "HEAD":
             assert answer.headers["Content-Type"] == "application/problem+json"
@@ -230,6 +238,9 @@ async def test_the_database_has_only_the_hash_and_the_last_use_to_the_minute(
     assert await connection.fetchval("SELECT last_used_at FROM api_keys") is None
     async with served(dsn) as client:
         await client.get("/orders", 200, {"Authorization": f"Bearer {key}"})
+        async with asyncio.timeout(5):
+            while await connection.fetchval("SELECT last_used_at FROM api_keys") is None:  # noqa: ASYNC110 - it waits for another process
+                await asyncio.sleep(0.02)
         first = await connection.fetchrow("SELECT last_used_at, xmin::text, api_keys::text FROM api_keys")
         assert first is not None
         assert first[0] is not None
@@ -302,3 +313,43 @@ async def test_the_event_has_the_address_behind_the_proxy(dsn: str) -> None:
         async with served(dsn) as client:
             (event,) = (await client.get("/events?limit=1000"))["events"][-1:]
             assert event["data"]["remote"] == address
+
+
+async def test_what_is_open_to_this_machine_is_asked_by_its_own_name(dsn: str) -> None:
+    """A page whose name points to this machine reads nothing, and nobody's page reports."""
+    async with served(dsn) as client:
+        for host, status in (
+            ("evil.example:8080", 403),
+            ("localhost:8080", 200),
+            ("[::1]:80", 200),
+            ("127.0.0.2", 200),
+        ):
+            request = f"GET /orders HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()
+            assert (await client.talk(request)).split(b" ", 2)[1] == b"%d" % status
+        for headers, status in (
+            ({"Origin": "http://evil.example"}, 403),
+            ({"Origin": "null"}, 403),
+            ({"Sec_Fetch_Site": "cross-site"}, 403),
+            ({"Origin": "http://localhost"}, 200),
+        ):
+            got, answer = await answered(client, "POST", "/webhook", BODY, **headers)
+            assert got == status, answer
+
+
+async def test_a_use_that_cannot_be_noted_is_in_nobodys_way(dsn: str, connection: Connection) -> None:
+    """While the table of keys is held by somebody, what has a key is answered as ever."""
+    key = await api_keys.create_key(connection, "one", "read", None)
+    async with served(dsn, request_seconds_max=1.0) as client, connection.transaction():
+        await connection.execute("SELECT FROM api_keys FOR UPDATE")
+        for _ in range(5):
+            await client.get("/orders", 200, {"Authorization": f"Bearer {key}"})
+
+
+async def test_the_cookie_of_a_page_is_good_for_reading_alone(dsn: str, connection: Connection) -> None:
+    """A browser sends it by itself, so nothing is changed by it; a header is stronger than it."""
+    key = await api_keys.create_key(connection, "one", "admin", None)
+    cookie = f"{api_keys.KEY_COOKIE}={key}"
+    async with served(dsn) as client:
+        assert (await answered(client, "GET", "/orders", Cookie=cookie))[0] == 200
+        assert (await answered(client, "GET", "/orders", Cookie=cookie, Authorization="Bearer x"))[0] == 401
+        assert (await answered(client, "POST", "/quarantine/1/retry", Cookie=cookie))[0] == 401

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from service import event_store
 from service.app import serving
 from service.database import Connection
 from service.settings import Settings
@@ -186,3 +187,17 @@ async def test_the_same_on_the_command_line(client: Client, connection: Connecti
         shutil.rmtree(folder)
     order = await client.get("/orders/KOM1/events")
     assert json.loads(order["events"][0]["data"]["body"]) == json.loads(LEARNED)
+
+
+async def test_an_entry_that_is_removed_while_it_is_retried(client: Client, connection: Connection) -> None:
+    """The owner may remove it at any time: then there is nothing to retry, and no event."""
+    entry = await quarantined(client, connection)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", event_store.APPEND_LOCK)
+    retried = asyncio.create_task(post(client, f"/quarantine/{entry}/retry", 404))
+    await asyncio.sleep(0.3)
+    await connection.execute("DELETE FROM quarantine")
+    await transaction.commit()
+    assert (await retried)["title"] == "Unknown entry"
+    assert await connection.fetchval("SELECT count(*) FROM order_events") == 0

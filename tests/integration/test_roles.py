@@ -36,7 +36,9 @@ LOGGED = ("order_events", "idempotency_keys", "quarantine", "api_keys", "erasure
 
 @asynccontextmanager
 async def acting(owner_dsn: str, role: str) -> AsyncIterator[Connection]:
-    connection = await connect(as_role(owner_dsn, role))
+    """A connection of the service's own login, or one that acts as another role."""
+    dsn = await service_dsn(owner_dsn) if role == SERVICE_ROLE else as_role(owner_dsn, role)
+    connection = await connect(dsn)
     yield connection
     await connection.close()
 
@@ -87,6 +89,11 @@ CHANGES = [
     "BEGIN; LOCK TABLE order_events IN ACCESS EXCLUSIVE MODE",
     "SET session_replication_role = replica",
     "CALL erase_order('KOM1', 'because')",
+    "CREATE SCHEMA order_tracking_owner",
+    "CREATE SCHEMA of_mine",
+    "SELECT make_view_schema('order_tracking_owner')",
+    "SELECT make_view_schema('order_tracking')",
+    "SELECT swap_view_schemas('public')",
     "UPDATE quarantine SET body = ''",
     "UPDATE quarantine SET reason = ''",
     "UPDATE api_keys SET secret_sha256 = sha256('other')",
@@ -102,14 +109,17 @@ ONLY_THE_READER_MAY_NOT = [
     "DELETE FROM current_status.orders",
     "UPDATE timeline.entries SET verdict = ''",
     "DROP SCHEMA timeline CASCADE",
-    "CREATE SCHEMA of_mine",
+    "SELECT make_view_schema('timeline_next')",
 ]
 
 
 @pytest.mark.parametrize(
     ("role", "statement"),
     [
-        *((SERVICE_ROLE, statement) for statement in CHANGES),
+        *(
+            (SERVICE_ROLE, statement)
+            for statement in (*CHANGES, f"SET ROLE {OWNER_ROLE}", "SET ROLE order_tracking")
+        ),
         *((READER_ROLE, statement) for statement in (*CHANGES, *ONLY_THE_READER_MAY_NOT)),
     ],
 )
@@ -204,14 +214,16 @@ async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
         at = f"after_position={(await last.json())['position']}"
         before = await client.get(f"/orders/KOM1/timeline?{at}")
         async with acting(owner_dsn, OWNER_ROLE) as owner:
-            await owner.execute("CALL erase_order('KOM1', 'asked for by the buyer')")
+            await owner.execute("CALL public.erase_order('KOM1', 'asked for by the buyer')")
+            with pytest.raises(asyncpg.NoDataFoundError):
+                await owner.execute("CALL public.erase_order('KOM77', 'a slip of the pen')")
         assert await client.get("/orders/KOM1/timeline") == before
         events = (await client.get("/orders/KOM1/events"))["events"]
         assert [(event["data"]["body"], event["data"]["remote"]) for event in events] == [("", None)] * 2
         assert [event["data"]["status"] for event in events] == ["in_transit", "delivered"]
         assert "Budi" in json.dumps(await client.get("/orders/KOM2/events"))
         entry = await client.get(f"/quarantine/{odd['quarantine_id']}")
-        assert (entry["state"], entry["remote"]) == ("retried", None)
+        assert (entry["state"], entry["remote"], entry["body_base64"]) == ("retried", None, None)
         # The order goes on, judged from what is left of it.
         assert (await client.webhook("KOM1", "Diterima"))["outcome"] == "repeated"
     everything_left = json.dumps(
@@ -280,7 +292,7 @@ async def test_check_finds_triggers_that_a_restore_left_weaker(owner_dsn: str, c
 async def test_a_restored_database_gets_its_own_grant_again(owner_dsn: str, connection: Connection) -> None:
     """What belongs to the database itself comes with no dump: check says so, and the next start mends it."""
     name = await connection.fetchval("SELECT current_database()")
-    await connection.execute(f'REVOKE CREATE ON DATABASE "{name}" FROM {SERVICE_ROLE}')
+    await connection.execute(f'REVOKE CREATE ON DATABASE "{name}" FROM {OWNER_ROLE}')
     assert await wrong(owner_dsn)
     await prepare_database(owner_dsn)
     assert not await wrong(owner_dsn)
@@ -319,3 +331,19 @@ async def test_the_service_cannot_migrate(owner_dsn: str, connection: Connection
     await connection.execute("UPDATE schema_version SET version = version - 1")
     with pytest.raises(SchemaError, match="'migrate' brings it to"):
         await service_dsn(owner_dsn)
+
+
+async def test_check_runs_nothing_that_the_service_has_put_in_the_place_of_a_table(
+    owner_dsn: str, connection: Connection
+) -> None:
+    """What looks at a view's tables as somebody mightier looks first whether they are tables."""
+    async with acting(owner_dsn, SERVICE_ROLE) as service:
+        await service.execute("""
+            SET search_path = timeline;
+            CREATE FUNCTION trap() RETURNS bigint LANGUAGE plpgsql AS
+                'BEGIN EXECUTE ''CREATE TABLE public.trapped (x int)''; RETURN 1; END';
+            ALTER TABLE projection RENAME TO kept;
+            CREATE VIEW projection AS SELECT trap() AS position, definition, one_row FROM kept;
+        """)
+    assert "the view timeline is missing: 'serve' makes it" in await wrong(owner_dsn)
+    assert await connection.fetchval("SELECT to_regclass('public.trapped')") is None

@@ -1,0 +1,105 @@
+"""``make faults``: break the service in every way that is known, and say what was lost (nothing) and doubled.
+
+Exit codes: 0 all held; 1 something did not (with --mutation: as it must); 2 misused.
+"""
+
+import argparse
+import asyncio
+import random
+import resource
+import signal
+import sys
+from typing import Final
+
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from tests.faults.faults import FAULTS, Fault
+from tests.faults.mutations import MUTATIONS
+from tests.faults.run import Outcome, run
+
+out: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, help="of everything that is left to chance; printed")
+    parser.add_argument("--only", metavar="NAME[,NAME]", help="these faults alone")
+    parser.add_argument("--short", action="store_true", help="the selection that is a part of make test")
+    parser.add_argument("--list", action="store_true", help="name the faults and mutations")
+    parser.add_argument(
+        "--mutation", metavar="NAME", help="prove the harness: a service that must turn out red"
+    )
+    arguments = parser.parse_args()
+    known = {fault.name: fault for fault in (*FAULTS, *MUTATIONS)}
+    names = [fault.name for fault in FAULTS if fault.is_short or not arguments.short]
+    if arguments.only or arguments.mutation:
+        names = (arguments.mutation or arguments.only).split(",")
+    if unknown := sorted(set(names) - set(known)):
+        parser.error(f"there is no {unknown[0]}; there are {', '.join(known)}")
+    arguments.faults = [known[name] for name in names]
+    return arguments
+
+
+async def _run(faults: list[Fault], seed: int) -> list[Outcome]:
+    task = asyncio.current_task()
+    if task is not None:
+        # Ended by whoever runs it: nothing is left behind all the same.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    outcomes = []
+    for number, fault in enumerate(faults, start=1):
+        out.print(f"{number}/{len(faults)} {fault.claim} ...", end=" ")
+        outcome = await run(fault, seed)
+        outcomes.append(outcome)
+        out.print(_verdict(outcome), f"({outcome.seconds:.0f} s)")
+        for line in outcome.violations:
+            out.print(f"    {line}", markup=False, style="red", soft_wrap=True)
+    return outcomes
+
+
+def _verdict(outcome: Outcome) -> str:
+    if outcome.skipped:
+        return "skipped"
+    return "[red]violated[/red]" if outcome.violations else "[green]held[/green]"
+
+
+def _table(outcomes: list[Outcome], seed: int) -> Table:
+    table = Table("fault", title=f"faults, seed {seed}")
+    for name in ("times", "acknowledged", "lost", "doubled", "worst outage"):
+        table.add_column(name, justify="right")
+    table.add_column("promises")
+    table.add_column("remarks")
+    for outcome in outcomes:
+        count = outcome.count
+        table.add_row(
+            outcome.fault.claim,
+            *(str(outcome.times), f"{count.acknowledged:,}", str(count.lost), str(count.doubled)),
+            f"{outcome.worst_outage:.2f} s",
+            _verdict(outcome),
+            outcome.skipped or "; ".join(outcome.remarks),
+        )
+    return table
+
+
+def main() -> int:
+    """Run what was asked for."""
+    arguments = _arguments()
+    if arguments.list:
+        for fault in (*FAULTS, *MUTATIONS):
+            out.print(f"{fault.name:22} {fault.claim}{', short' if fault.is_short else ''}")
+        return 0
+    # Thousands of callers are files, here and in the service.
+    _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
+    seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
+    try:
+        outcomes = uvloop.run(_run(arguments.faults, seed))
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        return 1
+    out.print(_table(outcomes, seed))
+    return int(any(outcome.violations for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

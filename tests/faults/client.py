@@ -1,0 +1,155 @@
+"""HTTP as a sender speaks it: many connections, one request at a time on each, and a note of every answer."""
+
+import asyncio
+import re
+import time
+from collections import Counter
+from typing import Final, NamedTuple, cast
+
+# Beyond the budget of a request and the room that is allowed: who says nothing for so long has forgotten us.
+ANSWER_SECONDS_MAX: Final = 8.0
+OK: Final = 200
+UNAVAILABLE: Final = 503
+_LENGTH: Final = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
+_RETRY_AFTER: Final = re.compile(rb"\r\nretry-after: (\d+)", re.IGNORECASE)
+
+
+class Answer(NamedTuple):
+    """An answer, and how long it took."""
+
+    status: int
+    retry_after_seconds: int | None
+    body: bytes
+    seconds: float
+
+
+def put(body: str) -> bytes:
+    """A report as a request."""
+    data = body.encode()
+    return b"PUT /webhook HTTP/1.1\r\nHost: faults\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
+
+
+def get(path: str) -> bytes:
+    """A read as a request."""
+    return f"GET {path} HTTP/1.1\r\nHost: faults\r\n\r\n".encode()
+
+
+class Client(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._received = bytearray()
+        self._waiting: asyncio.Future[Answer] | None = None
+        self._sent_at = 0.0
+        self._head: tuple[bytes, int] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are not derived from asyncio's.
+        self._transport = cast("asyncio.Transport", transport)
+        self.is_open = True
+
+    def request(self, message: bytes) -> "asyncio.Future[Answer]":
+        """Send a request; the future gets its answer, or the ConnectionError that came instead."""
+        self._waiting = asyncio.get_running_loop().create_future()
+        self._sent_at = time.monotonic()
+        self._transport.write(message)
+        return self._waiting
+
+    def data_received(self, data: bytes) -> None:
+        self._received += data
+        if self._head is None:
+            end = self._received.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = bytes(self._received[:end])
+            length = _LENGTH.search(head)
+            self._head = head, end + 4 + (int(length[1]) if length else 0)
+        head, whole = self._head
+        if len(self._received) < whole:
+            return
+        body = bytes(self._received[len(head) + 4 : whole])
+        self._received.clear()
+        self._head = None
+        retry_after = _RETRY_AFTER.search(head)
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(
+                Answer(
+                    int(head[9:12]),
+                    int(retry_after[1]) if retry_after else None,
+                    body,
+                    time.monotonic() - self._sent_at,
+                )
+            )
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_open = False
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_exception(ConnectionError(str(error)))
+
+    def close(self) -> None:
+        """Drop it, whatever was asked last."""
+        self._transport.abort()
+
+
+class Connections:
+    """The connections of all who call one port, and an account of what they were answered."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.answers: Counter[int] = Counter()
+        # 503 without Retry-After; and requests that nobody answered although their connection lived.
+        self.bare_refusals = 0
+        self.silences = 0
+        self.slowest_seconds = 0.0
+        self._idle: list[Client] = []
+        self._open: set[Client] = set()
+
+    async def request(self, message: bytes) -> Answer | None:
+        """Send a request; None where no answer came, which leaves open what became of it."""
+        client = None
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                client = await self._client()
+                answer = await client.request(message)
+        except OSError as error:
+            self.silences += isinstance(error, TimeoutError) and client is not None
+            self._drop(client)
+            return None
+        except asyncio.CancelledError:
+            self._drop(client)
+            raise
+        self._idle.append(client)
+        self.answers[answer.status] += 1
+        self.bare_refusals += answer.status == UNAVAILABLE and answer.retry_after_seconds is None
+        self.slowest_seconds = max(self.slowest_seconds, answer.seconds)
+        return answer
+
+    async def open(self, connections: int) -> None:
+        """Open so many ahead of the requests."""
+        self._idle += [await self._connect() for _ in range(connections)]
+
+    def close(self) -> None:
+        """Close every connection."""
+        for client in [*self._open]:
+            self._drop(client)
+        self._idle.clear()
+
+    async def _client(self) -> Client:
+        while self._idle:
+            client = self._idle.pop()
+            if client.is_open:
+                return client
+            self._open.discard(client)
+        return await self._connect()
+
+    async def _connect(self) -> Client:
+        loop = asyncio.get_running_loop()
+        _, client = await loop.create_connection(Client, "127.0.0.1", self.port)
+        self._open.add(client)
+        return client
+
+    def _drop(self, client: Client | None) -> None:
+        if client is not None:
+            self._open.discard(client)
+            client.close()

@@ -1,0 +1,181 @@
+"""Who reports and who reads while things break: senders on a schedule, and a reader at the log's tail."""
+
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from itertools import count
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from tests.faults.client import OK, UNAVAILABLE, Answer, Connections, get, put
+
+REPORTS_PER_SECOND: Final = 300.0
+# Beyond it the schedule is not kept, and that is counted: the load would no longer be an open one.
+IN_FLIGHT_MAX: Final = 4_000
+HOT_ORDERS: Final = 8
+STATUSES: Final = ("Diajukan", "Dijemput", "Dikirim", "Diantar", "Diterima", "Kendala", "Retur", "Batal")
+# Before an unknown outcome is tried again.
+RETRY_SECONDS: Final = 0.25
+RECOVERED_SECONDS_MAX: Final = 20.0
+# For the retries that are left when the load has ended.
+FINISH_SECONDS_MAX: Final = 20.0
+TAIL_PAUSE_SECONDS: Final = 0.05
+TAIL_PAGE_EVENTS: Final = 1_000
+
+
+class Journal:
+    """Every intent, written down before it is sent: a line is one attempt to report this very text."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, body: str) -> None:
+        self._file.write(body + "\n")
+        self._file.flush()
+
+    def attempts(self) -> Counter[str]:
+        """How often each text was to be sent."""
+        with self._path.open(encoding="utf-8") as lines:
+            return Counter(line.rstrip("\n") for line in lines)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Acknowledged(NamedTuple):
+    """A 200: what was sent, the receipt, when it came and how long it took."""
+
+    body: str
+    receipt: dict[str, Any]
+    at: float
+    seconds: float
+
+
+class NotRecoveredError(Exception):
+    """Reports are not acknowledged again, long after whatever was broken is whole."""
+
+
+class Load:
+    """Reports at a steady rate, whatever the answers do.
+
+    Half of them go to a few hot orders, with a mark of its own in every body; half to an order of their own,
+    sent again, byte for byte, until the answer is 200. Where ``retries`` is off none is sent again.
+    """
+
+    def __init__(self, connections: Connections, journal: Journal, chance: random.Random, name: str) -> None:
+        self.connections = connections
+        self.journal = journal
+        self.acknowledged: list[Acknowledged] = []
+        self.unanswered: list[str] = []
+        self.skipped = 0
+        self.retries = True
+        self._chance = chance
+        self._name = name
+        self._numbers = count(1)
+        self._stopped = asyncio.Event()
+        self._given_up = asyncio.Event()
+        self._in_flight: set[asyncio.Task[None]] = set()
+
+    async def run(self, per_second: float = REPORTS_PER_SECOND) -> None:
+        """Send on schedule until ``finish``."""
+        began = time.monotonic()
+        for number in count():
+            await asyncio.sleep(max(0.0, began + number / per_second - time.monotonic()))
+            if self._stopped.is_set():
+                return
+            if len(self._in_flight) >= IN_FLIGHT_MAX:
+                self.skipped += 1
+                continue
+            task = asyncio.create_task(self._report())
+            self._in_flight.add(task)
+            task.add_done_callback(self._in_flight.discard)
+
+    async def finish(self) -> None:
+        """End the schedule, and wait for what is on its way."""
+        self._stopped.set()
+        if self._in_flight:
+            await asyncio.wait({*self._in_flight}, timeout=FINISH_SECONDS_MAX)
+        self._given_up.set()
+        if self._in_flight:
+            await asyncio.wait({*self._in_flight})
+
+    async def drop(self) -> None:
+        """End it wherever it is; what is on its way is not waited for."""
+        self._stopped.set()
+        for task in self._in_flight:
+            task.cancel()
+        await asyncio.gather(*self._in_flight, return_exceptions=True)
+
+    async def attempt(self, body: str) -> Answer | None:
+        """Send one report once."""
+        self.journal.write(body)
+        answer = await self.connections.request(put(body))
+        if answer is not None and answer.status == OK:
+            receipt = json.loads(answer.body)
+            self.acknowledged.append(Acknowledged(body, receipt, time.monotonic(), answer.seconds))
+        return answer
+
+    def next_body(self) -> tuple[str, bool]:
+        """The next report, and whether it may be sent again: only an order's single report may."""
+        number = next(self._numbers)
+        is_single = number % 2 == 0
+        order = f"{self._name}-S{number}" if is_single else f"{self._name}-H{number % (2 * HOT_ORDERS)}"
+        status = self._chance.choice(STATUSES)
+        text = {"order_no": order, "cnote": f"C{number}", "status": status, "mark": f"{self._name}-{number}"}
+        return json.dumps(text), is_single
+
+    async def recovered(self, more: int = 100) -> None:
+        """Wait until the load is acknowledged again.
+
+        Raises:
+            NotRecoveredError: it is not, within RECOVERED_SECONDS_MAX.
+        """
+        target = len(self.acknowledged) + more
+        due = time.monotonic() + RECOVERED_SECONDS_MAX
+        while len(self.acknowledged) < target:
+            if time.monotonic() > due:
+                raise NotRecoveredError(f"no reports are acknowledged: {dict(self.connections.answers)}")
+            await asyncio.sleep(0.02)
+
+    def p99_seconds(self, since: float) -> float:
+        """The 99th percentile of what the 200s from a moment on took."""
+        took = sorted(one.seconds for one in self.acknowledged if one.at > since)
+        return took[len(took) * 99 // 100] if took else 0.0
+
+    async def _report(self) -> None:
+        body, is_single = self.next_body()
+        while True:
+            answer = await self.attempt(body)
+            if not (is_single and self.retries) or (answer is not None and answer.status != UNAVAILABLE):
+                return
+            if self._given_up.is_set():
+                self.unanswered.append(body)
+                return
+            pause = float(answer.retry_after_seconds or 0) if answer is not None else RETRY_SECONDS
+            await asyncio.sleep(pause * self._chance.uniform(1.0, 1.5))
+
+
+class Tail:
+    """A reader that pages through the log as it grows, over HTTP, and never goes back."""
+
+    def __init__(self, connections: Connections) -> None:
+        self.seen: list[tuple[int, str, int, str]] = []
+        self._connections = connections
+
+    async def follow(self) -> None:
+        """Read on for ever, through whatever answers or their absence."""
+        while True:
+            after = self.seen[-1][0] if self.seen else 0
+            answer = await self._connections.request(get(f"/events?after={after}&limit={TAIL_PAGE_EVENTS}"))
+            if answer is not None and answer.status == OK:
+                page = json.loads(answer.body)["events"]
+                self.seen += [
+                    (event["position"], event["order_no"], event["version"], event["data"]["report_id"])
+                    for event in page
+                ]
+                if len(page) == TAIL_PAGE_EVENTS:
+                    continue
+            await asyncio.sleep(TAIL_PAUSE_SECONDS)

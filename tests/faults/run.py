@@ -1,0 +1,67 @@
+"""One fault from its beginning to its account."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from tests.faults import account
+from tests.faults.account import Count
+from tests.faults.faults import Fault
+from tests.faults.load import NotRecoveredError
+from tests.faults.world import SkippedError, ViolatedError, open_world
+
+
+@dataclass
+class Outcome:
+    """A row of the table."""
+
+    fault: Fault
+    times: int = 0
+    count: Count = field(default_factory=lambda: Count(0, 0, 0))
+    worst_outage: float = 0.0
+    seconds: float = 0.0
+    skipped: str = ""
+    remarks: list[str] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
+
+    def raise_where_violated(self) -> None:
+        """Raise ViolatedError where anything was not held that is promised."""
+        if self.violations:
+            raise ViolatedError(self.fault.name, self.violations)
+
+
+async def run(fault: Fault, seed: int) -> Outcome:
+    """Break a world of its own and return what came of it."""
+    outcome = Outcome(fault)
+    began = time.monotonic()
+    try:
+        async with open_world(fault.layout, seed) as world:
+            outcome.remarks = world.remarks
+            world.violations.lines = outcome.violations
+            since = time.monotonic()
+            # The account is drawn up whatever came of the breaking.
+            with _noted(outcome):
+                outcome.times = await fault.break_it(world)
+            with _noted(outcome):
+                if fault.layout.per_second:
+                    await world.load.recovered()
+            with _noted(outcome):
+                outcome.count = await world.settle()
+            outcome.worst_outage = account.worst_outage(world.acknowledged(), since)
+    except SkippedError as error:
+        outcome.skipped = str(error)
+    except NotRecoveredError as error:
+        outcome.violations.append(f"before anything was broken: {error}")
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+@contextmanager
+def _noted(outcome: Outcome) -> Iterator[None]:
+    try:
+        yield
+    except SkippedError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever it is, something did not go as promised
+        outcome.violations.append(f"{type(error).__name__}: {error}")

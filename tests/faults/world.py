@@ -1,0 +1,304 @@
+"""A world to break: the real service, a real PostgreSQL, senders, a reader at the tail, and their account."""
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import asyncpg
+
+from service.database import Connection
+from service.embedded_postgres import SOCKET_NAME, EmbeddedPostgres, running_dsn
+from tests.acceptance.running import RunningService, run_command
+from tests.conftest import make_folder
+from tests.faults import account
+from tests.faults.account import Count, Violations
+from tests.faults.client import Connections
+from tests.faults.load import REPORTS_PER_SECOND, Acknowledged, Journal, Load, Tail
+from tests.faults.proxy import Proxy
+from tests.faults.resources import Resources, children
+
+WARM_UP_REPORTS: Final = 300
+TAIL_SECONDS_MAX: Final = 10.0
+# For what comes back: garbage, idle connections, callers that are closed.
+BASELINE_SECONDS_MAX: Final = 10.0
+# The pool opens its 8 connections when they are needed, and keeps them; a log file or two.
+DESCRIPTORS_SLACK: Final = 12
+# libuv's four for names and files, and those in which PostgreSQL is started again.
+THREADS_SLACK: Final = 10
+# The cache of 100,000 orders' standings may fill (50 MB), and the log's tail for the views (8 MB and more).
+MEMORY_SLACK_MB: Final = 100.0
+KILL_SECONDS_MAX: Final = 5.0
+
+Value = TypeVar("Value")
+
+
+async def in_thread(work: Callable[..., Value], *arguments: Any) -> Value:
+    """Run something that blocks; when cancelled, not before it has ended: it may start a process."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+class SkippedError(Exception):
+    """This machine does not permit this fault."""
+
+
+class ViolatedError(Exception):
+    """The service did not hold what it promises."""
+
+    def __init__(self, name: str, lines: list[str]) -> None:
+        super().__init__("\n".join([f"{name}:", *(f"  {line}" for line in lines)]))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a world is made of.
+
+    Args:
+        given_postgres: the harness runs PostgreSQL, in place of the service itself.
+        through_proxy: a proxy stands between the two; PostgreSQL is given then.
+        services: how many processes share one port; PostgreSQL is given to more than one.
+        per_second: reports a second; 0: none but what the fault sends.
+        server_settings: of a given PostgreSQL.
+        disk_mb: the state folder is a disk of its own, of this size.
+        launch: makes a service process.
+    """
+
+    given_postgres: bool = False
+    through_proxy: bool = False
+    services: int = 1
+    per_second: float = REPORTS_PER_SECOND
+    server_settings: Mapping[str, str] = field(default_factory=dict)
+    disk_mb: int = 0
+    launch: type[RunningService] = RunningService
+
+
+class World:
+    """Everything of one fault."""
+
+    def __init__(self, layout: Layout, seed: int, folder: Path, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self.layout = layout
+        self.folder = folder
+        self.state_dir = folder / "state"
+        self.chance = random.Random(seed)
+        self.violations = Violations()
+        self.remarks: list[str] = []
+        self.services: list[RunningService] = []
+        self.server: EmbeddedPostgres | None = None
+        self.port = _free_port()
+        self.connections = Connections(self.port)
+        self.journal = Journal(folder / "journal")
+        stack.callback(self.journal.close)
+        self.loads: list[Load] = []
+        self.load = self.new_load("KOM")
+        self.tail = Tail(self.connections)
+        self._settings: dict[str, str] = {}
+        self._proxy: Proxy | None = None
+        self._baseline: list[Resources] = []
+        self._tail_task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start everything, and report until all is warm."""
+        self.state_dir.mkdir(mode=0o755)
+        if self.layout.disk_mb:
+            await self._mount()
+        self._stack.callback(self._end_orphan)
+        if self.layout.given_postgres:
+            await self._start_postgres()
+        for _ in range(self.layout.services):
+            service = self.layout.launch(self.state_dir, PORT=str(self.port), **self._settings)
+            # Beside the state folder: a full disk there must not be the harness's as well.
+            service.log_file = self.folder / service.log_file.name
+            self._stack.push_async_callback(in_thread, service.end)
+            self.services.append(service)
+            await in_thread(service.start)
+        self._stack.callback(self.connections.close)
+        self._tail_task = self.background(self.tail.follow())
+        if self.layout.per_second:
+            self.background(self.load.run(self.layout.per_second))
+            await self.load.recovered(WARM_UP_REPORTS)
+        self._baseline = self.resources()
+
+    async def _start_postgres(self) -> None:
+        self.server = EmbeddedPostgres(self.state_dir, settings=self.layout.server_settings)
+        self._stack.push_async_callback(in_thread, self.server.stop)
+        await in_thread(self.server.start)
+        self.background(self.server.keep_running(lambda _line: None))
+        dsn = self.server.dsn
+        if self.layout.through_proxy:
+            self._proxy = Proxy(self.folder / "proxy", self.state_dir / "run" / SOCKET_NAME)
+            await self._proxy.start()
+            self._stack.push_async_callback(self._proxy.stop)
+            dsn = self._proxy.dsn
+        self._settings["DATABASE_URL"] = dsn
+        if self.layout.services > 1:
+            self._settings["REUSE_PORT"] = "true"
+
+    def background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        """Run something at the same time, at most until the world ends."""
+        task: asyncio.Task[None] = asyncio.create_task(work)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        self._stack.push_async_callback(end)
+        return task
+
+    async def _mount(self) -> None:
+        size = f"size={self.layout.disk_mb}m,mode=755"
+        try:
+            await _command("mount", "-t", "tmpfs", "-o", size, "order-tracking-faults", str(self.state_dir))
+        except OSError as error:
+            raise SkippedError(f"mounting a small disk is not permitted: {error}") from error
+        self._stack.push_async_callback(_command, "umount", "--lazy", str(self.state_dir))
+
+    def new_load(self, name: str) -> Load:
+        """Another load, held to account like the first."""
+        load = Load(self.connections, self.journal, self.chance, name)
+        self._stack.push_async_callback(load.drop)
+        self.loads.append(load)
+        return load
+
+    @property
+    def proxy(self) -> Proxy:
+        assert self._proxy is not None
+        return self._proxy
+
+    @property
+    def dsn(self) -> str:
+        """Of the database itself, past any proxy."""
+        dsn = self.server.dsn if self.server is not None else running_dsn(self.state_dir)
+        assert dsn is not None
+        return dsn
+
+    async def connect(self) -> Connection:
+        """A connection of the harness's own; the caller closes it."""
+        return await asyncpg.connect(self.dsn)
+
+    @property
+    def service(self) -> RunningService:
+        return self.services[0]
+
+    @property
+    def postmaster_pid(self) -> int:
+        return self.service.postmaster_pid
+
+    def acknowledged(self) -> list[Acknowledged]:
+        """Every 200 of every load."""
+        return [one for load in self.loads for one in load.acknowledged]
+
+    def resources(self) -> list[Resources]:
+        """What each service process holds now."""
+        return [Resources.of(service.process.pid, self.port) for service in self.services]
+
+    async def pause(self, least: float = 0.2, most: float = 0.6) -> None:
+        """Let the load go on until a moment of the seed's choice."""
+        await asyncio.sleep(self.chance.uniform(least, most))
+
+    async def start_service(self, number: int = 0) -> None:
+        await in_thread(self.services[number].start)
+
+    async def settle(self) -> Count:
+        """Wait until all is quiet, and draw up the account."""
+        for load in self.loads:
+            await load.finish()
+            self.violations.add("orders whose report was never acknowledged", load.unanswered)
+        log = await account.read_log(self.dsn)
+        await self._end_tail(len(log))
+        found = account.compare(
+            log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations
+        )
+        # Where reports are lost the views cannot be at the head of their log.
+        if not found.lost:
+            await account.check_views(log, self.connections, self.violations)
+            verify = partial(run_command, self.state_dir, "replay", "--verify", **self._settings)
+            verified = await in_thread(verify)
+            said = verified.stdout + verified.stderr
+            self.violations.expect(verified.returncode == 0, f"replay --verify: {said}")
+        account.check_answers(self.connections, self.violations)
+        self.connections.close()
+        await self._check_resources()
+        return found
+
+    async def _end_tail(self, events: int) -> None:
+        due = time.monotonic() + TAIL_SECONDS_MAX
+        while len(self.tail.seen) < events and time.monotonic() < due:  # noqa: ASYNC110 - of another process
+            await asyncio.sleep(0.05)
+        assert self._tail_task is not None
+        self._tail_task.cancel()
+        await asyncio.gather(self._tail_task, return_exceptions=True)
+
+    async def _check_resources(self) -> None:
+        due = time.monotonic() + BASELINE_SECONDS_MAX
+        while (above := self._above_baseline()) and time.monotonic() < due:  # noqa: ASYNC110 - the same
+            await asyncio.sleep(0.2)
+        self.violations.add("resources that do not come back", above)
+
+    def _above_baseline(self) -> list[str]:
+        above = []
+        for before, now in zip(self._baseline, self.resources(), strict=True):
+            if (
+                now.memory_mb > before.memory_mb + MEMORY_SLACK_MB
+                or now.descriptors > before.descriptors + DESCRIPTORS_SLACK
+                or now.threads > before.threads + THREADS_SLACK
+                or now.callers > 0
+            ):
+                above.append(f"{now}, before {before}")
+        return above
+
+    def _end_orphan(self) -> None:
+        """End what a service that was killed left of its PostgreSQL; its data is not wanted any more."""
+        with suppress(OSError, ValueError, IndexError):
+            postmaster = self.postmaster_pid
+            command = (Path("/proc") / str(postmaster) / "cmdline").read_bytes()
+            if str(self.state_dir).encode() not in command:
+                return
+            for pid in [postmaster, *children(postmaster)]:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            due = time.monotonic() + KILL_SECONDS_MAX
+            while time.monotonic() < due:
+                os.kill(postmaster, 0)
+                time.sleep(0.02)
+
+
+@asynccontextmanager
+async def open_world(layout: Layout, seed: int) -> AsyncIterator[World]:
+    """Make a world, and leave nothing of it behind."""
+    async with AsyncExitStack() as stack:
+        folder = make_folder()
+        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        world = World(layout, seed, folder, stack)
+        await world.start()
+        yield world
+
+
+async def _command(*arguments: str) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *arguments, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await process.communicate()
+    if process.returncode != 0:
+        raise OSError(said.decode(errors="replace").strip())
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

@@ -1,0 +1,128 @@
+"""The OpenAPI document: valid, complete, and true of the running service."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from aiohttp import web
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]  # it brings no types
+from openapi_spec_validator import OpenAPIV31SpecValidator
+
+from service.app import Service, make_app
+from service.problems import PROBLEMS
+from service.settings import Settings
+from service.version import VERSION
+from tests.acceptance.running import ROOT, RunningService
+from tests.conftest import make_folder
+
+EXAMPLES_MAX = 15
+SECONDS_MAX = 100
+
+
+@pytest.fixture
+async def document(dsn: str) -> dict[str, Any]:
+    return Service(Settings(port=0), dsn).openapi.document
+
+
+async def test_it_is_valid(document: dict[str, Any]) -> None:
+    """By the specification of OpenAPI 3.1; and every example by its own schema."""
+    OpenAPIV31SpecValidator(document).validate()
+    examples = 0
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            bodies = [operation["responses"]["200"], operation.get("requestBody", {})]
+            for media in (one for body in bodies for one in body.get("content", {}).values()):
+                if "example" in media:
+                    schema = {**media["schema"], "components": document["components"]}
+                    Draft202012Validator(schema).validate(media["example"])
+                    examples += 1
+            assert operation["summary"], (method, path)
+    assert examples > 15
+
+
+async def test_it_has_every_route(dsn: str, document: dict[str, Any]) -> None:
+    """Nothing that the service answers is left out, and nothing is told that it does not answer."""
+    service = Service(Settings(port=0), dsn)
+    routes = {
+        (route.method.lower(), route.resource.canonical)
+        for route in make_app(service, Settings(port=0)).router.routes()
+        if isinstance(route, web.ResourceRoute) and route.method != "HEAD" and route.resource is not None
+    }
+    told = {(method, path) for path, operations in document["paths"].items() for method in operations}
+    pages = {route for route in routes - told if re.match(PAGES, route[1])}
+    assert routes - pages == told
+
+
+# What is drawn for people is no part of the contract.
+PAGES = r"/$|/(static|track|session|docs|overview|metrics)\b"
+
+
+def test_every_problem_has_its_explanation() -> None:
+    """Every title that the code gives a problem is explained, with the status that it comes with."""
+    given = set()
+    for file in (ROOT / "service").glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        given |= {
+            (title, int(status)) for status, title in re.findall(r'ProblemError\(\s*(\d+),\s*"([^"]+)"', text)
+        }
+    given -= {("Internal error", 500)}
+    assert given == {(title, status) for title, (status, _) in PROBLEMS.items()}
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    """It is written down twice, and the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["version"] == VERSION
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[RunningService]:
+    """A service with a little of everything in it."""
+    service = RunningService(make_folder()).start()
+    yield service
+    service.end()
+
+
+# What the webhook cannot understand is answered 200 on purpose: a 4xx would be retried in vain. A position that
+# the log does not have yet is 503. Cursors are opaque: no schema tells which are good.
+CONFIG = """
+[checks.not_a_server_error]
+expected-statuses = ["2xx", "3xx", "4xx", 503]
+
+[checks.positive_data_acceptance]
+enabled = false
+
+[[operations]]
+include-path = "/webhook"
+[operations.checks.negative_data_rejection]
+enabled = false
+"""
+# The streams have no end to wait for.
+ENDLESS = "/stream$"
+
+
+def test_the_service_does_what_it_says(running: RunningService) -> None:
+    """Schemathesis asks every operation for what it should and should not take, and finds no failure."""
+    folder = running.state_dir / "schemathesis"
+    folder.mkdir()
+    config = folder / "schemathesis.toml"
+    config.write_text(CONFIG, encoding="utf-8")
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
+            "--config-file",
+            str(config),
+            "run",
+            f"{running.url}/openapi.json",
+        ),
+        *("--max-examples", str(EXAMPLES_MAX), "--seed", "1", "--checks", "all"),
+        *("--exclude-path-regex", ENDLESS, "--no-color"),
+    ]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
+    assert done.returncode == 0, done.stdout[-6_000:] + done.stderr[-2_000:]

@@ -1,0 +1,161 @@
+"""The lives of simulated orders: realistic, legal, and the same for a seed."""
+
+import json
+from collections import Counter
+from datetime import UTC, datetime
+from random import Random
+from typing import Any
+
+import pytest
+
+from domain.statuses import STATUSES, recognise
+from domain.transitions import Leg, judge
+from service.lifecycles import NEXT, STEPS_MAX, UNKNOWN_WORDS, WORDS, Plan, Troubles, life
+
+STARTED = datetime(2026, 11, 24, 14, 2, 6, 120_345, tzinfo=UTC)
+ORDERS = 400
+
+
+def told(troubles: Troubles, orders: int = ORDERS, seed: int = 1) -> list[list[dict[str, Any]]]:
+    """The reports of each order, as they are to be sent, copies included."""
+    return [
+        [json.loads(push.body) for turn in journey.turns for push in turn]
+        for journey in Plan(seed, STARTED, troubles=troubles).journeys(orders)
+    ]
+
+
+def test_every_step_of_a_life_is_a_legal_move() -> None:
+    """The transition table takes each of them; together the lives go through every status."""
+    seen = set()
+    for number in range(2_000):
+        statuses = list(life(Random(number)))
+        assert 1 <= len(statuses) <= STEPS_MAX
+        status, leg = None, None
+        for reported in statuses:
+            judgement = judge(status, leg, reported)
+            assert judgement.verdict == "advanced", (status, leg, reported)
+            status, leg = reported, judgement.leg
+        seen.update(statuses)
+    assert seen == set(STATUSES)
+
+
+def test_chances_are_hundredths() -> None:
+    """No way out of a place has more than all of its orders, and each stands for a move that is legal."""
+    for (status, leg), ways in NEXT.items():
+        assert sum(ways.values()) <= 100
+        for reported in ways:
+            assert judge(status, leg, reported).verdict == "advanced"
+
+
+def test_words_mean_what_they_are_used_for() -> None:
+    """Both vocabularies, for every status; and the unknown words are unknown."""
+    assert WORDS.keys() == set(STATUSES)
+    for status, languages in WORDS.items():
+        assert {recognise(word) for words in languages for word in words} == {status}
+    assert {recognise(word) for word in UNKNOWN_WORDS} == {None}
+
+
+def test_without_troubles_everything_is_told_once_and_in_its_order() -> None:
+    """One report a turn, each advancing the order, times rising and past; no body is there twice."""
+    bodies = []
+    for journey in Plan(1, STARTED).journeys(ORDERS):
+        assert journey.withheld == 0
+        status, leg, before = None, None, datetime.min.replace(tzinfo=UTC)
+        for (push,) in journey.turns:
+            report = json.loads(push.body)
+            assert report["order_no"] == journey.order_no
+            judgement = judge(status, leg, recognise(report["status"]))
+            assert judgement.verdict == "advanced"
+            status, leg = recognise(report["status"]), judgement.leg
+            at = datetime.fromisoformat(report["timestamp"])
+            assert before < at <= STARTED
+            before = at
+            bodies.append(push.body)
+    assert len(bodies) == len(set(bodies))
+
+
+def test_the_airway_bill_comes_with_the_courier_and_may_change_with_a_return() -> None:
+    """It is empty at first, then there to stay, and only a return has another."""
+    changed = 0
+    for reports in told(Troubles()):
+        cnote = ""
+        for report in reports:
+            if report["cnote"] != cnote:
+                status = recognise(report["status"])
+                assert cnote == "" or status == "returning"
+                changed += cnote != ""
+                cnote = report["cnote"]
+    assert changed
+
+
+def test_a_seed_is_a_run() -> None:
+    """The same again, and for one order whatever the number of orders; another seed is another run."""
+    troubles = Troubles(0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
+    first = list(Plan(1, STARTED, troubles=troubles).journeys(50))
+    assert list(Plan(1, STARTED, troubles=troubles).journeys(100))[:50] == first
+    assert list(Plan(2, STARTED, troubles=troubles).journeys(50)) != first
+
+
+def test_two_runs_never_tell_of_the_same_order() -> None:
+    """The order numbers are the run's own, by its start."""
+    later = Plan(1, STARTED.replace(microsecond=120_346))
+    assert not any(journey.order_no.startswith(Plan(1, STARTED).prefix) for journey in later.journeys(ORDERS))
+
+
+def test_troubles_change_how_a_life_is_told_and_not_the_life() -> None:
+    """With every trouble but an unknown word the texts are those of an undisturbed run, or missing."""
+    undisturbed = {report["mark"]: report for order in told(Troubles()) for report in order}
+    troubles = Troubles(0.2, 0.2, 0.2, 0.2, 0.2)
+    disturbed = [report for order in told(troubles) for report in order]
+    assert all(undisturbed[report["mark"]] == report for report in disturbed)
+    missing = len(undisturbed) - len({report["mark"] for report in disturbed})
+    withheld = sum(journey.withheld for journey in Plan(1, STARTED, troubles=troubles).journeys(ORDERS))
+    assert missing == withheld
+    assert 0.15 < missing / len(undisturbed) < 0.25
+
+
+@pytest.mark.parametrize(("trouble", "least"), [("reordered", 1), ("delayed", 2)])
+def test_overtaken_reports_come_after_later_ones(trouble: str, least: int) -> None:
+    """Reordered ones after one, delayed ones after several; each is still sent, once."""
+    overtaken = Counter[int]()
+    for reports in told(Troubles(**{trouble: 0.1})):
+        steps = [int(report["mark"].rpartition("/")[2]) for report in reports]
+        assert sorted(steps) == list(range(1, len(steps) + 1))
+        overtaken.update(sum(earlier > step for earlier in steps[:place]) for place, step in enumerate(steps))
+    assert overtaken[least]
+    assert (max(overtaken) > 2) is (trouble == "delayed")
+
+
+def test_copies_come_at_once_or_after_the_next_report() -> None:
+    """A doubled report is there twice, byte for byte; a hasty one is hung up on at its first attempt only."""
+    at_once = apart = 0
+    for journey in Plan(1, STARTED, ("POST",), Troubles(doubled=0.1, hung_up=1.0)).journeys(ORDERS):
+        bodies = Counter(push.body for turn in journey.turns for push in turn)
+        copies = sum(count - 1 for count in bodies.values())
+        together = sum(len(turn) - len({push.body for push in turn}) for turn in journey.turns)
+        at_once += together
+        apart += copies - together
+        assert max(bodies.values()) <= 2
+        pushes = [push for turn in journey.turns for push in turn]
+        assert {push.method for push in pushes} == {"POST"}
+        assert sum(push.patience_seconds is not None for push in pushes) == len(bodies)
+    assert at_once > 20
+    assert apart > 20
+
+
+def test_unknown_words_take_the_place_of_known_ones() -> None:
+    """As many as were asked for."""
+    words = [report["status"] for order in told(Troubles(unknown=0.5)) for report in order]
+    assert 0.45 < sum(word in UNKNOWN_WORDS for word in words) / len(words) < 0.55
+
+
+def test_a_problem_is_followed_by_what_may_follow_it_on_its_leg() -> None:
+    """Every leg of a problem is lived through."""
+    legs: set[Leg | None] = set()
+    for number in range(5_000):
+        status, leg = None, None
+        for reported in life(Random(number)):
+            leg = judge(status, leg, reported).leg
+            status = reported
+            legs.add(leg)
+    assert legs == {None, "before_transit", "on_the_way_out", "on_the_way_back"}
