@@ -87,6 +87,12 @@ def _gunzip(body: bytes, request: web.Request) -> bytes:
     raise zlib.error(f"it has more than {GZIP_MEMBERS_MAX} members")
 
 
+def is_gone(request: web.Request) -> bool:
+    """Tell whether nobody reads an answer without end any more."""
+    connection = request.protocol
+    return request.transport is None or (isinstance(connection, _Connection) and connection.has_ended)
+
+
 def _too_large(request: web.Request) -> ProblemError:
     return ProblemError(413, "Too large", f"a body has {request.client_max_size} bytes at most")
 
@@ -94,11 +100,13 @@ def _too_large(request: web.Request) -> ProblemError:
 class _Connection(web.RequestHandler):
     """One connection; knows since when it has been waiting for a request's head to be whole."""
 
-    __slots__ = ("arriving_since", "has_more", "is_handling")
+    __slots__ = ("arriving_since", "has_ended", "has_more", "is_handling")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.arriving_since: float | None = monotonic()
         self.is_handling = False
+        # Whether the client has said that it says no more; it may be gone, or wait for its answer.
+        self.has_ended = False
         # Whether something came during a request that is not of its body: the beginning of the next one.
         self.has_more = False
         super().connection_made(transport)
@@ -114,6 +122,7 @@ class _Connection(web.RequestHandler):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio's own meaning of what it returns
         """Answer a client that has said all it had to say, and only then close."""
+        self.has_ended = True
         if self.is_handling or self.arriving_since is not None:
             self.close()
             return True

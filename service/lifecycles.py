@@ -134,7 +134,7 @@ class Plan:
     def journeys(self, orders: int) -> Iterator[Journey]:
         """Yield as many journeys as there are orders."""
         for number in range(1, orders + 1):
-            yield self._journey(number, Random(f"{self.seed}/{number}"))  # noqa: S311 - chances, no secrets
+            yield self._journey(number, Random(f"{self.seed}/{number}"))  # noqa: S311 - chances, no secrets  # nosec B311
 
     def _journey(self, number: int, chance: Random) -> Journey:
         troubles = self.troubles

@@ -156,7 +156,7 @@ class Simulator:
         self._registration = registration
         self._session = session
         self._rate = rate
-        self._chance = Random(seed)  # noqa: S311 - chances, no secrets
+        self._chance = Random(seed)  # noqa: S311 - chances, no secrets  # nosec B311
         self._secret = secret
         self._signature_header = signature_header
         self._due = 0.0

@@ -15,6 +15,7 @@ from service import event_store, representations
 from service.database import Pool, borrowed
 from service.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.event_store import RecordedEvent
+from service.http_server import is_gone
 from service.pages import POSITION_MAX, list_answer
 from service.problems import OPTIONS, ProblemError, bad_parameter, unavailable
 from service.queries import EventsQuery, StreamQuery, order_no_of
@@ -30,6 +31,8 @@ REST_SECONDS: Final = 0.1
 # Beneath the hints that the log has grown.
 POLL_SECONDS: Final = 1.0
 HEARTBEAT_SECONDS: Final = 15.0
+# How soon it is noticed that a reader has gone.
+LOOK_SECONDS: Final = 1.0
 # A reader that takes nothing for so long is cut off; it goes on from the last position that it saw.
 SEND_SECONDS_MAX: Final = 10.0
 # How long a reader waits before it comes again, in milliseconds.
@@ -237,9 +240,9 @@ class Streams:
             # A comment and the time to come again: headers alone would wait for company.
             await response.write(b": the log from position %d on\n" % position + RETRY)
             with suppress(ConnectionError, TimeoutError):
-                while not self.tail.is_ended and response.is_connected():
+                while not self.tail.is_ended and not is_gone(request):
                     position = await self._send(response, position, order_no)
-                    await self._wait(response, position)
+                    await self._wait(request, position)
         return response
 
     async def _send(self, response: EventSourceResponse, position: int, order_no: str | None) -> int:
@@ -268,11 +271,11 @@ class Streams:
                 return max(position, end)
             version = page[-1].version
 
-    async def _wait(self, response: EventSourceResponse, position: int) -> None:
+    async def _wait(self, request: web.Request, position: int) -> None:
         """Wait until there is more; look now and then whether the reader is still there."""
-        while response.is_connected() and not self.tail.is_ended and self.tail.position <= position:
+        while not is_gone(request) and not self.tail.is_ended and self.tail.position <= position:
             with suppress(TimeoutError):
-                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                async with asyncio.timeout(LOOK_SECONDS):
                     await self.tail.grown(position)
 
 

@@ -1,19 +1,14 @@
 """The service as its users run it: a real process on a real port, with the PostgreSQL that it starts itself."""
 
-import asyncio
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 from uuid import uuid4
-
-import aiohttp
 
 from service.embedded_postgres import running_dsn
 
@@ -116,86 +111,3 @@ class RunningService:
                 self._process.wait(STOP_SECONDS_MAX)
             except subprocess.TimeoutExpired:
                 self.kill()
-
-
-@dataclass
-class Load:
-    """Many callers that report without pause, and an account of what they were told."""
-
-    url: str
-    callers: int = 16
-    orders: int = 40
-    sent: set[str] = field(default_factory=set)
-    acknowledged: list[dict[str, Any]] = field(default_factory=list)
-    answers: dict[int, int] = field(default_factory=dict)
-    slowest: float = 0.0
-    stopped: bool = False
-
-    async def run(self) -> None:
-        """Report until ``stopped``."""
-        timeout = aiohttp.ClientTimeout(total=30)
-        async with aiohttp.ClientSession(timeout=timeout) as session:
-            await asyncio.gather(*(self._call(session, number) for number in range(self.callers)))
-
-    async def _call(self, session: aiohttp.ClientSession, number: int) -> None:
-        statuses = ("Diajukan", "Dijemput", "Dikirim", "Diantar", "Diterima", "Kendala", "Retur")
-        count = 0
-        while not self.stopped:
-            count += 1
-            mark = f"{number}-{count}-{uuid4()}"
-            body = {
-                "order_no": f"KOM{(number * 7 + count) % self.orders}",
-                "status": statuses[count % 7],
-                "mark": mark,
-            }
-            # The intent is written down before it is sent.
-            self.sent.add(mark)
-            began = time.monotonic()
-            try:
-                async with session.put(f"{self.url}/webhook", json=body) as response:
-                    receipt = await response.json(content_type=None)
-            except (aiohttp.ClientError, OSError):
-                await asyncio.sleep(0.05)
-                continue
-            self.slowest = max(self.slowest, time.monotonic() - began)
-            self.answers[response.status] = self.answers.get(response.status, 0) + 1
-            if response.status == 200:
-                self.acknowledged.append({**receipt, "mark": mark})
-            else:
-                assert response.headers["Retry-After"]
-                await asyncio.sleep(0.05)
-
-
-async def whole_log(url: str) -> list[dict[str, Any]]:
-    """Every event, over HTTP, page by page."""
-    events: list[dict[str, Any]] = []
-    path: str | None = "/events?limit=1000"
-    async with aiohttp.ClientSession() as session:
-        while path is not None:
-            async with session.get(f"{url}{path}") as response:
-                assert response.status == 200, await response.text()
-                page = await response.json()
-            events += page["events"]
-            path = page["next"]
-    return events
-
-
-async def assert_exactly_once(url: str, load: Load) -> None:
-    """Every acknowledged report is one event with its own bytes; none is there twice; versions have no gaps."""
-    events = await whole_log(url)
-    marks = [json.loads(event["data"]["body"])["mark"] for event in events]
-    assert len(marks) == len(set(marks))
-    assert set(marks) <= load.sent
-    by_mark = dict(zip(marks, events, strict=True))
-    for receipt in load.acknowledged:
-        event = by_mark[receipt["mark"]]
-        assert (event["position"], event["version"], event["order_no"], event["data"]["report_id"]) == (
-            receipt["position"],
-            receipt["version"],
-            receipt["order_no"],
-            receipt["report_id"],
-        )
-    versions: dict[str, int] = {}
-    for event in events:
-        assert event["version"] == versions.get(event["order_no"], 0) + 1
-        versions[event["order_no"]] = event["version"]

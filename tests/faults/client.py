@@ -26,12 +26,12 @@ class Answer(NamedTuple):
 def put(body: str) -> bytes:
     """A report as a request."""
     data = body.encode()
-    return b"PUT /webhook HTTP/1.1\r\nHost: faults\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
+    return b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
 
 
 def get(path: str) -> bytes:
     """A read as a request."""
-    return f"GET {path} HTTP/1.1\r\nHost: faults\r\n\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
 class Client(asyncio.Protocol):

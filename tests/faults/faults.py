@@ -90,7 +90,7 @@ async def kill_service(world: World) -> int:
 
 async def terminate_service(world: World) -> int:
     with socket.create_connection(("127.0.0.1", world.port)) as half:
-        half.sendall(b"PUT /webhook HTTP/1.1\r\nHost: faults\r\nContent-Length: 100\r\n\r\n{")
+        half.sendall(b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         await world.pause()
         began = time.monotonic()
         try:
@@ -355,7 +355,7 @@ async def _trickle(port: int, number: int) -> float:
     """Send a header, or a body, at a byte a second; return when the other side ended it."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     if number % 2:
-        writer.write(b"PUT /webhook HTTP/1.1\r\nHost: faults\r\nContent-Length: 1000\r\n\r\n{")
+        writer.write(b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
     else:
         writer.write(b"PUT /webhook HTTP/1.1\r\nX")
     began = time.monotonic()

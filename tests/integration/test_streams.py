@@ -1,0 +1,289 @@
+"""The log as it grows: server-sent events, NDJSON, and lists as CSV."""
+
+import asyncio
+import csv
+import io
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+
+from service import streams
+from service.app import serving
+from service.database import Connection
+from service.settings import Settings
+from tests.integration.test_http import Client
+
+SECONDS_MAX = 10.0
+
+
+@pytest.fixture
+async def client(dsn: str) -> AsyncIterator[Client]:
+    async with serving(Settings(port=0), dsn) as (port, _), aiohttp.ClientSession() as session:
+        yield Client(session, port)
+
+
+class Reader:
+    """Reads a stream as a browser would: messages by their blank lines, comments left out."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.response = response
+
+    async def message(self) -> dict[str, str]:
+        while True:
+            fields: dict[str, str] = {}
+            while line := await self._line():
+                name, _, value = line.partition(": ")
+                if name:
+                    fields[name] = value
+            if "data" in fields:
+                return fields
+            if self.response.content.at_eof():
+                raise EOFError
+
+    async def _line(self) -> str:
+        line = await asyncio.wait_for(self.response.content.readline(), SECONDS_MAX)
+        return line.decode().rstrip("\n")
+
+    async def positions(self, count: int) -> list[int]:
+        return [int((await self.message())["id"]) for _ in range(count)]
+
+
+@asynccontextmanager
+async def reading(client: Client, path: str, status: int = 200, **headers: str) -> AsyncIterator[Reader]:
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with client.session.get(f"http://127.0.0.1:{client.port}{path}", headers=named) as response:
+        assert response.status == status, await response.text()
+        assert response.headers["Server"] == "order-tracking"
+        yield Reader(response)
+
+
+async def report_many(client: Client, count: int, order_no: str = "KOM{}") -> int:
+    receipts = await asyncio.gather(*(client.webhook(order_no.format(number)) for number in range(count)))
+    return max(receipt["position"] for receipt in receipts)
+
+
+async def test_events_come_as_they_are_recorded(client: Client) -> None:
+    """From now on, each with its position as id, and the very event that GET /events shows."""
+    await report_many(client, 3)
+    async with reading(client, "/events/stream") as reader:
+        assert reader.response.headers["Content-Type"] == "text/event-stream"
+        position = (await client.webhook("KOM9"))["position"]
+        message = await reader.message()
+    (event,) = (await client.get(f"/events?after={position - 1}"))["events"]
+    assert (message["id"], message["event"]) == (str(position), "status_reported")
+    assert json.loads(message["data"]) == event
+
+
+@pytest.mark.parametrize("by", ["header", "parameter"])
+async def test_a_reader_goes_on_where_it_was(client: Client, by: str) -> None:
+    """Without a gap and without a double, from a position of long ago through to what comes now."""
+    last = await report_many(client, 30)
+    path, headers = (
+        ("/events/stream", {"Last_Event_ID": "10"}) if by == "header" else ("/events/stream?after=10", {})
+    )
+    async with reading(client, path, **headers) as reader:
+        assert await reader.positions(last - 10) == list(range(11, last + 1))
+        now = await report_many(client, 5)
+        assert await reader.positions(5) == list(range(now - 4, now + 1))
+
+
+async def test_a_reader_goes_on_after_a_restart(dsn: str) -> None:
+    """The service is stopped under it: the stream ends, and by the last id it goes on with who serves next."""
+    seen = [0]
+    for count in (4, 3):
+        async with aiohttp.ClientSession() as session:
+            async with serving(Settings(port=0), dsn) as (port, _):
+                client = Client(session, port)
+                url = f"http://127.0.0.1:{port}/events/stream"
+                response = await session.get(url, headers={"Last-Event-ID": str(seen[-1])})
+                await report_many(client, count)
+                seen += await Reader(response).positions(count)
+            with pytest.raises((EOFError, aiohttp.ClientError)):
+                await Reader(response).message()
+    assert seen == list(range(8))
+
+
+async def test_an_order_has_a_stream_of_its_own(client: Client) -> None:
+    """What others report is left out, what was recorded before is not; an order may be new."""
+    await client.webhook("KOM/1", "Diajukan")
+    await report_many(client, 5)
+    async with reading(client, "/orders/KOM%2F1/stream?after=0") as reader:
+        await report_many(client, 5)
+        await client.webhook("KOM/1", "Dikirim")
+        events = [json.loads((await reader.message())["data"]) for _ in range(2)]
+    assert [(event["order_no"], event["version"]) for event in events] == [("KOM/1", 1), ("KOM/1", 2)]
+    async with reading(client, "/orders/NEW/stream") as reader:
+        await client.webhook("NEW")
+        assert json.loads((await reader.message())["data"])["order_no"] == "NEW"
+
+
+async def test_who_is_behind_what_is_kept_reads_the_database(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little is kept in memory, nobody misses anything or gets it twice."""
+    monkeypatch.setattr("service.streams.RECENT_EVENTS_MAX", 4)
+    monkeypatch.setattr("service.streams.PAGE_EVENTS", 3)
+    monkeypatch.setattr("service.streams.REST_SECONDS", 0.01)
+    await report_many(client, 20)
+    async with (
+        reading(client, "/events/stream?after=0") as one,
+        reading(client, "/orders/KOM7/stream?after=0") as other,
+    ):
+        last = await report_many(client, 20)
+        assert await one.positions(last) == list(range(1, last + 1))
+        assert len(await other.positions(2)) == 2
+
+
+async def test_a_slow_reader_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who takes nothing for too long loses the connection, not the service its memory; it may come again."""
+    monkeypatch.setattr("service.streams.SEND_SECONDS_MAX", 0.5)
+    body = "x" * 30_000
+    async with client.session.get(f"http://127.0.0.1:{client.port}/events/stream?after=0") as response:
+        for _ in range(12):
+            await asyncio.gather(*(client.webhook(f"KOM{number}", more=body) for number in range(40)))
+        await asyncio.sleep(1.5)
+        with pytest.raises((aiohttp.ClientError, EOFError)):
+            await Reader(response).positions(1_000)
+
+
+async def test_a_silent_stream_has_heartbeats(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that proxies and readers know that it lives."""
+    monkeypatch.setattr("service.streams.HEARTBEAT_SECONDS", 0.1)
+    async with reading(client, "/events/stream") as reader:
+        received = await asyncio.wait_for(reader.response.content.readuntil(b": ping"), SECONDS_MAX)
+    assert b"retry: 2000" in received
+
+
+@pytest.mark.parametrize("given", ["x", "-1", "1.5", "99999999999999999999", ""])
+async def test_a_last_event_id_that_is_none(client: Client, given: str) -> None:
+    """400, naming it."""
+    problem = await client.get("/events/stream", 400, {"Last-Event-ID": given})
+    assert problem["parameter"] == "Last-Event-ID"
+
+
+async def test_only_so_many_live_readers(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is 503; as one leaves, there is room again."""
+    monkeypatch.setattr("service.streams.READERS_MAX", 1)
+    async with reading(client, "/events/stream"):
+        await client.get("/events/stream", 503)
+    async with asyncio.timeout(SECONDS_MAX):
+        while (await status_of(client, "/events/stream")) != 200:  # noqa: ASYNC110 - the server has to notice
+            await asyncio.sleep(0.05)
+
+
+async def status_of(client: Client, path: str) -> int:
+    async with client.session.get(f"http://127.0.0.1:{client.port}{path}") as response:
+        return response.status
+
+
+async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NDJSON: every event up to the head, a line each, the same as by pages."""
+    monkeypatch.setattr("service.streams.PAGE_EVENTS", 7)
+    await report_many(client, 30)
+    url = f"http://127.0.0.1:{client.port}/events?after=2"
+    async with client.session.get(url, headers={"Accept": streams.NDJSON}) as response:
+        assert response.headers["Content-Type"] == streams.NDJSON
+        lines = (await response.text()).splitlines()
+    assert [json.loads(line) for line in lines] == (await client.get("/events?after=2"))["events"]
+
+
+async def test_lists_as_csv(client: Client) -> None:
+    """By parameter or Accept: a heading, nested members as columns, times, the link to the next page."""
+    for number in range(3):
+        await client.webhook(f"KOM{number}", "Diajukan", "AWB,1")
+    last = await client.webhook("KOM2", "Dikirim")
+    await client.get(f"/orders?after_position={last['position']}")
+    await client.get(f"/audit/transitions?after_position={last['position']}")
+    rows, headers = await table(client, "/orders?limit=2", {"Accept": "text/csv"})
+    assert [row["order_no"] for row in rows] == ["KOM2", "KOM1"]
+    assert (rows[0]["status_label.id"], rows[0]["counts.advanced"], rows[0]["settled"]) == (
+        "Dikirim",
+        "2",
+        "false",
+    )
+    assert rows[1]["cnote"] == "AWB,1"
+    following = headers["Link"].partition(">")[0].strip("<")
+    rows, _ = await table(client, following, {"Accept": "text/csv"})
+    assert [row["order_no"] for row in rows] == ["KOM0"]
+    rows, _ = await table(client, "/orders/KOM2/timeline?format=csv")
+    assert [(row["version"], row["skipped"]) for row in rows] == [("1", ""), ("2", "packed picked_up")]
+    rows, _ = await table(client, "/audit/transitions?format=csv&order_no=KOM2")
+    assert [(row["from"], row["to"]) for row in rows] == [("", "submitted"), ("submitted", "in_transit")]
+    assert (await client.get("/orders?format=json", 200, {"Accept": "text/csv"}))["orders"]
+    await client.get("/orders?format=xml", 400)
+
+
+async def table(client: Client, path: str, headers: dict[str, str] | None = None) -> tuple[list[Any], Any]:
+    async with client.session.get(f"http://127.0.0.1:{client.port}{path}", headers=headers) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"] == "text/csv; charset=utf-8"
+        text = (await response.read()).decode("utf-8-sig")
+        return list(csv.DictReader(io.StringIO(text))), response.headers
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\uff1d1", '=HYPERLINK("http://x")'])
+async def test_no_cell_is_a_formula(client: Client, text: str) -> None:
+    """What a spreadsheet would compute is shown as it was sent, with an apostrophe before it."""
+    await client.raw(json.dumps({"order_no": text.replace("\t", ""), "status": text, "cnote": "-2"}).encode())
+    rows, _ = await table(client, "/audit/transitions?format=csv&after_position=1")
+    assert rows[0]["reported_status"] == f"'{text}"
+
+
+async def test_statistics(client: Client) -> None:
+    """Orders by status, moves with the time that they took, reports by day and verdict, odd strings."""
+    for order_no, statuses in {
+        "A": ("Diajukan", "Dikirim", "Diterima", "Dikirim"),
+        "B": ("Diajukan", "Dikirim", "Dikirim"),
+        "C": ("Antar Ulang", "Antar Ulang"),
+        "D": ("Diajukan",),
+    }.items():
+        for status in statuses:
+            last = await client.webhook(order_no, status)
+    counted = await client.get(f"/statistics?after_position={last['position']}")
+    assert counted["position"] >= last["position"]
+    assert [(one["status"], one["orders"]) for one in counted["statuses"]] == [
+        (None, 1), ("submitted", 1), ("in_transit", 1), ("delivered", 1),
+    ]  # fmt: skip
+    moves = {(move["from"], move["to"]): move["times"] for move in counted["moves"]}
+    assert moves == {("submitted", "in_transit"): 2, ("in_transit", "delivered"): 1}
+    assert all(0 < move["seconds_p50"] <= move["seconds_p99"] < 5 for move in counted["moves"])
+    (day,) = counted["days"]
+    assert day["reports"] == {"advanced": 6, "repeated": 1, "late": 1, "refused": 0, "unrecognised": 2}
+    assert [(one["reported_status"], one["reports"]) for one in counted["unrecognised"]] == [("Antar Ulang", 2)]
+    assert (await client.get("/statistics?days=1"))["days"] == counted["days"]
+    await client.get("/statistics?days=0", 400)
+
+
+async def test_orders_by_every_filter(client: Client, connection: Connection) -> None:
+    """By verdict, by the time of the last report, and those that are stuck, alone and together."""
+    await client.webhook("OLD", "Dikirim")
+    await client.webhook("SETTLED", "Diterima")
+    await client.webhook("ODD", "Antar Ulang")
+    last = await client.webhook("SETTLED", "Diajukan")
+    await client.get(f"/orders?after_position={last['position']}")
+    await connection.execute("""
+        UPDATE current_status.orders SET last_reported_at = now() - interval '4 days'
+        WHERE order_no IN ('OLD', 'SETTLED')
+    """)
+
+    async def found(query: str) -> list[str]:
+        return [order["order_no"] for order in (await client.get(f"/orders?{query}"))["orders"]]
+
+    yesterday = await connection.fetchval(
+        "SELECT to_char(now() - interval '1 day', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')"
+    )
+    assert await found("unmoved_for=P3D") == ["OLD"]
+    assert await found("unmoved_for=P5D") == []
+    assert await found("unmoved_for=PT0S") == ["ODD", "OLD"]
+    assert await found("verdict=late") == ["SETTLED"]
+    assert await found("verdict=unrecognised") == ["ODD"]
+    assert await found("verdict=refused") == []
+    assert await found(f"updated_after={yesterday}") == ["ODD"]
+    assert await found(f"updated_before={yesterday}") == ["SETTLED", "OLD"]
+    assert await found(f"updated_before={yesterday}&verdict=late&status=delivered") == ["SETTLED"]
+    for bad in ("verdict=odd", "unmoved_for=3", "updated_after=yesterday"):
+        await client.get(f"/orders?{bad}", 400)
