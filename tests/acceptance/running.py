@@ -7,8 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from uuid import uuid4
+
+import aiohttp
 
 from service.embedded_postgres import running_dsn
 
@@ -111,3 +113,17 @@ class RunningService:
                 self._process.wait(STOP_SECONDS_MAX)
             except subprocess.TimeoutExpired:
                 self.kill()
+
+
+async def whole_log(url: str) -> list[dict[str, Any]]:
+    """Every event, over HTTP, page by page."""
+    events: list[dict[str, Any]] = []
+    path: str | None = "/events?limit=1000"
+    async with aiohttp.ClientSession() as session:
+        while path is not None:
+            async with session.get(f"{url}{path}") as response:
+                assert response.status == 200, await response.text()
+                page = await response.json()
+            events += page["events"]
+            path = page["next"]
+    return events

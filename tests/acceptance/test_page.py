@@ -18,7 +18,15 @@ from tests.acceptance.running import RunningService, run_command
 from tests.conftest import make_folder
 
 CHROMIUM: Final = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ARGUMENTS: Final = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ARGUMENTS: Final = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 SECONDS_MAX: Final = 5_000
 
 ORDER: Final = "KOM-1"
@@ -64,11 +72,12 @@ LOW_CONTRAST: Final = """() => {
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const element = texts.currentNode.parentElement;
-    if (!texts.currentNode.data.trim() || !element.checkVisibility() || element.closest(".hidden, .skip")) continue;
-    const style = getComputedStyle(element);
-    const [one, other] = [light(parse(element instanceof SVGElement ? style.fill : style.color)), light(behind(element))];
+    if (!texts.currentNode.data.trim() || !element.checkVisibility()) continue;
+    if (element.closest(".hidden, .skip")) continue;
+    const { color, fill } = getComputedStyle(element);
+    const [one, other] = [light(parse(element instanceof SVGElement ? fill : color)), light(behind(element))];
     const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
-    if (ratio < 4.5) low.push(`${ratio.toFixed(2)} ${element.tagName}.${element.className} ${texts.currentNode.data}`);
+    if (ratio < 4.5) low.push(`${ratio.toFixed(2)} ${element.outerHTML}`);
   }
   return low;
 }"""
@@ -422,7 +431,7 @@ def test_the_documentation_explains_every_problem_and_operation(opened: Open, ap
 
 
 @pytest.fixture
-def locked(service: RunningService, state_dir: Path, playwright: Playwright) -> Iterator[tuple[str, str]]:
+def locked(service: RunningService, state_dir: Path, playwright: Playwright) -> tuple[str, str]:
     """The address of a service where keys are on, and a key."""
     key = run_command(state_dir, "keys", "create", "people").stdout.split()[-1]
     api = playwright.request.new_context(base_url=service.url)
@@ -435,7 +444,7 @@ def locked(service: RunningService, state_dir: Path, playwright: Playwright) -> 
 def test_a_key_is_asked_for_once_where_keys_are_on(
     browser: Browser, playwright: Playwright, locked: tuple[str, str]
 ) -> None:
-    """A form, a cookie that no script can read, and then everything, streams included; until it is forgotten."""
+    """A form, a cookie that no script can read, then everything, streams included; until it is forgotten."""
     url, key = locked
     opens = opening(browser, url)
     page = next(opens)("/track?status=lost")
@@ -463,7 +472,7 @@ def test_a_key_is_taken_from_our_own_form_alone(playwright: Playwright, locked: 
     """Another site's page cannot give one, and nobody is led elsewhere after it."""
     url, key = locked
     api = playwright.request.new_context(base_url=url)
-    form = {"key": key, "next": "//elsewhere.example/"}
+    form: dict[str, str | float | bool] = {"key": key, "next": "//elsewhere.example/"}
     assert api.post("/session", form=form, headers={"Sec-Fetch-Site": "cross-site"}).status == 403
     answer = api.post("/session", form=form, max_redirects=0)
     assert (answer.status, answer.headers["location"]) == (303, "/")
@@ -472,7 +481,7 @@ def test_a_key_is_taken_from_our_own_form_alone(playwright: Playwright, locked: 
 
 
 def test_pages_and_their_files_are_sent_with_care(api: APIRequestContext) -> None:
-    """A strict policy, no cache for what is known of orders, one for ever for files by the name of their bytes."""
+    """A strict policy; no cache for what is known of orders, one for ever for files by their bytes."""
     for path in (*PAGES, "/track/KOM-0"):
         answer = api.get(path, headers={"Accept": "text/html"})
         assert answer.headers["content-security-policy"] == SECURITY_POLICY

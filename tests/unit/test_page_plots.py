@@ -1,0 +1,140 @@
+"""What is drawn: plots, the journey of an order, the documentation."""
+
+from datetime import UTC, datetime, timedelta
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from domain.statuses import Status
+from service.page import documentation, plots
+from service.page.history import stages
+from service.page.plots import Bar, Column, Span, nice_maximum
+
+NASTY = '<script>"&'
+AT = datetime(2026, 1, 31, tzinfo=UTC)
+
+
+def drawn(text: str) -> ET.Element:
+    """The elements of a plot; it is well-formed whatever the words in it are."""
+    return ET.fromstring(text)  # noqa: S314 - made here
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    """The longest fills the room; none that has a value is out of sight; words stay words."""
+    rows = [
+        Bar("a", 100, "100", "go", "/track?a=1&b=2"),
+        Bar(NASTY, 50, "50", "bad"),
+        Bar("c", 0.001, "0", "rest"),
+    ]
+    plot = drawn(plots.bars("x", NASTY, "said", rows))
+    widths = [
+        float(one.get("width", "")) for one in plot.iter("rect") if one.get("class", "").startswith("bar")
+    ]
+    assert widths[0] == 2 * widths[1]
+    assert widths[2] == plots.SEEN_MIN
+    assert [one.get("href") for one in plot.iter("a")] == ["/track?a=1&b=2"]
+    assert plot.findtext("title") == NASTY
+    assert NASTY in [one.text for one in plot.iter("text")]
+    assert plot.get("aria-labelledby") == "x-title x-desc"
+
+
+def test_columns_stack_their_parts() -> None:
+    """Parts lie upon each other without a gap, and what is not there is not drawn."""
+    rows = [Column("12:00", "12:00", [("advanced", 10), ("late", 0), ("refused", 5)]), Column("12:01", "", [])]
+    plot = drawn(plots.columns("x", "t", "s", rows))
+    advanced, refused = plot.findall("rect")
+    assert float(refused.get("y", "")) + float(refused.get("height", "")) == pytest.approx(
+        float(advanced.get("y", "")), abs=0.2
+    )
+    assert [one.text for one in plot.iter("text")] == ["0", "10", "20", "12:00"]
+    assert refused.findtext("title") == "12:00: 5"
+
+
+def test_spans_lie_on_one_scale_of_powers_of_ten() -> None:
+    """Ten times as long is as far on, wherever it begins; nothing leaves the plot."""
+    rows = [Span("a", 10, 100, "10 s"), Span("b", 100, 1_000, "100 s"), Span("c", 0.5, 0.5, "0 s")]
+    plot = drawn(plots.spans("x", "t", "s", rows))
+    dots = [float(one.get("cx", "")) for one in plot.iter("circle")]
+    ends = [float(one.get("x2", "")) for one in plot.iter("line") if one.get("class") == "span"]
+    assert ends[0] - dots[0] == pytest.approx(ends[1] - dots[1], abs=0.2)
+    assert ends[0] == dots[1]
+    assert all(0 <= x <= plots.WIDTH for x in dots + ends)
+
+
+@pytest.mark.parametrize("draw", [plots.bars, plots.columns, plots.spans])
+def test_nothing_can_be_drawn(draw: "type[object]") -> None:
+    """An empty plot is one, too."""
+    assert drawn(str(draw("x", "t", "s", []))).tag == "svg"  # type: ignore[call-arg]  # any of the three
+
+
+@pytest.mark.parametrize(
+    ("value", "most"), [(0, 2), (2, 2), (3, 4), (5, 10), (11, 20), (99, 100), (101, 200), (4_001, 10_000)]
+)
+def test_a_scale_ends_at_a_round_number(value: int, most: int) -> None:
+    assert nice_maximum(value) == most
+
+
+def journey(*reached: Status, now: Status | None = None) -> dict[str, str]:
+    """The state of each stage of an order that came to these, one an hour."""
+    times = {str(status): AT + timedelta(hours=hour) for hour, status in enumerate(reached)}
+    return {stage.status: stage.state for stage in stages(now or (reached[-1] if reached else None), times)}
+
+
+def test_a_journey_tells_reached_skipped_and_ahead() -> None:
+    assert journey("submitted", "picked_up") == {
+        "submitted": "reached", "packed": "skipped", "picked_up": "now", "in_transit": "ahead",
+        "out_for_delivery": "ahead", "delivered": "ahead", "completed": "ahead",
+    }  # fmt: skip
+    assert set(journey().values()) == {"ahead"}
+
+
+def test_what_lies_beside_the_path_stands_where_it_happened() -> None:
+    """A problem between two stages; and what ended an order has nothing ahead of it."""
+    assert [*journey("in_transit", "problem", "delivered")][3:6] == ["in_transit", "problem", "delivered"]
+    assert journey("submitted", "cancelled") == {"submitted": "reached", "cancelled": "now"}
+    assert journey("problem")["problem"] == "now"
+
+
+def test_a_document_is_drawn_even_where_it_says_little() -> None:
+    """Types in few words, references as links, code and links within texts, nothing else marked up."""
+    document = {
+        "paths": {
+            "/x/{id}": {
+                "get": {
+                    "summary": "A `b` <i> [c](/docs#d) [e](https://elsewhere.example)",
+                    "parameters": [{"name": "id", "in": "path", "required": True}],
+                    "responses": {"200": {"description": "ok", "content": {"a/b": {"schema": {"$ref": "#/components/schemas/Y"}}}}},
+                    "security": [{"key": []}],
+                },
+                "summary": "not a method",
+            }
+        },
+        "components": {
+            "schemas": {
+                "Y": {
+                    "properties": {
+                        "one": {"anyOf": [{"type": "array", "items": {"type": "integer", "minimum": 1}}, {"type": "null"}]},
+                        "two": {"enum": ["<a>"]},
+                        "three": {"type": ["string", "null"], "format": "date", "default": "x"},
+                        "four": True,
+                    },
+                    "required": ["one"],
+                }
+            }
+        },
+    }  # fmt: skip
+    (operation,) = documentation.operations(document)
+    assert (operation.slug, operation.method, operation.is_open) == ("get-x-id", "GET", False)
+    assert operation.summary == (
+        'A <code>b</code> &lt;i&gt; <a href="/docs#d">c</a> [e](https://elsewhere.example)'
+    )
+    assert operation.answers[0].forms == [("a/b", '<a href="#schema-y">Y</a>')]
+    (schema,) = documentation.schemas(document)
+    assert [row.kind for row in schema.members] == [
+        "integer <small>≥ 1</small> […] | null",
+        "<code>&lt;a&gt;</code>",
+        "string | null <small>date, = x</small>",
+        "",
+    ]
+    assert [row.required for row in schema.members] == [True, False, False, False]
+    assert documentation.operations({}) == documentation.schemas({}) == []
