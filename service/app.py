@@ -30,6 +30,7 @@ from service.endpoints import routes_of
 from service.event_store import EventStore
 from service.http_server import HttpServer
 from service.log_reader import LogReader
+from service.metrics import Metrics
 from service.openapi import OpenApi
 from service.operations_api import OperationsApi
 from service.page.pages import Pages
@@ -111,9 +112,13 @@ class Service:
             self._on_commit,
             queue_reports_max=settings.queue_reports_max,
             seconds_max=settings.request_seconds_max,
+            on_batch=self._on_batch,
         )
         seconds_max = settings.request_seconds_max
         quarantine = Quarantine(self.pool, seconds_max, settings.quarantine_hourly_max)
+        self.metrics = Metrics(
+            self.pool, [*self.projectors.values()], quarantine, lambda: self.recorder.waiting
+        )
         self.access = Access(self.pool, seconds_max, is_open_without_keys=settings.is_local)
         self.webhook = Webhook(make_sender(settings), self.recorder, quarantine)
         self.streams = Streams(self.pool, seconds_max)
@@ -122,6 +127,7 @@ class Service:
             self.streams,
             QuarantineApi(self.pool, self.recorder, seconds_max),
             OperationsApi(self.pool, [*self.projectors.values()], seconds_max),
+            self.metrics,
         )
         self.openapi = OpenApi(self.apis, WEBHOOK_PATH + ("/{token}" if settings.webhook_tokens else ""))
         self.pages = Pages(self.pool, self.access, self.projectors, seconds_max, self.openapi.document)
@@ -148,7 +154,11 @@ class Service:
 
     def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self.log_reader.remember(events, positions)
+        self.metrics.count_commit(events)
         self._wake()
+
+    def _on_batch(self, reports: int, seconds: float) -> None:
+        self.metrics.measure_batch(reports, seconds)
 
     def _wake(self, *_notification: object) -> None:
         self.streams.tail.wake()
@@ -272,7 +282,11 @@ async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, bool
         stack.push_async_callback(service.stop)
         await service.start()
         server = HttpServer(
-            make_app(service, settings), settings.host, settings.port, reuse_port=settings.reuse_port
+            make_app(service, settings),
+            settings.host,
+            settings.port,
+            reuse_port=settings.reuse_port,
+            on_answer=service.metrics.measure_answer,
         )
         stack.push_async_callback(server.stop)
         port = await server.start()

@@ -88,6 +88,11 @@ class Batcher(Generic[Item, Outcome]):
             self._leader = loop.create_task(self._lead(), context=Context())
         return caller
 
+    @property
+    def waiting(self) -> int:
+        """How many items wait for their batch."""
+        return len(self._waiting)
+
     async def finish(self) -> None:
         """Wait until nothing waits any more."""
         while self._leader is not None:

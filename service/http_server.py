@@ -36,6 +36,8 @@ _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 _CODINGS: Final = ("", "identity", "gzip")
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+# Told the status of every answer, and the seconds that it took.
+OnAnswer = Callable[[web.BaseRequest, int, float], None]
 
 
 async def read_body(request: web.Request) -> bytes:
@@ -154,22 +156,24 @@ class _Connection(web.RequestHandler):
         return _closing(ProblemError(status, HTTPStatus(status).phrase))
 
 
-def _guarded(handler: Handler) -> Handler:
+def _guarded(handler: Handler, on_answer: OnAnswer) -> Handler:
     """Refuse what the parser lets through, and answer every error with a problem."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         connection = request.protocol
+        began = monotonic()
         if isinstance(connection, _Connection):
             connection.begin()
         try:
-            if (problem := _odd_framing(request)) is not None:
-                return _closing(problem)
-            return await handler(request)
+            problem = _odd_framing(request)
+            answer = await handler(request) if problem is None else _closing(problem)
         except Exception as error:  # noqa: BLE001 - the outermost place: whatever it is gets an answer
-            return problem_answer(problem_of(error, request))
+            answer = problem_answer(problem_of(error, request))
         finally:
             if isinstance(connection, _Connection):
                 connection.end()
+        on_answer(request, answer.status, monotonic() - began)
+        return answer
 
     return handle
 
@@ -201,9 +205,13 @@ class HttpServer:
         host: the address.
         port: the port, 0 for any free one.
         reuse_port: whether other processes may listen on it as well (SO_REUSEPORT).
+        on_answer: told of every answer.
     """
 
-    def __init__(self, app: web.Application, host: str, port: int, *, reuse_port: bool) -> None:
+    def __init__(
+        self, app: web.Application, host: str, port: int, *, reuse_port: bool, on_answer: OnAnswer
+    ) -> None:
+        self._on_answer = on_answer
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS_MAX)
         self._address = (host, port)
         self._reuse_port = reuse_port
@@ -219,7 +227,7 @@ class HttpServer:
         server = self._runner.server
         if server is None:
             raise RuntimeError("the runner has no server")
-        server.request_handler = _guarded(server.request_handler)
+        server.request_handler = _guarded(server.request_handler, self._on_answer)
         loop = asyncio.get_running_loop()
 
         def connection() -> _Connection:

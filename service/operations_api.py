@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, NamedTuple
 
 from aiohttp import web
 
@@ -23,6 +23,7 @@ POSITION: Final = "SELECT position FROM projection"
 ALL_SET_ASIDE: Final = (
     "SELECT order_no, since_version, position, reason FROM set_aside ORDER BY position LIMIT $1"
 )
+COUNT_SET_ASIDE: Final = "SELECT count(*) FROM set_aside"
 LOOK_AT_VIEW: Final = "SELECT set_config('search_path', $1, true)"
 OLDEST_AFTER: Final = """
     SELECT recorded_at FROM order_events WHERE notification_id > $1 ORDER BY notification_id LIMIT 1
@@ -65,18 +66,39 @@ class OperationsApi:
         return answer({"status": "ready"})
 
 
+class Lag(NamedTuple):
+    """How far a view has come and is behind, and how many orders are set aside in it."""
+
+    view: str
+    position: int
+    events: int
+    seconds: float
+    set_aside: int
+
+
+async def view_lag(connection: Connection, view: str) -> Lag:
+    """Return how far a view is behind the log."""
+    async with connection.transaction(readonly=True):
+        await connection.execute(LOOK_AT_VIEW, view)
+        position: int = await connection.fetchval(POSITION) or 0
+        set_aside: int = await connection.fetchval(COUNT_SET_ASIDE)
+    oldest = await connection.fetchval(OLDEST_AFTER, position)
+    events = await event_store.count_after(connection, position, LAG_EVENTS_MAX)
+    seconds = (datetime.now(UTC) - oldest).total_seconds() if oldest else 0.0
+    return Lag(view, position, events, seconds, set_aside)
+
+
 async def _view(connection: Connection, projector: Projector, head: int) -> representations.Projection:
+    lag = await view_lag(connection, projector.view.name)
     async with connection.transaction(readonly=True):
         await connection.execute(LOOK_AT_VIEW, projector.view.name)
-        position: int = await connection.fetchval(POSITION) or 0
         aside = await connection.fetch(ALL_SET_ASIDE, SET_ASIDE_SHOWN_MAX)
-    oldest = await connection.fetchval(OLDEST_AFTER, position)
     return {
-        "view": projector.view.name,
-        "position": position,
-        "head": max(head, position),
-        "lag_events": await event_store.count_after(connection, position, LAG_EVENTS_MAX),
-        "lag_seconds": (datetime.now(UTC) - oldest).total_seconds() if oldest else 0.0,
+        "view": lag.view,
+        "position": lag.position,
+        "head": max(head, lag.position),
+        "lag_events": lag.events,
+        "lag_seconds": lag.seconds,
         "is_outdated": projector.is_outdated,
         "set_aside": [
             {"order_no": order_no, "since_version": version, "position": at, "reason": reason}

@@ -71,6 +71,8 @@ MARK_RETRIED: Final = """
     WHERE quarantine_id = $1
 """
 
+COUNT_ENTRIES: Final = "SELECT state, count(*) FROM quarantine GROUP BY state"
+
 DISCARD: Final = """
     UPDATE quarantine SET state = 'discarded', resolved_at = $2, resolution = $3
     WHERE quarantine_id = $1 AND state = 'open'
@@ -126,6 +128,11 @@ async def find_entry(connection: Connection, quarantine_id: int) -> QuarantineEn
 async def open_entries(connection: Connection) -> list[int]:
     """Return the ids of what nobody has dealt with yet, the oldest first."""
     return [quarantine_id for (quarantine_id,) in await connection.fetch(OPEN_ENTRIES)]
+
+
+async def count_entries(connection: Connection) -> dict[str, int]:
+    """Return how many entries have each state."""
+    return dict([tuple(row) for row in await connection.fetch(COUNT_ENTRIES)])
 
 
 async def discard(connection: Connection, quarantine_id: int, why: str) -> None:
@@ -188,6 +195,8 @@ class Quarantine:
         self._pool = pool
         self._seconds_max = seconds_max
         self._hourly_max = hourly_max
+        self.kept = 0
+        self.last_kept = 0.0
         self.turned_away = 0
         self._log_from = 0.0
 
@@ -206,6 +215,8 @@ class Quarantine:
         if quarantine_id is None:
             self._turn_away()
             raise OverloadedError("too much that cannot be understood has come within the hour")
+        self.kept += 1
+        self.last_kept = received_at.timestamp()
         return quarantine_id
 
     def _turn_away(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from time import monotonic
 from typing import Final, TypeAlias
 
 from domain.order import Order, Report, Standing, judge_report
@@ -65,6 +66,7 @@ class Recorder:
         on_commit: called with the events and positions of every commit, in the order of the log.
         queue_reports_max: how many reports may wait.
         seconds_max: how long one report may take, waiting included.
+        on_batch: told how many reports a batch had, and the seconds that it took.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class Recorder:
         *,
         queue_reports_max: int,
         seconds_max: float,
+        on_batch: Callable[[int, float], None] = lambda _reports, _seconds: None,
     ) -> None:
         self._store = store
+        self._on_batch = on_batch
         self._on_commit = on_commit
         self._seconds_max = seconds_max
         self._standings = _Standings(STANDINGS_MAX)
@@ -125,13 +129,21 @@ class Recorder:
         finally:
             self._keyed_waiting -= 1
 
+    @property
+    def waiting(self) -> int:
+        """How many reports wait for their commit."""
+        return self._batcher.waiting
+
     async def finish(self) -> None:
         """Wait until everything that was handed in is answered."""
         await self._batcher.finish()
 
     async def _record_batch(self, arrivals: list[Arrival], due: float) -> Sequence[Receipt | Exception]:
+        began = monotonic()
         async with _in_time(due):
-            return await self._record(arrivals)
+            receipts = await self._record(arrivals)
+        self._on_batch(len(arrivals), monotonic() - began)
+        return receipts
 
     async def _record(self, arrivals: list[Arrival]) -> Sequence[Receipt | Exception]:
         try:

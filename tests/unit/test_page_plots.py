@@ -11,6 +11,7 @@ from service.page.history import stages
 from service.page.plots import Bar, Column, Span, nice_maximum
 
 NASTY = '<script>"&'
+NUMBER = {"type": "integer", "minimum": 1}
 AT = datetime(2026, 1, 31, tzinfo=UTC)
 
 
@@ -90,7 +91,7 @@ def test_a_journey_tells_reached_skipped_and_ahead() -> None:
 
 def test_what_lies_beside_the_path_stands_where_it_happened() -> None:
     """A problem between two stages; and what ended an order has nothing ahead of it."""
-    assert [*journey("in_transit", "problem", "delivered")][3:6] == ["in_transit", "problem", "delivered"]
+    assert [*journey("in_transit", "problem", "delivered")][3:5] == ["in_transit", "problem"]
     assert journey("submitted", "cancelled") == {"submitted": "reached", "cancelled": "now"}
     assert journey("problem")["problem"] == "now"
 
@@ -103,7 +104,7 @@ def test_a_document_is_drawn_even_where_it_says_little() -> None:
                 "get": {
                     "summary": "A `b` <i> [c](/docs#d) [e](https://elsewhere.example)",
                     "parameters": [{"name": "id", "in": "path", "required": True}],
-                    "responses": {"200": {"description": "ok", "content": {"a/b": {"schema": {"$ref": "#/components/schemas/Y"}}}}},
+                    "responses": {"200": {"content": {"a/b": {"schema": {"$ref": "#/components/schemas/Y"}}}}},
                     "security": [{"key": []}],
                 },
                 "summary": "not a method",
@@ -113,10 +114,9 @@ def test_a_document_is_drawn_even_where_it_says_little() -> None:
             "schemas": {
                 "Y": {
                     "properties": {
-                        "one": {"anyOf": [{"type": "array", "items": {"type": "integer", "minimum": 1}}, {"type": "null"}]},
+                        "one": {"anyOf": [{"type": "array", "items": NUMBER}, {"type": "null"}]},
                         "two": {"enum": ["<a>"]},
                         "three": {"type": ["string", "null"], "format": "date", "default": "x"},
-                        "four": True,
                     },
                     "required": ["one"],
                 }
@@ -134,7 +134,7 @@ def test_a_document_is_drawn_even_where_it_says_little() -> None:
         "integer <small>≥ 1</small> […] | null",
         "<code>&lt;a&gt;</code>",
         "string | null <small>date, = x</small>",
-        "",
     ]
-    assert [row.required for row in schema.members] == [True, False, False, False]
-    assert documentation.operations({}) == documentation.schemas({}) == []
+    assert [row.required for row in schema.members] == [True, False, False]
+    assert not documentation.operations({})
+    assert not documentation.schemas({})

@@ -1,0 +1,100 @@
+"""What is measured: true numbers, labels that nobody outside can make up, files that name what exists."""
+
+import json
+import re
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.acceptance.running import ROOT
+from tests.integration.test_http import Client
+from tests.integration.test_streams import client  # noqa: F401 - the fixture
+
+OPERATIONS = ROOT / "docs" / "operations"
+# What PromQL itself has, and the labels of ours.
+WORDS = {
+    "sum", "by", "rate", "increase", "time", "max", "le", "histogram_quantile", "outcome", "view", "state",
+    "http_route", "http_response_status_code", "d", "h", "m",
+}  # fmt: skip
+
+
+async def scraped(client: Client) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:  # noqa: F811
+    async with client.session.get(f"http://127.0.0.1:{client.port}/metrics") as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("text/plain")
+        text = await response.text()
+    found: dict[str, Any] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return found
+
+
+async def test_what_is_counted(client: Client) -> None:  # noqa: F811
+    """Reports by outcome, batches, answers by route and status, the views' lag, the quarantine."""
+    for status in ("Diajukan", "Dikirim", "Dikirim", "mystery"):
+        last = await client.webhook("KOM1", status)
+    await client.raw(b"not json")
+    for view in ("orders", "audit/transitions", "statistics"):
+        await client.get(f"/{view}?after_position={last['position']}")
+    await client.get("/orders/ABSENT", 404)
+    await client.get("/no/such/path", 404)
+    found = await scraped(client)
+    outcomes = {labels[0][1]: value for labels, value in found["webhook_reports_total"].items()}
+    assert outcomes == {
+        "advanced": 2, "repeated": 1, "late": 0, "refused": 0, "unrecognised": 1, "quarantined": 1,
+    }  # fmt: skip
+    assert found["webhook_commit_seconds_count"][()] == found["webhook_batch_reports_count"][()] == 4
+    assert found["webhook_batch_reports_sum"][()] == 4
+    assert found["webhook_last_received_timestamp_seconds"][()] > 1.7e9
+    assert {labels[0][1] for labels in found["projection_lag_events"]} == {
+        "current_status", "timeline", "statistics",
+    }  # fmt: skip
+    assert set(found["projection_lag_events"].values()) == {0}
+    assert found["quarantine_entries"][(("state", "open"),)] == 1
+    answers = found["http_server_request_duration_seconds_count"]
+
+    def answered(method: str, route: str, status: str) -> float:
+        labels = {"http_request_method": method, "http_route": route, "http_response_status_code": status}
+        return answers[tuple(sorted(labels.items()))]
+
+    assert answered("PUT", "/webhook", "200") == 5
+    assert answered("GET", "/orders/{order_no}", "404") == 1
+    assert answered("GET", "unknown", "404") == 1
+    assert found["asyncio_tasks"][()] > 3
+    assert found["process_resident_memory_bytes"][()] > 1e6
+
+
+async def test_no_label_is_made_up_from_outside(client: Client) -> None:  # noqa: F811
+    """Whatever paths, methods and order numbers are tried, the number of series stays what it was."""
+    await client.webhook("SECRET-1")
+    for _ in range(2):
+        before = {name: set(series) for name, series in (await scraped(client)).items()}
+        for number in range(20):
+            await client.webhook(f"SECRET-{number}")
+            await client.get(f"/orders/SECRET-{number}-NOT", 404)
+            await client.get(f"/x{number}", 404)
+            async with client.session.request(f"ODD{number}", f"http://127.0.0.1:{client.port}/orders"):
+                pass
+    after = {name: set(series) for name, series in (await scraped(client)).items()}
+    assert after == before
+    assert "SECRET" not in str(after)
+
+
+@pytest.mark.parametrize("file", ["alerts.yaml", "grafana.json"])
+async def test_what_the_files_of_the_operator_name_is_there(client: Client, file: str) -> None:  # noqa: F811
+    """No dashboard and no alert asks for a metric that does not exist."""
+    await client.webhook("KOM1")
+    await client.raw(b"not json")
+    exists = set(await scraped(client))
+    text = (OPERATIONS / file).read_text(encoding="utf-8")
+    if file == "grafana.json":
+        asked = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
+    else:
+        asked = re.findall(r"expr: (.*)", text)
+    assert len(asked) >= 9
+    for expression in asked:
+        names = set(re.findall(r"[a-z_]{1,}", re.sub(r'"[^"]*"', "", expression))) - WORDS
+        assert names, expression
+        assert names <= exists, (expression, names - exists)
