@@ -180,7 +180,7 @@ ORDERS_PAGE: Final = """
     WHERE known.first_position < $1
       AND ($2::text IS NULL OR known.status = $2)
       AND ($3::text IS NULL
-           OR known.order_no IN (SELECT order_no FROM current_status.order_cnotes WHERE cnote = $3))
+           OR known.order_no = ANY (ARRAY(SELECT order_no FROM current_status.order_cnotes WHERE cnote = $3)))
       AND ($4::text IS NULL OR CASE $4
                WHEN 'advanced' THEN known.advanced > 0 WHEN 'repeated' THEN known.repeated > 0
                WHEN 'late' THEN known.late > 0 WHEN 'refused' THEN known.refused > 0

@@ -54,6 +54,7 @@ RARE = {verdict: f"orders_{verdict}_idx" for verdict in ("repeated", "late", "re
         (current_status.ORDERS_PAGE, ("9000", *["NULL"] * 6, "100"), "orders_first_position_idx"),
         (current_status.ORDERS_PAGE, ("9000", "'lost'", *["NULL"] * 5, "100"), "orders_status_idx"),
         (current_status.ORDERS_PAGE, ("9000", "NULL", "'AWB77'", *["NULL"] * 4, "100"), "order_cnotes_pkey"),
+        (current_status.ORDERS_PAGE, ("9000", "NULL", "'AWB77'", *["NULL"] * 4, "100"), "orders_pkey"),
         *(
             (current_status.ORDERS_PAGE, ("9000", *["NULL"] * 2, f"'{verdict}'", *["NULL"] * 3, "100"), index)
             for verdict, index in RARE.items()
@@ -75,7 +76,16 @@ RARE = {verdict: f"orders_{verdict}_idx" for verdict in ("repeated", "late", "re
         ),
     ],
     ids=[
-        *("events", "timeline", "audit", "audit of an order", "orders", "orders by status", "orders by cnote"),
+        *(
+            "events",
+            "timeline",
+            "audit",
+            "audit of an order",
+            "orders",
+            "orders by status",
+            "orders by cnote",
+            "orders by key",
+        ),
         *(f"orders with {verdict}" for verdict in RARE),
         *("orders updated after", "orders updated before", "orders that are stuck"),
     ],
