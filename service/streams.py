@@ -70,6 +70,7 @@ class _Tail:
         self._pool = pool
         self._seconds_max = seconds_max
         self._recent: list[Recent] = []
+        self._by_order: dict[str, list[Recent]] = {}
         self._bytes = 0
         self._begins_after = 0
         self._woken = asyncio.Event()
@@ -100,7 +101,7 @@ class _Tail:
                     head = await event_store.head_position(connection)
                 # Another reader may have been first meanwhile.
                 if self._task is None:
-                    self._begins_after, self._recent, self._bytes = head, [], 0
+                    self._begins_after, self._recent, self._by_order, self._bytes = head, [], {}, 0
                     self._task = asyncio.create_task(self._follow(), name="follow the log for live readers")
             yield
         finally:
@@ -109,11 +110,17 @@ class _Tail:
                 self._task.cancel()
                 self._task = None
 
-    def after(self, position: int) -> Sequence[Recent] | None:
-        """Return what is known above a position, None where that lies before all that is known."""
+    def after(self, position: int, order_no: str | None) -> Sequence[Recent] | None:
+        """Return what is known above a position, None where that lies before all that is known.
+
+        Args:
+            position: above which.
+            order_no: of one order; None of all.
+        """
         if position < self._begins_after:
             return None
-        return self._recent[bisect_right(self._recent, position, key=lambda recent: recent.position) :]
+        recent = self._recent if order_no is None else self._by_order.get(order_no, ())
+        return recent[bisect_right(recent, position, key=lambda one: one.position) :]
 
     async def grown(self, position: int) -> None:
         """Wait until there is something above a position, or it is over."""
@@ -145,12 +152,17 @@ class _Tail:
             read = [message_of(event) for event in page]
             self._bytes += sum(len(recent.message) for recent in read)
             self._recent += read
+            for recent in read:
+                self._by_order.setdefault(recent.order_no, []).append(recent)
             if len(self._recent) > RECENT_EVENTS_MAX or self._bytes > RECENT_BYTES_MAX:
                 # Whole pages are left, so that dropping is rare; what was just read stays.
                 dropped = min(len(self._recent) // 2, len(self._recent) - len(read))
                 self._begins_after = self._recent[dropped - 1].position if dropped else self._begins_after
                 self._bytes -= sum(len(recent.message) for recent in self._recent[:dropped])
                 self._recent = self._recent[dropped:]
+                self._by_order = {}
+                for recent in self._recent:
+                    self._by_order.setdefault(recent.order_no, []).append(recent)
             async with self._grown:
                 self._grown.notify_all()
         return len(page)
@@ -247,16 +259,16 @@ class Streams:
 
     async def _send(self, response: EventSourceResponse, position: int, order_no: str | None) -> int:
         """Send what there is above a position; return the position up to which that is all."""
-        recent = self.tail.after(position)
+        end = max(position, self.tail.position)
+        recent = self.tail.after(position, order_no)
         if recent is None and order_no is not None:
             return await self._send_order(response, position, order_no)
         if recent is None:
             # Behind what is kept in memory: read like anybody who comes late.
             recent = [message_of(event) for event in await self._page(position)]
-        await _write(
-            response, [message for _, number, message in recent if order_no is None or number == order_no]
-        )
-        return recent[-1].position if recent else max(position, self.tail.position)
+            end = recent[-1].position if recent else end
+        await _write(response, [one.message for one in recent])
+        return end
 
     async def _send_order(self, response: EventSourceResponse, position: int, order_no: str) -> int:
         """Send an order's events between a position and the end of the log as it is known to all readers."""

@@ -7,6 +7,7 @@ from typing import Any, Final, NamedTuple
 import orjson
 from markupsafe import Markup, escape
 
+from domain.statuses import STATUSES
 from service.problems import PROBLEMS
 
 METHODS: Final = ("get", "put", "post", "delete", "patch")
@@ -56,12 +57,6 @@ class Schema(NamedTuple):
     name: str
     said: Markup
     members: list[Row]
-
-
-# Title, slug (as the problem's type has it), status, explanation.
-PROBLEM_KINDS: Final = [
-    (title, title.lower().replace(" ", "-"), status, said) for title, (status, said) in PROBLEMS.items()
-]
 
 
 def operations(document: Mapping[str, Any]) -> list[Operation]:
@@ -150,6 +145,9 @@ def _kind(schema: Mapping[str, Any]) -> Markup:
     for key in ("anyOf", "oneOf", "allOf"):
         if key in schema:
             return Markup(" | ").join(_kind(one) for one in schema[key])
+    if schema.get("enum") == [*STATUSES]:
+        # The longest of the lists, and in most of the shapes; the words for them are there.
+        return Markup('<a href="#get-transitions">status</a>')
     if "enum" in schema:
         return Markup(" | ").join(Markup("<code>{}</code>").format(value) for value in schema["enum"])
     kind = schema.get("type", "")
@@ -174,3 +172,9 @@ def _rich(text: str) -> Markup:
             parts.append(Markup('<a href="{}">{}</a>').format(path, title))
         end = found.end()
     return Markup("").join([*parts, escape(text[end:])])
+
+
+# Title, slug (as the problem's type has it), status, explanation.
+PROBLEM_KINDS: Final = [
+    (title, title.lower().replace(" ", "-"), status, _rich(said)) for title, (status, said) in PROBLEMS.items()
+]

@@ -23,8 +23,9 @@ from tests.benchmarks.parsing import measure_parsing
 from tests.benchmarks.rebuilds import measure_rebuild
 from tests.benchmarks.report import Row, machine, out, print_table
 from tests.benchmarks.serving import measure_history, measure_reads, measure_webhooks
+from tests.benchmarks.streams import measure_streams
 
-PARTS: Final = ("ingest", "library", "read", "rebuild", "history", "parse")
+PARTS: Final = ("ingest", "library", "read", "rebuild", "history", "parse", "streams")
 SECONDS: Final = 4
 EVENTS: Final = 400_000
 
@@ -65,6 +66,8 @@ def _measure(server: Server, folder: Path, parts: list[str], seconds: int, event
         yield measure_reads(server.database("reads"), folder, seconds)
     if "history" in parts:
         yield measure_history(server.database("history"), folder)
+    if "streams" in parts:
+        yield measure_streams(server.database("streams"), folder, seconds)
     if "parse" in parts:
         yield from measure_parsing()
     if "rebuild" in parts:

@@ -1,0 +1,70 @@
+"""What live readers cost: webhooks under full load with many of them, and without."""
+
+import asyncio
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from tests.benchmarks import load
+from tests.benchmarks.report import Row, ratio
+from tests.benchmarks.serving import ROUNDS, WARM_SECONDS, Contest
+
+READERS: Final = 500
+# Until all of them are there.
+ATTACH_SECONDS: Final = 3.0
+
+
+def measure_streams(dsn: str, folder: Path, seconds: int) -> Row:
+    """Throughput of webhooks with so many live readers of single orders, as a share of that without any."""
+    with Contest(dsn, folder, seconds) as contest:
+        contest.send_reports(contest.ours, WARM_SECONDS)
+        found = []
+        for _ in range(ROUNDS):
+            alone, _ = contest.send_reports(contest.ours, seconds)
+            with readers(contest.ours.port):
+                with_readers, _ = contest.send_reports(contest.ours, seconds)
+            found.append((with_readers.per_second, alone.per_second))
+        fault = contest.fault()
+    shares = [one / other for one, other in found]
+    made = ratio(
+        f"durable webhooks/s with {READERS} live readers of orders, as a share of that without them",
+        statistics.median(shares),
+        f"{statistics.median(one for one, _ in found):,.0f}/s against "
+        f"{statistics.median(other for _, other in found):,.0f}/s; by round "
+        f"{' '.join(f'{share:.2f}' for share in shares)}",
+        least=0.90,
+    )
+    return made if fault is None else made._replace(measured="-", is_met=None, figures=fault)
+
+
+@contextmanager
+def readers(port: int) -> Iterator[None]:
+    """Readers in a process of their own."""
+    child = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.streams", str(port)])
+    time.sleep(ATTACH_SECONDS)
+    try:
+        yield
+    finally:
+        child.terminate()
+        child.wait()
+
+
+async def _read(port: int, number: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    path = f"/orders/{load.order_number(0, number)}/stream"
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    while await reader.read(65_536):
+        pass
+
+
+async def _read_all(port: int) -> None:
+    await asyncio.gather(*(_read(port, number) for number in range(READERS)))
+
+
+if __name__ == "__main__":
+    asyncio.run(_read_all(int(sys.argv[1])))
