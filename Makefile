@@ -6,6 +6,8 @@ SHELL := /bin/sh
 VENV := .venv
 BIN := $(VENV)/bin
 AUDIT_SECONDS := 15
+# Of the whole test run, whose tests mostly wait: more than two cores have.
+WORKERS := 4
 # The newest Python on the PATH that will do, unless PYTHON names one.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -34,7 +36,7 @@ demo: $(VENV)/run.stamp ## play Komerce against a service of its own, to look at
 
 test: $(VENV)/dev.stamp ## run every test against a real PostgreSQL, with coverage
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest $(ARGS)
+	$(BIN)/python -m coverage run -m pytest $(or $(ARGS),--numprocesses=$(WORKERS) --dist=loadfile)
 	@$(BIN)/python -m coverage combine -q
 	@# Branches too. A selection of tests (ARGS) is not held to it.
 	@[ -n "$(ARGS)" ] || $(BIN)/python -m coverage report --include='domain/*' --fail-under=100

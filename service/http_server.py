@@ -165,8 +165,10 @@ def _guarded(handler: Handler, on_answer: OnAnswer) -> Handler:
         if isinstance(connection, _Connection):
             connection.begin()
         try:
-            problem = _odd_framing(request)
-            answer = await handler(request) if problem is None else _closing(problem)
+            if (problem := _odd_framing(request)) is not None:
+                # Not measured: it has come to no route.
+                return _closing(problem)
+            answer = await handler(request)
         except Exception as error:  # noqa: BLE001 - the outermost place: whatever it is gets an answer
             answer = problem_answer(problem_of(error, request))
         finally:
