@@ -27,10 +27,12 @@ from service.database import HeldConnection, connect
 from service.event_store import MAPPER
 from service.log_reader import LogReader
 from service.parser import parse
-from service.schema import VIEWS
+from service.schema import VIEWS as ALL_VIEWS
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, ratio, resident_mb
 
+# Those that hold a row for every order and every event; the statistics are counters beside them.
+VIEWS: Final = [view for view in ALL_VIEWS if view.name in ("current_status", "timeline")]
 SEED: Final = 20_260_101
 RUN: Final = 999
 REPORTS_BY_ORDER: Final = 4
