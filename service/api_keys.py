@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 
 from service.batcher import Batcher
 from service.database import Connection, Pool, StorageUnavailableError, borrowed
-from service.problems import Handler, ProblemError
+from service.problems import Handler, Kind, ProblemError
 from service.settings import is_loopback
 
 log = structlog.get_logger()
@@ -188,7 +188,7 @@ class Access:
             raise _unauthorised("the key is unknown, revoked or expired", 'error="invalid_token"')
         if scope == "admin" and key.scope != "admin":
             headers = {"WWW-Authenticate": 'Bearer error="insufficient_scope", scope="admin"'}
-            raise ProblemError(403, "Forbidden", "this needs a key of the scope admin", headers=headers)
+            raise ProblemError(Kind.FORBIDDEN, "this needs a key of the scope admin", headers=headers)
         last_used_at = self._noted.get(key.name, key.last_used_at)
         if last_used_at is None or last_used_at < now - USE_NOTED:
             self._noted[key.name] = now
@@ -214,7 +214,7 @@ def _secret_of(request: web.Request) -> str:
 
 def _unauthorised(detail: str, *challenge: str) -> ProblemError:
     headers = {"WWW-Authenticate": ", ".join(('Bearer realm="order-tracking"', *challenge))}
-    return ProblemError(401, "Unauthorized", detail, headers=headers)
+    return ProblemError(Kind.UNAUTHORIZED, detail, headers=headers)
 
 
 def refuse_other_sites(request: web.BaseRequest) -> None:
@@ -227,7 +227,7 @@ def refuse_other_sites(request: web.BaseRequest) -> None:
     origin = headers.get(hdrs.ORIGIN)
     is_own = origin is None or origin.partition("://")[2] == headers.get(hdrs.HOST)
     if headers.get("Sec-Fetch-Site", "none") not in OWN_SITE or not is_own:
-        raise ProblemError(403, "Forbidden", "another site's page may not ask for this")
+        raise ProblemError(Kind.FORBIDDEN, "another site's page may not ask for this")
 
 
 def refuse_other_names(request: web.BaseRequest) -> None:
@@ -240,4 +240,4 @@ def refuse_other_names(request: web.BaseRequest) -> None:
     """
     host = request.headers.get(hdrs.HOST, "localhost")
     if host not in _LOCAL_HOSTS and not is_loopback(_PORT.sub("", host).strip("[]")):
-        raise ProblemError(403, "Forbidden", "without keys it is asked by a name of this machine's own alone")
+        raise ProblemError(Kind.FORBIDDEN, "without keys it is asked by a name of this machine's own alone")

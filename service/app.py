@@ -38,6 +38,7 @@ from service.quarantine import Quarantine
 from service.quarantine_api import QuarantineApi
 from service.read_api import ReadApi
 from service.recorder import Recorder
+from service.requests import route_of
 from service.schema import VIEWS, apply_schema, service_dsn
 from service.sender import Sender
 from service.settings import Settings
@@ -131,6 +132,7 @@ class Service:
         )
         self.openapi = OpenApi(self.apis, WEBHOOK_PATH + ("/{token}" if settings.webhook_tokens else ""))
         self.pages = Pages(self.pool, self.access, self.projectors, seconds_max, self.openapi.document)
+        self._logs_requests = settings.log_requests
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -159,6 +161,13 @@ class Service:
 
     def _on_batch(self, reports: int, seconds: float) -> None:
         self.metrics.measure_batch(reports, seconds)
+
+    def on_answer(self, request: web.BaseRequest, status: int, seconds: float) -> None:
+        """Measure a request that has been answered, and log it where that is wanted."""
+        self.metrics.measure_answer(request, status, seconds)
+        if self._logs_requests:
+            milliseconds = round(seconds * 1_000, 1)
+            log.info("request", method=request.method, route=route_of(request), status=status, ms=milliseconds)
 
     def _wake(self, *_notification: object) -> None:
         self.streams.tail.wake()
@@ -286,7 +295,7 @@ async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, bool
             settings.host,
             settings.port,
             reuse_port=settings.reuse_port,
-            on_answer=service.metrics.measure_answer,
+            on_answer=service.on_answer,
         )
         stack.push_async_callback(server.stop)
         port = await server.start()

@@ -2,13 +2,14 @@
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 from aiohttp import web
 from pydantic import BaseModel
 
 from service.api_keys import Access, Scope
-from service.problems import Handler
+from service.problems import Handler, Kind
 from service.queries import Query, read_query
 
 JSON: Final = "application/json"
@@ -31,11 +32,12 @@ class Endpoint:
         method: of HTTP.
         path: with its parameters in braces.
         answers: the type of what a 200 holds.
-        query: the parameters that it takes.
+        query: the parameters that it takes; None where whatever comes is passed over.
         scope: what a key must be good for; None where no key is asked for.
         body: the type of what is sent, None where nothing is.
-        problems: the statuses that it may be answered with beyond those of every endpoint.
+        problems: that it may be answered with, beside those that its path, query, body and scope bring.
         media: the forms that the answer may take.
+        has_etag: whether the answer has an entity tag, and may be 304.
         is_listed: whether the documentation has it.
         summary: one line; the handler's docstring, where it is left out.
     """
@@ -43,13 +45,26 @@ class Endpoint:
     method: str
     path: str
     answers: Any
-    query: type[Query] = Query
+    query: type[Query] | None = Query
     scope: Scope | None = "read"
     body: type[BaseModel] | None = None
-    problems: tuple[int, ...] = ()
+    problems: tuple[Kind | HTTPStatus, ...] = ()
     media: tuple[str, ...] = (JSON,)
+    has_etag: bool = False
     is_listed: bool = True
     summary: str = ""
+
+    @property
+    def all_problems(self) -> set[Kind | HTTPStatus]:
+        """What it may be answered with."""
+        found = {*self.problems}
+        if self.query is not None:
+            found |= {Kind.BAD_PARAMETER, Kind.BAD_PATH} if "{" in self.path else {Kind.BAD_PARAMETER}
+        if self.scope is not None:
+            found |= {Kind.UNAUTHORIZED, Kind.FORBIDDEN, Kind.UNAVAILABLE}
+        if self.body is not None:
+            found |= {Kind.BAD_BODY, Kind.TOO_SLOW, Kind.TOO_LARGE, Kind.UNKNOWN_CODING}
+        return found
 
     def __call__(self, handler: AnyHandler) -> AnyHandler:
         """Declare a method: it is given the request, and the query as it was read."""
@@ -69,7 +84,7 @@ def routes_of(api: object, access: Access) -> list[web.RouteDef]:
     """Return the routes of an object's declared methods, each guarded as declared."""
     routes = []
     for endpoint, method in declared(api):
-        handler = _reading(endpoint.query, method.__get__(api))
+        handler = _reading(endpoint.query or Query, method.__get__(api))
         guarded = access.requires(endpoint.scope, handler) if endpoint.scope is not None else handler
         # An order number may have braces, which aiohttp's own pattern of a parameter leaves out.
         path = endpoint.path.replace("}", ":[^/]+}")

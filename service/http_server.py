@@ -8,12 +8,14 @@ import zlib
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from time import monotonic
-from typing import Final
+from typing import Final, cast
 
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion10, HttpVersion11
 
-from service.problems import ProblemError, problem_answer, problem_of
+from service import requests
+from service.problems import Kind, ProblemError, problem_answer, problem_of
+from service.requests import REQUEST_ID_HEADER, given_id, request_id_of
 
 # A request's head, from its first byte or from the opening of the connection; whoever is slower is cut off.
 HEAD_SECONDS_MAX: Final = 4.0
@@ -49,7 +51,7 @@ async def read_body(request: web.Request) -> bytes:
     coding = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())).strip().lower()
     if coding not in _CODINGS:
         headers = {"Accept-Encoding": "gzip"}
-        raise ProblemError(415, "Unknown content coding", "there are gzip and identity", headers=headers)
+        raise ProblemError(Kind.UNKNOWN_CODING, "there are gzip and identity", headers=headers)
     if (request.content_length or 0) > request.client_max_size:
         raise _too_large(request)
     try:
@@ -65,12 +67,12 @@ async def read_body(request: web.Request) -> bytes:
         raise _too_large(request) from None
     except TimeoutError:
         detail = f"the body took longer than {BODY_SECONDS_MAX:g} s"
-        raise ProblemError(408, "Too slow", detail, headers={hdrs.CONNECTION: "close"}) from None
+        raise ProblemError(Kind.TOO_SLOW, detail, headers={hdrs.CONNECTION: "close"}) from None
     except zlib.error as error:
-        raise ProblemError(400, "Bad body", f"the body is no gzip: {error}") from None
+        raise ProblemError(Kind.BAD_BODY, f"the body is no gzip: {error}") from None
     except (web.RequestPayloadError, ConnectionError):
         # Corrupt in transfer, or the sender is gone; then nobody reads this.
-        raise ProblemError(400, "Bad body", "the body cannot be read to its end") from None
+        raise ProblemError(Kind.BAD_BODY, "the body cannot be read to its end") from None
 
 
 def _gunzip(body: bytes, request: web.Request) -> bytes:
@@ -96,7 +98,7 @@ def is_gone(request: web.Request) -> bool:
 
 
 def _too_large(request: web.Request) -> ProblemError:
-    return ProblemError(413, "Too large", f"a body has {request.client_max_size} bytes at most")
+    return ProblemError(Kind.TOO_LARGE, f"a body has {request.client_max_size} bytes at most")
 
 
 class _Connection(web.RequestHandler):
@@ -153,17 +155,17 @@ class _Connection(web.RequestHandler):
             raise ConnectionError("an answer is on its way already")
         # The parser's message quotes what was sent, token and all, over several lines.
         del exc, message
-        return _closing(ProblemError(status, HTTPStatus(status).phrase))
+        return _closing(ProblemError(HTTPStatus(status)))
 
 
 def _guarded(handler: Handler, on_answer: OnAnswer) -> Handler:
     """Refuse what the parser lets through, and answer every error with a problem."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        connection = request.protocol
+        connection = cast("_Connection", request.protocol)
         began = monotonic()
-        if isinstance(connection, _Connection):
-            connection.begin()
+        connection.begin()
+        requests.begin(request)
         try:
             if (problem := _odd_framing(request)) is not None:
                 # Not measured: it has come to no route.
@@ -172,8 +174,9 @@ def _guarded(handler: Handler, on_answer: OnAnswer) -> Handler:
         except Exception as error:  # noqa: BLE001 - the outermost place: whatever it is gets an answer
             answer = problem_answer(problem_of(error, request))
         finally:
-            if isinstance(connection, _Connection):
-                connection.end()
+            connection.end()
+        if not answer.prepared and (answer.status >= HTTPStatus.BAD_REQUEST or given_id(request)):
+            answer.headers[REQUEST_ID_HEADER] = request_id_of(request)
         on_answer(request, answer.status, monotonic() - began)
         return answer
 
@@ -184,11 +187,11 @@ def _odd_framing(request: web.BaseRequest) -> ProblemError | None:
     if request.version not in _VERSIONS:
         # aiohttp would answer in the version that it was asked in, and has no public way to another.
         request._cache["version"] = HttpVersion11  # noqa: SLF001
-        return ProblemError(505, "HTTP version not supported", "there are HTTP/1.0 and HTTP/1.1")
+        return ProblemError(Kind.HTTP_VERSION, "there are HTTP/1.0 and HTTP/1.1")
     # A coding below "chunked" is passed on by the parser undecoded: two readers of one message would disagree.
     coding = request.headers.get(hdrs.TRANSFER_ENCODING)
     if coding is not None and coding.strip().lower() != "chunked":
-        return ProblemError(400, "Bad framing", "the one transfer coding is chunked")
+        return ProblemError(Kind.BAD_FRAMING, "the one transfer coding is chunked")
     return None
 
 

@@ -19,6 +19,7 @@ from service.endpoints import Endpoint
 from service.operations_api import Lag, view_lag
 from service.quarantine import Quarantine
 from service.queries import Query
+from service.requests import route_of
 
 # A scrape never waits long for the database: without it, what it would have told is left out.
 SCRAPE_SECONDS_MAX: Final = 2.0
@@ -26,8 +27,6 @@ HTTP_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 COMMIT_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 BATCH_REPORTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
-# Of everything that has no route: one label for all, however many paths somebody tries.
-UNKNOWN_ROUTE: Final = "unknown"
 HTTP_LABELS: Final = ("http_request_method", "http_route", "http_response_status_code")
 # Methods that anybody may make up are one.
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
@@ -92,8 +91,7 @@ class Metrics:
 
     def measure_answer(self, request: web.BaseRequest, status: int, seconds: float) -> None:
         """Measure a request by its route's pattern, never by its path."""
-        resource = request.match_info.route.resource if isinstance(request, web.Request) else None
-        route = resource.canonical if resource is not None else UNKNOWN_ROUTE
+        route = route_of(request)
         method = request.method if request.method in METHODS else "_OTHER"
         key = (method, route, status)
         child = self._http_children.get(key)

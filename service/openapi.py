@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from http import HTTPStatus
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
 import orjson
@@ -16,7 +18,7 @@ from projections.timeline import Entry, Transition
 from service import representations
 from service.endpoints import CSV, JSON, NDJSON, SSE, Endpoint, declared
 from service.event_store import RecordedEvent, encode_event
-from service.problems import PROBLEMS, answer, problem_type
+from service.problems import Kind, answer
 from service.quarantine import QuarantineEntry
 from service.queries import Query
 from service.recorder import Receipt
@@ -28,6 +30,7 @@ What was reported of orders, what was made of it, and why. Lists are paged by `n
 by RFC 9457.
 """.strip()
 PROBLEM_MEDIA: Final = "application/problem+json"
+RETRY_AFTER: Final = {"schema": {"type": "integer"}, "description": "in seconds"}
 # Where a client may stop reading what it is told, it is told in words.
 NOT_JSON: Final = {
     CSV: "The list as a table; the next page stands in the `Link` header.",
@@ -88,12 +91,13 @@ def document(endpoints: Iterable[Endpoint], webhook_path: str) -> dict[str, Any]
 
 
 def _webhook_endpoints(path: str) -> Iterator[Endpoint]:
-    problems = (401, 404, 408, 413, 415, 503)
+    problems = (Kind.BAD_SIGNATURE, Kind.FORBIDDEN, HTTPStatus.NOT_FOUND, Kind.UNAVAILABLE)
     for method in ("PUT", "POST"):
         yield Endpoint(
             method,
             path,
             representations.Receipt,
+            query=None,
             scope=None,
             body=ReportBody,
             problems=problems,
@@ -130,7 +134,8 @@ def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> 
         "parameters": [*_path_parameters(endpoint.path), *_query_parameters(endpoint.query)],
         "responses": {
             "200": _success(endpoint, references[endpoint.answers]),
-            **{str(status): _failure(status) for status in _problems_of(endpoint)},
+            **({"304": {"description": "It is as the client has it."}} if endpoint.has_etag else {}),
+            **_failures(endpoint),
         },
     }
     if endpoint.body is not None:
@@ -158,8 +163,8 @@ def _path_parameters(path: str) -> Iterator[dict[str, Any]]:
             yield {"name": name, "in": "path", "required": True, "schema": schema}
 
 
-def _query_parameters(query: type[Query]) -> Iterator[dict[str, Any]]:
-    for name, found in query.model_json_schema().get("properties", {}).items():
+def _query_parameters(query: type[Query] | None) -> Iterator[dict[str, Any]]:
+    for name, found in (query or Query).model_json_schema().get("properties", {}).items():
         schema = {key: value for key, value in found.items() if key not in ("title", "description", "default")}
         if "anyOf" in schema:
             # What may be left out is null inside, and cannot be sent.
@@ -170,13 +175,6 @@ def _query_parameters(query: type[Query]) -> Iterator[dict[str, Any]]:
         if "description" in found:
             parameter["description"] = found["description"]
         yield parameter
-
-
-def _problems_of(endpoint: Endpoint) -> list[int]:
-    found = {400, *endpoint.problems}
-    if endpoint.scope is not None:
-        found |= {401, 403}
-    return sorted(found)
 
 
 def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:
@@ -191,21 +189,26 @@ def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:
     return {"description": endpoint.answers.__doc__ or "The answer.", "content": content}
 
 
-def _failure(status: int) -> dict[str, Any]:
-    if status == HTTPStatus.NOT_MODIFIED:
-        return {"description": "It is as the client has it."}
-    kinds = [
-        f"[{title}]({problem_type(status, title)}): {why}"
-        for title, (one, why) in PROBLEMS.items()
-        if one == status
-    ]
-    failure: dict[str, Any] = {
-        "description": " ".join(kinds) or HTTPStatus(status).phrase,
-        "content": {PROBLEM_MEDIA: {"schema": {"$ref": REFERENCE.format(model="Problem")}}},
-    }
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
-        failure["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "in seconds"}}
-    return failure
+def _failures(endpoint: Endpoint) -> dict[str, Any]:
+    failures: dict[str, Any] = {}
+    told = sorted((_status(kind), _told(kind)) for kind in endpoint.all_problems)
+    for status, kinds in groupby(told, key=itemgetter(0)):
+        failures[str(status)] = {
+            "description": " ".join(what for _, what in kinds),
+            "headers": {"X-Request-Id": {"schema": {"type": "string"}, "description": "for the logs"}},
+            "content": {PROBLEM_MEDIA: {"schema": {"$ref": REFERENCE.format(model="Problem")}}},
+        }
+        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+            failures[str(status)]["headers"]["Retry-After"] = RETRY_AFTER
+    return failures
+
+
+def _status(kind: Kind | HTTPStatus) -> int:
+    return kind.status if isinstance(kind, Kind) else kind.value
+
+
+def _told(kind: Kind | HTTPStatus) -> str:
+    return f"[{kind.title}](/docs#{kind.slug}): {kind.meaning}" if isinstance(kind, Kind) else kind.phrase
 
 
 # Examples: an order of two reports, taken through the code that would have recorded and shown it.

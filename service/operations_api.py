@@ -10,7 +10,7 @@ from projections.engine import Projector
 from service import event_store, representations
 from service.database import Connection, Pool, borrowed
 from service.endpoints import Endpoint
-from service.problems import answer
+from service.problems import Kind, answer
 from service.queries import Query
 
 READY_SECONDS_MAX: Final = 1.0
@@ -45,7 +45,7 @@ class OperationsApi:
         self._projectors = projectors
         self._seconds_max = seconds_max
 
-    @Endpoint("GET", "/projections", representations.Projections, problems=(503,))
+    @Endpoint("GET", "/projections", representations.Projections)
     async def show_projections(self, _request: web.Request, _query: Query) -> web.Response:
         """How far each view has come, and what is set aside in it."""
         async with borrowed(self._pool, self._seconds_max) as connection:
@@ -58,7 +58,7 @@ class OperationsApi:
         """The process answers; nothing else is asked."""
         return answer({"status": "alive"})
 
-    @Endpoint("GET", "/readyz", representations.Health, scope=None, problems=(503,))
+    @Endpoint("GET", "/readyz", representations.Health, scope=None, problems=(Kind.UNAVAILABLE,))
     async def is_ready(self, _request: web.Request, _query: Query) -> web.Response:
         """The database answers, in time."""
         async with borrowed(self._pool, READY_SECONDS_MAX) as connection:

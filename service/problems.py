@@ -1,6 +1,7 @@
 """Answers: JSON, and RFC 9457 problems where a request cannot be answered as asked."""
 
 from collections.abc import Awaitable, Callable
+from enum import Enum
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -10,6 +11,7 @@ from aiohttp import web
 
 from service.batcher import BatchFailedError, OverloadedError
 from service.database import StorageUnavailableError, is_connection_lost
+from service.requests import route_of
 
 JSON_HEADERS: Final = {"Content-Type": "application/json", "Server": "order-tracking"}
 PROBLEM_HEADERS: Final = {"Content-Type": "application/problem+json", "Server": "order-tracking"}
@@ -20,30 +22,56 @@ RETRY_AFTER_SECONDS: Final = 2
 # A replay is started by a person.
 HEALED_AFTER_SECONDS: Final = 300
 
-# Every kind of problem that has a name of its own: its status, and what there is to say of it.
-PROBLEMS: Final[dict[str, tuple[int, str]]] = {
-    "Bad parameter": (
+
+class Kind(Enum):
+    """Every kind of problem that has a name of its own: status, title, and what there is to say of it."""
+
+    BAD_PARAMETER = (
         400,
+        "Bad parameter",
         "A query parameter is unknown, given twice or cannot be used; `parameter` names it.",
-    ),
-    "Bad path": (400, "The path is not percent-encoded UTF-8, or has control characters."),
-    "Bad body": (400, "The body cannot be read, or is not what is asked for."),
-    "Bad framing": (400, "The message is framed in a way that two readers might read in two ways."),
-    "Unauthorized": (401, "A key is needed, and none came, or one that is unknown, revoked or expired."),
-    "Bad signature": (401, "The signature of the body is missing or wrong."),
-    "Forbidden": (403, "The key's scope is too small, or a page of another site asked."),
-    "Unknown order": (404, "Nothing was ever reported of this order."),
-    "Not known then": (404, "The order was not known at that version or time."),
-    "Unknown entry": (404, "The quarantine has no entry of this id."),
-    "Too slow": (408, "The body took too long."),
-    "Not open": (409, "The entry has been dealt with already."),
-    "Too large": (413, "The body is larger than bodies may be."),
-    "Unknown content coding": (415, "There are gzip and identity."),
-    "Still not understood": (422, "The entry still cannot be understood; it stays as it is."),
-    "Temporarily unavailable": (503, "Try again after `Retry-After` seconds."),
-    "Set aside": (503, "A view could not handle an event of this order; a replay heals it."),
-    "HTTP version not supported": (505, "There are HTTP/1.0 and HTTP/1.1."),
-}
+    )
+    BAD_PATH = 400, "Bad path", "The path is not percent-encoded UTF-8, or has control characters."
+    BAD_BODY = 400, "Bad body", "The body cannot be read, or is not what is asked for."
+    BAD_FRAMING = (
+        400,
+        "Bad framing",
+        "The message is framed in a way that two readers might read in two ways.",
+    )
+    UNAUTHORIZED = (
+        401,
+        "Unauthorized",
+        "A key is needed, and none came, or one that is unknown, revoked or expired.",
+    )
+    BAD_SIGNATURE = 401, "Bad signature", "The signature of the body is missing or wrong."
+    FORBIDDEN = 403, "Forbidden", "The key's scope is too small, or a page of another site asked."
+    UNKNOWN_ORDER = 404, "Unknown order", "Nothing was ever reported of this order."
+    NOT_KNOWN_THEN = 404, "Not known then", "The order was not known at that version or time."
+    UNKNOWN_ENTRY = 404, "Unknown entry", "The quarantine has no entry of this id."
+    TOO_SLOW = 408, "Too slow", "The body took too long."
+    NOT_OPEN = 409, "Not open", "The entry has been dealt with already."
+    TOO_LARGE = 413, "Too large", "The body is larger than bodies may be."
+    UNKNOWN_CODING = 415, "Unknown content coding", "There are gzip and identity."
+    NOT_UNDERSTOOD = 422, "Still not understood", "The entry still cannot be understood; it stays as it is."
+    UNAVAILABLE = 503, "Temporarily unavailable", "Try again after `Retry-After` seconds."
+    SET_ASIDE = 503, "Set aside", "A view could not handle an event of this order; a replay heals it."
+    HTTP_VERSION = 505, "HTTP version not supported", "There are HTTP/1.0 and HTTP/1.1."
+
+    def __init__(self, status: int, title: str, meaning: str) -> None:
+        self.status = status
+        self.title = title
+        self.meaning = meaning
+
+    @property
+    def slug(self) -> str:
+        """Where the documentation has it."""
+        return self.title.lower().replace(" ", "-")
+
+    @property
+    def type(self) -> str:
+        """Where it is explained; nowhere, where its status says all (RFC 9457, 4.2.1)."""
+        return "about:blank" if self.title == HTTPStatus(self.status).phrase else f"/docs#{self.slug}"
+
 
 log = structlog.get_logger()
 
@@ -54,8 +82,7 @@ class ProblemError(Exception):
     """A request that gets a problem for an answer.
 
     Args:
-        status: of the answer.
-        title: the kind of problem, the same for all of its kind.
+        kind: one of our own, or a status that says all.
         detail: what was wrong this time.
         headers: sent along.
         members: further members of the problem.
@@ -63,16 +90,17 @@ class ProblemError(Exception):
 
     def __init__(
         self,
-        status: int,
-        title: str,
+        kind: Kind | HTTPStatus,
         detail: str | None = None,
         *,
         headers: dict[str, str] | None = None,
         **members: Any,
     ) -> None:
-        super().__init__(detail or title)
-        self.status = status
-        self.title = title
+        if isinstance(kind, Kind):
+            self.status, self.title, self.type = kind.status, kind.title, kind.type
+        else:
+            self.status, self.title, self.type = kind.value, kind.phrase, "about:blank"
+        super().__init__(detail or self.title)
         self.detail = detail
         self.headers = headers or {}
         self.members = members
@@ -80,19 +108,19 @@ class ProblemError(Exception):
 
 def bad_parameter(name: str, detail: str) -> ProblemError:
     """Return the problem of a query parameter that cannot be used."""
-    return ProblemError(400, "Bad parameter", f"{name}: {detail}", parameter=name)
+    return ProblemError(Kind.BAD_PARAMETER, f"{name}: {detail}", parameter=name)
 
 
 def unavailable(detail: str, **members: Any) -> ProblemError:
     """Return the problem of something that may be there again in a moment."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-    return ProblemError(503, "Temporarily unavailable", detail, headers=headers, **members)
+    return ProblemError(Kind.UNAVAILABLE, detail, headers=headers, **members)
 
 
 def set_aside(detail: str, **members: Any) -> ProblemError:
     """Return the problem of an order that a view cannot show until a replay has healed it."""
     headers = {"Retry-After": str(HEALED_AFTER_SECONDS)}
-    return ProblemError(503, "Set aside", detail, headers=headers, **members)
+    return ProblemError(Kind.SET_ASIDE, detail, headers=headers, **members)
 
 
 def answer(value: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -104,17 +132,10 @@ def answer(value: Any, *, status: int = 200, headers: dict[str, str] | None = No
     )
 
 
-def problem_type(status: int, title: str) -> str:
-    """Return where a kind of problem is explained; nowhere, where its status says all (RFC 9457, 4.2.1)."""
-    if title not in PROBLEMS or title == HTTPStatus(status).phrase:
-        return "about:blank"
-    return f"/docs#{title.lower().replace(' ', '-')}"
-
-
 def problem_answer(problem: ProblemError) -> web.Response:
     """Return a problem as an answer."""
     body = {
-        "type": problem_type(problem.status, problem.title),
+        "type": problem.type,
         "title": problem.title,
         "status": problem.status,
         "detail": problem.detail,
@@ -138,9 +159,9 @@ def problem_of(error: Exception, request: web.BaseRequest) -> ProblemError:
         return unavailable("the database did not answer in time")
     if isinstance(error, web.HTTPException):
         headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        return ProblemError(error.status, error.reason, _detail(error), headers=headers)
-    log.error("request failed", method=request.method, route=_route(request), exc_info=error)
-    return ProblemError(500, "Internal error")
+        return ProblemError(HTTPStatus(error.status), _detail(error), headers=headers)
+    log.error("request failed", method=request.method, route=route_of(request), exc_info=error)
+    return ProblemError(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
 def _is_storage_away(error: Exception) -> bool:
@@ -153,9 +174,3 @@ def _detail(error: web.HTTPException) -> str | None:
     if isinstance(error, web.HTTPMethodNotAllowed):
         return f"there are {', '.join(sorted(error.allowed_methods))}"
     return None
-
-
-def _route(request: web.BaseRequest) -> str:
-    """The pattern of the path, never the path itself: it may hold a token."""
-    resource = request.match_info.route.resource if isinstance(request, web.Request) else None
-    return resource.canonical if resource is not None else "unknown"

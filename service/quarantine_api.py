@@ -14,7 +14,7 @@ from service.endpoints import Endpoint
 from service.http_server import read_body
 from service.pages import POSITION_MAX, encode_cursor, list_answer
 from service.parser import UnreadableError
-from service.problems import ProblemError, answer
+from service.problems import Kind, ProblemError, answer
 from service.quarantine import NotOpenError, QuarantineEntry, UnknownEntryError
 from service.queries import QuarantineQuery, Query, decoded
 from service.recorder import Recorder, RefusedReportError
@@ -45,7 +45,7 @@ class QuarantineApi:
         self._recorder = recorder
         self._seconds_max = seconds_max
 
-    @Endpoint("GET", "/quarantine", representations.QuarantineEntries, query=QuarantineQuery, problems=(503,))
+    @Endpoint("GET", "/quarantine", representations.QuarantineEntries, query=QuarantineQuery)
     async def list_entries(self, request: web.Request, query: QuarantineQuery) -> web.Response:
         """A page of what could not be understood, newest first."""
         before = POSITION_MAX if query.cursor is None else query.cursor
@@ -61,7 +61,7 @@ class QuarantineApi:
             cursor=onward,
         )
 
-    @Endpoint("GET", ENTRY_PATH, representations.QuarantineEntry, problems=(404, 503))
+    @Endpoint("GET", ENTRY_PATH, representations.QuarantineEntry, problems=(Kind.UNKNOWN_ENTRY,))
     async def show_entry(self, request: web.Request, _query: Query) -> web.Response:
         """One body that could not be understood, byte for byte."""
         return answer(representations.quarantine_entry(await self._entry(request), with_body=True))
@@ -71,7 +71,7 @@ class QuarantineApi:
         f"{ENTRY_PATH}/retry",
         representations.Receipt,
         scope="admin",
-        problems=(404, 409, 422, 503),
+        problems=(Kind.UNKNOWN_ENTRY, Kind.NOT_OPEN, Kind.NOT_UNDERSTOOD),
     )
     async def retry(self, request: web.Request, _query: Query) -> web.Response:
         """Record an entry as an ordinary report, now that it is understood; again, it gets the same receipt."""
@@ -79,13 +79,13 @@ class QuarantineApi:
         try:
             receipt = await self._recorder.record(quarantine.report_of(entry), datetime.now(UTC))
         except UnreadableError as error:
-            raise ProblemError(422, "Still not understood", str(error)) from None
+            raise ProblemError(Kind.NOT_UNDERSTOOD, str(error)) from None
         except RefusedReportError:
-            raise ProblemError(422, "Still not understood", "it cannot be recorded") from None
+            raise ProblemError(Kind.NOT_UNDERSTOOD, "it cannot be recorded") from None
         except NotOpenError as error:
-            raise ProblemError(409, "Not open", str(error)) from None
+            raise ProblemError(Kind.NOT_OPEN, str(error)) from None
         except UnknownEntryError as error:
-            raise ProblemError(404, "Unknown entry", str(error)) from None
+            raise ProblemError(Kind.UNKNOWN_ENTRY, str(error)) from None
         return answer({**asdict(receipt), "quarantine_id": entry.quarantine_id})
 
     @Endpoint(
@@ -94,7 +94,7 @@ class QuarantineApi:
         representations.QuarantineEntry,
         scope="admin",
         body=Discarding,
-        problems=(404, 408, 409, 413, 415, 503),
+        problems=(Kind.UNKNOWN_ENTRY, Kind.NOT_OPEN),
     )
     async def discard(self, request: web.Request, _query: Query) -> web.Response:
         """Say of an entry that nothing will come of it, and why."""
@@ -102,24 +102,24 @@ class QuarantineApi:
         try:
             why = Discarding.model_validate_json(await read_body(request)).reason
         except ValidationError:
-            raise ProblemError(400, "Bad body", 'the body must be {"reason": "..."}') from None
+            raise ProblemError(Kind.BAD_BODY, 'the body must be {"reason": "..."}') from None
         try:
             async with borrowed(self._pool, self._seconds_max) as connection:
                 await quarantine.discard(connection, entry.quarantine_id, why)
                 entry = await quarantine.find_entry(connection, entry.quarantine_id)
         except ValueError as error:
-            raise ProblemError(400, "Bad body", str(error)) from None
+            raise ProblemError(Kind.BAD_BODY, str(error)) from None
         except NotOpenError as error:
-            raise ProblemError(409, "Not open", str(error)) from None
+            raise ProblemError(Kind.NOT_OPEN, str(error)) from None
         return answer(representations.quarantine_entry(entry, with_body=True))
 
     async def _entry(self, request: web.Request) -> QuarantineEntry:
         wanted = request.match_info["quarantine_id"]
         if not _ID.fullmatch(wanted):
             decoded(request.raw_path.partition("?")[0])
-            raise ProblemError(404, "Unknown entry", f"the quarantine has no entry {wanted}")
+            raise ProblemError(Kind.UNKNOWN_ENTRY, f"the quarantine has no entry {wanted}")
         try:
             async with borrowed(self._pool, self._seconds_max) as connection:
                 return await quarantine.find_entry(connection, int(wanted))
         except UnknownEntryError as error:
-            raise ProblemError(404, "Unknown entry", str(error)) from None
+            raise ProblemError(Kind.UNKNOWN_ENTRY, str(error)) from None

@@ -20,7 +20,7 @@ from pydantic import (
 from domain.statuses import Status
 from domain.transitions import Verdict
 from service.pages import POSITION_MAX, decode_cursor
-from service.problems import ProblemError, bad_parameter
+from service.problems import Kind, ProblemError, bad_parameter
 from service.quarantine import QuarantineState
 
 PAGE_ROWS_DEFAULT: Final = 100
@@ -57,13 +57,13 @@ def decoded(escaped: str) -> str:
         ProblemError: 400, an escape is broken, or what it spells is no text or has control characters.
     """
     if _BAD_ESCAPE.search(escaped):
-        raise ProblemError(400, "Bad path", "a percent sign in the path is not followed by two hex digits")
+        raise ProblemError(Kind.BAD_PATH, "a percent sign in the path is not followed by two hex digits")
     try:
         text = unquote_to_bytes(escaped).decode()
     except UnicodeDecodeError:
-        raise ProblemError(400, "Bad path", "the path is not UTF-8") from None
+        raise ProblemError(Kind.BAD_PATH, "the path is not UTF-8") from None
     if _CONTROL.search(text):
-        raise ProblemError(400, "Bad path", "the path has control characters")
+        raise ProblemError(Kind.BAD_PATH, "the path has control characters")
     return text
 
 

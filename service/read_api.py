@@ -18,7 +18,7 @@ from service.database import HeldConnection, Pool, borrowed
 from service.endpoints import CSV, JSON, Endpoint
 from service.event_store import RecordedEvent
 from service.pages import POSITION_MAX, csv_answer, encode_cursor, list_answer, wants_csv
-from service.problems import ProblemError, answer, set_aside, unavailable
+from service.problems import Kind, ProblemError, answer, set_aside, unavailable
 from service.queries import (
     EventsQuery,
     OrderQuery,
@@ -68,7 +68,7 @@ class ReadApi:
             seconds_max=seconds_max,
         )
 
-    @Endpoint("GET", "/orders", representations.Orders, query=OrdersQuery, problems=(503,), media=(JSON, CSV))
+    @Endpoint("GET", "/orders", representations.Orders, query=OrdersQuery, media=(JSON, CSV))
     async def list_orders(self, request: web.Request, query: OrdersQuery) -> web.Response:
         """A page of orders, the one first reported last first, so that no page shifts while it is read."""
         await self._wait_for(query, current_status.NAME)
@@ -91,7 +91,14 @@ class ReadApi:
             return csv_answer(representations.Order, orders, request.path, query, cursor=onward)
         return list_answer("orders", orders, request.path, query, cursor=onward)
 
-    @Endpoint("GET", "/orders/{order_no}", representations.Order, query=OrderQuery, problems=(304, 404, 503))
+    @Endpoint(
+        "GET",
+        "/orders/{order_no}",
+        representations.Order,
+        query=OrderQuery,
+        problems=(Kind.UNKNOWN_ORDER, Kind.NOT_KNOWN_THEN, Kind.SET_ASIDE),
+        has_etag=True,
+    )
     async def show_order(self, request: web.Request, query: OrderQuery) -> web.Response:
         """One order, as it is known now or as it was known at a version or a time."""
         order_no = order_no_of(request)
@@ -113,7 +120,7 @@ class ReadApi:
         "/orders/{order_no}/timeline",
         representations.Timeline,
         query=TableQuery,
-        problems=(404, 503),
+        problems=(Kind.UNKNOWN_ORDER, Kind.SET_ASIDE),
         media=(JSON, CSV),
     )
     async def show_timeline(self, request: web.Request, query: TableQuery) -> web.Response:
@@ -150,7 +157,7 @@ class ReadApi:
         "/orders/{order_no}/events",
         representations.OrderEvents,
         query=EventsQuery,
-        problems=(404, 503),
+        problems=(Kind.UNKNOWN_ORDER,),
     )
     async def list_order_events(self, request: web.Request, query: EventsQuery) -> web.Response:
         """A page of an order's recorded events, by version."""
@@ -173,7 +180,6 @@ class ReadApi:
         "/audit/transitions",
         representations.Transitions,
         query=TransitionsQuery,
-        problems=(503,),
         media=(JSON, CSV),
     )
     async def list_transitions(self, request: web.Request, query: TransitionsQuery) -> web.Response:
@@ -203,7 +209,7 @@ class ReadApi:
         """The vocabulary and the transition table."""
         return answer(representations.RULES)
 
-    @Endpoint("GET", "/statistics", representations.Statistics, query=StatisticsQuery, problems=(503,))
+    @Endpoint("GET", "/statistics", representations.Statistics, query=StatisticsQuery)
     async def show_statistics(self, _request: web.Request, query: StatisticsQuery) -> web.Response:
         """How orders move in general: by status, by transition with the time it took, by day, by odd string."""
         await self._wait_for(query, statistics.NAME)
@@ -244,7 +250,7 @@ class ReadApi:
     async def _order_as_of(self, order_no: str, query: OrderQuery) -> OrderRow:
         """Fold an order's events up to a version or a time."""
         if query.version is not None and query.as_of is not None:
-            raise ProblemError(400, "Bad parameter", "version and as_of exclude each other", parameter="as_of")
+            raise ProblemError(Kind.BAD_PARAMETER, "version and as_of exclude each other", parameter="as_of")
         rows: dict[str, Row] = {}
         version = 0
         async with borrowed(self._pool, self._seconds_max) as connection:
@@ -258,7 +264,7 @@ class ReadApi:
                 if version == 0:
                     raise _unknown_order(order_no)
         if order_no not in rows or (query.version is not None and query.version != version):
-            raise ProblemError(404, "Not known then", f"{order_no} was not known then", order_no=order_no)
+            raise ProblemError(Kind.NOT_KNOWN_THEN, f"{order_no} was not known then", order_no=order_no)
         return order_row(rows[order_no])
 
 
@@ -284,7 +290,7 @@ def _has_tag(if_none_match: str, etag: str) -> bool:
 
 
 def _unknown_order(order_no: str) -> ProblemError:
-    return ProblemError(404, "Unknown order", f"nothing was reported of {order_no}", order_no=order_no)
+    return ProblemError(Kind.UNKNOWN_ORDER, f"nothing was reported of {order_no}", order_no=order_no)
 
 
 def _wholly_set_aside(order_no: str) -> ProblemError:

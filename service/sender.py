@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 from aiohttp import hdrs, web
 
-from service.problems import ProblemError
+from service.problems import Kind, ProblemError
 
 Network: TypeAlias = IPv4Network | IPv6Network
 
@@ -58,7 +58,7 @@ class Sender:
         given = request.headers.get(self._signature_header, "").strip().lower().encode(errors="replace")
         if not hmac.compare_digest(given, wanted):
             detail = f"{self._signature_header} must be the hex HMAC-SHA256 of the body"
-            raise ProblemError(401, "Bad signature", detail)
+            raise ProblemError(Kind.BAD_SIGNATURE, detail)
 
     def address_of(self, request: web.Request) -> str | None:
         """Return the address that a request comes from: the rightmost that is not a trusted proxy's.

@@ -110,6 +110,9 @@ class Settings(BaseSettings):
     log_format: Literal["human", "json"] = Field(
         default="human", description="how log lines are written, human or json"
     )
+    log_requests: bool = Field(
+        default=False, description="whether each request has a log line: method, route, status, time and id"
+    )
 
     komerce_base_url: str = Field(
         default="", description="where Komerce's API is, for register; PUT /webhook below it is asked"

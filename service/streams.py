@@ -4,6 +4,7 @@ import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextvars import Context
 from typing import Final, NamedTuple
 
 import orjson
@@ -17,7 +18,7 @@ from service.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.event_store import RecordedEvent
 from service.http_server import is_gone
 from service.pages import POSITION_MAX, list_answer
-from service.problems import OPTIONS, ProblemError, bad_parameter, unavailable
+from service.problems import OPTIONS, Kind, ProblemError, bad_parameter, unavailable
 from service.queries import EventsQuery, StreamQuery, order_no_of
 
 PAGE_EVENTS: Final = 1_000
@@ -102,7 +103,10 @@ class _Tail:
                 # Another reader may have been first meanwhile.
                 if self._task is None:
                     self._begins_after, self._recent, self._by_order, self._bytes = head, [], {}, 0
-                    self._task = asyncio.create_task(self._follow(), name="follow the log for live readers")
+                    # Of no reader: it inherits no context of the first one.
+                    self._task = asyncio.get_running_loop().create_task(
+                        self._follow(), name="follow the log for live readers", context=Context()
+                    )
             yield
         finally:
             self.readers -= 1
@@ -186,7 +190,6 @@ class Streams:
         "/events",
         representations.LogEvents,
         query=EventsQuery,
-        problems=(503,),
         media=(JSON, NDJSON),
     )
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
@@ -204,12 +207,19 @@ class Streams:
             after=page[-1].position if more else None,
         )
 
-    @Endpoint("GET", "/events/stream", str, query=StreamQuery, problems=(503,), media=(SSE,))
+    @Endpoint("GET", "/events/stream", str, query=StreamQuery, problems=(Kind.HTTP_VERSION,), media=(SSE,))
     async def stream_events(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
         """The log as it grows, as server-sent events; `Last-Event-ID` goes on without a gap or a double."""
         return await self._stream(request, query, None)
 
-    @Endpoint("GET", "/orders/{order_no}/stream", str, query=StreamQuery, problems=(503,), media=(SSE,))
+    @Endpoint(
+        "GET",
+        "/orders/{order_no}/stream",
+        str,
+        query=StreamQuery,
+        problems=(Kind.HTTP_VERSION,),
+        media=(SSE,),
+    )
     async def stream_order(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
         """An order's events as they come, as server-sent events; of an order never heard of as well."""
         return await self._stream(request, query, order_no_of(request))
@@ -238,7 +248,7 @@ class Streams:
         self, request: web.Request, query: StreamQuery, order_no: str | None
     ) -> web.StreamResponse:
         if request.version < HttpVersion11:
-            raise ProblemError(505, "HTTP version not supported", "a stream needs HTTP/1.1")
+            raise ProblemError(Kind.HTTP_VERSION, "a stream needs HTTP/1.1")
         begin = _position_seen(request)
         begin = query.after if begin is None else begin
         async with AsyncExitStack() as stack:

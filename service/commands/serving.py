@@ -10,15 +10,10 @@ import uvloop
 from aiohttp import http_parser
 
 from service.app import calm_garbage_collector, prepare_database, serving
-from service.commands.console import (
-    end,
-    out,
-    plain_errors,
-)
-from service.database import (
-    StorageUnavailableError,
-)
+from service.commands.console import end, out, plain_errors
+from service.database import StorageUnavailableError
 from service.embedded_postgres import EmbeddedPostgres
+from service.requests import add_request_id
 from service.settings import Settings, read_settings
 
 
@@ -111,7 +106,7 @@ def _configure_logs(settings: Settings) -> None:
     human = settings.log_format == "human"
     structlog.configure(
         processors=[
-            structlog.contextvars.merge_contextvars,
+            add_request_id,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,

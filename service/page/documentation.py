@@ -8,7 +8,7 @@ import orjson
 from markupsafe import Markup, escape
 
 from domain.statuses import STATUSES
-from service.problems import PROBLEMS
+from service.problems import Kind
 
 METHODS: Final = ("get", "put", "post", "delete", "patch")
 _REFERENCE: Final = "#/components/schemas/"
@@ -175,6 +175,4 @@ def _rich(text: str) -> Markup:
 
 
 # Title, slug (as the problem's type has it), status, explanation.
-PROBLEM_KINDS: Final = [
-    (title, title.lower().replace(" ", "-"), status, _rich(said)) for title, (status, said) in PROBLEMS.items()
-]
+PROBLEM_KINDS: Final = [(kind.title, kind.slug, kind.status, _rich(kind.meaning)) for kind in Kind]

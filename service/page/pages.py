@@ -24,7 +24,7 @@ from service.page.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAY
 from service.page.rendering import asset_answer, language_of, page, track_path, wants_html, written
 from service.page.words import IN_ALL
 from service.pages import POSITION_MAX, encode_cursor
-from service.problems import Handler, ProblemError, problem_of, set_aside, unavailable
+from service.problems import Handler, Kind, ProblemError, problem_of, set_aside, unavailable
 from service.queries import Cursor, Position, Query, Text, order_no_of, path_of, read_query
 
 # How long a page that is made live waits for the views to have what it was told of.
@@ -183,11 +183,11 @@ class Pages:
             try:
                 known = await history(connection, order_no, query.version, query.before)
             except NotKnownThenError as error:
-                raise ProblemError(404, "Not known then", str(error)) from None
+                raise ProblemError(Kind.NOT_KNOWN_THEN, str(error)) from None
             if known is None and await current_status.is_set_aside(connection, order_no):
                 raise set_aside(f"{order_no} is set aside from its first event on")
         if known is None:
-            raise ProblemError(404, "Unknown order", f"nothing was reported of {order_no}")
+            raise ProblemError(Kind.UNKNOWN_ORDER, f"nothing was reported of {order_no}")
         return page(
             request,
             "order.html",
@@ -209,7 +209,7 @@ class Pages:
         async with borrowed(self._pool, self._seconds_max) as connection:
             found = await event_store.read_stream(connection, order_no, max(0, version - 1), 1)
         if not found or found[0].version != version:
-            raise ProblemError(404, "Unknown report", f"{order_no} has no such version")
+            raise ProblemError(Kind.NOT_KNOWN_THEN, f"{order_no} has no such version")
         (recorded,) = found
         fields = event_store.plain_fields(recorded.state) or {}
         body = fields.pop("body", "")
@@ -246,11 +246,11 @@ class Pages:
     async def begin_session(self, request: web.Request) -> web.Response:
         """Keep a key in a cookie that no script can read, or forget it; then go on to what was asked for."""
         if request.headers.get("Sec-Fetch-Site", "none") not in OWN_SITE:
-            raise ProblemError(403, "Forbidden", "another site's page may not ask for this")
+            raise ProblemError(Kind.FORBIDDEN, "another site's page may not ask for this")
         try:
             form = parse_qs((await read_body(request)).decode(), max_num_fields=FORM_FIELDS_MAX)
         except ValueError:
-            raise ProblemError(400, "Bad body", "the body is no form") from None
+            raise ProblemError(Kind.BAD_BODY, "the body is no form") from None
         if "forget" in form:
             response = _see_other("/")
             response.del_cookie(KEY_COOKIE, path="/", httponly=True, samesite="Strict")

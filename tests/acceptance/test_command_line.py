@@ -10,8 +10,9 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from uuid import uuid4
+from uuid import UUID, uuid4
 
+import aiohttp
 import pytest
 
 from domain.order import Order, Report
@@ -365,3 +366,30 @@ def test_the_schema_is_applied_once_by_whoever_comes_first(state_dir: Path, empt
         for process in starting:
             process.communicate(timeout=15)
     assert [process.returncode for process in starting] == [0, 0, 0]
+
+
+async def test_what_is_logged_of_a_request_has_its_id(state_dir: Path) -> None:
+    """The caller's own where it can be one, else one of ours; a path, which may hold a token, is not logged."""
+    service = RunningService(state_dir, LOG_FORMAT="json", LOG_REQUESTS="true").start()
+    asked = (("/livez", "shop-17"), ("/orders/ABSENT?limit=a-secret", "not one"), ("/livez", None))
+    ids = []
+    try:
+        async with aiohttp.ClientSession(service.url) as session:
+            for path, given in asked:
+                async with session.get(path, headers={"X-Request-Id": given} if given else {}) as answer:
+                    ids.append(answer.headers.get("X-Request-Id"))
+    finally:
+        service.end()
+    lines = [json.loads(line) for line in service.output.splitlines() if '"request"' in line]
+    assert ids[0] == "shop-17"
+    assert ids[1] == str(UUID(ids[1]))
+    assert ids[2] is None
+    assert [line["request_id"] for line in lines[:2]] == ids[:2]
+    assert [(line["method"], line["route"], line["status"]) for line in lines] == [
+        ("GET", "/livez", 200),
+        ("GET", "/orders/{order_no}", 400),
+        ("GET", "/livez", 200),
+    ]
+    assert all(line["ms"] >= 0 for line in lines)
+    assert "a-secret" not in service.output
+    assert "ABSENT" not in service.output

@@ -13,7 +13,7 @@ import pytest
 from playwright.sync_api import APIRequestContext, Browser, Page, Playwright, expect, sync_playwright
 
 from service.page.rendering import ASSETS, SECURITY_POLICY
-from service.problems import PROBLEMS
+from service.problems import Kind
 from tests.acceptance.running import RunningService, run_command
 from tests.conftest import make_folder
 
@@ -422,8 +422,8 @@ def test_the_documentation_explains_every_problem_and_operation(opened: Open, ap
         "[...document.querySelectorAll('a[href^=\"#\"]')].filter((a) => !document.querySelector(a.hash)).length"
     )
     assert page.evaluate(broken) == 0
-    for title in PROBLEMS:
-        expect(page.locator(f"#{title.lower().replace(' ', '-')}")).to_contain_text(title)
+    for kind in Kind:
+        expect(page.locator(f"#{kind.slug}")).to_contain_text(kind.title)
     document = api.get("/openapi.json").json()
     shown = page.locator(".operation h2 code").all_inner_texts()
     assert shown == [path for path, item in document["paths"].items() for _ in item]

@@ -476,7 +476,7 @@ async def test_what_nobody_foresaw_is_a_problem_without_a_traceback(
     await client.webhook("KOM1")
     await connection.execute("ALTER TABLE timeline.entries RENAME TO elsewhere")
     problem = await client.get("/orders/KOM1/timeline", 500)
-    assert problem == {"type": "about:blank", "title": "Internal error", "status": 500, "detail": None}
+    assert problem == {"type": "about:blank", "title": "Internal Server Error", "status": 500, "detail": None}
     assert (await client.webhook("KOM1"))["version"] == 2
 
 

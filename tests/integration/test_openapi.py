@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]  # i
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from service.app import Service, make_app
-from service.problems import PROBLEMS
+from service.problems import Kind
 from service.settings import Settings
 from service.version import VERSION
 from tests.acceptance.running import ROOT, RunningService
@@ -61,16 +61,24 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any]) -> None:
 PAGES = r"/$|/(static|track|session|docs|overview|metrics)\b"
 
 
-def test_every_problem_has_its_explanation() -> None:
-    """Every title that the code gives a problem is explained, with the status that it comes with."""
-    given = set()
-    for file in (ROOT / "service").glob("*.py"):
-        text = file.read_text(encoding="utf-8")
-        given |= {
-            (title, int(status)) for status, title in re.findall(r'ProblemError\(\s*(\d+),\s*"([^"]+)"', text)
-        }
-    given -= {("Internal error", 500)}
-    assert given == {(title, status) for title, (status, _) in PROBLEMS.items()}
+async def test_every_problem_is_told_of_some_endpoint(document: dict[str, Any]) -> None:
+    """A kind that no operation can be answered with is explained for nothing. Framing is of none."""
+    told = {
+        title
+        for operations in document["paths"].values()
+        for operation in operations.values()
+        for answer in operation["responses"].values()
+        for title in re.findall(r"\[([^\]]+)\]\(/docs#", answer["description"])
+    }
+    assert told == {kind.title for kind in Kind} - {Kind.BAD_FRAMING.title}
+
+
+async def test_an_operation_tells_its_own_problems_only(document: dict[str, Any]) -> None:
+    """A read without an order number in its path is never said to be 404; the webhook knows no parameter."""
+    paths = document["paths"]
+    assert "404" not in paths["/orders"]["get"]["responses"]
+    assert "Unknown entry" not in paths["/orders/{order_no}"]["get"]["responses"]["404"]["description"]
+    assert "Bad parameter" not in paths["/webhook"]["put"]["responses"]["400"]["description"]
 
 
 def test_the_version_is_that_of_the_project() -> None:
