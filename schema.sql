@@ -233,10 +233,27 @@ BEGIN
 END $$;
 
 ------------------------------------------------------------------------------------------------------------
--- The views. Each is a schema of its own, made from its section below by names that are not qualified, so
--- that a rebuild can make it once more beside the live one. Nothing but its projection writes it. It is never
--- migrated: where its section or its fold has changed, it is rebuilt. What stands after the line "-- keys" is
--- made last by a rebuild, after the rows.
+-- The views. Each is a schema of its own, made from its section below, and from what is in every view, by names
+-- that are not qualified, so that a rebuild can make it once more beside the live one. Nothing but its projection
+-- writes it. It is never migrated: where its section or its fold has changed, it is rebuilt. What stands after the
+-- line "-- keys" is made last by a rebuild, after the rows.
+
+-- in every view
+
+-- How far the view has read the log, and by which definition it was made.
+CREATE TABLE projection (
+    position    bigint NOT NULL,
+    definition  text   NOT NULL,
+    one_row     boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row)
+);
+
+-- Orders with an event that the view could not handle: they wait, from that event on, for a rebuild.
+CREATE TABLE set_aside (
+    order_no       text   NOT NULL COLLATE "C" PRIMARY KEY,
+    since_version  bigint NOT NULL,
+    position       bigint NOT NULL,
+    reason         text   NOT NULL
+);
 
 -- view current_status
 
@@ -265,21 +282,6 @@ CREATE TABLE orders (
 CREATE TABLE order_cnotes (
     cnote     text NOT NULL COLLATE "C",
     order_no  text NOT NULL COLLATE "C"
-);
-
--- How far this view has read the log, and by which definition it was made.
-CREATE TABLE projection (
-    position    bigint NOT NULL,
-    definition  text   NOT NULL,
-    one_row     boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row)
-);
-
--- Orders with an event that this view could not handle: they wait, from that event on, for a rebuild.
-CREATE TABLE set_aside (
-    order_no       text   NOT NULL COLLATE "C" PRIMARY KEY,
-    since_version  bigint NOT NULL,
-    position       bigint NOT NULL,
-    reason         text   NOT NULL
 );
 
 -- keys
@@ -314,19 +316,6 @@ CREATE TABLE entries (
     received_at      timestamptz NOT NULL,
     occurred_at      timestamptz,
     repeats          bigint                        -- the version whose entry this one folds into
-);
-
-CREATE TABLE projection (
-    position    bigint NOT NULL,
-    definition  text   NOT NULL,
-    one_row     boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row)
-);
-
-CREATE TABLE set_aside (
-    order_no       text   NOT NULL COLLATE "C" PRIMARY KEY,
-    since_version  bigint NOT NULL,
-    position       bigint NOT NULL,
-    reason         text   NOT NULL
 );
 
 -- keys
@@ -364,19 +353,6 @@ CREATE TABLE unrecognised (
     reported_status   text        NOT NULL COLLATE "C",
     reports           bigint      NOT NULL,
     last_received_at  timestamptz NOT NULL
-);
-
-CREATE TABLE projection (
-    position    bigint NOT NULL,
-    definition  text   NOT NULL,
-    one_row     boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row)
-);
-
-CREATE TABLE set_aside (
-    order_no       text   NOT NULL COLLATE "C" PRIMARY KEY,
-    since_version  bigint NOT NULL,
-    position       bigint NOT NULL,
-    reason         text   NOT NULL
 );
 
 -- keys

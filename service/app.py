@@ -43,7 +43,6 @@ from service.schema import VIEWS, apply_schema, service_dsn
 from service.sender import Sender
 from service.settings import Settings
 from service.streams import Streams
-from service.webhook import PATH as WEBHOOK_PATH
 from service.webhook import Webhook
 
 # How long an unreachable database is waited for at start, such as one that starts at the same time.
@@ -121,7 +120,8 @@ class Service:
             self.pool, [*self.projectors.values()], quarantine, lambda: self.recorder.waiting
         )
         self.access = Access(self.pool, seconds_max, is_open_without_keys=settings.is_local)
-        self.webhook = Webhook(make_sender(settings), self.recorder, quarantine)
+        sender = make_sender(settings)
+        self.webhook = Webhook(sender, self.recorder, quarantine)
         self.streams = Streams(self.pool, seconds_max)
         self.apis = (
             ReadApi(self.pool, self._reading_orders, self.projectors, seconds_max),
@@ -130,7 +130,7 @@ class Service:
             OperationsApi(self.pool, [*self.projectors.values()], seconds_max),
             self.metrics,
         )
-        self.openapi = OpenApi(self.apis, WEBHOOK_PATH + ("/{token}" if settings.webhook_tokens else ""))
+        self.openapi = OpenApi(self.apis, sender.path)
         self.pages = Pages(self.pool, self.access, self.projectors, seconds_max, self.openapi.document)
         self._logs_requests = settings.log_requests
         self._tasks: list[asyncio.Task[None]] = []

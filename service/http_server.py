@@ -60,8 +60,7 @@ async def read_body(request: web.Request) -> bytes:
         else:
             async with asyncio.timeout(BODY_SECONDS_MAX):
                 body = await request.read()
-            if isinstance(request.protocol, _Connection):
-                request.protocol.has_more = False
+            _connection_of(request).has_more = False
         return body if coding != "gzip" else _gunzip(body, request)
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(request) from None
@@ -93,8 +92,7 @@ def _gunzip(body: bytes, request: web.Request) -> bytes:
 
 def is_gone(request: web.Request) -> bool:
     """Tell whether nobody reads an answer without end any more."""
-    connection = request.protocol
-    return request.transport is None or (isinstance(connection, _Connection) and connection.has_ended)
+    return request.transport is None or _connection_of(request).has_ended
 
 
 def _too_large(request: web.Request) -> ProblemError:
@@ -158,11 +156,16 @@ class _Connection(web.RequestHandler):
         return _closing(ProblemError(HTTPStatus(status)))
 
 
+def _connection_of(request: web.BaseRequest) -> _Connection:
+    # The server makes no others.
+    return cast("_Connection", request.protocol)
+
+
 def _guarded(handler: Handler, on_answer: OnAnswer) -> Handler:
     """Refuse what the parser lets through, and answer every error with a problem."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        connection = cast("_Connection", request.protocol)
+        connection = _connection_of(request)
         began = monotonic()
         connection.begin()
         requests.begin(request)

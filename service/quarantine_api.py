@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Final
 
 from aiohttp import web
@@ -12,7 +13,7 @@ from service import quarantine, representations
 from service.database import Pool, borrowed
 from service.endpoints import Endpoint
 from service.http_server import read_body
-from service.pages import POSITION_MAX, encode_cursor, list_answer
+from service.lists import POSITION_MAX, cut, list_answer
 from service.parser import UnreadableError
 from service.problems import Kind, ProblemError, answer
 from service.quarantine import NotOpenError, QuarantineEntry, UnknownEntryError
@@ -51,8 +52,7 @@ class QuarantineApi:
         before = POSITION_MAX if query.cursor is None else query.cursor
         async with borrowed(self._pool, self._seconds_max) as connection:
             rows = await quarantine.entries_page(connection, before, query.state, query.limit + 1)
-        page = rows[: query.limit]
-        onward = encode_cursor(page[-1].quarantine_id) if len(rows) > len(page) else None
+        page, onward = cut(rows, query.limit, attrgetter("quarantine_id"))
         return list_answer(
             "entries",
             [representations.quarantine_entry(row) for row in page],

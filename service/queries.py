@@ -19,7 +19,7 @@ from pydantic import (
 
 from domain.statuses import Status
 from domain.transitions import Verdict
-from service.pages import POSITION_MAX, decode_cursor
+from service.lists import POSITION_MAX, decode_cursor
 from service.problems import Kind, ProblemError, bad_parameter
 from service.quarantine import QuarantineState
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import takewhile
+from operator import attrgetter
 from typing import Final
 
 from aiohttp import web
@@ -17,7 +18,7 @@ from service.batcher import Batcher
 from service.database import HeldConnection, Pool, borrowed
 from service.endpoints import CSV, JSON, Endpoint
 from service.event_store import RecordedEvent
-from service.pages import POSITION_MAX, csv_answer, encode_cursor, list_answer, wants_csv
+from service.lists import POSITION_MAX, cut, list_answer, table_answer
 from service.problems import Kind, ProblemError, answer, set_aside, unavailable
 from service.queries import (
     EventsQuery,
@@ -84,12 +85,9 @@ class ReadApi:
         )
         async with borrowed(self._pool, self._seconds_max) as connection:
             rows = await current_status.orders_page(connection, before, wanted, query.limit + 1)
-        page = rows[: query.limit]
-        onward = encode_cursor(page[-1].first_position) if len(rows) > len(page) else None
+        page, onward = cut(rows, query.limit, attrgetter("first_position"))
         orders = [representations.order(row) for row in page]
-        if wants_csv(request, query):
-            return csv_answer(representations.Order, orders, request.path, query, cursor=onward)
-        return list_answer("orders", orders, request.path, query, cursor=onward)
+        return table_answer(request, query, representations.Order, "orders", orders, cursor=onward)
 
     @Endpoint(
         "GET",
@@ -135,17 +133,14 @@ class ReadApi:
             _refuse_beyond(query, aside.position)
         if not known:
             raise _unknown_order(order_no) if aside is None else _wholly_set_aside(order_no)
-        page = rows[: query.limit]
-        onward = encode_cursor(page[-1].version) if len(rows) > len(page) else None
-        path = path_of(order_no, "timeline")
-        entries = [representations.entry(row) for row in page]
-        if wants_csv(request, query):
-            return csv_answer(representations.Entry, entries, path, query, cursor=onward)
-        return list_answer(
-            "entries",
-            entries,
-            path,
+        page, onward = cut(rows, query.limit, attrgetter("version"))
+        return table_answer(
+            request,
             query,
+            representations.Entry,
+            "entries",
+            [representations.entry(row) for row in page],
+            path=path_of(order_no, "timeline"),
             cursor=onward,
             order_no=order_no,
             status=status,
@@ -197,12 +192,11 @@ class ReadApi:
                 until=query.until,
                 limit=query.limit + 1,
             )
-        page = rows[: query.limit]
-        onward = encode_cursor(page[-1].position) if len(rows) > len(page) else None
+        page, onward = cut(rows, query.limit, attrgetter("position"))
         transitions = [representations.transition(row) for row in page]
-        if wants_csv(request, query):
-            return csv_answer(representations.Transition, transitions, request.path, query, cursor=onward)
-        return list_answer("transitions", transitions, request.path, query, cursor=onward)
+        return table_answer(
+            request, query, representations.Transition, "transitions", transitions, cursor=onward
+        )
 
     @Endpoint("GET", "/transitions", representations.Rules)
     async def show_rules(self, _request: web.Request, _query: Query) -> web.Response:

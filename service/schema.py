@@ -52,6 +52,7 @@ GRANT_SCHEMAS: Final = """
     END $$
 """
 
+_IN_EVERY_VIEW: Final = re.compile(r"^-- in every view\n(?P<tables>.*?)^(?=-- view )", re.MULTILINE | re.DOTALL)
 _SECTIONS: Final = re.compile(
     r"^-- view (?P<name>\w+)\n(?P<tables>.*?)^-- keys\n(?P<keys>.*?)(?=^-- view |^-- end)",
     re.MULTILINE | re.DOTALL,
@@ -65,11 +66,14 @@ class SchemaError(Exception):
 def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
     """Return the log's part of schema.sql and the views, each with its own section."""
     sections = {match["name"]: match for match in _SECTIONS.finditer(text)}
+    shared = _IN_EVERY_VIEW.search(text)
+    if shared is None:
+        raise SchemaError("schema.sql has no section of every view")
     views = tuple(
         View(
             name=module.NAME,
             fold_version=module.FOLD_VERSION,
-            tables_sql=sections[module.NAME]["tables"],
+            tables_sql=shared["tables"] + sections[module.NAME]["tables"],
             keys_sql=sections[module.NAME]["keys"],
             tables=module.TABLES,
             apply=module.apply,
@@ -79,10 +83,7 @@ def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
         )
         for module in (current_status, timeline, statistics)
     )
-    first_section = _SECTIONS.search(text)
-    if first_section is None:
-        raise SchemaError("schema.sql has no section of a view")
-    return text[: first_section.start()], views
+    return text[: shared.start()], views
 
 
 LOG_SQL, VIEWS = read_schema(SCHEMA_FILE.read_text(encoding="utf-8"))

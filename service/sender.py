@@ -8,10 +8,12 @@ from typing import Final, TypeAlias
 
 from aiohttp import hdrs, web
 
+from service.api_keys import refuse_other_sites
 from service.problems import Kind, ProblemError
 
 Network: TypeAlias = IPv4Network | IPv6Network
 
+PATH: Final = "/webhook"
 # Addresses that proxies have added, one each; a longer list is somebody's game.
 FORWARDED_CHARACTERS_MAX: Final = 2_048
 
@@ -29,18 +31,26 @@ class Sender:
     def __init__(
         self, tokens: Sequence[bytes], secret: bytes, signature_header: str, proxies: Sequence[Network]
     ) -> None:
-        self.has_tokens = bool(tokens)
         self._tokens = tokens
         self._secret = secret
         self._signature_header = signature_header
         self._proxies = proxies
 
-    def check_token(self, request: web.Request) -> None:
+    @property
+    def path(self) -> str:
+        """Where the sender sends to."""
+        return f"{PATH}/{{token}}" if self._tokens else PATH
+
+    def check_caller(self, request: web.Request) -> None:
         """Refuse a path without the right token like a path that there is none of.
 
         Raises:
             HTTPNotFound: the token is wrong.
+            ProblemError: 403, no token is asked for, and another site's page had a browser ask.
         """
+        if not self._tokens:
+            refuse_other_sites(request)
+            return
         given = request.match_info["token"].encode(errors="replace")
         # Every token is compared, and each in constant time: how long it takes tells nothing.
         if not sum(hmac.compare_digest(given, token) for token in self._tokens):

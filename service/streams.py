@@ -17,7 +17,7 @@ from service.database import Pool, borrowed
 from service.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.event_store import RecordedEvent
 from service.http_server import is_gone
-from service.pages import POSITION_MAX, list_answer
+from service.lists import POSITION_MAX, list_answer
 from service.problems import OPTIONS, Kind, ProblemError, bad_parameter, unavailable
 from service.queries import EventsQuery, StreamQuery, order_no_of
 

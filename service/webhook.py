@@ -8,7 +8,6 @@ from typing import Final, NamedTuple
 import structlog
 from aiohttp import web
 
-from service.api_keys import refuse_other_sites
 from service.http_server import read_body
 from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
 from service.parser import UnreadableError, parse
@@ -17,7 +16,7 @@ from service.quarantine import Quarantine
 from service.recorder import Recorder, RefusedReportError
 from service.sender import Sender
 
-PATH: Final = "/webhook"
+# The sender documents PUT in its samples and POST in its tips.
 METHODS: Final = ("POST", "PUT")
 UUIDS_AT_ONCE: Final = 64
 
@@ -49,19 +48,13 @@ class Webhook:
         self._report_ids = _random_uuids()
 
     def routes(self) -> list[web.RouteDef]:
-        """The sender documents PUT in its samples and POST in its tips."""
-        if self._sender.has_tokens:
-            # Every method, since a wrong token must not learn that there is anything here.
-            return [web.route("*", f"{PATH}/{{token}}", self.receive)]
-        return [web.route(method, PATH, self.receive) for method in METHODS]
+        """Every method, since a wrong token must not learn that there is anything here."""
+        return [web.route("*", self._sender.path, self.receive)]
 
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or keep what cannot be understood; answer when it is committed."""
         received_at = datetime.now(UTC)
-        if self._sender.has_tokens:
-            self._sender.check_token(request)
-        else:
-            refuse_other_sites(request)
+        self._sender.check_caller(request)
         if request.method not in METHODS:
             raise web.HTTPMethodNotAllowed(request.method, METHODS)
         raw = await read_body(request)

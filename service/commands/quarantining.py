@@ -25,7 +25,7 @@ from service.database import (
     connect,
 )
 from service.event_store import EventStore
-from service.pages import POSITION_MAX
+from service.lists import POSITION_MAX
 from service.parser import UnreadableError
 from service.quarantine import QuarantineState
 from service.recorder import Recorder, RefusedReportError

@@ -15,14 +15,14 @@ import uvloop
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from yarl import URL
 
-from service.account import ReadApi, UnreadableAccountError, compare
 from service.commands.console import MISUSED, WRONG, end, err, out, plain_errors
 from service.commands.sending import webhook_url
-from service.lifecycles import METHODS, Plan, Troubles
 from service.registration import RegistrationError, UnusableUrlError, check_url, has_token
 from service.registration import register as register_webhook
 from service.settings import Settings, read_settings
-from service.simulator import Registration, Simulator
+from service.simulation.account import ReadApi, UnreadableAccountError, compare
+from service.simulation.lifecycles import METHODS, Plan, Troubles
+from service.simulation.simulator import Registration, Simulator
 
 ORDERS_MAX: Final = 1_000_000
 TERMINAL_SECONDS: Final = 0.1

@@ -10,7 +10,7 @@ from projections.engine import Projector
 from projections.statistics import Statistics
 from service import event_store, quarantine
 from service.database import Connection
-from service.pages import POSITION_MAX
+from service.lists import POSITION_MAX
 from service.quarantine import QuarantineEntry
 
 # Without news for so long, an order that is not settled counts as stuck.

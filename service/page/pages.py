@@ -18,12 +18,12 @@ from service import event_store
 from service.api_keys import KEY_COOKIE, OWN_SITE, Access
 from service.database import Connection, Pool, borrowed
 from service.http_server import read_body
+from service.lists import POSITION_MAX, encode_cursor
 from service.page import documentation, drawing
 from service.page.history import NotKnownThenError, history
 from service.page.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, overview
 from service.page.rendering import asset_answer, language_of, page, track_path, wants_html, written
 from service.page.words import IN_ALL
-from service.pages import POSITION_MAX, encode_cursor
 from service.problems import Handler, Kind, ProblemError, problem_of, set_aside, unavailable
 from service.queries import Cursor, Position, Query, Text, order_no_of, path_of, read_query
 

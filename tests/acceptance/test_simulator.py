@@ -21,7 +21,7 @@ import pytest
 from aiohttp import web
 
 from service.api_keys import KNOWN_SECONDS_MAX
-from service.simulator import GIVEN_UP_MAX
+from service.simulation.simulator import GIVEN_UP_MAX
 from tests.acceptance.running import RunningService, environment, run_command, whole_log
 from tests.conftest import make_folder
 

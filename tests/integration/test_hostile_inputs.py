@@ -7,6 +7,7 @@ import asyncio
 import json
 import shutil
 import socket
+import statistics
 import struct
 import time
 from collections.abc import Iterator
@@ -54,8 +55,10 @@ from tests.integration.hostile_inputs import (
 
 # For 64 KiB of anything; an ordinary body takes some milliseconds.
 LARGE_SECONDS_MAX: Final = 0.5
-# An ordinary webhook while others are slow: five times a tenth of a second, itself many times the usual.
-ORDINARY_SECONDS_MAX: Final = 5 * 0.1
+# An ordinary webhook while others are slow: 19 of 20 take some milliseconds; the worst may meet a checkpoint or
+# the other processes of a test run.
+ORDINARY_SECONDS_P95_MAX: Final = 0.25
+ORDINARY_SECONDS_MAX: Final = 2.5
 SLOW_SECONDS_MAX: Final = 10.0
 SLOW_SECONDS_ROOM: Final = 2.0
 SLOW_CONNECTIONS: Final = 500
@@ -428,6 +431,7 @@ async def test_slow_senders_are_cut_off_and_nobody_else_notices(wire: Wire) -> N
         assert seconds < SLOW_SECONDS_MAX + SLOW_SECONDS_ROOM, at_once
         assert [answer.status for answer in split_answers(received)] in expected, at_once
     assert len(took) > 100
+    assert statistics.quantiles(took, n=20)[-1] < ORDINARY_SECONDS_P95_MAX
     assert max(took) < ORDINARY_SECONDS_MAX
 
 

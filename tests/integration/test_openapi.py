@@ -52,6 +52,8 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any]) -> None:
         for route in make_app(service, Settings(port=0)).router.routes()
         if isinstance(route, web.ResourceRoute) and route.method != "HEAD" and route.resource is not None
     }
+    # Whose handler tells the methods apart.
+    routes = routes - {("*", "/webhook")} | {("put", "/webhook"), ("post", "/webhook")}
     told = {(method, path) for path, operations in document["paths"].items() for method in operations}
     pages = {route for route in routes - told if re.match(PAGES, route[1])}
     assert routes - pages == told

@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.account import Account, ReadApi, Recorded, Sent, UnreadableAccountError, compare
+from service.simulation.account import Account, ReadApi, Recorded, Sent, UnreadableAccountError, compare
 
 PREFIX = "KOM1-"
 

@@ -11,7 +11,7 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.pages import POSITION_MAX, encode_cursor, next_page
+from service.lists import POSITION_MAX, encode_cursor, next_page
 from service.problems import ProblemError
 from service.queries import (
     PAGE_ROWS_DEFAULT,

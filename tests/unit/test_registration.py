@@ -21,7 +21,7 @@ from service.registration import (
     has_token,
     register,
 )
-from service.simulator import GIVEN_UP_MAX, Registration
+from service.simulation.simulator import GIVEN_UP_MAX, Registration
 
 KEY = "a-key"
 GOOD = "https://shop.example/webhook/token"

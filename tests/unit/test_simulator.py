@@ -12,8 +12,8 @@ import orjson
 import pytest
 from aiohttp import web
 
-from service.lifecycles import Journey, Plan, Push
-from service.simulator import IN_FLIGHT_MAX, Registration, Simulator
+from service.simulation.lifecycles import Journey, Plan, Push
+from service.simulation.simulator import IN_FLIGHT_MAX, Registration, Simulator
 
 STARTED = datetime(2026, 11, 24, 14, 2, 6, tzinfo=UTC)
 OK, NOT_OK = 200, (500, 404, 204, 302, 201)

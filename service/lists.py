@@ -1,9 +1,9 @@
 """A page of a list, and the way to the next one: an opaque cursor, a member ``next`` and an RFC 8288 link."""
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlencode
 
 from aiohttp import hdrs, web
@@ -16,6 +16,8 @@ from service.tables import columns_of, to_csv
 POSITION_MAX: Final = 2**63 - 1
 # What says where a page begins, and so is another for the next one.
 PLACE_PARAMETERS: Final = frozenset({"after_position", "cursor", "after"})
+AnyRow = TypeVar("AnyRow")
+
 CSV_HEADERS: Final = {"Content-Type": "text/csv; charset=utf-8", "Server": "order-tracking", "Vary": "Accept"}
 
 
@@ -54,21 +56,18 @@ def _as_parameter(value: Any) -> Any:
     return value
 
 
-def wants_csv(request: web.Request, query: BaseModel) -> bool:
-    """Tell whether a list is asked for as CSV: by its parameter, or else by the Accept header."""
-    asked: str | None = getattr(query, "format", None)
-    if asked is not None:
-        return asked == "csv"
-    accepted = request.headers.get(hdrs.ACCEPT, "")
-    return "text/csv" in accepted and "application/json" not in accepted
+def cut(
+    rows: Sequence[AnyRow], limit: int, key: Callable[[AnyRow], int]
+) -> tuple[Sequence[AnyRow], str | None]:
+    """Return a page of rows that were read with one more than it may have, and the cursor of the next page.
 
-
-def csv_answer(
-    kind: type, items: Sequence[Any], path: str, query: BaseModel, *, cursor: str | None = None
-) -> web.Response:
-    """Return a page of a list as CSV; the way to the next one stands in the link alone."""
-    headers = {**CSV_HEADERS, **_link(_following(path, query, cursor=cursor))}
-    return web.Response(body=to_csv(columns_of(kind), items), headers=headers)
+    Args:
+        rows: as they were read.
+        limit: of the page.
+        key: what the rows are ordered by.
+    """
+    page = rows[:limit]
+    return page, encode_cursor(key(page[-1])) if len(rows) > len(page) else None
 
 
 def list_answer(  # noqa: PLR0913 - the parts of every list
@@ -84,6 +83,45 @@ def list_answer(  # noqa: PLR0913 - the parts of every list
     """Return a page of a list, with the way to the next one in the body and as a link."""
     following = _following(path, query, cursor=cursor, after=after)
     return answer({**members, name: items, "next": following}, headers=_link(following))
+
+
+def table_answer(  # noqa: PLR0913 - the parts of every list
+    request: web.Request,
+    query: BaseModel,
+    kind: type,
+    name: str,
+    items: Sequence[Any],
+    *,
+    cursor: str | None,
+    path: str = "",
+    **members: Any,
+) -> web.Response:
+    """Return a page of a list, or the same as CSV, whose way to the next one stands in the link alone.
+
+    Args:
+        request: that asks for either.
+        query: that was asked.
+        kind: the type of the items.
+        name: of the list.
+        items: of the page.
+        cursor: of the next page.
+        path: of the list, where the request's is not to be trusted with its own spelling.
+        members: what else the answer has.
+    """
+    path = path or request.path
+    if not _wants_csv(request, query):
+        return list_answer(name, items, path, query, cursor=cursor, **members)
+    headers = {**CSV_HEADERS, **_link(_following(path, query, cursor=cursor))}
+    return web.Response(body=to_csv(columns_of(kind), items), headers=headers)
+
+
+def _wants_csv(request: web.Request, query: BaseModel) -> bool:
+    """Tell whether a list is asked for as CSV: by its parameter, or else by the Accept header."""
+    asked: str | None = getattr(query, "format", None)
+    if asked is not None:
+        return asked == "csv"
+    accepted = request.headers.get(hdrs.ACCEPT, "")
+    return "text/csv" in accepted and "application/json" not in accepted
 
 
 def _following(

@@ -20,9 +20,9 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from service.account import OK, Sent
-from service.lifecycles import Journey, Push
 from service.registration import KEY_HEADER, PATH, URL_MEMBER, UnusableUrlError, check_url
+from service.simulation.account import OK, Sent
+from service.simulation.lifecycles import Journey, Push
 
 # Orders that are pushed for at the same time; a copy that is sent at once comes on top.
 IN_FLIGHT_MAX: Final = 32
