@@ -36,7 +36,8 @@ NOT_JSON: Final = {
     CSV: "The list as a table; the next page stands in the `Link` header.",
     NDJSON: "One event a line, up to the head of the log.",
     "text/plain": "In the text format of Prometheus.",
-    SSE: "`event: status_reported`, its `id` the position, its `data` as in `GET /events`; comments between.",
+    SSE: "`event: status_reported`, its `id` the position, its `data` as in `GET /events`; comments between. "
+    "With `brief`: `event: log_grown`, its `data` the position.",
 }
 
 

@@ -173,6 +173,14 @@ class StreamQuery(Query):
     )
 
 
+class LogStreamQuery(StreamQuery):
+    """The same of the whole log, whose events may be left out."""
+
+    brief: bool = Field(
+        default=False, description="no events, only the position that the log has come to, each time it grows"
+    )
+
+
 class StatisticsQuery(ViewQuery):
     """The statistics, by day for as many days."""
 

@@ -2,9 +2,10 @@
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import Context
+from functools import partial
 from typing import Final, NamedTuple
 
 import orjson
@@ -19,7 +20,7 @@ from service.event_store import RecordedEvent
 from service.http_server import is_gone
 from service.lists import POSITION_MAX, list_answer
 from service.problems import OPTIONS, Kind, ProblemError, bad_parameter, unavailable
-from service.queries import EventsQuery, StreamQuery, order_no_of
+from service.queries import EventsQuery, LogStreamQuery, StreamQuery, order_no_of
 
 PAGE_EVENTS: Final = 1_000
 # Live readers at once; each has a connection and little else.
@@ -42,6 +43,10 @@ RETRY: Final = b"retry: 2000\n\n"
 LAST_EVENT_ID: Final = "Last-Event-ID"
 HEADERS: Final = {"Server": "order-tracking"}
 NDJSON_HEADERS: Final = {**HEADERS, "Content-Type": NDJSON, "X-Accel-Buffering": "no"}
+
+
+# Sends what there is above a position, and returns the position up to which that is all.
+Send = Callable[[EventSourceResponse, int], Awaitable[int]]
 
 
 class Recent(NamedTuple):
@@ -207,10 +212,10 @@ class Streams:
             after=page[-1].position if more else None,
         )
 
-    @Endpoint("GET", "/events/stream", str, query=StreamQuery, problems=(Kind.HTTP_VERSION,), media=(SSE,))
-    async def stream_events(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
+    @Endpoint("GET", "/events/stream", str, query=LogStreamQuery, problems=(Kind.HTTP_VERSION,), media=(SSE,))
+    async def stream_events(self, request: web.Request, query: LogStreamQuery) -> web.StreamResponse:
         """The log as it grows, as server-sent events; `Last-Event-ID` goes on without a gap or a double."""
-        return await self._stream(request, query, None)
+        return await self._stream(request, query, self._send_position if query.brief else self._send)
 
     @Endpoint(
         "GET",
@@ -222,7 +227,7 @@ class Streams:
     )
     async def stream_order(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
         """An order's events as they come, as server-sent events; of an order never heard of as well."""
-        return await self._stream(request, query, order_no_of(request))
+        return await self._stream(request, query, partial(self._send, order_no=order_no_of(request)))
 
     async def _all_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
         position = query.after
@@ -244,9 +249,7 @@ class Streams:
         async with borrowed(self._pool, self._seconds_max) as connection:
             return await event_store.read_log(connection, position, PAGE_EVENTS)
 
-    async def _stream(
-        self, request: web.Request, query: StreamQuery, order_no: str | None
-    ) -> web.StreamResponse:
+    async def _stream(self, request: web.Request, query: StreamQuery, send: Send) -> web.StreamResponse:
         if request.version < HttpVersion11:
             raise ProblemError(Kind.HTTP_VERSION, "a stream needs HTTP/1.1")
         begin = _position_seen(request)
@@ -263,12 +266,20 @@ class Streams:
             await response.write(b": the log from position %d on\n" % position + RETRY)
             with suppress(ConnectionError, TimeoutError):
                 while not self.tail.is_ended and not is_gone(request):
-                    position = await self._send(response, position, order_no)
+                    position = await send(response, position)
                     await self._wait(request, position)
         return response
 
-    async def _send(self, response: EventSourceResponse, position: int, order_no: str | None) -> int:
-        """Send what there is above a position; return the position up to which that is all."""
+    async def _send_position(self, response: EventSourceResponse, position: int) -> int:
+        """Say that the log has come past a position, and how far; return that."""
+        end = self.tail.position
+        if end <= position:
+            return position
+        await _write(response, [b'id: %d\nevent: log_grown\ndata: {"position":%d}\n\n' % (end, end)])
+        return end
+
+    async def _send(self, response: EventSourceResponse, position: int, order_no: str | None = None) -> int:
+        """Send the events above a position, of one order or of all."""
         end = max(position, self.tail.position)
         recent = self.tail.after(position, order_no)
         if recent is None and order_no is not None:

@@ -124,7 +124,7 @@ class Pages:
             "overview.html",
             "/",
             area="overview",
-            stream=f"/events/stream?after={known.head}",
+            stream=f"/events/stream?brief=true&after={known.head}",
             o=known,
             counted_max=COUNTED_MAX,
             listed_max=LISTED_MAX,

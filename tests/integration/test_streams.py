@@ -121,6 +121,18 @@ async def test_an_order_has_a_stream_of_its_own(client: Client) -> None:
         assert json.loads((await reader.message())["data"])["order_no"] == "NEW"
 
 
+async def test_a_brief_stream_says_how_far_the_log_has_come(client: Client) -> None:
+    """Once for all that came meanwhile, from long ago as well, and nothing of any order."""
+    head = await report_many(client, 30)
+    async with reading(client, "/events/stream?brief=true&after=10") as reader:
+        caught_up = await reader.message()
+        position = (await client.webhook("KOM9"))["position"]
+        grown = await reader.message()
+    assert caught_up == {"id": str(head), "event": "log_grown", "data": f'{{"position":{head}}}'}
+    assert grown == {"id": str(position), "event": "log_grown", "data": f'{{"position":{position}}}'}
+    assert position == head + 1
+
+
 async def test_who_is_behind_what_is_kept_reads_the_database(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
