@@ -265,7 +265,7 @@ class Pages:
             key,
             max_age=KEY_COOKIE_SECONDS,
             path="/",
-            secure=request.scheme == "https",
+            secure=_came_by_tls(request),
             httponly=True,
             samesite="Strict",
         )
@@ -321,6 +321,11 @@ def _problem_page(request: web.Request, problem: ProblemError) -> web.Response:
         )
     response.headers.update(problem.headers)
     return response
+
+
+def _came_by_tls(request: web.Request) -> bool:
+    """Tell by what a proxy says, whoever it is: who says it falsely keeps its own key from its own service."""
+    return request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
 
 
 def _key_form(request: web.Request, onward: str, *, is_wrong: bool) -> web.Response:

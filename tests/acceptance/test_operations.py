@@ -1,0 +1,186 @@
+"""What docs/operations holds, tried for real, where this machine has the programs that it is for."""
+
+import asyncio
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import aiohttp
+import pytest
+
+from tests.acceptance.running import ROOT, RunningService, run_command
+from tests.conftest import make_folder
+
+OPERATIONS: Final = ROOT / "docs" / "operations"
+SECONDS_MAX: Final = 20
+# The proxy's own side is another address of this machine than the sender's: the one that is trusted.
+SENDER: Final = "127.0.0.2"
+PROXY: Final = "127.0.0.1"
+TOKEN: Final = "tokentokentokentokentokentoken01"  # noqa: S105 - of a service that lives for one test
+NGINX: Final = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+# Around the file that is documented, which is for /etc/nginx/conf.d.
+MAIN: Final = """\
+daemon off;
+pid {folder}/nginx.pid;
+error_log {folder}/error.log info;
+events {{ }}
+http {{
+    access_log {folder}/access.log;
+    client_body_temp_path {folder}/body;
+    proxy_temp_path {folder}/proxy;
+    fastcgi_temp_path {folder}/fastcgi;
+    uwsgi_temp_path {folder}/uwsgi;
+    scgi_temp_path {folder}/scgi;
+    include {folder}/documented.conf;
+}}
+"""
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server((PROXY, 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[RunningService]:
+    """The service as it is run behind a proxy."""
+    folder = make_folder()
+    running = RunningService(folder, WEBHOOK_TOKENS=TOKEN, TRUSTED_PROXIES=f"{PROXY}/32")
+    try:
+        yield running.start()
+    finally:
+        running.end()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def proxy(service: RunningService) -> Iterator[tuple[str, Path]]:
+    """Its address behind nginx, and the folder with nginx's logs."""
+    openssl = shutil.which("openssl")
+    if NGINX is None or openssl is None:
+        pytest.skip("this machine has no nginx, or no openssl to make it a certificate")
+    folder = make_folder()
+    port = free_port()
+    made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run(
+        [openssl, *made, "-keyout", folder / "privkey.pem", "-out", folder / "fullchain.pem"],
+        check=True,
+        capture_output=True,
+    )
+    documented = (OPERATIONS / "nginx.conf").read_text(encoding="utf-8")
+    for theirs, ours in {
+        "127.0.0.1:8080": service.url.removeprefix("http://"),
+        "listen 443 ssl": f"listen {PROXY}:{port} ssl",
+        "/etc/ssl/tracking.example": str(folder),
+        "/var/log/nginx": str(folder),
+    }.items():
+        assert theirs in documented
+        documented = documented.replace(theirs, ours)
+    (folder / "documented.conf").write_text(documented, encoding="utf-8")
+    (folder / "nginx.conf").write_text(MAIN.format(folder=folder), encoding="utf-8")
+    with (folder / "said").open("wb") as said:
+        process = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf"], stderr=said)
+    try:
+        due = time.monotonic() + SECONDS_MAX
+        while True:
+            try:
+                socket.create_connection((PROXY, port)).close()
+                break
+            except ConnectionRefusedError:
+                assert process.poll() is None, (folder / "said").read_text()
+                assert time.monotonic() < due
+                time.sleep(0.05)
+        yield f"https://{PROXY}:{port}", folder
+    finally:
+        process.terminate()
+        process.wait(SECONDS_MAX)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[str, Path]) -> None:
+    """Senders are known by their address, streams come at once, refusals are the service's own words."""
+    url, folder = proxy
+    tls = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
+    tls.check_hostname = False
+    from_sender = aiohttp.TCPConnector(ssl=tls, local_addr=(SENDER, 0))
+    key = run_command(service.state_dir, "keys", "create", "people").stdout.split()[-1]
+    bearer = {"Authorization": f"Bearer {key}"}
+    webhook = f"{url}/webhook/{TOKEN}"
+    report = {"order_no": "KOM1", "status": "Dikirim"}
+    forged = {"X-Forwarded-For": "203.0.113.7"}
+    async with (
+        asyncio.timeout(SECONDS_MAX),
+        aiohttp.ClientSession(connector=from_sender) as session,
+    ):
+        # New keys are looked for now and then.
+        while (stream := await session.get(f"{url}/events/stream", headers=bearer)).status == 401:  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+        assert stream.status == 200
+        async with session.put(webhook, json=report, headers=forged) as answer:
+            assert (answer.status, (await answer.json())["outcome"]) == (200, "advanced")
+        begun = time.monotonic()
+        while not (await stream.content.readline()).startswith(b"data: "):
+            pass
+        assert time.monotonic() - begun < 5
+        async with session.get(f"{url}/orders/KOM1/events", headers=bearer) as answer:
+            (event,) = (await answer.json())["events"]
+            assert event["data"]["remote"] == SENDER
+        async with session.put(webhook, data=b"x" * 65_537) as answer:
+            assert answer.status == 413
+            assert answer.content_type == "application/problem+json"
+        async with session.post(f"{url}/session", data={"key": key}, allow_redirects=False) as answer:
+            assert answer.status == 303
+            assert answer.cookies["order_tracking_key"]["secure"]
+            assert "Strict-Transport-Security" in answer.headers
+    said = "".join(log.read_text() for log in folder.glob("*.log"))
+    assert "/orders/KOM1/events" in said
+    assert "webhook" not in said
+
+
+async def test_nginx_tells_no_token_while_the_service_is_away(
+    service: RunningService, proxy: tuple[str, Path]
+) -> None:
+    """The sender gets its 5xx, and what nginx has to say of it is not in a log."""
+    url, folder = proxy
+    service.terminate()
+    try:
+        tls = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
+        tls.check_hostname = False
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls)) as session,
+            session.put(f"{url}/webhook/{TOKEN}", json={"order_no": "KOM2", "status": "Dikirim"}) as answer,
+        ):
+            assert answer.status == 502
+    finally:
+        service.start()
+    assert TOKEN not in "".join(log.read_text() for log in folder.glob("*.log"))
+
+
+def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
+    """Of the names and the values that this machine's systemd knows, without a warning."""
+    verify = shutil.which("systemd-analyze")
+    if verify is None:
+        pytest.skip("this machine has no systemd")
+    documented = (OPERATIONS / "order-tracking.service").read_text(encoding="utf-8")
+    command = re.search(r"(?m)^ExecStart=(\S+) serve$", documented)
+    assert command is not None
+    unit = tmp_path / "order-tracking.service"
+    unit.write_text(documented.replace(command[1], sys.executable), encoding="utf-8")
+    done = subprocess.run(
+        [verify, "verify", "--man=no", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS_MAX,
+        env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
