@@ -41,7 +41,7 @@ def decode_cursor(value: Any) -> int:
     return key
 
 
-def next_page(path: str, query: BaseModel, moved: dict[str, Any]) -> str:
+def _next_page(path: str, query: BaseModel, moved: dict[str, Any]) -> str:
     """Return path and query of the page after this one: the same question, moved on."""
     given = query.model_dump(exclude_unset=True, exclude=set(PLACE_PARAMETERS), by_alias=True)
     parameters = {name: _as_parameter(value) for name, value in given.items() if value is not None}
@@ -81,8 +81,8 @@ def list_answer(  # noqa: PLR0913 - the parts of every list
     **members: Any,
 ) -> web.Response:
     """Return a page of a list, with the way to the next one in the body and as a link."""
-    following = _following(path, query, cursor=cursor, after=after)
-    return answer({**members, name: items, "next": following}, headers=_link(following))
+    onward = following(path, query, cursor=cursor, after=after)
+    return answer({**members, name: items, "next": onward}, headers=_link(onward))
 
 
 def table_answer(  # noqa: PLR0913 - the parts of every list
@@ -111,7 +111,7 @@ def table_answer(  # noqa: PLR0913 - the parts of every list
     path = path or request.path
     if not _wants_csv(request, query):
         return list_answer(name, items, path, query, cursor=cursor, **members)
-    headers = {**CSV_HEADERS, **_link(_following(path, query, cursor=cursor))}
+    headers = {**CSV_HEADERS, **_link(following(path, query, cursor=cursor))}
     return web.Response(body=to_csv(columns_of(kind), items), headers=headers)
 
 
@@ -124,13 +124,14 @@ def _wants_csv(request: web.Request, query: BaseModel) -> bool:
     return "text/csv" in accepted and "application/json" not in accepted
 
 
-def _following(
+def following(
     path: str, query: BaseModel, *, cursor: str | None = None, after: int | None = None
 ) -> str | None:
+    """Return path and query of the page after this one, None where it is the last."""
     if cursor is not None:
-        return next_page(path, query, {"cursor": cursor})
-    return next_page(path, query, {"after": after}) if after is not None else None
+        return _next_page(path, query, {"cursor": cursor})
+    return _next_page(path, query, {"after": after}) if after is not None else None
 
 
-def _link(following: str | None) -> dict[str, str]:
-    return {"Link": f'<{following}>; rel="next"'} if following is not None else {}
+def _link(onward: str | None) -> dict[str, str]:
+    return {"Link": f'<{onward}>; rel="next"'} if onward is not None else {}

@@ -1,6 +1,5 @@
 """The quarantine over HTTP: what is in it, and what to do with it."""
 
-import re
 from dataclasses import asdict
 from datetime import UTC, datetime
 from operator import attrgetter
@@ -17,11 +16,10 @@ from service.lists import POSITION_MAX, cut, list_answer
 from service.parser import UnreadableError
 from service.problems import Kind, ProblemError, answer
 from service.quarantine import NotOpenError, QuarantineEntry, UnknownEntryError
-from service.queries import QuarantineQuery, Query, decoded
+from service.queries import QuarantineQuery, Query, decoded, number_of
 from service.recorder import Recorder, RefusedReportError
 
 ENTRY_PATH: Final = "/quarantine/{quarantine_id}"
-_ID: Final = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 
 
 class Discarding(BaseModel):
@@ -114,12 +112,11 @@ class QuarantineApi:
         return answer(representations.quarantine_entry(entry, with_body=True))
 
     async def _entry(self, request: web.Request) -> QuarantineEntry:
-        wanted = request.match_info["quarantine_id"]
-        if not _ID.fullmatch(wanted):
+        quarantine_id = number_of(request.match_info["quarantine_id"])
+        if not quarantine_id:
             decoded(request.raw_path.partition("?")[0])
-            raise ProblemError(Kind.UNKNOWN_ENTRY, f"the quarantine has no entry {wanted}")
         try:
             async with borrowed(self._pool, self._seconds_max) as connection:
-                return await quarantine.find_entry(connection, int(wanted))
+                return await quarantine.find_entry(connection, quarantine_id)
         except UnknownEntryError as error:
             raise ProblemError(Kind.UNKNOWN_ENTRY, str(error)) from None

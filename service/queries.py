@@ -33,6 +33,8 @@ _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _DURATION: Final = re.compile(
     r"P(?:(\d{1,5})W)?(?:(\d{1,5})D)?(?:T(?=\d)(?:(\d{1,6})H)?(?:(\d{1,7})M)?(?:(\d{1,9})S)?)?", re.ASCII
 )
+# Eighteen digits are a bigint, whatever they are.
+_NUMBER: Final = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
@@ -48,6 +50,11 @@ def order_no_of(request: web.Request) -> str:
     if "%" not in escaped and escaped.isascii() and escaped.isprintable():
         return escaped
     return decoded(escaped)
+
+
+def number_of(text: str) -> int:
+    """Return the number that a part of a path is, 0 where it is none that there could be."""
+    return int(text) if _NUMBER.fullmatch(text) else 0
 
 
 def decoded(escaped: str) -> str:

@@ -1,12 +1,12 @@
 """The pages: an overview, orders, one order and its reports, the documentation; and the key for them."""
 
-import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, Literal
-from urllib.parse import parse_qs, urlencode
+from operator import attrgetter
+from typing import Annotated, Any, Final, Literal, get_args
+from urllib.parse import urlencode
 
-from aiohttp import hdrs, web
+from aiohttp import web
 from pydantic import Field
 
 from domain.statuses import STATUSES, Status
@@ -14,32 +14,37 @@ from domain.transitions import Verdict
 from projections import current_status, timeline
 from projections.current_status import OrderRow, OrdersFilter
 from projections.engine import Projector
-from service import event_store
-from service.api_keys import KEY_COOKIE, OWN_SITE, Access
+from service import event_store, quarantine
+from service.api_keys import Access
 from service.database import Connection, Pool, borrowed
-from service.http_server import read_body
-from service.lists import POSITION_MAX, encode_cursor
+from service.lists import POSITION_MAX, cut, following
 from service.page import documentation, drawing
 from service.page.history import NotKnownThenError, history
 from service.page.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, overview
-from service.page.rendering import asset_answer, language_of, page, track_path, wants_html, written
+from service.page.rendering import (
+    asset_answer,
+    hex_dump,
+    language_of,
+    page,
+    readable,
+    track_path,
+    wants_html,
+    written,
+)
+from service.page.session import Sessions, key_form, own_path, see_other
 from service.page.words import IN_ALL
 from service.problems import Handler, Kind, ProblemError, problem_of, set_aside, unavailable
-from service.queries import Cursor, Position, Query, Text, order_no_of, path_of, read_query
+from service.quarantine import QuarantineState, UnknownEntryError
+from service.queries import Cursor, Position, Query, Text, number_of, order_no_of, path_of, read_query
+from service.requests import request_id_of
 
 # How long a page that is made live waits for the views to have what it was told of.
 AFTER_POSITION_SECONDS_MAX: Final = 5.0
-ORDERS_SHOWN_MAX: Final = 50
+ROWS_SHOWN_MAX: Final = 50
 # What somebody should look at.
 FILTERED_VERDICTS: Final[tuple[Verdict, ...]] = ("refused", "unrecognised")
-# A key that is revoked is refused wherever it is kept.
-KEY_COOKIE_SECONDS: Final = 90 * 86_400
-KEY_CHARACTERS_MAX: Final = 200
-FORM_FIELDS_MAX: Final = 8
-# Eighteen digits are a bigint, whatever they are.
-# Two slashes, or what a browser takes for one, would begin the name of another host.
-_OWN_PATH: Final = re.compile(r"/(?![/\\])[\x21-\x7e]*", re.ASCII)
-_VERSION: Final = re.compile(r"[1-9][0-9]{0,17}", re.ASCII)
+# An entry's body is shown up to here; all of it is in the API's answer and on the command line.
+BODY_SHOWN_BYTES_MAX: Final = 65_536
 
 Show = Callable[[web.Request], Awaitable[web.Response]]
 Language = Literal["id", "en"]
@@ -69,6 +74,13 @@ class OrderPageQuery(PageQuery):
     before: Annotated[int, Field(ge=1, le=POSITION_MAX)] | None = None
 
 
+class QuarantinePageQuery(PageQuery):
+    """What could not be understood, of one state or all."""
+
+    state: QuarantineState | None = None
+    cursor: Cursor | None = None
+
+
 class Pages:
     """Draws pages.
 
@@ -90,6 +102,7 @@ class Pages:
     ) -> None:
         self._pool = pool
         self._access = access
+        self._sessions = Sessions(access)
         self._projectors = projectors
         self._seconds_max = seconds_max
         self._operations = documentation.operations(document)
@@ -103,9 +116,11 @@ class Pages:
             web.get("/track", self._reading(self.list_orders)),
             web.get(order, self._reading(self.show_order)),
             web.get(f"{order}/reports/{{version:[^/]+}}", self._reading(self.show_report)),
+            web.get("/quarantined", self._reading(self.list_quarantined)),
+            web.get("/quarantined/{quarantine_id:[^/]+}", self._reading(self.show_quarantined)),
             web.get("/docs", _drawn(self.show_documentation)),
             web.get("/static/{name}", self.show_asset),
-            web.post("/session", _drawn(self.begin_session)),
+            web.post("/session", _drawn(self._sessions.begin)),
         ]
 
     def _reading(self, show: Show) -> Handler:
@@ -144,16 +159,12 @@ class Pages:
             else:
                 stuck_since = datetime.now(UTC) - timedelta(days=STUCK_DAYS) if query.stuck else None
                 wanted = OrdersFilter(status=query.status, verdict=query.verdict, unmoved_since=stuck_since)
-                rows = await current_status.orders_page(connection, before, wanted, ORDERS_SHOWN_MAX + 1)
+                rows = await current_status.orders_page(connection, before, wanted, ROWS_SHOWN_MAX + 1)
         if query.q is not None and len(rows) == 1:
-            return _see_other(track_path(rows[0].order_no))
-        orders = rows[:ORDERS_SHOWN_MAX]
+            return see_other(track_path(rows[0].order_no))
+        orders, last = cut(rows, ROWS_SHOWN_MAX, attrgetter("first_position"))
         words = IN_ALL[language_of(request)]
         asked = {name: value for name, value in request.query.items() if name in ("status", "verdict", "stuck")}
-        onward = None
-        if len(rows) > len(orders) and query.q is None:
-            cursor = encode_cursor(orders[-1].first_position)
-            onward = f"/track?{urlencode({**asked, 'cursor': cursor})}"
         filters: list[tuple[str, dict[str, str]]] = [
             (words.t["all_orders"], {}),
             (words.t["stuck_orders"], {"stuck": "1"}),
@@ -168,10 +179,8 @@ class Pages:
             area="orders",
             q=query.q or "",
             orders=orders,
-            onward=onward,
-            filters=[
-                (name, f"/track?{urlencode(by)}" if by else "/track", by == asked) for name, by in filters
-            ],
+            onward=following("/track", query, cursor=None if query.q is not None else last),
+            filters=_links("/track", filters, asked),
         )
 
     async def show_order(self, request: web.Request) -> web.Response:
@@ -204,8 +213,7 @@ class Pages:
         """One report of an order: its text as it was received, and what was recorded of it."""
         order_no = order_no_of(request)
         read_query(PageQuery, request)
-        asked = request.match_info["version"]
-        version = int(asked) if _VERSION.fullmatch(asked) else 0
+        version = number_of(request.match_info["version"])
         async with borrowed(self._pool, self._seconds_max) as connection:
             found = await event_store.read_stream(connection, order_no, max(0, version - 1), 1)
         if not found or found[0].version != version:
@@ -226,6 +234,48 @@ class Pages:
             fields=[*first.items(), *fields.items()],
         )
 
+    async def list_quarantined(self, request: web.Request) -> web.Response:
+        """What could not be understood, newest first."""
+        query = read_query(QuarantinePageQuery, request)
+        before = POSITION_MAX if query.cursor is None else query.cursor
+        async with borrowed(self._pool, self._seconds_max) as connection:
+            rows = await quarantine.entries_page(connection, before, query.state, ROWS_SHOWN_MAX + 1)
+        entries, last = cut(rows, ROWS_SHOWN_MAX, attrgetter("quarantine_id"))
+        t = IN_ALL[language_of(request)].t
+        states = get_args(QuarantineState)
+        filters = [(t["all_entries"], {}), *((t[f"entry_{state}"], {"state": state}) for state in states)]
+        return page(
+            request,
+            "quarantined.html",
+            "/quarantined",
+            area="overview",
+            entries=entries,
+            onward=following("/quarantined", query, cursor=last),
+            filters=_links("/quarantined", filters, {"state": query.state} if query.state else {}),
+        )
+
+    async def show_quarantined(self, request: web.Request) -> web.Response:
+        """One body that could not be understood, and what can be done with it."""
+        read_query(PageQuery, request)
+        quarantine_id = number_of(request.match_info["quarantine_id"])
+        try:
+            async with borrowed(self._pool, self._seconds_max) as connection:
+                entry = await quarantine.find_entry(connection, quarantine_id)
+        except UnknownEntryError as error:
+            raise ProblemError(Kind.UNKNOWN_ENTRY, str(error)) from None
+        shown = (entry.body or b"")[:BODY_SHOWN_BYTES_MAX]
+        return page(
+            request,
+            "entry.html",
+            f"/quarantined/{quarantine_id}",
+            area="overview",
+            entry=entry,
+            text=readable(shown),
+            dump=hex_dump(shown),
+            body_bytes=len(entry.body or b""),
+            shown_bytes=len(shown),
+        )
+
     async def show_documentation(self, request: web.Request) -> web.Response:
         """The HTTP contract, drawn from the OpenAPI document."""
         read_query(PageQuery, request)
@@ -243,34 +293,6 @@ class Pages:
         """A file that pages are made with."""
         return asset_answer(request, request.match_info["name"])
 
-    async def begin_session(self, request: web.Request) -> web.Response:
-        """Keep a key in a cookie that no script can read, or forget it; then go on to what was asked for."""
-        if request.headers.get("Sec-Fetch-Site", "none") not in OWN_SITE:
-            raise ProblemError(Kind.FORBIDDEN, "another site's page may not ask for this")
-        try:
-            form = parse_qs((await read_body(request)).decode(), max_num_fields=FORM_FIELDS_MAX)
-        except ValueError:
-            raise ProblemError(Kind.BAD_BODY, "the body is no form") from None
-        if "forget" in form:
-            response = _see_other("/")
-            response.del_cookie(KEY_COOKIE, path="/", httponly=True, samesite="Strict")
-            return response
-        key = form.get("key", [""])[0].strip()
-        onward = _own_path(form.get("next", ["/"])[0])
-        if len(key) > KEY_CHARACTERS_MAX or not await self._access.is_valid(key):
-            return _key_form(request, onward, is_wrong=True)
-        response = _see_other(onward)
-        response.set_cookie(
-            KEY_COOKIE,
-            key,
-            max_age=KEY_COOKIE_SECONDS,
-            path="/",
-            secure=_came_by_tls(request),
-            httponly=True,
-            samesite="Strict",
-        )
-        return response
-
     async def _wait_for(self, query: PageQuery, *views: str) -> None:
         for name in views:
             projector = self._projectors[name]
@@ -286,10 +308,17 @@ async def _found(connection: Connection, q: str) -> list[OrderRow]:
     for asked in dict.fromkeys((q, q.strip())):
         by_number = await current_status.orders_by_number(connection, [asked])
         wanted = OrdersFilter(cnote=asked)
-        by_cnote = await current_status.orders_page(connection, POSITION_MAX, wanted, ORDERS_SHOWN_MAX)
+        by_cnote = await current_status.orders_page(connection, POSITION_MAX, wanted, ROWS_SHOWN_MAX)
         if found := {**by_number, **{row.order_no: row for row in by_cnote}}:
             return [*found.values()]
     return []
+
+
+def _links(
+    path: str, filters: Sequence[tuple[str, Mapping[str, str]]], asked: Mapping[str, str]
+) -> list[tuple[str, str, bool]]:
+    """Return the links of a list's filters: what they are called, where they lead, and whether that is here."""
+    return [(name, f"{path}?{urlencode(by)}" if by else path, by == asked) for name, by in filters]
 
 
 def _drawn(handler: Handler) -> Handler:
@@ -308,7 +337,7 @@ def _drawn(handler: Handler) -> Handler:
 
 def _problem_page(request: web.Request, problem: ProblemError) -> web.Response:
     if problem.status == web.HTTPUnauthorized.status_code:
-        response = _key_form(request, _own_path(request.raw_path), is_wrong=False)
+        response = key_form(request, own_path(request.raw_path), is_wrong=False)
     else:
         t = IN_ALL[language_of(request)].t
         response = page(
@@ -318,24 +347,7 @@ def _problem_page(request: web.Request, problem: ProblemError) -> web.Response:
             status=problem.status,
             title=t.get(f"problem_{problem.status}", t["problem_other"]),
             detail=problem.detail,
+            request_id=request_id_of(request),
         )
     response.headers.update(problem.headers)
     return response
-
-
-def _came_by_tls(request: web.Request) -> bool:
-    """Tell by what a proxy says, whoever it is: who says it falsely keeps its own key from its own service."""
-    return request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
-
-
-def _key_form(request: web.Request, onward: str, *, is_wrong: bool) -> web.Response:
-    return page(request, "key.html", "/", status=401, next=onward, is_wrong=is_wrong)
-
-
-def _own_path(path: str) -> str:
-    """Return a path and query of this service, the root where it could lead elsewhere."""
-    return path if _OWN_PATH.fullmatch(path) else "/"
-
-
-def _see_other(path: str) -> web.Response:
-    return web.Response(status=303, headers={"Server": "order-tracking", hdrs.LOCATION: path})

@@ -1,6 +1,7 @@
 """How a page is drawn and sent: templates, languages, headers, and the files beside them."""
 
 import hashlib
+import re
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,9 @@ PAGE_HEADERS: Final = {
 MEDIA: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 # An address that names the very bytes never changes; any other is asked for again.
 FOREVER: Final = "public, max-age=31536000, immutable"
+
+DUMP_BYTES: Final = 16
+_UNSHOWN: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 # First strong isolate and its end, where no element can help: what stands between cannot turn what is around.
 _ISOLATE: Final = "\u2068{}\u2069"
@@ -102,6 +106,22 @@ def written(text: str) -> str:
     """Return text with all but ASCII spelled out: it may be unseen, or taken for something else."""
     seen = "".join(one if one.isascii() and one.isprintable() else f"\\u{{{ord(one):x}}}" for one in text)
     return seen if seen == seen.strip() else f"“{seen}”"
+
+
+def readable(body: bytes) -> str | None:
+    """Return a body as text, None where it is not UTF-8, or has what cannot be shown."""
+    text = body.decode(errors="replace")
+    return None if "\ufffd" in text or _UNSHOWN.search(text) else text
+
+
+def hex_dump(body: bytes) -> str:
+    """Return a body byte by byte, sixteen a line: where the line begins, in hex, and as ASCII."""
+    lines = []
+    for begin in range(0, len(body), DUMP_BYTES):
+        line = body[begin : begin + DUMP_BYTES]
+        seen = "".join(chr(byte) if chr(byte).isascii() and chr(byte).isprintable() else "." for byte in line)
+        lines.append(f"{begin:06x}  {line.hex(' '):<{3 * DUMP_BYTES}} {seen}")
+    return "\n".join(lines)
 
 
 def kind_of(status: str | None) -> str:

@@ -34,8 +34,10 @@ HOSTILE: Final = '<img src=x onerror="alert(1)">/%2F?#{x}\u202e 100%'
 HOSTILE_PATH: Final = f"/track/{quote(HOSTILE, safe='')}"
 PAGES: Final = (
     "/", f"/track/{ORDER}", f"/track/{ORDER}?version=2", HOSTILE_PATH, f"/track/{ORDER}/reports/1", "/track",
-    "/track?verdict=refused", "/docs",
+    "/track?verdict=refused", "/quarantined", "/quarantined/1", "/quarantined/2", "/docs",
 )  # fmt: skip
+
+BINARY: Final = b"<script>alert(1)</script>\x00\xff" + bytes(range(256)) * 2
 
 # Order number, airway bill, status: an order that meets every verdict, one of hostile words, some quiet ones.
 HISTORY: Final = [
@@ -139,6 +141,7 @@ def api(playwright: Playwright, shop: RunningService) -> Iterator[APIRequestCont
     context = playwright.request.new_context(base_url=shop.url)
     position = [tell(context, *report) for report in HISTORY][-1]
     tell_body(context, b'{"order_no":"KOM-3","state":"Dikirim"}')
+    tell_body(context, BINARY)
     assert context.get(f"/statistics?after_position={position}").ok
     yield context
     context.dispose()
@@ -337,6 +340,33 @@ def test_lists_are_filtered_and_paged(opened: Open, api: APIRequestContext) -> N
     expect(page.locator(".order-link")).to_have_text(["KOM-600"])
     page.get_by_role("link", name="Refused", exact=True).click()
     expect(page.locator(".order-link")).to_have_text([ORDER])
+
+
+def test_the_quarantine_is_shown_whole_and_says_what_to_do(opened: Open, api: APIRequestContext) -> None:
+    """A list by state, each body as text where it is one and byte by byte, and the commands for it."""
+    page = opened("/")
+    page.locator("#quarantine").get_by_role("link", name="Show all").click()
+    expect(page.get_by_role("heading", level=1)).to_have_text("Quarantine")
+    expect(page.locator(".rows li")).to_have_count(2)
+    page.get_by_role("link", name="#1", exact=True).click()
+    expect(page.locator("pre.body")).to_have_text('{"order_no":"KOM-3","state":"Dikirim"}')
+    expect(page.locator("pre.command").first).to_have_text("order-tracking quarantine retry 1")
+    page.get_by_text("Byte by byte").click()
+    expect(page.locator("pre.dump")).to_contain_text(
+        '000000  7b 22 6f 72 64 65 72 5f 6e 6f 22 3a 22 4b 4f 4d  {"order_no":"KOM'
+    )
+    page.get_by_role("link", name="Back to the quarantine").click()
+    page.get_by_role("link", name="#2", exact=True).click()
+    expect(page.locator("pre.body")).to_have_count(0)
+    expect(page.locator("pre.dump")).to_contain_text(
+        "000010  3c 2f 73 63 72 69 70 74 3e 00 ff 00 01 02 03 04  </script>......."
+    )
+    page.goto("/quarantined?state=discarded")
+    expect(page.get_by_text("The quarantine is empty.")).to_be_visible()
+    assert "Karantina #1" in api.get("/quarantined/1?lang=id").text()
+    missing = api.get("/quarantined/99", headers={"Accept": "text/html"})
+    assert missing.status == 404
+    assert missing.headers["x-request-id"] in missing.text()
 
 
 def test_a_long_timeline_is_shown_by_pages(opened: Open, api: APIRequestContext) -> None:

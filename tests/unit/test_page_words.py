@@ -19,6 +19,7 @@ MADE = {f"{verdict}_means" for verdict in VERDICTS} | {
     *("why_late", "why_refused", "why_unrecognised"),
     *(f"stage_{state}" for state in ("reached", "now", "skipped", "ahead")),
     *(f"problem_{status}" for status in (400, 403, 404, 503)),
+    *(f"entry_{state}" for state in ("open", "retried", "discarded")),
 }
 
 

@@ -11,7 +11,7 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.lists import POSITION_MAX, encode_cursor, next_page
+from service.lists import POSITION_MAX, encode_cursor, following
 from service.problems import ProblemError
 from service.queries import (
     PAGE_ROWS_DEFAULT,
@@ -100,7 +100,7 @@ def test_the_next_page_asks_the_same_question_further_on() -> None:
             "&order_no=a%26b%20%2F%C3%96&limit=7&cursor=MTA&after_position=5"
         ),
     )
-    url = urlsplit(next_page("/audit/transitions", query, {"cursor": encode_cursor(17)}))
+    url = urlsplit(following("/audit/transitions", query, cursor=encode_cursor(17)) or "")
     assert url.path == "/audit/transitions"
     assert parse_qs(url.query, strict_parsing=True) == {
         "from": ["problem"],
@@ -114,16 +114,16 @@ def test_the_next_page_asks_the_same_question_further_on() -> None:
 
 
 def test_the_next_page_is_understood_as_the_same_question() -> None:
-    """What next_page writes, read_query reads."""
+    """What following writes, read_query reads."""
     query = read_query(TransitionsQuery, get("/x?from=problem&since=2026-01-31T12:00:00.000001Z&limit=7"))
-    followed = read_query(TransitionsQuery, get(next_page("/x", query, {"cursor": encode_cursor(17)})))
+    followed = read_query(TransitionsQuery, get(following("/x", query, cursor=encode_cursor(17)) or ""))
     assert followed == query.model_copy(update={"cursor": 17})
 
 
 def test_the_next_page_of_events_moves_after() -> None:
     """Lists of events are paged by version or position, in the open; a default stays unsaid."""
     query = read_query(EventsQuery, get("/events?after=3"))
-    assert next_page("/events", query, {"after": 103}) == "/events?after=103"
+    assert following("/events", query, after=103) == "/events?after=103"
 
 
 @MANY
@@ -198,7 +198,7 @@ def test_what_is_no_time(text: str) -> None:
 def test_a_duration(text: str, duration: timedelta) -> None:
     """By ISO 8601, of parts that have a fixed length."""
     assert read_query(OrdersQuery, get(f"/orders?unmoved_for={text}")).unmoved_for == duration
-    again = read_query(OrdersQuery, get(next_page("/orders", OrdersQuery(unmoved_for=text), {"cursor": "MQ"})))  # type: ignore[arg-type]
+    again = read_query(OrdersQuery, get(following("/orders", OrdersQuery(unmoved_for=text), cursor="MQ") or ""))  # type: ignore[arg-type]
     assert again.unmoved_for == duration
 
 
