@@ -83,8 +83,8 @@ class View:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-# Errors about values: cardinality, data, constraints, limits of the server.
-_CONTENT_SQLSTATES: Final = ("21", "22", "23", "54")
+# Errors about values, which would be met again each time: cardinality, data, constraints, limits of the server.
+CONTENT_SQLSTATES: Final = ("21", "22", "23", "54")
 
 
 class OutdatedViewError(Exception):
@@ -185,10 +185,8 @@ def is_of_content(error: Exception) -> bool:
     """
     sqlstate = getattr(error, "sqlstate", None)
     if sqlstate is not None:
-        return str(sqlstate).startswith(_CONTENT_SQLSTATES)
-    return not isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.InternalClientError) or isinstance(
-        error, asyncpg.DataError
-    )
+        return str(sqlstate).startswith(CONTENT_SQLSTATES)
+    return not isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.InternalClientError)
 
 
 async def _apply_order(connection: Connection, view: View, events: Sequence[DecodedEvent]) -> None:
@@ -263,7 +261,9 @@ class Projector:
 
     def _note_failure(self, error: Exception) -> None:
         self._failures += is_of_content(error)
-        self.is_outdated = isinstance(error, OutdatedViewError)
+        if isinstance(error, OutdatedViewError):
+            # Until a step has succeeded: what fails otherwise says nothing of it.
+            self.is_outdated = True
         if repr(error) != self._last_failure:
             self._last_failure = repr(error)
             log.warning("projection failed; it goes on trying", view=self.view.name, error=repr(error))

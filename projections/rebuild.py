@@ -267,11 +267,11 @@ async def _compare(fill: _Fill, connect: Connect, guard: Connection, read_log: R
     live = await connect(view.name)
     try:
         await live.execute(HOLD_VIEW, view.name)
-        await _catch_up(live, view, read_log, (await view_state(rebuilt)).position)
-        state = await view_state(live)
-        if state.definition != view.definition:
+        # First: what another definition made is not this code's to write.
+        if (await view_state(live)).definition != view.definition:
             raise OutdatedViewError(f"the view {view.name} is outdated: it needs a replay")
-        await _catch_up(rebuilt, view, read_log, state.position)
+        await _catch_up(live, view, read_log, (await view_state(rebuilt)).position)
+        await _catch_up(rebuilt, view, read_log, (await view_state(live)).position)
         await rebuilt.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         set_aside = await rebuilt.fetchval(COUNT_SET_ASIDE)
     finally:

@@ -15,7 +15,7 @@ import structlog
 from aiohttp import hdrs, web
 
 from service.batcher import Batcher
-from service.database import Connection, Pool, StorageUnavailableError, borrowed
+from service.database import Connection, HeldConnection, StorageUnavailableError
 from service.problems import Handler, Kind, ProblemError
 from service.settings import is_loopback
 
@@ -112,13 +112,13 @@ class Access:
     """Lets requests through by their keys.
 
     Args:
-        pool: where the keys are.
+        held: where the keys are: a connection that waits for no reader.
         seconds_max: how long looking at them may take.
         is_open_without_keys: whether everybody may do everything as long as no key was ever made.
     """
 
-    def __init__(self, pool: Pool, seconds_max: float, *, is_open_without_keys: bool) -> None:
-        self._pool = pool
+    def __init__(self, held: HeldConnection, seconds_max: float, *, is_open_without_keys: bool) -> None:
+        self._held = held
         self._seconds_max = seconds_max
         self._is_open_without_keys = is_open_without_keys
         self._keys: Mapping[bytes, ApiKey] = {}
@@ -139,18 +139,27 @@ class Access:
 
         @wraps(handler)
         async def guarded(request: web.Request) -> web.StreamResponse:
-            if monotonic() >= self._known_until:
-                await self._look.submit(None)
-            if self._keys or not self._is_open_without_keys:
-                self._admit(request, scope)
-            else:
-                refuse_other_names(request)
+            await self.admit(request, scope)
             if request.method not in SAFE_METHODS:
                 refuse_other_sites(request)
             return await handler(request)
 
         guarded.scope = scope  # type: ignore[attr-defined]  # told to whoever walks the routes
         return guarded
+
+    async def admit(self, request: web.Request, scope: Scope) -> None:
+        """Let a request pass by its key; to be asked again while its answer goes on.
+
+        Raises:
+            ProblemError: 401 or 403, its key is missing, not known any more, or of another scope.
+            StorageUnavailableError: the keys cannot be looked at.
+        """
+        if monotonic() >= self._known_until:
+            await self._look.submit(None)
+        if self._keys or not self._is_open_without_keys:
+            self._admit(request, scope)
+        else:
+            refuse_other_names(request)
 
     async def is_without_keys(self) -> bool:
         """Tell whether no key was ever made."""
@@ -167,7 +176,7 @@ class Access:
         if monotonic() < self._blind_until:
             raise StorageUnavailableError("the keys could not be looked at a moment ago")
         try:
-            async with asyncio.timeout_at(due), borrowed(self._pool, self._seconds_max) as connection:
+            async with asyncio.timeout_at(due), self._held.lent(self._seconds_max) as connection:
                 self._keys = {key.secret_sha256: key for key in await all_keys(connection)}
         except (StorageUnavailableError, TimeoutError):
             # Those who waited meanwhile have no time left for another try.
@@ -190,15 +199,15 @@ class Access:
             headers = {"WWW-Authenticate": 'Bearer error="insufficient_scope", scope="admin"'}
             raise ProblemError(Kind.FORBIDDEN, "this needs a key of the scope admin", headers=headers)
         last_used_at = self._noted.get(key.name, key.last_used_at)
-        if last_used_at is None or last_used_at < now - USE_NOTED:
+        is_noting = self._noting is not None and not self._noting.done()
+        if not is_noting and (last_used_at is None or last_used_at < now - USE_NOTED):
             self._noted[key.name] = now
-            if self._noting is None or self._noting.done():
-                self._noting = asyncio.create_task(self._note_use(key.name, now), name="note the use of a key")
+            self._noting = asyncio.create_task(self._note_use(key.name, now), name="note the use of a key")
 
     async def _note_use(self, name: str, now: datetime) -> None:
         """Write down that a key was used; no request waits for it, and none fails with it."""
         try:
-            async with borrowed(self._pool, self._seconds_max) as connection:
+            async with self._held.lent(self._seconds_max) as connection:
                 await connection.execute(NOTE_USE, name, now, now - USE_NOTED)
         except Exception as error:  # noqa: BLE001 - a use that cannot be noted is noted a minute later
             log.warning("the use of a key could not be noted", error=repr(error))

@@ -6,6 +6,7 @@ import gc
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from time import monotonic
 from typing import Final
 
 import asyncpg
@@ -18,6 +19,7 @@ from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebu
 from service.api_keys import Access
 from service.database import (
     HOT_SETTINGS,
+    POOL_STATEMENT_TIMEOUT,
     RECONNECT_PAUSE_SECONDS,
     Connection,
     HeldConnection,
@@ -51,6 +53,7 @@ START_SECONDS_MAX: Final = 30.0
 GC_OBJECTS: Final = 50_000
 # After a background task failed, before it is begun again.
 RESTART_PAUSE_SECONDS: Final = 1.0
+LASTED_SECONDS: Final = 60.0
 # How often the connection that listens is asked whether it is still one; it would never notice by itself.
 LISTEN_LOOK_SECONDS: Final = 5.0
 IS_ALIVE: Final = "SELECT 1"
@@ -98,6 +101,9 @@ class Service:
         connect_hot = partial(connect, dsn, **HOT_SETTINGS)
         self._reading_log = HeldConnection(connect_hot)
         self._reading_orders = HeldConnection(connect_hot)
+        # What must not wait for readers, who may have all of the pool: to keep a body, to look at keys.
+        connect_plainly = partial(connect, dsn, statement_timeout=POOL_STATEMENT_TIMEOUT)
+        self._quarantining, self._looking = HeldConnection(connect_plainly), HeldConnection(connect_plainly)
         self._writing = HeldConnection(partial(connect_hot, idle_in_transaction_session_timeout="5s"))
         self._projecting = {
             view.name: HeldConnection(partial(connect_hot, search_path=view.name)) for view in VIEWS
@@ -115,19 +121,19 @@ class Service:
             on_batch=self._on_batch,
         )
         seconds_max = settings.request_seconds_max
-        quarantine = Quarantine(self.pool, seconds_max, settings.quarantine_hourly_max)
+        quarantine = Quarantine(self._quarantining, seconds_max, settings.quarantine_hourly_max)
         self.metrics = Metrics(
             self.pool, [*self.projectors.values()], quarantine, lambda: self.recorder.waiting
         )
-        self.access = Access(self.pool, seconds_max, is_open_without_keys=settings.is_local)
+        self.access = Access(self._looking, seconds_max, is_open_without_keys=settings.is_local)
         sender = make_sender(settings)
         self.webhook = Webhook(sender, self.recorder, quarantine)
-        self.streams = Streams(self.pool, seconds_max)
+        self.streams = Streams(self.pool, self.access, seconds_max)
         self.apis = (
             ReadApi(self.pool, self._reading_orders, self.projectors, seconds_max),
             self.streams,
             QuarantineApi(self.pool, self.recorder, seconds_max),
-            OperationsApi(self.pool, [*self.projectors.values()], seconds_max),
+            OperationsApi(self.pool, self._looking, [*self.projectors.values()], seconds_max),
             self.metrics,
         )
         self.openapi = OpenApi(self.apis, sender.path)
@@ -150,7 +156,10 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for held in (self._writing, self._reading_orders, self._reading_log, *self._projecting.values()):
+        for held in (
+            *(self._writing, self._quarantining, self._looking, self._reading_orders, self._reading_log),
+            *self._projecting.values(),
+        ):
             await held.close()
         self.pool.terminate()
 
@@ -180,10 +189,12 @@ class Service:
         async def run() -> None:
             last_failure = ""
             while True:
+                began = monotonic()
                 try:
                     await work()
                 except Exception as error:  # noqa: BLE001 - no failure of a background task may end it for good
-                    if repr(error) != last_failure:
+                    # The same again is said again only when it had gone well for a while.
+                    if repr(error) != last_failure or monotonic() - began > LASTED_SECONDS:
                         last_failure = repr(error)
                         log.warning("background task failed; it is begun again", task=name, error=repr(error))
                 await asyncio.sleep(RESTART_PAUSE_SECONDS)

@@ -1,13 +1,15 @@
 """Connections to PostgreSQL: how one is made, when it counts as lost, and how it is left."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final, TypeAlias, cast
 from urllib.parse import urlsplit
 
 import asyncpg
 import orjson
+
+from projections.engine import CONTENT_SQLSTATES
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
@@ -46,8 +48,6 @@ HOT_SETTINGS: Final = {
 # The connection, the server, its resources or its settings failed, a conflict or a lock ended ours: none of it
 # has to do with what was asked, and each may be mended by trying again, at once or when an operator has acted.
 _LOST_SQLSTATES: Final = ("08", "25", "28", "3D", "40", "42501", "53", "55", "57", "58", "XX")
-# What was asked cannot be done, now or later: its data, a constraint, a limit of the server.
-_CONTENT_SQLSTATES: Final = ("22", "23", "54")
 
 
 class StorageUnavailableError(ConnectionError):
@@ -62,8 +62,6 @@ def is_connection_lost(error: BaseException) -> bool:
     """Tell whether an error leaves open what became of the statement that met it."""
     if isinstance(error, asyncpg.PostgresError):
         return (error.sqlstate or "").startswith(_LOST_SQLSTATES)
-    if isinstance(error, asyncpg.DataError):
-        return False
     # asyncpg raises InternalClientError as well as the documented ones when the server dies.
     return isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError)
 
@@ -71,8 +69,10 @@ def is_connection_lost(error: BaseException) -> bool:
 def is_content_refused(error: BaseException) -> bool:
     """Tell whether an error is about the values of a statement, which would meet it again each time."""
     if isinstance(error, asyncpg.PostgresError):
-        return (error.sqlstate or "").startswith(_CONTENT_SQLSTATES)
-    return isinstance(error, asyncpg.DataError | UnicodeError | OverflowError)
+        return (error.sqlstate or "").startswith(CONTENT_SQLSTATES)
+    # Of our own code's errors these alone: they come before anything is sent, and another try after a commit
+    # would record twice.
+    return isinstance(error, UnicodeError | OverflowError)
 
 
 async def connect(dsn: str, **settings: str) -> Connection:
@@ -131,7 +131,7 @@ async def borrowed(pool: Pool, seconds_max: float) -> AsyncIterator[Connection]:
     Raises:
         StorageUnavailableError: the time is over, or the connection was lost.
     """
-    try:
+    with _told_as_unavailable():
         async with asyncio.timeout(seconds_max), pool.acquire() as connection:
             try:
                 yield cast("Connection", connection)
@@ -139,6 +139,12 @@ async def borrowed(pool: Pool, seconds_max: float) -> AsyncIterator[Connection]:
                 # asyncpg would wait for its cancellation to be answered, by a server that may be stopped.
                 connection.terminate()
                 raise
+
+
+@contextmanager
+def _told_as_unavailable() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         if is_connection_lost(error):
             raise StorageUnavailableError(str(error) or type(error).__name__) from error
@@ -171,6 +177,17 @@ class HeldConnection:
             except BaseException:
                 connection.terminate()
                 raise
+
+    @asynccontextmanager
+    async def lent(self, seconds_max: float) -> AsyncIterator[Connection]:
+        """Lend the connection for at most ``seconds_max`` seconds, waiting included.
+
+        Raises:
+            StorageUnavailableError: the time is over, or the connection was lost.
+        """
+        with _told_as_unavailable():
+            async with asyncio.timeout(seconds_max), self.use() as connection:
+                yield connection
 
     @asynccontextmanager
     async def transaction(self, begin: str = "BEGIN") -> AsyncIterator[Connection]:

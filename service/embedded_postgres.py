@@ -144,8 +144,8 @@ class EmbeddedPostgres:
             try:
                 if await asyncio.to_thread(self._restart):
                     on_restart(f"{died} and was restarted")
-            except EmbeddedPostgresError as error:
-                on_restart(f"{died} and could not be restarted: {error}")
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
+                on_restart(f"{died} and could not be restarted: {error or repr(error)}")
             tried_at = time.monotonic()
 
     def __enter__(self) -> Self:

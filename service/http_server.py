@@ -174,7 +174,13 @@ def _guarded(handler: Handler, on_answer: OnAnswer) -> Handler:
                 # Not measured: it has come to no route.
                 return _closing(problem)
             answer = await handler(request)
-        except Exception as error:  # noqa: BLE001 - the outermost place: whatever it is gets an answer
+        except Exception as error:
+            if request.writer.output_size > 0:
+                # Half an answer is cut off: whatever followed would be taken for more of it. To close it would
+                # wait for a client that takes nothing.
+                if request.transport is not None:
+                    request.transport.abort()
+                raise
             answer = problem_answer(problem_of(error, request))
         finally:
             connection.end()

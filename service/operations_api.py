@@ -8,7 +8,7 @@ from aiohttp import web
 
 from projections.engine import Projector
 from service import event_store, representations
-from service.database import Connection, Pool, borrowed
+from service.database import Connection, HeldConnection, Pool, borrowed
 from service.endpoints import Endpoint
 from service.problems import Kind, answer
 from service.queries import Query
@@ -36,12 +36,16 @@ class OperationsApi:
 
     Args:
         pool: where its connections come from.
+        held: a connection that waits for no reader, to see whether the database answers.
         projectors: of the views.
         seconds_max: how long one request may take.
     """
 
-    def __init__(self, pool: Pool, projectors: Sequence[Projector], seconds_max: float) -> None:
+    def __init__(
+        self, pool: Pool, held: HeldConnection, projectors: Sequence[Projector], seconds_max: float
+    ) -> None:
         self._pool = pool
+        self._held = held
         self._projectors = projectors
         self._seconds_max = seconds_max
 
@@ -61,7 +65,7 @@ class OperationsApi:
     @Endpoint("GET", "/readyz", representations.Health, scope=None, problems=(Kind.UNAVAILABLE,))
     async def is_ready(self, _request: web.Request, _query: Query) -> web.Response:
         """The database answers, in time."""
-        async with borrowed(self._pool, READY_SECONDS_MAX) as connection:
+        async with self._held.lent(READY_SECONDS_MAX) as connection:
             await connection.fetchval(IS_ALIVE)
         return answer({"status": "ready"})
 

@@ -9,7 +9,7 @@ import structlog
 
 from domain.order import Order, Report
 from service.batcher import OverloadedError
-from service.database import Connection, Pool, borrowed
+from service.database import Connection, HeldConnection
 from service.event_store import Claim, Seen, decode_event
 from service.parser import parse
 
@@ -157,7 +157,13 @@ def report_of(entry: QuarantineEntry) -> Report:
 
     Raises:
         UnreadableError: it still cannot be understood.
+        NotOpenError: it was discarded.
     """
+    if entry.state == "discarded":
+        raise NotOpenError(f"entry {entry.quarantine_id} was discarded: {entry.resolution}")
+    if entry.state == "retried":
+        # Its claim knows what it became. Its body is not asked: that may have been erased.
+        return Report(str(uuid4()), entry.order_no or "", "", None, "", quarantine_id=entry.quarantine_id)
     report = parse(entry.body or b"", str(uuid4()), entry.remote)
     return report._replace(quarantine_id=entry.quarantine_id)
 
@@ -186,13 +192,13 @@ class Quarantine:
     """Keeps what cannot be understood.
 
     Args:
-        pool: where its connections come from.
+        held: a connection for this alone, so that it waits for no reader.
         seconds_max: how long keeping one body may take.
         hourly_max: how many bodies it takes within an hour, so that a flood cannot fill the disk.
     """
 
-    def __init__(self, pool: Pool, seconds_max: float, hourly_max: int) -> None:
-        self._pool = pool
+    def __init__(self, held: HeldConnection, seconds_max: float, hourly_max: int) -> None:
+        self._held = held
         self._seconds_max = seconds_max
         self._hourly_max = hourly_max
         self.kept = 0
@@ -208,7 +214,7 @@ class Quarantine:
             StorageUnavailableError: the database did not confirm it in time.
         """
         since = received_at - CAP_PERIOD
-        async with borrowed(self._pool, self._seconds_max) as connection:
+        async with self._held.lent(self._seconds_max) as connection:
             quarantine_id: int | None = await connection.fetchval(
                 KEEP_BODY, body, reason, remote, received_at, since, self._hourly_max
             )

@@ -18,6 +18,11 @@ PATH: Final = "/webhook"
 FORWARDED_CHARACTERS_MAX: Final = 2_048
 
 
+def signature_of(body: bytes, secret: bytes) -> str:
+    """Return what stands in the signature's header: the hex HMAC-SHA256 of the body."""
+    return hmac.new(secret, body, hashlib.sha256).hexdigest()
+
+
 class Sender:
     """What is asked of whoever sends.
 
@@ -64,7 +69,7 @@ class Sender:
         """
         if not self._secret:
             return
-        wanted = hmac.new(self._secret, body, hashlib.sha256).hexdigest().encode()
+        wanted = signature_of(body, self._secret).encode()
         given = request.headers.get(self._signature_header, "").strip().lower().encode(errors="replace")
         if not hmac.compare_digest(given, wanted):
             detail = f"{self._signature_header} must be the hex HMAC-SHA256 of the body"

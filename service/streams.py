@@ -1,19 +1,23 @@
 """The log to read on from where one stopped: by pages, as one long answer, or live, as server-sent events."""
 
 import asyncio
+import re
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from contextvars import Context
 from functools import partial
+from time import monotonic
 from typing import Final, NamedTuple
 
 import orjson
+import structlog
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from aiohttp_sse import EventSourceResponse
 
 from service import event_store, representations
+from service.api_keys import Access
 from service.database import Pool, borrowed
 from service.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.event_store import RecordedEvent
@@ -28,11 +32,15 @@ READERS_MAX: Final = 2_000
 # What was read last is kept for all live readers; whoever is behind it reads the database by itself.
 RECENT_EVENTS_MAX: Final = 4_096
 RECENT_BYTES_MAX: Final = 16 * 1024 * 1024
+# Not for longer: what is erased in the log is not to be sent from memory.
+RECENT_SECONDS_MAX: Final = 60.0
 # Between two looks at the log while it grows: readers share each, and webhooks have the processor in between.
 REST_SECONDS: Final = 0.1
 # Beneath the hints that the log has grown.
 POLL_SECONDS: Final = 1.0
 HEARTBEAT_SECONDS: Final = 15.0
+# How often a stream's key is looked at again.
+KEY_SECONDS: Final = 10.0
 # How soon it is noticed that a reader has gone.
 LOOK_SECONDS: Final = 1.0
 # A reader that takes nothing for so long is cut off; it goes on from the last position that it saw.
@@ -41,6 +49,8 @@ SEND_SECONDS_MAX: Final = 10.0
 RETRY: Final = b"retry: 2000\n\n"
 
 LAST_EVENT_ID: Final = "Last-Event-ID"
+# Python reads no number of thousands of digits; a position has nineteen at most.
+_DIGITS: Final = re.compile(r"\d{1,19}", re.ASCII)
 HEADERS: Final = {"Server": "order-tracking"}
 NDJSON_HEADERS: Final = {**HEADERS, "Content-Type": NDJSON, "X-Accel-Buffering": "no"}
 
@@ -49,19 +59,23 @@ NDJSON_HEADERS: Final = {**HEADERS, "Content-Type": NDJSON, "X-Accel-Buffering":
 Send = Callable[[EventSourceResponse, int], Awaitable[int]]
 
 
+log = structlog.get_logger()
+
+
 class Recent(NamedTuple):
-    """An event as live readers are sent it."""
+    """An event as live readers are sent it, and when it was read, on this process's clock."""
 
     position: int
     order_no: str
     message: bytes
+    read_at: float
 
 
 def message_of(event: RecordedEvent) -> Recent:
     """Return an event as a server-sent event, its position the id."""
     data = orjson.dumps(representations.log_event(event), option=orjson.OPT_UTC_Z)
     message = b"id: %d\nevent: status_reported\ndata: %b\n\n" % (event.position, data)
-    return Recent(event.position, event.order_no, message)
+    return Recent(event.position, event.order_no, message, monotonic())
 
 
 class _Tail:
@@ -144,12 +158,17 @@ class _Tail:
             self._grown.notify_all()
 
     async def _follow(self) -> None:
+        last_failure = ""
         while True:
             self._woken.clear()
-            # A database that is away is looked for again, as long as there are readers.
-            with suppress(ConnectionError, TimeoutError):
+            try:
                 while await self._read_on():  # noqa: ASYNC110 - it rests between two pages, and waits for nothing
                     await asyncio.sleep(REST_SECONDS)
+                last_failure = ""
+            except Exception as error:  # noqa: BLE001 - it goes on as long as there are readers, whatever it is
+                if repr(error) != last_failure:
+                    last_failure = repr(error)
+                    log.warning("the log cannot be read for live readers; it goes on trying", error=repr(error))
             with suppress(TimeoutError):
                 async with asyncio.timeout(POLL_SECONDS):
                     await self._woken.wait()
@@ -165,16 +184,23 @@ class _Tail:
                 self._by_order.setdefault(recent.order_no, []).append(recent)
             if len(self._recent) > RECENT_EVENTS_MAX or self._bytes > RECENT_BYTES_MAX:
                 # Whole pages are left, so that dropping is rare; what was just read stays.
-                dropped = min(len(self._recent) // 2, len(self._recent) - len(read))
-                self._begins_after = self._recent[dropped - 1].position if dropped else self._begins_after
-                self._bytes -= sum(len(recent.message) for recent in self._recent[:dropped])
-                self._recent = self._recent[dropped:]
-                self._by_order = {}
-                for recent in self._recent:
-                    self._by_order.setdefault(recent.order_no, []).append(recent)
+                self._drop(min(len(self._recent) // 2, len(self._recent) - len(read)))
             async with self._grown:
                 self._grown.notify_all()
+        oldest = monotonic() - RECENT_SECONDS_MAX
+        self._drop(bisect_right(self._recent, oldest, key=lambda one: one.read_at))
         return len(page)
+
+    def _drop(self, count: int) -> None:
+        """Drop the oldest of what is kept."""
+        if not count:
+            return
+        self._begins_after = self._recent[count - 1].position
+        self._bytes -= sum(len(recent.message) for recent in self._recent[:count])
+        self._recent = self._recent[count:]
+        self._by_order = {}
+        for recent in self._recent:
+            self._by_order.setdefault(recent.order_no, []).append(recent)
 
 
 class Streams:
@@ -182,11 +208,13 @@ class Streams:
 
     Args:
         pool: where its connections come from.
+        access: asked again, while a stream goes on, whether its key is still good.
         seconds_max: how long one page may take.
     """
 
-    def __init__(self, pool: Pool, seconds_max: float) -> None:
+    def __init__(self, pool: Pool, access: Access, seconds_max: float) -> None:
         self._pool = pool
+        self._access = access
         self._seconds_max = seconds_max
         self.tail = _Tail(pool, seconds_max)
 
@@ -195,6 +223,7 @@ class Streams:
         "/events",
         representations.LogEvents,
         query=EventsQuery,
+        problems=(Kind.HTTP_VERSION,),
         media=(JSON, NDJSON),
     )
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
@@ -231,11 +260,11 @@ class Streams:
 
     async def _all_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
         position = query.after
+        _refuse_old_version(request)
         async with borrowed(self._pool, self._seconds_max) as connection:
             head = await event_store.head_position(connection)
         response = web.StreamResponse(headers=NDJSON_HEADERS)
-        if request.version >= HttpVersion11:
-            response.enable_chunked_encoding()
+        response.enable_chunked_encoding()
         await response.prepare(request)
         while position < head:
             page = await self._page(position)
@@ -250,8 +279,7 @@ class Streams:
             return await event_store.read_log(connection, position, PAGE_EVENTS)
 
     async def _stream(self, request: web.Request, query: StreamQuery, send: Send) -> web.StreamResponse:
-        if request.version < HttpVersion11:
-            raise ProblemError(Kind.HTTP_VERSION, "a stream needs HTTP/1.1")
+        _refuse_old_version(request)
         begin = _position_seen(request)
         begin = query.after if begin is None else begin
         async with AsyncExitStack() as stack:
@@ -264,10 +292,15 @@ class Streams:
             await stack.enter_async_context(response)
             # A comment and the time to come again: headers alone would wait for company.
             await response.write(b": the log from position %d on\n" % position + RETRY)
-            with suppress(ConnectionError, TimeoutError):
+            look_at = monotonic() + KEY_SECONDS
+            with suppress(ConnectionError, TimeoutError, ProblemError):
                 while not self.tail.is_ended and not is_gone(request):
                     position = await send(response, position)
-                    await self._wait(request, position)
+                    await self._wait(position)
+                    if monotonic() >= look_at:
+                        # A key may have been revoked. Where nobody can tell, the log cannot be read either.
+                        await self._access.admit(request, "read")
+                        look_at = monotonic() + KEY_SECONDS
         return response
 
     async def _send_position(self, response: EventSourceResponse, position: int) -> int:
@@ -304,12 +337,11 @@ class Streams:
                 return max(position, end)
             version = page[-1].version
 
-    async def _wait(self, request: web.Request, position: int) -> None:
-        """Wait until there is more; look now and then whether the reader is still there."""
-        while not is_gone(request) and not self.tail.is_ended and self.tail.position <= position:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
-                    await self.tail.grown(position)
+    async def _wait(self, position: int) -> None:
+        """Wait until there is more, and no longer than a reader that has gone may go unnoticed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_SECONDS):
+                await self.tail.grown(position)
 
 
 async def _write(response: EventSourceResponse, messages: Sequence[bytes]) -> None:
@@ -324,10 +356,16 @@ async def _write(response: EventSourceResponse, messages: Sequence[bytes]) -> No
         raise
 
 
+def _refuse_old_version(request: web.Request) -> None:
+    # Without chunks, one that was cut off looks like a whole one.
+    if request.version < HttpVersion11:
+        raise ProblemError(Kind.HTTP_VERSION, "a stream needs HTTP/1.1")
+
+
 def _position_seen(request: web.Request) -> int | None:
     given = request.headers.get(LAST_EVENT_ID)
     if given is None:
         return None
-    if not (given.isascii() and given.isdecimal()) or int(given) > POSITION_MAX:
+    if not _DIGITS.fullmatch(given) or int(given) > POSITION_MAX:
         raise bad_parameter(LAST_EVENT_ID, "it must be a position")
     return int(given)

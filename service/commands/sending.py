@@ -5,6 +5,7 @@ import secrets
 from typing import Annotated, Final
 
 import aiohttp
+import orjson
 import typer
 from yarl import URL
 
@@ -15,6 +16,7 @@ from service.commands.console import (
     out,
     plain_errors,
 )
+from service.sender import signature_of
 from service.settings import Settings, read_settings
 
 # For one webhook that a person sends by hand.
@@ -33,8 +35,11 @@ def send(
     with plain_errors():
         settings = read_settings()
         target = _checked(url) if url is not None else webhook_url(settings)
-        body = {"order_no": order_no, "cnote": cnote, "status": status}
-        code, text = asyncio.run(_put(target, body))
+        body = orjson.dumps({"order_no": order_no, "cnote": cnote, "status": status})
+        headers = {"Content-Type": "application/json"}
+        if secret := settings.webhook_hmac_secret.get_secret_value():
+            headers[settings.webhook_hmac_header] = signature_of(body, secret.encode())
+        code, text = asyncio.run(_put(target, body, headers))
     out.print(text, markup=False)
     if code != 200:  # noqa: PLR2004 - the one answer that means committed
         raise typer.Exit(WRONG)
@@ -59,10 +64,13 @@ def _checked(url: str) -> URL:
     return target
 
 
-async def _put(url: URL, body: dict[str, str]) -> tuple[int, str]:
+async def _put(url: URL, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
     timeout = aiohttp.ClientTimeout(total=SEND_SECONDS_MAX)
     try:
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.put(url, json=body) as response:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.put(url, data=body, headers=headers) as response,
+        ):
             return response.status, await response.text()
     except (aiohttp.ClientError, TimeoutError) as error:
         # Its path may hold a token.

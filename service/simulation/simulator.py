@@ -7,7 +7,6 @@ given up, the webhook is deactivated, and nothing is pushed until a URL is regis
 
 import asyncio
 import contextlib
-import hashlib
 import hmac
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -21,6 +20,7 @@ import orjson
 from aiohttp import web
 
 from service.registration import KEY_HEADER, PATH, URL_MEMBER, UnusableUrlError, check_url
+from service.sender import signature_of
 from service.simulation.account import OK, Sent
 from service.simulation.lifecycles import Journey, Push
 
@@ -213,7 +213,7 @@ class Simulator:
         body = push.body.encode()
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if self._secret:
-            headers[self._signature_header] = hmac.new(self._secret, body, hashlib.sha256).hexdigest()
+            headers[self._signature_header] = signature_of(body, self._secret)
         with contextlib.suppress(aiohttp.ClientError, OSError):
             async with (
                 asyncio.timeout(ATTEMPT_SECONDS_MAX if patience is None else patience),
