@@ -218,11 +218,11 @@ def test_send_never_says_the_token(state_dir: Path, url: str, code: int) -> None
 
 
 def test_send_finds_the_service_by_its_settings(state_dir: Path) -> None:
-    """With a token and on an IPv6 address, without any of it on the command line."""
-    service = RunningService(state_dir, HOST="::1", WEBHOOK_TOKENS="a-token-of-16-characters").start()
+    """With a token, signed, and on an IPv6 address, without any of it on the command line."""
+    guards = {"WEBHOOK_TOKENS": "a-token-of-16-characters", "WEBHOOK_HMAC_SECRET": "a-secret-of-16-characters"}
+    service = RunningService(state_dir, HOST="::1", **guards).start()
     try:
-        port = service.url.rpartition(":")[2]
-        settings = {"HOST": "::1", "PORT": port, "WEBHOOK_TOKENS": "a-token-of-16-characters"}
+        settings = {"HOST": "::1", "PORT": service.url.rpartition(":")[2], **guards}
         assert run_command(state_dir, "send", "KOM1", "AWB1", "Sent", **settings).returncode == 0
         assert "a-token" not in service.output
     finally:

@@ -326,6 +326,48 @@ async def test_an_older_process_does_not_write_a_newer_view(service: Service, co
     assert await connection.fetchval("SELECT position FROM current_status.projection") == 0
 
 
+async def test_another_definitions_view_is_not_written_to_be_verified(
+    service: Service, dsn: str, connection: Connection
+) -> None:
+    """It needs a replay; until then nothing of this code's is put into it."""
+    await record(service, report("KOM1"))
+    await connection.execute(
+        "UPDATE current_status.projection SET definition = 'of a later release', position = 0; "
+        "DELETE FROM current_status.orders"
+    )
+    with pytest.raises(OutdatedViewError, match="it needs a replay"):
+        await rebuilt(dsn, verify=True)
+    assert await rows_of(connection, "current_status.orders") == []
+
+
+async def test_trouble_says_nothing_of_a_views_definition(service: Service, connection: Connection) -> None:
+    """A view that is outdated stays so for readers while its lock, or its server, cannot be had."""
+    projector = service.projectors["current_status"]
+    await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
+    async with asyncio.timeout(10):
+        while not projector.is_outdated:
+            projector.wake()
+            await asyncio.sleep(0.05)
+    await connection.execute("ALTER TABLE current_status.projection RENAME TO moved_away")
+    for _ in range(10):
+        projector.wake()
+        await asyncio.sleep(0.05)
+        assert projector.is_outdated
+    await connection.execute("ALTER TABLE current_status.moved_away RENAME TO projection")
+
+
+async def test_events_are_counted_on_a_connection_of_their_own(dsn: str, connection: Connection) -> None:
+    """To count a large log takes longer than live projections may wait."""
+    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
+    held = HeldConnection(lambda: connect(dsn))
+    try:
+        reader = LogReader(held, lambda: connect(dsn))
+        async with held.use():
+            assert await asyncio.wait_for(reader.count(1), 5) == 1
+    finally:
+        await held.close()
+
+
 async def test_a_difference_is_found(service: Service, dsn: str, connection: Connection) -> None:
     """A verification that could not fail would be worth nothing: a row changed by hand is told."""
     await record(service, report("KOM1"))

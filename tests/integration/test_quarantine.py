@@ -13,7 +13,7 @@ import pytest
 
 from service import event_store
 from service.app import serving
-from service.database import Connection
+from service.database import POOL_CONNECTIONS_MAX, Connection
 from service.settings import Settings
 from tests.acceptance.running import run_command
 from tests.conftest import make_folder
@@ -134,6 +134,34 @@ async def test_an_entry_is_discarded_with_a_reason(client: Client, connection: C
     await post(client, f"/quarantine/{entry}/discard", 409, {"reason": "again"})
     assert "a test of ours" in (await post(client, f"/quarantine/{entry}/retry", 409))["detail"]
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
+
+
+async def test_what_was_dealt_with_needs_no_understanding(client: Client, connection: Connection) -> None:
+    """A discarded entry says so, one whose body is erased has its receipt still: neither is read again."""
+    junk = (await client.raw(b"not json"))["quarantine_id"]
+    await post(client, f"/quarantine/{junk}/discard", 200, {"reason": "a test of ours"})
+    assert "a test of ours" in (await post(client, f"/quarantine/{junk}/retry", 409))["detail"]
+    entry = await quarantined(client, connection)
+    receipt = await post(client, f"/quarantine/{entry}/retry", 200)
+    await connection.execute("SET ROLE order_tracking_owner; CALL erase_order('KOM1', 'asked for'); RESET ROLE")
+    assert await post(client, f"/quarantine/{entry}/retry", 200) == receipt
+
+
+async def test_bodies_are_kept_and_keys_known_while_readers_have_every_connection(
+    client: Client, connection: Connection
+) -> None:
+    """The webhook, the probe and the look at keys wait for no reader."""
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE timeline.entries")
+        path = "/audit/transitions"
+        readers = [asyncio.create_task(client.get(path, 503)) for _ in range(2 * POOL_CONNECTIONS_MAX)]
+        await asyncio.sleep(0.5)
+        async with asyncio.timeout(1.5):
+            assert (await client.raw(b"not json"))["outcome"] == "quarantined"
+            await client.get("/readyz")
+            await client.get("/transitions")
+        assert not any(reader.done() for reader in readers)
+        await asyncio.gather(*readers)
 
 
 async def test_the_list_is_filtered_by_state(client: Client, connection: Connection) -> None:

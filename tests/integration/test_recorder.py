@@ -208,6 +208,24 @@ async def test_an_order_whose_history_cannot_be_read_does_not_fail_the_others(
     assert sum(isinstance(outcome, Receipt) for outcome in outcomes) == 8
 
 
+async def test_an_order_in_a_status_of_a_later_release_does_not_fail_the_others(
+    recorder: Recorder, connection: Connection
+) -> None:
+    """Nothing can be judged by a status that the table does not have; its neighbours are recorded."""
+    await recorder.record(report("OTHER"), NOW)
+    await connection.execute(
+        "INSERT INTO order_events (originator_id, originator_version, topic, state) SELECT 'KOM3', 1, topic, "
+        "convert_to(replace(convert_from(state, 'UTF8'), 'in_transit', 'at_warehouse'), 'UTF8') FROM order_events"
+    )
+    outcomes = await asyncio.gather(
+        *(recorder.record(report(f"KOM{number}"), NOW) for number in range(9)),
+        return_exceptions=True,
+    )
+    refused = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, RefusedReportError)]
+    assert refused == [3]
+    assert sum(isinstance(outcome, Receipt) for outcome in outcomes) == 8
+
+
 async def test_a_caller_that_vanishes_takes_nothing_with_it(recorder: Recorder, connection: Connection) -> None:
     """A cancelled caller cancels neither its neighbours nor the commit under way."""
     calls = [asyncio.create_task(recorder.record(report(f"KOM{n}"), NOW)) for n in range(10)]

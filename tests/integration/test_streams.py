@@ -1,6 +1,7 @@
 """The log as it grows: server-sent events, NDJSON, and lists as CSV."""
 
 import asyncio
+import contextlib
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from service.api_keys import KNOWN_SECONDS_MAX, create_key, revoke_key
 from service.app import serving
 from service.database import Connection
 from service.endpoints import NDJSON
@@ -170,7 +172,7 @@ async def test_a_silent_stream_has_heartbeats(client: Client, monkeypatch: pytes
     assert b"retry: 2000" in received
 
 
-@pytest.mark.parametrize("given", ["x", "-1", "1.5", "99999999999999999999", ""])
+@pytest.mark.parametrize("given", ["x", "-1", "1.5", "9999999999999999999", "9" * 5_000, ""])
 async def test_a_last_event_id_that_is_none(client: Client, given: str) -> None:
     """400, naming it."""
     problem = await client.get("/events/stream", 400, {"Last-Event-ID": given})
@@ -201,6 +203,78 @@ async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.M
         assert response.headers["Content-Type"] == NDJSON
         lines = (await response.text()).splitlines()
     assert [json.loads(line) for line in lines] == (await client.get("/events?after=2"))["events"]
+
+
+async def test_half_an_answer_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a reader is sent ends without an end; nothing else follows, which would be taken for more of it."""
+    monkeypatch.setattr("service.streams.SEND_SECONDS_MAX", 0.3)
+    for _ in range(8):
+        await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=2**16)
+    writer.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n")
+    await asyncio.sleep(1.5)
+    received = bytearray()
+    with contextlib.suppress(ConnectionError):
+        while part := await asyncio.wait_for(reader.read(2**20), SECONDS_MAX):
+            received += part
+    writer.close()
+    assert received.startswith(b"HTTP/1.1 200 OK")
+    assert received.count(b"HTTP/1.1") == 1
+    assert not received.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("path", ["/events", "/events/stream"])
+async def test_who_knows_no_chunks_gets_no_endless_answer(client: Client, path: str) -> None:
+    """One that was cut off would look like a whole one."""
+    request = f"GET {path} HTTP/1.0\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n"
+    assert (await client.talk(request.encode())).split(b" ", 2)[1] == b"505"
+
+
+async def test_what_is_erased_is_not_sent_from_memory(
+    client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What live readers share is forgotten soon, though one of them stays."""
+    monkeypatch.setattr("service.streams.RECENT_SECONDS_MAX", 0.2)
+    async with reading(client, "/events/stream") as stays:
+        await client.webhook("KOM1", more="a name")
+        assert "a name" in (await stays.message())["data"]
+        await connection.execute("SET ROLE order_tracking_owner; CALL erase_order('KOM1', 'asked for')")
+        await asyncio.sleep(2.5)
+        async with reading(client, "/events/stream?after=0") as late:
+            assert "a name" not in (await late.message())["data"]
+        await client.webhook("KOM2")
+        assert json.loads((await stays.message())["data"])["order_no"] == "KOM2"
+
+
+async def test_live_readers_outlive_any_trouble_of_the_database(client: Client, connection: Connection) -> None:
+    """Even that of an operator who moves a table away for a moment."""
+    async with reading(client, "/events/stream") as reader:
+        await connection.execute("ALTER TABLE order_events RENAME TO moved_away")
+        await asyncio.sleep(1.5)
+        await connection.execute("ALTER TABLE moved_away RENAME TO order_events")
+        position = (await client.webhook("KOM1"))["position"]
+        assert await reader.positions(1) == [position]
+
+
+async def test_a_stream_ends_with_its_key(
+    client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only the next request of a revoked key is refused: what goes on by it ends."""
+    monkeypatch.setattr("service.streams.KEY_SECONDS", 0.2)
+    key = await create_key(connection, "one", "read", None)
+    await asyncio.sleep(KNOWN_SECONDS_MAX)
+    async with reading(client, "/events/stream", Authorization=f"Bearer {key}") as reader:
+        await client.webhook("KOM1")
+        await reader.message()
+        await revoke_key(connection, "one")
+        with pytest.raises((EOFError, aiohttp.ClientError)):
+            await asyncio.wait_for(endless(client, reader), SECONDS_MAX)
+
+
+async def endless(client: Client, reader: Reader) -> None:
+    while True:
+        await client.webhook("KOM1")
+        await reader.message()
 
 
 async def test_lists_as_csv(client: Client) -> None:
