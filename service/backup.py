@@ -80,7 +80,10 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
     # A service that starts meanwhile waits, and then finds the schema.
     await connection.execute(HOLD_SCHEMA_LOCK, SCHEMA_LOCK)
     if not await connection.fetchval(IS_EMPTY):
-        raise BackupError("the database is not empty: a backup is restored into an empty one")
+        raise BackupError(
+            "the database is not empty: a backup is restored into an empty one, such as one that "
+            "'serve' would make in another ORDER_TRACKING_STATE_DIR"
+        )
     await connection.execute(ROLES_SQL)
     try:
         _run([tool, "--exit-on-error", "--single-transaction"], dsn, stdin=file)
@@ -89,7 +92,7 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
         hint = (
             f"; {tool} is of PostgreSQL {major}, the server of {server_major}" if major != server_major else ""
         )
-        raise BackupError(f"{error}{hint}") from None
+        raise BackupError(f"{error}{hint}; nothing was restored") from None
     await apply_schema(connection)
     # What the planner knows of the tables is in no dump.
     await connection.execute("ANALYZE")

@@ -61,10 +61,19 @@ def check_settings(settings: Settings) -> list[Finding]:
     """Look at what the settings leave open; whether each is one was looked at when they were read."""
     count = len(settings.webhook_tokens)
     if count:
-        return [_ok(f"the webhook asks for one of {count} tokens")]
+        return [_ok(f"the webhook asks for a token; {count} {'is' if count == 1 else 'are'} good")]
+    if settings.webhook_hmac_secret:
+        return [_ok("the webhook asks for a signature")]
     if settings.is_local:
         return [_note("the webhook is open to this machine: ORDER_TRACKING_WEBHOOK_TOKENS is not set")]
     return [_wrong("the webhook is open to whoever reaches it: set ORDER_TRACKING_WEBHOOK_TOKENS")]
+
+
+def place(settings: Settings, dsn: str) -> Finding:
+    """Say which database is looked at, and how else to enter it."""
+    if settings.database_url:
+        return _ok("the database is that of ORDER_TRACKING_DATABASE_URL")
+    return _ok(f"the database is the one in {settings.state_dir}; while it runs: psql '{dsn}'")
 
 
 async def check(dsn: str) -> list[Finding]:
@@ -143,7 +152,7 @@ async def _check_role(dsn: str) -> list[Finding]:
 async def _check_keys(connection: Connection) -> list[Finding]:
     now = datetime.now(UTC)
     valid = sum(key.is_valid(now) for key in await all_keys(connection))
-    return [_ok(f"{valid} API keys are valid") if valid else _note("no API key is valid")]
+    return [_ok(f"API keys that are valid: {valid}") if valid else _note("no API key is valid")]
 
 
 async def _check_views(connection: Connection) -> list[Finding]:

@@ -409,6 +409,11 @@ def running_dsn(state_dir: Path) -> str | None:
     return _dsn(sockets) if pid in _processes(state) else None
 
 
+def has_data(state_dir: Path) -> bool:
+    """Tell whether a server's data lies in a state folder."""
+    return (state_dir / "postgres").exists()
+
+
 def default_state_dir() -> Path:
     if os.geteuid() == 0:
         return Path("/var/lib/order-tracking")  # below /root the server's user could not reach it

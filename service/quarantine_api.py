@@ -112,9 +112,11 @@ class QuarantineApi:
         return answer(representations.quarantine_entry(entry, with_body=True))
 
     async def _entry(self, request: web.Request) -> QuarantineEntry:
-        quarantine_id = number_of(request.match_info["quarantine_id"])
+        wanted = request.match_info["quarantine_id"]
+        quarantine_id = number_of(wanted)
         if not quarantine_id:
             decoded(request.raw_path.partition("?")[0])
+            raise ProblemError(Kind.UNKNOWN_ENTRY, f"the quarantine has no entry {wanted}")
         try:
             async with borrowed(self._pool, self._seconds_max) as connection:
                 return await quarantine.find_entry(connection, quarantine_id)

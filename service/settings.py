@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -173,6 +173,22 @@ class Settings(BaseSettings):
         return state_dir.expanduser().absolute()
 
 
+def _names_in(file: Path) -> list[str]:
+    """Return the names that a file of settings has; a line that is not one must not pass for no setting."""
+    try:
+        if not file.exists():
+            return []
+        with file.open(encoding="utf-8") as lines:
+            found = [*parse_stream(lines)]
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"{file} cannot be read: {error}") from None
+    for line in found:
+        # A comment and an empty line have no key.
+        if line.error or (line.key is not None and line.value is None):
+            raise SettingsError(f"{file}, line {line.original.line}, is no setting: NAME=value is one")
+    return [line.key for line in found if line.key is not None]
+
+
 def read_settings() -> Settings:
     """Read the settings.
 
@@ -182,10 +198,7 @@ def read_settings() -> Settings:
     file = Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE))
     if FILE_VARIABLE in os.environ and (not file.exists() or file.is_dir()):
         raise SettingsError(f"{FILE_VARIABLE} names {file}, which is no file")
-    try:
-        given = {name.upper() for name in (*os.environ, *dotenv_values(file))} - {FILE_VARIABLE}
-    except (OSError, UnicodeError) as error:
-        raise SettingsError(f"{file} cannot be read: {error}") from None
+    given = {name.upper() for name in (*os.environ, *_names_in(file))} - {FILE_VARIABLE}
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     unknown = sorted(name for name in given if name.startswith(PREFIX) and name not in known)
     if unknown:

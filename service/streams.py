@@ -227,7 +227,7 @@ class Streams:
         media=(JSON, NDJSON),
     )
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
-        """A page of the whole log, by position; as NDJSON, all of it up to the head, whatever the limit."""
+        """A page of the whole log, by position; as NDJSON, all of it up to the head, if no limit is given."""
         if NDJSON in request.headers.get(hdrs.ACCEPT, "") and request.method == hdrs.METH_GET:
             return await self._all_events(request, query)
         async with borrowed(self._pool, self._seconds_max) as connection:
@@ -266,17 +266,19 @@ class Streams:
         response = web.StreamResponse(headers=NDJSON_HEADERS)
         response.enable_chunked_encoding()
         await response.prepare(request)
-        while position < head:
-            page = await self._page(position)
+        left = query.limit if "limit" in query.model_fields_set else None
+        while position < head and left != 0:
+            page = await self._page(position, PAGE_EVENTS if left is None else min(left, PAGE_EVENTS))
+            left = left and left - len(page)
             lines = [orjson.dumps(representations.log_event(event), option=OPTIONS) for event in page]
             async with asyncio.timeout(SEND_SECONDS_MAX):
                 await response.write(b"".join(lines))
             position = page[-1].position if page else head
         return response
 
-    async def _page(self, position: int) -> list[RecordedEvent]:
+    async def _page(self, position: int, limit: int) -> list[RecordedEvent]:
         async with borrowed(self._pool, self._seconds_max) as connection:
-            return await event_store.read_log(connection, position, PAGE_EVENTS)
+            return await event_store.read_log(connection, position, limit)
 
     async def _stream(self, request: web.Request, query: StreamQuery, send: Send) -> web.StreamResponse:
         _refuse_old_version(request)
@@ -319,7 +321,7 @@ class Streams:
             return await self._send_order(response, position, order_no)
         if recent is None:
             # Behind what is kept in memory: read like anybody who comes late.
-            recent = [message_of(event) for event in await self._page(position)]
+            recent = [message_of(event) for event in await self._page(position, PAGE_EVENTS)]
             end = recent[-1].position if recent else end
         await _write(response, [one.message for one in recent])
         return end

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, Annotated, Any
 
 import typer
 
@@ -17,12 +17,12 @@ from service.settings import read_settings
 # Reports may hold what is nobody else's business.
 FILE_MODE = 0o600
 
-File = Annotated[
-    str, typer.Argument(help="The dump's file; - is standard output or input.", show_default=False)
-]
+
+def _file(dash: str) -> Any:
+    return typer.Argument(help=f"The dump's file; - is standard {dash}.", show_default=False)
 
 
-def backup(file: File) -> None:
+def backup(file: Annotated[str, _file("output")]) -> None:
     """Write a dump of the whole database, while the service goes on."""
 
     async def work(dsn: str) -> int:
@@ -36,7 +36,7 @@ def backup(file: File) -> None:
         run_with_database(work, as_service=False)
 
 
-def restore(file: File) -> None:
+def restore(file: Annotated[str, _file("input")]) -> None:
     """Make an empty database what it was when a dump was written."""
 
     async def work(dsn: str) -> int:
@@ -50,7 +50,7 @@ def restore(file: File) -> None:
         return 0
 
     with _plain_errors():
-        run_with_database(work, as_service=False)
+        run_with_database(work, as_service=False, may_make=True)
 
 
 @contextmanager
@@ -80,7 +80,10 @@ def _new_file(name: str) -> Iterator[Path | None]:
         raise FileExistsError(None, None, name)
     new = path.with_name(f"{path.name}.new")
     try:
-        new.touch(FILE_MODE)
+        try:
+            new.touch(FILE_MODE)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, name) from None
         yield new
         new.rename(path)
     except BaseException:

@@ -11,7 +11,11 @@ def check() -> None:
 
     async def work(dsn: str) -> int:
         settings = read_settings()
-        findings = [*checks.check_settings(settings), *await checks.check(dsn)]
+        findings = [
+            *checks.check_settings(settings),
+            checks.place(settings, dsn),
+            *await checks.check(dsn),
+        ]
         for finding in findings:
             out.print(f"{finding.kind:<5}  {finding.text}", markup=False)
         return WRONG if any(finding.kind == "WRONG" for finding in findings) else 0
@@ -28,4 +32,4 @@ def migrate() -> None:
         out.print(f"the schema has version {SCHEMA_VERSION}")
         return 0
 
-    run_with_database(work, as_service=False)
+    run_with_database(work, as_service=False, may_make=True)

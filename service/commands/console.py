@@ -20,7 +20,7 @@ from service.database import (
     UnsupportedServerError,
     connect,
 )
-from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, running_dsn
+from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
 from service.event_store import UndecodableEventError
 from service.schema import SchemaError, service_dsn
 from service.settings import Settings, SettingsError, read_settings
@@ -59,24 +59,36 @@ def plain_errors() -> Iterator[None]:
 
 
 @contextmanager
-def database(settings: Settings) -> Iterator[tuple[str, EmbeddedPostgres | None]]:
-    """Yield the database's DSN: the given one, that of a running service, or of one started for the purpose."""
+def database(settings: Settings, *, may_make: bool = False) -> Iterator[str]:
+    """Yield the database's DSN: the given one, that of a running service, or of one started for the purpose.
+
+    Args:
+        settings: that say which.
+        may_make: whether an embedded one that is not there yet is made.
+    """
     if settings.database_url:
-        yield settings.database_url, None
+        yield settings.database_url
     elif (dsn := running_dsn(settings.state_dir)) is not None:
-        yield dsn, None
+        yield dsn
+    elif not may_make and not has_data(settings.state_dir):
+        end(
+            f"there is no database in {settings.state_dir} yet: 'serve' makes one; "
+            "ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL name another"
+        )
     else:
         with EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir) as server:
-            yield server.dsn, server
+            yield server.dsn
 
 
-def run_with_database(work: Callable[[str], Coroutine[Any, Any, int]], *, as_service: bool = True) -> NoReturn:
+def run_with_database(
+    work: Callable[[str], Coroutine[Any, Any, int]], *, as_service: bool = True, may_make: bool = False
+) -> NoReturn:
     """Run a piece of work on the configured database, as the service's role or as given; exit as it says."""
 
     async def run(dsn: str) -> int:
         return await work(await service_dsn(dsn) if as_service else dsn)
 
-    with plain_errors(), database(read_settings()) as (dsn, _):
+    with plain_errors(), database(read_settings(), may_make=may_make) as dsn:
         code = uvloop.run(run(dsn))
     raise typer.Exit(code)
 

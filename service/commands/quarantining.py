@@ -116,7 +116,10 @@ def retry_quarantine(
         )
         left = 0
         async with connected(dsn) as connection:
-            for number in quarantine_ids or await quarantines.open_entries(connection):
+            numbers = quarantine_ids or await quarantines.open_entries(connection)
+            if not numbers:
+                out.print("no entry is open")
+            for number in numbers:
                 entry = await _quarantine_entry(connection, number)
                 try:
                     receipt = await recorder.record(quarantines.report_of(entry), datetime.now(UTC))

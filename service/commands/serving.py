@@ -35,6 +35,8 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
     stopped = asyncio.Event()
     # A terminal that is closed ends it like Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     log = structlog.get_logger()
     keeper = None
@@ -91,7 +93,7 @@ def _greet(settings: Settings, port: int) -> None:
 def _warn(settings: Settings, *, is_without_keys: bool) -> None:
     """Say what stands open."""
     log = structlog.get_logger()
-    if not settings.webhook_tokens and not settings.is_local:
+    if not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local):
         log.warning(
             "ANYBODY WHO REACHES THIS ADDRESS CAN REPORT: set ORDER_TRACKING_WEBHOOK_TOKENS",
             try_this="order-tracking token",

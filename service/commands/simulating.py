@@ -30,7 +30,9 @@ TERMINAL_SECONDS: Final = 0.1
 PLAIN_SECONDS: Final = 5.0
 LISTEN_HOST: Final = "127.0.0.1"
 
-Share = Annotated[float, typer.Option(min=0, max=1, help="What share of the reports; 0 to 1.")]
+
+def _share(of: str) -> Any:
+    return typer.Option(min=0, max=1, help=f"What share of the reports is {of}.")
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,12 @@ def simulate(  # noqa: PLR0913 - the options of the command
     rate: Annotated[float, typer.Option(min=0, help="Reports a second; 0: as fast as answers come.")] = 50.0,
     seed: Annotated[int, typer.Option(help="Of every chance: the same seed, the same orders.")] = 0,
     method: Annotated[Literal["PUT", "POST", "mixed"], typer.Option(help="What to push by.")] = "mixed",
-    duplicates: Share = 0.0,
-    reorder: Share = 0.0,
-    delay: Share = 0.0,
-    lose: Share = 0.0,
-    hang_up: Share = 0.0,
-    unknown: Share = 0.0,
+    duplicates: Annotated[float, _share("sent twice")] = 0.0,
+    reorder: Annotated[float, _share("sent after the next one")] = 0.0,
+    delay: Annotated[float, _share("sent much later")] = 0.0,
+    lose: Annotated[float, _share("never sent")] = 0.0,
+    hang_up: Annotated[float, _share("not waited for, and sent again")] = 0.0,
+    unknown: Annotated[float, _share("of an unknown word")] = 0.0,
     url: Annotated[
         str | None,
         typer.Option(
@@ -69,8 +71,6 @@ def simulate(  # noqa: PLR0913 - the options of the command
 ) -> None:
     """Play Komerce: tell of orders, and compare what was sent with what the service recorded.
 
-    Reports can be doubled (--duplicates), sent after their successor (--reorder), later still (--delay) or
-    never (--lose), hung up on before they are answered (--hang-up), or use unknown words (--unknown).
     Ctrl-C ends it early, with the account of what was sent until then.
     """
     with plain_errors():
@@ -192,7 +192,7 @@ async def _show(simulator: Simulator, orders: int) -> None:
         while True:
             await asyncio.sleep(TERMINAL_SECONDS if out.is_terminal else PLAIN_SECONDS)
             rate = simulator.pushes_done / (time.monotonic() - began)
-            told = f"{simulator.pushes_done:,} reports, {rate:,.0f}/s, {simulator.refusals:,} attempts failed"
+            told = f"{simulator.pushes_done:,} reports, {rate:,.0f}/s, {simulator.refusals:,} failed attempts"
             progress.update(bar, completed=simulator.orders_told, told=told)
             if not out.is_terminal:
                 out.print(f"{simulator.orders_told:,} of {orders:,} orders: {told}", markup=False)

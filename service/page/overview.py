@@ -118,7 +118,8 @@ class Overview(NamedTuple):
 
     @property
     def moving(self) -> int:
-        return sum(orders for status, orders in self.statistics.statuses if status not in SETTLED)
+        """How many have a status that is not the last one."""
+        return sum(orders for status, orders in self.statistics.statuses if status and status not in SETTLED)
 
     @property
     def lag_seconds(self) -> float:

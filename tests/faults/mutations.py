@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from domain.order import Order
 from service import event_store
-from service.__main__ import cli
+from service.commands.cli import cli
 from service.event_store import EventStore
 from tests.acceptance.running import LISTENS, START_SECONDS_MAX, RunningService, environment
 from tests.faults.faults import Fault, kill_service, stop_immediately

@@ -214,8 +214,9 @@ async def test_an_order_in_a_status_of_a_later_release_does_not_fail_the_others(
     """Nothing can be judged by a status that the table does not have; its neighbours are recorded."""
     await recorder.record(report("OTHER"), NOW)
     await connection.execute(
-        "INSERT INTO order_events (originator_id, originator_version, topic, state) SELECT 'KOM3', 1, topic, "
-        "convert_to(replace(convert_from(state, 'UTF8'), 'in_transit', 'at_warehouse'), 'UTF8') FROM order_events"
+        "INSERT INTO order_events (originator_id, originator_version, topic, state) "
+        "SELECT 'KOM3', 1, topic, "
+        "convert_to(replace(convert_from(state, 'UTF8'), 'in_transit', 'at_sea'), 'UTF8') FROM order_events"
     )
     outcomes = await asyncio.gather(
         *(recorder.record(report(f"KOM{number}"), NOW) for number in range(9)),
