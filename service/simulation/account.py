@@ -177,8 +177,8 @@ class ReadApi:
         except (aiohttp.ClientError, OSError) as error:
             raise UnreadableAccountError(f"{self._base} cannot be read: {error or 'no answer'}") from None
         if response.status in (401, 403):
-            said = "does not take that key" if self._headers else "wants a key: give one"
-            raise UnreadableAccountError(f"{self._base} {said} of the scope read with --key")
+            said = "does not take that key" if self._headers else "wants a key"
+            raise UnreadableAccountError(f"{self._base} {said}: give one of the scope read with --key")
         try:
             page = orjson.loads(body)
         except orjson.JSONDecodeError:

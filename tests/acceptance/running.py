@@ -48,6 +48,12 @@ def run_command(state_dir: Path, *arguments: str, **settings: str) -> "subproces
     )
 
 
+def running_commands() -> str:
+    """The command lines of every process on this machine."""
+    listing = ["ps", "-axww", "-o", "command="]
+    return subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+
+
 class RunningService:
     """One service process."""
 

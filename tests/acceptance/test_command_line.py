@@ -19,7 +19,8 @@ from domain.order import Order, Report
 from service import event_store
 from service.database import connect
 from service.embedded_postgres import EmbeddedPostgres
-from tests.acceptance.running import ROOT, RunningService, environment, run_command
+from service.version import VERSION
+from tests.acceptance.running import ROOT, RunningService, environment, run_command, whole_log
 
 
 def report_to(service: RunningService, order_no: str, status: str, cnote: str = "AWB1") -> int:
@@ -163,10 +164,54 @@ def test_check_says_what_is_in_order_and_what_is_not(service: RunningService) ->
 
 
 def test_commands_start_the_database_where_no_service_runs(state_dir: Path) -> None:
-    """Without a running service a command starts the database for itself, and says that it is empty."""
-    empty = run_command(state_dir, "audit", "KOM1")
-    assert (empty.returncode, empty.stderr) == (1, "the database has no schema yet: 'serve' applies it\n")
-    assert run_command(state_dir, "check").returncode == 1
+    """Without a running service a command starts the database for itself; it makes none."""
+    RunningService(state_dir).start().end()
+    unknown = run_command(state_dir, "audit", "KOM1")
+    assert (unknown.returncode, "KOM1" in unknown.stderr) == (1, True)
+    checked = run_command(state_dir, "check")
+    assert checked.returncode == 0
+    assert f"the database is the one in {state_dir}; " in checked.stdout
+    elsewhere = state_dir / "elsewhere"
+    empty = run_command(state_dir, "check", STATE_DIR=str(elsewhere))
+    assert empty.returncode == 1
+    assert empty.stderr.startswith(f"there is no database in {elsewhere} yet: 'serve' makes one; ")
+    assert not elsewhere.exists()
+
+
+def test_a_signature_closes_the_webhook_as_well(state_dir: Path) -> None:
+    """Where one is asked for, neither the start nor the check says that it stands open."""
+    guards = {"WEBHOOK_HMAC_SECRET": "a-secret-of-16-characters", "HOST": "0.0.0.0"}  # noqa: S104 - as on the open internet
+    service = RunningService(state_dir, **guards).start()
+    try:
+        assert "ANYBODY" not in service.output
+        assert "asks for a signature" in run_command(state_dir, "check", **guards).stdout
+    finally:
+        service.end()
+
+
+async def test_what_was_written_of_an_order_is_erased_on_demand(service: RunningService) -> None:
+    """By one command, with a reason: bodies and addresses go, what was judged stays."""
+    async with aiohttp.ClientSession() as session:
+        body = {"order_no": "KOM1", "status": "Dikirim", "buyer": "a name"}
+        async with session.put(f"{service.url}/webhook", json=body) as answer:
+            assert answer.status == 200
+    for arguments, code, said in (
+        (("KOM1", " "), 2, "an erasure has a reason"),
+        (("KOM9", "asked for"), 1, "nothing was recorded of the order KOM9"),
+        (("KOM1", "asked for"), 0, "erased"),
+    ):
+        done = await asyncio.to_thread(run_command, service.state_dir, "erase", *arguments)
+        assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
+    (event,) = await whole_log(service.url)
+    assert (event["data"]["body"], event["data"]["remote"]) == ("", None)
+    assert (event["data"]["verdict"], event["data"]["status"]) == ("advanced", "in_transit")
+    verified = await asyncio.to_thread(run_command, service.state_dir, "replay", "--verify")
+    assert verified.returncode == 0, verified.stdout
+
+
+def test_the_version_is_told(state_dir: Path) -> None:
+    """As pyproject.toml has it."""
+    assert run_command(state_dir, "--version").stdout == f"{VERSION}\n"
 
 
 @pytest.mark.parametrize(
@@ -231,9 +276,16 @@ def test_send_finds_the_service_by_its_settings(state_dir: Path) -> None:
 
 def test_a_setting_may_stand_in_a_file(state_dir: Path) -> None:
     """It counts like the environment, which comes before it, and a name that is no setting is told as well."""
+    file = state_dir / ".env"
     for line, message in [
         ("ORDER_TRACKING_LOG_FORMAT=loud", "ORDER_TRACKING_LOG_FORMAT: "),
         ("ORDER_TRACKING_PROT=8091", "ORDER_TRACKING_PROT is no setting; there are "),
+        # What a reader of such files would pass over, and with it what keeps strangers out.
+        (
+            "#\nORDER_TRACKING_WEBHOOK_TOKENS='abcdefghijklmnopqrst",
+            f"{file}, line 2, is no setting: ",
+        ),
+        ("ORDER_TRACKING_WEBHOOK_TOKENS", f"{file}, line 1, is no setting: NAME=value"),
     ]:
         (state_dir / ".env").write_text(f"{line}\n", encoding="utf-8")
         ended = run_command(state_dir, "serve", ENV_FILE=str(state_dir / ".env"))

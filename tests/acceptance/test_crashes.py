@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import aiohttp
 import asyncpg
 import pytest
 
-from tests.acceptance.running import RunningService, run_command
+from tests.acceptance.running import RunningService, environment, run_command, running_commands
 
 RECOVERED_SECONDS_MAX = 20.0
 
@@ -34,6 +36,22 @@ async def test_what_was_read_once_is_not_taken_back_by_a_crash(service: RunningS
                     statuses.add(response.status)
             assert statuses <= {200, 503}
             assert 200 in statuses
+
+
+@pytest.mark.parametrize("after", [0.3, 0.7, 0.9, 1.2])
+def test_ended_while_it_starts_it_leaves_nothing(state_dir: Path, after: float) -> None:
+    """Whatever it was doing: no PostgreSQL goes on without it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service", "serve"],
+        env=environment(state_dir),
+        cwd=state_dir,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    time.sleep(after)
+    process.terminate()
+    assert process.wait(15) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert f"{state_dir}/postgres" not in running_commands()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -8,11 +8,12 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.acceptance.running import ROOT, environment
+from tests.acceptance.running import ROOT, environment, running_commands
 from tests.conftest import make_folder
 
 SECONDS_MAX = 60
@@ -38,33 +39,53 @@ def said(log: Path, wanted: re.Pattern[str], process: "subprocess.Popen[bytes]")
     return found
 
 
-def test_a_demo_can_be_looked_at_until_ctrl_c_and_leaves_nothing(folder: Path) -> None:
-    """A page, orders, an account that agrees; then neither a process nor a file is left."""
-    log = folder / "log"
+@contextmanager
+def demo(folder: Path, log: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """The demo as a terminal runs it: Ctrl-C reaches all of its group. At the end nothing may be left of it."""
     own = folder / "tmp"
     own.mkdir(mode=0o711)
     with log.open("wb") as output:
         process = subprocess.Popen(
             ["make", "demo", "ARGS=--orders 8 --rate 60 --seed 1 --delay 0 --hang-up 0"],
             cwd=ROOT,
-            env={**environment(folder), "TMPDIR": str(own)},
+            # What would close it to whoever looks.
+            env={**environment(folder, TRUSTED_PROXIES="10.0.0.0/8"), "TMPDIR": str(own)},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
-        url = said(log, LOOK_AT, process)["url"]
-        said(log, ALL_IS_TOLD, process)
-        text = log.read_text(encoding="utf-8")
-        assert "the account agrees" in text
-        for path, wanted in (("", "<!doctype html>"), ("orders?limit=1000", '"order_no"')):
-            with urllib.request.urlopen(f"{url}{path}", timeout=SECONDS_MAX) as answer:  # noqa: S310 - our own
-                assert wanted in answer.read().decode()
+        yield process
     finally:
         os.killpg(process.pid, signal.SIGINT)
         process.wait(SECONDS_MAX)
     assert [*own.iterdir()] == []
-    listing = subprocess.run(
-        ["ps", "-axww", "-o", "command="], capture_output=True, text=True, check=True
-    ).stdout
-    assert str(own) not in listing
+    assert str(own) not in running_commands()
+
+
+def test_a_demo_can_be_looked_at_until_ctrl_c_and_leaves_nothing(folder: Path) -> None:
+    """A page, orders, an account that agrees; then neither a process nor a file is left."""
+    log = folder / "log"
+    with demo(folder, log) as process:
+        url = said(log, LOOK_AT, process)["url"]
+        said(log, ALL_IS_TOLD, process)
+        assert "the account agrees" in log.read_text(encoding="utf-8")
+        for path, wanted in (("", "<!doctype html>"), ("orders?limit=1000", '"order_no"')):
+            with urllib.request.urlopen(f"{url}{path}", timeout=SECONDS_MAX) as answer:  # noqa: S310 - our own
+                assert wanted in answer.read().decode()
+
+
+def test_a_demo_that_is_ended_twice_leaves_nothing(folder: Path) -> None:
+    """An impatient second Ctrl-C does not keep it from clearing up."""
+    log = folder / "log"
+    with demo(folder, log) as process:
+        said(log, LOOK_AT, process)
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("after", [0.6, 1.0])
+def test_a_demo_that_is_ended_while_it_starts_leaves_nothing(folder: Path, after: float) -> None:
+    """Whatever had been begun."""
+    with demo(folder, folder / "log"):
+        time.sleep(after)

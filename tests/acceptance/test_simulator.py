@@ -107,7 +107,11 @@ def test_whatever_goes_wrong_on_the_way_the_account_agrees(state_dir: Path) -> N
         settings = {**guards, "PORT": service.url.rpartition(":")[2]}
         for_want_of_a_key = run_command(state_dir, *run, **settings)
         assert (for_want_of_a_key.returncode, for_want_of_a_key.stdout) == (1, "")
-        assert for_want_of_a_key.stderr == f"{service.url} wants a key of the scope read: give it with --key\n"
+        assert for_want_of_a_key.stderr == f"{service.url} wants a key: give one of the scope read with --key\n"
+        other_key = run_command(state_dir, *run, "--key", "otk_other", **settings)
+        assert (
+            other_key.stderr == f"{service.url} does not take that key: give one of the scope read with --key\n"
+        )
         shares = ("--duplicates", "--reorder", "--delay", "--lose", "--hang-up", "--unknown")
         troubles = [part for share in shares for part in (share, "0.1")]
         done = run_command(state_dir, *run, "--key", key, *troubles, **settings)

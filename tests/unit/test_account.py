@@ -108,7 +108,7 @@ def test_it_prints_the_numbers_and_the_first_of_what_is_wrong() -> None:
         (200, "<html>", r"answers 200 to GET /events$"),
         (200, "[]", r"answers 200 to GET /events$"),
         (503, "{}", r"answers 503 to GET /events$"),
-        (403, "{}", r"wants a key of the scope read: give it with --key$"),
+        (403, "{}", r"does not take that key: give one of the scope read with --key$"),
     ],
 )
 async def test_what_is_no_log_is_told(status: int, body: str, said: str) -> None:
