@@ -157,6 +157,8 @@ CREATE TABLE quarantine (
 -- How many were kept within the hour is counted before each that is new.
 CREATE INDEX quarantine_received_at_idx ON quarantine (received_at);
 CREATE INDEX quarantine_order_idx ON quarantine (order_no, version);
+-- What is open is looked at, and counted, among all that ever was.
+CREATE INDEX quarantine_state_idx ON quarantine (state, quarantine_id);
 
 ------------------------------------------------------------------------------------------------------------
 -- Who may read and operate. Of a key's secret only the hash is kept.
@@ -323,6 +325,9 @@ ALTER TABLE entries ADD PRIMARY KEY (order_no, version);
 CREATE UNIQUE INDEX entries_position_idx ON entries (position);
 -- A page of a timeline counts its repeats through this; most orders have none.
 CREATE INDEX entries_repeats_idx ON entries (order_no, repeats) WHERE repeats IS NOT NULL;
+-- The audit by what is rare, and by time: received_at goes on with the position, so a summary of each block will do.
+CREATE INDEX entries_verdict_idx ON entries (verdict, position) WHERE verdict <> 'advanced';
+CREATE INDEX entries_received_idx ON entries USING brin (received_at) WITH (pages_per_range = 32);
 
 -- view statistics
 

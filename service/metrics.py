@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Final
 
 from aiohttp import web
@@ -102,12 +103,16 @@ class Metrics:
     @Endpoint("GET", "/metrics", str, media=("text/plain",))
     async def show_metrics(self, _request: web.Request, _query: Query) -> web.Response:
         """What is measured of the service, for Prometheus."""
-        try:
+        # Each by itself: the one that takes too long must not silence the other.
+        lags: list[Lag] = []
+        entries: dict[str, int] = {}
+        with suppress(StorageUnavailableError):
             async with borrowed(self._pool, SCRAPE_SECONDS_MAX) as connection:
-                self._lags = [await view_lag(connection, projector.view.name) for projector in self._projectors]
-                self._entries = await quarantine.count_entries(connection)
-        except StorageUnavailableError:
-            self._lags, self._entries = [], {}
+                lags = [await view_lag(connection, projector.view.name) for projector in self._projectors]
+        with suppress(StorageUnavailableError):
+            async with borrowed(self._pool, SCRAPE_SECONDS_MAX) as connection:
+                entries = await quarantine.count_entries(connection)
+        self._lags, self._entries = lags, entries
         headers = {"Content-Type": CONTENT_TYPE_LATEST, "Server": "order-tracking"}
         return web.Response(body=generate_latest(self._registry), headers=headers)
 

@@ -6,7 +6,7 @@ import pytest
 
 from domain.statuses import SETTLED
 from projections import current_status, engine, timeline
-from service import event_store, log_reader
+from service import event_store, log_reader, quarantine
 from service.database import HOT_SETTINGS, Connection, connect
 from tests.acceptance.running import ROOT
 
@@ -40,6 +40,7 @@ async def test_a_hot_statement_goes_by_the_keys_even_if_planned_on_empty_tables(
         assert key in plan, plan
 
 
+LATELY = "now() - interval '20 s'"
 # Verdicts that few orders have.
 RARE = {verdict: f"orders_{verdict}_idx" for verdict in ("repeated", "late", "refused", "unrecognised")}
 
@@ -51,6 +52,10 @@ RARE = {verdict: f"orders_{verdict}_idx" for verdict in ("repeated", "late", "re
         (timeline.ENTRIES_PAGE, ("'KOM77'", "0", "100"), "entries_pkey"),
         (timeline.TRANSITIONS_PAGE, ("5000", *["NULL"] * 6, "100"), "entries_position_idx"),
         (timeline.TRANSITIONS_PAGE, ("0", "NULL", "'KOM77'", *["NULL"] * 4, "100"), "entries_pkey"),
+        (timeline.TRANSITIONS_PAGE, ("0", "'refused'", *["NULL"] * 5, "100"), "entries_verdict_idx"),
+        (timeline.TRANSITIONS_PAGE, ("0", *["NULL"] * 4, LATELY, "NULL", "100"), "entries_received_idx"),
+        (quarantine.ENTRIES_PAGE, ("9000", "'open'", "100"), "quarantine_state_idx"),
+        (quarantine.OPEN_ENTRIES, (), "quarantine_state_idx"),
         (current_status.ORDERS_PAGE, ("9000", *["NULL"] * 6, "100"), "orders_first_position_idx"),
         (current_status.ORDERS_PAGE, ("9000", "'lost'", *["NULL"] * 5, "100"), "orders_status_idx"),
         (current_status.ORDERS_PAGE, ("9000", "NULL", "'AWB77'", *["NULL"] * 4, "100"), "order_cnotes_pkey"),
@@ -81,6 +86,10 @@ RARE = {verdict: f"orders_{verdict}_idx" for verdict in ("repeated", "late", "re
             "timeline",
             "audit",
             "audit of an order",
+            "audit by verdict",
+            "audit by time",
+            "quarantine by state",
+            "quarantine to retry",
             "orders",
             "orders by status",
             "orders by cnote",
@@ -96,7 +105,8 @@ async def test_a_page_goes_by_its_index(
     """With ten thousand orders each list finds its page by an index, by the planner's own choice."""
     await connection.execute(FILL)
     await connection.execute(f"PREPARE page AS {statement}")
-    rows = await connection.fetch(f"EXPLAIN EXECUTE page ({', '.join(arguments)})")
+    values = f"({', '.join(arguments)})" if arguments else ""
+    rows = await connection.fetch(f"EXPLAIN EXECUTE page {values}")
     plan = "\n".join(row[0] for row in rows)
     assert key in plan, plan
 
@@ -112,8 +122,12 @@ FILL = """
     FROM generate_series(1, 10000) AS n;
     INSERT INTO current_status.order_cnotes SELECT 'AWB' || n, 'KOM' || n FROM generate_series(1, 10000) AS n;
     INSERT INTO timeline.entries
-    SELECT 'KOM' || n, 1, n, 'advanced', NULL, 'in_transit', 'in_transit', 'Dikirim', 'AWB' || n, '{}', NULL,
-        now()
+    SELECT 'KOM' || n, 1, n, CASE WHEN n % 1000 = 0 THEN 'refused' ELSE 'advanced' END, NULL, 'in_transit',
+        'in_transit', 'Dikirim', 'AWB' || n, '{}', NULL, now() - (10000 - n) * interval '1 s'
+    FROM generate_series(1, 10000) AS n;
+    INSERT INTO quarantine (body, reason, received_at, last_seen_at, state, resolved_at, resolution)
+    SELECT n::text::bytea, 'x', now(), now(), CASE WHEN n % 1000 = 0 THEN 'open' ELSE 'discarded' END,
+        CASE WHEN n % 1000 <> 0 THEN now() END, CASE WHEN n % 1000 <> 0 THEN 'x' END
     FROM generate_series(1, 10000) AS n;
     ANALYZE
 """
