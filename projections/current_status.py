@@ -195,6 +195,15 @@ ORDERS_PAGE: Final = """
     LIMIT $8
 """
 
+STUCK: Final = """
+    SELECT order_no, status, last_reported_at FROM current_status.orders
+    WHERE last_reported_at <= $1
+      AND (status IS NULL
+           OR status NOT IN ('delivered', 'completed', 'returned', 'cancelled', 'lost', 'damaged'))
+    ORDER BY last_reported_at
+    LIMIT $2
+"""
+
 WHOLLY_SET_ASIDE: Final = """
     SELECT since_version, position, reason FROM current_status.set_aside WHERE order_no = $1
 """
@@ -228,6 +237,19 @@ class OrdersFilter(NamedTuple):
 async def orders_page(connection: Connection, before: int, wanted: OrdersFilter, limit: int) -> list[OrderRow]:
     """Return orders first reported below a position, newest first."""
     return [OrderRow(*row) for row in await connection.fetch(ORDERS_PAGE, before, *wanted, limit)]
+
+
+class StuckOrder(NamedTuple):
+    """An order that is not settled and of which nothing was heard for long."""
+
+    order_no: str
+    status: str | None
+    last_reported_at: datetime
+
+
+async def stuck(connection: Connection, since: datetime, limit: int) -> list[StuckOrder]:
+    """Return orders that are not settled and were last reported at or before a time, the longest first."""
+    return [StuckOrder(*row) for row in await connection.fetch(STUCK, since, limit)]
 
 
 async def is_set_aside(connection: Connection, order_no: str) -> bool:

@@ -103,6 +103,59 @@ ENTRIES_PAGE: Final = """
     ORDER BY page.version
 """
 
+# The newest entries below a version. Their repeats are counted, and the next move is looked up, up to the one
+# that is known.
+NEWEST_ENTRIES: Final = """
+    WITH page AS (
+        SELECT version, verdict, previous_status, recognised, status, reported_status, reported_cnote, skipped,
+            received_at, occurred_at
+        FROM timeline.entries
+        WHERE order_no = $1 AND version < $2 AND repeats IS NULL
+        ORDER BY version DESC
+        LIMIT $4
+    ), repeated AS (
+        SELECT repeats AS version, count(*) AS times, max(received_at) AS last_at
+        FROM timeline.entries
+        WHERE order_no = $1 AND repeats = ANY(ARRAY(SELECT version FROM page)) AND version <= $3
+        GROUP BY repeats
+    )
+    SELECT page.*, onward.received_at, coalesce(repeated.times, 0), repeated.last_at
+    FROM page LEFT JOIN repeated USING (version)
+    LEFT JOIN LATERAL (
+        SELECT later.received_at FROM timeline.entries AS later
+        WHERE page.verdict = 'advanced' AND later.order_no = $1 AND later.version > page.version
+          AND later.version <= $3 AND later.verdict = 'advanced'
+        ORDER BY later.version LIMIT 1
+    ) AS onward ON true
+    ORDER BY page.version
+"""
+
+COUNTS: Final = """
+    SELECT verdict, CASE verdict WHEN 'advanced' THEN status END AS reached, count(*), min(received_at)
+    FROM timeline.entries WHERE order_no = $1 AND version <= $2
+    GROUP BY verdict, reached
+"""
+
+RECENT_BY_MINUTE: Final = """
+    WITH recent AS MATERIALIZED (
+        SELECT received_at, verdict FROM timeline.entries ORDER BY position DESC LIMIT $2
+    )
+    SELECT date_trunc('minute', received_at), verdict, count(*),
+        CASE WHEN (SELECT count(*) FROM recent) >= $2 THEN (SELECT min(received_at) FROM recent) END
+    FROM recent WHERE received_at >= $1
+    GROUP BY 1, 2
+"""
+
+LATEST_REFUSED: Final = """
+    SELECT entry.order_no, entry.version, entry.recognised, entry.previous_status, entry.received_at
+    FROM unnest($1::text[]) AS known (order_no)
+    JOIN LATERAL (
+        SELECT * FROM timeline.entries
+        WHERE entries.order_no = known.order_no AND verdict = 'refused' ORDER BY version DESC LIMIT 1
+    ) AS entry ON true
+    ORDER BY entry.received_at DESC
+"""
+
 SET_ASIDE: Final = "SELECT since_version, position, reason FROM timeline.set_aside WHERE order_no = $1"
 
 TRANSITIONS_PAGE: Final = """
@@ -124,6 +177,52 @@ TRANSITIONS_PAGE: Final = """
 STATUS: Final = """
     SELECT status FROM timeline.entries WHERE order_no = $1 ORDER BY version DESC LIMIT 1
 """
+
+
+class PlacedEntry(NamedTuple):
+    """An entry among those around it; ``left_at`` is when the order left the status that the entry brought."""
+
+    version: int
+    verdict: str
+    previous_status: str | None
+    recognised: str | None
+    status: str | None
+    reported_status: str
+    reported_cnote: str | None
+    skipped: list[str]
+    received_at: datetime
+    occurred_at: datetime | None
+    left_at: datetime | None
+    repeats: int
+    last_repeated_at: datetime | None
+
+
+class Reached(NamedTuple):
+    """How many of an order's reports had a verdict and brought a status, and when the first of them came."""
+
+    verdict: str
+    status: str | None
+    times: int
+    first_at: datetime
+
+
+class Minute(NamedTuple):
+    """Reports of one verdict in a minute; ``begin`` is from when on they are counted, where that is less."""
+
+    minute: datetime
+    verdict: str
+    reports: int
+    begin: datetime | None
+
+
+class Contradiction(NamedTuple):
+    """The last refused report of an order."""
+
+    order_no: str
+    version: int
+    recognised: str | None
+    previous_status: str | None
+    received_at: datetime
 
 
 class Transition(NamedTuple):
@@ -152,6 +251,28 @@ class SetAside(NamedTuple):
 async def entries_page(connection: Connection, order_no: str, after: int, limit: int) -> list[Entry]:
     """Return an order's entries with versions above ``after``, oldest first."""
     return [Entry(*row) for row in await connection.fetch(ENTRIES_PAGE, order_no, after, limit)]
+
+
+async def newest_entries(
+    connection: Connection, order_no: str, below: int, known: int, limit: int
+) -> list[PlacedEntry]:
+    """Return an order's last entries with versions below one, oldest first, as of the version that is known."""
+    return [PlacedEntry(*row) for row in await connection.fetch(NEWEST_ENTRIES, order_no, below, known, limit)]
+
+
+async def reached(connection: Connection, order_no: str, version: int) -> list[Reached]:
+    """Return what an order's reports came to, up to a version."""
+    return [Reached(*row) for row in await connection.fetch(COUNTS, order_no, version)]
+
+
+async def recent_by_minute(connection: Connection, since: datetime, reports_max: int) -> list[Minute]:
+    """Return the reports since a time by minute and verdict, counted from the last one back."""
+    return [Minute(*row) for row in await connection.fetch(RECENT_BY_MINUTE, since, reports_max)]
+
+
+async def latest_refused(connection: Connection, order_nos: Sequence[str]) -> list[Contradiction]:
+    """Return the last refused report of each of these orders that has one, the latest first."""
+    return [Contradiction(*row) for row in await connection.fetch(LATEST_REFUSED, order_nos)]
 
 
 async def status_of(connection: Connection, order_no: str) -> tuple[bool, str | None]:

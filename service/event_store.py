@@ -227,6 +227,10 @@ LOG: Final = """
 
 HEAD: Final = "SELECT notification_id FROM order_events ORDER BY notification_id DESC LIMIT 1"
 
+OLDEST_AFTER: Final = """
+    SELECT recorded_at FROM order_events WHERE notification_id > $1 ORDER BY notification_id LIMIT 1
+"""
+
 COUNT_AFTER: Final = """
     SELECT count(*) FROM (SELECT FROM order_events WHERE notification_id > $1 LIMIT $2) AS behind
 """
@@ -329,6 +333,12 @@ async def read_log(connection: Connection, after: int, limit: int) -> list[Recor
 async def head_position(connection: Connection) -> int:
     """Return the highest position in the log, 0 where it is empty."""
     return await connection.fetchval(HEAD) or 0
+
+
+async def oldest_after(connection: Connection, position: int) -> datetime | None:
+    """Return when the first event above a position was recorded, None where there is none."""
+    recorded_at: datetime | None = await connection.fetchval(OLDEST_AFTER, position)
+    return recorded_at
 
 
 async def count_after(connection: Connection, position: int, limit: int) -> int:

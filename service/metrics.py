@@ -17,10 +17,10 @@ from projections.engine import Projector
 from service import quarantine
 from service.database import Pool, StorageUnavailableError, borrowed
 from service.endpoints import Endpoint
-from service.operations_api import Lag, view_lag
 from service.quarantine import Quarantine
 from service.queries import Query
 from service.requests import route_of
+from service.views import Lag, view_lag
 
 # A scrape never waits long for the database: without it, what it would have told is left out.
 SCRAPE_SECONDS_MAX: Final = 2.0

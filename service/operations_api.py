@@ -1,8 +1,7 @@
 """What whoever watches over the service asks: whether it lives, is ready, and how far the views have come."""
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from typing import Final
 
 from aiohttp import web
 
@@ -12,22 +11,15 @@ from service.database import Connection, HeldConnection, Pool, borrowed
 from service.endpoints import Endpoint
 from service.problems import Kind, answer
 from service.queries import Query
+from service.views import LOOK_AT_VIEW, view_lag
 
 READY_SECONDS_MAX: Final = 1.0
-# Counting the events behind the head stops here: beyond it the exact number tells nobody more.
-LAG_EVENTS_MAX: Final = 1_000_000
 SET_ASIDE_SHOWN_MAX: Final = 100
 
-# Both under the search path of a view: each view has tables of these names.
-POSITION: Final = "SELECT position FROM projection"
+# Under the search path of a view.
 ALL_SET_ASIDE: Final = (
     "SELECT order_no, since_version, position, reason FROM set_aside ORDER BY position LIMIT $1"
 )
-COUNT_SET_ASIDE: Final = "SELECT count(*) FROM set_aside"
-LOOK_AT_VIEW: Final = "SELECT set_config('search_path', $1, true)"
-OLDEST_AFTER: Final = """
-    SELECT recorded_at FROM order_events WHERE notification_id > $1 ORDER BY notification_id LIMIT 1
-"""
 IS_ALIVE: Final = "SELECT 1"
 
 
@@ -68,28 +60,6 @@ class OperationsApi:
         async with self._held.lent(READY_SECONDS_MAX) as connection:
             await connection.fetchval(IS_ALIVE)
         return answer({"status": "ready"})
-
-
-class Lag(NamedTuple):
-    """How far a view has come and is behind, and how many orders are set aside in it."""
-
-    view: str
-    position: int
-    events: int
-    seconds: float
-    set_aside: int
-
-
-async def view_lag(connection: Connection, view: str) -> Lag:
-    """Return how far a view is behind the log."""
-    async with connection.transaction(readonly=True):
-        await connection.execute(LOOK_AT_VIEW, view)
-        position: int = await connection.fetchval(POSITION) or 0
-        set_aside: int = await connection.fetchval(COUNT_SET_ASIDE)
-    oldest = await connection.fetchval(OLDEST_AFTER, position)
-    events = await event_store.count_after(connection, position, LAG_EVENTS_MAX)
-    seconds = (datetime.now(UTC) - oldest).total_seconds() if oldest else 0.0
-    return Lag(view, position, events, seconds, set_aside)
 
 
 async def _view(connection: Connection, projector: Projector, head: int) -> representations.Projection:

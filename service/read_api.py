@@ -32,9 +32,8 @@ from service.queries import (
     order_no_of,
     path_of,
 )
+from service.views import wait_for
 
-# How long a read waits for a view to come to the position that it asks for.
-AFTER_POSITION_SECONDS_MAX: Final = 5.0
 # Reads that are gathered into one query, and how many may wait for theirs.
 READS_BATCH_MAX: Final = 256
 READS_QUEUE_MAX: Final = 16_384
@@ -72,7 +71,7 @@ class ReadApi:
     @Endpoint("GET", "/orders", representations.Orders, query=OrdersQuery, media=(JSON, CSV))
     async def list_orders(self, request: web.Request, query: OrdersQuery) -> web.Response:
         """A page of orders, the one first reported last first, so that no page shifts while it is read."""
-        await self._wait_for(query, current_status.NAME)
+        await wait_for(self._projectors, query.after_position, current_status.NAME)
         before = POSITION_MAX if query.cursor is None else query.cursor
         unmoved_since = datetime.now(UTC) - query.unmoved_for if query.unmoved_for is not None else None
         wanted = OrdersFilter(
@@ -104,7 +103,7 @@ class ReadApi:
             row = await self._order_as_of(order_no, query)
         else:
             if query.after_position is not None:
-                await self._wait_for(query, current_status.NAME)
+                await wait_for(self._projectors, query.after_position, current_status.NAME)
             row = await self._current_order(order_no)
             if row.aside_position is not None:
                 _refuse_beyond(query, row.aside_position)
@@ -124,7 +123,7 @@ class ReadApi:
     async def show_timeline(self, request: web.Request, query: TableQuery) -> web.Response:
         """A page of what was reported of an order, oldest first, mere repeats folded in."""
         order_no = order_no_of(request)
-        await self._wait_for(query, timeline.NAME)
+        await wait_for(self._projectors, query.after_position, timeline.NAME)
         async with borrowed(self._pool, self._seconds_max) as connection:
             aside = await timeline.set_aside(connection, order_no)
             known, status = await timeline.status_of(connection, order_no)
@@ -179,7 +178,7 @@ class ReadApi:
     )
     async def list_transitions(self, request: web.Request, query: TransitionsQuery) -> web.Response:
         """A page of every verdict on every report, in the order of the log."""
-        await self._wait_for(query, timeline.NAME)
+        await wait_for(self._projectors, query.after_position, timeline.NAME)
         async with borrowed(self._pool, self._seconds_max) as connection:
             rows = await timeline.transitions_page(
                 connection,
@@ -206,28 +205,14 @@ class ReadApi:
     @Endpoint("GET", "/statistics", representations.Statistics, query=StatisticsQuery)
     async def show_statistics(self, _request: web.Request, query: StatisticsQuery) -> web.Response:
         """How orders move in general: by status, by transition with the time it took, by day, by odd string."""
-        await self._wait_for(query, statistics.NAME)
+        await wait_for(self._projectors, query.after_position, statistics.NAME)
         since = datetime.now(UTC).date() - timedelta(days=query.days - 1)
         async with borrowed(self._pool, self._seconds_max) as connection:
             counted = await statistics.read(connection, since)
         return answer(representations.statistics(counted))
 
-    async def _wait_for(self, query: ViewQuery, view: str) -> None:
-        projector = self._projectors[view]
-        if projector.is_outdated:
-            raise unavailable(f"the view {view} is being rebuilt", view=view)
-        if query.after_position is None:
-            return
-        if not await projector.reached(query.after_position, AFTER_POSITION_SECONDS_MAX):
-            raise unavailable(
-                f"the view {view} has not come to position {query.after_position} yet",
-                view=view,
-                position=projector.position,
-            )
-
     async def _current_order(self, order_no: str) -> OrderRow:
-        if self._projectors[current_status.NAME].is_outdated:
-            raise unavailable(f"the view {current_status.NAME} is being rebuilt", view=current_status.NAME)
+        await wait_for(self._projectors, None, current_status.NAME)
         row = await self._orders.submit(order_no)
         if row is not None:
             return row

@@ -5,8 +5,9 @@ from datetime import datetime
 from typing import Final, NamedTuple
 
 from domain.statuses import HAPPY_PATH, SETTLED
-from projections import current_status
+from projections import current_status, timeline
 from projections.current_status import OrderRow
+from projections.timeline import PlacedEntry
 from service import event_store
 from service.database import Connection
 
@@ -29,24 +30,6 @@ class Known(NamedTuple):
         return self.status in SETTLED
 
 
-class Entry(NamedTuple):
-    """An entry of the timeline; ``left_at`` is when the order left the status that the entry brought."""
-
-    version: int
-    verdict: str
-    previous_status: str | None
-    recognised: str | None
-    status: str | None
-    reported_status: str
-    reported_cnote: str | None
-    skipped: list[str]
-    received_at: datetime
-    occurred_at: datetime | None
-    left_at: datetime | None
-    repeats: int
-    last_repeated_at: datetime | None
-
-
 class Stage(NamedTuple):
     """A stage of the journey: ``state`` is reached, now, skipped or ahead."""
 
@@ -60,43 +43,10 @@ class History(NamedTuple):
 
     row: OrderRow
     known: Known
-    entries: Sequence[Entry]
+    entries: Sequence[PlacedEntry]
     before: int | None
     counts: dict[str, int]
     stages: Sequence[Stage]
-
-
-# The newest entries below a version. Their repeats are counted, and the next move is looked up, up to the
-# version that is known.
-ENTRIES: Final = """
-    WITH page AS (
-        SELECT version, verdict, previous_status, recognised, status, reported_status, reported_cnote, skipped,
-            received_at, occurred_at
-        FROM timeline.entries
-        WHERE order_no = $1 AND version < $2 AND repeats IS NULL
-        ORDER BY version DESC
-        LIMIT $4
-    ), repeated AS (
-        SELECT repeats AS version, count(*) AS times, max(received_at) AS last_at
-        FROM timeline.entries
-        WHERE order_no = $1 AND repeats = ANY(ARRAY(SELECT version FROM page)) AND version <= $3
-        GROUP BY repeats
-    )
-    SELECT page.*, onward.received_at, coalesce(repeated.times, 0), repeated.last_at
-    FROM page LEFT JOIN repeated USING (version)
-    LEFT JOIN LATERAL (
-        SELECT later.received_at FROM timeline.entries AS later
-        WHERE page.verdict = 'advanced' AND later.order_no = $1 AND later.version > page.version
-          AND later.version <= $3 AND later.verdict = 'advanced'
-        ORDER BY later.version LIMIT 1
-    ) AS onward ON true
-    ORDER BY page.version
-"""
-COUNTS: Final = """
-    SELECT verdict, CASE verdict WHEN 'advanced' THEN status END AS reached, count(*), min(received_at)
-    FROM timeline.entries WHERE order_no = $1 AND version <= $2
-    GROUP BY verdict, reached
-"""
 
 
 class NotKnownThenError(Exception):
@@ -124,16 +74,16 @@ async def history(
             return None
         known = await _known(connection, row, version)
         upto = known.version + 1 if before is None else min(before, known.version + 1)
-        rows = await connection.fetch(ENTRIES, order_no, upto, known.version, ENTRIES_SHOWN_MAX + 1)
-        counted = await connection.fetch(COUNTS, order_no, known.version)
-    entries = [Entry(*entry) for entry in rows[-ENTRIES_SHOWN_MAX:]]
+        found = await timeline.newest_entries(connection, order_no, upto, known.version, ENTRIES_SHOWN_MAX + 1)
+        counted = await timeline.reached(connection, order_no, known.version)
+    entries = found[-ENTRIES_SHOWN_MAX:]
     counts: dict[str, int] = {}
     reached: dict[str, datetime] = {}
     for verdict, status, times, first_at in counted:
         counts[verdict] = counts.get(verdict, 0) + times
         if status is not None:
             reached[status] = first_at
-    onward = entries[0].version if len(rows) > len(entries) else None
+    onward = entries[0].version if len(found) > len(entries) else None
     return History(row, known, entries, onward, counts, stages(known.status, reached))
 
 

@@ -33,13 +33,12 @@ from service.page.rendering import (
 )
 from service.page.session import Sessions, key_form, own_path, see_other
 from service.page.words import IN_ALL
-from service.problems import Handler, Kind, ProblemError, problem_of, set_aside, unavailable
+from service.problems import Handler, Kind, ProblemError, problem_of, set_aside
 from service.quarantine import QuarantineState, UnknownEntryError
 from service.queries import Cursor, Position, Query, Text, number_of, order_no_of, path_of, read_query
 from service.requests import request_id_of
+from service.views import wait_for
 
-# How long a page that is made live waits for the views to have what it was told of.
-AFTER_POSITION_SECONDS_MAX: Final = 5.0
 ROWS_SHOWN_MAX: Final = 50
 # What somebody should look at.
 FILTERED_VERDICTS: Final[tuple[Verdict, ...]] = ("refused", "unrecognised")
@@ -131,7 +130,8 @@ class Pages:
 
     async def show_overview(self, request: web.Request) -> web.Response:
         """How many orders stand where, what came of late, and what somebody should look at."""
-        await self._wait_for(read_query(PageQuery, request), *self._projectors)
+        query = read_query(PageQuery, request)
+        await wait_for(self._projectors, query.after_position, *self._projectors)
         async with borrowed(self._pool, self._seconds_max) as connection:
             known = await overview(connection, self._projectors, datetime.now(UTC))
         return page(
@@ -151,7 +151,7 @@ class Pages:
     async def list_orders(self, request: web.Request) -> web.Response:
         """Orders by number or airway bill, straight to the one where there is only one; else a list."""
         query = read_query(OrdersPageQuery, request)
-        await self._wait_for(query, current_status.NAME)
+        await wait_for(self._projectors, query.after_position, current_status.NAME)
         before = POSITION_MAX if query.cursor is None else query.cursor
         async with borrowed(self._pool, self._seconds_max) as connection:
             if query.q is not None:
@@ -187,7 +187,7 @@ class Pages:
         """One order, as it is known now or as it was known at a version."""
         order_no = order_no_of(request)
         query = read_query(OrderPageQuery, request)
-        await self._wait_for(query, current_status.NAME, timeline.NAME)
+        await wait_for(self._projectors, query.after_position, current_status.NAME, timeline.NAME)
         async with borrowed(self._pool, self._seconds_max) as connection:
             try:
                 known = await history(connection, order_no, query.version, query.before)
@@ -292,15 +292,6 @@ class Pages:
     async def show_asset(self, request: web.Request) -> web.Response:
         """A file that pages are made with."""
         return asset_answer(request, request.match_info["name"])
-
-    async def _wait_for(self, query: PageQuery, *views: str) -> None:
-        for name in views:
-            projector = self._projectors[name]
-            if projector.is_outdated:
-                raise unavailable(f"the view {name} is being rebuilt")
-            position = query.after_position
-            if position and not await projector.reached(position, AFTER_POSITION_SECONDS_MAX):
-                raise unavailable(f"the view {name} has not come to position {position} yet")
 
 
 async def _found(connection: Connection, q: str) -> list[OrderRow]:

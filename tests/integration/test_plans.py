@@ -54,6 +54,11 @@ RARE = {verdict: f"orders_{verdict}_idx" for verdict in ("repeated", "late", "re
         (timeline.TRANSITIONS_PAGE, ("0", "NULL", "'KOM77'", *["NULL"] * 4, "100"), "entries_pkey"),
         (timeline.TRANSITIONS_PAGE, ("0", "'refused'", *["NULL"] * 5, "100"), "entries_verdict_idx"),
         (timeline.TRANSITIONS_PAGE, ("0", *["NULL"] * 4, LATELY, "NULL", "100"), "entries_received_idx"),
+        (timeline.NEWEST_ENTRIES, ("'KOM77'", "9", "9", "50"), "entries_pkey"),
+        (timeline.COUNTS, ("'KOM77'", "9"), "entries_pkey"),
+        (timeline.RECENT_BY_MINUTE, (LATELY, "1000"), "entries_position_idx"),
+        (timeline.LATEST_REFUSED, ("ARRAY['KOM77', 'KOM88']",), "entries_pkey"),
+        (current_status.STUCK, ("now() - interval '9000 s'", "100"), "orders_unsettled_idx"),
         (quarantine.ENTRIES_PAGE, ("9000", "'open'", "100"), "quarantine_state_idx"),
         (quarantine.OPEN_ENTRIES, (), "quarantine_state_idx"),
         (current_status.ORDERS_PAGE, ("9000", *["NULL"] * 6, "100"), "orders_first_position_idx"),
@@ -88,6 +93,11 @@ RARE = {verdict: f"orders_{verdict}_idx" for verdict in ("repeated", "late", "re
             "audit of an order",
             "audit by verdict",
             "audit by time",
+            "entries of a page",
+            "counts of an order",
+            "reports a minute",
+            "contradictions",
+            "stuck orders",
             "quarantine by state",
             "quarantine to retry",
             "orders",
@@ -142,7 +152,11 @@ async def generic_plan(connection: Connection, statement: str, parameters: int) 
 
 def test_what_is_settled_is_the_vocabularys_word() -> None:
     """The list of settled statuses that stands in the statement and in its index is that of the domain."""
-    for text in (current_status.ORDERS_PAGE, (ROOT / "schema.sql").read_text(encoding="utf-8")):
+    for text in (
+        current_status.ORDERS_PAGE,
+        current_status.STUCK,
+        (ROOT / "schema.sql").read_text(encoding="utf-8"),
+    ):
         (listed,) = re.findall(r"status NOT IN \(([^)]*)\)", text)
         assert set(re.findall(r"'(\w+)'", listed)) == SETTLED
 
