@@ -206,16 +206,19 @@ class Service:
         await self.projectors[view.name].run()
 
     async def _rebuild_where_outdated(self, view: View) -> None:
-        projector = self.projectors[view.name]
-        while True:
-            projector.is_outdated = await self._is_outdated(view)
-            if not projector.is_outdated:
+        """Rebuild a view, and with it whatever else is outdated: the log is then read once for all of them."""
+        while outdated := [one for one in VIEWS if await self._is_outdated(one)]:
+            self.projectors[view.name].is_outdated = view in outdated
+            if view not in outdated:
                 return
-            log.info("view is rebuilt: its definition has changed", view=view.name)
             try:
-                await rebuild_views(self._dsn, [view], self.log_reader, lambda _done, _total: None)
+                await rebuild_views(self._dsn, outdated, self.log_reader, lambda _done, _total: None)
             except RebuildRunningError:
+                # By another view's task here, or by another process.
                 await asyncio.sleep(REBUILD_LOOK_SECONDS)
+            else:
+                log.info("rebuilt: their definition had changed", views=[one.name for one in outdated])
+        self.projectors[view.name].is_outdated = False
 
     async def _is_outdated(self, view: View) -> bool:
         try:

@@ -62,14 +62,6 @@ async def rejudge(log_reader: LogReader) -> AsyncIterator[Change]:
                 )
 
 
-def printable(text: str) -> str:
-    """Return a sender's text fit for a terminal: what is not printable is spelled out, never acted on."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
-
-
 def explanation(event: Order.StatusReported) -> str:
     """Return what there is to say of a verdict beyond its name."""
     if event.skipped:

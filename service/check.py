@@ -5,7 +5,7 @@ from typing import Final, Literal, NamedTuple
 
 import asyncpg
 
-from projections.engine import view_state
+from projections.engine import OutdatedViewError, view_state
 from service.api_keys import all_keys
 from service.database import Connection, StorageUnavailableError, UnsupportedServerError, connect
 from service.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
@@ -164,7 +164,11 @@ async def _check_views(connection: Connection) -> list[Finding]:
             findings.append(_wrong(f"the view {view.name} is missing: 'serve' makes it"))
             continue
         await connection.execute("SELECT set_config('search_path', $1, false)", view.name)
-        state = await view_state(connection)
+        try:
+            state = await view_state(connection)
+        except OutdatedViewError:
+            findings.append(_wrong(f"the view {view.name} has lost its position: 'serve' rebuilds it"))
+            continue
         if state.definition != view.definition:
             findings.append(_wrong(f"the view {view.name} is outdated: 'replay' rebuilds it"))
         elif state.sets_aside:

@@ -34,7 +34,7 @@ SERVER_SETTINGS: Mapping[str, str] = {
     "unix_socket_permissions": "0700",
     "min_wal_size": "1GB",  # WAL segments are kept and used again: making new ones stalls commits for 40 ms
     "max_wal_size": "2GB",  # fewer checkpoints under load; recovery still takes seconds
-    "shared_buffers": "192MB",  # the working set of both views, in a container of 512 MB
+    "shared_buffers": "192MB",  # the working set of the views, in a container of 512 MB
     "max_connections": "64",  # the service's pool, the command line tools and a person with psql
     "fsync": "on",  # an acknowledged report survives a power cut
     "synchronous_commit": "on",  # the same

@@ -11,7 +11,7 @@ import aiohttp
 import orjson
 from yarl import URL
 
-from service.audit import printable
+from service.text import printable
 
 PATH: Final = "/webhook"
 KEY_HEADER: Final = "x-api-key"

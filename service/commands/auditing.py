@@ -14,6 +14,7 @@ from service.database import (
     connect,
 )
 from service.log_reader import LogReader
+from service.text import printable
 
 
 def audit(
@@ -44,7 +45,7 @@ async def _audit_order(connection: Connection, order_no: str) -> int:
         "reported",
         "to",
         "reason",
-        title=Text(audits.printable(order_no)),
+        title=Text(printable(order_no)),
     )
     async for event in audits.order_events(connection, order_no):
         table.add_row(
@@ -52,12 +53,12 @@ async def _audit_order(connection: Connection, order_no: str) -> int:
             event.timestamp.isoformat(timespec="seconds"),
             event.verdict,
             event.previous_status or "-",
-            Text(audits.printable(event.reported_status)),
+            Text(printable(event.reported_status)),
             event.recognised or "-",
             audits.explanation(event),
         )
     if not table.row_count:
-        end(f"nothing was reported of {audits.printable(order_no)}")
+        end(f"nothing was reported of {printable(order_no)}")
     out.print(table)
     return 0
 
@@ -65,15 +66,18 @@ async def _audit_order(connection: Connection, order_no: str) -> int:
 async def _rejudge(dsn: str) -> int:
     held = HeldConnection(lambda: connect(dsn))
     table = make_table("order", "version", "reported", "recorded verdict", "today's verdict", "today's status")
-    async for change in audits.rejudge(LogReader(held, lambda: connect(dsn))):
-        table.add_row(
-            Text(audits.printable(change.order_no)),
-            str(change.version),
-            Text(audits.printable(change.reported_status)),
-            change.recorded,
-            change.today,
-            change.status or "-",
-        )
+    try:
+        async for change in audits.rejudge(LogReader(held, lambda: connect(dsn))):
+            table.add_row(
+                Text(printable(change.order_no)),
+                str(change.version),
+                Text(printable(change.reported_status)),
+                change.recorded,
+                change.today,
+                change.status or "-",
+            )
+    finally:
+        await held.close()
     if not table.row_count:
         out.print("today's table judges every report as it was judged")
         return 0

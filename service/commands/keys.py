@@ -7,9 +7,9 @@ import typer
 from rich.text import Text
 
 from service import api_keys
-from service import audit as audits
 from service.api_keys import Scope
 from service.commands.console import connected, end, err, make_table, out, run_with_database, time_text
+from service.text import printable
 
 keys = typer.Typer(help="Keys of those who read and operate.", no_args_is_help=True)
 
@@ -62,7 +62,7 @@ def revoke_key(name: str) -> None:
     async def work(dsn: str) -> int:
         async with connected(dsn) as connection:
             if not await api_keys.revoke_key(connection, name):
-                end(f"there is no key of the name {audits.printable(name)} that is not revoked")
+                end(f"there is no key of the name {printable(name)} that is not revoked")
         out.print("revoked")
         return 0
 

@@ -7,7 +7,6 @@ from typing import Annotated, Final
 import typer
 from rich.text import Text
 
-from service import audit as audits
 from service import quarantine as quarantines
 from service.commands.console import (
     MISUSED,
@@ -29,6 +28,7 @@ from service.lists import POSITION_MAX
 from service.parser import UnreadableError
 from service.quarantine import QuarantineState
 from service.recorder import Recorder, RefusedReportError
+from service.text import printable
 
 # For one entry of the quarantine, beside whatever the service is recording.
 RETRY_SECONDS_MAX: Final = 10.0
@@ -50,7 +50,7 @@ def list_quarantine(
             while page := await quarantines.entries_page(connection, before, state, QUARANTINE_PAGE_ENTRIES):
                 for entry in page:
                     received_at = time_text(entry.received_at)
-                    reason = Text(audits.printable(entry.reason))
+                    reason = Text(printable(entry.reason))
                     table.add_row(
                         str(entry.quarantine_id), received_at, str(entry.times_seen), entry.state, reason
                     )
@@ -78,9 +78,9 @@ def show_quarantine(
             return 0
         for name, value in entry._asdict().items():
             if name != "body" and value is not None:
-                out.print(f"{name:<14} {audits.printable(str(value))}", markup=False)
+                out.print(f"{name:<14} {printable(str(value))}", markup=False)
         out.print(
-            f"{'body':<14} {audits.printable((entry.body or b'').decode(errors='backslashreplace'))}",
+            f"{'body':<14} {printable((entry.body or b'').decode(errors='backslashreplace'))}",
             markup=False,
         )
         return 0
@@ -130,9 +130,9 @@ def retry_quarantine(
                     quarantines.UnknownEntryError,
                 ) as error:
                     left += 1
-                    out.print(f"{number}: {audits.printable(str(error))}", markup=False)
+                    out.print(f"{number}: {printable(str(error))}", markup=False)
                 else:
-                    place = f"version {receipt.version} of {audits.printable(receipt.order_no)}"
+                    place = f"version {receipt.version} of {printable(receipt.order_no)}"
                     out.print(f"{number}: {receipt.outcome}, {place}", markup=False)
         await held.close()
         return WRONG if left else 0

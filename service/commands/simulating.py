@@ -20,7 +20,7 @@ from service.commands.sending import webhook_url
 from service.registration import RegistrationError, UnusableUrlError, check_url, has_token
 from service.registration import register as register_webhook
 from service.settings import Settings, read_settings
-from service.simulation.account import ReadApi, UnreadableAccountError, compare
+from service.simulation.account import ServiceLog, UnreadableAccountError, compare
 from service.simulation.lifecycles import METHODS, Plan, Troubles
 from service.simulation.simulator import Registration, Simulator
 
@@ -132,7 +132,7 @@ async def _simulate(settings: Settings, plan: Plan, target: _Target, orders: int
         if not await _first(registration.wait(), stopped.wait()):
             return WRONG
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        api = ReadApi(session, target.read.rstrip("/") or str(URL(registration.url).origin()), target.key)
+        api = ServiceLog(session, target.read.rstrip("/") or str(URL(registration.url).origin()), target.key)
         after = await api.head()
         simulator = Simulator(
             registration,

@@ -32,7 +32,7 @@ from service.page.rendering import (
     written,
 )
 from service.page.session import Sessions, key_form, own_path, see_other
-from service.page.words import IN_ALL
+from service.page.words import IN_ALL, Language
 from service.problems import Handler, Kind, ProblemError, problem_of, set_aside
 from service.quarantine import QuarantineState, UnknownEntryError
 from service.queries import Cursor, Position, Query, Text, number_of, order_no_of, path_of, read_query
@@ -46,17 +46,16 @@ FILTERED_VERDICTS: Final[tuple[Verdict, ...]] = ("refused", "unrecognised")
 BODY_SHOWN_BYTES_MAX: Final = 65_536
 
 Show = Callable[[web.Request], Awaitable[web.Response]]
-Language = Literal["id", "en"]
 
 
-class PageQuery(Query):
+class ShownQuery(Query):
     """What every page takes. ``after_position``: the views are waited for, as a page made live asks."""
 
     lang: Language | None = None
     after_position: Position | None = None
 
 
-class OrdersPageQuery(PageQuery):
+class OrdersPageQuery(ShownQuery):
     """Orders: found by a number, or a list."""
 
     q: Text | None = None
@@ -66,14 +65,14 @@ class OrdersPageQuery(PageQuery):
     cursor: Cursor | None = None
 
 
-class OrderPageQuery(PageQuery):
+class OrderPageQuery(ShownQuery):
     """One order: as it was known at a version; its entries below another."""
 
     version: Annotated[int, Field(ge=1, le=POSITION_MAX)] | None = None
     before: Annotated[int, Field(ge=1, le=POSITION_MAX)] | None = None
 
 
-class QuarantinePageQuery(PageQuery):
+class QuarantinePageQuery(ShownQuery):
     """What could not be understood, of one state or all."""
 
     state: QuarantineState | None = None
@@ -130,7 +129,7 @@ class Pages:
 
     async def show_overview(self, request: web.Request) -> web.Response:
         """How many orders stand where, what came of late, and what somebody should look at."""
-        query = read_query(PageQuery, request)
+        query = read_query(ShownQuery, request)
         await wait_for(self._projectors, query.after_position, *self._projectors)
         async with borrowed(self._pool, self._seconds_max) as connection:
             known = await overview(connection, self._projectors, datetime.now(UTC))
@@ -212,7 +211,7 @@ class Pages:
     async def show_report(self, request: web.Request) -> web.Response:
         """One report of an order: its text as it was received, and what was recorded of it."""
         order_no = order_no_of(request)
-        read_query(PageQuery, request)
+        read_query(ShownQuery, request)
         version = number_of(request.match_info["version"])
         async with borrowed(self._pool, self._seconds_max) as connection:
             found = await event_store.read_stream(connection, order_no, max(0, version - 1), 1)
@@ -256,7 +255,7 @@ class Pages:
 
     async def show_quarantined(self, request: web.Request) -> web.Response:
         """One body that could not be understood, and what can be done with it."""
-        read_query(PageQuery, request)
+        read_query(ShownQuery, request)
         quarantine_id = number_of(request.match_info["quarantine_id"])
         try:
             async with borrowed(self._pool, self._seconds_max) as connection:
@@ -278,7 +277,7 @@ class Pages:
 
     async def show_documentation(self, request: web.Request) -> web.Response:
         """The HTTP contract, drawn from the OpenAPI document."""
-        read_query(PageQuery, request)
+        read_query(ShownQuery, request)
         return page(
             request,
             "docs.html",

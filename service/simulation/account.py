@@ -130,7 +130,7 @@ def _read_receipt(receipt: bytes, body: str) -> Recorded | None:
         return None
 
 
-class ReadApi:
+class ServiceLog:
     """The service's read API, from outside.
 
     Args:

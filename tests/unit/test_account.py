@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.simulation.account import Account, ReadApi, Recorded, Sent, UnreadableAccountError, compare
+from service.simulation.account import Account, ServiceLog, Recorded, Sent, UnreadableAccountError, compare
 
 PREFIX = "KOM1-"
 
@@ -124,7 +124,7 @@ async def test_what_is_no_log_is_told(status: int, body: str, said: str) -> None
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         async with aiohttp.ClientSession() as session:
-            api = ReadApi(session, f"http://127.0.0.1:{runner.addresses[0][1]}", "otk_key")
+            api = ServiceLog(session, f"http://127.0.0.1:{runner.addresses[0][1]}", "otk_key")
             with pytest.raises(UnreadableAccountError, match=said):
                 _ = [event async for event in api.events(0)]
     finally:
