@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.simulation.account import Account, ServiceLog, Recorded, Sent, UnreadableAccountError, compare
+from service.simulation.account import Account, Recorded, Sent, ServiceLog, UnreadableAccountError, compare
 
 PREFIX = "KOM1-"
 
