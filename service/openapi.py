@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import Any, Final
 
 import orjson
-from aiohttp import web
+from aiohttp import hdrs, web
 from pydantic import BaseModel, TypeAdapter
 
 from domain.order import UNHEARD, Report, judge_report
@@ -18,10 +18,12 @@ from projections.timeline import Entry, Transition
 from service import representations
 from service.endpoints import CSV, JSON, NDJSON, SSE, Endpoint, declared
 from service.event_store import RecordedEvent, encode_event
+from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
 from service.problems import Kind, answer
 from service.quarantine import QuarantineEntry
 from service.queries import Query
 from service.recorder import Receipt
+from service.streams import LAST_EVENT_ID
 from service.version import VERSION
 
 REFERENCE: Final = "#/components/schemas/{model}"
@@ -132,7 +134,11 @@ def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> 
     operation: dict[str, Any] = {
         "operationId": f"{endpoint.method.lower()}{endpoint.path.title()}".translate(NO_NAME),
         "summary": endpoint.summary,
-        "parameters": [*_path_parameters(endpoint.path), *_query_parameters(endpoint.query)],
+        "parameters": [
+            *_path_parameters(endpoint.path),
+            *_query_parameters(endpoint.query),
+            *_header_parameters(endpoint),
+        ],
         "responses": {
             "200": _success(endpoint, references[endpoint.answers]),
             **({"304": {"description": "It is as the client has it."}} if endpoint.has_etag else {}),
@@ -176,6 +182,23 @@ def _query_parameters(query: type[Query] | None) -> Iterator[dict[str, Any]]:
         if "description" in found:
             parameter["description"] = found["description"]
         yield parameter
+
+
+def _header_parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
+    text: dict[str, Any] = {"type": "string"}
+    headers: list[tuple[str, dict[str, Any], str]] = []
+    if endpoint.body is ReportBody:
+        said = (
+            f"A header: the same key and body for an order get the first receipt again; {KEY_BYTES_MAX} bytes."
+        )
+        headers += [(name, text, said) for name in KEY_HEADERS]
+    if endpoint.has_etag:
+        headers.append((str(hdrs.IF_NONE_MATCH), text, "A header: the `ETag` of what the client has."))
+    if SSE in endpoint.media:
+        position = {"type": "integer", "minimum": 0}
+        headers.append((LAST_EVENT_ID, position, "A header: the last position that was seen; over `after`."))
+    for name, schema, description in headers:
+        yield {"name": name, "in": "header", "required": False, "schema": schema, "description": description}
 
 
 def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:

@@ -231,6 +231,20 @@ async def test_a_revoked_or_expired_key_is_refused(
         await client.get("/orders", 401)
 
 
+async def test_a_new_key_is_good_at_once(
+    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long what is known of the keys would do: before one is refused they are looked at again."""
+    monkeypatch.setattr("service.api_keys.KNOWN_SECONDS_MAX", 3_600.0)
+    first = await api_keys.create_key(connection, "first", "read", None)
+    async with served(dsn) as client:
+        await client.get("/orders", 200, {"Authorization": f"Bearer {first}"})
+        second = await api_keys.create_key(connection, "second", "read", None)
+        await asyncio.sleep(api_keys.LOOK_AGAIN_SECONDS)
+        await client.get("/orders", 200, {"Authorization": f"Bearer {second}"})
+        await client.get("/orders", 401, {"Authorization": "Bearer otk_other"})
+
+
 async def test_the_database_has_only_the_hash_and_the_last_use_to_the_minute(
     dsn: str, connection: Connection
 ) -> None:
