@@ -24,7 +24,7 @@ demo: $(VENV)/run.stamp ## play Komerce against a service of its own, to look at
 	@dir=$$(mktemp -d) && chmod 711 "$$dir" && : >"$$dir/.env" && : >"$$dir/log" || exit 1; \
 	export ORDER_TRACKING_STATE_DIR="$$dir" ORDER_TRACKING_ENV_FILE="$$dir/.env" ORDER_TRACKING_DATABASE_URL= \
 		ORDER_TRACKING_WEBHOOK_TOKENS= ORDER_TRACKING_WEBHOOK_HMAC_SECRET= \
-		ORDER_TRACKING_HOST= ORDER_TRACKING_TRUSTED_PROXIES=; \
+		ORDER_TRACKING_HOST= ORDER_TRACKING_TRUSTED_PROXIES= ORDER_TRACKING_LOG_FORMAT=; \
 	$(BIN)/python -c 'import os, sys; os.setpgrp(); os.execv(sys.argv[1], sys.argv[1:])' \
 		$(BIN)/order-tracking serve >"$$dir/log" 2>&1 & pid=$$!; \
 	trap 'trap "" INT TERM HUP; kill $$pid 2>/dev/null; wait $$pid; rm -rf "$$dir"' EXIT; \

@@ -231,6 +231,8 @@ BEGIN
     GRANT UPDATE (times_seen, last_seen_at, state, resolved_at, resolution, order_no, version) ON quarantine
         TO order_tracking_service;
     GRANT INSERT, UPDATE (last_used_at, revoked_at) ON api_keys TO order_tracking_service;
+    -- To make a backup.
+    GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO order_tracking_service;
     GRANT SELECT ON order_events TO order_tracking_reader;
 END $$;
 

@@ -4,6 +4,7 @@ Roles belong to the server and are in no dump of a database: a restore makes the
 one transaction, triggers included, so that what was immutable is so from the first moment on.
 """
 
+import asyncio
 import os
 import re
 import shutil
@@ -13,22 +14,37 @@ from pathlib import Path
 from typing import IO, Final
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
+import asyncpg
+
 from service import event_store
 from service.database import Connection
 from service.embedded_postgres import EmbeddedPostgresError, wheel_bindir
-from service.schema import IS_APPLIED, ROLES_SQL, SCHEMA_LOCK, apply_schema
+from service.schema import IS_APPLIED, ROLES_SQL, SCHEMA_LOCK, VIEWS, apply_schema
 
 # Whole words, as a tool answers when asked for its version: "pg_dump (PostgreSQL) 18.1".
 _MAJOR: Final = re.compile(r"\(PostgreSQL\) (\d+)")
+# In what PGOPTIONS holds.
+_TO_ESCAPE: Final = re.compile(r"([ \\])")
 # Where Debian and Ubuntu keep the tools of each version.
 PACKAGED_BINDIR: Final = "/usr/lib/postgresql/{major}/bin"
+
+# What is no session setting in a connection URL, beside all that begins with ssl, gss and keepalives.
+LIBPQ_PARAMETERS: Final = frozenset({
+    "host", "hostaddr", "port", "dbname", "user", "passfile", "connect_timeout", "client_encoding", "options",
+    "application_name", "tcp_user_timeout", "target_session_attrs", "load_balance_hosts", "channel_binding",
+    "require_auth", "requirepeer", "krbsrvname",
+})  # fmt: skip
 
 IS_EMPTY: Final = """
     SELECT NOT EXISTS (
         SELECT FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace
         WHERE nspname NOT IN ('pg_catalog', 'information_schema') AND nspname NOT LIKE 'pg\\_toast%'
+          AND NOT EXISTS (SELECT FROM pg_depend WHERE objid = pg_class.oid AND deptype = 'e')
     )
 """
+# As a rebuild holds it: the one waits for the other.
+HOLD_REBUILD_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('rebuild', 0))"
+BE_PATIENT: Final = "SET statement_timeout = 0; SET idle_session_timeout = 0"
 HOLD_SCHEMA_LOCK: Final = "SELECT pg_advisory_lock($1)"
 
 
@@ -55,7 +71,12 @@ async def make(connection: Connection, dsn: str, file: Path | None, bindir: Path
         raise BackupError("the database has no schema yet: there is nothing to back up")
     head = await event_store.head_position(connection)
     tool, _ = _tool("pg_dump", connection.get_server_version().major, bindir)
-    _run([tool, "--format=custom", *([f"--file={file}"] if file is not None else [])], dsn)
+    # Neither what a rebuild has half made, nor a rebuild that swaps tables under the dump.
+    await connection.execute(BE_PATIENT)
+    await connection.execute(HOLD_REBUILD_LOCK)
+    unfinished = [f"--exclude-schema={view.name}_{end}" for view in VIEWS for end in ("next", "old")]
+    to = [f"--file={file}"] if file is not None else []
+    await _run([tool, "--format=custom", *unfinished, *to], dsn)
     return head
 
 
@@ -77,7 +98,8 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
     """
     server_major = connection.get_server_version().major
     tool, major = _tool("pg_restore", server_major, bindir)
-    # A service that starts meanwhile waits, and then finds the schema.
+    # A service that starts meanwhile waits, and then finds the schema. This connection is idle for as long.
+    await connection.execute(BE_PATIENT)
     await connection.execute(HOLD_SCHEMA_LOCK, SCHEMA_LOCK)
     if not await connection.fetchval(IS_EMPTY):
         raise BackupError(
@@ -86,17 +108,36 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
         )
     await connection.execute(ROLES_SQL)
     try:
-        _run([tool, "--exit-on-error", "--single-transaction"], dsn, stdin=file)
+        await _check(tool, file)
+        await _run([tool, "--exit-on-error", "--single-transaction"], dsn, stdin=file)
     except BackupError as error:
         # A newer one sets what an older server does not know.
         hint = (
             f"; {tool} is of PostgreSQL {major}, the server of {server_major}" if major != server_major else ""
         )
         raise BackupError(f"{error}{hint}; nothing was restored") from None
-    await apply_schema(connection)
-    # What the planner knows of the tables is in no dump.
-    await connection.execute("ANALYZE")
-    return await event_store.head_position(connection)
+    if not await connection.fetchval(IS_APPLIED):
+        raise BackupError("what was restored is no backup of this service: empty the database again")
+    try:
+        await apply_schema(connection)
+        # What the planner knows of the tables is in no dump.
+        await connection.execute("ANALYZE")
+        return await event_store.head_position(connection)
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise BackupError(f"everything is restored, but then: {error}; 'migrate' does the rest") from error
+
+
+async def _check(tool: Path, file: IO[bytes]) -> None:
+    """Look whether a dump is one of this service, where it can be read twice."""
+    if not file.seekable():
+        return
+    process = await asyncio.create_subprocess_exec(
+        str(tool), "--list", stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    listed, _ = await process.communicate()
+    file.seek(0)
+    if process.returncode == 0 and b" TABLE public order_events " not in listed:
+        raise BackupError("this is the dump of something else")
 
 
 def _tool(name: str, server_major: int, bindir: Path | None) -> tuple[Path, int]:
@@ -133,26 +174,55 @@ def _folders(name: str, server_major: int) -> Iterator[Path]:
         return
 
 
-def _run(command: list[str | Path], dsn: str, stdin: IO[bytes] | None = None) -> None:
-    address, password = without_password(dsn)
-    done = subprocess.run(  # noqa: S603 (arguments of our own)
-        [*command, "--no-password", f"--dbname={address}"],
+async def _run(command: list[str | Path], dsn: str, stdin: IO[bytes] | None = None) -> None:
+    address, secret = for_tools(dsn)
+    process = await asyncio.create_subprocess_exec(
+        *map(str, command),
+        "--no-password",
+        f"--dbname={address}",
         stdin=stdin or subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env={**os.environ, **({"PGPASSWORD": password} if password else {})},
-        check=False,
+        env={**os.environ, **secret},
     )
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
+    try:
+        _, told = await process.communicate()
+    except BaseException:
+        # It would go on by itself.
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        said = told.decode(errors="replace").strip().splitlines()
+        said = said or [f"{Path(command[0]).name} ended with status {process.returncode}"]
         raise BackupError(next((line for line in said if "error:" in line), said[-1]))
 
 
-def without_password(dsn: str) -> tuple[str, str]:
-    """Return a DSN as other users of this machine may see it, and the password that it had."""
+def for_tools(dsn: str) -> tuple[str, dict[str, str]]:
+    """Return a DSN as other users of this machine may see it, and what goes with it by the environment.
+
+    Raises:
+        BackupError: it has a secret that there is no way for but a command line.
+    """
     parts = urlsplit(dsn)
-    query = parse_qsl(parts.query, keep_blank_values=True)
-    password = next((value for name, value in query if name == "password"), unquote(parts.password or ""))
     address, _, host = parts.netloc.rpartition("@")
     user = address.partition(":")[0]
-    kept = urlencode([(name, value) for name, value in query if name != "password"], quote_via=quote)
-    return f"{parts.scheme}://{user}{'@' if user else ''}{host}{parts.path}?{kept}", password
+    environment = {"PGPASSWORD": unquote(parts.password)} if parts.password else {}
+    kept: list[tuple[str, str]] = []
+    options = []
+    for name, value in parse_qsl(parts.query, keep_blank_values=True):
+        if name == "password":
+            environment["PGPASSWORD"] = value
+        elif name == "sslpassword":
+            raise BackupError(
+                "the URL has an sslpassword, which would be seen: use a key without one, or pg_dump"
+            )
+        elif name in LIBPQ_PARAMETERS or name.startswith(("ssl", "gss", "keepalives")):
+            kept.append((name, value))
+        else:
+            # Any other is a setting of the session to the service's own driver.
+            escaped = _TO_ESCAPE.sub(r"\\\1", value)
+            options.append(f"-c {name}={escaped}")
+    if options:
+        environment["PGOPTIONS"] = " ".join(options)
+    query = urlencode(kept, quote_via=quote)
+    return f"{parts.scheme}://{user}{'@' if user else ''}{host}{parts.path}?{query}", environment

@@ -153,7 +153,7 @@ class _Connection(web.RequestHandler):
             raise ConnectionError("an answer is on its way already")
         # The parser's message quotes what was sent, token and all, over several lines.
         del exc, message
-        return _closing(ProblemError(HTTPStatus(status)))
+        return _closing(ProblemError(HTTPStatus(status)), request)
 
 
 def _connection_of(request: web.BaseRequest) -> _Connection:
@@ -172,7 +172,7 @@ def _guarded(handler: Handler, on_answer: OnAnswer) -> Handler:
         try:
             if (problem := _odd_framing(request)) is not None:
                 # Not measured: it has come to no route.
-                return _closing(problem)
+                return _closing(problem, request)
             answer = await handler(request)
         except Exception as error:
             if request.writer.output_size > 0:
@@ -204,8 +204,9 @@ def _odd_framing(request: web.BaseRequest) -> ProblemError | None:
     return None
 
 
-def _closing(problem: ProblemError) -> web.Response:
+def _closing(problem: ProblemError, request: web.BaseRequest) -> web.Response:
     answer = problem_answer(problem)
+    answer.headers[REQUEST_ID_HEADER] = request_id_of(request)
     answer.headers[hdrs.CONNECTION] = "close"
     answer.force_close()
     return answer

@@ -26,6 +26,8 @@ from service.quarantine import QuarantineState
 PAGE_ROWS_DEFAULT: Final = 100
 PAGE_ROWS_MAX: Final = 1_000
 TEXT_CHARACTERS_MAX: Final = 128
+# A hundred years: before now there are still dates.
+DURATION_MAX: Final = timedelta(days=36_500)
 
 _ORDER_PATH: Final = re.compile(r"(?:https?://[^/?#]*)?/(?:orders|track)/(?P<order_no>[^/?#]+)", re.IGNORECASE)
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -101,7 +103,10 @@ def _duration(value: Any) -> Any:
     if found is None or not any(found.groups()):
         raise ValueError("it must be a duration by ISO 8601, such as P3D or PT36H")
     weeks, days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return timedelta(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
+    duration = timedelta(weeks=weeks, days=days, hours=hours, minutes=minutes, seconds=seconds)
+    if duration > DURATION_MAX:
+        raise ValueError(f"it must be {DURATION_MAX.days} days at most")
+    return duration
 
 
 def _text_schema(**more: Any) -> WithJsonSchema:

@@ -25,6 +25,7 @@ from service.http_server import is_gone
 from service.lists import POSITION_MAX, list_answer
 from service.problems import OPTIONS, Kind, ProblemError, bad_parameter, unavailable
 from service.queries import EventsQuery, LogStreamQuery, StreamQuery, order_no_of
+from service.requests import REQUEST_ID_HEADER, given_id
 
 PAGE_EVENTS: Final = 1_000
 # Live readers at once; each has a connection and little else.
@@ -263,7 +264,7 @@ class Streams:
         _refuse_old_version(request)
         async with borrowed(self._pool, self._seconds_max) as connection:
             head = await event_store.head_position(connection)
-        response = web.StreamResponse(headers=NDJSON_HEADERS)
+        response = web.StreamResponse(headers={**NDJSON_HEADERS, **_own_id(request)})
         response.enable_chunked_encoding()
         await response.prepare(request)
         left = query.limit if "limit" in query.model_fields_set else None
@@ -288,7 +289,10 @@ class Streams:
             await stack.enter_async_context(self.tail.followed())
             position = self.tail.position if begin is None else begin
             response = EventSourceResponse(
-                headers=HEADERS, sep="\n", ping_interval=HEARTBEAT_SECONDS, send_timeout=SEND_SECONDS_MAX
+                headers={**HEADERS, **_own_id(request)},
+                sep="\n",
+                ping_interval=HEARTBEAT_SECONDS,
+                send_timeout=SEND_SECONDS_MAX,
             )
             await response.prepare(request)
             await stack.enter_async_context(response)
@@ -356,6 +360,12 @@ async def _write(response: EventSourceResponse, messages: Sequence[bytes]) -> No
         # What it does not take would be waited for.
         response.stop_streaming()
         raise
+
+
+def _own_id(request: web.Request) -> dict[str, str]:
+    """Return the header of the id that the caller gave, before the answer has begun."""
+    given = given_id(request)
+    return {REQUEST_ID_HEADER: given} if given is not None else {}
 
 
 def _refuse_old_version(request: web.Request) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,6 @@ from service import backup as backups
 from service.backup import BackupError
 from service.commands.console import MISUSED, connected, end, err, run_with_database
 from service.settings import read_settings
-
-# Reports may hold what is nobody else's business.
-FILE_MODE = 0o600
 
 
 def _file(dash: str) -> Any:
@@ -71,25 +69,32 @@ def _opened(name: str) -> IO[bytes]:
 
 @contextmanager
 def _new_file(name: str) -> Iterator[Path | None]:
-    """Make a file that has its name only once it is whole."""
+    """Make a file that has its name only once it is whole, and whose name nobody else took meanwhile."""
     if name == "-":
         yield None
         return
     path = Path(name).absolute()
     if path.exists():
         raise FileExistsError(None, None, name)
-    new = path.with_name(f"{path.name}.new")
     try:
-        try:
-            new.touch(FILE_MODE)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, name) from None
+        # For its owner alone, and by a name that nobody can have guessed.
+        handle, made = tempfile.mkstemp(dir=path.parent, prefix=".backup-")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, name) from None
+    os.close(handle)
+    new = Path(made)
+    try:
         yield new
-        new.rename(path)
-    except BaseException:
+        try:
+            path.hardlink_to(new)
+        except FileExistsError:
+            raise FileExistsError(None, None, name) from None
+        except OSError:
+            # No hard links here.
+            new.rename(path)
+    finally:
         new.unlink(missing_ok=True)
-        raise
-    # Its new name survives a power cut as well.
+    # Its name survives a power cut as well.
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)

@@ -47,9 +47,11 @@ def plain_errors() -> Iterator[None]:
     except SettingsError as error:
         end(str(error), MISUSED)
     except RebuildRunningError:
-        end("a replay is running already")
+        end("a replay is running already, or a backup")
     except (StorageUnavailableError, UnsupportedServerError) as error:
         end(f"the database cannot be used: {error}")
+    except asyncpg.LockNotAvailableError:
+        end("the tables of before are still being read, by a dump perhaps: try again when that has ended")
     except (asyncpg.PostgresError, asyncpg.InterfaceError, UnicodeError) as error:
         end(f"the database refuses this: {str(error).partition(chr(10))[0]}")
     except UndecodableEventError as error:

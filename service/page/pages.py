@@ -256,7 +256,10 @@ class Pages:
     async def show_quarantined(self, request: web.Request) -> web.Response:
         """One body that could not be understood, and what can be done with it."""
         read_query(ShownQuery, request)
-        quarantine_id = number_of(request.match_info["quarantine_id"])
+        wanted = request.match_info["quarantine_id"]
+        quarantine_id = number_of(wanted)
+        if not quarantine_id:
+            raise ProblemError(Kind.UNKNOWN_ENTRY, f"the quarantine has no entry {wanted}")
         try:
             async with borrowed(self._pool, self._seconds_max) as connection:
                 entry = await quarantine.find_entry(connection, quarantine_id)

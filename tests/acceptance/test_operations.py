@@ -30,7 +30,7 @@ NGINX: Final = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/u
 MAIN: Final = """\
 daemon off;
 pid {folder}/nginx.pid;
-error_log {folder}/error.log info;
+error_log {folder}/error.log;
 events {{ }}
 http {{
     access_log {folder}/access.log;
@@ -141,9 +141,23 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
             assert answer.status == 303
             assert answer.cookies["order_tracking_key"]["secure"]
             assert "Strict-Transport-Security" in answer.headers
+    for broken in (
+        f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: a b\r\n\r\n",
+        f"PUT //WEBHOOK/{TOKEN} HTTP/1.1\r\nHost: x\r\nX: {'x' * 40_000}\r\n\r\n",
+        f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: x\r\nConn",
+    ):
+        host, port = url.removeprefix("https://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port), ssl=tls)
+        writer.write(broken.encode())
+        await asyncio.sleep(0.2)
+        writer.close()
+    _, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    await asyncio.sleep(0.2)
+    writer.close()
     said = "".join(log.read_text() for log in folder.glob("*.log"))
     assert "/orders/KOM1/events" in said
-    assert "webhook" not in said
+    assert TOKEN not in said
 
 
 async def test_nginx_tells_no_token_while_the_service_is_away(
@@ -159,7 +173,8 @@ async def test_nginx_tells_no_token_while_the_service_is_away(
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls)) as session,
             session.put(f"{url}/webhook/{TOKEN}", json={"order_no": "KOM2", "status": "Dikirim"}) as answer,
         ):
-            assert answer.status == 502
+            # Or what another service has to say that took its port meanwhile, and knows no such token.
+            assert answer.status in (502, 404)
     finally:
         service.start()
     assert TOKEN not in "".join(log.read_text() for log in folder.glob("*.log"))
@@ -174,7 +189,7 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     command = re.search(r"(?m)^ExecStart=(\S+) serve$", documented)
     assert command is not None
     unit = tmp_path / "order-tracking.service"
-    unit.write_text(documented.replace(command[1], sys.executable), encoding="utf-8")
+    unit.write_text(documented.replace(command[1], f'"{sys.executable}"'), encoding="utf-8")
     done = subprocess.run(
         [verify, "verify", "--man=no", str(unit)],
         capture_output=True,

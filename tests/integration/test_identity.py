@@ -231,6 +231,15 @@ async def test_a_revoked_or_expired_key_is_refused(
         await client.get("/orders", 401)
 
 
+@pytest.mark.parametrize("field", ["Bad Header", "Transfer-Encoding: gzip, chunked", "Content-Length: 1, 2"])
+async def test_what_is_no_request_is_answered_with_an_id_too(dsn: str, field: str) -> None:
+    """So that it can be asked about."""
+    async with served(dsn) as client:
+        answer = await client.talk(f"PUT /webhook HTTP/1.1\r\nHost: x\r\n{field}\r\n\r\n".encode())
+    assert answer.split(b" ", 2)[1] == b"400"
+    assert b"X-Request-Id: " in answer
+
+
 async def test_a_new_key_is_good_at_once(
     dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -230,6 +230,14 @@ async def test_who_knows_no_chunks_gets_no_endless_answer(client: Client, path: 
     assert (await client.talk(request.encode())).split(b" ", 2)[1] == b"505"
 
 
+@pytest.mark.parametrize("path", ["/events", "/events/stream"])
+async def test_an_answer_without_an_end_has_the_callers_id_too(client: Client, path: str) -> None:
+    """As every other that was asked with one."""
+    url = f"http://127.0.0.1:{client.port}{path}"
+    async with client.session.get(url, headers={"Accept": NDJSON, "X-Request-Id": "ours-1"}) as response:
+        assert (response.status, response.headers["X-Request-Id"]) == (200, "ours-1")
+
+
 async def test_what_is_erased_is_not_sent_from_memory(
     client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
