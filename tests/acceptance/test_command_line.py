@@ -142,7 +142,7 @@ def test_replay_tells_a_difference_and_a_replay_that_runs_already(service: Runni
             await connection.close()
 
     second = asyncio.run(with_a_replay_running())
-    assert (second.returncode, second.stderr) == (1, "a replay is running already\n")
+    assert (second.returncode, second.stderr) == (1, "a replay is running already, or a backup\n")
 
 
 def test_check_says_what_is_in_order_and_what_is_not(service: RunningService) -> None:
