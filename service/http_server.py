@@ -4,8 +4,10 @@ Every answer of this service, also one to bytes that are no request, is made her
 """
 
 import asyncio
+import resource
 import zlib
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from http import HTTPStatus
 from time import monotonic
 from typing import Final, cast
@@ -31,6 +33,8 @@ KEEP_ALIVE_SECONDS: Final = 75.0
 LINGER_SECONDS_MAX: Final = 2.0
 # For the handlers that still run once everything that was taken is answered.
 SHUTDOWN_SECONDS_MAX: Final = 1.0
+# Connections and everything else that is a file.
+OPEN_FILES: Final = 20_000
 # Connections that wait to be accepted.
 BACKLOG: Final = 1_024
 
@@ -40,6 +44,16 @@ _CODINGS: Final = ("", "identity", "gzip")
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 # Told the status of every answer, and the seconds that it took.
 OnAnswer = Callable[[web.BaseRequest, int, float], None]
+
+
+def allow_open_files() -> None:
+    """Let this process have as many connections as the system lets it: the usual limit is a thousand."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        # Some systems have a lower limit than they say.
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def read_body(request: web.Request) -> bytes:

@@ -15,7 +15,11 @@ import pytest
 from service.app import prepare_database
 from service.database import Connection, connect
 from service.embedded_postgres import EmbeddedPostgres
+from service.http_server import allow_open_files
 from service.schema import OWNER_ROLE, SERVICE_ROLE, as_role
+
+# Of 500 slow senders each has a file at both ends.
+allow_open_files()
 
 TEMPLATE = "template_with_schema"
 DATABASE = "/order_tracking?"

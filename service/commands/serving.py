@@ -13,6 +13,7 @@ from service.app import calm_garbage_collector, prepare_database, serving
 from service.commands.console import end, out, plain_errors
 from service.database import StorageUnavailableError
 from service.embedded_postgres import EmbeddedPostgres
+from service.http_server import allow_open_files
 from service.requests import add_request_id
 from service.settings import Settings, read_settings
 
@@ -22,6 +23,7 @@ def serve() -> None:
     with plain_errors():
         settings = read_settings()
         _configure_logs(settings)
+        allow_open_files()
         if settings.database_url:
             uvloop.run(_serve(settings, settings.database_url, None))
         else:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import resource
 import shlex
 import signal
 import socket
@@ -207,6 +208,27 @@ async def test_what_was_written_of_an_order_is_erased_on_demand(service: Running
     assert (event["data"]["verdict"], event["data"]["status"]) == ("advanced", "in_transit")
     verified = await asyncio.to_thread(run_command, service.state_dir, "replay", "--verify")
     assert verified.returncode == 0, verified.stdout
+
+
+def test_connections_are_as_many_as_the_system_allows(state_dir: Path) -> None:
+    """Not the thousand files that a login usually has: idle ones keep nobody out."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    service = RunningService(state_dir)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        service.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    host, port = service.url.removeprefix("http://").split(":")
+    with contextlib.ExitStack() as idle:
+        idle.callback(service.end)
+        for _ in range(400):
+            idle.enter_context(socket.create_connection((host, int(port))))
+        assert (
+            run_command(state_dir, "send", "KOM1", "AWB1", "Sent", "--url", f"{service.url}/webhook").returncode
+            == 0
+        )
+    assert "Too many open files" not in service.output
 
 
 def test_the_version_is_told(state_dir: Path) -> None:

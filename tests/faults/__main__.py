@@ -6,7 +6,6 @@ Exit codes: 0 all held; 1 something did not (with --mutation: as it must); 2 mis
 import argparse
 import asyncio
 import random
-import resource
 import signal
 import sys
 from typing import Final
@@ -15,6 +14,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from service.http_server import allow_open_files
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.mutations import MUTATIONS
 from tests.faults.run import Outcome, run
@@ -90,8 +90,7 @@ def main() -> int:
             out.print(f"{fault.name:22} {fault.claim}{', short' if fault.is_short else ''}")
         return 0
     # Thousands of callers are files, here and in the service.
-    _, files_max = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files_max, files_max))
+    allow_open_files()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
     try:
         outcomes = uvloop.run(_run(arguments.faults, seed))
