@@ -29,6 +29,17 @@ REPORTS_BEFORE = 300
 NOT_EMPTY = "the database is not empty"
 
 
+@pytest.fixture(scope="module")
+def running() -> Iterator[RunningService]:
+    """A service with a few reports, for those that only back it up."""
+    folder = make_folder()
+    service = RunningService(folder).start()
+    asyncio.run(report_on(service.url, 3, "KOM"))
+    yield service
+    service.end()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @pytest.fixture
 def folders() -> Iterator[tuple[Path, Path]]:
     """Two state folders: of the service that is backed up, and of the one that is restored."""
@@ -214,76 +225,66 @@ async def test_the_dump_of_something_else_is_refused(empty_dsn: str, tmp_path: P
     await connection.close()
 
 
-async def test_a_backup_and_a_replay_take_turns(folders: tuple[Path, Path]) -> None:
+async def test_a_backup_and_a_replay_take_turns(running: RunningService) -> None:
     """No table is swapped under a dump, nor is a half-made one in it; the service's own login can make one."""
-    old, _ = folders
-    service = RunningService(old).start()
-    try:
-        await report_on(service.url, 3, "KOM")
-        connection = await connect(service.dsn)
-        await connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
-        await connection.execute("CREATE SCHEMA timeline_next; CREATE TABLE timeline_next.half_made ()")
-        waiting = asyncio.create_task(asyncio.to_thread(run_command, old, "backup", "dump"))
-        await asyncio.sleep(1.5)
-        assert not waiting.done()
-        await connection.execute("SELECT pg_advisory_unlock_all()")
-        assert (await waiting).returncode == 0
-        as_service = service.dsn.replace("user=order_tracking", f"user={SERVICE_ROLE}")
-        made = await asyncio.to_thread(run_command, old, "backup", "own", DATABASE_URL=as_service)
-        assert made.returncode == 0, made.stderr
-        await connection.close()
-    finally:
-        service.end()
+    old = running.state_dir
+    connection = await connect(running.dsn)
+    await connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
+    await connection.execute("CREATE SCHEMA timeline_next; CREATE TABLE timeline_next.half_made ()")
+    waiting = asyncio.create_task(asyncio.to_thread(run_command, old, "backup", "dump"))
+    await asyncio.sleep(1.5)
+    assert not waiting.done()
+    await connection.execute("SELECT pg_advisory_unlock_all()")
+    assert (await waiting).returncode == 0
+    as_service = running.dsn.replace("user=order_tracking", f"user={SERVICE_ROLE}")
+    made = await asyncio.to_thread(run_command, old, "backup", "own", DATABASE_URL=as_service)
+    assert made.returncode == 0, made.stderr
+    await connection.close()
     for name in ("dump", "own"):
         listed = run_tool("pg_restore", "--list", old / name)
         assert b" TABLE public order_events " in listed
         assert b"half_made" not in listed
 
 
-def test_a_name_that_is_taken_meanwhile_stays_whose_it_is(folders: tuple[Path, Path]) -> None:
+def test_a_name_that_is_taken_meanwhile_stays_whose_it_is(running: RunningService) -> None:
     """And nothing that lies beside it by whatever name is touched, nor left."""
-    old, _ = folders
-    service = RunningService(old).start()
-    try:
-        asyncio.run(report_on(service.url, 3, "KOM"))
-        with psycopg.connect(service.dsn) as connection:
-            connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
-            (old / "dump.new").write_text("precious")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "service", "backup", "dump"],
-                env=environment(old),
-                cwd=old,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            time.sleep(1.5)
-            (old / "dump").write_text("mine")
-        _, said = process.communicate(timeout=60)
-    finally:
-        service.end()
-    assert (process.returncode, said) == (2, "there is a file dump already\n")
-    assert ((old / "dump").read_text(), (old / "dump.new").read_text()) == ("mine", "precious")
+    old = running.state_dir
+    with psycopg.connect(running.dsn) as connection:
+        connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
+        (old / "taken.new").write_text("precious")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "backup", "taken"],
+            env=environment(old),
+            cwd=old,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        due = time.monotonic() + 20
+        # It has begun, and waits for the lock.
+        while not [*old.glob(".backup-*")]:
+            assert time.monotonic() < due
+            time.sleep(0.05)
+        (old / "taken").write_text("mine")
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (2, "there is a file taken already\n")
+    assert ((old / "taken").read_text(), (old / "taken.new").read_text()) == ("mine", "precious")
     assert not [*old.glob(".backup-*")]
 
 
-def test_a_backup_that_is_ended_ends_its_tool(folders: tuple[Path, Path]) -> None:
+def test_a_backup_that_is_ended_ends_its_tool(running: RunningService) -> None:
     """SIGTERM, as from whoever stops a machine: no pg_dump goes on, and no half file stays."""
-    old, _ = folders
-    service = RunningService(old).start()
-    try:
-        with psycopg.connect(service.dsn) as connection:
-            # What pg_dump waits for.
-            connection.execute("LOCK TABLE erasures")
-            process = subprocess.Popen(
-                [sys.executable, "-m", "service", "backup", "dump"], env=environment(old), cwd=old
-            )
-            due = time.monotonic() + 20
-            while f"{old}/.backup-" not in running_commands():
-                assert time.monotonic() < due
-                time.sleep(0.05)
-            process.terminate()
-            assert process.wait(20) == 128 + signal.SIGTERM
-            assert f"{old}/.backup-" not in running_commands()
-    finally:
-        service.end()
+    old = running.state_dir
+    with psycopg.connect(running.dsn) as connection:
+        # What pg_dump waits for.
+        connection.execute("LOCK TABLE erasures")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "backup", "ended"], env=environment(old), cwd=old
+        )
+        due = time.monotonic() + 20
+        while f"{old}/.backup-" not in running_commands():
+            assert time.monotonic() < due
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+        assert f"{old}/.backup-" not in running_commands()
     assert not [*old.glob(".backup-*")]

@@ -19,7 +19,7 @@ from service.version import VERSION
 from tests.acceptance.running import ROOT, RunningService
 from tests.conftest import make_folder
 
-EXAMPLES_MAX = 5
+EXAMPLES_MAX = 4
 SECONDS_MAX = 100
 
 
