@@ -38,7 +38,7 @@ demo: $(VENV)/run.stamp ## play Komerce against a service of its own, to look at
 
 test: $(VENV)/dev.stamp ## run every test against a real PostgreSQL, with coverage
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest $(or $(ARGS),--numprocesses=$(WORKERS) --dist=loadfile)
+	$(BIN)/python -m coverage run -m pytest $(or $(ARGS),--numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder)
 	@$(BIN)/python -m coverage combine -q
 	@# Branches too. A selection of tests (ARGS) is not held to it.
 	@[ -n "$(ARGS)" ] || $(BIN)/python -m coverage report --include='domain/*' --fail-under=100
