@@ -38,6 +38,7 @@ THREADS_SLACK: Final = 10
 # The cache of 100,000 orders' standings may fill (50 MB), and the log's tail for the views (8 MB and more).
 MEMORY_SLACK_MB: Final = 100.0
 KILL_SECONDS_MAX: Final = 5.0
+RECOVERY_SECONDS_MAX: Final = 20.0
 
 Value = TypeVar("Value")
 
@@ -188,7 +189,13 @@ class World:
 
     async def connect(self) -> Connection:
         """A connection of the harness's own; the caller closes it."""
-        return await asyncpg.connect(self.dsn)
+        async with asyncio.timeout(RECOVERY_SECONDS_MAX):
+            while True:
+                try:
+                    return await asyncpg.connect(self.dsn)
+                except asyncpg.CannotConnectNowError:
+                    # What was killed last may have been noticed only now.
+                    await asyncio.sleep(0.05)
 
     @property
     def service(self) -> RunningService:
