@@ -139,6 +139,7 @@ class Service:
         self.openapi = OpenApi(self.apis, sender.path)
         self.pages = Pages(self.pool, self.access, self.projectors, seconds_max, self.openapi.document)
         self._logs_requests = settings.log_requests
+        self._rebuilding = asyncio.Lock()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -202,23 +203,24 @@ class Service:
         self._tasks.append(asyncio.create_task(run(), name=name))
 
     async def _project(self, view: View) -> None:
-        await self._rebuild_where_outdated(view)
+        if await self._is_outdated(view):
+            async with self._rebuilding:
+                await self._rebuild_outdated()
         await self.projectors[view.name].run()
 
-    async def _rebuild_where_outdated(self, view: View) -> None:
-        """Rebuild a view, and with it whatever else is outdated: the log is then read once for all of them."""
-        while outdated := [one for one in VIEWS if await self._is_outdated(one)]:
-            self.projectors[view.name].is_outdated = view in outdated
-            if view not in outdated:
-                return
+    async def _rebuild_outdated(self) -> None:
+        """Rebuild whatever is outdated, together: the log is read once. What is not goes on meanwhile."""
+        said: list[str] = []
+        while outdated := [view for view in VIEWS if await self._is_outdated(view)]:
+            names = [view.name for view in outdated]
+            if names != said:
+                said = names
+                log.info("views are rebuilt: their definition has changed", views=names)
             try:
                 await rebuild_views(self._dsn, outdated, self.log_reader, lambda _done, _total: None)
             except RebuildRunningError:
-                # By another view's task here, or by another process.
+                # Another process is at it, or makes a backup.
                 await asyncio.sleep(REBUILD_LOOK_SECONDS)
-            else:
-                log.info("rebuilt: their definition had changed", views=[one.name for one in outdated])
-        self.projectors[view.name].is_outdated = False
 
     async def _is_outdated(self, view: View) -> bool:
         try:

@@ -134,7 +134,7 @@ async def _check(tool: Path, file: IO[bytes]) -> None:
     process = await asyncio.create_subprocess_exec(
         str(tool), "--list", stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
-    listed, _ = await process.communicate()
+    listed, _ = await _ended(process)
     file.seek(0)
     if process.returncode == 0 and b" TABLE public order_events " not in listed:
         raise BackupError("this is the dump of something else")
@@ -184,17 +184,21 @@ async def _run(command: list[str | Path], dsn: str, stdin: IO[bytes] | None = No
         stderr=subprocess.PIPE,
         env={**os.environ, **secret},
     )
-    try:
-        _, told = await process.communicate()
-    except BaseException:
-        # It would go on by itself.
-        process.kill()
-        await process.wait()
-        raise
+    _, told = await _ended(process)
     if process.returncode:
         said = told.decode(errors="replace").strip().splitlines()
         said = said or [f"{Path(command[0]).name} ended with status {process.returncode}"]
         raise BackupError(next((line for line in said if "error:" in line), said[-1]))
+
+
+async def _ended(process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
+    """Return what a tool has said once it has ended; ended with us, it would go on by itself."""
+    try:
+        return await process.communicate()
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
 
 
 def for_tools(dsn: str) -> tuple[str, dict[str, str]]:

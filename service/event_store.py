@@ -16,7 +16,7 @@ import orjson
 from eventsourcing.persistence import DatetimeAsISO, Mapper, StoredEvent, Transcoder
 
 from domain.order import UNHEARD, Order, Report, Standing
-from domain.statuses import STATUSES
+from domain.transitions import TABLE
 from service.database import Connection, HeldConnection
 
 # Shared by every writer of the log, of whatever process; the number is the word "ORDER" in ASCII.
@@ -273,14 +273,14 @@ async def standings(connection: Connection, order_nos: Sequence[str]) -> dict[st
     """Return where each of these orders stands, from its last event alone; UNHEARD where it has none.
 
     Raises:
-        UndecodableEventError: the last event of one of them cannot be read, or left it in a status that this
-            release does not know, so nothing can be judged by it.
+        UndecodableEventError: the last event of one of them cannot be read, or left it where no row of the
+            transition table begins, so nothing can be judged by it.
     """
     found: dict[str, Standing] = dict.fromkeys(order_nos, UNHEARD)
     for order_no, version, topic, state in await connection.fetch(LAST_EVENTS, order_nos):
         event = decode_event(order_no, version, topic, state)
-        if event.status is not None and event.status not in STATUSES:
-            raise UndecodableEventError("its order has a status of a later release")
+        if (event.status, event.leg) not in TABLE:
+            raise UndecodableEventError("the transition table does not know where its order stands")
         found[order_no] = event.standing
     return found
 

@@ -12,12 +12,13 @@ from http import HTTPStatus
 from time import monotonic
 from typing import Final, cast
 
+import structlog
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion10, HttpVersion11
 
 from service import requests
 from service.problems import Kind, ProblemError, problem_answer, problem_of
-from service.requests import REQUEST_ID_HEADER, given_id, request_id_of
+from service.requests import REQUEST_ID_HEADER, given_id, request_id_of, route_of
 
 # A request's head, from its first byte or from the opening of the connection; whoever is slower is cut off.
 HEAD_SECONDS_MAX: Final = 4.0
@@ -40,6 +41,8 @@ BACKLOG: Final = 1_024
 
 _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 _CODINGS: Final = ("", "identity", "gzip")
+
+log = structlog.get_logger()
 
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 # Told the status of every answer, and the seconds that it took.
@@ -190,10 +193,7 @@ def _guarded(handler: Handler, on_answer: OnAnswer) -> Handler:
             answer = await handler(request)
         except Exception as error:
             if request.writer.output_size > 0:
-                # Half an answer is cut off: whatever followed would be taken for more of it. To close it would
-                # wait for a client that takes nothing.
-                if request.transport is not None:
-                    request.transport.abort()
+                _cut_off(request, error)
                 raise
             answer = problem_answer(problem_of(error, request))
         finally:
@@ -204,6 +204,17 @@ def _guarded(handler: Handler, on_answer: OnAnswer) -> Handler:
         return answer
 
     return handle
+
+
+def _cut_off(request: web.BaseRequest, error: Exception) -> None:
+    """End half an answer: whatever followed would be taken for more of it."""
+    # To close it would wait for a client that takes nothing.
+    if request.transport is not None:
+        request.transport.abort()
+    # A client that has gone, or takes nothing, is no failure of this service.
+    if not isinstance(error, ConnectionResetError):
+        status = problem_of(error, request).status
+        log.warning("answer cut off", method=request.method, route=route_of(request), as_if=status)
 
 
 def _odd_framing(request: web.BaseRequest) -> ProblemError | None:

@@ -62,7 +62,11 @@ class QuarantineApi:
     @Endpoint("GET", ENTRY_PATH, representations.QuarantineEntry, problems=(Kind.UNKNOWN_ENTRY,))
     async def show_entry(self, request: web.Request, _query: Query) -> web.Response:
         """One body that could not be understood, byte for byte."""
-        return answer(representations.quarantine_entry(await self._entry(request), with_body=True))
+        return answer(
+            representations.quarantine_entry(
+                await entry_of(request, self._pool, self._seconds_max), with_body=True
+            )
+        )
 
     @Endpoint(
         "POST",
@@ -73,7 +77,7 @@ class QuarantineApi:
     )
     async def retry(self, request: web.Request, _query: Query) -> web.Response:
         """Record an entry as an ordinary report, now that it is understood; again, it gets the same receipt."""
-        entry = await self._entry(request)
+        entry = await entry_of(request, self._pool, self._seconds_max)
         try:
             receipt = await self._recorder.record(quarantine.report_of(entry), datetime.now(UTC))
         except UnreadableError as error:
@@ -96,7 +100,7 @@ class QuarantineApi:
     )
     async def discard(self, request: web.Request, _query: Query) -> web.Response:
         """Say of an entry that nothing will come of it, and why."""
-        entry = await self._entry(request)
+        entry = await entry_of(request, self._pool, self._seconds_max)
         try:
             why = Discarding.model_validate_json(await read_body(request)).reason
         except ValidationError:
@@ -111,14 +115,20 @@ class QuarantineApi:
             raise ProblemError(Kind.NOT_OPEN, str(error)) from None
         return answer(representations.quarantine_entry(entry, with_body=True))
 
-    async def _entry(self, request: web.Request) -> QuarantineEntry:
-        wanted = request.match_info["quarantine_id"]
-        quarantine_id = number_of(wanted)
-        if not quarantine_id:
-            decoded(request.raw_path.partition("?")[0])
-            raise ProblemError(Kind.UNKNOWN_ENTRY, f"the quarantine has no entry {wanted}")
-        try:
-            async with borrowed(self._pool, self._seconds_max) as connection:
-                return await quarantine.find_entry(connection, quarantine_id)
-        except UnknownEntryError as error:
-            raise ProblemError(Kind.UNKNOWN_ENTRY, str(error)) from None
+
+async def entry_of(request: web.Request, pool: Pool, seconds_max: float) -> QuarantineEntry:
+    """Return the entry that a request's path names, with its body.
+
+    Raises:
+        ProblemError: 404, there is none; 400, the path is broken.
+    """
+    wanted = request.match_info["quarantine_id"]
+    quarantine_id = number_of(wanted)
+    if not quarantine_id:
+        decoded(request.raw_path.partition("?")[0])
+        raise ProblemError(Kind.UNKNOWN_ENTRY, f"the quarantine has no entry {wanted}")
+    try:
+        async with borrowed(pool, seconds_max) as connection:
+            return await quarantine.find_entry(connection, quarantine_id)
+    except UnknownEntryError as error:
+        raise ProblemError(Kind.UNKNOWN_ENTRY, str(error)) from None

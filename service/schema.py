@@ -23,7 +23,7 @@ TAKE_SCHEMA_LOCK: Final = "SELECT pg_advisory_xact_lock($1)"
 IS_APPLIED: Final = "SELECT to_regclass('public.schema_version') IS NOT NULL"
 SCHEMAS: Final = "SELECT nspname FROM pg_namespace"
 CURRENT_VERSION: Final = "SELECT max(version) FROM public.schema_version"
-ACT_AS: Final = "SELECT set_config('role', $1, $2)"
+ACT_AS: Final = "SELECT set_config('role', $1, true)"
 RECORD_VERSION: Final = "INSERT INTO public.schema_version (version) VALUES ($1)"
 SEARCH: Final = "SELECT set_config('search_path', $1, true)"
 BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
@@ -129,26 +129,28 @@ async def apply_schema(
             raise SchemaError(f"{what} cannot be applied to this database: {error}") from error
         if await connection.fetchval(MAY_ACT_AS_SERVICE):
             await _grant_database(connection)
-            await connection.execute(ACT_AS, SERVICE_ROLE, True)  # noqa: FBT003 - a parameter of SQL
+            await connection.execute(ACT_AS, SERVICE_ROLE)
         # A view that is new in this release is empty and of no definition, so that it is rebuilt at start.
         existing = {name for (name,) in await connection.fetch(SCHEMAS)}
         missing = [view for view in VIEWS if view.name not in existing]
         await _make_views(connection, missing, None if is_new else "")
 
 
-async def act_as_owner(connection: Connection, *, is_local: bool = False) -> None:
-    """Act as the owner of the log where this role may; else it is the owner, or is refused what it asks."""
-    is_owner = await connection.fetchval(MAY_ACT_AS_OWNER)
-    await connection.execute(ACT_AS, OWNER_ROLE if is_owner else "none", is_local)
+async def act_as_owner(connection: Connection) -> None:
+    """Act as the owner of the log, to the end of the transaction, where this role may.
+
+    Else it is the owner itself, or is refused what it asks.
+    """
+    await connection.execute(ACT_AS, OWNER_ROLE if await connection.fetchval(MAY_ACT_AS_OWNER) else "none")
 
 
 async def _migrate(connection: Connection, migrations: Mapping[int, str], version: int) -> None:
     found = await _version(connection, version)
     for number in range(found + 1, version + 1):
-        await act_as_owner(connection, is_local=True)
+        await act_as_owner(connection)
         await connection.execute(migrations[number])
         await connection.execute(RECORD_VERSION, number)
-        await connection.execute(ACT_AS, "none", True)  # noqa: FBT003 - a parameter of SQL
+        await connection.execute(ACT_AS, "none")
 
 
 async def _grant_database(connection: Connection) -> None:

@@ -267,13 +267,16 @@ class Streams:
         response = web.StreamResponse(headers={**NDJSON_HEADERS, **_own_id(request)})
         response.enable_chunked_encoding()
         await response.prepare(request)
-        left = query.limit if "limit" in query.model_fields_set else None
-        while position < head and left != 0:
-            page = await self._page(position, PAGE_EVENTS if left is None else min(left, PAGE_EVENTS))
-            left = left and left - len(page)
+        left = query.limit if "limit" in query.model_fields_set else POSITION_MAX
+        while position < head and left:
+            page = await self._page(position, min(left, PAGE_EVENTS))
+            left -= len(page)
             lines = [orjson.dumps(representations.log_event(event), option=OPTIONS) for event in page]
-            async with asyncio.timeout(SEND_SECONDS_MAX):
-                await response.write(b"".join(lines))
+            try:
+                async with asyncio.timeout(SEND_SECONDS_MAX):
+                    await response.write(b"".join(lines))
+            except TimeoutError:
+                raise ConnectionResetError("the reader takes nothing") from None
             position = page[-1].position if page else head
         return response
 

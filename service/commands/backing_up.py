@@ -11,7 +11,6 @@ from typing import IO, Annotated, Any
 import typer
 
 from service import backup as backups
-from service.backup import BackupError
 from service.commands.console import MISUSED, connected, end, err, run_with_database
 from service.settings import read_settings
 
@@ -27,11 +26,12 @@ def backup(file: Annotated[str, _file("output")]) -> None:
         async with connected(dsn) as connection:
             with _new_file(file) as dump:
                 head = await backups.make(connection, dsn, dump, read_settings().pg_bindir)
-        err.print(f"backed up: the log up to position {head}, and whatever else there is", markup=False)
+        err.print(
+            f"backed up: the log up to position {head} at least, and whatever else there is", markup=False
+        )
         return 0
 
-    with _plain_errors():
-        run_with_database(work, as_service=False)
+    run_with_database(work, as_service=False)
 
 
 def restore(file: Annotated[str, _file("input")]) -> None:
@@ -47,24 +47,14 @@ def restore(file: Annotated[str, _file("input")]) -> None:
         )
         return 0
 
-    with _plain_errors():
-        run_with_database(work, as_service=False, may_make=True)
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    try:
-        yield
-    except BackupError as error:
-        end(str(error))
-    except FileExistsError as error:
-        end(f"there is a file {error.filename} already", MISUSED)
-    except OSError as error:
-        end(f"{error.filename or 'the dump'}: {error.strerror}")
+    run_with_database(work, as_service=False, may_make=True)
 
 
 def _opened(name: str) -> IO[bytes]:
-    return sys.stdin.buffer if name == "-" else Path(name).open("rb")
+    try:
+        return sys.stdin.buffer if name == "-" else Path(name).open("rb")
+    except OSError as error:
+        end(f"{name}: {error.strerror}")
 
 
 @contextmanager
@@ -74,27 +64,34 @@ def _new_file(name: str) -> Iterator[Path | None]:
         yield None
         return
     path = Path(name).absolute()
-    if path.exists():
-        raise FileExistsError(None, None, name)
+    _refuse_taken(path, name)
     try:
         # For its owner alone, and by a name that nobody can have guessed.
         handle, made = tempfile.mkstemp(dir=path.parent, prefix=".backup-")
     except OSError as error:
-        raise OSError(error.errno, error.strerror, name) from None
+        end(f"{name}: {error.strerror}")
     os.close(handle)
     new = Path(made)
     try:
         yield new
+        _refuse_taken(path, name)
         try:
             path.hardlink_to(new)
-        except FileExistsError:
-            raise FileExistsError(None, None, name) from None
-        except OSError:
-            # No hard links here.
-            new.rename(path)
+        except OSError as error:
+            # Taken in this very moment, or there are no hard links here.
+            _refuse_taken(path, name)
+            try:
+                new.rename(path)
+            except OSError:
+                end(f"{name}: {error.strerror}")
     finally:
         new.unlink(missing_ok=True)
     # Its name survives a power cut as well.
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
+
+
+def _refuse_taken(path: Path, name: str) -> None:
+    if path.exists():
+        end(f"there is a file {name} already", MISUSED)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError
+from service.backup import BackupError
 from service.database import (
     Connection,
     StorageUnavailableError,
@@ -56,7 +57,7 @@ def plain_errors() -> Iterator[None]:
         end(f"the database refuses this: {str(error).partition(chr(10))[0]}")
     except UndecodableEventError as error:
         end(f"the log holds an event that cannot be read: {error}")
-    except (SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
+    except (BackupError, SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
         end(str(error))
 
 

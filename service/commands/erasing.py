@@ -16,9 +16,10 @@ def erase(order_no: str, reason: str) -> None:
     async def work(dsn: str) -> int:
         async with connected(dsn) as connection:
             await check_version(connection)
-            await act_as_owner(connection)
             try:
-                await connection.execute(ERASE_ORDER, order_no, reason)
+                async with connection.transaction():
+                    await act_as_owner(connection)
+                    await connection.execute(ERASE_ORDER, order_no, reason)
             except asyncpg.NoDataFoundError as error:
                 end(str(error))
         out.print("erased: bodies and addresses; status, times and verdicts stay")

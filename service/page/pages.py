@@ -34,7 +34,8 @@ from service.page.rendering import (
 from service.page.session import Sessions, key_form, own_path, see_other
 from service.page.words import IN_ALL, Language
 from service.problems import Handler, Kind, ProblemError, problem_of, set_aside
-from service.quarantine import QuarantineState, UnknownEntryError
+from service.quarantine import QuarantineState
+from service.quarantine_api import entry_of
 from service.queries import Cursor, Position, Query, Text, number_of, order_no_of, path_of, read_query
 from service.requests import request_id_of
 from service.views import wait_for
@@ -256,20 +257,12 @@ class Pages:
     async def show_quarantined(self, request: web.Request) -> web.Response:
         """One body that could not be understood, and what can be done with it."""
         read_query(ShownQuery, request)
-        wanted = request.match_info["quarantine_id"]
-        quarantine_id = number_of(wanted)
-        if not quarantine_id:
-            raise ProblemError(Kind.UNKNOWN_ENTRY, f"the quarantine has no entry {wanted}")
-        try:
-            async with borrowed(self._pool, self._seconds_max) as connection:
-                entry = await quarantine.find_entry(connection, quarantine_id)
-        except UnknownEntryError as error:
-            raise ProblemError(Kind.UNKNOWN_ENTRY, str(error)) from None
+        entry = await entry_of(request, self._pool, self._seconds_max)
         shown = (entry.body or b"")[:BODY_SHOWN_BYTES_MAX]
         return page(
             request,
             "entry.html",
-            f"/quarantined/{quarantine_id}",
+            f"/quarantined/{entry.quarantine_id}",
             area="overview",
             entry=entry,
             text=readable(shown),

@@ -11,6 +11,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+import structlog
+import structlog.testing
 
 from service.api_keys import KNOWN_SECONDS_MAX, create_key, revoke_key
 from service.app import serving
@@ -221,6 +223,24 @@ async def test_half_an_answer_is_cut_off(client: Client, monkeypatch: pytest.Mon
     assert received.startswith(b"HTTP/1.1 200 OK")
     assert received.count(b"HTTP/1.1") == 1
     assert not received.endswith(b"0\r\n\r\n")
+
+
+async def test_half_an_answer_that_fails_is_logged(
+    client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its status said that all was well: nothing else would tell the operator."""
+    monkeypatch.setattr("service.streams.PAGE_EVENTS", 10)
+    for _ in range(8):
+        await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
+    url = f"http://127.0.0.1:{client.port}/events"
+    with structlog.testing.capture_logs() as logged:
+        async with client.session.get(url, headers={"Accept": NDJSON}) as response:
+            assert response.status == 200
+            await connection.execute("ALTER TABLE order_events RENAME TO moved_away")
+            with pytest.raises(aiohttp.ClientError):
+                await response.read()
+        await connection.execute("ALTER TABLE moved_away RENAME TO order_events")
+    assert ("answer cut off", "/events") in [(line["event"], line.get("route")) for line in logged]
 
 
 @pytest.mark.parametrize("path", ["/events", "/events/stream"])
