@@ -37,7 +37,8 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
     stopped = asyncio.Event()
     # A terminal that is closed ends it like Ctrl-C.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_IGN:
+        # By nohup it is to outlive the terminal; a shell's background job is still to be ended by SIGINT.
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
             continue
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     log = structlog.get_logger()

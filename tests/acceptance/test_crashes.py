@@ -68,6 +68,29 @@ def test_ended_while_it_starts_it_leaves_nothing(state_dir: Path, after: float) 
     assert f"{state_dir}/postgres" not in running_commands()
 
 
+def test_in_the_background_it_outlives_a_terminal_and_ends_when_it_is_told(state_dir: Path) -> None:
+    """As `nohup order-tracking serve &` starts it, with SIGHUP and SIGINT ignored."""
+    log = state_dir / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            ["sh", "-c", 'trap "" INT HUP; exec "$0" -m service serve', sys.executable],
+            env=environment(state_dir),
+            cwd=state_dir,
+            stdout=output,
+            stderr=output,
+        )
+    due = time.monotonic() + RECOVERED_SECONDS_MAX
+    while "listens on" not in log.read_text(encoding="utf-8"):
+        assert time.monotonic() < due
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(15) == 0
+    assert f"{state_dir}/postgres" not in running_commands()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_cleanly_and_its_data_is_there_again(state_dir: Path, number: signal.Signals) -> None:
     """Ctrl-C and SIGTERM alike: exit code 0, no process left, and the next start has the data."""
