@@ -23,7 +23,6 @@ def audit(
         bool, typer.Option("--rejudge", help="Judge every order's reports again by today's table.")
     ] = False,
 ) -> None:
-    """Print an order's transitions, or what today's table would judge otherwise."""
     if (order_no is None) == (not rejudge):
         end("give either an order number or --rejudge", MISUSED)
 

@@ -20,8 +20,6 @@ def _file(dash: str) -> Any:
 
 
 def backup(file: Annotated[str, _file("output")]) -> None:
-    """Write a dump of the whole database, while the service goes on."""
-
     async def work(dsn: str) -> int:
         async with connected(dsn) as connection:
             with _new_file(file) as dump:
@@ -35,8 +33,6 @@ def backup(file: Annotated[str, _file("output")]) -> None:
 
 
 def restore(file: Annotated[str, _file("input")]) -> None:
-    """Make an empty database what it was when a dump was written."""
-
     async def work(dsn: str) -> int:
         async with connected(dsn) as connection:
             with _opened(file) as dump:

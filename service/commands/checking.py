@@ -7,8 +7,6 @@ from service.settings import read_settings
 
 
 def check() -> None:
-    """Say whether settings, database and schema are in order."""
-
     async def work(dsn: str) -> int:
         settings = read_settings()
         findings = [
@@ -24,8 +22,6 @@ def check() -> None:
 
 
 def migrate() -> None:
-    """Bring the database's schema to this release, as the owner of the log; 'serve' does it by itself."""
-
     async def work(dsn: str) -> int:
         async with connected(dsn) as connection:
             await apply_schema(connection)

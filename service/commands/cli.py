@@ -4,28 +4,65 @@ Exit codes: 0 done; 1 something is wrong (an unknown order, a difference, a port
 running, a report that was neither advanced nor repeated); 2 misused.
 """
 
-from typing import Annotated, Final
+from importlib import import_module
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from service.commands import (
-    auditing,
-    backing_up,
-    checking,
-    erasing,
-    keys,
-    quarantining,
-    replaying,
-    sending,
-    serving,
-    simulating,
-)
-from service.commands.console import out
 from service.version import VERSION
+
+
+class Command(NamedTuple):
+    """A command: the module below this package that has a function or a Typer of its name, and its summary."""
+
+    module: str
+    summary: str
+
+
+COMMANDS: Final = {
+    "serve": Command("serving", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),
+    "replay": Command("replaying", "Rebuild the views from the log beside the live ones, then swap them in."),
+    "audit": Command("auditing", "Print an order's transitions, or the verdicts that today's table changes."),
+    "send": Command("sending", "Send one webhook as Komerce would, and print the receipt."),
+    "token": Command("sending", "Generate a webhook token for ORDER_TRACKING_WEBHOOK_TOKENS."),
+    "simulate": Command("simulating", "Simulate Komerce, then compare the reports sent with those recorded."),
+    "register": Command("simulating", "Register a webhook URL with Komerce; it replaces the previous one."),
+    "check": Command("checking", "Check settings, database and schema."),
+    "migrate": Command("checking", "Update the database schema as its owner; 'serve' does this at start."),
+    "backup": Command("backing_up", "Dump the whole database while the service keeps running."),
+    "restore": Command("backing_up", "Restore a dump into an empty database."),
+    "erase": Command("erasing", "Erase an order's bodies and addresses permanently, and record who and why."),
+    "keys": Command("keys", "Create, list and revoke API keys."),
+    "quarantine": Command("quarantining", "List, show, retry and discard unparseable bodies."),
+}
+
+
+class Commands(TyperGroup):
+    """Imports a command's module when that command is called: all modules together take half a second."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the called command as click does, with the real command in place of its summary."""
+        if args[0] in COMMANDS:
+            self.commands[args[0]] = _load(args[0])
+        return super().resolve_command(ctx, args)
+
+
+def _load(name: str) -> Any:
+    target = getattr(import_module(f"{__package__}.{COMMANDS[name].module}"), name)
+    if isinstance(target, typer.Typer):
+        target.info.help = COMMANDS[name].summary
+        return get_command(target)
+    command = typer.Typer(add_completion=False)
+    command.command(name, help=COMMANDS[name].summary)(target)
+    return get_command(command)
+
 
 cli: Final = typer.Typer(
     name="order-tracking",
     help="Event-sourced tracking of orders shipped through Komerce.",
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,24 +75,15 @@ def show_version(
     *, version: Annotated[bool, typer.Option("--version", help="Print the version of this release.")] = False
 ) -> None:
     if version:
-        out.print(VERSION, markup=False)
+        typer.echo(VERSION)
         raise typer.Exit
 
 
-for command in (
-    serving.serve,
-    replaying.replay,
-    auditing.audit,
-    sending.send,
-    sending.token,
-    simulating.simulate,
-    simulating.register,
-    checking.check,
-    checking.migrate,
-    backing_up.backup,
-    backing_up.restore,
-    erasing.erase,
-):
-    cli.command()(command)
-cli.add_typer(keys.keys, name="keys")
-cli.add_typer(quarantining.quarantine, name="quarantine")
+def _summarize(name: str) -> None:
+    @cli.command(name, help=COMMANDS[name].summary)
+    def summary() -> None:
+        """Stand in for the command in --help; ``Commands`` replaces it when the command is called."""
+
+
+for _name in COMMANDS:
+    _summarize(_name)

@@ -9,7 +9,6 @@ ERASE_ORDER = "CALL erase_order($1, $2)"
 
 
 def erase(order_no: str, reason: str) -> None:
-    """Take out, for good, what was written of an order beyond what is judged; record who did it, and why."""
     if not reason.strip():
         end("an erasure has a reason", MISUSED)
 

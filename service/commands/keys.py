@@ -11,7 +11,7 @@ from service.api_keys import Scope
 from service.commands.console import connected, end, err, make_table, out, run_with_database, time_text
 from service.text import printable
 
-keys = typer.Typer(help="Keys of those who read and operate.", no_args_is_help=True)
+keys = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @keys.command("create")

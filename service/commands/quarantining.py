@@ -34,7 +34,7 @@ from service.text import printable
 RETRY_SECONDS_MAX: Final = 10.0
 QUARANTINE_PAGE_ENTRIES: Final = 1_000
 
-quarantine = typer.Typer(help="What could not be understood.", no_args_is_help=True)
+quarantine = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @quarantine.command("list")

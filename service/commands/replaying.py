@@ -28,7 +28,6 @@ def replay(
         bool, typer.Option("--verify", help="Compare a rebuild with the live views; swap nothing.")
     ] = False,
 ) -> None:
-    """Rebuild the views from the log, beside the live ones, and swap them in."""
     views = [known for known in VIEWS if view is None or known.name == view]
     if not views:
         end(f"there is no view {view}; there are {', '.join(known.name for known in VIEWS)}", MISUSED)

@@ -31,7 +31,6 @@ def send(
     status: str,
     url: Annotated[str | None, typer.Option(help="Where to; the configured host and port if left out.")] = None,
 ) -> None:
-    """Send one webhook as Komerce would, and print the receipt."""
     with plain_errors():
         settings = read_settings()
         target = _checked(url) if url is not None else webhook_url(settings)
@@ -79,5 +78,4 @@ async def _put(url: URL, body: bytes, headers: dict[str, str]) -> tuple[int, str
 
 
 def token() -> None:
-    """Make a good webhook token for ORDER_TRACKING_WEBHOOK_TOKENS."""
     out.print(secrets.token_urlsafe(TOKEN_BYTES), markup=False)

@@ -19,7 +19,6 @@ from service.settings import Settings, read_settings
 
 
 def serve() -> None:
-    """Serve the webhook and the read API until SIGTERM or Ctrl-C."""
     with plain_errors():
         settings = read_settings()
         _configure_logs(settings)

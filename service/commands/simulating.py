@@ -69,10 +69,6 @@ def simulate(  # noqa: PLR0913 - the options of the command
     read: Annotated[str | None, typer.Option(help="Where to read the log; the webhook's host.")] = None,
     key: Annotated[str, typer.Option(help="An API key of the scope read, where keys are on.")] = "",
 ) -> None:
-    """Play Komerce: tell of orders, and compare what was sent with what the service recorded.
-
-    Ctrl-C ends it early, with the account of what was sent until then.
-    """
     with plain_errors():
         settings = read_settings()
         methods = METHODS if method == "mixed" else (method,)
@@ -98,7 +94,6 @@ def register(
     *,
     insecure: Annotated[bool, typer.Option("--insecure", help="Let http pass, for a test.")] = False,
 ) -> None:
-    """Register a webhook's URL with Komerce, in place of the one before."""
     with plain_errors():
         settings = read_settings()
         for name in ("komerce_base_url", "komerce_api_key"):
