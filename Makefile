@@ -1,12 +1,12 @@
 # Everything there is to do with this project. Needs make and a Python of 3.11 or newer; no root, no database.
 .DEFAULT_GOAL := help
-.PHONY: help run demo test lint faults bench replay lock clean FORCE
+.PHONY: help run demo test test-long lint faults bench replay lock clean FORCE
 SHELL := /bin/sh
 
 VENV := .venv
 BIN := $(VENV)/bin
 AUDIT_SECONDS := 15
-# Of the whole test run, whose tests mostly wait: more than two cores have.
+# Processes of a test run: more than two cores, since tests also wait.
 WORKERS := 4
 # The newest Python on the PATH that will do, unless PYTHON names one.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	&& { echo $$p; break; }; done)
 
 help: ## show this
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 run: $(VENV)/run.stamp ## serve on 127.0.0.1:8080 with a PostgreSQL of its own (ORDER_TRACKING_* settings hold)
 	@exec $(BIN)/order-tracking serve
@@ -36,13 +36,17 @@ demo: $(VENV)/run.stamp ## play Komerce against a service of its own, to look at
 		--delay 0.02 --hang-up 0.02 --unknown 0.01 $(ARGS) && told="all is told" || told="the simulator failed"; \
 	echo "$$told; the service goes on at $$url/ until Ctrl-C"; wait $$pid
 
-test: $(VENV)/dev.stamp ## run every test against a real PostgreSQL, with coverage
+test: $(VENV)/dev.stamp ## run the tests against a real PostgreSQL, with coverage
 	@rm -f .coverage .coverage.*
-	$(BIN)/python -m coverage run -m pytest $(or $(ARGS),--numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder)
+	$(BIN)/python -m coverage run -m pytest $(or $(ARGS),--numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --durations=10)
 	@$(BIN)/python -m coverage combine -q
-	@# Branches too. A selection of tests (ARGS) is not held to it.
+	@# Branches too. A selection of tests (ARGS) is not measured against these.
 	@[ -n "$(ARGS)" ] || $(BIN)/python -m coverage report --include='domain/*' --fail-under=100
 	@[ -n "$(ARGS)" ] || $(BIN)/python -m coverage report --include='projections/*,service/*' --fail-under=90
+
+test-long: $(VENV)/dev.stamp ## run the tests that take long by nature: every fault, a million orders, many examples
+	$(BIN)/python -m pytest -m long --durations=0 $(ARGS)
+	@[ -n "$(ARGS)" ] || TEST_EXAMPLES=5000 $(BIN)/python -m pytest --numprocesses=2 tests/unit
 
 lint: $(VENV)/dev.stamp ## check style, types and import directions
 	$(BIN)/python -m ruff format --check .
@@ -73,7 +77,7 @@ lock: ## pin the newest versions that pyproject.toml allows, with hashes (needs 
 		-c requirements.lock --group dev -o requirements-dev.lock pyproject.toml
 
 clean: ## remove the virtual environment and what the tools left; never the data
-	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .schemathesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/run.stamp: requirements.lock Makefile

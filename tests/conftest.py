@@ -1,107 +1,91 @@
-"""What tests that touch data stand on: one real PostgreSQL, and a clone of a template for each test."""
+"""Fixtures of all tests: one real PostgreSQL, cloned databases, real services, and nothing left behind."""
 
 import asyncio
+import gc
 import os
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
-import asyncpg
 import pytest
 
 from service.app import prepare_database
 from service.database import Connection, connect
 from service.embedded_postgres import EmbeddedPostgres
 from service.http_server import allow_open_files
-from service.schema import OWNER_ROLE, SERVICE_ROLE, as_role
+from service.schema import SERVICE_ROLE, as_role
+from tests.support import leftovers
+from tests.support.client import Client, serving_client
+from tests.support.databases import FAST_SETTINGS, TestServer
+from tests.support.folders import copied_folder, temporary_folder
+from tests.support.processes import RunningService, measured_service, running_service
 
-# Of 500 slow senders each has a file at both ends.
+# Some tests hold hundreds of connections, with both ends in one process.
 allow_open_files()
 
-TEMPLATE = "template_with_schema"
-DATABASE = "/order_tracking?"
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the run a temporary directory of its own, and its children default signals."""
+    leftovers.begin(config)
 
 
-def make_folder() -> Path:
-    """A folder that PostgreSQL's own user can reach too, as pytest's own are not when root runs them."""
-    folder = Path(tempfile.mkdtemp(prefix="order-tracking-test-"))
-    folder.chmod(0o711)
-    return folder
+def pytest_collection_finish() -> None:
+    """Set the modules aside, so that collecting the garbage of each test is quick."""
+    gc.collect()
+    gc.freeze()
 
 
-def dsn_of(server_dsn: str, database: str) -> str:
-    return server_dsn.replace(DATABASE, f"/{database}?")
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail the run if it left processes, files or changes behind."""
+    leftovers.end(session)
+
+
+@pytest.fixture(autouse=True)
+def _collected_garbage(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Let an unclosed connection, session or process fail the test that left it, not a later one."""
+    yield
+    # Tests without an event loop, a database or a service open nothing.
+    if "state_template" in request.fixturenames or request.node.get_closest_marker("asyncio") is not None:
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[EmbeddedPostgres]:
-    """The server of the whole run. TEST_PG_BINDIR chooses another PostgreSQL than the wheel's."""
-    folder = make_folder()
-    bindir = os.environ.get("TEST_PG_BINDIR")
-    server = EmbeddedPostgres(
-        folder,
-        bindir=Path(bindir) if bindir else None,
-        # Many small databases: what is measured elsewhere with fsync on is here only waited for.
-        settings={
-            "fsync": "off",
-            "full_page_writes": "off",
-            "min_wal_size": "80MB",
-            "max_connections": "200",
-        },
-    )
-    server.start()
-    asyncio.run(_make_template(server.dsn))
-    yield server
-    server.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+def state_template() -> Iterator[Path]:
+    """A state folder whose database has the schema. Tests get copies."""
+    with temporary_folder() as folder:
+        with EmbeddedPostgres(folder / "state", settings=FAST_SETTINGS) as server:
+            asyncio.run(prepare_database(server.dsn))
+        yield folder / "state"
 
 
-async def _make_template(dsn: str) -> None:
-    await _administer(dsn, f'CREATE DATABASE "{TEMPLATE}"')
-    await prepare_database(dsn_of(dsn, TEMPLATE))
-
-
-async def _administer(dsn: str, statement: str) -> None:
-    connection = await asyncpg.connect(dsn)
-    try:
-        await connection.execute(statement)
-    finally:
-        await connection.close()
-
-
-@contextmanager
-def database(server: EmbeddedPostgres, template: str = TEMPLATE) -> Iterator[str]:
-    """A database of one test's own."""
-    name = f"test_{uuid4().hex}"
-    asyncio.run(_administer(server.dsn, f'CREATE DATABASE "{name}" TEMPLATE "{template}"'))
-    if template == TEMPLATE:
-        # A database's own grants do not come with its template.
-        grant = f'GRANT CREATE ON DATABASE "{name}" TO {OWNER_ROLE}'
-        asyncio.run(_administer(server.dsn, grant))
-    yield dsn_of(server.dsn, name)
-    asyncio.run(_administer(server.dsn, f'DROP DATABASE "{name}" WITH (FORCE)'))
+@pytest.fixture(scope="session")
+def server(state_template: Path) -> Iterator[TestServer]:
+    """The test run's PostgreSQL. TEST_PG_BINDIR chooses another one than the embedded one."""
+    with temporary_folder() as folder, copied_folder(state_template) as copy:
+        bindir = os.environ.get("TEST_PG_BINDIR")
+        server = TestServer(folder / "state", Path(bindir)) if bindir else TestServer(copy, None)
+        server.start()
+        yield server
+        server.stop()
 
 
 @pytest.fixture
-def empty_dsn(server: EmbeddedPostgres) -> Iterator[str]:
+def empty_dsn(server: TestServer) -> Iterator[str]:
     """A database with nothing in it."""
-    with database(server, "template1") as dsn:
+    with server.database("template1") as dsn:
         yield dsn
 
 
 @pytest.fixture
-def owner_dsn(server: EmbeddedPostgres) -> Iterator[str]:
-    """A database with the schema applied, to be entered as whoever applied it."""
-    with database(server) as dsn:
+def owner_dsn(server: TestServer) -> Iterator[str]:
+    """A database with the schema, for the role that applied it."""
+    with server.database() as dsn:
         yield dsn
 
 
 @pytest.fixture
 def dsn(owner_dsn: str) -> str:
-    """The same database, entered by the service's own role."""
+    """The same database, for the service's own role."""
     return as_role(owner_dsn, SERVICE_ROLE)
 
 
@@ -111,3 +95,31 @@ async def connection(owner_dsn: str) -> AsyncIterator[Connection]:
     connection = await connect(owner_dsn)
     yield connection
     await connection.close()
+
+
+@pytest.fixture
+async def client(dsn: str) -> AsyncIterator[Client]:
+    """A client of an application that serves this test's database."""
+    async with serving_client(dsn) as client:
+        yield client
+
+
+@pytest.fixture
+def state_dir(state_template: Path) -> Iterator[Path]:
+    """A test's own state folder, in which a service has run before."""
+    with copied_folder(state_template) as copy:
+        yield copy
+
+
+@pytest.fixture
+def service(state_dir: Path) -> Iterator[RunningService]:
+    """A test's own service process."""
+    with running_service(state_dir) as service:
+        yield service
+
+
+@pytest.fixture(scope="session")
+def shared_service(state_template: Path) -> Iterator[RunningService]:
+    """A service process for tests that neither stop it nor count all of its events."""
+    with copied_folder(state_template) as copy, measured_service(copy) as service:
+        yield service

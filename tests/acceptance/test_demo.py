@@ -1,93 +1,112 @@
-"""``make demo``, as it stands in the README."""
+"""``make demo``, as the README has it."""
 
 import os
 import re
 import shutil
 import signal
 import subprocess
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 import pytest
 
-from tests.acceptance.running import ROOT, environment, running_commands
-from tests.conftest import make_folder
+from tests.support.folders import ROOT, temporary_folder
+from tests.support.processes import environment, running_commands
+from tests.support.waiting import PATIENCE_SECONDS, until
 
-SECONDS_MAX = 60
-LOOK_AT = re.compile(r"look at (?P<url>http://\S+/) while")
-ALL_IS_TOLD = re.compile(r"all is told; the service goes on")
+LOOK_AT: Final = re.compile(r"look at (?P<url>http://\S+/) while")
+ALL_IS_TOLD: Final = re.compile(r"all is told; the service goes on")
 
-
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Where the demo makes its own."""
-    folder = make_folder()
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+pytestmark = [
+    pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed"),
+    pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="there is no .venv, as `make test` makes it"),
+]
 
 
-def said(log: Path, wanted: re.Pattern[str], process: "subprocess.Popen[bytes]") -> "re.Match[str]":
-    """Wait until it has said so."""
-    due = time.monotonic() + SECONDS_MAX
-    while (found := wanted.search(log.read_text(encoding="utf-8"))) is None:
-        assert process.poll() is None, log.read_text(encoding="utf-8")
-        assert time.monotonic() < due, log.read_text(encoding="utf-8")
-        time.sleep(0.05)
-    return found
+class Demo:
+    """A demo as a terminal runs it: Ctrl-C reaches its process group."""
+
+    def __init__(self, folder: Path) -> None:
+        self.own = folder / "tmp"
+        self._log = folder / "log"
+        self.own.mkdir(mode=0o711)
+        with self._log.open("wb") as output:
+            self.process = subprocess.Popen(
+                ["make", "demo", "ARGS=--orders 8 --rate 60 --seed 1 --delay 0 --hang-up 0"],
+                cwd=ROOT,
+                env={
+                    # These settings would close it to its user.
+                    **environment(folder, TRUSTED_PROXIES="10.0.0.0/8", LOG_FORMAT="json", HOST="0.0.0.0"),  # noqa: S104
+                    "TMPDIR": str(self.own),
+                },
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+    def wait_for(self, pattern: re.Pattern[str]) -> "re.Match[str]":
+        """Wait until its output has a match, and return it."""
+
+        def find() -> "re.Match[str] | None":
+            found = pattern.search(self.output)
+            assert found is not None or self.process.poll() is None, self.output
+            return found
+
+        match = until(find, lambda: self.output)
+        assert match is not None
+        return match
+
+    def interrupt(self) -> None:
+        """Press Ctrl-C."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
 
 @contextmanager
-def demo(folder: Path, log: Path) -> "Iterator[subprocess.Popen[bytes]]":
-    """The demo as a terminal runs it: Ctrl-C reaches all of its group. At the end nothing may be left of it."""
-    own = folder / "tmp"
-    own.mkdir(mode=0o711)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            ["make", "demo", "ARGS=--orders 8 --rate 60 --seed 1 --delay 0 --hang-up 0"],
-            cwd=ROOT,
-            # What would close it to whoever looks.
-            env={
-                **environment(folder, TRUSTED_PROXIES="10.0.0.0/8", LOG_FORMAT="json", HOST="0.0.0.0"),  # noqa: S104
-                "TMPDIR": str(own),
-            },
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(SECONDS_MAX)
-    assert [*own.iterdir()] == []
-    assert str(own) not in running_commands()
+def demo() -> Iterator[Demo]:
+    """Run a demo for the length of the block, then interrupt it: nothing of it may be left."""
+    with temporary_folder() as folder:
+        demo = Demo(folder)
+        try:
+            yield demo
+        finally:
+            demo.interrupt()
+            demo.process.wait(PATIENCE_SECONDS)
+        assert [*demo.own.iterdir()] == []
+        assert str(demo.own) not in running_commands()
 
 
-def test_a_demo_can_be_looked_at_until_ctrl_c_and_leaves_nothing(folder: Path) -> None:
-    """A page, orders, an account that agrees; then neither a process nor a file is left."""
-    log = folder / "log"
-    with demo(folder, log) as process:
-        url = said(log, LOOK_AT, process)["url"]
-        said(log, ALL_IS_TOLD, process)
-        assert "the account agrees" in log.read_text(encoding="utf-8")
+def test_a_demo_can_be_looked_at_until_ctrl_c_and_leaves_nothing() -> None:
+    """It has a page, orders and an account that agrees; then neither a process nor a file is left."""
+    with demo() as running:
+        url = running.wait_for(LOOK_AT)["url"]
+        running.wait_for(ALL_IS_TOLD)
+        assert "the account agrees" in running.output
         for path, wanted in (("", "<!doctype html>"), ("orders?limit=1000", '"order_no"')):
-            with urllib.request.urlopen(f"{url}{path}", timeout=SECONDS_MAX) as answer:  # noqa: S310 - our own
-                assert wanted in answer.read().decode()
+            with urllib.request.urlopen(f"{url}{path}", timeout=PATIENCE_SECONDS) as response:  # noqa: S310 - our own
+                assert wanted in response.read().decode()
 
 
-def test_a_demo_that_is_ended_twice_leaves_nothing(folder: Path) -> None:
+def test_a_demo_that_is_interrupted_twice_leaves_nothing() -> None:
     """An impatient second Ctrl-C does not keep it from clearing up."""
-    log = folder / "log"
-    with demo(folder, log) as process:
-        said(log, LOOK_AT, process)
-        os.killpg(process.pid, signal.SIGINT)
-        time.sleep(0.1)
+    with demo() as running:
+        running.wait_for(LOOK_AT)
+        running.interrupt()
+
+        def is_ending() -> bool:
+            logs = [*running.own.glob("*/log")]
+            return not logs or "stopping" in logs[0].read_text(encoding="utf-8")
+
+        until(is_ending)
 
 
-def test_a_demo_that_is_ended_while_it_starts_leaves_nothing(folder: Path) -> None:
-    """Whatever had been begun."""
-    with demo(folder, folder / "log"):
-        time.sleep(0.8)
+def test_a_demo_that_is_interrupted_at_its_start_leaves_nothing() -> None:
+    """Here while its PostgreSQL is being made."""
+    with demo() as running:
+        until(lambda: [*running.own.glob("*/postgres*")], lambda: running.output)

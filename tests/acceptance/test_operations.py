@@ -1,14 +1,13 @@
 """What docs/operations holds, tried for real, where this machine has the programs that it is for."""
 
 import asyncio
+import contextlib
 import os
 import re
 import shutil
 import socket
 import ssl
 import subprocess
-import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Final
 import aiohttp
 import pytest
 
-from tests.acceptance.running import ROOT, RunningService, run_command
-from tests.conftest import make_folder
+from tests.support.commands import call_command
+from tests.support.folders import ROOT, copied_folder, make_folder
+from tests.support.processes import RunningService, running_service
+from tests.support.waiting import PATIENCE_SECONDS, until, until_async
 
 OPERATIONS: Final = ROOT / "docs" / "operations"
-SECONDS_MAX: Final = 20
 # The proxy's own side is another address of this machine than the sender's: the one that is trusted.
 SENDER: Final = "127.0.0.2"
 PROXY: Final = "127.0.0.1"
@@ -52,15 +52,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def service() -> Iterator[RunningService]:
+def service(state_template: Path) -> Iterator[RunningService]:
     """The service as it is run behind a proxy."""
-    folder = make_folder()
-    running = RunningService(folder, WEBHOOK_TOKENS=TOKEN, TRUSTED_PROXIES=f"{PROXY}/32")
-    try:
-        yield running.start()
-    finally:
-        running.end()
-        shutil.rmtree(folder, ignore_errors=True)
+    with (
+        copied_folder(state_template) as copy,
+        running_service(copy, WEBHOOK_TOKENS=TOKEN, TRUSTED_PROXIES=f"{PROXY}/32") as running,
+    ):
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -91,19 +89,20 @@ def proxy(service: RunningService) -> Iterator[tuple[str, Path]]:
     with (folder / "said").open("wb") as said:
         process = subprocess.Popen([NGINX, "-p", folder, "-c", folder / "nginx.conf"], stderr=said)
     try:
-        due = time.monotonic() + SECONDS_MAX
-        while True:
+
+        def listens() -> bool:
+            assert process.poll() is None, (folder / "said").read_text()
             try:
                 socket.create_connection((PROXY, port)).close()
-                break
             except ConnectionRefusedError:
-                assert process.poll() is None, (folder / "said").read_text()
-                assert time.monotonic() < due
-                time.sleep(0.05)
+                return False
+            return True
+
+        until(listens)
         yield f"https://{PROXY}:{port}", folder
     finally:
         process.terminate()
-        process.wait(SECONDS_MAX)
+        process.wait(PATIENCE_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -113,25 +112,34 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
     tls = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
     tls.check_hostname = False
     from_sender = aiohttp.TCPConnector(ssl=tls, local_addr=(SENDER, 0))
-    key = run_command(service.state_dir, "keys", "create", "people").stdout.split()[-1]
+    created = await asyncio.to_thread(call_command, service.state_dir, "keys", "create", "people")
+    key = created.stdout.split()[-1]
     bearer = {"Authorization": f"Bearer {key}"}
     webhook = f"{url}/webhook/{TOKEN}"
     report = {"order_no": "KOM1", "status": "Dikirim"}
     forged = {"X-Forwarded-For": "203.0.113.7"}
     async with (
-        asyncio.timeout(SECONDS_MAX),
+        asyncio.timeout(PATIENCE_SECONDS),
         aiohttp.ClientSession(connector=from_sender) as session,
     ):
-        # New keys are looked for now and then.
-        while (stream := await session.get(f"{url}/events/stream", headers=bearer)).status == 401:  # noqa: ASYNC110
-            await asyncio.sleep(0.1)
-        assert stream.status == 200
-        async with session.put(webhook, json=report, headers=forged) as answer:
-            assert (answer.status, (await answer.json())["outcome"]) == (200, "advanced")
-        begun = time.monotonic()
-        while not (await stream.content.readline()).startswith(b"data: "):
-            pass
-        assert time.monotonic() - begun < 5
+
+        async def knows_the_key() -> bool:
+            async with session.get(f"{url}/orders", headers=bearer) as answer:
+                return answer.status == 200
+
+        # The service looks for new keys once a second.
+        await until_async(knows_the_key)
+        async with session.get(f"{url}/events/stream", headers=bearer) as stream:
+            assert stream.status == 200
+            async with session.put(webhook, json=report, headers=forged) as answer:
+                assert (answer.status, (await answer.json())["outcome"]) == (200, "advanced")
+            # Unless the proxy sends each event on at once, this never ends.
+            while not (await stream.content.readline()).startswith(b"data: "):
+                pass
+            # A TLS connection that is closed in order would wait for the other side.
+            assert stream.connection is not None
+            assert stream.connection.transport is not None
+            stream.connection.transport.abort()
         async with session.get(f"{url}/orders/KOM1/events", headers=bearer) as answer:
             (event,) = (await answer.json())["events"]
             assert event["data"]["remote"] == SENDER
@@ -142,23 +150,41 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
             assert answer.status == 303
             assert answer.cookies["order_tracking_key"]["secure"]
             assert "Strict-Transport-Security" in answer.headers
+    host, port = url.removeprefix("https://").split(":")
     for broken in (
         f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: a b\r\n\r\n",
         f"PUT //WEBHOOK/{TOKEN} HTTP/1.1\r\nHost: x\r\nX: {'x' * 40_000}\r\n\r\n",
         f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: x\r\nConn",
     ):
-        host, port = url.removeprefix("https://").split(":")
-        _, writer = await asyncio.open_connection(host, int(port), ssl=tls)
-        writer.write(broken.encode())
-        await asyncio.sleep(0.2)
-        writer.close()
-    _, writer = await asyncio.open_connection(host, int(port))
-    writer.write(f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-    await asyncio.sleep(0.2)
-    writer.close()
-    said = "".join(log.read_text() for log in folder.glob("*.log"))
-    assert "/orders/KOM1/events" in said
-    assert TOKEN not in said
+        await asyncio.to_thread(send_broken, host, int(port), broken, tls)
+    plain = f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: x\r\n\r\n"
+    await asyncio.to_thread(send_broken, host, int(port), plain, None)
+
+    def logs() -> str:
+        return "".join(log.read_text() for log in folder.glob("*.log"))
+
+    # nginx logs a request after its response; this one is the last.
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls)) as session,
+        session.get(f"{url}/orders/THE-LAST") as answer,
+    ):
+        assert answer.status == 401
+    await asyncio.to_thread(until, lambda: "/orders/THE-LAST" in logs(), logs)
+    assert "/orders/KOM1/events" in logs()
+    assert TOKEN not in logs()
+
+
+def send_broken(host: str, port: int, request: str, tls: ssl.SSLContext | None) -> None:
+    """Send bytes, and read to the end of the connection: by then the request has been handled."""
+    with contextlib.ExitStack() as stack:
+        connection = stack.enter_context(socket.create_connection((host, port), PATIENCE_SECONDS))
+        if tls is not None:
+            connection = stack.enter_context(tls.wrap_socket(connection))
+        connection.sendall(request.encode())
+        with contextlib.suppress(ConnectionError):
+            # A request that is not whole is never answered.
+            while request.endswith("\r\n\r\n") and connection.recv(65_536):
+                pass
 
 
 @asynccontextmanager
@@ -200,13 +226,14 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     command = re.search(r"(?m)^ExecStart=(\S+) serve$", documented)
     assert command is not None
     unit = tmp_path / "order-tracking.service"
-    unit.write_text(documented.replace(command[1], f'"{sys.executable}"'), encoding="utf-8")
+    # Any program will do, by a path without the characters that a unit file would have to escape.
+    unit.write_text(documented.replace(command[1], "/bin/true"), encoding="utf-8")
     done = subprocess.run(
         [verify, "verify", "--man=no", str(unit)],
         capture_output=True,
         text=True,
         check=False,
-        timeout=SECONDS_MAX,
+        timeout=PATIENCE_SECONDS,
         env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"},
     )
     assert (done.returncode, done.stderr) == (0, "")

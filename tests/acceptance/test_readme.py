@@ -12,10 +12,11 @@ import pytest
 from domain.statuses import STATUSES, Status
 from domain.transitions import Leg, judge
 from service.settings import Settings
-from tests.acceptance.running import ROOT, RunningService, environment
+from tests.support.folders import ROOT
+from tests.support.processes import RunningService, environment
+from tests.support.waiting import PATIENCE_SECONDS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMAND_SECONDS_MAX = 60
 
 # What differs from one run to the next; everything else is compared as it stands.
 VARYING = {
@@ -47,7 +48,10 @@ def levelled(text: str) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the README's commands use curl")
 def test_the_first_five_minutes_are_what_they_say(service: RunningService, tmp_path: Path) -> None:
-    """Every command of the README, run in its order against a fresh service, prints what stands below it."""
+    """Every command of the README, run in its order against a fresh service, prints what stands below it.
+
+    It takes about 7 s: each command is a process of its own.
+    """
     tool = tmp_path / "order-tracking"
     tool.write_text(
         f'#!/bin/sh\nPYTHONPATH="{ROOT}" exec "{sys.executable}" -m service "$@"\n', encoding="utf-8"
@@ -65,7 +69,7 @@ def test_the_first_five_minutes_are_what_they_say(service: RunningService, tmp_p
             cwd=service.state_dir,
             capture_output=True,
             text=True,
-            timeout=COMMAND_SECONDS_MAX,
+            timeout=PATIENCE_SECONDS,
             check=False,
         )
         assert done.returncode == 0, (command, done.stderr)

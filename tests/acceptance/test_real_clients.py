@@ -1,21 +1,20 @@
 """The clients of Komerce's documentation, as they stand there, send to a service that really runs."""
 
-import asyncio
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import pytest
 
-from tests.acceptance.running import RunningService, whole_log
-from tests.conftest import make_folder
+from tests.support.processes import RunningService
+from tests.support.waiting import PATIENCE_SECONDS
 
-CLIENT_SECONDS_MAX = 60
-INSTALL_SECONDS_MAX = 60
 CNOTE = "JX1234567890"
 
 # Word for word, but for the placeholders, which are filled in as the sender would.
@@ -159,17 +158,7 @@ class Sample(NamedTuple):
     text: str
 
 
-@pytest.fixture(scope="module")
-def service() -> Iterator[RunningService]:
-    """One service for all of them: each client tells of an order of its own."""
-    folder = make_folder()
-    service = RunningService(folder).start()
-    yield service
-    service.end()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def run(folder: Path, *command: str, seconds_max: float = CLIENT_SECONDS_MAX) -> str:
+def run(folder: Path, *command: str, seconds_max: float = PATIENCE_SECONDS) -> str:
     """Run a client; what it prints."""
     done = subprocess.run(
         command,
@@ -210,7 +199,7 @@ def axios(folder: Path, file: str) -> str:
             run(
                 folder,
                 *("npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", ".", "axios"),
-                seconds_max=INSTALL_SECONDS_MAX,
+                seconds_max=PATIENCE_SECONDS,
             )
         except (AssertionError, subprocess.TimeoutExpired):
             pytest.skip("axios cannot be installed from the registry")
@@ -241,17 +230,18 @@ def go(folder: Path, file: str) -> str:
     ],
 )
 def test_a_documented_client_is_understood_and_gets_its_receipt(
-    service: RunningService, tmp_path: Path, sample: Sample, body: str
+    shared_service: RunningService, tmp_path: Path, sample: Sample, body: str
 ) -> None:
     """By PUT as in its sample, and by POST as in the tips; its very bytes are recorded."""
-    order_no = f"KOM20261124-{sample.client.__name__}"
+    order_no = f"KOM-{uuid4().hex[:8]}"
     for version, (method, status) in enumerate([("PUT", "Dijemput"), ("POST", "Dikirim")], 1):
         text = sample.text.replace("PUT", method).replace("'put'", f"'{method.lower()}'")
-        text = text.replace("your_webhook_handler_url", f"{service.url}/webhook")
+        text = text.replace("your_webhook_handler_url", f"{shared_service.url}/webhook")
         for placeholder, value in PLACEHOLDERS.items():
             text = text.replace(placeholder, value % {"order": order_no, "awb": CNOTE, "status": status})
         (tmp_path / sample.file).write_text(text, encoding="utf-8")
         receipt = json.loads(sample.client(tmp_path, sample.file))
         assert (receipt["outcome"], receipt["order_no"], receipt["version"]) == ("advanced", order_no, version)
-        recorded = asyncio.run(whole_log(service.url))[-1]["data"]
+        with urllib.request.urlopen(f"{shared_service.url}/orders/{order_no}/events") as response:  # noqa: S310 - our own
+            recorded = json.load(response)["events"][-1]["data"]
         assert recorded["body"] == body % (order_no, CNOTE, status)

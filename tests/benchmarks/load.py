@@ -1,6 +1,5 @@
 """Load over HTTP: by wrk where it is on the PATH, else by a generator of our own in a process of its own."""
 
-import asyncio
 import json
 import random
 import re
@@ -10,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple, cast
+from typing import Final, NamedTuple
 
 import uvloop
+
+from tests.support.connections import OK, Connections
+from tests.support.load import request_all
 
 CONNECTIONS: Final = 64
 STATUSES: Final = ("Diajukan", "Dijemput", "Dikirim", "Diterima")
@@ -26,8 +27,6 @@ OVERTIME_SECONDS_MAX: Final = 30
 WEBHOOK_TOKEN: Final = "a-token-of-the-benchmarks"  # noqa: S105 - of a service that lives for one run
 WEBHOOK_PATH: Final = f"/webhook/{WEBHOOK_TOKEN}"
 OWN: Final = "an asyncio generator of our own (wrk is not on the PATH)"
-
-_LENGTH: Final = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 
 LUA_REPORTS: Final = """
 local heads, tails, sent = {%(heads)s}, {%(tails)s}, 0
@@ -166,55 +165,21 @@ def _get(order_no: str) -> bytes:
     return f"GET /orders/{order_no} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
 
 
-class _Client(asyncio.Protocol):
-    """One connection: a request, its answer, the next request, until the time is over."""
-
-    def __init__(self, requests: Iterator[bytes], due: float, latencies: list[float]) -> None:
-        self.ended = asyncio.get_running_loop().create_future()
-        self.failed = 0
-        self._requests = requests
-        self._due = due
-        self._latencies = latencies
-        self._answer = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are not derived from asyncio's.
-        self._transport = cast("asyncio.Transport", transport)
-        self._send()
-
-    def data_received(self, data: bytes) -> None:
-        self._answer += data
-        head, end, body = self._answer.partition(b"\r\n\r\n")
-        length = _LENGTH.search(head)
-        if not end or (length is not None and len(body) < int(length[1])):
-            return
-        self._latencies.append(time.perf_counter() - self._sent_at)
-        self.failed += not head.startswith(b"HTTP/1.1 200")
-        self._answer = b""
-        if time.perf_counter() < self._due:
-            self._send()
-        else:
-            self._transport.close()
-
-    def connection_lost(self, _error: Exception | None) -> None:
-        self.failed += time.perf_counter() < self._due
-        self.ended.set_result(None)
-
-    def _send(self) -> None:
-        self._sent_at = time.perf_counter()
-        self._transport.write(next(self._requests))
+def _until(due: float, requests: Iterator[bytes]) -> Iterator[bytes]:
+    while time.perf_counter() < due:
+        yield next(requests)
 
 
 async def _generate(requests: Reports | Reads, port: int, seconds: int) -> Load:
+    connections = Connections(port)
+    await connections.open(CONNECTIONS)
     began = time.perf_counter()
-    latencies: list[float] = []
-    make = partial(_Client, requests.requests(), began + seconds, latencies)
-    loop = asyncio.get_running_loop()
-    made = [await loop.create_connection(make, "127.0.0.1", port) for _ in range(CONNECTIONS)]
-    await asyncio.gather(*(client.ended for _, client in made))
-    failed = sum(client.failed for _, client in made)
-    p99 = statistics.quantiles(latencies, n=100)[-1]
-    return Load(len(latencies) - failed, failed, time.perf_counter() - began, p99 * 1e3)
+    answers = await request_all(connections, _until(began + seconds, requests.requests()), CONNECTIONS)
+    took = time.perf_counter() - began
+    connections.close()
+    answered = [answer.seconds for answer in answers if answer is not None and answer.status == OK]
+    p99 = statistics.quantiles(answered, n=100)[-1]
+    return Load(len(answered), len(answers) - len(answered), took, p99 * 1e3)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,28 @@ RATIO_MAX: Final = 10.0
 REPEATS: Final = 5
 CALLS: Final = 20
 
-HEAD: Final = b'{"order_no":"KOM1","status":"Dikirim"'
+HEAD: Final = rb'{"order_no":"KOM1","status":"Dikirim\n",'
+
+
+def filled(prefix: bytes, unit: bytes, suffix: bytes) -> bytes:
+    """Return a body of almost BODY_BYTES bytes."""
+    return prefix + unit * ((BODY_BYTES - len(prefix) - len(suffix)) // len(unit)) + suffix
+
+
+# All of them take the parser's slowest way: there is an escape in the status.
 BODIES: Final = {
-    "keys": b",".join([HEAD, *(b'"%07d":0' % number for number in range((BODY_BYTES - 40) // 11))]) + b"}",
-    "escaped keys": b",".join([HEAD, *(b'"\\u00%02x%04d":0' % (97, n) for n in range((BODY_BYTES - 40) // 14))])
-    + b"}",
-    "backslashes": HEAD + b',"x":"' + b"\\" * (BODY_BYTES - 60) + b'"}',
-    "the same key": b",".join([HEAD, *[b'"status":"Dikirim"'] * ((BODY_BYTES - 40) // 19)]) + b"}",
+    "keys": HEAD + b",".join(b'"k%05d":0' % number for number in range((BODY_BYTES - 60) // 11)) + b"}",
+    "escaped keys": HEAD + b",".join(rb'"\u006b%04d":0' % n for n in range((BODY_BYTES - 60) // 15)) + b"}",
+    "the same key": filled(HEAD, b'"status":"Dikirim",', b'"x":1}'),
+    "empty keys": filled(HEAD, b'"":1,', b'"x":1}'),
+    "backslashes": filled(HEAD + b'"x":"', rb"\\", b'"}'),
+    "escapes": filled(HEAD + b'"x":"', rb"\u0041", b'"}'),
+    "strings of a backslash": filled(HEAD + b'"x":[', rb'"\\",', b"1]}"),
+    "objects": filled(HEAD + b'"x":[', b"{},", b"1]}"),
+    "our keys as values": filled(HEAD + b'"x":[', b'"status",', b"1]}"),
+    "numbers": filled(HEAD + b'"x":[', b"1,", b"1]}"),
+    "digits": filled(HEAD + b'"x":0.', b"1", b"}"),
+    "spaces": filled(HEAD, b" ", b'"x":1}'),
 }
 
 

@@ -18,6 +18,7 @@ from service.http_server import allow_open_files
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.mutations import MUTATIONS
 from tests.faults.run import Outcome, run
+from tests.faults.world import FULL
 
 out: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
@@ -50,7 +51,7 @@ async def _run(faults: list[Fault], seed: int) -> list[Outcome]:
     outcomes = []
     for number, fault in enumerate(faults, start=1):
         out.print(f"{number}/{len(faults)} {fault.claim} ...", end=" ")
-        outcome = await run(fault, seed)
+        outcome = await run(fault, FULL, seed)
         outcomes.append(outcome)
         out.print(_verdict(outcome), f"({outcome.seconds:.0f} s)")
         for line in outcome.violations:

@@ -16,17 +16,13 @@ from typing import Final
 
 from service.database import Connection
 from service.schema import VIEWS
-from tests.faults.account import ANSWERED_SECONDS_MAX
-from tests.faults.client import OK, UNAVAILABLE, get
-from tests.faults.load import Load
 from tests.faults.proxy import Cut
 from tests.faults.resources import children
 from tests.faults.world import Layout, SkippedError, World, in_thread
+from tests.support.connections import OK, UNAVAILABLE, get
+from tests.support.load import Load
+from tests.support.waiting import PATIENCE_SECONDS
 
-KILLS: Final = 3
-CUTS: Final = 5
-TERMINATED_SECONDS_MAX: Final = 15.0
-NOTICED_SECONDS_MAX: Final = 15.0
 LOCKED_SECONDS: Final = 10.0
 # More than the connections of the pool: each of them is used.
 READS_AT_ONCE: Final = 16
@@ -80,12 +76,12 @@ PROXIED: Final = Layout(given_postgres=True, through_proxy=True)
 
 
 async def kill_service(world: World) -> int:
-    for _ in range(KILLS):
+    for _ in range(world.effort.times):
         await world.pause()
         world.service.kill()
         await world.start_service()
         await world.load.recovered()
-    return KILLS
+    return world.effort.times
 
 
 async def terminate_service(world: World) -> int:
@@ -98,21 +94,21 @@ async def terminate_service(world: World) -> int:
         except subprocess.TimeoutExpired:
             code = -1
         took = time.monotonic() - began
-    world.violations.expect(code == 0 and took < TERMINATED_SECONDS_MAX, "SIGTERM did not end it in order")
+    world.violations.expect(code == 0, "SIGTERM did not end it in order")
     world.remarks.append(f"exit code {code} after {took:.1f} s")
     await world.start_service()
     return 1
 
 
 async def kill_backend(world: World) -> int:
-    for _ in range(KILLS):
+    for _ in range(world.effort.times):
         await world.pause()
         connection = await world.connect()
         pid = await _backend(connection, "%INSERT INTO order_events%", [])
         await connection.close()
         os.kill(pid, signal.SIGKILL)
         await world.load.recovered()
-    return KILLS
+    return world.effort.times
 
 
 async def _backend(connection: Connection, statement: str, known: list[int]) -> int:
@@ -122,18 +118,18 @@ async def _backend(connection: Connection, statement: str, known: list[int]) -> 
         WHERE query LIKE $1 AND pid <> pg_backend_pid() AND pid <> ALL($2::int[])
         ORDER BY query_start DESC LIMIT 1
     """
-    async with asyncio.timeout(NOTICED_SECONDS_MAX):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while (pid := await connection.fetchval(find, statement, known)) is None:  # noqa: ASYNC110 - of the server
             await asyncio.sleep(0.05)
     return int(pid)
 
 
 async def end_postmaster(number: signal.Signals, world: World) -> int:
-    for _ in range(KILLS):
+    for _ in range(world.effort.times):
         await world.pause()
         os.kill(world.postmaster_pid, number)
         await world.load.recovered()
-    return KILLS
+    return world.effort.times
 
 
 async def stand_still(seconds: float, world: World) -> int:
@@ -148,7 +144,7 @@ async def stand_still(seconds: float, world: World) -> int:
             stopped.append(pid)
         await _expect(world, "/livez", OK)
         await _expect(world, "/readyz", UNAVAILABLE)
-        if seconds > ANSWERED_SECONDS_MAX:
+        if seconds > world.effort.answered_seconds_max:
             await _expect(world, "/orders/KOM-H1", UNAVAILABLE)
         await asyncio.sleep(began + seconds - time.monotonic())
     finally:
@@ -185,11 +181,11 @@ async def _expect(world: World, path: str, status: int) -> None:
 
 
 async def cut(where: Cut, world: World) -> int:
-    for _ in range(CUTS):
+    for _ in range(world.effort.times):
         await world.pause()
-        await world.proxy.cut(where, NOTICED_SECONDS_MAX)
+        await world.proxy.cut(where, PATIENCE_SECONDS)
         await world.load.recovered()
-    return CUTS
+    return world.effort.times
 
 
 async def fill_disk(world: World) -> int:
@@ -233,7 +229,7 @@ async def fail_fdatasync(world: World) -> int:
         )
         try:
             # It ends with those it is attached to: they panic, as they must, and recover from what is on disk.
-            async with asyncio.timeout(NOTICED_SECONDS_MAX):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 _, said = await strace.communicate()
             if server_log.read_text(encoding="utf-8").count("PANIC") < times:
                 raise SkippedError(f"strace cannot make fdatasync fail: {said.decode().strip()}")
@@ -251,7 +247,7 @@ async def kill_listener(world: World) -> int:
     connection = await world.connect()
     known: list[int] = []
     try:
-        for _ in range(KILLS):
+        for _ in range(world.effort.times):
             known.append(await _backend(connection, "LISTEN%", known))
             await connection.execute("SELECT pg_terminate_backend($1)", known[-1])
             await world.pause()
@@ -259,7 +255,7 @@ async def kill_listener(world: World) -> int:
         await _backend(connection, "LISTEN%", known)
     finally:
         await connection.close()
-    return KILLS
+    return world.effort.times
 
 
 async def crash_before_projection(world: World) -> int:
@@ -289,7 +285,7 @@ async def overload(world: World) -> int:
     measured = world.new_load("CAP")
     until = time.monotonic() + CAPACITY_SECONDS
     steady = time.monotonic() + RAMP_SECONDS
-    await call_in_turns(measured, _bodies_until(measured, until), CAPACITY_CALLERS)
+    await measured.attempt_all(_bodies_until(measured, until), CAPACITY_CALLERS)
     counted = sum(steady < one.at < until for one in measured.acknowledged)
     capacity = counted / (CAPACITY_SECONDS - RAMP_SECONDS)
 
@@ -311,21 +307,11 @@ async def overload(world: World) -> int:
         f"capacity {capacity:.0f}/s, goodput {goodput / capacity:.2f} of it, accepted p99 {p99:.2f} s, "
         f"memory +{most - before:.0f} MB, {load.skipped} not sent"
     )
-    expect = world.violations.expect
-    expect(goodput >= GOODPUT_MIN * capacity, f"goodput is {goodput / capacity:.2f} of the capacity")
-    expect(p99 < ACCEPTED_P99_SECONDS_MAX, f"p99 of the accepted is {p99:.2f} s")
-    expect(most - before <= OVERLOAD_MEMORY_MB_MAX, f"memory grew by {most - before:.0f} MB")
+    in_time = world.expect_in_time
+    in_time(goodput >= GOODPUT_MIN * capacity, f"goodput is {goodput / capacity:.2f} of the capacity")
+    in_time(p99 < ACCEPTED_P99_SECONDS_MAX, f"p99 of the accepted is {p99:.2f} s")
+    world.violations.expect(most - before <= OVERLOAD_MEMORY_MB_MAX, f"memory grew by {most - before:.0f} MB")
     return 1
-
-
-async def call_in_turns(load: Load, bodies: Iterator[str], callers: int) -> None:
-    """Report with so many callers, each sending its next when the last is answered."""
-
-    async def call() -> None:
-        for body in bodies:
-            await load.attempt(body)
-
-    await asyncio.gather(*(call() for _ in range(callers)))
 
 
 def _bodies_until(load: Load, until: float) -> Iterator[str]:
@@ -341,10 +327,10 @@ async def slow_sockets(world: World) -> int:
     ended = await asyncio.gather(*(_trickle(world.port, number) for number in range(SLOW_SOCKETS)))
     p99 = world.load.p99_seconds(began)
     still_open = sum(seconds > SLOW_SECONDS_MAX for seconds in ended)
-    expect = world.violations.expect
-    expect(still_open == 0, f"{still_open} slow connections are open after {SLOW_SECONDS_MAX:.0f} s")
+    in_time = world.expect_in_time
+    in_time(still_open == 0, f"{still_open} slow connections are open after {SLOW_SECONDS_MAX:.0f} s")
     most = max(P99_ROOM * before, P99_NOISE_SECONDS)
-    expect(p99 <= most, f"p99 went from {before:.3f} to {p99:.3f} s")
+    in_time(p99 <= most, f"p99 went from {before:.3f} to {p99:.3f} s")
     world.remarks.append(
         f"closed after {max(ended):.1f} s at most, p99 {before * 1e3:.0f} to {p99 * 1e3:.0f} ms"
     )
@@ -383,7 +369,7 @@ async def repeat_46_times(world: World) -> int:
     world.chance.shuffle(all_of_them)
     load = world.new_load("REP")
     began = time.monotonic()
-    await call_in_turns(load, iter(all_of_them), REPEATING_CALLERS)
+    await load.attempt_all(iter(all_of_them), REPEATING_CALLERS)
     world.remarks.append(f"{len(all_of_them) / (time.monotonic() - began):.0f}/s")
     connection = await world.connect()
     wrong = await connection.fetchval(
@@ -399,12 +385,12 @@ async def repeat_46_times(world: World) -> int:
 
 
 async def kill_in_turn(world: World) -> int:
-    for number in range(2 * KILLS):
+    for number in range(2 * world.effort.times):
         await world.pause()
         world.services[number % 2].kill()
         await world.load.recovered()
         await world.start_service(number % 2)
-    return 2 * KILLS
+    return 2 * world.effort.times
 
 
 # What `pg_ctl stop -m immediate` sends.
@@ -412,8 +398,8 @@ stop_immediately: Final = partial(end_postmaster, signal.SIGQUIT)
 
 FAULTS: Final = (
     Fault("kill-service", "kill -9 of the service", OWN, kill_service, is_short=True),
-    Fault("sigterm", "SIGTERM with a half-sent body", OWN, terminate_service, is_short=True),
-    Fault("kill-backend", "kill -9 of a database backend", OWN, kill_backend, is_short=True),
+    Fault("sigterm", "SIGTERM with a half-sent body", OWN, terminate_service),
+    Fault("kill-backend", "kill -9 of a database backend", OWN, kill_backend),
     Fault(
         "kill-postmaster",
         "kill -9 of the postmaster",
@@ -423,7 +409,7 @@ FAULTS: Final = (
     ),
     Fault("stop-immediate", "pg_ctl stop -m immediate", OWN, stop_immediately),
     Fault("still-2s", "SIGSTOP of PostgreSQL for 2 s", OWN, partial(stand_still, 2.0)),
-    Fault("still-10s", "SIGSTOP of PostgreSQL for 10 s", OWN, partial(stand_still, 10.0), is_short=True),
+    Fault("still-10s", "SIGSTOP of PostgreSQL for 10 s", OWN, partial(stand_still, 10.0)),
     Fault("lock-table", "a table lock held for 10 s", OWN, lock_table),
     Fault("cut-statement", "connection cut mid-statement", PROXIED, partial(cut, Cut.MID_STATEMENT)),
     Fault("cut-commit", "connection cut after COMMIT", PROXIED, partial(cut, Cut.AFTER_COMMIT), is_short=True),
@@ -434,10 +420,10 @@ FAULTS: Final = (
     Fault(
         "overload",
         "3 times the capacity for 20 s",
-        Layout(given_postgres=True, through_proxy=True, per_second=0),
+        Layout(given_postgres=True, through_proxy=True, has_load=False),
         overload,
     ),
     Fault("slow-sockets", "500 slow sockets", OWN, slow_sockets),
-    Fault("repeats", "1,000 reports sent 46 times", Layout(per_second=0), repeat_46_times),
+    Fault("repeats", "1,000 reports sent 46 times", Layout(has_load=False), repeat_46_times),
     Fault("two-services", "two services killed in turn", Layout(given_postgres=True, services=2), kill_in_turn),
 )

@@ -5,21 +5,18 @@ service is replaced, since here the harness is under test.
 """
 
 import asyncio
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
-from typing import Final, Self
+from typing import Final
 
 from domain.order import Order
 from service import event_store
 from service.commands.cli import cli
 from service.event_store import EventStore
-from tests.acceptance.running import LISTENS, START_SECONDS_MAX, RunningService, environment
 from tests.faults.faults import Fault, kill_service, stop_immediately
-from tests.faults.world import Layout
+from tests.faults.world import Layout, World
 
-COMMITTED_AFTER_SECONDS: Final = 0.1
+COMMITTED_AFTER_SECONDS: Final = 0.5
 
 
 class EarlyStore:
@@ -49,38 +46,27 @@ class EarlyStore:
             await event_store.append(connection, events)
 
 
-class EarlyService(RunningService):
-    """A service process that acknowledges early."""
-
-    def start(self) -> Self:
-        """Start it and wait until it says where it listens."""
-        with self.log_file.open("wb") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, "serve"],
-                env=environment(self.state_dir, **self.settings),
-                cwd=self.state_dir,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        due = time.monotonic() + START_SECONDS_MAX
-        while LISTENS.search(self.output) is None:
-            assert self._process.poll() is None, self.output
-            assert time.monotonic() < due, self.output
-            time.sleep(0.02)
-        return self
+async def stop_before_the_log_is_written(world: World) -> int:
+    """Stop the server in the seconds in which acknowledged commits are in its memory alone."""
+    connection = await world.connect()
+    # Everything up to here is on disk.
+    await connection.execute("CHECKPOINT")
+    await connection.close()
+    await world.load.recovered()
+    return await stop_immediately(world)
 
 
 MUTATIONS: Final = (
     Fault(
         "asynchronous-commit",
         "synchronous_commit=off and an immediate stop",
-        Layout(given_postgres=True, server_settings={"synchronous_commit": "off"}),
-        stop_immediately,
+        Layout(given_postgres=True, server_settings={"synchronous_commit": "off", "wal_writer_delay": "10s"}),
+        stop_before_the_log_is_written,
     ),
     Fault(
         "early-acknowledgement",
         "an acknowledgement before the commit, and kill -9",
-        Layout(given_postgres=True, launch=EarlyService),
+        Layout(given_postgres=True, command=(sys.executable, "-m", __name__)),
         kill_service,
     ),
 )

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tests.faults import account
-from tests.faults.account import Count
 from tests.faults.faults import Fault
-from tests.faults.load import NotRecoveredError
-from tests.faults.world import SkippedError, ViolatedError, open_world
+from tests.faults.world import Effort, SkippedError, ViolatedError, open_world
+from tests.support import account
+from tests.support.account import Count
+from tests.support.load import NotRecoveredError
 
 
 @dataclass
@@ -31,12 +31,12 @@ class Outcome:
             raise ViolatedError(self.fault.name, self.violations)
 
 
-async def run(fault: Fault, seed: int) -> Outcome:
+async def run(fault: Fault, effort: Effort, seed: int) -> Outcome:
     """Break a world of its own and return what came of it."""
     outcome = Outcome(fault)
     began = time.monotonic()
     try:
-        async with open_world(fault.layout, seed) as world:
+        async with open_world(fault.layout, effort, seed) as world:
             outcome.remarks = world.remarks
             world.violations.lines = outcome.violations
             since = time.monotonic()
@@ -44,7 +44,7 @@ async def run(fault: Fault, seed: int) -> Outcome:
             with _noted(outcome):
                 outcome.times = await fault.break_it(world)
             with _noted(outcome):
-                if fault.layout.per_second:
+                if fault.layout.has_load:
                     await world.load.recovered()
             with _noted(outcome):
                 outcome.count = await world.settle()

@@ -18,27 +18,22 @@ import asyncpg
 
 from service.database import Connection
 from service.embedded_postgres import SOCKET_NAME, EmbeddedPostgres, running_dsn
-from tests.acceptance.running import RunningService, run_command
-from tests.conftest import make_folder
-from tests.faults import account
-from tests.faults.account import Count, Violations
-from tests.faults.client import Connections
-from tests.faults.load import REPORTS_PER_SECOND, Acknowledged, Journal, Load, Tail
 from tests.faults.proxy import Proxy
 from tests.faults.resources import Resources, children
+from tests.support import account
+from tests.support.account import Count, Violations
+from tests.support.connections import Connections
+from tests.support.folders import make_folder
+from tests.support.load import Acknowledged, Journal, Load, Tail
+from tests.support.processes import COMMAND, RunningService, run_command
+from tests.support.waiting import PATIENCE_SECONDS, until
 
-WARM_UP_REPORTS: Final = 300
-TAIL_SECONDS_MAX: Final = 10.0
-# For what comes back: garbage, idle connections, callers that are closed.
-BASELINE_SECONDS_MAX: Final = 10.0
 # The pool opens its 8 connections when they are needed, and keeps them; a log file or two.
 DESCRIPTORS_SLACK: Final = 12
 # libuv's four for names and files, and those in which PostgreSQL is started again.
 THREADS_SLACK: Final = 10
 # The cache of 100,000 orders' standings may fill (50 MB), and the log's tail for the views (8 MB and more).
 MEMORY_SLACK_MB: Final = 100.0
-KILL_SECONDS_MAX: Final = 5.0
-RECOVERY_SECONDS_MAX: Final = 20.0
 
 Value = TypeVar("Value")
 
@@ -65,6 +60,32 @@ class ViolatedError(Exception):
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How much of a fault is tried.
+
+    Args:
+        times: how often each thing is broken.
+        per_second: reports a second.
+        is_timed: whether time limits are promises too. Tests may run on a machine that is busy with other work.
+    """
+
+    times: int
+    per_second: float
+    is_timed: bool
+
+    @property
+    def answered_seconds_max(self) -> float:
+        """How long any response may take: a request's budget by the settings, and room for a small machine."""
+        return 3.0 + 2.0 if self.is_timed else PATIENCE_SECONDS
+
+
+# ``make faults``, ``make test-long`` and ``make test``.
+FULL: Final = Effort(times=3, per_second=300.0, is_timed=True)
+UNTIMED: Final = Effort(times=3, per_second=300.0, is_timed=False)
+SHORT: Final = Effort(times=1, per_second=100.0, is_timed=False)
+
+
+@dataclass(frozen=True)
 class Layout:
     """What a world is made of.
 
@@ -72,27 +93,28 @@ class Layout:
         given_postgres: the harness runs PostgreSQL, in place of the service itself.
         through_proxy: a proxy stands between the two; PostgreSQL is given then.
         services: how many processes share one port; PostgreSQL is given to more than one.
-        per_second: reports a second; 0: none but what the fault sends.
+        has_load: whether reports arrive at the effort's rate; if not, the fault sends its own.
         server_settings: of a given PostgreSQL.
         disk_mb: the state folder is a disk of its own, of this size.
-        launch: makes a service process.
+        command: the service's program.
     """
 
     given_postgres: bool = False
     through_proxy: bool = False
     services: int = 1
-    per_second: float = REPORTS_PER_SECOND
+    has_load: bool = True
     server_settings: Mapping[str, str] = field(default_factory=dict)
     disk_mb: int = 0
-    launch: type[RunningService] = RunningService
+    command: tuple[str, ...] = COMMAND
 
 
 class World:
     """Everything of one fault."""
 
-    def __init__(self, layout: Layout, seed: int, folder: Path, stack: AsyncExitStack) -> None:
+    def __init__(self, layout: Layout, effort: Effort, seed: int, stack: AsyncExitStack, folder: Path) -> None:
         self._stack = stack
         self.layout = layout
+        self.effort = effort
         self.folder = folder
         self.state_dir = folder / "state"
         self.chance = random.Random(seed)
@@ -121,7 +143,8 @@ class World:
         if self.layout.given_postgres:
             await self._start_postgres()
         for _ in range(self.layout.services):
-            service = self.layout.launch(self.state_dir, PORT=str(self.port), **self._settings)
+            service = RunningService(self.state_dir, PORT=str(self.port), **self._settings)
+            service.command = self.layout.command
             # Beside the state folder: a full disk there must not be the harness's as well.
             service.log_file = self.folder / service.log_file.name
             self._stack.push_async_callback(in_thread, service.end)
@@ -129,9 +152,9 @@ class World:
             await in_thread(service.start)
         self._stack.callback(self.connections.close)
         self._tail_task = self.background(self.tail.follow())
-        if self.layout.per_second:
-            self.background(self.load.run(self.layout.per_second))
-            await self.load.recovered(WARM_UP_REPORTS)
+        if self.layout.has_load:
+            self.background(self.load.run(self.effort.per_second))
+            await self.load.recovered()
         self._baseline = self.resources()
 
     async def _start_postgres(self) -> None:
@@ -189,7 +212,7 @@ class World:
 
     async def connect(self) -> Connection:
         """A connection of the harness's own; the caller closes it."""
-        async with asyncio.timeout(RECOVERY_SECONDS_MAX):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 try:
                     return await asyncpg.connect(self.dsn)
@@ -220,6 +243,10 @@ class World:
     async def start_service(self, number: int = 0) -> None:
         await in_thread(self.services[number].start)
 
+    def expect_in_time(self, holds: bool, line: str) -> None:  # noqa: FBT001 - read as a sentence
+        """Hold the service to a time limit, if this effort is timed."""
+        self.violations.expect(holds or not self.effort.is_timed, line)
+
     async def settle(self) -> Count:
         """Wait until all is quiet, and draw up the account."""
         for load in self.loads:
@@ -237,13 +264,13 @@ class World:
             verified = await in_thread(verify)
             said = verified.stdout + verified.stderr
             self.violations.expect(verified.returncode == 0, f"replay --verify: {said}")
-        account.check_answers(self.connections, self.violations)
+        account.check_answers(self.connections, self.effort.answered_seconds_max, self.violations)
         self.connections.close()
         await self._check_resources()
         return found
 
     async def _end_tail(self, events: int) -> None:
-        due = time.monotonic() + TAIL_SECONDS_MAX
+        due = time.monotonic() + PATIENCE_SECONDS
         while len(self.tail.seen) < events and time.monotonic() < due:  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.05)
         assert self._tail_task is not None
@@ -251,7 +278,7 @@ class World:
         await asyncio.gather(self._tail_task, return_exceptions=True)
 
     async def _check_resources(self) -> None:
-        due = time.monotonic() + BASELINE_SECONDS_MAX
+        due = time.monotonic() + PATIENCE_SECONDS
         while (above := self._above_baseline()) and time.monotonic() < due:  # noqa: ASYNC110 - the same
             await asyncio.sleep(0.2)
         self.violations.add("resources that do not come back", above)
@@ -278,19 +305,16 @@ class World:
             for pid in [postmaster, *children(postmaster)]:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            due = time.monotonic() + KILL_SECONDS_MAX
-            while time.monotonic() < due:
-                os.kill(postmaster, 0)
-                time.sleep(0.02)
+            until(lambda: not _is_running(postmaster))
 
 
 @asynccontextmanager
-async def open_world(layout: Layout, seed: int) -> AsyncIterator[World]:
+async def open_world(layout: Layout, effort: Effort, seed: int) -> AsyncIterator[World]:
     """Make a world, and leave nothing of it behind."""
     async with AsyncExitStack() as stack:
         folder = make_folder()
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        world = World(layout, seed, folder, stack)
+        world = World(layout, effort, seed, stack, folder)
         await world.start()
         yield world
 
@@ -302,6 +326,14 @@ async def _command(*arguments: str) -> None:
     _, said = await process.communicate()
     if process.returncode != 0:
         raise OSError(said.decode(errors="replace").strip())
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _free_port() -> int:

@@ -12,7 +12,8 @@ from urllib.parse import quote
 
 from hypothesis import strategies as st
 
-from tests.acceptance.running import RunningService
+from tests.support.processes import RunningService
+from tests.support.waiting import PATIENCE_SECONDS
 
 BODY_BYTES_MAX: Final = 65_536
 BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
@@ -23,8 +24,6 @@ SENT: Final = b'{"order_no":"KOM1","status":"Dikirim"'
 SMUGGLED: Final = b'{"order_no":"SMUGGLED","status":"Dikirim"}'
 
 VERDICTS: Final = {"advanced", "repeated", "late", "refused", "unrecognised"}
-# No answer that these tests wait for is due later: a refused connection is read for 2 s after its answer.
-ANSWER_SECONDS_MAX: Final = 5.0
 
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.[01] ([0-9]{3}) [ -~]*")
 _INSIDE: Final = re.compile(rb"Traceback|File \"|aiohttp|asyncpg|[Pp]ython")
@@ -419,7 +418,7 @@ class Wire:
         self.port = int(service.url.rsplit(":", 1)[1])
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), ANSWER_SECONDS_MAX)
+        return socket.create_connection(("127.0.0.1", self.port), PATIENCE_SECONDS)
 
     def exchange(self, raw: bytes) -> Answer:
         """Send bytes, and return the first answer to them."""

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 from uuid import uuid4
@@ -14,26 +13,20 @@ from eventsourcing.application import Application
 from eventsourcing.persistence import AggregateRecorder, ApplicationRecorder, DatetimeAsISO, JSONTranscoder
 from eventsourcing.tests import persistence as library
 
-from domain.order import Order, Report
+from domain.order import Order
 from service import event_store
 from service.database import Connection, HeldConnection, connect
-from service.embedded_postgres import EmbeddedPostgres
 from service.event_store import EventStore, VersionTakenError
-from tests.conftest import database
 from tests.integration.recorder_facade import AggregateFacade, ApplicationFacade, LogInThread
-
-NOW = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
-
-
-def report(order_no: str, status: str = "Dikirim", cnote: str | None = "AWB1") -> Report:
-    return Report(str(uuid4()), order_no, status, cnote, f'{{"order_no":"{order_no}"}}')
+from tests.support.databases import TestServer, wait_for_locked
+from tests.support.reports import NOW, report
 
 
 class _OnOurLog(library.RecorderTestCase):
     """The library's cases, over our log, with order numbers for ids."""
 
     @pytest.fixture(autouse=True)
-    def _log(self, server: EmbeddedPostgres) -> Iterator[None]:
+    def _log(self, server: TestServer) -> Iterator[None]:
         self.server = server
         self.logs: list[tuple[LogInThread, Any]] = []
         yield
@@ -42,7 +35,7 @@ class _OnOurLog(library.RecorderTestCase):
             context.__exit__(None, None, None)
 
     def new_log(self) -> LogInThread:
-        context = database(self.server)
+        context = self.server.database()
         log = LogInThread(context.__enter__())
         self.logs.append((log, context))
         return log
@@ -201,7 +194,7 @@ async def test_nobody_appends_while_the_log_is_held_still(dsn: str, held: HeldCo
     async with store.locked() as connection:
         event = Order.unheard("KOM1").report(report("KOM1"), NOW)
         waiting = asyncio.create_task(event_store.append(other, [event]))
-        await asyncio.sleep(0.2)
+        await wait_for_locked(connection)
         assert not waiting.done()
         assert await event_store.standings(connection, ["KOM1"]) == {"KOM1": Order.unheard("KOM1").standing}
     assert await waiting == [1]

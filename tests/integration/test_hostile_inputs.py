@@ -5,13 +5,11 @@ Each answer is also held to what ``owed`` says of all of them, and none may leav
 
 import asyncio
 import json
-import shutil
 import socket
-import statistics
 import struct
-import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import cycle
 from typing import Any, Final
 from urllib.parse import quote
@@ -20,9 +18,6 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 
-from service.embedded_postgres import EmbeddedPostgres
-from tests.acceptance.running import RunningService
-from tests.conftest import database, make_folder
 from tests.integration.hostile_inputs import (
     BAD_PARAMETERS,
     BADLY_CODED,
@@ -52,30 +47,24 @@ from tests.integration.hostile_inputs import (
     request,
     split_answers,
 )
+from tests.support.databases import TestServer
+from tests.support.folders import temporary_folder
+from tests.support.processes import running_service
+from tests.support.waiting import PATIENCE_SECONDS, until
 
-# For 64 KiB of anything; an ordinary body takes some milliseconds.
-LARGE_SECONDS_MAX: Final = 0.5
-# An ordinary webhook while others are slow: 19 of 20 take some milliseconds; the worst may meet a checkpoint or
-# the other processes of a test run.
-ORDINARY_SECONDS_P95_MAX: Final = 0.25
-ORDINARY_SECONDS_MAX: Final = 2.5
-SLOW_SECONDS_MAX: Final = 10.0
-SLOW_SECONDS_ROOM: Final = 2.0
-SLOW_CONNECTIONS: Final = 500
-SILENT_CONNECTIONS: Final = 10
+# As many as make a pile, and as few as one process opens at once.
+SLOW_CONNECTIONS: Final = 60
 
 
 @pytest.fixture(scope="module")
-def wire(server: EmbeddedPostgres) -> Iterator[Wire]:
+def wire(server: TestServer) -> Iterator[Wire]:
     """One service for all of them, as its users run it: its log is what they would find in theirs."""
-    folder = make_folder()
-    with database(server) as dsn:
-        service = RunningService(folder, DATABASE_URL=dsn, LOG_FORMAT="json")
-        try:
-            yield Wire(service.start())
-        finally:
-            service.end()
-    shutil.rmtree(folder)
+    with (
+        temporary_folder() as folder,
+        server.database() as dsn,
+        running_service(folder, DATABASE_URL=dsn, LOG_FORMAT="json") as service,
+    ):
+        yield Wire(service)
 
 
 @pytest.fixture(autouse=True)
@@ -267,11 +256,8 @@ def test_nesting_about_the_depth_that_is_too_deep(wire: Wire, depth: int) -> Non
 
 
 @pytest.mark.parametrize("raw", LARGE.values(), ids=LARGE)
-def test_64_kib_of_anything_are_answered_soon(wire: Wire, raw: bytes) -> None:
-    """A large body costs in step with its size, and is kept like any other."""
-    begun = time.monotonic()
-    assert wire.put(raw).status == 200
-    assert time.monotonic() - begun < LARGE_SECONDS_MAX
+def test_64_kib_of_anything_are_answered(wire: Wire, raw: bytes) -> None:
+    """A large body is kept like any other. ``make bench`` measures that it costs in step with its size."""
     kept(wire, raw)
 
 
@@ -281,7 +267,7 @@ def test_64_kib_of_anything_are_answered_soon(wire: Wire, raw: bytes) -> None:
 @settings(
     deadline=None,
     derandomize=True,
-    max_examples=400,
+    max_examples=200,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(raw=BODIES)
@@ -320,16 +306,18 @@ def test_a_coding_that_cannot_be_undone(
 
 @pytest.mark.parametrize("length", [BODY_BYTES_MAX + 1, 10**9, 2**63 - 1])
 def test_a_body_that_says_it_is_too_large_is_not_waited_for(wire: Wire, length: int) -> None:
-    """413 at once, before a byte of it has come."""
-    begun = time.monotonic()
+    """413 before a byte of it has come."""
     assert wire.exchange(head(b"Content-Length: %d" % length)).status == 413
-    assert time.monotonic() - begun < LARGE_SECONDS_MAX
 
 
 def test_a_body_that_grows_too_large_is_cut_off(wire: Wire) -> None:
     """By chunks, 413 comes when the limit is passed, not at the end, which never comes."""
     raw = head(b"Transfer-Encoding: chunked") + b"4000\r\n%s\r\n" % (b" " * 0x4000) * 5
     assert wire.exchange(raw).status == 413
+
+
+def is_recorded(wire: Wire, order_no: str) -> bool:
+    return wire.get(f"/orders/{order_no}/events").status != 404
 
 
 def test_a_sender_that_is_gone_loses_and_doubles_nothing(wire: Wire) -> None:
@@ -343,10 +331,8 @@ def test_a_sender_that_is_gone_loses_and_doubles_nothing(wire: Wire) -> None:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, resetting)
         with wire.connect() as connection:
             connection.sendall(request("PUT", "/webhook", body(order_no="HALF GONE"))[:-1])
-    due = time.monotonic() + 3
     for number in range(0, 40, 2):
-        while wire.get(f"/orders/GONE%20{number}/events").status == 404:
-            assert time.monotonic() < due
+        until(partial(is_recorded, wire, f"GONE%20{number}"))
     for number in range(40):
         receipt, _ = wire.recorded(body(order_no=f"GONE {number}"), f"Idempotency-Key: gone {number}")
         assert receipt["version"] == 1
@@ -390,10 +376,9 @@ def test_a_head_that_never_ends(wire: Wire, raw: bytes) -> None:
 # Slowness
 
 
-async def trickle(port: int, at_once: bytes, later: bytes) -> tuple[float, bytes]:
-    """Open a connection and send, then a byte a second; return when it was closed and all that was answered."""
+async def trickle(port: int, at_once: bytes, later: bytes) -> bytes:
+    """Open a connection and send, then a byte a second; return what was answered once it was closed."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    begun = time.monotonic()
     writer.write(at_once)
     received = bytearray()
 
@@ -404,35 +389,34 @@ async def trickle(port: int, at_once: bytes, later: bytes) -> tuple[float, bytes
 
     closing = asyncio.create_task(receive())
     drops = cycle(later[at : at + 1] for at in range(len(later)))
-    while not closing.done() and time.monotonic() - begun < 2 * SLOW_SECONDS_MAX:
-        if later:
-            writer.write(next(drops))
-        await asyncio.wait([closing], timeout=1)
-    seconds = time.monotonic() - begun
-    closing.cancel()
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not closing.done():
+            if later:
+                writer.write(next(drops))
+            await asyncio.wait([closing], timeout=1)
     writer.close()
-    return seconds, bytes(received)
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+    return bytes(received)
 
 
-async def test_slow_senders_are_cut_off_and_nobody_else_notices(wire: Wire) -> None:
-    """Of 500 that send a byte a second, and some that say nothing, each is closed or 408 within 10 s."""
-    kinds = [*SLOW.values()]
+async def test_slow_senders_are_cut_off_and_others_are_answered(wire: Wire) -> None:
+    """Each that sends a byte a second, or nothing, is closed or 408, and webhooks are recorded all the while.
+
+    It takes about 10 s, the time that a sender has for a body. ``make faults`` has 500 of them.
+    """
+    kinds = [*SLOW.values(), SILENT]
     slow = [kinds[number % len(kinds)] for number in range(SLOW_CONNECTIONS)]
-    slow += [SILENT] * SILENT_CONNECTIONS
     ends = asyncio.gather(*(trickle(wire.port, at_once, later) for at_once, later, _ in slow))
-    took = []
+    recorded = 0
     while not ends.done():
-        begun = time.monotonic()
         answer = await asyncio.to_thread(wire.put, DOCUMENTED)
-        took.append(time.monotonic() - begun)
         assert answer.json["outcome"] in VERDICTS
-        await asyncio.sleep(0.02)
-    for (seconds, received), (at_once, _, expected) in zip(await ends, slow, strict=True):
-        assert seconds < SLOW_SECONDS_MAX + SLOW_SECONDS_ROOM, at_once
+        recorded += 1
+        await asyncio.wait([ends], timeout=0.1)
+    assert recorded
+    for received, (at_once, _, expected) in zip(await ends, slow, strict=True):
         assert [answer.status for answer in split_answers(received)] in expected, at_once
-    assert len(took) > 100
-    assert statistics.quantiles(took, n=20)[-1] < ORDINARY_SECONDS_P95_MAX
-    assert max(took) < ORDINARY_SECONDS_MAX
 
 
 # Paths and parameters

@@ -1,27 +1,24 @@
 """Who may report, read and operate: tokens, signatures, keys, and the addresses behind proxies."""
 
-import asyncio
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_network
 from typing import Any
 
-import aiohttp
 import pytest
-from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
 from service import api_keys
-from service.app import Service, make_app, serving
+from service.app import Service, make_app
 from service.database import Connection
 from service.sender import Sender
 from service.settings import Settings
-from tests.integration.test_http import Client
+from tests.support.client import Client, serving_client
+from tests.support.waiting import until_async
 
 OLD, NEW = "old-token-of-16-characters", "new-token-of-16-characters"
 BODY = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'
@@ -36,12 +33,6 @@ BAD_FIELDS = (
 )
 
 
-@asynccontextmanager
-async def served(dsn: str, **settings: Any) -> AsyncIterator[Client]:
-    async with serving(Settings(port=0, **settings), dsn) as (port, _), aiohttp.ClientSession() as session:
-        yield Client(session, port)
-
-
 async def answered(
     client: Client, method: str, path: str, body: bytes = b"", **headers: str
 ) -> tuple[int, bytes]:
@@ -52,21 +43,21 @@ async def answered(
     return int(answer.split(b" ", 2)[1]), answer
 
 
-@pytest.mark.parametrize("method", ["PUT", "POST", "GET", "HEAD", "DELETE", "PATCH", "OPTIONS"])
-@pytest.mark.parametrize(
-    "path",
-    ["/webhook", "/webhook/", f"/webhook/{OLD[:-1]}", f"/webhook/{OLD}x", "/webhook/wr%C3%B6ng", "/webhook/%FF",
-     f"/webhook/{OLD}/", f"/webhook/x/{OLD}", f"//webhook/{OLD}", f"/webhook/../webhook/{OLD}"],
+METHODS = ("PUT", "POST", "GET", "HEAD", "DELETE", "PATCH", "OPTIONS")
+WRONG_PATHS = (
+    "/webhook", "/webhook/", f"/webhook/{OLD[:-1]}", f"/webhook/{OLD}x", "/webhook/wr%C3%B6ng", "/webhook/%FF",
+    f"/webhook/{OLD}/", f"/webhook/x/{OLD}", f"//webhook/{OLD}", f"/webhook/../webhook/{OLD}",
 )  # fmt: skip
-async def test_without_the_right_token_there_is_nothing(
-    dsn: str, connection: Connection, method: str, path: str
-) -> None:
-    """Whatever the method, a wrong token gets the very answer of a path that there is none of."""
-    async with served(dsn, webhook_tokens=f"{OLD},{NEW}") as client:
-        status, answer = await answered(client, method, path, BODY)
-        _, unknown = await answered(client, method, "/nothing/here", BODY)
-    assert status == 404
-    assert alike(answer) == alike(unknown)
+
+
+async def test_a_wrong_token_is_an_unknown_path(dsn: str, connection: Connection) -> None:
+    """Whatever the method, the response is the very one of an unknown path, and nothing is recorded."""
+    async with serving_client(dsn, webhook_tokens=f"{OLD},{NEW}") as client:
+        for method in METHODS:
+            _, unknown = await answered(client, method, "/nothing/here", BODY)
+            for path in WRONG_PATHS:
+                status, answer = await answered(client, method, path, BODY)
+                assert (status, alike(answer)) == (404, alike(unknown)), (method, path)
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
 
 
@@ -78,7 +69,7 @@ def alike(answer: bytes) -> list[bytes]:
 @pytest.mark.parametrize("token", [OLD, NEW])
 async def test_two_tokens_are_live_during_a_rotation(dsn: str, token: str) -> None:
     """Either is taken; other methods than the webhook's are told so only behind one of them."""
-    async with served(dsn, webhook_tokens=f"{OLD}, {NEW}") as client:
+    async with serving_client(dsn, webhook_tokens=f"{OLD}, {NEW}") as client:
         for method in ("PUT", "POST"):
             status, answer = await answered(client, method, f"/webhook/{token}", BODY)
             assert status == 200, answer
@@ -89,7 +80,7 @@ async def test_two_tokens_are_live_during_a_rotation(dsn: str, token: str) -> No
 
 async def test_a_token_is_in_no_answer_and_no_log(dsn: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Neither of a good request, nor of malformed ones, nor of one that fails."""
-    async with served(dsn, webhook_tokens=OLD) as client:
+    async with serving_client(dsn, webhook_tokens=OLD) as client:
         answers = [
             await client.talk(f"PUT /webhook/{OLD} HTTP/1.1\r\nHost: localhost\r\n{bad}\r\n\r\n".encode())
             for bad in BAD_FIELDS
@@ -119,7 +110,7 @@ async def test_a_signature_is_asked_for_where_there_is_a_secret(
     dsn: str, connection: Connection, signature: Any, status: int
 ) -> None:
     """Wrong or missing: 401, and nothing is recorded, not even in the quarantine."""
-    async with served(dsn, webhook_hmac_secret=SECRET) as client:
+    async with serving_client(dsn, webhook_hmac_secret=SECRET) as client:
         for body in (BODY, b"not json"):
             got, _ = await answered(client, "PUT", "/webhook", body, X_Callback_Api_Key=signature(body))
             assert got == status
@@ -130,7 +121,7 @@ async def test_a_signature_is_asked_for_where_there_is_a_secret(
 async def test_the_signature_may_stand_in_another_header(dsn: str) -> None:
     """The header is the operator's to name; without it the request is refused."""
     signature = hmac.new(SECRET.encode(), BODY, hashlib.sha256).hexdigest()
-    async with served(dsn, webhook_hmac_secret=SECRET, webhook_hmac_header="X-Signature") as client:
+    async with serving_client(dsn, webhook_hmac_secret=SECRET, webhook_hmac_header="X-Signature") as client:
         assert (await answered(client, "PUT", "/webhook", BODY, X_Signature=signature))[0] == 200
         assert (await answered(client, "PUT", "/webhook", BODY, X_Callback_Api_Key=signature))[0] == 401
         assert (await answered(client, "PUT", "/webhook", BODY))[0] == 401
@@ -149,7 +140,7 @@ async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Con
     """All but the webhook and the two probes: no key 401, a key of a lesser scope 403, the right one passes."""
     read = await api_keys.create_key(connection, "reader", "read", None)
     admin = await api_keys.create_key(connection, "operator", "admin", None)
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         service = Service(Settings(port=0), dsn)
         routes = all_routes(service)
         assert {(method, path) for method, path, scope in routes if scope is None and method != "HEAD"} == {
@@ -176,9 +167,7 @@ async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Con
 async def refusal(client: Client, method: str, path: str, key: str | None) -> int | None:
     """The status by which a request was refused for its key; None where it was let through."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    async with client.session.request(
-        method, f"http://127.0.0.1:{client.port}{path}", headers=headers
-    ) as answer:
+    async with client.session.request(method, client.url(path), headers=headers) as answer:
         if answer.status not in {401, 403}:
             return None
         if answer.content_type == "text/html":
@@ -197,17 +186,17 @@ async def refusal(client: Client, method: str, path: str, key: str | None) -> in
 async def test_only_a_whole_bearer_key_counts(dsn: str, connection: Connection, header: str) -> None:
     """Anything else in the header is no key."""
     key = await api_keys.create_key(connection, "reader", "read", None)
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         assert (await answered(client, "GET", "/orders", Authorization=header.format(key=key)))[0] == 401
         assert (await answered(client, "GET", "/orders", Authorization=f"bearer  {key} "))[0] == 200
 
 
 async def test_without_keys_it_is_open_to_this_machine_only(dsn: str) -> None:
     """On loopback without a proxy everything is open before the first key; elsewhere nothing is."""
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         await client.get("/orders")
     for settings in ({"host": "0.0.0.0"}, {"trusted_proxies": "127.0.0.1/32"}):  # noqa: S104 - the case
-        async with served(dsn, **settings) as client:
+        async with serving_client(dsn, **settings) as client:
             problem = await client.get("/orders", 401)
             assert "keys create" in problem["detail"]
             await client.get("/livez")
@@ -221,7 +210,7 @@ async def test_a_revoked_or_expired_key_is_refused(
     monkeypatch.setattr("service.api_keys.KNOWN_SECONDS_MAX", 0.0)
     key = await api_keys.create_key(connection, "one", "read", datetime.now(UTC) + timedelta(days=1))
     late = await api_keys.create_key(connection, "late", "read", datetime.now(UTC) - timedelta(seconds=1))
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         await client.get("/orders", 200, {"Authorization": f"Bearer {key}"})
         _, headers = await client.get_with_headers("/orders", 401, {"Authorization": f"Bearer {late}"})
         assert 'error="invalid_token"' in headers["WWW-Authenticate"]
@@ -234,7 +223,7 @@ async def test_a_revoked_or_expired_key_is_refused(
 @pytest.mark.parametrize("field", ["Bad Header", "Transfer-Encoding: gzip, chunked", "Content-Length: 1, 2"])
 async def test_what_is_no_request_is_answered_with_an_id_too(dsn: str, field: str) -> None:
     """So that it can be asked about."""
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         answer = await client.talk(f"PUT /webhook HTTP/1.1\r\nHost: x\r\n{field}\r\n\r\n".encode())
     assert answer.split(b" ", 2)[1] == b"400"
     assert b"X-Request-Id: " in answer
@@ -246,11 +235,15 @@ async def test_a_new_key_is_good_at_once(
     """However long what is known of the keys would do: before one is refused they are looked at again."""
     monkeypatch.setattr("service.api_keys.KNOWN_SECONDS_MAX", 3_600.0)
     first = await api_keys.create_key(connection, "first", "read", None)
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         await client.get("/orders", 200, {"Authorization": f"Bearer {first}"})
         second = await api_keys.create_key(connection, "second", "read", None)
-        await asyncio.sleep(api_keys.LOOK_AGAIN_SECONDS)
-        await client.get("/orders", 200, {"Authorization": f"Bearer {second}"})
+        headers = {"Authorization": f"Bearer {second}"}
+
+        async def is_taken() -> bool:
+            return await client.status("GET", "/orders", headers=headers) == 200
+
+        await until_async(is_taken)
         await client.get("/orders", 401, {"Authorization": "Bearer otk_other"})
 
 
@@ -260,11 +253,9 @@ async def test_the_database_has_only_the_hash_and_the_last_use_to_the_minute(
     """Many uses write once; nothing that lies in the database is the secret."""
     key = await api_keys.create_key(connection, "one", "read", None)
     assert await connection.fetchval("SELECT last_used_at FROM api_keys") is None
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         await client.get("/orders", 200, {"Authorization": f"Bearer {key}"})
-        async with asyncio.timeout(5):
-            while await connection.fetchval("SELECT last_used_at FROM api_keys") is None:  # noqa: ASYNC110 - it waits for another process
-                await asyncio.sleep(0.02)
+        await until_async(lambda: connection.fetchval("SELECT last_used_at IS NOT NULL FROM api_keys"))
         first = await connection.fetchrow("SELECT last_used_at, xmin::text, api_keys::text FROM api_keys")
         assert first is not None
         assert first[0] is not None
@@ -290,7 +281,7 @@ async def test_a_name_is_used_once(connection: Connection) -> None:
 
 async def test_another_sites_page_cannot_operate(dsn: str) -> None:
     """Where it is open, a browser's word that another site asks is enough to refuse."""
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 404), ("none", 404)):
             got, _ = await answered(client, "POST", "/quarantine/1/retry", Sec_Fetch_Site=site)
             assert got == status
@@ -323,7 +314,7 @@ def test_the_address_is_the_rightmost_that_no_trusted_proxy_has(
 ) -> None:
     """What untrusted ones say of others is never believed, and what is no address ends the look."""
     headers = CIMultiDict([("X-Forwarded-For", value) for value in forwarded])
-    request: web.Request = make_mocked_request("PUT", "/webhook", headers).clone(remote=peer or "")
+    request = make_mocked_request("PUT", "/webhook", headers).clone(remote=peer or "")
     sender = Sender([], b"", "X", PROXIES)
     assert sender.address_of(request) == (address or "")
 
@@ -331,17 +322,17 @@ def test_the_address_is_the_rightmost_that_no_trusted_proxy_has(
 async def test_the_event_has_the_address_behind_the_proxy(dsn: str) -> None:
     """End to end: a trusted peer's X-Forwarded-For is what the event keeps, another's is not."""
     for proxies, address in (("127.0.0.0/8", "198.51.100.1"), ("10.0.0.0/8", "127.0.0.1")):
-        async with served(dsn, trusted_proxies=proxies) as client:
+        async with serving_client(dsn, trusted_proxies=proxies) as client:
             status, answer = await answered(client, "PUT", "/webhook", BODY, X_Forwarded_For="198.51.100.1")
             assert status == 200, answer
-        async with served(dsn) as client:
+        async with serving_client(dsn) as client:
             (event,) = (await client.get("/events?limit=1000"))["events"][-1:]
             assert event["data"]["remote"] == address
 
 
 async def test_what_is_open_to_this_machine_is_asked_by_its_own_name(dsn: str) -> None:
     """A page whose name points to this machine reads nothing, and nobody's page reports."""
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         for host, status in (
             ("evil.example:8080", 403),
             ("localhost:8080", 200),
@@ -363,7 +354,7 @@ async def test_what_is_open_to_this_machine_is_asked_by_its_own_name(dsn: str) -
 async def test_a_use_that_cannot_be_noted_is_in_nobodys_way(dsn: str, connection: Connection) -> None:
     """While the table of keys is held by somebody, what has a key is answered as ever."""
     key = await api_keys.create_key(connection, "one", "read", None)
-    async with served(dsn, request_seconds_max=1.0) as client, connection.transaction():
+    async with serving_client(dsn, request_seconds_max=1.0) as client, connection.transaction():
         await connection.execute("SELECT FROM api_keys FOR UPDATE")
         for _ in range(5):
             await client.get("/orders", 200, {"Authorization": f"Bearer {key}"})
@@ -373,7 +364,7 @@ async def test_the_cookie_of_a_page_is_good_for_reading_alone(dsn: str, connecti
     """A browser sends it by itself, so nothing is changed by it; a header is stronger than it."""
     key = await api_keys.create_key(connection, "one", "admin", None)
     cookie = f"{api_keys.KEY_COOKIE}={key}"
-    async with served(dsn) as client:
+    async with serving_client(dsn) as client:
         assert (await answered(client, "GET", "/orders", Cookie=cookie))[0] == 200
         assert (await answered(client, "GET", "/orders", Cookie=cookie, Authorization="Bearer x"))[0] == 401
         assert (await answered(client, "POST", "/quarantine/1/retry", Cookie=cookie))[0] == 401

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.acceptance.running import ROOT
-from tests.integration.test_http import Client
-from tests.integration.test_streams import client  # noqa: F401 - the fixture
+from tests.support.client import Client
+from tests.support.folders import ROOT
 
 OPERATIONS = ROOT / "docs" / "operations"
 # What PromQL itself has, and the labels of ours.
@@ -19,7 +18,7 @@ WORDS = {
 }  # fmt: skip
 
 
-async def scraped(client: Client) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:  # noqa: F811
+async def scraped(client: Client) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     async with client.session.get(f"http://127.0.0.1:{client.port}/metrics") as response:
         assert response.status == 200
         assert response.headers["Content-Type"].startswith("text/plain")
@@ -31,7 +30,7 @@ async def scraped(client: Client) -> dict[str, dict[tuple[tuple[str, str], ...],
     return found
 
 
-async def test_what_is_counted(client: Client) -> None:  # noqa: F811
+async def test_what_is_counted(client: Client) -> None:
     """Reports by outcome, batches, answers by route and status, the views' lag, the quarantine."""
     for status in ("Diajukan", "Dikirim", "Dikirim", "mystery"):
         last = await client.webhook("KOM1", status)
@@ -66,7 +65,7 @@ async def test_what_is_counted(client: Client) -> None:  # noqa: F811
     assert found["process_resident_memory_bytes"][()] > 1e6
 
 
-async def test_no_label_is_made_up_from_outside(client: Client) -> None:  # noqa: F811
+async def test_no_label_is_made_up_from_outside(client: Client) -> None:
     """Whatever paths, methods and order numbers are tried, the number of series stays what it was."""
     await client.webhook("SECRET-1")
     for _ in range(2):
@@ -83,7 +82,7 @@ async def test_no_label_is_made_up_from_outside(client: Client) -> None:  # noqa
 
 
 @pytest.mark.parametrize("file", ["alerts.yaml", "grafana.json"])
-async def test_what_the_files_of_the_operator_name_is_there(client: Client, file: str) -> None:  # noqa: F811
+async def test_what_the_files_of_the_operator_name_is_there(client: Client, file: str) -> None:
     """No dashboard and no alert asks for a metric that does not exist."""
     await client.webhook("KOM1")
     await client.raw(b"not json")

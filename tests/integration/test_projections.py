@@ -5,7 +5,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 from uuid import uuid4
 
@@ -27,14 +27,11 @@ from service.database import Connection, HeldConnection, connect
 from service.log_reader import LogReader
 from service.schema import VIEWS
 from service.settings import Settings
+from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
+from tests.support.reports import NOW, report
+from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 
-NOW = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
-CAUGHT_UP_SECONDS_MAX = 10.0
 EQUAL = [RebuiltView(view.name, 0, 0) for view in VIEWS]
-
-
-def report(order_no: str, status: str = "Dikirim", cnote: str | None = None) -> Report:
-    return Report(str(uuid4()), order_no, status, cnote, json.dumps({"order_no": order_no, "status": status}))
 
 
 @pytest.fixture
@@ -55,7 +52,7 @@ async def record(service: Service, *reports: Report) -> int:
 
 async def caught_up(service: Service, position: int) -> None:
     for projector in service.projectors.values():
-        assert await projector.reached(position, CAUGHT_UP_SECONDS_MAX)
+        assert await projector.reached(position, PATIENCE_SECONDS)
 
 
 async def rebuilt(dsn: str, *, verify: bool = False, views: Any = VIEWS) -> list[RebuiltView]:
@@ -97,7 +94,21 @@ async def test_the_views_follow_the_log_behind_the_commit(service: Service, conn
     )
     row = (await current_status.orders_by_number(connection, ["KOM1"]))["KOM1"]
     assert row == OrderRow(
-        "KOM1", 6, 6, 1, "in_transit", "Dikirim", NOW, "A1", NOW, NOW, 2, 1, 1, 1, 1, None, None, None
+        order_no="KOM1",
+        version=6,
+        position=6,
+        first_position=1,
+        status="in_transit",
+        reported_status="Dikirim",
+        status_since=NOW,
+        cnote="A1",
+        first_reported_at=NOW,
+        last_reported_at=NOW,
+        advanced=2,
+        repeated=1,
+        late=1,
+        refused=1,
+        unrecognised=1,
     )
     assert await rows_of(connection, "current_status.order_cnotes") == [("A1", "KOM1"), ("A2", "KOM1")]
     entries = await timeline.entries_page(connection, "KOM1", 0, 10)
@@ -151,7 +162,7 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
 
     loop = asyncio.get_running_loop()
 
-    @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
     @given(REPORTS)
     def try_many(reports: list[tuple[int, str, str | None, int]]) -> None:
         asyncio.run_coroutine_threadsafe(try_one(reports), loop).result()
@@ -251,17 +262,27 @@ async def test_a_connection_that_died_in_silence_is_left(
     """A backend that never answers again delays its view by one step's time, not for ever."""
     monkeypatch.setattr("projections.engine.STEP_SECONDS_MAX", 0.5)
     await record(service, report("KOM1"))
-    # Between two pages both projecting connections have committed last, and hold no lock.
-    await asyncio.sleep(0.1)
-    pid: int = await connection.fetchval(
-        "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND query = 'COMMIT' LIMIT 1"
-    )
+
+    async def idle_projector() -> int:
+        # Between two batches a projecting connection has committed last, and holds no lock.
+        pid: int | None = await connection.fetchval(
+            "SELECT pid FROM pg_stat_activity "
+            "WHERE datname = current_database() AND query = 'COMMIT' AND state = 'idle' LIMIT 1"
+        )
+        return pid or 0
+
+    pid = await until_async(idle_projector)
     os.kill(pid, signal.SIGSTOP)
     try:
         await record(service, report("KOM1", "Diterima"))
     finally:
         os.kill(pid, signal.SIGCONT)
     assert await connection.fetchval("SELECT count(*) FROM timeline.entries") == 2
+
+
+async def nobody_waits(connection: Connection) -> bool:
+    waiting: int = await connection.fetchval(WAITING_FOR_LOCKS)
+    return waiting == 0
 
 
 async def test_trouble_of_the_server_sets_nothing_aside(
@@ -279,7 +300,10 @@ async def test_trouble_of_the_server_sets_nothing_aside(
                 "LOCK TABLE current_status.orders, timeline.entries IN ACCESS EXCLUSIVE MODE"
             )
             receipt = await service.recorder.record(report("KOM1"), NOW)
-            await asyncio.sleep(1.5)
+            # The views' steps fail, and are tried again and again.
+            for _ in range(3):
+                await wait_for_locked(connection)
+                await until_async(lambda: nobody_waits(connection))
         await caught_up(service, receipt.position)
     finally:
         await connection.execute("ALTER ROLE order_tracking RESET lock_timeout")
@@ -344,14 +368,16 @@ async def test_trouble_says_nothing_of_a_views_definition(service: Service, conn
     """A view that is outdated stays so for readers while its lock, or its server, cannot be had."""
     projector = service.projectors["current_status"]
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
-    async with asyncio.timeout(10):
-        while not projector.is_outdated:
-            projector.wake()
-            await asyncio.sleep(0.05)
-    await connection.execute("ALTER TABLE current_status.projection RENAME TO moved_away")
-    for _ in range(10):
+
+    def is_outdated() -> bool:
         projector.wake()
-        await asyncio.sleep(0.05)
+        return projector.is_outdated
+
+    await until_async(condition(is_outdated))
+    await connection.execute("ALTER TABLE current_status.projection RENAME TO moved_away")
+    for _ in range(3):
+        with pytest.raises(asyncpg.UndefinedTableError):
+            await projector.step()
         assert projector.is_outdated
     await connection.execute("ALTER TABLE current_status.moved_away RENAME TO projection")
 
@@ -363,7 +389,7 @@ async def test_events_are_counted_on_a_connection_of_their_own(dsn: str, connect
     try:
         reader = LogReader(held, lambda: connect(dsn))
         async with held.use():
-            assert await asyncio.wait_for(reader.count(1), 5) == 1
+            assert await asyncio.wait_for(reader.count(1), PATIENCE_SECONDS) == 1
     finally:
         await held.close()
 
@@ -394,23 +420,20 @@ async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
     """Rebuilds swap while prepared readers read, reports arrive and a dump holds the tables.
 
     No read fails, none sees a row or a position go back, and at the end the views equal a rebuild.
+    It takes about 5 s for several swaps.
     """
     await record(service, *(report(f"KOM{number}") for number in range(200)))
     finished = asyncio.Event()
-    slowest_read = 0.0
     reads = 0
 
     async def read() -> None:
-        nonlocal slowest_read, reads
+        nonlocal reads
         reader = await connect(dsn)
         position = 0
         versions: dict[str, int] = {}
-        loop = asyncio.get_running_loop()
         while not finished.is_set():
-            began = loop.time()
             rows = await current_status.orders_by_number(reader, [f"KOM{n}" for n in range(200)])
             entries = await timeline.entries_page(reader, "KOM1", 0, 10)
-            slowest_read = max(slowest_read, loop.time() - began)
             reads += 1
             assert len(rows) == 200
             assert entries
@@ -435,20 +458,20 @@ async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
         while not finished.is_set():
             async with holder.transaction(isolation="repeatable_read"):
                 await holder.fetch("SELECT 1 FROM timeline.entries, current_status.orders LIMIT 1")
-                await asyncio.sleep(0.3)
+                # A swap has to wait for this transaction.
+                await asyncio.sleep(0.1)
         await holder.close()
 
     background = [asyncio.create_task(work()) for work in (read, read, report_on, dump)]
     try:
-        for _ in range(8):
+        for _ in range(4):
             assert await rebuilt(dsn) == EQUAL
     finally:
         finished.set()
         await asyncio.gather(*background)
     head = await event_store.head_position(connection)
     await caught_up(service, head)
-    assert reads > 20
-    assert slowest_read < 2.5
+    assert reads
     assert await rebuilt(dsn, verify=True) == EQUAL
     leftover = await connection.fetch("SELECT nspname FROM pg_namespace WHERE nspname ~ '_(next|old)$'")
     assert leftover == []

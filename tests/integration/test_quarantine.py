@@ -3,21 +3,19 @@
 import asyncio
 import base64
 import json
-import shutil
 from collections.abc import AsyncIterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 
 from service import event_store
-from service.app import serving
 from service.database import POOL_CONNECTIONS_MAX, Connection
-from service.settings import Settings
-from tests.acceptance.running import run_command
-from tests.conftest import make_folder
-from tests.integration.test_http import Client
+from tests.support.client import Client, serving_client
+from tests.support.commands import call_command
+from tests.support.databases import wait_for_locked
+from tests.support.waiting import PATIENCE_SECONDS
 
 HOURLY_MAX = 5
 # What an older parser could not read, and today's can.
@@ -26,15 +24,9 @@ LEARNED = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim","more":1.10}'
 
 @pytest.fixture
 async def client(dsn: str) -> AsyncIterator[Client]:
-    settings = Settings(port=0, quarantine_hourly_max=HOURLY_MAX)
-    async with serving(settings, dsn) as (port, _), aiohttp.ClientSession() as session:
-        yield Client(session, port)
-
-
-async def post(client: Client, path: str, status: int, body: Any = None) -> Any:
-    async with client.session.post(f"http://127.0.0.1:{client.port}{path}", json=body) as response:
-        assert response.status == status, await response.text()
-        return await response.json(content_type=None)
+    """A client of a service whose quarantine takes few bodies an hour."""
+    async with serving_client(dsn, quarantine_hourly_max=HOURLY_MAX) as client:
+        yield client
 
 
 async def quarantined(client: Client, connection: Connection, body: bytes = LEARNED) -> int:
@@ -51,9 +43,7 @@ async def test_a_flood_of_what_cannot_be_understood_is_turned_away(
     for number in range(HOURLY_MAX):
         await client.raw(b"junk %d" % number)
     for number in range(3):
-        async with client.session.put(
-            f"http://127.0.0.1:{client.port}/webhook", data=b"more %d" % number
-        ) as answer:
+        async with client.session.put(client.url("/webhook"), data=b"more %d" % number) as answer:
             assert answer.status == 503
             assert answer.headers["Retry-After"]
             assert "cannot be understood" in (await answer.json(content_type=None))["detail"]
@@ -78,7 +68,7 @@ async def test_a_retried_entry_becomes_an_ordinary_event(client: Client, connect
     await client.webhook("KOM1", "Diajukan")
     entry = await quarantined(client, connection)
     before = await connection.fetchval("SELECT now()")
-    receipt = await post(client, f"/quarantine/{entry}/retry", 200)
+    receipt = await client.post(f"/quarantine/{entry}/retry", 200)
     assert receipt.pop("quarantine_id") == entry
     assert (receipt["outcome"], receipt["version"], receipt["status"]) == ("advanced", 2, "in_transit")
     _, event = (await client.get("/orders/KOM1/events"))["events"]
@@ -97,8 +87,8 @@ async def test_an_entry_is_recorded_once_however_often_it_is_retried(
 ) -> None:
     """Many at once and again later: one event, the same receipt."""
     entry = await quarantined(client, connection)
-    receipts = await asyncio.gather(*(post(client, f"/quarantine/{entry}/retry", 200) for _ in range(10)))
-    receipts.append(await post(client, f"/quarantine/{entry}/retry", 200))
+    receipts = await asyncio.gather(*(client.post(f"/quarantine/{entry}/retry", 200) for _ in range(10)))
+    receipts.append(await client.post(f"/quarantine/{entry}/retry", 200))
     assert all(receipt == receipts[0] for receipt in receipts)
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 1
 
@@ -107,7 +97,7 @@ async def test_what_is_still_not_understood_stays(client: Client, connection: Co
     """Retried in vain it is 422 with the reason; the entry is as it was."""
     entry = (await client.raw(b"not json"))["quarantine_id"]
     before = await client.get(f"/quarantine/{entry}")
-    problem = await post(client, f"/quarantine/{entry}/retry", 422)
+    problem = await client.post(f"/quarantine/{entry}/retry", 422)
     assert problem["detail"] == before["reason"]
     assert await client.get(f"/quarantine/{entry}") == before
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
@@ -127,47 +117,49 @@ async def test_an_entry_is_discarded_with_a_reason(client: Client, connection: C
         None,
     ]
     for body in bodies:
-        await post(client, f"/quarantine/{entry}/discard", 400, body)
-    shown = await post(client, f"/quarantine/{entry}/discard", 200, {"reason": "a test of ours"})
+        await client.post(f"/quarantine/{entry}/discard", 400, body)
+    shown = await client.post(f"/quarantine/{entry}/discard", 200, {"reason": "a test of ours"})
     assert (shown["state"], shown["resolution"]) == ("discarded", "a test of ours")
     assert shown == await client.get(f"/quarantine/{entry}")
-    await post(client, f"/quarantine/{entry}/discard", 409, {"reason": "again"})
-    assert "a test of ours" in (await post(client, f"/quarantine/{entry}/retry", 409))["detail"]
+    await client.post(f"/quarantine/{entry}/discard", 409, {"reason": "again"})
+    assert "a test of ours" in (await client.post(f"/quarantine/{entry}/retry", 409))["detail"]
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
 
 
 async def test_what_was_dealt_with_needs_no_understanding(client: Client, connection: Connection) -> None:
     """A discarded entry says so, one whose body is erased has its receipt still: neither is read again."""
     junk = (await client.raw(b"not json"))["quarantine_id"]
-    await post(client, f"/quarantine/{junk}/discard", 200, {"reason": "a test of ours"})
-    assert "a test of ours" in (await post(client, f"/quarantine/{junk}/retry", 409))["detail"]
+    await client.post(f"/quarantine/{junk}/discard", 200, {"reason": "a test of ours"})
+    assert "a test of ours" in (await client.post(f"/quarantine/{junk}/retry", 409))["detail"]
     entry = await quarantined(client, connection)
-    receipt = await post(client, f"/quarantine/{entry}/retry", 200)
+    receipt = await client.post(f"/quarantine/{entry}/retry", 200)
     await connection.execute("SET ROLE order_tracking_owner; CALL erase_order('KOM1', 'asked for'); RESET ROLE")
-    assert await post(client, f"/quarantine/{entry}/retry", 200) == receipt
+    assert await client.post(f"/quarantine/{entry}/retry", 200) == receipt
 
 
 async def test_bodies_are_kept_and_keys_known_while_readers_have_every_connection(
-    client: Client, connection: Connection
+    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The webhook, the probe and the look at keys wait for no reader."""
-    async with connection.transaction():
-        await connection.execute("LOCK TABLE timeline.entries")
-        path = "/audit/transitions"
-        readers = [asyncio.create_task(client.get(path, 503)) for _ in range(2 * POOL_CONNECTIONS_MAX)]
-        await asyncio.sleep(0.5)
-        async with asyncio.timeout(1.5):
+    """The webhook, the probe and the check of keys wait for no reader."""
+    # The readers keep their connections until the lock is released.
+    monkeypatch.setattr("service.database.POOL_STATEMENT_TIMEOUT", f"{PATIENCE_SECONDS}s")
+    async with serving_client(dsn, request_seconds_max=PATIENCE_SECONDS) as client:
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE timeline.entries")
+            path = "/audit/transitions"
+            readers = [asyncio.create_task(client.get(path)) for _ in range(2 * POOL_CONNECTIONS_MAX)]
+            await wait_for_locked(connection, POOL_CONNECTIONS_MAX)
             assert (await client.raw(b"not json"))["outcome"] == "quarantined"
             await client.get("/readyz")
             await client.get("/transitions")
-        assert not any(reader.done() for reader in readers)
+            assert not any(reader.done() for reader in readers)
         await asyncio.gather(*readers)
 
 
 async def test_the_list_is_filtered_by_state(client: Client, connection: Connection) -> None:
     """Open ones are what is to be dealt with; a page's next keeps the filter."""
     entries = [await quarantined(client, connection, b"%d" % number) for number in range(4)]
-    await post(client, f"/quarantine/{entries[1]}/discard", 200, {"reason": "x"})
+    await client.post(f"/quarantine/{entries[1]}/discard", 200, {"reason": "x"})
     page = await client.get("/quarantine?state=open&limit=2")
     assert [entry["quarantine_id"] for entry in page["entries"]] == [entries[3], entries[2]]
     page = await client.get(page["next"])
@@ -181,38 +173,36 @@ async def test_the_list_is_filtered_by_state(client: Client, connection: Connect
 async def test_an_entry_that_is_not_there(client: Client, entry: str) -> None:
     """404 on every way to it."""
     await client.get(f"/quarantine/{entry}", 404)
-    await post(client, f"/quarantine/{entry}/retry", 404)
-    await post(client, f"/quarantine/{entry}/discard", 404, {"reason": "x"})
+    await client.post(f"/quarantine/{entry}/retry", 404)
+    await client.post(f"/quarantine/{entry}/discard", 404, {"reason": "x"})
 
 
-async def test_the_same_on_the_command_line(client: Client, connection: Connection, owner_dsn: str) -> None:
+async def test_the_same_on_the_command_line(
+    client: Client, connection: Connection, owner_dsn: str, tmp_path: Path
+) -> None:
     """list, show, retry and discard, beside the running service, which shows what came of it."""
-    folder = make_folder()
 
     async def tool(*arguments: str, code: int = 0) -> str:
-        done = await asyncio.to_thread(run_command, folder, "quarantine", *arguments, DATABASE_URL=owner_dsn)
+        done = await asyncio.to_thread(call_command, tmp_path, "quarantine", *arguments, DATABASE_URL=owner_dsn)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    try:
-        learned = await quarantined(client, connection)
-        junk = (await client.raw(b"junk \x1b[31m\xff"))["quarantine_id"]
-        listed = await tool("list")
-        assert str(learned) in listed
-        assert "not JSON" in listed
-        assert "junk \\x1b[31m\\xff" in await tool("show", str(junk))
-        assert f"{learned}: advanced, version 1 of KOM1" in await tool("retry", "--all", code=1)
-        assert "already" not in await tool("retry", str(learned))
-        assert "nobody sends this" not in await tool("list")
-        await tool("discard", str(junk), "nobody sends this")
-        assert "nobody sends this" in await tool("show", str(junk))
-        assert "already" in await tool("discard", str(junk), "x", code=1)
-        await tool("discard", str(junk), "", code=2)
-        await tool("show", "999", code=1)
-        await tool("retry", code=2)
-        assert str(junk) not in await tool("list", "--state", "open")
-    finally:
-        shutil.rmtree(folder)
+    learned = await quarantined(client, connection)
+    junk = (await client.raw(b"junk \x1b[31m\xff"))["quarantine_id"]
+    listed = await tool("list")
+    assert str(learned) in listed
+    assert "not JSON" in listed
+    assert "junk \\x1b[31m\\xff" in await tool("show", str(junk))
+    assert f"{learned}: advanced, version 1 of KOM1" in await tool("retry", "--all", code=1)
+    assert "already" not in await tool("retry", str(learned))
+    assert "nobody sends this" not in await tool("list")
+    await tool("discard", str(junk), "nobody sends this")
+    assert "nobody sends this" in await tool("show", str(junk))
+    assert "already" in await tool("discard", str(junk), "x", code=1)
+    await tool("discard", str(junk), "", code=2)
+    await tool("show", "999", code=1)
+    await tool("retry", code=2)
+    assert str(junk) not in await tool("list", "--state", "open")
     order = await client.get("/orders/KOM1/events")
     assert json.loads(order["events"][0]["data"]["body"]) == json.loads(LEARNED)
 
@@ -223,8 +213,8 @@ async def test_an_entry_that_is_removed_while_it_is_retried(client: Client, conn
     transaction = connection.transaction()
     await transaction.start()
     await connection.execute("SELECT pg_advisory_xact_lock($1)", event_store.APPEND_LOCK)
-    retried = asyncio.create_task(post(client, f"/quarantine/{entry}/retry", 404))
-    await asyncio.sleep(0.3)
+    retried = asyncio.create_task(client.post(f"/quarantine/{entry}/retry", 404))
+    await wait_for_locked(connection)
     await connection.execute("DELETE FROM quarantine")
     await transaction.commit()
     assert (await retried)["title"] == "Unknown entry"

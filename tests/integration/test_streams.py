@@ -5,64 +5,19 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import psutil  # type: ignore[import-untyped]  # it brings no types
 import pytest
 import structlog
 import structlog.testing
 
-from service.api_keys import KNOWN_SECONDS_MAX, create_key, revoke_key
-from service.app import serving
+from service.api_keys import create_key, revoke_key
 from service.database import Connection
 from service.endpoints import NDJSON
-from service.settings import Settings
-from tests.integration.test_http import Client
-
-SECONDS_MAX = 10.0
-
-
-@pytest.fixture
-async def client(dsn: str) -> AsyncIterator[Client]:
-    async with serving(Settings(port=0), dsn) as (port, _), aiohttp.ClientSession() as session:
-        yield Client(session, port)
-
-
-class Reader:
-    """Reads a stream as a browser would: messages by their blank lines, comments left out."""
-
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self.response = response
-
-    async def message(self) -> dict[str, str]:
-        while True:
-            fields: dict[str, str] = {}
-            while line := await self._line():
-                name, _, value = line.partition(": ")
-                if name:
-                    fields[name] = value
-            if "data" in fields:
-                return fields
-            if self.response.content.at_eof():
-                raise EOFError
-
-    async def _line(self) -> str:
-        line = await asyncio.wait_for(self.response.content.readline(), SECONDS_MAX)
-        return line.decode().rstrip("\n")
-
-    async def positions(self, count: int) -> list[int]:
-        return [int((await self.message())["id"]) for _ in range(count)]
-
-
-@asynccontextmanager
-async def reading(client: Client, path: str, **headers: str) -> AsyncIterator[Reader]:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    async with client.session.get(f"http://127.0.0.1:{client.port}{path}", headers=named) as response:
-        assert response.status == 200, await response.text()
-        assert response.headers["Server"] == "order-tracking"
-        yield Reader(response)
+from tests.support.client import Client, StreamReader, serving_client
+from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 
 
 async def report_many(client: Client, count: int, order_no: str = "KOM{}") -> int:
@@ -73,7 +28,7 @@ async def report_many(client: Client, count: int, order_no: str = "KOM{}") -> in
 async def test_events_come_as_they_are_recorded(client: Client) -> None:
     """From now on, each with its position as id, and the very event that GET /events shows."""
     await report_many(client, 3)
-    async with reading(client, "/events/stream") as reader:
+    async with client.reading("/events/stream") as reader:
         assert reader.response.headers["Content-Type"] == "text/event-stream"
         position = (await client.webhook("KOM9"))["position"]
         message = await reader.message()
@@ -89,25 +44,27 @@ async def test_a_reader_goes_on_where_it_was(client: Client, by: str) -> None:
     path, headers = (
         ("/events/stream", {"Last_Event_ID": "10"}) if by == "header" else ("/events/stream?after=10", {})
     )
-    async with reading(client, path, **headers) as reader:
+    async with client.reading(path, **headers) as reader:
         assert await reader.positions(last - 10) == list(range(11, last + 1))
         now = await report_many(client, 5)
         assert await reader.positions(5) == list(range(now - 4, now + 1))
 
 
 async def test_a_reader_goes_on_after_a_restart(dsn: str) -> None:
-    """The service is stopped under it: the stream ends, and by the last id it goes on with who serves next."""
+    """A service that stops ends the stream, which continues after the last id with the next service."""
     seen = [0]
     for count in (4, 3):
-        async with aiohttp.ClientSession() as session:
-            async with serving(Settings(port=0), dsn) as (port, _):
-                client = Client(session, port)
-                url = f"http://127.0.0.1:{port}/events/stream"
-                response = await session.get(url, headers={"Last-Event-ID": str(seen[-1])})
+        async with contextlib.AsyncExitStack() as stack:
+            async with serving_client(dsn) as client:
+                # The stream outlives the block of the service, and so must its session.
+                session = await stack.enter_async_context(aiohttp.ClientSession())
+                headers = {"Last-Event-ID": str(seen[-1])}
+                response = await session.get(client.url("/events/stream"), headers=headers)
+                stack.callback(response.close)
                 await report_many(client, count)
-                seen += await Reader(response).positions(count)
+                seen += await StreamReader(response).positions(count)
             with pytest.raises((EOFError, aiohttp.ClientError)):
-                await Reader(response).message()
+                await StreamReader(response).message()
     assert seen == list(range(8))
 
 
@@ -115,12 +72,12 @@ async def test_an_order_has_a_stream_of_its_own(client: Client) -> None:
     """What others report is left out, what was recorded before is not; an order may be new."""
     await client.webhook("KOM/1", "Diajukan")
     await report_many(client, 5)
-    async with reading(client, "/orders/KOM%2F1/stream?after=0") as reader:
+    async with client.reading("/orders/KOM%2F1/stream?after=0") as reader:
         await report_many(client, 5)
         await client.webhook("KOM/1", "Dikirim")
         events = [json.loads((await reader.message())["data"]) for _ in range(2)]
     assert [(event["order_no"], event["version"]) for event in events] == [("KOM/1", 1), ("KOM/1", 2)]
-    async with reading(client, "/orders/NEW/stream") as reader:
+    async with client.reading("/orders/NEW/stream") as reader:
         await client.webhook("NEW")
         assert json.loads((await reader.message())["data"])["order_no"] == "NEW"
 
@@ -128,7 +85,7 @@ async def test_an_order_has_a_stream_of_its_own(client: Client) -> None:
 async def test_a_brief_stream_says_how_far_the_log_has_come(client: Client) -> None:
     """Once for all that came meanwhile, from long ago as well, and nothing of any order."""
     head = await report_many(client, 30)
-    async with reading(client, "/events/stream?brief=true&after=10") as reader:
+    async with client.reading("/events/stream?brief=true&after=10") as reader:
         caught_up = await reader.message()
         position = (await client.webhook("KOM9"))["position"]
         grown = await reader.message()
@@ -146,8 +103,8 @@ async def test_who_is_behind_what_is_kept_reads_the_database(
     monkeypatch.setattr("service.streams.REST_SECONDS", 0.01)
     await report_many(client, 20)
     async with (
-        reading(client, "/events/stream?after=0") as one,
-        reading(client, "/orders/KOM7/stream?after=0") as other,
+        client.reading("/events/stream?after=0") as one,
+        client.reading("/orders/KOM7/stream?after=0") as other,
     ):
         last = await report_many(client, 20)
         assert await one.positions(last) == list(range(1, last + 1))
@@ -157,20 +114,21 @@ async def test_who_is_behind_what_is_kept_reads_the_database(
 async def test_a_slow_reader_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who takes nothing for too long loses the connection, not the service its memory; it may come again."""
     monkeypatch.setattr("service.streams.SEND_SECONDS_MAX", 0.5)
+    monkeypatch.setattr("service.streams.READERS_MAX", 1)
     body = "x" * 30_000
-    async with client.session.get(f"http://127.0.0.1:{client.port}/events/stream?after=0") as response:
+    async with client.session.get(client.url("/events/stream?after=0")) as response:
         for _ in range(12):
             await asyncio.gather(*(client.webhook(f"KOM{number}", more=body) for number in range(40)))
-        await asyncio.sleep(1.5)
+        await until_async(lambda: takes_another_reader(client))
         with pytest.raises((aiohttp.ClientError, EOFError)):
-            await Reader(response).positions(1_000)
+            await StreamReader(response).positions(1_000)
 
 
 async def test_a_silent_stream_has_heartbeats(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that proxies and readers know that it lives."""
     monkeypatch.setattr("service.streams.HEARTBEAT_SECONDS", 0.1)
-    async with reading(client, "/events/stream") as reader:
-        received = await asyncio.wait_for(reader.response.content.readuntil(b": ping"), SECONDS_MAX)
+    async with client.reading("/events/stream") as reader:
+        received = await asyncio.wait_for(reader.response.content.readuntil(b": ping"), PATIENCE_SECONDS)
     assert b"retry: 2000" in received
 
 
@@ -184,23 +142,24 @@ async def test_a_last_event_id_that_is_none(client: Client, given: str) -> None:
 async def test_only_so_many_live_readers(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """One more is 503; as one leaves, there is room again."""
     monkeypatch.setattr("service.streams.READERS_MAX", 1)
-    async with reading(client, "/events/stream"):
+    async with client.reading("/events/stream"):
         await client.get("/events/stream", 503)
-    async with asyncio.timeout(SECONDS_MAX):
-        while (await status_of(client, "/events/stream")) != 200:  # noqa: ASYNC110 - the server has to notice
-            await asyncio.sleep(0.05)
+    await until_async(lambda: takes_another_reader(client))
 
 
-async def status_of(client: Client, path: str) -> int:
-    async with client.session.get(f"http://127.0.0.1:{client.port}{path}") as response:
-        return response.status
+async def takes_another_reader(client: Client) -> bool:
+    return await client.status("GET", "/events/stream") == 200
+
+
+def is_logged(lines: list[Any], event: str) -> bool:
+    return event in [line["event"] for line in lines]
 
 
 async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """NDJSON: every event up to the head, a line each, the same as by pages."""
     monkeypatch.setattr("service.streams.PAGE_EVENTS", 7)
     await report_many(client, 30)
-    url = f"http://127.0.0.1:{client.port}/events?after=2"
+    url = client.url("/events?after=2")
     async with client.session.get(url, headers={"Accept": NDJSON}) as response:
         assert response.headers["Content-Type"] == NDJSON
         lines = (await response.text()).splitlines()
@@ -214,10 +173,19 @@ async def test_half_an_answer_is_cut_off(client: Client, monkeypatch: pytest.Mon
         await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=2**16)
     writer.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n")
-    await asyncio.sleep(1.5)
+    await writer.drain()
+    own_port = writer.get_extra_info("sockname")[1]
+
+    def is_cut_off() -> bool:
+        connections = psutil.Process().net_connections("tcp4")
+        return (client.port, own_port) not in {
+            (one.laddr.port, one.raddr.port) for one in connections if one.raddr and one.status == "ESTABLISHED"
+        }
+
+    await until_async(condition(is_cut_off))
     received = bytearray()
     with contextlib.suppress(ConnectionError):
-        while part := await asyncio.wait_for(reader.read(2**20), SECONDS_MAX):
+        while part := await asyncio.wait_for(reader.read(2**20), PATIENCE_SECONDS):
             received += part
     writer.close()
     assert received.startswith(b"HTTP/1.1 200 OK")
@@ -232,7 +200,7 @@ async def test_half_an_answer_that_fails_is_logged(
     monkeypatch.setattr("service.streams.PAGE_EVENTS", 10)
     for _ in range(8):
         await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
-    url = f"http://127.0.0.1:{client.port}/events"
+    url = client.url("/events")
     with structlog.testing.capture_logs() as logged:
         async with client.session.get(url, headers={"Accept": NDJSON}) as response:
             assert response.status == 200
@@ -253,7 +221,7 @@ async def test_who_knows_no_chunks_gets_no_endless_answer(client: Client, path: 
 @pytest.mark.parametrize("path", ["/events", "/events/stream"])
 async def test_an_answer_without_an_end_has_the_callers_id_too(client: Client, path: str) -> None:
     """As every other that was asked with one."""
-    url = f"http://127.0.0.1:{client.port}{path}"
+    url = client.url(path)
     async with client.session.get(url, headers={"Accept": NDJSON, "X-Request-Id": "ours-1"}) as response:
         assert (response.status, response.headers["X-Request-Id"]) == (200, "ours-1")
 
@@ -263,22 +231,27 @@ async def test_what_is_erased_is_not_sent_from_memory(
 ) -> None:
     """What live readers share is forgotten soon, though one of them stays."""
     monkeypatch.setattr("service.streams.RECENT_SECONDS_MAX", 0.2)
-    async with reading(client, "/events/stream") as stays:
+    async with client.reading("/events/stream") as stays:
         await client.webhook("KOM1", more="a name")
         assert "a name" in (await stays.message())["data"]
         await connection.execute("SET ROLE order_tracking_owner; CALL erase_order('KOM1', 'asked for')")
-        await asyncio.sleep(2.5)
-        async with reading(client, "/events/stream?after=0") as late:
-            assert "a name" not in (await late.message())["data"]
+
+        async def is_forgotten() -> bool:
+            async with client.reading("/events/stream?after=0") as late:
+                return "a name" not in (await late.message())["data"]
+
+        await until_async(is_forgotten)
         await client.webhook("KOM2")
         assert json.loads((await stays.message())["data"])["order_no"] == "KOM2"
 
 
 async def test_live_readers_outlive_any_trouble_of_the_database(client: Client, connection: Connection) -> None:
     """Even that of an operator who moves a table away for a moment."""
-    async with reading(client, "/events/stream") as reader:
-        await connection.execute("ALTER TABLE order_events RENAME TO moved_away")
-        await asyncio.sleep(1.5)
+    async with client.reading("/events/stream") as reader:
+        with structlog.testing.capture_logs() as logged:
+            await connection.execute("ALTER TABLE order_events RENAME TO moved_away")
+            trouble = "the log cannot be read for live readers; it goes on trying"
+            await until_async(condition(lambda: is_logged(logged, trouble)))
         await connection.execute("ALTER TABLE moved_away RENAME TO order_events")
         position = (await client.webhook("KOM1"))["position"]
         assert await reader.positions(1) == [position]
@@ -290,16 +263,21 @@ async def test_a_stream_ends_with_its_key(
     """Not only the next request of a revoked key is refused: what goes on by it ends."""
     monkeypatch.setattr("service.streams.KEY_SECONDS", 0.2)
     key = await create_key(connection, "one", "read", None)
-    await asyncio.sleep(KNOWN_SECONDS_MAX)
-    async with reading(client, "/events/stream", Authorization=f"Bearer {key}") as reader:
+
+    async def asks_for_keys() -> bool:
+        return await client.status("GET", "/orders") == 401
+
+    # The service looks for new keys once a second.
+    await until_async(asks_for_keys)
+    async with client.reading("/events/stream", Authorization=f"Bearer {key}") as reader:
         await client.webhook("KOM1")
         await reader.message()
         await revoke_key(connection, "one")
         with pytest.raises((EOFError, aiohttp.ClientError)):
-            await asyncio.wait_for(endless(client, reader), SECONDS_MAX)
+            await asyncio.wait_for(endless(client, reader), PATIENCE_SECONDS)
 
 
-async def endless(client: Client, reader: Reader) -> None:
+async def endless(client: Client, reader: StreamReader) -> None:
     while True:
         await client.webhook("KOM1")
         await reader.message()
@@ -332,7 +310,7 @@ async def test_lists_as_csv(client: Client) -> None:
 
 
 async def table(client: Client, path: str, headers: dict[str, str] | None = None) -> tuple[list[Any], Any]:
-    async with client.session.get(f"http://127.0.0.1:{client.port}{path}", headers=headers) as response:
+    async with client.session.get(client.url(path), headers=headers) as response:
         assert response.status == 200
         assert response.headers["Content-Type"] == "text/csv; charset=utf-8"
         text = (await response.read()).decode("utf-8-sig")
@@ -364,7 +342,7 @@ async def test_statistics(client: Client) -> None:
     ]  # fmt: skip
     moves = {(move["from"], move["to"]): move["times"] for move in counted["moves"]}
     assert moves == {("submitted", "in_transit"): 2, ("in_transit", "delivered"): 1}
-    assert all(0 < move["seconds_p50"] <= move["seconds_p99"] < 5 for move in counted["moves"])
+    assert all(0 < move["seconds_p50"] <= move["seconds_p99"] for move in counted["moves"])
     (day,) = counted["days"]
     assert day["reports"] == {"advanced": 6, "repeated": 1, "late": 1, "refused": 0, "unrecognised": 2}
     assert [(one["reported_status"], one["reports"]) for one in counted["unrecognised"]] == [("Antar Ulang", 2)]

@@ -154,13 +154,16 @@ async def test_what_was_taken_weighs_no_longer() -> None:
     assert await asyncio.gather(*first, *second) == [2, 4, 6, 8, 10, 12]
 
 
-async def test_an_item_whose_time_is_over_before_its_batch_is_not_done() -> None:
+async def test_an_item_whose_time_is_over_before_its_batch_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its caller gets TimeoutError, and the work never sees it; those in time are done."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: began)
     work = Work()
     calls = batcher(work, seconds_max=0.05)
     first = await held(work, calls)
     late = await begin(calls, 1, 2)
-    await asyncio.sleep(0.06)
+    monkeypatch.setattr(loop, "time", lambda: began + 0.06)
     in_time = await begin(calls, 3)
     work.gate.set()
     assert await first == 0

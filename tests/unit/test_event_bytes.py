@@ -8,14 +8,15 @@ from typing import Any, get_args
 import orjson
 import pytest
 from eventsourcing.persistence import DatetimeAsISO, JSONTranscoder, Mapper, StoredEvent
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.order import Order
 from domain.statuses import STATUSES
 from domain.transitions import Leg, Verdict
 from service.event_store import MAPPER, OrjsonTranscoder, UndecodableEventError, decode_event, plain_fields
-from tests.unit.examples import ORDER_NO, SENT_EVENT, SENT_STATE
+from tests.support.examples import ORDER_NO, SENT_EVENT, SENT_STATE
+from tests.support.properties import MANY
 
 LIBRARY_TRANSCODER = JSONTranscoder()
 LIBRARY_TRANSCODER.register(DatetimeAsISO())
@@ -32,6 +33,7 @@ TIMES = st.datetimes(
         lambda seconds: timezone(timedelta(seconds=seconds)), st.integers(-86399, 86399) | st.just(0)
     )
 )
+
 STATUS = st.none() | st.sampled_from(STATUSES)
 BIGINT = st.integers(1, 2**63 - 1)
 EVENTS = st.builds(
@@ -58,8 +60,6 @@ EVENTS = st.builds(
     repeats=st.none() | BIGINT,
     reason=st.none() | TEXT,
 )
-MANY = settings(deadline=None, derandomize=True, max_examples=300)
-
 TOPIC = "order.status_reported"
 
 

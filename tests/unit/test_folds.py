@@ -6,7 +6,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.order import UNHEARD, Order, judge_report
@@ -16,13 +16,21 @@ from projections.engine import DecodedEvent, LoggedEvent, Undecodable
 from service.database import Connection, HeldConnection
 from service.event_store import MAPPER
 from service.log_reader import TAIL_CHARACTERS_MAX, TAIL_EVENTS_MAX, LogReader, decode
-from tests.unit.examples import CNOTE, CNOTE_OF_THE_RETURN, MINUTE, RECEIVED_AT, SENT, SENT_EVENT, history, says
-from tests.unit.written_law import VERDICTS
+from tests.support.examples import (
+    CNOTE,
+    CNOTE_OF_THE_RETURN,
+    MINUTE,
+    RECEIVED_AT,
+    SENT,
+    SENT_EVENT,
+    history,
+    says,
+)
+from tests.support.properties import MANY
+from tests.support.written_law import VERDICTS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-
-MANY = settings(deadline=None, derandomize=True, max_examples=200)
 
 ORDER_NOS = ("KOM1", "KOM2", "KOM3")
 STRINGS = [raws[0] for raws in ALIASES.values()] + ["Transit Jakarta"]

@@ -110,6 +110,13 @@ def test_nothing_that_is_shipped_imports_the_tests(package: str) -> None:
         assert package == "service" or "service" not in packages, path
 
 
+def test_no_test_module_imports_another() -> None:
+    """Tests share fixtures through conftest.py, and everything else through tests/support."""
+    for path in sources("tests"):
+        imported = {name.rpartition(".")[2] for name in imported_by(path) if package_of(name) == "tests"}
+        assert not {name for name in imported if name.startswith("test_")}, path
+
+
 def test_importing_opens_nothing() -> None:
     """No import of ours opens a connection, starts a process or a thread, or writes a file."""
     paths = [path for package in ("domain", "projections", "service") for path in sources(package)]

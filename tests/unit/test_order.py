@@ -8,14 +8,14 @@ import pytest
 from eventsourcing.domain import OriginatorIDError, OriginatorVersionError
 from eventsourcing.persistence import StoredEvent
 from eventsourcing.utils import get_topic, register_topic, resolve_topic
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.order import UNHEARD, Order, Report, judge_report
 from domain.statuses import ALIASES, recognise
 from service.event_store import MAPPER, decode_event
-from tests.unit import written_law
-from tests.unit.examples import (
+from tests.support import written_law
+from tests.support.examples import (
     CNOTE,
     CNOTE_OF_THE_RETURN,
     MINUTE,
@@ -29,6 +29,7 @@ from tests.unit.examples import (
     judged,
     says,
 )
+from tests.support.properties import MANY
 
 ADVANCED, REPEATED, LATE, REFUSED, UNRECOGNISED = written_law.VERDICTS
 
@@ -51,8 +52,6 @@ RECEIVED = st.lists(
     min_size=1,
     max_size=20,
 )
-MANY = settings(deadline=None, derandomize=True, max_examples=300)
-
 
 # What is documented
 

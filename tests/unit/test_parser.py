@@ -1,29 +1,20 @@
 """Whatever a body is, it is read as a report or refused with a reason; never guessed at, never an accident."""
 
 import json
-import time
 import unicodedata
-from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from domain.order import Report
 from service import parser
 from service.parser import UnreadableError
-from tests.unit.examples import CNOTE, ORDER_NO, SENT, SENT_BODY
-
-MANY = settings(deadline=None, derandomize=True, max_examples=400)
-
-# The sender's own limit on a body, and how much more than orjson's reading of it ours may cost. The room is for
-# a machine that does other things while this is measured.
-BODY_BYTES_MAX = 64 * 1024
-COST_RATIO_MAX = 10
-COST_ROOM = 3
+from tests.support.examples import CNOTE, ORDER_NO, SENT, SENT_BODY
+from tests.support.properties import MANY
 
 
 def body(**fields: Any) -> bytes:
@@ -439,59 +430,3 @@ def test_any_text_stays_as_it_is(order_no: str, status: str) -> None:
         assert controls or not order_no.strip() or not status.strip() or order_no in (".", "..")
     else:
         assert (read.order_no, read.reported_status, read.body) == (order_no, status, raw.decode())
-
-
-# Cost
-
-
-def _filled(prefix: str, unit: str, suffix: str) -> bytes:
-    return (prefix + unit * ((BODY_BYTES_MAX - len(prefix) - len(suffix)) // len(unit)) + suffix).encode()
-
-
-def _seconds(read: Callable[[bytes], object], raw: bytes) -> float:
-    best = float("inf")
-    for _ in range(15):
-        begun = time.perf_counter()
-        read(raw)
-        best = min(best, time.perf_counter() - begun)
-    return best
-
-
-HEAD = r'{"order_no":"KOM1","status":"Sent\n",'
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        (HEAD + ",".join(f'"k{number}":1' for number in range(6_300)) + "}").encode(),
-        (HEAD + ",".join(rf'"\u006b{number}":1' for number in range(4_250)) + "}").encode(),
-        _filled(HEAD, '"":1,', '"x":1}'),
-        _filled(HEAD + '"x":"', r"\\", '"}'),
-        _filled(HEAD + '"x":"', r"\u0041", '"}'),
-        _filled(HEAD + '"x":[', r'"\\",', "1]}"),
-        _filled(HEAD + '"x":[', "{},", "1]}"),
-        _filled(HEAD + '"x":[', '"status",', "1]}"),
-        _filled(HEAD + '"x":[', "1,", "1]}"),
-        _filled(HEAD + '"x":0.', "1", "}"),
-        _filled(HEAD, " ", '"x":1}'),
-    ],
-    ids=[
-        "keys",
-        "escaped keys",
-        "empty keys",
-        "backslashes",
-        "escapes",
-        "strings of a backslash",
-        "objects",
-        "our keys as values",
-        "numbers",
-        "digits",
-        "spaces",
-    ],
-)
-def test_the_slow_look_costs_in_step_with_the_size(raw: bytes) -> None:
-    """64 KiB of whatever takes the slowest way cost at most ten times what orjson takes to read them."""
-    assert BODY_BYTES_MAX * 0.9 < len(raw) <= BODY_BYTES_MAX
-    assert parse(raw).order_no == "KOM1"
-    ratio = _seconds(parse, raw) / _seconds(orjson.loads, raw)
-    assert ratio < COST_RATIO_MAX * COST_ROOM

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from service.lists import POSITION_MAX, encode_cursor, following
@@ -27,8 +27,8 @@ from service.queries import (
     path_of,
     read_query,
 )
+from tests.support.properties import MANY
 
-MANY = settings(deadline=None, derandomize=True, max_examples=300)
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 

@@ -22,6 +22,7 @@ from service.registration import (
     register,
 )
 from service.simulation.simulator import GIVEN_UP_MAX, Registration
+from tests.support.waiting import PATIENCE_SECONDS
 
 KEY = "a-key"
 GOOD = "https://shop.example/webhook/token"
@@ -182,7 +183,7 @@ async def test_a_komerce_that_cannot_be_reached_is_told() -> None:
     """In one line, without the key."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         with pytest.raises(RegistrationError, match=f"^cannot reach {nowhere}: ") as refused:
             await register(nowhere, KEY, GOOD, is_insecure=True)
     assert KEY not in str(refused.value)

@@ -3,11 +3,12 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.statuses import ALIASES, LABELS, SETTLED, STATUSES, Status, recognise
-from tests.unit.written_law import VOCABULARY
+from tests.support.properties import MANY
+from tests.support.written_law import VOCABULARY
 
 RAW_STRINGS = [(raw, word.status) for word in VOCABULARY for raw in word.raw_strings]
 # Runs of what separates words, Unicode's white space included.
@@ -56,7 +57,7 @@ def test_each_canonical_name_and_label_is_recognised(status: Status) -> None:
     assert recognise(LABELS[status].en) == status
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@MANY
 @given(data=st.data())
 def test_case_and_separators_do_not_count(data: st.DataObject) -> None:
     """Any case, any run of separators between words, any surrounding separators: the same status."""

@@ -7,12 +7,11 @@ import pytest
 from domain.statuses import HAPPY_PATH, STATUSES, Status
 from domain.transitions import TABLE, Leg, Verdict, judge
 from service.representations import RULES
-from tests.unit import written_law
-from tests.unit.examples import history
-from tests.unit.written_law import CELLS, Cell
+from tests.support import written_law
+from tests.support.examples import history
+from tests.support.written_law import CELLS, Cell
 
 VERDICT_OF = {"A": "advanced", "S": "advanced", "=": "repeated", "L": "late", "R": "refused"}
-EVERY_CELL = pytest.mark.parametrize("cell", CELLS, ids=str)
 ORIGINS = list(dict.fromkeys((cell.status, cell.leg) for cell in CELLS))
 
 
@@ -53,42 +52,27 @@ def test_the_verdicts_are_the_written_ones() -> None:
     assert list(get_args(Verdict)) == written_law.VERDICTS
 
 
-@EVERY_CELL
-def test_verdict(cell: Cell) -> None:
-    """Each cell is judged as the page says."""
-    assert judge(cell.status, cell.leg, cell.reported).verdict == VERDICT_OF[cell.letter]
-
-
-@EVERY_CELL
-def test_skipped_stages(cell: Cell) -> None:
-    """At S the stages that the written rule names are skipped, at every other letter none."""
-    skipped = judge(cell.status, cell.leg, cell.reported).skipped
-    assert list(skipped) == skipped_by_the_written_rule(cell)
-    assert bool(skipped) == (cell.letter == "S")
-
-
-@EVERY_CELL
-def test_leg(cell: Cell) -> None:
+def leg_by_the_written_rule(cell: Cell) -> Leg | None:
     """A problem takes the leg of where it was entered from; a report that moves nothing leaves it alone."""
-    leg = judge(cell.status, cell.leg, cell.reported).leg
     if VERDICT_OF[cell.letter] != "advanced":
-        assert leg == cell.leg
-    elif cell.reported == "problem":
-        assert leg == written_law.LEG_AFTER[cell.status]
-    else:
-        assert leg is None
+        return cell.leg
+    return written_law.LEG_AFTER[cell.status] if cell.reported == "problem" else None
 
 
-@EVERY_CELL
-def test_reason(cell: Cell) -> None:
-    """Late and refused reports have a reason that names both statuses; the others have none."""
-    reason = judge(cell.status, cell.leg, cell.reported).reason
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_a_cell_is_judged_as_it_is_written(cell: Cell) -> None:
+    """Verdict, skipped stages and leg; late and refused reports have a reason that names both statuses."""
+    judgement = judge(cell.status, cell.leg, cell.reported)
+    assert judgement.verdict == VERDICT_OF[cell.letter]
+    assert list(judgement.skipped) == skipped_by_the_written_rule(cell)
+    assert bool(judgement.skipped) == (cell.letter == "S")
+    assert judgement.leg == leg_by_the_written_rule(cell)
     if cell.letter in "LR":
-        assert reason is not None
-        assert cell.reported in reason
-        assert str(cell.status) in reason
+        assert judgement.reason is not None
+        assert cell.reported in judgement.reason
+        assert str(cell.status) in judgement.reason
     else:
-        assert reason is None
+        assert judgement.reason is None
 
 
 @pytest.mark.parametrize(("status", "leg"), ORIGINS)

@@ -1,4 +1,4 @@
-"""HTTP as a sender speaks it: many connections, one request at a time on each, and a note of every answer."""
+"""Raw HTTP for loads: many connections, one request at a time on each, and counts of the responses."""
 
 import asyncio
 import re
@@ -6,8 +6,10 @@ import time
 from collections import Counter
 from typing import Final, NamedTuple, cast
 
-# Beyond the budget of a request and the room that is allowed: who says nothing for so long has forgotten us.
-ANSWER_SECONDS_MAX: Final = 8.0
+from tests.support.waiting import PATIENCE_SECONDS
+
+# Far beyond the budget of a request: a service that is silent for so long has dropped it.
+ANSWER_SECONDS_MAX: Final = PATIENCE_SECONDS
 OK: Final = 200
 UNAVAILABLE: Final = 503
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
@@ -34,7 +36,7 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
-class Client(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One connection."""
 
     def __init__(self) -> None:
@@ -102,8 +104,8 @@ class Connections:
         self.bare_refusals = 0
         self.silences = 0
         self.slowest_seconds = 0.0
-        self._idle: list[Client] = []
-        self._open: set[Client] = set()
+        self._idle: list[Connection] = []
+        self._open: set[Connection] = set()
 
     async def request(self, message: bytes) -> Answer | None:
         """Send a request; None where no answer came, which leaves open what became of it."""
@@ -135,7 +137,7 @@ class Connections:
             self._drop(client)
         self._idle.clear()
 
-    async def _client(self) -> Client:
+    async def _client(self) -> Connection:
         while self._idle:
             client = self._idle.pop()
             if client.is_open:
@@ -143,13 +145,13 @@ class Connections:
             self._open.discard(client)
         return await self._connect()
 
-    async def _connect(self) -> Client:
+    async def _connect(self) -> Connection:
         loop = asyncio.get_running_loop()
-        _, client = await loop.create_connection(Client, "127.0.0.1", self.port)
+        _, client = await loop.create_connection(Connection, "127.0.0.1", self.port)
         self._open.add(client)
         return client
 
-    def _drop(self, client: Client | None) -> None:
+    def _drop(self, client: Connection | None) -> None:
         if client is not None:
             self._open.discard(client)
             client.close()

@@ -1,26 +1,26 @@
-"""Who reports and who reads while things break: senders on a schedule, and a reader at the log's tail."""
+"""The load generator: reports on a schedule or without a pause, and a reader at the log's tail."""
 
 import asyncio
 import json
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tests.faults.client import OK, UNAVAILABLE, Answer, Connections, get, put
+from tests.support.connections import OK, UNAVAILABLE, Answer, Connections, get, put
+from tests.support.waiting import PATIENCE_SECONDS
 
-REPORTS_PER_SECOND: Final = 300.0
 # Beyond it the schedule is not kept, and that is counted: the load would no longer be an open one.
 IN_FLIGHT_MAX: Final = 4_000
 HOT_ORDERS: Final = 8
 STATUSES: Final = ("Diajukan", "Dijemput", "Dikirim", "Diantar", "Diterima", "Kendala", "Retur", "Batal")
 # Before an unknown outcome is tried again.
 RETRY_SECONDS: Final = 0.25
-RECOVERED_SECONDS_MAX: Final = 20.0
 # For the retries that are left when the load has ended.
-FINISH_SECONDS_MAX: Final = 20.0
+FINISH_SECONDS_MAX: Final = PATIENCE_SECONDS
 TAIL_PAUSE_SECONDS: Final = 0.05
 TAIL_PAGE_EVENTS: Final = 1_000
 
@@ -79,7 +79,7 @@ class Load:
         self._given_up = asyncio.Event()
         self._in_flight: set[asyncio.Task[None]] = set()
 
-    async def run(self, per_second: float = REPORTS_PER_SECOND) -> None:
+    async def run(self, per_second: float) -> None:
         """Send on schedule until ``finish``."""
         began = time.monotonic()
         for number in count():
@@ -118,6 +118,15 @@ class Load:
             self.acknowledged.append(Acknowledged(body, receipt, time.monotonic(), answer.seconds))
         return answer
 
+    async def attempt_all(self, bodies: Iterator[str], callers: int) -> None:
+        """Send reports without a pause: each caller sends its next one when its last one is answered."""
+
+        async def call() -> None:
+            for body in bodies:
+                await self.attempt(body)
+
+        await asyncio.gather(*(call() for _ in range(callers)))
+
     def next_body(self) -> tuple[str, bool]:
         """The next report, and whether it may be sent again: only an order's single report may."""
         number = next(self._numbers)
@@ -131,10 +140,10 @@ class Load:
         """Wait until the load is acknowledged again.
 
         Raises:
-            NotRecoveredError: it is not, within RECOVERED_SECONDS_MAX.
+            NotRecoveredError: it is not, within PATIENCE_SECONDS.
         """
         target = len(self.acknowledged) + more
-        due = time.monotonic() + RECOVERED_SECONDS_MAX
+        due = time.monotonic() + PATIENCE_SECONDS
         while len(self.acknowledged) < target:
             if time.monotonic() > due:
                 raise NotRecoveredError(f"no reports are acknowledged: {dict(self.connections.answers)}")
@@ -156,6 +165,18 @@ class Load:
                 return
             pause = float(answer.retry_after_seconds or 0) if answer is not None else RETRY_SECONDS
             await asyncio.sleep(pause * self._chance.uniform(1.0, 1.5))
+
+
+async def request_all(connections: Connections, requests: Iterator[bytes], callers: int) -> list[Answer | None]:
+    """Send requests without a pause, and return their responses; None stands for a missing one."""
+    answers: list[Answer | None] = []
+
+    async def call() -> None:
+        for request in requests:
+            answers.append(await connections.request(request))  # noqa: PERF401 - as they come
+
+    await asyncio.gather(*(call() for _ in range(callers)))
+    return answers
 
 
 class Tail:

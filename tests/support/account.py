@@ -18,14 +18,12 @@ from projections.current_status import order_row
 from service import representations
 from service.event_store import decode_event
 from service.problems import OPTIONS
-from tests.faults.client import OK, UNAVAILABLE, Connections, get
-from tests.faults.load import Acknowledged
+from tests.support.connections import OK, UNAVAILABLE, Connections, get
+from tests.support.load import Acknowledged
+from tests.support.waiting import PATIENCE_SECONDS
 
-VIEWS_SECONDS_MAX: Final = 20.0
 # Of one kind: the first few say what is wrong, and their number how much.
 VIOLATIONS_SHOWN_MAX: Final = 3
-# The budget of one request by the settings, and room for a machine that does two things at once.
-ANSWERED_SECONDS_MAX: Final = 3.0 + 2.0
 
 LOG: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state
@@ -157,7 +155,7 @@ def _misjudged(log: Sequence[Logged]) -> list[str]:
 async def check_views(log: Sequence[Logged], connections: Connections, violations: Violations) -> None:
     """Hold what the API says of every order against the fold of the log."""
     head = log[-1][0] if log else 0
-    due = time.monotonic() + VIEWS_SECONDS_MAX
+    due = time.monotonic() + PATIENCE_SECONDS
     while (positions := await _view_positions(connections)) != {head}:
         if time.monotonic() > due:
             violations.lines.append(f"the views stand at {positions}, the log at {head}")
@@ -194,7 +192,7 @@ async def _every_order(connections: Connections) -> list[dict[str, Any]]:
     return orders
 
 
-def check_answers(connections: Connections, violations: Violations) -> None:
+def check_answers(connections: Connections, seconds_max: float, violations: Violations) -> None:
     """Nothing but 200, and 503 with Retry-After, each within the budget."""
     unexpected = {s: n for s, n in connections.answers.items() if s not in (OK, UNAVAILABLE)}
     violations.expect(not unexpected, f"answers other than 200 and 503: {unexpected}")
@@ -203,4 +201,4 @@ def check_answers(connections: Connections, violations: Violations) -> None:
     )
     violations.expect(connections.silences == 0, f"{connections.silences} requests without any answer")
     slowest = connections.slowest_seconds
-    violations.expect(slowest <= ANSWERED_SECONDS_MAX, f"an answer took {slowest:.1f} s")
+    violations.expect(slowest <= seconds_max, f"an answer took {slowest:.1f} s")

@@ -1,0 +1,101 @@
+"""Databases for single tests, on the test run's own PostgreSQL."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+import psycopg
+
+from service.app import prepare_database
+from service.database import Connection
+from service.embedded_postgres import EmbeddedPostgres
+from service.schema import OWNER_ROLE
+from tests.support.waiting import until_async
+
+TEMPLATE: Final = "template_with_schema"
+DATABASE: Final = "/order_tracking?"
+# Many small databases, and no machine that loses its power.
+FAST_SETTINGS: Final = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "min_wal_size": "80MB",
+    "max_connections": "200",
+}
+
+
+WAITING_FOR_LOCKS: Final = """
+    SELECT count(*) FROM pg_locks
+    WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
+async def wait_for_locked(connection: Connection, count: int = 1) -> None:
+    """Wait until so many connections to a database wait for a lock.
+
+    Args:
+        connection: to this database; it may be the one that holds the lock.
+        count: how many.
+    """
+
+    async def are_waiting() -> bool:
+        waiting: int = await connection.fetchval(WAITING_FOR_LOCKS)
+        return waiting >= count
+
+    await until_async(are_waiting)
+
+
+class TestServer:
+    """A PostgreSQL that clones a database with the schema for each test.
+
+    Args:
+        state_dir: a state folder whose database has the schema.
+        bindir: the folder of another PostgreSQL's programs; the embedded one if None.
+    """
+
+    __test__ = False
+
+    def __init__(self, state_dir: Path, bindir: Path | None) -> None:
+        self._postgres = EmbeddedPostgres(state_dir, bindir=bindir, settings=FAST_SETTINGS)
+        self._admin: psycopg.Connection[Any] | None = None
+
+    def start(self) -> None:
+        """Start it and make the template."""
+        self._postgres.start()
+        self._admin = psycopg.connect(self._postgres.dsn, autocommit=True)
+        self._execute(f'CREATE DATABASE "{TEMPLATE}"')
+        asyncio.run(prepare_database(self._dsn_of(TEMPLATE)))
+
+    def stop(self) -> None:
+        """Stop it."""
+        assert self._admin is not None
+        self._admin.close()
+        self._postgres.stop()
+
+    @property
+    def pid(self) -> int:
+        pid = self._postgres.pid
+        assert pid is not None
+        return pid
+
+    @contextmanager
+    def database(self, template: str = TEMPLATE) -> Iterator[str]:
+        """Clone a database for the length of the block, and yield its owner's DSN."""
+        name = f"test_{uuid4().hex}"
+        self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')
+        if template == TEMPLATE:
+            # A database's own grants are not copied from its template.
+            self._execute(f'GRANT CREATE ON DATABASE "{name}" TO {OWNER_ROLE}')
+        try:
+            yield self._dsn_of(name)
+        finally:
+            self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+
+    def _execute(self, statement: str) -> None:
+        assert self._admin is not None
+        self._admin.execute(statement.encode())
+
+    def _dsn_of(self, database: str) -> str:
+        return self._postgres.dsn.replace(DATABASE, f"/{database}?")

@@ -1,0 +1,216 @@
+"""The service and its command line as their users run them: real processes, ports and signals."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Self
+from uuid import uuid4
+
+import aiohttp
+
+from service.embedded_postgres import running_dsn
+from tests.support.folders import ROOT
+from tests.support.waiting import PATIENCE_SECONDS, until
+
+LISTENS: Final = re.compile(r'order-tracking listens on (?P<url>[^\s"]+)')
+COMMAND: Final = (sys.executable, "-m", "service")
+# Tells a child process to measure its coverage, which makes it a third slower. Few have to do it:
+# ``call_command`` runs the same code in the test process.
+COVERAGE_VARIABLE: Final = "COVERAGE_PROCESS_CONFIG"
+NOT_INHERITED: Final = ("ORDER_TRACKING_", COVERAGE_VARIABLE)
+
+
+def environment(state_dir: Path, **settings: str) -> dict[str, str]:
+    """Return this process's environment with one service's settings, without the caller's own, unmeasured."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
+    return {
+        **inherited,
+        "PYTHONPATH": str(ROOT),
+        "ORDER_TRACKING_STATE_DIR": str(state_dir),
+        "ORDER_TRACKING_PORT": "0",
+        "ORDER_TRACKING_ENV_FILE": os.devnull,
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+        **{f"ORDER_TRACKING_{name}": value for name, value in settings.items()},
+    }
+
+
+def run_command(state_dir: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command of the command line to its end."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        env=environment(state_dir, **settings),
+        cwd=state_dir,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+
+
+@contextmanager
+def background_command(state_dir: Path, *arguments: str, **settings: str) -> "Iterator[subprocess.Popen[str]]":
+    """Run a command beside the block, which reads its output; kill it at the end of the block."""
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        env=environment(state_dir, **settings),
+        cwd=state_dir,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def running_commands() -> str:
+    """Return the command lines of every process on this machine."""
+    listing = ["ps", "-axww", "-o", "command="]
+    return subprocess.run(listing, capture_output=True, text=True, check=True).stdout
+
+
+class RunningService:
+    """One service process.
+
+    Args:
+        state_dir: its state folder.
+        settings: its settings, without their prefix.
+    """
+
+    # The program, and whether its coverage is measured.
+    command: tuple[str, ...] = COMMAND
+    is_measured = False
+
+    def __init__(self, state_dir: Path, **settings: str) -> None:
+        self.state_dir = state_dir
+        self.settings = settings
+        self.url = ""
+        self.log_file = state_dir / f"service-{uuid4().hex}.log"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        """Start it and wait until it answers."""
+        return self.launch().wait_until_it_answers()
+
+    def launch(self) -> Self:
+        """Start it, and wait for nothing."""
+        names = environment(self.state_dir, **self.settings)
+        if self.is_measured and COVERAGE_VARIABLE in os.environ:
+            names[COVERAGE_VARIABLE] = os.environ[COVERAGE_VARIABLE]
+        with self.log_file.open("wb") as output:
+            self._process = subprocess.Popen(
+                [*self.command, "serve"],
+                env=names,
+                cwd=self.state_dir,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        return self
+
+    def wait_until_it_answers(self) -> Self:
+        """Wait for its address, then for an answer: it answers once its greeting and warnings are written."""
+        self.url = self.wait_for_output(LISTENS)["url"]
+        with urllib.request.urlopen(f"{self.url}/livez", timeout=PATIENCE_SECONDS) as response:  # noqa: S310 - our own
+            assert response.status == 200
+        return self
+
+    def wait_for_output(self, pattern: re.Pattern[str]) -> "re.Match[str]":
+        """Wait until its output has a match, and return it."""
+
+        def find() -> "re.Match[str] | None":
+            found = pattern.search(self.output)
+            assert found is not None or self.process.poll() is None, self.output
+            return found
+
+        match = until(find, lambda: self.output)
+        assert match is not None
+        return match
+
+    @property
+    def process(self) -> "subprocess.Popen[bytes]":
+        assert self._process is not None
+        return self._process
+
+    @property
+    def output(self) -> str:
+        return self.log_file.read_text(encoding="utf-8")
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    @property
+    def dsn(self) -> str:
+        dsn = running_dsn(self.state_dir)
+        assert dsn is not None
+        return dsn
+
+    @property
+    def postmaster_pid(self) -> int:
+        return int((self.state_dir / "postgres" / "postmaster.pid").read_text(encoding="utf-8").split()[0])
+
+    def kill(self) -> None:
+        """Kill -9."""
+        self.process.kill()
+        self.process.wait()
+
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send a signal that ends it, and return the exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_SECONDS)
+
+    def end(self) -> None:
+        """Leave no process behind, whatever the test did."""
+        if self._process is not None and self._process.poll() is None:
+            try:
+                self.terminate()
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+
+@contextmanager
+def running_service(state_dir: Path, **settings: str) -> Iterator[RunningService]:
+    """Run a service for the length of the block."""
+    with ended_service(RunningService(state_dir, **settings)) as service:
+        yield service
+
+
+@contextmanager
+def measured_service(state_dir: Path) -> Iterator[RunningService]:
+    """Do the same, and measure its coverage."""
+    service = RunningService(state_dir)
+    service.is_measured = True
+    with ended_service(service):
+        yield service
+
+
+@contextmanager
+def ended_service(service: RunningService) -> Iterator[RunningService]:
+    """Start a service, and end it at the end of the block."""
+    try:
+        yield service.start()
+    finally:
+        service.end()
+
+
+async def read_whole_log(url: str) -> list[dict[str, Any]]:
+    """Read every event over HTTP, page by page."""
+    events: list[dict[str, Any]] = []
+    path: str | None = "/events?limit=1000"
+    async with aiohttp.ClientSession() as session:
+        while path is not None:
+            async with session.get(f"{url}{path}") as response:
+                assert response.status == 200, await response.text()
+                page = await response.json()
+            events += page["events"]
+            path = page["next"]
+    return events

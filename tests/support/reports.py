@@ -1,0 +1,17 @@
+"""The report factory of the tests that record."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import uuid4
+
+from domain.order import Report
+
+NOW: Final = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
+
+
+def report(order_no: str = "KOM1", status: str = "Dikirim", cnote: str | None = None, **fields: Any) -> Report:
+    """Make a report with a report_id and a body of its own."""
+    report_id = str(uuid4())
+    body = json.dumps({"order_no": order_no, "cnote": cnote, "status": status, "mark": report_id})
+    return Report(report_id, order_no, status, cnote, body, **fields)
