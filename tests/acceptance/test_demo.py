@@ -14,7 +14,7 @@ from typing import Final
 import pytest
 
 from tests.support.folders import ROOT, temporary_folder
-from tests.support.processes import environment, running_commands
+from tests.support.processes import environment, running_commands, wait_for_output
 from tests.support.waiting import PATIENCE_SECONDS, until
 
 LOOK_AT: Final = re.compile(r"look at (?P<url>http://\S+/) while")
@@ -53,15 +53,7 @@ class Demo:
 
     def wait_for(self, pattern: re.Pattern[str]) -> "re.Match[str]":
         """Wait until its output has a match, and return it."""
-
-        def find() -> "re.Match[str] | None":
-            found = pattern.search(self.output)
-            assert found is not None or self.process.poll() is None, self.output
-            return found
-
-        match = until(find, lambda: self.output)
-        assert match is not None
-        return match
+        return wait_for_output(self.process, self._log, pattern)
 
     def interrupt(self) -> None:
         """Press Ctrl-C."""

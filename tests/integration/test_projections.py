@@ -162,7 +162,7 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
 
     loop = asyncio.get_running_loop()
 
-    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
     @given(REPORTS)
     def try_many(reports: list[tuple[int, str, str | None, int]]) -> None:
         asyncio.run_coroutine_threadsafe(try_one(reports), loop).result()

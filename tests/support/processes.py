@@ -78,6 +78,19 @@ def running_commands() -> str:
     return subprocess.run(listing, capture_output=True, text=True, check=True).stdout
 
 
+def wait_for_output(process: "subprocess.Popen[bytes]", log: Path, pattern: re.Pattern[str]) -> "re.Match[str]":
+    """Wait until the output of a process has a match, and return it; fail if the process ends before."""
+
+    def find() -> "re.Match[str] | None":
+        found = pattern.search(log.read_text(encoding="utf-8"))
+        assert found is not None or process.poll() is None, log.read_text(encoding="utf-8")
+        return found
+
+    match = until(find, lambda: log.read_text(encoding="utf-8"))
+    assert match is not None
+    return match
+
+
 class RunningService:
     """One service process.
 
@@ -118,22 +131,10 @@ class RunningService:
 
     def wait_until_it_answers(self) -> Self:
         """Wait for its address, then for an answer: it answers once its greeting and warnings are written."""
-        self.url = self.wait_for_output(LISTENS)["url"]
+        self.url = wait_for_output(self.process, self.log_file, LISTENS)["url"]
         with urllib.request.urlopen(f"{self.url}/livez", timeout=PATIENCE_SECONDS) as response:  # noqa: S310 - our own
             assert response.status == 200
         return self
-
-    def wait_for_output(self, pattern: re.Pattern[str]) -> "re.Match[str]":
-        """Wait until its output has a match, and return it."""
-
-        def find() -> "re.Match[str] | None":
-            found = pattern.search(self.output)
-            assert found is not None or self.process.poll() is None, self.output
-            return found
-
-        match = until(find, lambda: self.output)
-        assert match is not None
-        return match
 
     @property
     def process(self) -> "subprocess.Popen[bytes]":
