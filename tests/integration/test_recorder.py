@@ -78,14 +78,14 @@ def assert_judged_in_order(events: Sequence[Order.StatusReported]) -> None:
 async def test_concurrent_reports_share_commits_and_each_gets_its_own_receipt(
     held: HeldConnection, connection: Connection
 ) -> None:
-    """A hundred concurrent reports take fewer commits, and each receipt names its own event."""
+    """A hundred concurrent reports take few commits, and each receipt names its own event."""
     commits: list[int] = []
     recorder = make_recorder(held, on_commit=lambda events, _positions: commits.append(len(events)))
     reports = [report(f"KOM{number % 10}") for number in range(100)]
     receipts = await record(recorder, *reports)
     events = await logged_events(connection)
     assert sum(commits) == 100
-    assert len(commits) < 100
+    assert len(commits) < 10
     by_id = {event.report_id: (position, event) for position, event in events}
     for one, receipt in zip(reports, receipts, strict=True):
         position, event = by_id[one.report_id]
