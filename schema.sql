@@ -1,5 +1,5 @@
 -- The whole present schema, applied once, in one transaction, to a database that has no schema_version row.
--- Plain CREATEs: IF NOT EXISTS would hide a wrong shape. Later releases add service/migrations/.
+-- Plain CREATEs: IF NOT EXISTS would hide a wrong shape. Every change here has a migration in service/migrations/.
 
 ------------------------------------------------------------------------------------------------------------
 -- Three roles, of the whole server: the owner of the log, who migrates it and erases from it; the service, which
@@ -43,7 +43,8 @@ END $$;
 
 CREATE TABLE schema_version (
     version     integer     NOT NULL PRIMARY KEY,
-    applied_at  timestamptz NOT NULL DEFAULT now()
+    applied_at  timestamptz NOT NULL DEFAULT now(),
+    sha256      text                                    -- of the migration's file
 );
 
 ------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""schema.sql: applied once to an empty database, and cut into the log's part and each view's own."""
+"""schema.sql and its migrations: applied to a database, and cut into the log's part and each view's section."""
 
+import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -11,10 +12,11 @@ import asyncpg
 from projections import current_status, statistics, timeline
 from projections.engine import View
 from projections.rebuild import CREATE_SCHEMA
+from service.catalog import first_difference, read_catalog
 from service.database import Connection, StorageUnavailableError, connect
 
 SCHEMA_FILE: Final = Path(__file__).resolve().parent.parent / "schema.sql"
-MIGRATIONS: Final = Path(__file__).resolve().parent / "migrations"
+MIGRATIONS_FOLDER: Final = Path(__file__).resolve().parent / "migrations"
 
 # Two processes that start on one empty database take turns. The number is the word "SCHEMA" in ASCII.
 SCHEMA_LOCK: Final = 0x534348454D41
@@ -22,9 +24,15 @@ SCHEMA_LOCK: Final = 0x534348454D41
 TAKE_SCHEMA_LOCK: Final = "SELECT pg_advisory_xact_lock($1)"
 IS_APPLIED: Final = "SELECT to_regclass('public.schema_version') IS NOT NULL"
 SCHEMAS: Final = "SELECT nspname FROM pg_namespace"
-CURRENT_VERSION: Final = "SELECT max(version) FROM public.schema_version"
+# Version 1 had no column for the hash.
+APPLIED: Final = """
+    SELECT version, to_jsonb(schema_version) ->> 'sha256' FROM public.schema_version ORDER BY version
+"""
 ACT_AS: Final = "SELECT set_config('role', $1, true)"
-RECORD_VERSION: Final = "INSERT INTO public.schema_version (version) VALUES ($1)"
+RECORD_VERSION: Final = """
+    INSERT INTO public.schema_version (version, sha256) VALUES ($1, $2)
+    ON CONFLICT (version) DO UPDATE SET sha256 = excluded.sha256
+"""
 SEARCH: Final = "SELECT set_config('search_path', $1, true)"
 BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
 
@@ -91,39 +99,53 @@ LOG_SQL, VIEWS = read_schema(SCHEMA_FILE.read_text(encoding="utf-8"))
 ROLES_SQL: Final = LOG_SQL.partition("CREATE TABLE")[0]
 
 
-def read_migrations(folder: Path) -> dict[int, str]:
-    """Return the migrations by the version that each leads to: files named 0002_what_it_does.sql and so on."""
-    return {int(file.name.split("_")[0]): file.read_text(encoding="utf-8") for file in folder.glob("*.sql")}
+class Migration(NamedTuple):
+    """One step of the schema: the version that it leads to, its file's name, and its text.
+
+    The text of version 1, the baseline, is the catalog of its database. That of every later one is SQL.
+    """
+
+    version: int
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        """The hash that a database keeps of a migration once it is applied."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-MIGRATION_SQL: Final = read_migrations(MIGRATIONS)
-SCHEMA_VERSION: Final = max(MIGRATION_SQL, default=1)
+def read_migrations(folder: Path) -> tuple[Migration, ...]:
+    """Return the migrations of a folder by version: 0001_baseline.txt, 0002_what_it_does.sql, and so on."""
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".txt", ".sql"))
+    return tuple(Migration(int(file.name[:4]), file.name, file.read_text(encoding="utf-8")) for file in files)
 
 
-async def apply_schema(
-    connection: Connection, migrations: Mapping[int, str] = MIGRATION_SQL, *, version: int = SCHEMA_VERSION
-) -> None:
-    """Bring a database to this release's schema, in one transaction: the whole of it, or what is missing.
+MIGRATIONS: Final = read_migrations(MIGRATIONS_FOLDER)
+SCHEMA_VERSION: Final = MIGRATIONS[-1].version
+
+
+async def apply_schema(connection: Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
+    """Bring a database to this release's schema, in one transaction: all of it, or the migrations it lacks.
 
     Args:
-        connection: of whoever may do so; for migrations, the owner of the log.
-        migrations: by the version that each leads to.
-        version: of this release's schema.
+        connection: of a role that may do so; for migrations, of the log's owner.
+        migrations: every version of the schema, the baseline first.
 
     Raises:
-        SchemaError: the database is newer than this release, or something else lies in its place.
+        SchemaError: the database is newer than this release, or its schema is not that of a release.
     """
     async with connection.transaction():
-        # What is run here must be found where it is meant to be, whoever runs it.
+        # Whoever runs this, unqualified names must mean the schema public.
         await connection.execute(SEARCH, "public")
         await connection.execute(TAKE_SCHEMA_LOCK, SCHEMA_LOCK)
         is_new = not await connection.fetchval(IS_APPLIED)
         try:
             if is_new:
                 await connection.execute(LOG_SQL)
-                await connection.execute(RECORD_VERSION, version)
+                await _record(connection, migrations)
             else:
-                await _migrate(connection, migrations, version)
+                await _migrate(connection, migrations)
         except asyncpg.PostgresError as error:
             what = "schema.sql" if is_new else "a migration"
             raise SchemaError(f"{what} cannot be applied to this database: {error}") from error
@@ -144,13 +166,19 @@ async def act_as_owner(connection: Connection) -> None:
     await connection.execute(ACT_AS, OWNER_ROLE if await connection.fetchval(MAY_ACT_AS_OWNER) else "none")
 
 
-async def _migrate(connection: Connection, migrations: Mapping[int, str], version: int) -> None:
-    found = await _version(connection, version)
-    for number in range(found + 1, version + 1):
+async def _migrate(connection: Connection, migrations: Sequence[Migration]) -> None:
+    version = await _version(connection, migrations)
+    missing = [migration for migration in migrations if migration.version > version]
+    for migration in missing:
         await act_as_owner(connection)
-        await connection.execute(migrations[number])
-        await connection.execute(RECORD_VERSION, number)
+        await connection.execute(migration.text)
         await connection.execute(ACT_AS, "none")
+    if missing:
+        await _record(connection, migrations)
+
+
+async def _record(connection: Connection, migrations: Sequence[Migration]) -> None:
+    await connection.executemany(RECORD_VERSION, [(one.version, one.sha256) for one in migrations])
 
 
 async def _grant_database(connection: Connection) -> None:
@@ -195,25 +223,44 @@ def as_role(dsn: str, role: str) -> str:
 
 
 async def check_version(connection: Connection) -> None:
-    """Compare the database's schema version with this release's.
+    """Compare the database's schema with this release's.
 
     Raises:
-        SchemaError: there is none, or it is another.
+        SchemaError: the database has no schema, or not this release's.
     """
     if not await connection.fetchval(IS_APPLIED):
-        raise SchemaError("the database has no schema yet: 'serve' applies it")
-    if (found := await _version(connection, SCHEMA_VERSION)) < SCHEMA_VERSION:
+        raise SchemaError("the database has no schema yet: run 'serve' or 'migrate' to create it")
+    if (found := await _version(connection, MIGRATIONS)) < SCHEMA_VERSION:
         raise SchemaError(f"the database has schema version {found}: 'migrate' brings it to {SCHEMA_VERSION}")
 
 
-async def _version(connection: Connection, known: int) -> int:
-    found: int | None = await connection.fetchval(CURRENT_VERSION)
+async def _version(connection: Connection, migrations: Sequence[Migration]) -> int:
+    """Return the schema version of a database whose schema is that of a release."""
+    applied: dict[int, str | None] = dict([tuple(row) for row in await connection.fetch(APPLIED)])
+    known = migrations[-1].version
+    found = max(applied, default=None)
     if found is None or found > known:
         raise SchemaError(
             f"the database has schema version {found}, this release knows up to {known}: "
             "use the release that made it, or a newer one"
         )
+    baseline = migrations[0]
+    if found == baseline.version and applied[found] is None:
+        difference = first_difference(baseline.text.splitlines(), await read_catalog(connection))
+        if difference is not None:
+            raise _unreleased(f"{difference} is missing or differs from the first release's")
+        return found
+    for migration in migrations[:found]:
+        if applied.get(migration.version) != migration.sha256:
+            raise _unreleased(f"it was not made by this release's {migration.name}")
     return found
+
+
+def _unreleased(difference: str) -> SchemaError:
+    return SchemaError(
+        f"the database's schema is that of no release ({difference}): run the code that made it, or set "
+        "ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL to another, empty database"
+    )
 
 
 async def _make_views(connection: Connection, views: Sequence[View], definition: str | None) -> None:

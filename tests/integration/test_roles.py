@@ -17,13 +17,9 @@ from service.event_store import EventStore
 from service.log_reader import LogReader
 from service.schema import (
     OWNER_ROLE,
-    SCHEMA_VERSION,
     SERVICE_ROLE,
     VIEWS,
-    SchemaError,
-    apply_schema,
     as_role,
-    check_version,
     service_dsn,
 )
 from service.settings import Settings
@@ -296,41 +292,6 @@ async def test_a_restored_database_gets_its_own_grant_again(owner_dsn: str, conn
     assert await wrong(owner_dsn)
     await prepare_database(owner_dsn)
     assert not await wrong(owner_dsn)
-
-
-async def test_a_database_of_this_release_is_brought_to_the_next_one(connection: Connection) -> None:
-    """Migrations run in their order, as the owner of the log, who owns what they make, and are recorded."""
-    await fill(connection)
-    migrations = {
-        SCHEMA_VERSION + 1: "CREATE TABLE couriers (name text)",
-        SCHEMA_VERSION + 2: "ALTER TABLE couriers ADD COLUMN code text",
-    }
-    await apply_schema(connection, migrations, version=SCHEMA_VERSION + 2)
-    await apply_schema(connection, migrations, version=SCHEMA_VERSION + 2)
-    assert (
-        await connection.fetchval("SELECT tableowner FROM pg_tables WHERE tablename = 'couriers'") == OWNER_ROLE
-    )
-    versions = await connection.fetch("SELECT version FROM schema_version ORDER BY version")
-    assert [version for (version,) in versions] == [SCHEMA_VERSION, SCHEMA_VERSION + 1, SCHEMA_VERSION + 2]
-    assert await connection.fetchval("SELECT current_user") == "order_tracking"
-    with pytest.raises(SchemaError, match="use the release that made it, or a newer one"):
-        await check_version(connection)
-
-
-async def test_a_migration_that_fails_leaves_nothing(connection: Connection) -> None:
-    """All of them or none, in one transaction, with one clear line."""
-    migrations = {SCHEMA_VERSION + 1: "CREATE TABLE couriers (name text)", SCHEMA_VERSION + 2: "SELECT 1 / 0"}
-    with pytest.raises(SchemaError, match="a migration cannot be applied to this database: division by zero"):
-        await apply_schema(connection, migrations, version=SCHEMA_VERSION + 2)
-    assert await connection.fetchval("SELECT to_regclass('couriers')") is None
-    assert await connection.fetchval("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
-
-
-async def test_the_service_cannot_migrate(owner_dsn: str, connection: Connection) -> None:
-    """A service with its own login, against a database of an earlier release, says who must act."""
-    await connection.execute("UPDATE schema_version SET version = version - 1")
-    with pytest.raises(SchemaError, match="'migrate' brings it to"):
-        await service_dsn(owner_dsn)
 
 
 async def test_check_runs_nothing_that_the_service_has_put_in_the_place_of_a_table(

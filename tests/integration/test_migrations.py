@@ -1,0 +1,248 @@
+"""The schema changes by migrations: from the baseline, whose databases users have, to schema.sql."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from service.app import prepare_database, serving
+from service.catalog import read_catalog
+from service.check import check
+from service.database import Connection, connect
+from service.schema import (
+    MIGRATIONS,
+    OWNER_ROLE,
+    SCHEMA_VERSION,
+    Migration,
+    SchemaError,
+    apply_schema,
+    check_version,
+    service_dsn,
+)
+from service.settings import Settings
+from tests.support import databases
+from tests.support.client import serving_client
+
+BASELINE = Path(databases.__file__).with_name("baseline.sql").read_text(encoding="utf-8")
+# What the reader's role was for is gone, but the role is still the server's.
+ROLES = """
+    DO $$ BEGIN CREATE ROLE order_tracking_owner; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+    DO $$ BEGIN CREATE ROLE order_tracking_service LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+    DO $$ BEGIN CREATE ROLE order_tracking_reader; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
+"""
+# Who may do what with each object of the schema public, and which triggers fire always.
+RIGHTS = """
+    SELECT format('%s %s', relname, acl) FROM pg_class, unnest(relacl) AS acl
+        WHERE relnamespace = 'public'::regnamespace
+    UNION ALL SELECT format('%s.%s %s', attrelid::regclass, attname, acl)
+        FROM pg_attribute, unnest(attacl) AS acl
+    UNION ALL SELECT format('%s %s', proname, acl) FROM pg_proc, unnest(proacl) AS acl
+        WHERE pronamespace = 'public'::regnamespace
+    UNION ALL SELECT format('%s %s', tgname, tgenabled) FROM pg_trigger WHERE NOT tgisinternal
+    UNION ALL SELECT format('default %s %s', defaclrole::regrole, defaclacl) FROM pg_default_acl
+    UNION ALL SELECT format('owner of %s %s', relname, relowner::regrole) FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace
+    ORDER BY 1
+"""
+
+
+@asynccontextmanager
+async def baseline(dsn: str, sql: str = BASELINE) -> AsyncIterator[Connection]:
+    """A connection to an empty database that has become one of the baseline."""
+    connection = await connect(dsn)
+    try:
+        await connection.execute(ROLES)
+        await connection.execute(sql)
+        await connection.execute("SET search_path = public")
+        yield connection
+    finally:
+        await connection.close()
+
+
+def next_migrations(*texts: str) -> tuple[Migration, ...]:
+    """The migrations of a release that has some more."""
+    more = [Migration(SCHEMA_VERSION + number, f"{number}.sql", text) for number, text in enumerate(texts, 1)]
+    return (*MIGRATIONS, *more)
+
+
+async def test_the_baseline_and_its_migrations_equal_schema_sql(empty_dsn: str, connection: Connection) -> None:
+    """Objects, owners, rights and triggers are the same in an old database as in a new one."""
+    async with baseline(empty_dsn) as old:
+        await apply_schema(old)
+        assert await read_catalog(old) == await read_catalog(connection)
+        assert await old.fetch(RIGHTS) == await connection.fetch(RIGHTS)
+        assert await old.fetch(
+            "SELECT version, sha256 FROM schema_version ORDER BY 1"
+        ) == await connection.fetch("SELECT version, sha256 FROM schema_version ORDER BY 1")
+
+
+async def test_a_filled_baseline_opens_and_answers_as_before(empty_dsn: str) -> None:
+    """Every event, view, quarantine entry and key is there after the migration, and the log goes on."""
+    async with baseline(empty_dsn) as old:
+        before = await old.fetch(
+            "SELECT originator_id, originator_version, state FROM order_events ORDER BY notification_id"
+        )
+        entries = await old.fetch("SELECT * FROM timeline.entries ORDER BY position")
+        orders = await old.fetch("SELECT * FROM current_status.orders ORDER BY first_position")
+        await old.execute("DELETE FROM api_keys")  # else the client would need one
+        async with serving_client(await prepare_database(empty_dsn)) as client:
+            assert (await client.webhook("KOM1", "Diantar"))["version"] == 8
+            assert (await client.get("/orders/KOM1/timeline?after_position=12"))["status"] == "out_for_delivery"
+            listed = (await client.get("/quarantine"))["entries"]
+            assert [entry["state"] for entry in listed] == ["retried", "open", "discarded", "open"]
+            again = await client.raw(
+                b'{"order_no": "KOM4", "cnote": "AWB4", "status": "Dikirim", "buyer": "B"}',
+                **{"webhook-id": "key-1"},
+            )
+            assert (again["version"], again["position"]) == (1, 10)
+            shown = await client.get("/statistics?after_position=12")
+            assert sum(status["orders"] for status in shown["statuses"]) == len(orders)
+        assert before == await old.fetch(
+            "SELECT originator_id, originator_version, state FROM order_events "
+            "WHERE notification_id <= 11 ORDER BY notification_id"
+        )
+        assert entries == await old.fetch(
+            "SELECT * FROM timeline.entries WHERE position <= 11 ORDER BY position"
+        )
+
+
+async def test_a_database_of_one_role_migrates(empty_dsn: str) -> None:
+    """Where nobody may make roles, one role owns everything, and migrations need no other."""
+    plain = re.sub(r"^(GRANT|REVOKE|ALTER DEFAULT|ALTER \w+ .* OWNER).*?;\n", "", BASELINE, flags=re.MULTILINE)
+    async with baseline(empty_dsn) as admin:
+        await admin.execute("DROP SCHEMA public, current_status, timeline, statistics CASCADE")
+        await admin.execute("DROP ROLE IF EXISTS alone; CREATE ROLE alone LOGIN")
+        try:
+            name = await admin.fetchval("SELECT current_database()")
+            await admin.execute(f"ALTER DATABASE {name} OWNER TO alone")
+            dsn = empty_dsn.replace("user=order_tracking", "user=alone")
+            own = await connect(dsn)
+            await own.execute("CREATE SCHEMA public")
+            await own.execute(plain)
+            await own.close()
+            assert await prepare_database(dsn) == dsn
+            async with serving(Settings(port=0), dsn):
+                pass
+        finally:
+            await admin.execute(
+                "DROP OWNED BY alone; ALTER DATABASE " + name + " OWNER TO order_tracking; DROP ROLE alone"
+            )
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("ALTER TABLE quarantine DROP COLUMN times_seen", "column quarantine.times_seen"),
+        ("ALTER TABLE erasures ALTER COLUMN events TYPE integer", "column erasures.events"),
+        ("DROP INDEX quarantine_state_idx", "index quarantine_state_idx"),
+        ("DROP TRIGGER order_events_kept ON order_events", "trigger order_events_kept of order_events"),
+        ("DROP FUNCTION swap_view_schemas", "function swap_view_schemas(view text)"),
+    ],
+)
+async def test_an_unreleased_schema_is_named_with_the_way_out(empty_dsn: str, change: str, named: str) -> None:
+    """An earlier commit's database has version 1 too: one line names the first object that differs."""
+    async with baseline(empty_dsn) as old:
+        await old.execute(change)
+        said = f"that of no release \\({re.escape(named)} is missing or differs"
+        with pytest.raises(SchemaError, match=said) as error:
+            await prepare_database(empty_dsn)
+        assert "set ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL to another" in str(error.value)
+        assert "\n" not in str(error.value)
+        with pytest.raises(SchemaError, match=said):
+            await check_version(old)
+        assert any(
+            re.search(said, finding.text) for finding in await check(empty_dsn) if finding.kind == "WRONG"
+        )
+        assert await old.fetchval("SELECT max(version) FROM schema_version") == 1
+
+
+async def test_what_an_operator_has_added_does_no_harm(empty_dsn: str) -> None:
+    """An index or a table of one's own is no reason to refuse a database."""
+    async with baseline(empty_dsn) as old:
+        await old.execute("CREATE TABLE mine (a int); CREATE INDEX my_idx ON quarantine (remote)")
+        await apply_schema(old)
+        await check_version(old)
+
+
+async def test_a_migration_of_another_text_is_found(connection: Connection) -> None:
+    """A database that an unreleased migration has touched does not pass for one of this release."""
+    await connection.execute("UPDATE schema_version SET sha256 = 'x' WHERE version = 2")
+    with pytest.raises(SchemaError, match=r"it was not made by this release's 0002_migration_hashes\.sql"):
+        await apply_schema(connection)
+    with pytest.raises(SchemaError, match="that of no release"):
+        await check_version(connection)
+
+
+async def test_starts_at_once_migrate_once(empty_dsn: str) -> None:
+    """Processes of a new release that start together take turns, and one of them migrates."""
+    async with baseline(empty_dsn) as old:
+        await asyncio.gather(*(prepare_database(empty_dsn) for _ in range(4)))
+        versions = await old.fetch("SELECT version FROM schema_version ORDER BY version")
+        assert [version for (version,) in versions] == [migration.version for migration in MIGRATIONS]
+
+
+async def test_migrations_run_in_order_as_the_owner(connection: Connection) -> None:
+    """They are recorded, own what they make, and leave the connection's role alone."""
+    migrations = next_migrations(
+        "CREATE TABLE couriers (name text)", "ALTER TABLE couriers ADD COLUMN code text"
+    )
+    await apply_schema(connection, migrations)
+    await apply_schema(connection, migrations)
+    owner = await connection.fetchval("SELECT tableowner FROM pg_tables WHERE tablename = 'couriers'")
+    assert owner == OWNER_ROLE
+    assert await connection.fetchval("SELECT max(version) FROM schema_version") == SCHEMA_VERSION + 2
+    assert await connection.fetchval("SELECT current_user") == "order_tracking"
+    with pytest.raises(SchemaError, match="use the release that made it, or a newer one"):
+        await check_version(connection)
+
+
+async def test_a_migration_that_fails_leaves_nothing(connection: Connection) -> None:
+    """All of them or none, in one transaction, with one clear line."""
+    migrations = next_migrations("CREATE TABLE couriers (name text)", "SELECT 1 / 0")
+    with pytest.raises(SchemaError, match="a migration cannot be applied to this database: division by zero"):
+        await apply_schema(connection, migrations)
+    assert await connection.fetchval("SELECT to_regclass('couriers')") is None
+    assert await connection.fetchval("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
+
+
+async def test_the_service_cannot_migrate(empty_dsn: str) -> None:
+    """A service with its own login, against a database of an earlier release, says who must act."""
+    async with baseline(empty_dsn):
+        with pytest.raises(SchemaError, match="'migrate' brings it to"):
+            await service_dsn(empty_dsn)
+
+
+async def test_a_process_of_the_previous_code_still_records(empty_dsn: str) -> None:
+    """During an upgrade it goes on with the statements that it has; these are those of a2c7c32."""
+    async with baseline(empty_dsn):
+        await prepare_database(empty_dsn)
+        service = await connect(empty_dsn.replace("user=order_tracking", "user=order_tracking_service"))
+        try:
+            async with service.transaction():
+                await service.execute("SELECT public.lock_order_events()")
+                await service.execute("SELECT pg_advisory_xact_lock($1)", 0x4F52444552)
+                rows = await service.fetch(
+                    """
+                    INSERT INTO order_events (originator_id, originator_version, topic, state)
+                    SELECT given.*
+                    FROM (SELECT pg_advisory_xact_lock($5), pg_notify('order_events', '')) AS held,
+                         unnest($1::text[], $2::bigint[], $3::text[], $4::bytea[]) AS given
+                    RETURNING originator_id, originator_version, notification_id
+                    """,
+                    *(["KOM9"], [1], ["order.status_reported"], [b"{}"]),
+                    0x4F52444552,
+                )
+                await service.execute(
+                    "INSERT INTO idempotency_keys (order_no, key, version, body_sha256) "
+                    "VALUES ('KOM9', 'k', 1, '')"
+                )
+                await service.execute(
+                    "INSERT INTO quarantine (body, reason, remote, received_at, last_seen_at) "
+                    "SELECT 'x', 'y', NULL, now(), now()"
+                )
+            assert len(rows) == 1
+        finally:
+            await service.close()
