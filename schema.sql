@@ -1,5 +1,5 @@
 -- The whole present schema, applied once, in one transaction, to a database that has no schema_version row.
--- Plain CREATEs: IF NOT EXISTS would hide a wrong shape. Every change here has a migration in service/migrations/.
+-- Plain CREATEs: IF NOT EXISTS would hide a wrong shape. Every change here has a migration in service/database/migrations/.
 
 ------------------------------------------------------------------------------------------------------------
 -- Three roles, of the whole server: the owner of the log, who migrates it and erases from it; the service, which

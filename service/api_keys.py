@@ -15,7 +15,7 @@ import structlog
 from aiohttp import hdrs, web
 
 from service.batcher import Batcher
-from service.database import Connection, HeldConnection, StorageUnavailableError
+from service.database.connections import Connection, HeldConnection, StorageUnavailableError
 from service.problems import Handler, Kind, ProblemError
 from service.settings import is_loopback
 

@@ -17,7 +17,7 @@ from domain.order import Order
 from projections.engine import OutdatedViewError, Projector, View, view_state
 from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
 from service.api_keys import Access
-from service.database import (
+from service.database.connections import (
     HOT_SETTINGS,
     POOL_STATEMENT_TIMEOUT,
     RECONNECT_PAUSE_SECONDS,
@@ -28,6 +28,7 @@ from service.database import (
     is_connection_lost,
     open_pool,
 )
+from service.database.schema import VIEWS, apply_schema, service_dsn
 from service.endpoints import routes_of
 from service.event_store import EventStore
 from service.http_server import HttpServer
@@ -41,7 +42,6 @@ from service.quarantine_api import QuarantineApi
 from service.read_api import ReadApi
 from service.recorder import Recorder
 from service.requests import route_of
-from service.schema import VIEWS, apply_schema, service_dsn
 from service.sender import Sender
 from service.settings import Settings
 from service.streams import Streams

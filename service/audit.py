@@ -8,7 +8,7 @@ from domain.statuses import Status
 from domain.transitions import Verdict
 from projections.engine import Undecodable
 from service import event_store
-from service.database import Connection
+from service.database.connections import Connection
 from service.log_reader import LogReader
 
 PAGE_EVENTS: Final = 1_000

@@ -7,8 +7,8 @@ import asyncpg
 
 from projections.engine import OutdatedViewError, view_state
 from service.api_keys import all_keys
-from service.database import Connection, StorageUnavailableError, UnsupportedServerError, connect
-from service.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
+from service.database.connections import Connection, StorageUnavailableError, UnsupportedServerError, connect
+from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
 from service.settings import Settings
 
 TRIGGERS: Final = """

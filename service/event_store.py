@@ -17,7 +17,7 @@ from eventsourcing.persistence import DatetimeAsISO, Mapper, StoredEvent, Transc
 
 from domain.order import UNHEARD, Order, Report, Standing
 from domain.transitions import TABLE
-from service.database import Connection, HeldConnection
+from service.database.connections import Connection, HeldConnection
 
 # Shared by every writer of the log, of whatever process; the number is the word "ORDER" in ASCII.
 APPEND_LOCK: Final = 0x4F52444552

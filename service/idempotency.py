@@ -4,7 +4,7 @@ import hashlib
 from typing import Final
 
 from domain.order import Order, Report
-from service.database import Connection
+from service.database.connections import Connection
 from service.event_store import Claim, Seen, decode_event
 
 # The headers that carry a key, the first one that is there counts: Standard Webhooks', then the IETF draft's.

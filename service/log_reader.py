@@ -6,7 +6,7 @@ from typing import Final
 from domain.order import Order
 from projections.engine import DecodedEvent, LoggedEvent, Undecodable
 from service import event_store
-from service.database import Connect, Connection, HeldConnection
+from service.database.connections import Connect, Connection, HeldConnection
 
 # What was committed last is kept for the projections, which read it milliseconds later.
 TAIL_EVENTS_MAX: Final = 4_096

@@ -15,7 +15,7 @@ from domain.order import Order
 from domain.transitions import VERDICTS
 from projections.engine import Projector
 from service import quarantine
-from service.database import Pool, StorageUnavailableError, borrowed
+from service.database.connections import Pool, StorageUnavailableError, borrowed
 from service.endpoints import Endpoint
 from service.quarantine import Quarantine
 from service.queries import Query

@@ -7,7 +7,7 @@ from aiohttp import web
 
 from projections.engine import Projector
 from service import event_store, representations
-from service.database import Connection, HeldConnection, Pool, borrowed
+from service.database.connections import Connection, HeldConnection, Pool, borrowed
 from service.endpoints import Endpoint
 from service.problems import Kind, answer
 from service.queries import Query

@@ -10,7 +10,7 @@ import structlog
 from aiohttp import web
 
 from service.batcher import BatchFailedError, OverloadedError
-from service.database import StorageUnavailableError, is_connection_lost
+from service.database.connections import StorageUnavailableError, is_connection_lost
 from service.requests import route_of
 
 JSON_HEADERS: Final = {"Content-Type": "application/json", "Server": "order-tracking"}

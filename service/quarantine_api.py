@@ -9,7 +9,7 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service import quarantine, representations
-from service.database import Pool, borrowed
+from service.database.connections import Pool, borrowed
 from service.endpoints import Endpoint
 from service.http_server import read_body
 from service.lists import POSITION_MAX, cut, list_answer

@@ -15,7 +15,7 @@ from projections.current_status import OrderRow, OrdersFilter, Row, order_row
 from projections.engine import DecodedEvent, Projector
 from service import event_store, representations
 from service.batcher import Batcher
-from service.database import HeldConnection, Pool, borrowed
+from service.database.connections import HeldConnection, Pool, borrowed
 from service.endpoints import CSV, JSON, Endpoint
 from service.event_store import RecordedEvent
 from service.lists import POSITION_MAX, cut, list_answer, table_answer

@@ -13,7 +13,7 @@ from domain.statuses import Status
 from domain.transitions import Verdict
 from service import event_store, idempotency, quarantine
 from service.batcher import Batcher, BatchFailedError, OverloadedError
-from service.database import (
+from service.database.connections import (
     RECONNECT_PAUSE_SECONDS,
     StorageUnavailableError,
     is_connection_lost,

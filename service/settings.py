@@ -11,7 +11,7 @@ from dotenv.parser import parse_stream
 from pydantic import BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.embedded_postgres import default_state_dir
+from service.database.embedded_postgres import default_state_dir
 
 PREFIX: Final = "ORDER_TRACKING_"
 # Beside the Makefile, wherever a command is called from: two commands must never mean two databases.

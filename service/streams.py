@@ -18,7 +18,7 @@ from aiohttp_sse import EventSourceResponse
 
 from service import event_store, representations
 from service.api_keys import Access
-from service.database import Pool, borrowed
+from service.database.connections import Pool, borrowed
 from service.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.event_store import RecordedEvent
 from service.http_server import is_gone

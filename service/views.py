@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from projections.engine import Projector
 from service import event_store
-from service.database import Connection
+from service.database.connections import Connection
 from service.problems import unavailable
 
 # How long a read waits for a view to come to the position that it asks for.

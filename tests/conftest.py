@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from service.app import prepare_database
-from service.database import Connection, connect
-from service.embedded_postgres import EmbeddedPostgres
+from service.database.connections import Connection, connect
+from service.database.embedded_postgres import EmbeddedPostgres
+from service.database.schema import SERVICE_ROLE, as_role
 from service.http_server import allow_open_files
-from service.schema import SERVICE_ROLE, as_role
 from tests.support import leftovers
 from tests.support.client import Client, serving_client
 from tests.support.databases import FAST_SETTINGS, TestServer

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from service import audit as audits
 from service.commands.console import MISUSED, WRONG, connected, end, make_table, out, run_with_database
-from service.database import (
+from service.database.connections import (
     Connection,
     HeldConnection,
     connect,

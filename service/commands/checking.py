@@ -2,7 +2,7 @@
 
 from service import check as checks
 from service.commands.console import WRONG, connected, out, run_with_database
-from service.schema import SCHEMA_VERSION, apply_schema
+from service.database.schema import SCHEMA_VERSION, apply_schema
 from service.settings import read_settings
 
 

@@ -15,15 +15,15 @@ from rich.table import Table
 from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError
 from service.backup import BackupError
-from service.database import (
+from service.database.connections import (
     Connection,
     StorageUnavailableError,
     UnsupportedServerError,
     connect,
 )
-from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
+from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
+from service.database.schema import SchemaError, service_dsn
 from service.event_store import UndecodableEventError
-from service.schema import SchemaError, service_dsn
 from service.settings import Settings, SettingsError, read_settings
 
 WRONG: Final = 1

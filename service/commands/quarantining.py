@@ -18,7 +18,7 @@ from service.commands.console import (
     run_with_database,
     time_text,
 )
-from service.database import (
+from service.database.connections import (
     Connection,
     HeldConnection,
     connect,

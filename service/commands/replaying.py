@@ -14,12 +14,12 @@ from rich.progress import (
 
 from service.app import calm_garbage_collector, rebuild_views
 from service.commands.console import MISUSED, WRONG, end, out, run_with_database
-from service.database import (
+from service.database.connections import (
     HeldConnection,
     connect,
 )
+from service.database.schema import VIEWS
 from service.log_reader import LogReader
-from service.schema import VIEWS
 
 
 def replay(

@@ -11,8 +11,8 @@ from aiohttp import http_parser
 
 from service.app import calm_garbage_collector, prepare_database, serving
 from service.commands.console import end, out, plain_errors
-from service.database import StorageUnavailableError
-from service.embedded_postgres import EmbeddedPostgres
+from service.database.connections import StorageUnavailableError
+from service.database.embedded_postgres import EmbeddedPostgres
 from service.http_server import allow_open_files
 from service.requests import add_request_id
 from service.settings import Settings, read_settings

@@ -11,7 +11,7 @@ from projections.engine import Projector
 from projections.statistics import Statistics
 from projections.timeline import Contradiction
 from service import event_store, quarantine
-from service.database import Connection
+from service.database.connections import Connection
 from service.lists import POSITION_MAX
 from service.quarantine import QuarantineEntry
 from service.views import Lag, view_lag

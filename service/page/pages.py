@@ -16,7 +16,7 @@ from projections.current_status import OrderRow, OrdersFilter
 from projections.engine import Projector
 from service import event_store, quarantine
 from service.api_keys import Access
-from service.database import Connection, Pool, borrowed
+from service.database.connections import Connection, Pool, borrowed
 from service.lists import POSITION_MAX, cut, following
 from service.page import documentation, drawing
 from service.page.history import NotKnownThenError, history

@@ -19,7 +19,7 @@ import pytest
 
 from domain.order import Order, Report
 from service import event_store
-from service.database import connect
+from service.database.connections import connect
 from service.version import VERSION
 from tests.support.commands import call_command
 from tests.support.databases import TestServer

@@ -23,11 +23,11 @@ import uvloop
 from domain.order import UNHEARD, judge_report
 from projections import current_status, timeline
 from service.app import calm_garbage_collector, rebuild_views
-from service.database import HeldConnection, connect
+from service.database.connections import HeldConnection, connect
+from service.database.schema import VIEWS as ALL_VIEWS
 from service.event_store import MAPPER
 from service.log_reader import LogReader
 from service.parser import parse
-from service.schema import VIEWS as ALL_VIEWS
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, ratio, resident_mb
 

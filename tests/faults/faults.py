@@ -14,8 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from service.database import Connection
-from service.schema import VIEWS
+from service.database.connections import Connection
+from service.database.schema import VIEWS
 from tests.faults.proxy import Cut
 from tests.faults.resources import children
 from tests.faults.world import Layout, SkippedError, World, in_thread

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from service.embedded_postgres import NAME, SOCKET_NAME
+from service.database.embedded_postgres import NAME, SOCKET_NAME
 
 CHUNK_BYTES: Final = 256 * 1024
 # What only an append sends: the events' topic.

@@ -16,8 +16,8 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from service.database import Connection
-from service.embedded_postgres import SOCKET_NAME, EmbeddedPostgres, running_dsn
+from service.database.connections import Connection
+from service.database.embedded_postgres import SOCKET_NAME, EmbeddedPostgres, running_dsn
 from tests.faults.proxy import Proxy
 from tests.faults.resources import Resources, children
 from tests.support import account

@@ -16,7 +16,7 @@ from eventsourcing.persistence import (
 )
 
 from service import event_store
-from service.database import Connection, open_pool
+from service.database.connections import Connection, open_pool
 from service.event_store import RecordedEvent, VersionTakenError
 
 if TYPE_CHECKING:

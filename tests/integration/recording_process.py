@@ -9,7 +9,7 @@ import random
 import sys
 
 from domain.statuses import STATUSES
-from service.database import HeldConnection, connect
+from service.database.connections import HeldConnection, connect
 from service.event_store import EventStore
 from service.recorder import Receipt, Recorder
 from tests.support.reports import NOW, report

@@ -20,8 +20,13 @@ import asyncpg
 import psycopg
 import pytest
 
-from service import embedded_postgres
-from service.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, default_state_dir, running_dsn
+from service.database import embedded_postgres
+from service.database.embedded_postgres import (
+    EmbeddedPostgres,
+    EmbeddedPostgresError,
+    default_state_dir,
+    running_dsn,
+)
 from tests.support.folders import ROOT, temporary_folder
 from tests.support.waiting import condition, until, until_async
 
@@ -30,7 +35,7 @@ NO_SYNC = {"fsync": "off"}
 HOLDER = """
 import sys, time
 from pathlib import Path
-from service.embedded_postgres import EmbeddedPostgres
+from service.database.embedded_postgres import EmbeddedPostgres
 server = EmbeddedPostgres(Path(sys.argv[1]), settings={"fsync": "off"})
 server.start()
 print(server.pid, flush=True)

@@ -15,7 +15,7 @@ from eventsourcing.tests import persistence as library
 
 from domain.order import Order
 from service import event_store
-from service.database import Connection, HeldConnection, connect
+from service.database.connections import Connection, HeldConnection, connect
 from service.event_store import EventStore, VersionTakenError
 from tests.integration.recorder_facade import AggregateFacade, ApplicationFacade, LogInThread
 from tests.support.databases import TestServer, wait_for_locked

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from domain.statuses import STATUSES
-from service.database import Connection
+from service.database.connections import Connection
 from tests.support.client import Client
 from tests.support.waiting import PATIENCE_SECONDS
 

@@ -14,7 +14,7 @@ from multidict import CIMultiDict
 
 from service import api_keys
 from service.app import Service, make_app
-from service.database import Connection
+from service.database.connections import Connection
 from service.sender import Sender
 from service.settings import Settings
 from tests.support.client import Client, serving_client

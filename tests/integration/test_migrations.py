@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from service.app import prepare_database, serving
-from service.catalog import read_catalog
 from service.check import check
-from service.database import Connection, connect
-from service.schema import (
+from service.database.catalog import read_catalog
+from service.database.connections import Connection, connect
+from service.database.schema import (
     MIGRATIONS,
     OWNER_ROLE,
     SCHEMA_VERSION,

@@ -10,7 +10,7 @@ import pytest
 from domain.statuses import SETTLED
 from projections import current_status, engine, timeline
 from service import event_store, log_reader, quarantine
-from service.database import HOT_SETTINGS, Connection, connect
+from service.database.connections import HOT_SETTINGS, Connection, connect
 from tests.support.databases import TestServer
 from tests.support.folders import ROOT
 

@@ -23,9 +23,9 @@ from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError, RebuiltView
 from service import event_store
 from service.app import Service, rebuild_views
-from service.database import Connection, HeldConnection, connect
+from service.database.connections import Connection, HeldConnection, connect
+from service.database.schema import VIEWS
 from service.log_reader import LogReader
-from service.schema import VIEWS
 from service.settings import Settings
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
 from tests.support.reports import NOW, report

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service import event_store
-from service.database import POOL_CONNECTIONS_MAX, Connection
+from service.database.connections import POOL_CONNECTIONS_MAX, Connection
 from tests.support.client import Client, serving_client
 from tests.support.commands import call_command
 from tests.support.databases import wait_for_locked
@@ -142,7 +142,7 @@ async def test_bodies_are_kept_and_keys_known_while_readers_have_every_connectio
 ) -> None:
     """The webhook, the probe and the check of keys wait for no reader."""
     # The readers keep their connections until the lock is released.
-    monkeypatch.setattr("service.database.POOL_STATEMENT_TIMEOUT", f"{PATIENCE_SECONDS}s")
+    monkeypatch.setattr("service.database.connections.POOL_STATEMENT_TIMEOUT", f"{PATIENCE_SECONDS}s")
     async with serving_client(dsn, request_seconds_max=PATIENCE_SECONDS) as client:
         async with connection.transaction():
             await connection.execute("LOCK TABLE timeline.entries")

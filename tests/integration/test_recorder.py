@@ -16,10 +16,10 @@ import pytest
 from domain.order import UNHEARD, Order, Report, Standing, judge_report
 from service import event_store
 from service.batcher import OverloadedError
-from service.database import Connection, HeldConnection, StorageUnavailableError, connect
+from service.database.connections import Connection, HeldConnection, StorageUnavailableError, connect
+from service.database.schema import SERVICE_ROLE
 from service.event_store import EventStore
 from service.recorder import Receipt, Recorder, RefusedReportError
-from service.schema import SERVICE_ROLE
 from tests.support.databases import TestServer, wait_for_locked
 from tests.support.reports import NOW, report
 from tests.support.waiting import PATIENCE_SECONDS

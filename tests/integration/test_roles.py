@@ -12,16 +12,16 @@ from domain.order import Order
 from service import event_store
 from service.app import prepare_database, rebuild_views, serving
 from service.check import check
-from service.database import Connection, HeldConnection, connect
-from service.event_store import EventStore
-from service.log_reader import LogReader
-from service.schema import (
+from service.database.connections import Connection, HeldConnection, connect
+from service.database.schema import (
     OWNER_ROLE,
     SERVICE_ROLE,
     VIEWS,
     as_role,
     service_dsn,
 )
+from service.event_store import EventStore
+from service.log_reader import LogReader
 from service.settings import Settings
 from tests.support.client import Client
 from tests.support.reports import NOW, report

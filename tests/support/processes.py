@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import aiohttp
 
-from service.embedded_postgres import running_dsn
+from service.database.embedded_postgres import running_dsn
 from tests.support.folders import ROOT
 from tests.support.waiting import PATIENCE_SECONDS, until
 

@@ -13,7 +13,7 @@ from domain.order import UNHEARD, Order, judge_report
 from domain.statuses import ALIASES
 from projections import current_status, timeline
 from projections.engine import DecodedEvent, LoggedEvent, Undecodable
-from service.database import Connection, HeldConnection
+from service.database.connections import Connection, HeldConnection
 from service.event_store import MAPPER
 from service.log_reader import TAIL_CHARACTERS_MAX, TAIL_EVENTS_MAX, LogReader, decode
 from tests.support.examples import (

@@ -12,10 +12,10 @@ import asyncpg
 from projections import current_status, statistics, timeline
 from projections.engine import View
 from projections.rebuild import CREATE_SCHEMA
-from service.catalog import first_difference, read_catalog
-from service.database import Connection, StorageUnavailableError, connect
+from service.database.catalog import first_difference, read_catalog
+from service.database.connections import Connection, StorageUnavailableError, connect
 
-SCHEMA_FILE: Final = Path(__file__).resolve().parent.parent / "schema.sql"
+SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 MIGRATIONS_FOLDER: Final = Path(__file__).resolve().parent / "migrations"
 
 # Two processes that start on one empty database take turns. The number is the word "SCHEMA" in ASCII.
