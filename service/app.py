@@ -16,7 +16,6 @@ from aiohttp import web
 from domain.order import Order
 from projections.engine import OutdatedViewError, Projector, View, view_state
 from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
-from service.api_keys import Access
 from service.database.connections import (
     HOT_SETTINGS,
     POOL_STATEMENT_TIMEOUT,
@@ -29,9 +28,11 @@ from service.database.connections import (
     open_pool,
 )
 from service.database.schema import VIEWS, apply_schema, service_dsn
-from service.endpoints import routes_of
 from service.event_store import EventStore
-from service.http_server import HttpServer
+from service.http.access import Access
+from service.http.endpoints import routes_of
+from service.http.request_ids import route_of
+from service.http.server import HttpServer
 from service.log_reader import LogReader
 from service.metrics import Metrics
 from service.openapi import OpenApi
@@ -41,7 +42,6 @@ from service.quarantine import Quarantine
 from service.quarantine_api import QuarantineApi
 from service.read_api import ReadApi
 from service.recorder import Recorder
-from service.requests import route_of
 from service.sender import Sender
 from service.settings import Settings
 from service.streams import Streams

@@ -6,9 +6,9 @@ from typing import Final, Literal, NamedTuple
 import asyncpg
 
 from projections.engine import OutdatedViewError, view_state
-from service.api_keys import all_keys
 from service.database.connections import Connection, StorageUnavailableError, UnsupportedServerError, connect
 from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
+from service.http.access import all_keys
 from service.settings import Settings
 
 TRIGGERS: Final = """

@@ -16,12 +16,12 @@ from domain.order import UNHEARD, Report, judge_report
 from projections import current_status, statistics
 from projections.timeline import Entry, Transition
 from service import representations
-from service.endpoints import CSV, JSON, NDJSON, SSE, Endpoint, declared
 from service.event_store import RecordedEvent, encode_event
+from service.http.endpoints import CSV, JSON, NDJSON, SSE, Endpoint, declared
+from service.http.parameters import Query
+from service.http.problems import Kind, answer
 from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
-from service.problems import Kind, answer
 from service.quarantine import QuarantineEntry
-from service.queries import Query
 from service.recorder import Receipt
 from service.streams import LAST_EVENT_ID
 from service.version import VERSION

@@ -8,9 +8,9 @@ from aiohttp import web
 from projections.engine import Projector
 from service import event_store, representations
 from service.database.connections import Connection, HeldConnection, Pool, borrowed
-from service.endpoints import Endpoint
-from service.problems import Kind, answer
-from service.queries import Query
+from service.http.endpoints import Endpoint
+from service.http.parameters import Query
+from service.http.problems import Kind, answer
 from service.views import LOOK_AT_VIEW, view_lag
 
 READY_SECONDS_MAX: Final = 1.0

@@ -10,13 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service import quarantine, representations
 from service.database.connections import Pool, borrowed
-from service.endpoints import Endpoint
-from service.http_server import read_body
-from service.lists import POSITION_MAX, cut, list_answer
+from service.http.endpoints import Endpoint
+from service.http.pagination import POSITION_MAX, cut, list_answer
+from service.http.parameters import QuarantineQuery, Query, decoded, number_of
+from service.http.problems import Kind, ProblemError, answer
+from service.http.server import read_body
 from service.parser import UnreadableError
-from service.problems import Kind, ProblemError, answer
 from service.quarantine import NotOpenError, QuarantineEntry, UnknownEntryError
-from service.queries import QuarantineQuery, Query, decoded, number_of
 from service.recorder import Recorder, RefusedReportError
 
 ENTRY_PATH: Final = "/quarantine/{quarantine_id}"

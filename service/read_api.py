@@ -16,11 +16,10 @@ from projections.engine import DecodedEvent, Projector
 from service import event_store, representations
 from service.batcher import Batcher
 from service.database.connections import HeldConnection, Pool, borrowed
-from service.endpoints import CSV, JSON, Endpoint
 from service.event_store import RecordedEvent
-from service.lists import POSITION_MAX, cut, list_answer, table_answer
-from service.problems import Kind, ProblemError, answer, set_aside, unavailable
-from service.queries import (
+from service.http.endpoints import CSV, JSON, Endpoint
+from service.http.pagination import POSITION_MAX, cut, list_answer, table_answer
+from service.http.parameters import (
     EventsQuery,
     OrderQuery,
     OrdersQuery,
@@ -32,6 +31,7 @@ from service.queries import (
     order_no_of,
     path_of,
 )
+from service.http.problems import Kind, ProblemError, answer, set_aside, unavailable
 from service.views import wait_for
 
 # Reads that are gathered into one query, and how many may wait for theirs.

@@ -8,8 +8,8 @@ from typing import Final, TypeAlias
 
 from aiohttp import hdrs, web
 
-from service.api_keys import refuse_other_sites
-from service.problems import Kind, ProblemError
+from service.http.access import refuse_other_sites
+from service.http.problems import Kind, ProblemError
 
 Network: TypeAlias = IPv4Network | IPv6Network
 

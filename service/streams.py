@@ -17,15 +17,15 @@ from aiohttp.http import HttpVersion11
 from aiohttp_sse import EventSourceResponse
 
 from service import event_store, representations
-from service.api_keys import Access
 from service.database.connections import Pool, borrowed
-from service.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.event_store import RecordedEvent
-from service.http_server import is_gone
-from service.lists import POSITION_MAX, list_answer
-from service.problems import OPTIONS, Kind, ProblemError, bad_parameter, unavailable
-from service.queries import EventsQuery, LogStreamQuery, StreamQuery, order_no_of
-from service.requests import REQUEST_ID_HEADER, given_id
+from service.http.access import Access
+from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
+from service.http.pagination import POSITION_MAX, list_answer
+from service.http.parameters import EventsQuery, LogStreamQuery, StreamQuery, order_no_of
+from service.http.problems import OPTIONS, Kind, ProblemError, bad_parameter, unavailable
+from service.http.request_ids import REQUEST_ID_HEADER, given_id
+from service.http.server import is_gone
 
 PAGE_EVENTS: Final = 1_000
 # Live readers at once; each has a connection and little else.

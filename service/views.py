@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from projections.engine import Projector
 from service import event_store
 from service.database.connections import Connection
-from service.problems import unavailable
+from service.http.problems import unavailable
 
 # How long a read waits for a view to come to the position that it asks for.
 AFTER_POSITION_SECONDS_MAX: Final = 5.0

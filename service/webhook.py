@@ -8,10 +8,10 @@ from typing import Final, NamedTuple
 import structlog
 from aiohttp import web
 
-from service.http_server import read_body
+from service.http.problems import answer
+from service.http.server import read_body
 from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
 from service.parser import UnreadableError, parse
-from service.problems import answer
 from service.quarantine import Quarantine
 from service.recorder import Recorder, RefusedReportError
 from service.sender import Sender

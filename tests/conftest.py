@@ -12,7 +12,7 @@ from service.app import prepare_database
 from service.database.connections import Connection, connect
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.database.schema import SERVICE_ROLE, as_role
-from service.http_server import allow_open_files
+from service.http.server import allow_open_files
 from tests.support import leftovers
 from tests.support.client import Client, serving_client
 from tests.support.databases import FAST_SETTINGS, TestServer

@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from service import api_keys
-from service.api_keys import Scope
 from service.commands.console import connected, end, err, make_table, out, run_with_database, time_text
+from service.http import access as api_keys
+from service.http.access import Scope
 from service.text import printable
 
 keys = typer.Typer(no_args_is_help=True, add_completion=False)

@@ -24,7 +24,7 @@ from service.database.connections import (
     connect,
 )
 from service.event_store import EventStore
-from service.lists import POSITION_MAX
+from service.http.pagination import POSITION_MAX
 from service.parser import UnreadableError
 from service.quarantine import QuarantineState
 from service.recorder import Recorder, RefusedReportError

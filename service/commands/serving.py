@@ -13,8 +13,8 @@ from service.app import calm_garbage_collector, prepare_database, serving
 from service.commands.console import end, out, plain_errors
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import EmbeddedPostgres
-from service.http_server import allow_open_files
-from service.requests import add_request_id
+from service.http.request_ids import add_request_id
+from service.http.server import allow_open_files
 from service.settings import Settings, read_settings
 
 

@@ -8,7 +8,7 @@ import orjson
 from markupsafe import Markup, escape
 
 from domain.statuses import STATUSES
-from service.problems import Kind
+from service.http.problems import Kind
 
 METHODS: Final = ("get", "put", "post", "delete", "patch")
 _REFERENCE: Final = "#/components/schemas/"

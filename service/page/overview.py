@@ -12,7 +12,7 @@ from projections.statistics import Statistics
 from projections.timeline import Contradiction
 from service import event_store, quarantine
 from service.database.connections import Connection
-from service.lists import POSITION_MAX
+from service.http.pagination import POSITION_MAX
 from service.quarantine import QuarantineEntry
 from service.views import Lag, view_lag
 

@@ -15,9 +15,12 @@ from projections import current_status, timeline
 from projections.current_status import OrderRow, OrdersFilter
 from projections.engine import Projector
 from service import event_store, quarantine
-from service.api_keys import Access
 from service.database.connections import Connection, Pool, borrowed
-from service.lists import POSITION_MAX, cut, following
+from service.http.access import Access
+from service.http.pagination import POSITION_MAX, cut, following
+from service.http.parameters import Cursor, Position, Query, Text, number_of, order_no_of, path_of, read_query
+from service.http.problems import Handler, Kind, ProblemError, problem_of, set_aside
+from service.http.request_ids import request_id_of
 from service.page import documentation, drawing
 from service.page.history import NotKnownThenError, history
 from service.page.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, overview
@@ -33,11 +36,8 @@ from service.page.rendering import (
 )
 from service.page.session import Sessions, key_form, own_path, see_other
 from service.page.words import IN_ALL, Language
-from service.problems import Handler, Kind, ProblemError, problem_of, set_aside
 from service.quarantine import QuarantineState
 from service.quarantine_api import entry_of
-from service.queries import Cursor, Position, Query, Text, number_of, order_no_of, path_of, read_query
-from service.requests import request_id_of
 from service.views import wait_for
 
 ROWS_SHOWN_MAX: Final = 50

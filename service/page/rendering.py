@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from domain.statuses import SETTLED
 from domain.transitions import VERDICTS
-from service.api_keys import KEY_COOKIE
+from service.http.access import KEY_COOKIE
 from service.page.words import IN_ALL, LANGUAGES, Language, Words, iso, preferred
 
 FOLDER: Final = Path(__file__).resolve().parent

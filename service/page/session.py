@@ -6,10 +6,10 @@ from urllib.parse import parse_qs
 
 from aiohttp import hdrs, web
 
-from service.api_keys import KEY_COOKIE, Access, refuse_other_sites
-from service.http_server import read_body
+from service.http.access import KEY_COOKIE, Access, refuse_other_sites
+from service.http.problems import Kind, ProblemError
+from service.http.server import read_body
 from service.page.rendering import page
-from service.problems import Kind, ProblemError
 
 # A key that is revoked is refused wherever it is kept.
 KEY_COOKIE_SECONDS: Final = 90 * 86_400

@@ -14,7 +14,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from service.http_server import allow_open_files
+from service.http.server import allow_open_files
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.mutations import MUTATIONS
 from tests.faults.run import Outcome, run

@@ -477,8 +477,8 @@ async def test_idempotency_keys_over_http(client: Client, connection: Connection
 
 async def test_a_request_may_take_longer_than_its_head(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what is still on its way is cut off: not a request that is handled, nor the one behind it."""
-    monkeypatch.setattr("service.http_server.HEAD_SECONDS_MAX", 0.2)
-    monkeypatch.setattr("service.http_server.SWEEP_SECONDS", 0.1)
+    monkeypatch.setattr("service.http.server.HEAD_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("service.http.server.SWEEP_SECONDS", 0.1)
     monkeypatch.setattr("service.views.AFTER_POSITION_SECONDS_MAX", 1.5)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(b"GET /orders?after_position=99 HTTP/1.1\r\nHost: localhost\r\n\r\n")

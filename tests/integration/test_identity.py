@@ -12,9 +12,9 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
-from service import api_keys
 from service.app import Service, make_app
 from service.database.connections import Connection
+from service.http import access as api_keys
 from service.sender import Sender
 from service.settings import Settings
 from tests.support.client import Client, serving_client
@@ -207,7 +207,7 @@ async def test_a_revoked_or_expired_key_is_refused(
     dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within a second, and revoking the only key does not open the service again."""
-    monkeypatch.setattr("service.api_keys.KNOWN_SECONDS_MAX", 0.0)
+    monkeypatch.setattr("service.http.access.KNOWN_SECONDS_MAX", 0.0)
     key = await api_keys.create_key(connection, "one", "read", datetime.now(UTC) + timedelta(days=1))
     late = await api_keys.create_key(connection, "late", "read", datetime.now(UTC) - timedelta(seconds=1))
     async with serving_client(dsn) as client:
@@ -233,7 +233,7 @@ async def test_a_new_key_is_good_at_once(
     dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However long what is known of the keys would do: before one is refused they are looked at again."""
-    monkeypatch.setattr("service.api_keys.KNOWN_SECONDS_MAX", 3_600.0)
+    monkeypatch.setattr("service.http.access.KNOWN_SECONDS_MAX", 3_600.0)
     first = await api_keys.create_key(connection, "first", "read", None)
     async with serving_client(dsn) as client:
         await client.get("/orders", 200, {"Authorization": f"Bearer {first}"})

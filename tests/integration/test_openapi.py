@@ -13,7 +13,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]  # i
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from service.app import Service, make_app
-from service.problems import Kind
+from service.http.problems import Kind
 from service.settings import Settings
 from service.version import VERSION
 from tests.support.folders import ROOT

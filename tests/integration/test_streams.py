@@ -13,9 +13,9 @@ import pytest
 import structlog
 import structlog.testing
 
-from service.api_keys import create_key, revoke_key
 from service.database.connections import Connection
-from service.endpoints import NDJSON
+from service.http.access import create_key, revoke_key
+from service.http.endpoints import NDJSON
 from tests.support.client import Client, StreamReader, serving_client
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 

@@ -17,7 +17,7 @@ from projections import current_status
 from projections.current_status import order_row
 from service import representations
 from service.event_store import decode_event
-from service.problems import OPTIONS
+from service.http.problems import OPTIONS
 from tests.support.connections import OK, UNAVAILABLE, Connections, get
 from tests.support.load import Acknowledged
 from tests.support.waiting import PATIENCE_SECONDS

@@ -11,9 +11,8 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.lists import POSITION_MAX, encode_cursor, following
-from service.problems import ProblemError
-from service.queries import (
+from service.http.pagination import POSITION_MAX, encode_cursor, following
+from service.http.parameters import (
     PAGE_ROWS_DEFAULT,
     PAGE_ROWS_MAX,
     EventsQuery,
@@ -27,6 +26,7 @@ from service.queries import (
     path_of,
     read_query,
 )
+from service.http.problems import ProblemError
 from tests.support.properties import MANY
 
 NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)

@@ -11,7 +11,7 @@ from aiohttp import web
 
 from service.batcher import BatchFailedError, OverloadedError
 from service.database.connections import StorageUnavailableError, is_connection_lost
-from service.requests import route_of
+from service.http.request_ids import route_of
 
 JSON_HEADERS: Final = {"Content-Type": "application/json", "Server": "order-tracking"}
 PROBLEM_HEADERS: Final = {"Content-Type": "application/problem+json", "Server": "order-tracking"}

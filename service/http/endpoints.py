@@ -8,9 +8,9 @@ from typing import Any, Final, TypeVar
 from aiohttp import web
 from pydantic import BaseModel
 
-from service.api_keys import Access, Scope
-from service.problems import Handler, Kind
-from service.queries import Query, read_query
+from service.http.access import Access, Scope
+from service.http.parameters import Query, read_query
+from service.http.problems import Handler, Kind
 
 JSON: Final = "application/json"
 CSV: Final = "text/csv"

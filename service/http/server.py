@@ -16,9 +16,9 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion10, HttpVersion11
 
-from service import requests
-from service.problems import Kind, ProblemError, problem_answer, problem_of
-from service.requests import REQUEST_ID_HEADER, given_id, request_id_of, route_of
+from service.http import request_ids as requests
+from service.http.problems import Kind, ProblemError, problem_answer, problem_of
+from service.http.request_ids import REQUEST_ID_HEADER, given_id, request_id_of, route_of
 
 # A request's head, from its first byte or from the opening of the connection; whoever is slower is cut off.
 HEAD_SECONDS_MAX: Final = 4.0

@@ -19,8 +19,8 @@ from pydantic import (
 
 from domain.statuses import Status
 from domain.transitions import Verdict
-from service.lists import POSITION_MAX, decode_cursor
-from service.problems import Kind, ProblemError, bad_parameter
+from service.http.pagination import POSITION_MAX, decode_cursor
+from service.http.problems import Kind, ProblemError, bad_parameter
 from service.quarantine import QuarantineState
 
 PAGE_ROWS_DEFAULT: Final = 100

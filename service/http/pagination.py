@@ -9,8 +9,8 @@ from urllib.parse import urlencode
 from aiohttp import hdrs, web
 from pydantic import BaseModel
 
-from service.problems import answer
-from service.tables import columns_of, to_csv
+from service.http.csv_export import columns_of, to_csv
+from service.http.problems import answer
 
 # Cursors, versions and positions are PostgreSQL's bigint.
 POSITION_MAX: Final = 2**63 - 1

@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 
 from service.batcher import Batcher
 from service.database.connections import Connection, HeldConnection, StorageUnavailableError
-from service.problems import Handler, Kind, ProblemError
+from service.http.problems import Handler, Kind, ProblemError
 from service.settings import is_loopback
 
 log = structlog.get_logger()
