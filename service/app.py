@@ -28,12 +28,12 @@ from service.database.connections import (
     open_pool,
 )
 from service.database.schema import VIEWS, apply_schema, service_dsn
-from service.event_store import EventStore
+from service.event_log.feed import LogReader
+from service.event_log.store import EventStore
 from service.http.access import Access
 from service.http.endpoints import routes_of
 from service.http.request_ids import route_of
 from service.http.server import HttpServer
-from service.log_reader import LogReader
 from service.metrics import Metrics
 from service.openapi import OpenApi
 from service.operations_api import OperationsApi

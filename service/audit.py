@@ -7,9 +7,9 @@ from domain.order import UNHEARD, Order, Report, Standing, judge_report
 from domain.statuses import Status
 from domain.transitions import Verdict
 from projections.engine import Undecodable
-from service import event_store
 from service.database.connections import Connection
-from service.log_reader import LogReader
+from service.event_log import store as event_store
+from service.event_log.feed import LogReader
 
 PAGE_EVENTS: Final = 1_000
 

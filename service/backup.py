@@ -16,10 +16,10 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import asyncpg
 
-from service import event_store
 from service.database.connections import Connection
 from service.database.embedded_postgres import EmbeddedPostgresError, wheel_bindir
 from service.database.schema import IS_APPLIED, ROLES_SQL, SCHEMA_LOCK, VIEWS, apply_schema
+from service.event_log import store as event_store
 
 # Whole words, as a tool answers when asked for its version: "pg_dump (PostgreSQL) 18.1".
 _MAJOR: Final = re.compile(r"\(PostgreSQL\) (\d+)")

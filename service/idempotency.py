@@ -5,7 +5,7 @@ from typing import Final
 
 from domain.order import Order, Report
 from service.database.connections import Connection
-from service.event_store import Claim, Seen, decode_event
+from service.event_log.store import Claim, Seen, decode_event
 
 # The headers that carry a key, the first one that is there counts: Standard Webhooks', then the IETF draft's.
 KEY_HEADERS: Final = ("webhook-id", "Idempotency-Key")

@@ -16,7 +16,7 @@ from domain.order import UNHEARD, Report, judge_report
 from projections import current_status, statistics
 from projections.timeline import Entry, Transition
 from service import representations
-from service.event_store import RecordedEvent, encode_event
+from service.event_log.store import RecordedEvent, encode_event
 from service.http.endpoints import CSV, JSON, NDJSON, SSE, Endpoint, declared
 from service.http.parameters import Query
 from service.http.problems import Kind, answer

@@ -6,8 +6,9 @@ from typing import Final
 from aiohttp import web
 
 from projections.engine import Projector
-from service import event_store, representations
+from service import representations
 from service.database.connections import Connection, HeldConnection, Pool, borrowed
+from service.event_log import store as event_store
 from service.http.endpoints import Endpoint
 from service.http.parameters import Query
 from service.http.problems import Kind, answer

@@ -13,10 +13,11 @@ from aiohttp import web
 from projections import current_status, statistics, timeline
 from projections.current_status import OrderRow, OrdersFilter, Row, order_row
 from projections.engine import DecodedEvent, Projector
-from service import event_store, representations
+from service import representations
 from service.batcher import Batcher
 from service.database.connections import HeldConnection, Pool, borrowed
-from service.event_store import RecordedEvent
+from service.event_log import store as event_store
+from service.event_log.store import RecordedEvent
 from service.http.endpoints import CSV, JSON, Endpoint
 from service.http.pagination import POSITION_MAX, cut, list_answer, table_answer
 from service.http.parameters import (

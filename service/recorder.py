@@ -11,7 +11,7 @@ from typing import Final, TypeAlias
 from domain.order import Order, Report, Standing, judge_report
 from domain.statuses import Status
 from domain.transitions import Verdict
-from service import event_store, idempotency, quarantine
+from service import idempotency, quarantine
 from service.batcher import Batcher, BatchFailedError, OverloadedError
 from service.database.connections import (
     RECONNECT_PAUSE_SECONDS,
@@ -19,7 +19,8 @@ from service.database.connections import (
     is_connection_lost,
     is_content_refused,
 )
-from service.event_store import Claim, EventStore, VersionTakenError
+from service.event_log import store as event_store
+from service.event_log.store import Claim, EventStore, VersionTakenError
 
 # A batch beyond this gains nothing and keeps the first of it waiting.
 BATCH_REPORTS_MAX: Final = 512

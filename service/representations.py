@@ -15,7 +15,7 @@ from projections.current_status import OrderRow
 from projections.statistics import Statistics as Counted
 from projections.timeline import Entry as EntryRow
 from projections.timeline import Transition as TransitionRow
-from service.event_store import RecordedEvent, plain_fields
+from service.event_log.store import RecordedEvent, plain_fields
 from service.quarantine import QuarantineEntry as EntryKept
 
 StatusName = Annotated[str, WithJsonSchema({"type": "string", "enum": [*STATUSES]})]

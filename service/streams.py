@@ -16,9 +16,10 @@ from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from aiohttp_sse import EventSourceResponse
 
-from service import event_store, representations
+from service import representations
 from service.database.connections import Pool, borrowed
-from service.event_store import RecordedEvent
+from service.event_log import store as event_store
+from service.event_log.store import RecordedEvent
 from service.http.access import Access
 from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.http.pagination import POSITION_MAX, list_answer

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Final, NamedTuple
 
 from projections.engine import Projector
-from service import event_store
 from service.database.connections import Connection
+from service.event_log import store as event_store
 from service.http.problems import unavailable
 
 # How long a read waits for a view to come to the position that it asks for.

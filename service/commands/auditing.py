@@ -13,7 +13,7 @@ from service.database.connections import (
     HeldConnection,
     connect,
 )
-from service.log_reader import LogReader
+from service.event_log.feed import LogReader
 from service.text import printable
 
 

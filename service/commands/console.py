@@ -23,7 +23,7 @@ from service.database.connections import (
 )
 from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
 from service.database.schema import SchemaError, service_dsn
-from service.event_store import UndecodableEventError
+from service.event_log.store import UndecodableEventError
 from service.settings import Settings, SettingsError, read_settings
 
 WRONG: Final = 1

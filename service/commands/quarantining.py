@@ -23,7 +23,7 @@ from service.database.connections import (
     HeldConnection,
     connect,
 )
-from service.event_store import EventStore
+from service.event_log.store import EventStore
 from service.http.pagination import POSITION_MAX
 from service.parser import UnreadableError
 from service.quarantine import QuarantineState

@@ -19,7 +19,7 @@ from service.database.connections import (
     connect,
 )
 from service.database.schema import VIEWS
-from service.log_reader import LogReader
+from service.event_log.feed import LogReader
 
 
 def replay(

@@ -8,8 +8,8 @@ from domain.statuses import HAPPY_PATH, SETTLED
 from projections import current_status, timeline
 from projections.current_status import OrderRow
 from projections.timeline import PlacedEntry
-from service import event_store
 from service.database.connections import Connection
+from service.event_log import store as event_store
 
 # Entries of a timeline on one page; the newest come first, and the way to the earlier ones is a link.
 ENTRIES_SHOWN_MAX: Final = 50

@@ -10,8 +10,9 @@ from projections.current_status import OrdersFilter, StuckOrder
 from projections.engine import Projector
 from projections.statistics import Statistics
 from projections.timeline import Contradiction
-from service import event_store, quarantine
+from service import quarantine
 from service.database.connections import Connection
+from service.event_log import store as event_store
 from service.http.pagination import POSITION_MAX
 from service.quarantine import QuarantineEntry
 from service.views import Lag, view_lag

@@ -14,8 +14,9 @@ from domain.transitions import Verdict
 from projections import current_status, timeline
 from projections.current_status import OrderRow, OrdersFilter
 from projections.engine import Projector
-from service import event_store, quarantine
+from service import quarantine
 from service.database.connections import Connection, Pool, borrowed
+from service.event_log import store as event_store
 from service.http.access import Access
 from service.http.pagination import POSITION_MAX, cut, following
 from service.http.parameters import Cursor, Position, Query, Text, number_of, order_no_of, path_of, read_query

@@ -18,8 +18,8 @@ import psycopg
 import pytest
 
 from domain.order import Order, Report
-from service import event_store
 from service.database.connections import connect
+from service.event_log import store as event_store
 from service.version import VERSION
 from tests.support.commands import call_command
 from tests.support.databases import TestServer

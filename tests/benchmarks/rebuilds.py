@@ -25,8 +25,8 @@ from projections import current_status, timeline
 from service.app import calm_garbage_collector, rebuild_views
 from service.database.connections import HeldConnection, connect
 from service.database.schema import VIEWS as ALL_VIEWS
-from service.event_store import MAPPER
-from service.log_reader import LogReader
+from service.event_log.feed import LogReader
+from service.event_log.store import MAPPER
 from service.parser import parse
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, ratio, resident_mb

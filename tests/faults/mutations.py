@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from domain.order import Order
-from service import event_store
 from service.commands.cli import cli
-from service.event_store import EventStore
+from service.event_log import store as event_store
+from service.event_log.store import EventStore
 from tests.faults.faults import Fault, kill_service, stop_immediately
 from tests.faults.world import Layout, World
 

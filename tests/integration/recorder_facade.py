@@ -15,9 +15,9 @@ from eventsourcing.persistence import (
     Subscription,
 )
 
-from service import event_store
 from service.database.connections import Connection, open_pool
-from service.event_store import RecordedEvent, VersionTakenError
+from service.event_log import store as event_store
+from service.event_log.store import RecordedEvent, VersionTakenError
 
 if TYPE_CHECKING:
     import asyncpg

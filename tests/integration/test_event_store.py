@@ -14,9 +14,9 @@ from eventsourcing.persistence import AggregateRecorder, ApplicationRecorder, Da
 from eventsourcing.tests import persistence as library
 
 from domain.order import Order
-from service import event_store
 from service.database.connections import Connection, HeldConnection, connect
-from service.event_store import EventStore, VersionTakenError
+from service.event_log import store as event_store
+from service.event_log.store import EventStore, VersionTakenError
 from tests.integration.recorder_facade import AggregateFacade, ApplicationFacade, LogInThread
 from tests.support.databases import TestServer, wait_for_locked
 from tests.support.reports import NOW, report

@@ -453,7 +453,7 @@ async def test_a_key_that_is_no_text_is_no_key(client: Client) -> None:
 
 async def test_a_page_is_bounded_by_bytes_as_well(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large bodies make short pages, of one event at least, and the way through them is whole."""
-    monkeypatch.setattr("service.event_store.PAGE_BYTES_MAX", 100_000)
+    monkeypatch.setattr("service.event_log.store.PAGE_BYTES_MAX", 100_000)
     for _ in range(5):
         await client.webhook("KOM1", note="x" * 60_000)
     for path in ("/events", "/orders/KOM1/events"):

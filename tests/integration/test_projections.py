@@ -21,11 +21,11 @@ from projections import current_status, timeline
 from projections.current_status import OrderRow
 from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError, RebuiltView
-from service import event_store
 from service.app import Service, rebuild_views
 from service.database.connections import Connection, HeldConnection, connect
 from service.database.schema import VIEWS
-from service.log_reader import LogReader
+from service.event_log import store as event_store
+from service.event_log.feed import LogReader
 from service.settings import Settings
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
 from tests.support.reports import NOW, report
@@ -498,7 +498,7 @@ async def test_an_order_longer_than_a_page_is_rebuilt_whole(
         *(report(f"KOM{n % 3}", cnote=f"AWB{n % 2}") for n in range(30)),
         *(report("HOT", cnote=f"AWB{n % 3}") for n in range(50)),
     )
-    monkeypatch.setattr("service.log_reader.STREAMS_PAGE_EVENTS", 7)
+    monkeypatch.setattr("service.event_log.feed.STREAMS_PAGE_EVENTS", 7)
     before = await rows_of(connection, "current_status.orders")
     assert await rebuilt(dsn) == EQUAL
     assert await rows_of(connection, "current_status.orders") == before

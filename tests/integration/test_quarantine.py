@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from service import event_store
 from service.database.connections import POOL_CONNECTIONS_MAX, Connection
+from service.event_log import store as event_store
 from tests.support.client import Client, serving_client
 from tests.support.commands import call_command
 from tests.support.databases import wait_for_locked

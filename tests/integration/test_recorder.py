@@ -14,11 +14,11 @@ from uuid import uuid4
 import pytest
 
 from domain.order import UNHEARD, Order, Report, Standing, judge_report
-from service import event_store
 from service.batcher import OverloadedError
 from service.database.connections import Connection, HeldConnection, StorageUnavailableError, connect
 from service.database.schema import SERVICE_ROLE
-from service.event_store import EventStore
+from service.event_log import store as event_store
+from service.event_log.store import EventStore
 from service.recorder import Receipt, Recorder, RefusedReportError
 from tests.support.databases import TestServer, wait_for_locked
 from tests.support.reports import NOW, report

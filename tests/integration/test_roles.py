@@ -9,7 +9,6 @@ import asyncpg
 import pytest
 
 from domain.order import Order
-from service import event_store
 from service.app import prepare_database, rebuild_views, serving
 from service.check import check
 from service.database.connections import Connection, HeldConnection, connect
@@ -20,8 +19,9 @@ from service.database.schema import (
     as_role,
     service_dsn,
 )
-from service.event_store import EventStore
-from service.log_reader import LogReader
+from service.event_log import store as event_store
+from service.event_log.feed import LogReader
+from service.event_log.store import EventStore
 from service.settings import Settings
 from tests.support.client import Client
 from tests.support.reports import NOW, report

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from domain.order import Order
 from domain.statuses import STATUSES
 from domain.transitions import Leg, Verdict
-from service.event_store import MAPPER, OrjsonTranscoder, UndecodableEventError, decode_event, plain_fields
+from service.event_log.store import MAPPER, OrjsonTranscoder, UndecodableEventError, decode_event, plain_fields
 from tests.support.examples import ORDER_NO, SENT_EVENT, SENT_STATE
 from tests.support.properties import MANY
 

@@ -14,8 +14,8 @@ from domain.statuses import ALIASES
 from projections import current_status, timeline
 from projections.engine import DecodedEvent, LoggedEvent, Undecodable
 from service.database.connections import Connection, HeldConnection
-from service.event_store import MAPPER
-from service.log_reader import TAIL_CHARACTERS_MAX, TAIL_EVENTS_MAX, LogReader, decode
+from service.event_log.feed import TAIL_CHARACTERS_MAX, TAIL_EVENTS_MAX, LogReader, decode
+from service.event_log.store import MAPPER
 from tests.support.examples import (
     CNOTE,
     CNOTE_OF_THE_RETURN,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from domain.order import UNHEARD, Order, Report, judge_report
 from domain.statuses import ALIASES, recognise
-from service.event_store import MAPPER, decode_event
+from service.event_log.store import MAPPER, decode_event
 from tests.support import written_law
 from tests.support.examples import (
     CNOTE,

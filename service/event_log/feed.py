@@ -5,8 +5,8 @@ from typing import Final
 
 from domain.order import Order
 from projections.engine import DecodedEvent, LoggedEvent, Undecodable
-from service import event_store
 from service.database.connections import Connect, Connection, HeldConnection
+from service.event_log import store as event_store
 
 # What was committed last is kept for the projections, which read it milliseconds later.
 TAIL_EVENTS_MAX: Final = 4_096
