@@ -34,18 +34,18 @@ from service.http.access import Access
 from service.http.endpoints import routes_of
 from service.http.request_ids import route_of
 from service.http.server import HttpServer
+from service.ingest.quarantine import Quarantine
+from service.ingest.recorder import Recorder
+from service.ingest.webhook import Webhook
+from service.ingest.webhook_auth import Sender
 from service.metrics import Metrics
 from service.openapi import OpenApi
 from service.operations_api import OperationsApi
 from service.page.pages import Pages
-from service.quarantine import Quarantine
 from service.quarantine_api import QuarantineApi
 from service.read_api import ReadApi
-from service.recorder import Recorder
-from service.sender import Sender
 from service.settings import Settings
 from service.streams import Streams
-from service.webhook import Webhook
 
 # How long an unreachable database is waited for at start, such as one that starts at the same time.
 START_SECONDS_MAX: Final = 30.0

@@ -14,12 +14,12 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from domain.order import Order
 from domain.transitions import VERDICTS
 from projections.engine import Projector
-from service import quarantine
 from service.database.connections import Pool, StorageUnavailableError, borrowed
 from service.http.endpoints import Endpoint
 from service.http.parameters import Query
 from service.http.request_ids import route_of
-from service.quarantine import Quarantine
+from service.ingest import quarantine
+from service.ingest.quarantine import Quarantine
 from service.views import Lag, view_lag
 
 # A scrape never waits long for the database: without it, what it would have told is left out.

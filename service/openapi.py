@@ -20,9 +20,9 @@ from service.event_log.store import RecordedEvent, encode_event
 from service.http.endpoints import CSV, JSON, NDJSON, SSE, Endpoint, declared
 from service.http.parameters import Query
 from service.http.problems import Kind, answer
-from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
-from service.quarantine import QuarantineEntry
-from service.recorder import Receipt
+from service.ingest.idempotency import KEY_BYTES_MAX, KEY_HEADERS
+from service.ingest.quarantine import QuarantineEntry
+from service.ingest.recorder import Receipt
 from service.streams import LAST_EVENT_ID
 from service.version import VERSION
 

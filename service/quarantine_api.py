@@ -8,16 +8,17 @@ from typing import Final
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service import quarantine, representations
+from service import representations
 from service.database.connections import Pool, borrowed
 from service.http.endpoints import Endpoint
 from service.http.pagination import POSITION_MAX, cut, list_answer
 from service.http.parameters import QuarantineQuery, Query, decoded, number_of
 from service.http.problems import Kind, ProblemError, answer
 from service.http.server import read_body
-from service.parser import UnreadableError
-from service.quarantine import NotOpenError, QuarantineEntry, UnknownEntryError
-from service.recorder import Recorder, RefusedReportError
+from service.ingest import quarantine
+from service.ingest.parser import UnreadableError
+from service.ingest.quarantine import NotOpenError, QuarantineEntry, UnknownEntryError
+from service.ingest.recorder import Recorder, RefusedReportError
 
 ENTRY_PATH: Final = "/quarantine/{quarantine_id}"
 

@@ -16,7 +16,7 @@ from projections.statistics import Statistics as Counted
 from projections.timeline import Entry as EntryRow
 from projections.timeline import Transition as TransitionRow
 from service.event_log.store import RecordedEvent, plain_fields
-from service.quarantine import QuarantineEntry as EntryKept
+from service.ingest.quarantine import QuarantineEntry as EntryKept
 
 StatusName = Annotated[str, WithJsonSchema({"type": "string", "enum": [*STATUSES]})]
 VerdictName = Annotated[str, WithJsonSchema({"type": "string", "enum": [*VERDICTS]})]

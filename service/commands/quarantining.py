@@ -7,7 +7,6 @@ from typing import Annotated, Final
 import typer
 from rich.text import Text
 
-from service import quarantine as quarantines
 from service.commands.console import (
     MISUSED,
     WRONG,
@@ -25,9 +24,10 @@ from service.database.connections import (
 )
 from service.event_log.store import EventStore
 from service.http.pagination import POSITION_MAX
-from service.parser import UnreadableError
-from service.quarantine import QuarantineState
-from service.recorder import Recorder, RefusedReportError
+from service.ingest import quarantine as quarantines
+from service.ingest.parser import UnreadableError
+from service.ingest.quarantine import QuarantineState
+from service.ingest.recorder import Recorder, RefusedReportError
 from service.text import printable
 
 # For one entry of the quarantine, beside whatever the service is recording.

@@ -16,7 +16,7 @@ from service.commands.console import (
     out,
     plain_errors,
 )
-from service.sender import signature_of
+from service.ingest.webhook_auth import signature_of
 from service.settings import Settings, read_settings
 
 # For one webhook that a person sends by hand.

@@ -21,7 +21,7 @@ from domain.statuses import Status
 from domain.transitions import Verdict
 from service.http.pagination import POSITION_MAX, decode_cursor
 from service.http.problems import Kind, ProblemError, bad_parameter
-from service.quarantine import QuarantineState
+from service.ingest.quarantine import QuarantineState
 
 PAGE_ROWS_DEFAULT: Final = 100
 PAGE_ROWS_MAX: Final = 1_000

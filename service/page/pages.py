@@ -14,7 +14,6 @@ from domain.transitions import Verdict
 from projections import current_status, timeline
 from projections.current_status import OrderRow, OrdersFilter
 from projections.engine import Projector
-from service import quarantine
 from service.database.connections import Connection, Pool, borrowed
 from service.event_log import store as event_store
 from service.http.access import Access
@@ -22,6 +21,8 @@ from service.http.pagination import POSITION_MAX, cut, following
 from service.http.parameters import Cursor, Position, Query, Text, number_of, order_no_of, path_of, read_query
 from service.http.problems import Handler, Kind, ProblemError, problem_of, set_aside
 from service.http.request_ids import request_id_of
+from service.ingest import quarantine
+from service.ingest.quarantine import QuarantineState
 from service.page import documentation, drawing
 from service.page.history import NotKnownThenError, history
 from service.page.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, overview
@@ -37,7 +38,6 @@ from service.page.rendering import (
 )
 from service.page.session import Sessions, key_form, own_path, see_other
 from service.page.words import IN_ALL, Language
-from service.quarantine import QuarantineState
 from service.quarantine_api import entry_of
 from service.views import wait_for
 

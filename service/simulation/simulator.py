@@ -19,8 +19,8 @@ import aiohttp
 import orjson
 from aiohttp import web
 
+from service.ingest.webhook_auth import signature_of
 from service.registration import KEY_HEADER, PATH, URL_MEMBER, UnusableUrlError, check_url
-from service.sender import signature_of
 from service.simulation.account import OK, Sent
 from service.simulation.lifecycles import Journey, Push
 

@@ -6,7 +6,7 @@ from typing import Final
 
 import orjson
 
-from service.parser import UnreadableError, parse
+from service.ingest.parser import UnreadableError, parse
 from tests.benchmarks.report import Row
 
 BODY_BYTES: Final = 65_536

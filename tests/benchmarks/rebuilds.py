@@ -27,7 +27,7 @@ from service.database.connections import HeldConnection, connect
 from service.database.schema import VIEWS as ALL_VIEWS
 from service.event_log.feed import LogReader
 from service.event_log.store import MAPPER
-from service.parser import parse
+from service.ingest.parser import parse
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, ratio, resident_mb
 

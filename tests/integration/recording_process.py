@@ -11,7 +11,7 @@ import sys
 from domain.statuses import STATUSES
 from service.database.connections import HeldConnection, connect
 from service.event_log.store import EventStore
-from service.recorder import Receipt, Recorder
+from service.ingest.recorder import Receipt, Recorder
 from tests.support.reports import NOW, report
 from tests.support.waiting import PATIENCE_SECONDS
 

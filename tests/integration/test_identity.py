@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 from service.app import Service, make_app
 from service.database.connections import Connection
 from service.http import access as api_keys
-from service.sender import Sender
+from service.ingest.webhook_auth import Sender
 from service.settings import Settings
 from tests.support.client import Client, serving_client
 from tests.support.waiting import until_async

@@ -9,10 +9,10 @@ import pytest
 
 from domain.statuses import SETTLED
 from projections import current_status, engine, timeline
-from service import quarantine
 from service.database.connections import HOT_SETTINGS, Connection, connect
 from service.event_log import feed as log_reader
 from service.event_log import store as event_store
+from service.ingest import quarantine
 from tests.support.databases import TestServer
 from tests.support.folders import ROOT
 

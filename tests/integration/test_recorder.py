@@ -19,7 +19,7 @@ from service.database.connections import Connection, HeldConnection, StorageUnav
 from service.database.schema import SERVICE_ROLE
 from service.event_log import store as event_store
 from service.event_log.store import EventStore
-from service.recorder import Receipt, Recorder, RefusedReportError
+from service.ingest.recorder import Receipt, Recorder, RefusedReportError
 from tests.support.databases import TestServer, wait_for_locked
 from tests.support.reports import NOW, report
 from tests.support.waiting import PATIENCE_SECONDS

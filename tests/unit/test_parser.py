@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from domain.order import Report
-from service import parser
-from service.parser import UnreadableError
+from service.ingest import parser
+from service.ingest.parser import UnreadableError
 from tests.support.examples import CNOTE, ORDER_NO, SENT, SENT_BODY
 from tests.support.properties import MANY
 

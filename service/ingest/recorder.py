@@ -11,7 +11,6 @@ from typing import Final, TypeAlias
 from domain.order import Order, Report, Standing, judge_report
 from domain.statuses import Status
 from domain.transitions import Verdict
-from service import idempotency, quarantine
 from service.batcher import Batcher, BatchFailedError, OverloadedError
 from service.database.connections import (
     RECONNECT_PAUSE_SECONDS,
@@ -21,6 +20,7 @@ from service.database.connections import (
 )
 from service.event_log import store as event_store
 from service.event_log.store import Claim, EventStore, VersionTakenError
+from service.ingest import idempotency, quarantine
 
 # A batch beyond this gains nothing and keeps the first of it waiting.
 BATCH_REPORTS_MAX: Final = 512

@@ -11,7 +11,7 @@ from domain.order import Order, Report
 from service.batcher import OverloadedError
 from service.database.connections import Connection, HeldConnection
 from service.event_log.store import Claim, Seen, decode_event
-from service.parser import parse
+from service.ingest.parser import parse
 
 QuarantineState: TypeAlias = Literal["open", "retried", "discarded"]
 

@@ -10,11 +10,11 @@ from aiohttp import web
 
 from service.http.problems import answer
 from service.http.server import read_body
-from service.idempotency import KEY_BYTES_MAX, KEY_HEADERS
-from service.parser import UnreadableError, parse
-from service.quarantine import Quarantine
-from service.recorder import Recorder, RefusedReportError
-from service.sender import Sender
+from service.ingest.idempotency import KEY_BYTES_MAX, KEY_HEADERS
+from service.ingest.parser import UnreadableError, parse
+from service.ingest.quarantine import Quarantine
+from service.ingest.recorder import Recorder, RefusedReportError
+from service.ingest.webhook_auth import Sender
 
 # The sender documents PUT in its samples and POST in its tips.
 METHODS: Final = ("POST", "PUT")
