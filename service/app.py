@@ -16,6 +16,12 @@ from aiohttp import web
 from domain.order import Order
 from projections.engine import OutdatedViewError, Projector, View, view_state
 from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
+from service.api.events import Streams
+from service.api.metrics import Metrics
+from service.api.openapi import OpenApi
+from service.api.operations import OperationsApi
+from service.api.orders import ReadApi
+from service.api.quarantine import QuarantineApi
 from service.database.connections import (
     HOT_SETTINGS,
     POOL_STATEMENT_TIMEOUT,
@@ -38,14 +44,8 @@ from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Recorder
 from service.ingest.webhook import Webhook
 from service.ingest.webhook_auth import Sender
-from service.metrics import Metrics
-from service.openapi import OpenApi
-from service.operations_api import OperationsApi
 from service.page.pages import Pages
-from service.quarantine_api import QuarantineApi
-from service.read_api import ReadApi
 from service.settings import Settings
-from service.streams import Streams
 
 # How long an unreachable database is waited for at start, such as one that starts at the same time.
 START_SECONDS_MAX: Final = 30.0

@@ -10,12 +10,12 @@ from projections.current_status import OrdersFilter, StuckOrder
 from projections.engine import Projector
 from projections.statistics import Statistics
 from projections.timeline import Contradiction
+from service.api.freshness import Lag, view_lag
 from service.database.connections import Connection
 from service.event_log import store as event_store
 from service.http.pagination import POSITION_MAX
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineEntry
-from service.views import Lag, view_lag
 
 # Without news for so long, an order that is not settled counts as stuck.
 STUCK_DAYS: Final = 3

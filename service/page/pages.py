@@ -14,6 +14,8 @@ from domain.transitions import Verdict
 from projections import current_status, timeline
 from projections.current_status import OrderRow, OrdersFilter
 from projections.engine import Projector
+from service.api.freshness import wait_for
+from service.api.quarantine import entry_of
 from service.database.connections import Connection, Pool, borrowed
 from service.event_log import store as event_store
 from service.http.access import Access
@@ -38,8 +40,6 @@ from service.page.rendering import (
 )
 from service.page.session import Sessions, key_form, own_path, see_other
 from service.page.words import IN_ALL, Language
-from service.quarantine_api import entry_of
-from service.views import wait_for
 
 ROWS_SHOWN_MAX: Final = 50
 # What somebody should look at.

@@ -328,7 +328,7 @@ async def test_a_position_that_does_not_come_is_waited_for_and_refused(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read waits for the position that it asks for, but not for ever: 503 with Retry-After."""
-    monkeypatch.setattr("service.views.AFTER_POSITION_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("service.api.freshness.AFTER_POSITION_SECONDS_MAX", 0.2)
     await client.webhook("KOM1")
     for path in ("/orders/KOM1", "/orders", "/orders/KOM1/timeline", "/audit/transitions"):
         problem, headers = await client.get_with_headers(f"{path}?after_position=99", 503)
@@ -479,7 +479,7 @@ async def test_a_request_may_take_longer_than_its_head(client: Client, monkeypat
     """Only what is still on its way is cut off: not a request that is handled, nor the one behind it."""
     monkeypatch.setattr("service.http.server.HEAD_SECONDS_MAX", 0.2)
     monkeypatch.setattr("service.http.server.SWEEP_SECONDS", 0.1)
-    monkeypatch.setattr("service.views.AFTER_POSITION_SECONDS_MAX", 1.5)
+    monkeypatch.setattr("service.api.freshness.AFTER_POSITION_SECONDS_MAX", 1.5)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(b"GET /orders?after_position=99 HTTP/1.1\r\nHost: localhost\r\n\r\n")
     # Longer than a head may take, while the first request waits for its position.

@@ -15,7 +15,7 @@ import orjson
 from domain.order import Order
 from projections import current_status
 from projections.current_status import order_row
-from service import representations
+from service.api import representations
 from service.event_log.store import decode_event
 from service.http.problems import OPTIONS
 from tests.support.connections import OK, UNAVAILABLE, Connections, get

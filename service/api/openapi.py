@@ -15,7 +15,8 @@ from pydantic import BaseModel, TypeAdapter
 from domain.order import UNHEARD, Report, judge_report
 from projections import current_status, statistics
 from projections.timeline import Entry, Transition
-from service import representations
+from service.api import representations
+from service.api.events import LAST_EVENT_ID
 from service.event_log.store import RecordedEvent, encode_event
 from service.http.endpoints import CSV, JSON, NDJSON, SSE, Endpoint, declared
 from service.http.parameters import Query
@@ -23,7 +24,6 @@ from service.http.problems import Kind, answer
 from service.ingest.idempotency import KEY_BYTES_MAX, KEY_HEADERS
 from service.ingest.quarantine import QuarantineEntry
 from service.ingest.recorder import Receipt
-from service.streams import LAST_EVENT_ID
 from service.version import VERSION
 
 REFERENCE: Final = "#/components/schemas/{model}"

@@ -6,13 +6,13 @@ from typing import Final
 from aiohttp import web
 
 from projections.engine import Projector
-from service import representations
+from service.api import representations
+from service.api.freshness import LOOK_AT_VIEW, view_lag
 from service.database.connections import Connection, HeldConnection, Pool, borrowed
 from service.event_log import store as event_store
 from service.http.endpoints import Endpoint
 from service.http.parameters import Query
 from service.http.problems import Kind, answer
-from service.views import LOOK_AT_VIEW, view_lag
 
 READY_SECONDS_MAX: Final = 1.0
 SET_ASIDE_SHOWN_MAX: Final = 100

@@ -14,13 +14,13 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from domain.order import Order
 from domain.transitions import VERDICTS
 from projections.engine import Projector
+from service.api.freshness import Lag, view_lag
 from service.database.connections import Pool, StorageUnavailableError, borrowed
 from service.http.endpoints import Endpoint
 from service.http.parameters import Query
 from service.http.request_ids import route_of
 from service.ingest import quarantine
 from service.ingest.quarantine import Quarantine
-from service.views import Lag, view_lag
 
 # A scrape never waits long for the database: without it, what it would have told is left out.
 SCRAPE_SECONDS_MAX: Final = 2.0

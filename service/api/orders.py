@@ -13,7 +13,8 @@ from aiohttp import web
 from projections import current_status, statistics, timeline
 from projections.current_status import OrderRow, OrdersFilter, Row, order_row
 from projections.engine import DecodedEvent, Projector
-from service import representations
+from service.api import representations
+from service.api.freshness import wait_for
 from service.batcher import Batcher
 from service.database.connections import HeldConnection, Pool, borrowed
 from service.event_log import store as event_store
@@ -33,7 +34,6 @@ from service.http.parameters import (
     path_of,
 )
 from service.http.problems import Kind, ProblemError, answer, set_aside, unavailable
-from service.views import wait_for
 
 # Reads that are gathered into one query, and how many may wait for theirs.
 READS_BATCH_MAX: Final = 256

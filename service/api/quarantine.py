@@ -8,7 +8,7 @@ from typing import Final
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service import representations
+from service.api import representations
 from service.database.connections import Pool, borrowed
 from service.http.endpoints import Endpoint
 from service.http.pagination import POSITION_MAX, cut, list_answer

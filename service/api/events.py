@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion11
 from aiohttp_sse import EventSourceResponse
 
-from service import representations
+from service.api import representations
 from service.database.connections import Pool, borrowed
 from service.event_log import store as event_store
 from service.event_log.store import RecordedEvent
