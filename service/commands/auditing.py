@@ -6,7 +6,6 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from service import audit as audits
 from service.commands.console import MISUSED, WRONG, connected, end, make_table, out, run_with_database
 from service.database.connections import (
     Connection,
@@ -14,6 +13,7 @@ from service.database.connections import (
     connect,
 )
 from service.event_log.feed import LogReader
+from service.maintenance import audit as audits
 from service.text import printable
 
 

@@ -10,8 +10,8 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from service import backup as backups
 from service.commands.console import MISUSED, connected, end, err, run_with_database
+from service.maintenance import backup as backups
 from service.settings import read_settings
 
 

@@ -1,8 +1,8 @@
 """``check`` and ``migrate``."""
 
-from service import check as checks
 from service.commands.console import WRONG, connected, out, run_with_database
 from service.database.schema import SCHEMA_VERSION, apply_schema
+from service.maintenance import check as checks
 from service.settings import read_settings
 
 

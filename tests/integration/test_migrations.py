@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from service.app import prepare_database, serving
-from service.check import check
 from service.database.catalog import read_catalog
 from service.database.connections import Connection, connect
 from service.database.schema import (
@@ -22,6 +21,7 @@ from service.database.schema import (
     check_version,
     service_dsn,
 )
+from service.maintenance.check import check
 from service.settings import Settings
 from tests.support import databases
 from tests.support.client import serving_client

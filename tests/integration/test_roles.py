@@ -10,7 +10,6 @@ import pytest
 
 from domain.order import Order
 from service.app import prepare_database, rebuild_views, serving
-from service.check import check
 from service.database.connections import Connection, HeldConnection, connect
 from service.database.schema import (
     OWNER_ROLE,
@@ -22,6 +21,7 @@ from service.database.schema import (
 from service.event_log import store as event_store
 from service.event_log.feed import LogReader
 from service.event_log.store import EventStore
+from service.maintenance.check import check
 from service.settings import Settings
 from tests.support.client import Client
 from tests.support.reports import NOW, report
