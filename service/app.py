@@ -44,7 +44,7 @@ from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Recorder
 from service.ingest.webhook import Webhook
 from service.ingest.webhook_auth import Sender
-from service.page.pages import Pages
+from service.pages.handlers import Pages
 from service.settings import Settings
 
 # How long an unreachable database is waited for at start, such as one that starts at the same time.

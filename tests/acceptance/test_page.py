@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import APIRequestContext, Browser, Page, Playwright, expect, sync_playwright
 
 from service.http.problems import Kind
-from service.page.rendering import ASSETS, SECURITY_POLICY
+from service.pages.render import ASSETS, SECURITY_POLICY
 from tests.support.commands import call_command
 from tests.support.folders import copied_folder
 from tests.support.processes import RunningService, measured_service

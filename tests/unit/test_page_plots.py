@@ -6,9 +6,10 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from domain.statuses import Status
-from service.page import documentation, plots
-from service.page.history import stages
-from service.page.plots import Bar, Column, Span, nice_maximum
+from service.pages import charts as plots
+from service.pages import documentation
+from service.pages.charts import Bar, Column, Span, nice_maximum
+from service.pages.order import stages
 
 NASTY = '<script>"&'
 NUMBER = {"type": "integer", "minimum": 1}

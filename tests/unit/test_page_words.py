@@ -9,9 +9,9 @@ import pytest
 
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
-from service.page import words
-from service.page.rendering import FOLDER, isolated, kind_of, track_path, written
-from service.page.words import IN_ALL, WORDS, Language, iso, preferred
+from service.pages import i18n as words
+from service.pages.i18n import IN_ALL, WORDS, Language, iso, preferred
+from service.pages.render import FOLDER, isolated, kind_of, track_path, written
 
 ID, EN = IN_ALL["id"], IN_ALL["en"]
 # Words that are looked up by a name made of two.

@@ -9,7 +9,7 @@ from aiohttp import hdrs, web
 from service.http.access import KEY_COOKIE, Access, refuse_other_sites
 from service.http.problems import Kind, ProblemError
 from service.http.server import read_body
-from service.page.rendering import page
+from service.pages.render import page
 
 # A key that is revoked is refused wherever it is kept.
 KEY_COOKIE_SECONDS: Final = 90 * 86_400

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from domain.statuses import SETTLED
 from domain.transitions import VERDICTS
 from service.http.access import KEY_COOKIE
-from service.page.words import IN_ALL, LANGUAGES, Language, Words, iso, preferred
+from service.pages.i18n import IN_ALL, LANGUAGES, Language, Words, iso, preferred
 
 FOLDER: Final = Path(__file__).resolve().parent
 LANGUAGE_COOKIE: Final = "order_tracking_language"

@@ -17,7 +17,9 @@ WIB: Final = timezone(timedelta(hours=7), "WIB")
 # The words by their names: Indonesian, English.
 WORDS: Final[dict[str, tuple[str, str]]] = {
     name: (words[0], words[1])
-    for name, words in tomllib.loads(Path(__file__).with_name("words.toml").read_text(encoding="utf-8")).items()
+    for name, words in tomllib.loads(
+        Path(__file__).with_name("messages.toml").read_text(encoding="utf-8")
+    ).items()
 }
 
 # By any text: one that this release does not know may stand in the log.

@@ -25,10 +25,11 @@ from service.http.problems import Handler, Kind, ProblemError, problem_of, set_a
 from service.http.request_ids import request_id_of
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
-from service.page import documentation, drawing
-from service.page.history import NotKnownThenError, history
-from service.page.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, overview
-from service.page.rendering import (
+from service.pages import documentation, drawing
+from service.pages.i18n import IN_ALL, Language
+from service.pages.order import NotKnownThenError, history
+from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, overview
+from service.pages.render import (
     asset_answer,
     hex_dump,
     language_of,
@@ -38,8 +39,7 @@ from service.page.rendering import (
     wants_html,
     written,
 )
-from service.page.session import Sessions, key_form, own_path, see_other
-from service.page.words import IN_ALL, Language
+from service.pages.session import Sessions, key_form, own_path, see_other
 
 ROWS_SHOWN_MAX: Final = 50
 # What somebody should look at.

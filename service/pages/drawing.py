@@ -6,11 +6,11 @@ from typing import Any, Final
 
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
-from service.page import plots
-from service.page.overview import DAYS_SHOWN, MOVES_SHOWN_MAX, Overview
-from service.page.plots import Bar, Column, Span
-from service.page.rendering import kind_of
-from service.page.words import Words
+from service.pages import charts as plots
+from service.pages.charts import Bar, Column, Span
+from service.pages.i18n import Words
+from service.pages.overview import DAYS_SHOWN, MOVES_SHOWN_MAX, Overview
+from service.pages.render import kind_of
 
 # A word beneath every so many columns.
 TICK_MINUTES: Final = 15
