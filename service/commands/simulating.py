@@ -17,12 +17,12 @@ from yarl import URL
 
 from service.commands.console import MISUSED, WRONG, end, err, out, plain_errors
 from service.commands.sending import webhook_url
-from service.registration import RegistrationError, UnusableUrlError, check_url, has_token
-from service.registration import register as register_webhook
 from service.settings import Settings, read_settings
-from service.simulation.account import ServiceLog, UnreadableAccountError, compare
-from service.simulation.lifecycles import METHODS, Plan, Troubles
-from service.simulation.simulator import Registration, Simulator
+from service.simulator.account import ServiceLog, UnreadableAccountError, compare
+from service.simulator.lifecycles import METHODS, Plan, Troubles
+from service.simulator.registration import RegistrationError, UnusableUrlError, check_url, has_token
+from service.simulator.registration import register as register_webhook
+from service.simulator.simulator import Registration, Simulator
 
 ORDERS_MAX: Final = 1_000_000
 TERMINAL_SECONDS: Final = 0.1

@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.simulation.simulator import GIVEN_UP_MAX
+from service.simulator.simulator import GIVEN_UP_MAX
 from tests.support.commands import Called, call_command
 from tests.support.processes import (
     COMMAND,

@@ -7,7 +7,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.simulation.account import Account, Recorded, Sent, ServiceLog, UnreadableAccountError, compare
+from service.simulator.account import Account, Recorded, Sent, ServiceLog, UnreadableAccountError, compare
 
 PREFIX = "KOM1-"
 

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from service.registration import (
+from service.simulator.registration import (
     KEY_HEADER,
     PATH,
     URL_MEMBER,
@@ -21,7 +21,7 @@ from service.registration import (
     has_token,
     register,
 )
-from service.simulation.simulator import GIVEN_UP_MAX, Registration
+from service.simulator.simulator import GIVEN_UP_MAX, Registration
 from tests.support.waiting import PATIENCE_SECONDS
 
 KEY = "a-key"

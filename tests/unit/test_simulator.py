@@ -12,8 +12,8 @@ import orjson
 import pytest
 from aiohttp import web
 
-from service.simulation.lifecycles import Journey, Plan, Push
-from service.simulation.simulator import IN_FLIGHT_MAX, Registration, Simulator
+from service.simulator.lifecycles import Journey, Plan, Push
+from service.simulator.simulator import IN_FLIGHT_MAX, Registration, Simulator
 from tests.support.waiting import PATIENCE_SECONDS
 
 STARTED = datetime(2026, 11, 24, 14, 2, 6, tzinfo=UTC)

@@ -20,9 +20,9 @@ import orjson
 from aiohttp import web
 
 from service.ingest.webhook_auth import signature_of
-from service.registration import KEY_HEADER, PATH, URL_MEMBER, UnusableUrlError, check_url
-from service.simulation.account import OK, Sent
-from service.simulation.lifecycles import Journey, Push
+from service.simulator.account import OK, Sent
+from service.simulator.lifecycles import Journey, Push
+from service.simulator.registration import KEY_HEADER, PATH, URL_MEMBER, UnusableUrlError, check_url
 
 # Orders that are pushed for at the same time; a copy that is sent at once comes on top.
 IN_FLIGHT_MAX: Final = 32
