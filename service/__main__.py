@@ -11,7 +11,7 @@ def main() -> None:
     if ends_by_ctrl_c:
         # While nothing has begun that would have to be ended in order: without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from service.commands.cli import cli  # noqa: PLC0415 - it takes half a second
+    from service.cli.main import cli  # noqa: PLC0415 - it takes half a second
 
     if ends_by_ctrl_c:
         signal.signal(signal.SIGINT, signal.default_int_handler)

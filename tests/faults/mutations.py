@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from domain.order import Order
-from service.commands.cli import cli
+from service.cli.main import cli
 from service.event_log import store as event_store
 from service.event_log.store import EventStore
 from tests.faults.faults import Fault, kill_service, stop_immediately

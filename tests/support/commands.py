@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from typer.testing import CliRunner
 
-from service.commands.cli import cli
+from service.cli.main import cli
 from tests.support.processes import environment
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from service.commands.sending import webhook_url
+from service.cli.send import webhook_url
 from service.settings import Settings, SettingsError, read_settings
 
 TOKEN = "a-token-of-16-characters"  # noqa: S105 - of no service

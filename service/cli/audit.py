@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from service.commands.console import MISUSED, WRONG, connected, end, make_table, out, run_with_database
+from service.cli.console import MISUSED, WRONG, connected, end, make_table, out, run_with_database
 from service.database.connections import (
     Connection,
     HeldConnection,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from service.commands.console import connected, end, err, make_table, out, run_with_database, time_text
+from service.cli.console import connected, end, err, make_table, out, run_with_database, time_text
 from service.http import access as api_keys
 from service.http.access import Scope
 from service.text import printable

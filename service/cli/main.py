@@ -22,20 +22,20 @@ class Command(NamedTuple):
 
 
 COMMANDS: Final = {
-    "serve": Command("serving", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),
-    "replay": Command("replaying", "Rebuild the views from the log beside the live ones, then swap them in."),
-    "audit": Command("auditing", "Print an order's transitions, or the verdicts that today's table changes."),
-    "send": Command("sending", "Send one webhook as Komerce would, and print the receipt."),
-    "token": Command("sending", "Generate a webhook token for ORDER_TRACKING_WEBHOOK_TOKENS."),
-    "simulate": Command("simulating", "Simulate Komerce, then compare the reports sent with those recorded."),
-    "register": Command("simulating", "Register a webhook URL with Komerce; it replaces the previous one."),
-    "check": Command("checking", "Check settings, database and schema."),
-    "migrate": Command("checking", "Update the database schema as its owner; 'serve' does this at start."),
-    "backup": Command("backing_up", "Dump the whole database while the service keeps running."),
-    "restore": Command("backing_up", "Restore a dump into an empty database."),
-    "erase": Command("erasing", "Erase an order's bodies and addresses permanently, and record who and why."),
+    "serve": Command("serve", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),
+    "replay": Command("replay", "Rebuild the views from the log beside the live ones, then swap them in."),
+    "audit": Command("audit", "Print an order's transitions, or the verdicts that today's table changes."),
+    "send": Command("send", "Send one webhook as Komerce would, and print the receipt."),
+    "token": Command("send", "Generate a webhook token for ORDER_TRACKING_WEBHOOK_TOKENS."),
+    "simulate": Command("simulate", "Simulate Komerce, then compare the reports sent with those recorded."),
+    "register": Command("simulate", "Register a webhook URL with Komerce; it replaces the previous one."),
+    "check": Command("check", "Check settings, database and schema."),
+    "migrate": Command("check", "Update the database schema as its owner; 'serve' does this at start."),
+    "backup": Command("backup", "Dump the whole database while the service keeps running."),
+    "restore": Command("backup", "Restore a dump into an empty database."),
+    "erase": Command("erase", "Erase an order's bodies and addresses permanently, and record who and why."),
     "keys": Command("keys", "Create, list and revoke API keys."),
-    "quarantine": Command("quarantining", "List, show, retry and discard unparseable bodies."),
+    "quarantine": Command("quarantine", "List, show, retry and discard unparseable bodies."),
 }
 
 

@@ -9,7 +9,7 @@ import orjson
 import typer
 from yarl import URL
 
-from service.commands.console import (
+from service.cli.console import (
     MISUSED,
     WRONG,
     end,

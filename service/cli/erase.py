@@ -2,7 +2,7 @@
 
 import asyncpg
 
-from service.commands.console import MISUSED, connected, end, out, run_with_database
+from service.cli.console import MISUSED, connected, end, out, run_with_database
 from service.database.schema import act_as_owner, check_version
 
 ERASE_ORDER = "CALL erase_order($1, $2)"

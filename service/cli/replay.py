@@ -13,7 +13,7 @@ from rich.progress import (
 )
 
 from service.app import calm_garbage_collector, rebuild_views
-from service.commands.console import MISUSED, WRONG, end, out, run_with_database
+from service.cli.console import MISUSED, WRONG, end, out, run_with_database
 from service.database.connections import (
     HeldConnection,
     connect,

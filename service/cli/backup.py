@@ -10,7 +10,7 @@ from typing import IO, Annotated, Any
 
 import typer
 
-from service.commands.console import MISUSED, connected, end, err, run_with_database
+from service.cli.console import MISUSED, connected, end, err, run_with_database
 from service.maintenance import backup as backups
 from service.settings import read_settings
 

@@ -15,8 +15,8 @@ import uvloop
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from yarl import URL
 
-from service.commands.console import MISUSED, WRONG, end, err, out, plain_errors
-from service.commands.sending import webhook_url
+from service.cli.console import MISUSED, WRONG, end, err, out, plain_errors
+from service.cli.send import webhook_url
 from service.settings import Settings, read_settings
 from service.simulator.account import ServiceLog, UnreadableAccountError, compare
 from service.simulator.lifecycles import METHODS, Plan, Troubles

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 import typer
 from rich.text import Text
 
-from service.commands.console import (
+from service.cli.console import (
     MISUSED,
     WRONG,
     connected,

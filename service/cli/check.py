@@ -1,6 +1,6 @@
 """``check`` and ``migrate``."""
 
-from service.commands.console import WRONG, connected, out, run_with_database
+from service.cli.console import WRONG, connected, out, run_with_database
 from service.database.schema import SCHEMA_VERSION, apply_schema
 from service.maintenance import check as checks
 from service.settings import read_settings

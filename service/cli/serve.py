@@ -10,7 +10,7 @@ import uvloop
 from aiohttp import http_parser
 
 from service.app import calm_garbage_collector, prepare_database, serving
-from service.commands.console import end, out, plain_errors
+from service.cli.console import end, out, plain_errors
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.http.request_ids import add_request_id
