@@ -1,43 +1,43 @@
--- The whole present schema, applied once, in one transaction, to a database that has no schema_version row.
--- Plain CREATEs: IF NOT EXISTS would hide a wrong shape. Every change here has a migration in service/database/migrations/.
+-- The whole present schema, applied once, in one transaction, to a database that has no table schema_version.
+-- Plain CREATEs: IF NOT EXISTS would hide a wrong shape. Every change of the log's part needs a migration in
+-- service/database/migrations/; a test requires that both ways give the same schema.
 
 ------------------------------------------------------------------------------------------------------------
--- Three roles, of the whole server: the owner of the log, who migrates it and erases from it; the service, which
--- can add to the log and never change it, and owns the views; and a reader, for people and reports. Where whoever
--- applies this may not make roles, it is the one role, owns everything, and "check" says what that leaves open.
+-- Two roles. The owner owns the log, migrates it and erases from it. The service can add to the log and never change
+-- it, and owns the views. If the applying role may not create roles, it owns everything, and 'check' reports what
+-- that leaves unprotected. Roles belong to the whole server: two databases on it share them.
 
 DO $$
 DECLARE
-    wanted text;
+    role_name text;
 BEGIN
     IF NOT (SELECT rolsuper OR rolcreaterole FROM pg_roles WHERE rolname = current_user) THEN
         RETURN;
     END IF;
-    FOREACH wanted IN ARRAY ARRAY['order_tracking_owner', 'order_tracking_service', 'order_tracking_reader'] LOOP
+    FOREACH role_name IN ARRAY ARRAY['order_tracking_owner', 'order_tracking_service'] LOOP
         BEGIN
-            -- Without a password: by one that is given to it later, or over a socket that trusts.
-            EXECUTE format('CREATE ROLE %I %s', wanted,
-                CASE wanted WHEN 'order_tracking_service' THEN 'LOGIN' ELSE 'NOLOGIN' END);
+            -- Without a password: the service logs in over a trusted socket, or with a password set later.
+            EXECUTE format('CREATE ROLE %I %s', role_name,
+                CASE role_name WHEN 'order_tracking_service' THEN 'LOGIN' ELSE 'NOLOGIN' END);
         EXCEPTION WHEN duplicate_object OR unique_violation THEN
-            NULL;  -- another database of this server has made it
+            NULL;  -- for another database of this server
         END;
-        -- A superuser may act as anybody; others must be members, and may be refused that for another's role.
+        -- A superuser may act as any role. Other roles must be members, which may be refused for a foreign role.
         BEGIN
             IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
-                EXECUTE format('GRANT %I TO CURRENT_USER', wanted);
+                EXECUTE format('GRANT %I TO CURRENT_USER', role_name);
             END IF;
         EXCEPTION WHEN insufficient_privilege THEN
             RETURN;
         END;
     END LOOP;
     GRANT USAGE, CREATE ON SCHEMA public TO order_tracking_owner;
-    GRANT USAGE ON SCHEMA public TO order_tracking_service, order_tracking_reader;
+    GRANT USAGE ON SCHEMA public TO order_tracking_service;
     REVOKE CREATE ON SCHEMA public FROM PUBLIC;
-    -- The owner makes the views' schemas for the service. The service itself makes none: a schema of the name of a
-    -- role comes first on that role's search path, and what is in it would be run by whoever acts as that role.
+    -- The owner creates the views' schemas for the service. The service itself may create none: a schema with the
+    -- name of a role comes first on that role's search path, and its functions would run with that role's rights.
     EXECUTE format('GRANT CREATE ON DATABASE %I TO order_tracking_owner', current_database());
     GRANT order_tracking_service TO order_tracking_owner;
-    ALTER DEFAULT PRIVILEGES FOR ROLE order_tracking_service GRANT SELECT ON TABLES TO order_tracking_reader;
     PERFORM set_config('role', 'order_tracking_owner', true);
 END $$;
 
@@ -48,27 +48,27 @@ CREATE TABLE schema_version (
 );
 
 ------------------------------------------------------------------------------------------------------------
--- The log. One row an event, one event a report. Laid out as eventsourcing's own PostgreSQL recorder lays out
--- the events of an application named "order" with text ids; recorded_at is ours.
--- No CHECK on version, topic or state: what may stand there is the library's business as much as ours.
+-- The log: one row for each event, one event for each report. The layout is that of eventsourcing's own PostgreSQL
+-- recorder for an application named "order" with text ids; recorded_at is an addition.
+-- No CHECK on version, topic or state, since the library may write them too.
 
 CREATE TABLE order_events (
     originator_id       text        NOT NULL COLLATE "C",       -- the order number, as the sender wrote it
     originator_version  bigint      NOT NULL,                   -- 1, 2, 3, ... for each order
     topic               text        NOT NULL,
     state               bytea       NOT NULL,
-    notification_id     bigint      GENERATED ALWAYS AS IDENTITY,  -- the position; gaps mean nothing
+    notification_id     bigint      GENERATED ALWAYS AS IDENTITY,  -- the position; gaps have no meaning
     recorded_at         timestamptz NOT NULL DEFAULT clock_timestamp(),
-    -- Two writers cannot both record an order's next version: whoever judged from a stale state is refused.
+    -- Two writers cannot both record an order's next version: the one with a stale state is refused.
     CONSTRAINT order_events_pkey PRIMARY KEY (originator_id, originator_version),
     CONSTRAINT order_events_notification_id_idx UNIQUE (notification_id)
 ) WITH (
-    -- Append-only: there is nothing to vacuum but what a refused batch left, and much to analyse.
+    -- Append-only: only refused batches leave rows to vacuum, but the statistics must keep up.
     autovacuum_vacuum_scale_factor = 0.5,
     autovacuum_analyze_scale_factor = 0.01
 );
 
--- An event is never changed and never removed, by nobody, not even during a restore (ENABLE ALWAYS).
+-- An event is never changed and never removed, not even during a restore (ENABLE ALWAYS).
 
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -76,8 +76,7 @@ BEGIN
         USING ERRCODE = 'integrity_constraint_violation';
 END $$;
 
--- The lock-first append takes the table's lock before anything else, as the library's own recorder does. A grant
--- on columns gives no right to LOCK TABLE, so this function lends it, and nothing more.
+-- Processes of the previous release take the table's lock through this function. A later release drops it.
 
 CREATE FUNCTION lock_order_events() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp AS $$
@@ -86,18 +85,22 @@ BEGIN
 END $$;
 REVOKE EXECUTE ON FUNCTION lock_order_events() FROM PUBLIC;
 
--- The schemas that a view and its rebuild may have, and no others.
+-- The views' names. The functions below create and rename the schemas of these views only.
+
+CREATE TABLE view_names (
+    view_name  text NOT NULL PRIMARY KEY
+);
+INSERT INTO view_names VALUES ('current_status'), ('timeline'), ('statistics');
 
 CREATE FUNCTION make_view_schema(name text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF name !~ '^(current_status|timeline|statistics)(_next)?$' THEN
-        RAISE EXCEPTION '% is no schema of a view', name USING ERRCODE = 'insufficient_privilege';
+    IF NOT EXISTS (SELECT FROM public.view_names WHERE name IN (view_name, view_name || '_next')) THEN
+        RAISE EXCEPTION '% is not the schema of a view', name USING ERRCODE = 'insufficient_privilege';
     END IF;
     EXECUTE format('CREATE SCHEMA %I', name);
     IF current_user = 'order_tracking_owner' THEN
         EXECUTE format('ALTER SCHEMA %I OWNER TO order_tracking_service', name);
-        EXECUTE format('GRANT USAGE ON SCHEMA %I TO order_tracking_reader', name);
     END IF;
 END $$;
 REVOKE EXECUTE ON FUNCTION make_view_schema(text) FROM PUBLIC;
@@ -105,8 +108,8 @@ REVOKE EXECUTE ON FUNCTION make_view_schema(text) FROM PUBLIC;
 CREATE FUNCTION swap_view_schemas(view text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp AS $$
 BEGIN
-    IF view !~ '^(current_status|timeline|statistics)$' THEN
-        RAISE EXCEPTION '% is no view', view USING ERRCODE = 'insufficient_privilege';
+    IF NOT EXISTS (SELECT FROM public.view_names WHERE view_name = view) THEN
+        RAISE EXCEPTION '% is not a view', view USING ERRCODE = 'insufficient_privilege';
     END IF;
     EXECUTE format('ALTER SCHEMA %I RENAME TO %I', view, view || '_old');
     EXECUTE format('ALTER SCHEMA %I RENAME TO %I', view || '_next', view);
@@ -121,48 +124,48 @@ ALTER TABLE order_events ENABLE ALWAYS TRIGGER order_events_immutable;
 ALTER TABLE order_events ENABLE ALWAYS TRIGGER order_events_kept;
 
 ------------------------------------------------------------------------------------------------------------
--- A sender's idempotency key, where it sends one: the same key for the same order gets the first receipt.
+-- A sender's idempotency keys. The same key for the same order gets the first receipt again.
 
 CREATE TABLE idempotency_keys (
     order_no     text   NOT NULL COLLATE "C",
     key          text   NOT NULL COLLATE "C",
-    version      bigint NOT NULL,               -- of the event that the key brought
-    body_sha256  bytea  NOT NULL,               -- the same key with another body is an ordinary report
+    version      bigint NOT NULL,               -- of the event that was recorded with the key
+    body_sha256  bytea  NOT NULL,               -- with another body, the report is an ordinary one
     PRIMARY KEY (order_no, key),
     FOREIGN KEY (order_no, version) REFERENCES order_events (originator_id, originator_version)
 );
 
 ------------------------------------------------------------------------------------------------------------
--- Bodies that could not be understood, byte for byte, until somebody deals with them. Equal bodies share an entry.
+-- Unparseable bodies, kept byte for byte until an operator handles them. Equal bodies share one row.
 
 CREATE TABLE quarantine (
     quarantine_id  bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    body           bytea,                               -- null once it is erased
+    body           bytea,                               -- null after an erasure
     body_sha256    bytea       GENERATED ALWAYS AS (sha256(body)) STORED UNIQUE,
-    reason         text        NOT NULL,                -- why it could not be understood
+    reason         text        NOT NULL,                -- why it was not understood
     remote         text,
     state          text        NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'retried', 'discarded')),
     received_at    timestamptz NOT NULL,
     times_seen     bigint      NOT NULL DEFAULT 1 CHECK (times_seen > 0),
     last_seen_at   timestamptz NOT NULL,
     resolved_at    timestamptz,
-    resolution     text,                                -- why it was discarded
-    order_no       text        COLLATE "C",             -- the event that a retry made
+    discard_reason text,
+    order_no       text        COLLATE "C",             -- of the event that a retry recorded
     version        bigint,
     CHECK (body IS NOT NULL OR state <> 'open'),
     CHECK ((state = 'open') = (resolved_at IS NULL)),
-    CHECK ((state = 'discarded') = (resolution IS NOT NULL)),
+    CHECK ((state = 'discarded') = (discard_reason IS NOT NULL)),
     CHECK ((state = 'retried') = (version IS NOT NULL)),
     FOREIGN KEY (order_no, version) REFERENCES order_events (originator_id, originator_version)
 );
--- How many were kept within the hour is counted before each that is new.
+-- Before a new body is kept, those of the last hour are counted.
 CREATE INDEX quarantine_received_at_idx ON quarantine (received_at);
 CREATE INDEX quarantine_order_idx ON quarantine (order_no, version);
--- What is open is looked at, and counted, among all that ever was.
+-- Open bodies are listed and counted among all that were ever kept.
 CREATE INDEX quarantine_state_idx ON quarantine (state, quarantine_id);
 
 ------------------------------------------------------------------------------------------------------------
--- Who may read and operate. Of a key's secret only the hash is kept.
+-- API keys. Only the hash of a key's secret is kept.
 
 CREATE TABLE api_keys (
     name           text        NOT NULL PRIMARY KEY,
@@ -175,22 +178,22 @@ CREATE TABLE api_keys (
 );
 
 ------------------------------------------------------------------------------------------------------------
--- Erasure. The one way in which an event's bytes change: the owner takes out what a sender wrote beyond the
--- members that are judged. What was judged, when and how stays, so every view and every audit stays the same.
+-- Erasure: the one way in which an event's bytes change. The owner removes the body and the address. The verdicts and
+-- times stay, so every view and every audit stays the same.
 
 CREATE TABLE erasures (
     erasure_id  bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     order_no    text        NOT NULL COLLATE "C",
     erased_at   timestamptz NOT NULL DEFAULT now(),
     erased_by   text        NOT NULL DEFAULT session_user,
-    why         text        NOT NULL CHECK (why <> ''),
-    events      bigint      NOT NULL,                   -- how many events and
-    entries     bigint      NOT NULL                    -- quarantine entries it emptied
+    reason      text        NOT NULL CHECK (reason <> ''),
+    events      bigint      NOT NULL,                   -- the number of emptied events
+    entries     bigint      NOT NULL                    -- the number of emptied quarantined bodies
 );
 
--- Runs as its caller, who must own the log: nobody else can switch the triggers. The lock that this takes lets
--- reads pass, and holds webhooks up for as long as one order's events take.
-CREATE PROCEDURE erase_order(erased_order_no text, why text) LANGUAGE plpgsql
+-- Runs with the rights of its caller, who must own the log to disable the trigger. Its lock lets reads pass and delays
+-- webhooks for as long as one order's events take.
+CREATE PROCEDURE erase_order(erased_order_no text, erasure_reason text) LANGUAGE plpgsql
     SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     events bigint;
@@ -210,50 +213,50 @@ BEGIN
     GET DIAGNOSTICS entries = ROW_COUNT;
     -- The hash of a body could still confirm a guess at it.
     UPDATE idempotency_keys SET body_sha256 = '' WHERE order_no = erased_order_no;
-    INSERT INTO erasures (order_no, why, events, entries) VALUES (erased_order_no, why, events, entries);
+    INSERT INTO erasures (order_no, reason, events, entries)
+    VALUES (erased_order_no, erasure_reason, events, entries);
 END $$;
 REVOKE EXECUTE ON PROCEDURE erase_order(text, text) FROM PUBLIC;
 
 ------------------------------------------------------------------------------------------------------------
--- What the service and the reader may do. Position and recorded_at are not the service's to give.
+-- The service's rights. It may choose neither an event's position nor recorded_at.
 
 DO $$
 BEGIN
     IF current_user <> 'order_tracking_owner' THEN
         RETURN;
     END IF;
-    GRANT SELECT ON schema_version, order_events, idempotency_keys, quarantine, api_keys, erasures
+    GRANT SELECT ON schema_version, view_names, order_events, idempotency_keys, quarantine, api_keys, erasures
         TO order_tracking_service;
     GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
     GRANT EXECUTE ON FUNCTION lock_order_events(), make_view_schema(text), swap_view_schemas(text)
         TO order_tracking_service;
     GRANT INSERT ON idempotency_keys TO order_tracking_service;
     GRANT INSERT (body, reason, remote, received_at, last_seen_at) ON quarantine TO order_tracking_service;
-    GRANT UPDATE (times_seen, last_seen_at, state, resolved_at, resolution, order_no, version) ON quarantine
+    GRANT UPDATE (times_seen, last_seen_at, state, resolved_at, discard_reason, order_no, version) ON quarantine
         TO order_tracking_service;
     GRANT INSERT, UPDATE (last_used_at, revoked_at) ON api_keys TO order_tracking_service;
-    -- To make a backup.
+    -- For a backup.
     GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO order_tracking_service;
-    GRANT SELECT ON order_events TO order_tracking_reader;
 END $$;
 
 ------------------------------------------------------------------------------------------------------------
--- The views. Each is a schema of its own, made from its section below, and from what is in every view, by names
--- that are not qualified, so that a rebuild can make it once more beside the live one. Nothing but its projection
--- writes it. It is never migrated: where its section or its fold has changed, it is rebuilt. What stands after the
--- line "-- keys" is made last by a rebuild, after the rows.
+-- The views. Each is a schema with the tables of its own section and of the section "in every view". Names are not
+-- qualified, so that a rebuild can create the tables a second time beside the live ones. Only the view's projection
+-- writes them. A view is never migrated: if its section or its fold changes, it is rebuilt at start. A rebuild runs the
+-- statements after the line "-- keys" last, when all rows are there.
 
 -- in every view
 
--- How far the view has read the log, and by which definition it was made.
+-- The position that the view has reached, and the hash of the definition that made it.
 CREATE TABLE projection (
     position    bigint NOT NULL,
     definition  text   NOT NULL,
     one_row     boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row)
 );
 
--- Orders with an event that the view could not handle: they wait, from that event on, for a rebuild.
-CREATE TABLE set_aside (
+-- Orders with an event that the view could not apply. From that event on they wait for a replay.
+CREATE TABLE parked_orders (
     order_no       text   NOT NULL COLLATE "C" PRIMARY KEY,
     since_version  bigint NOT NULL,
     position       bigint NOT NULL,
@@ -266,14 +269,14 @@ CREATE TABLE orders (
     order_no           text        NOT NULL COLLATE "C",
     version            bigint      NOT NULL,       -- of the last event
     position           bigint      NOT NULL,       -- of the last event
-    first_position     bigint      NOT NULL,       -- of the first event: lists are ordered by it
-    status             text,                       -- null until something advanced
-    reported_status    text,                       -- the string that gave the status
+    first_position     bigint      NOT NULL,       -- of the first event; lists are ordered by it
+    status             text,                       -- null until a report advanced
+    reported_status    text,                       -- the string that brought the status
     status_since       timestamptz,
     cnote              text,
     first_reported_at  timestamptz NOT NULL,
     last_reported_at   timestamptz NOT NULL,
-    advanced           bigint      NOT NULL,       -- how many reports had each verdict
+    advanced           bigint      NOT NULL,       -- the number of reports with each verdict
     repeated           bigint      NOT NULL,
     late               bigint      NOT NULL,
     refused            bigint      NOT NULL,
@@ -292,7 +295,7 @@ CREATE TABLE order_cnotes (
 -- keys
 ALTER TABLE orders ADD PRIMARY KEY (order_no);
 CREATE INDEX orders_first_position_idx ON orders (first_position);
--- One for each way in which orders are looked for; those of rare orders hold nothing of the others.
+-- One index for each filter. The indexes of rare verdicts hold only those orders.
 CREATE INDEX orders_status_idx ON orders (status, first_position);
 CREATE INDEX orders_repeated_idx ON orders (first_position) WHERE repeated > 0;
 CREATE INDEX orders_late_idx ON orders (first_position) WHERE late > 0;
@@ -305,14 +308,14 @@ ALTER TABLE order_cnotes ADD PRIMARY KEY (cnote, order_no);
 
 -- view timeline
 
--- One row an event: it serves the timeline and the audit alike.
+-- One row for each event, for the timeline and the audit.
 CREATE TABLE entries (
     order_no         text        NOT NULL COLLATE "C",
     version          bigint      NOT NULL,
     position         bigint      NOT NULL,
     verdict          text        NOT NULL,
     previous_status  text,
-    recognised       text,                         -- what the reported string meant; null outside the vocabulary
+    recognised       text,                         -- the reported status; null outside the vocabulary
     status           text,                         -- the order's, after the report
     reported_status  text        NOT NULL,
     reported_cnote   text,
@@ -320,28 +323,28 @@ CREATE TABLE entries (
     reason           text,
     received_at      timestamptz NOT NULL,
     occurred_at      timestamptz,
-    repeats          bigint                        -- the version whose entry this one folds into
+    repeats          bigint                        -- the version of the entry that this report repeats
 );
 
 -- keys
 ALTER TABLE entries ADD PRIMARY KEY (order_no, version);
 CREATE UNIQUE INDEX entries_position_idx ON entries (position);
--- A page of a timeline counts its repeats through this; most orders have none.
+-- A page of a timeline counts its repeats with this index. Most orders have none.
 CREATE INDEX entries_repeats_idx ON entries (order_no, repeats) WHERE repeats IS NOT NULL;
--- The audit by what is rare, and by time: received_at goes on with the position, so a summary of each block will do.
+-- The audit by rare verdicts, and by time: received_at increases with the position, so block ranges are enough.
 CREATE INDEX entries_verdict_idx ON entries (verdict, position) WHERE verdict <> 'advanced';
 CREATE INDEX entries_received_idx ON entries USING brin (received_at) WITH (pages_per_range = 32);
 
 -- view statistics
 
--- Orders by what their status is; '' where they have none yet.
+-- The number of orders with each status; '' stands for orders without one.
 CREATE TABLE statuses (
     status  text   NOT NULL,
     orders  bigint NOT NULL
 );
 
--- How often orders went from one status to another, by how long they had been in the first: buckets of time, each
--- a tenth wider than the one before it.
+-- How often orders moved from one status to another, by how long they had been in the first: each bucket of time is a
+-- tenth wider than the previous one.
 CREATE TABLE moves (
     previous_status  text    NOT NULL,
     status           text    NOT NULL,
@@ -349,14 +352,14 @@ CREATE TABLE moves (
     times            bigint  NOT NULL
 );
 
--- Reports by verdict and day, in UTC.
+-- The number of reports by day in UTC and by verdict.
 CREATE TABLE days (
     day      date   NOT NULL,
     verdict  text   NOT NULL,
     reports  bigint NOT NULL
 );
 
--- What the vocabulary does not have.
+-- Status strings outside the vocabulary.
 CREATE TABLE unrecognised (
     reported_status   text        NOT NULL COLLATE "C",
     reports           bigint      NOT NULL,

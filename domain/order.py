@@ -1,10 +1,15 @@
-"""The order: an aggregate whose every event is one report and the verdict on it."""
+"""The order: its state, the decision on each report, and the aggregate that is built from both.
+
+``decide`` and ``evolve`` are the decider pattern: the service runs them on an order's last event alone.
+``Order`` is the same order as an aggregate of the eventsourcing library, which folds all events. Tests hold
+both together.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 from eventsourcing.domain import BaseAggregate, CanMutateAggregate, MetaDomainEvent
 from eventsourcing.utils import register_topic
@@ -16,69 +21,92 @@ if TYPE_CHECKING:
     from domain.statuses import Status
     from domain.transitions import Leg, Verdict
 
-# Where an order stands, all that judging its next report needs:
-# version, received_at, status, leg, status_version, status_since, cnote. A plain tuple of plain values, since
-# hundreds of thousands of them are kept, and the garbage collector does not visit such tuples.
-Standing: TypeAlias = "tuple[int, datetime, Status | None, Leg | None, int | None, datetime | None, str | None]"
 
-UNHEARD: Final[Standing] = (0, datetime.min.replace(tzinfo=UTC), None, None, None, None, None)
-
-
-class Report(NamedTuple):
-    """What one webhook says of an order, before anything is made of it.
+class Arrival(NamedTuple):
+    """The arrival of one webhook.
 
     Attributes:
-        report_id: a UUID made on arrival.
-        order_no: the order's number, as the sender wrote it.
-        reported_status: the status string, as the sender wrote it.
-        reported_cnote: the airway bill, None where none came that can be one.
-        body: the whole text as received, after decoding.
-        occurred_at: the sender's own time, None where it told none that parses.
-        remote: the address that the report came from.
-        idempotency_key: the sender's key for this report, None where it sent none.
-        quarantine_id: the quarantine's entry that it was taken out of, None where it came by itself.
+        report_id: a new UUID; it names the report in its event, its receipt and the logs.
+        received_at: the time of arrival, in UTC.
+        remote: the sender's IP address, None if unknown.
     """
 
     report_id: str
+    received_at: datetime
+    remote: str | None = None
+
+
+class Report(NamedTuple):
+    """The content of one webhook, not judged yet.
+
+    Attributes:
+        arrival: when and from where it arrived.
+        order_no: the order number, as the sender wrote it.
+        reported_status: the status string, as the sender wrote it.
+        reported_cnote: the airway bill, None if absent or invalid.
+        body: the whole body as decoded text.
+        occurred_at: the sender's own time, None if absent or invalid.
+        quarantine_id: the quarantined body that this report was retried from, else None.
+    """
+
+    arrival: Arrival
     order_no: str
     reported_status: str
     reported_cnote: str | None
     body: str
     occurred_at: datetime | None = None
-    remote: str | None = None
-    idempotency_key: str | None = None
     quarantine_id: int | None = None
 
 
-class Order(BaseAggregate[str]):
-    """An order as its events tell it. Its id is the order number itself."""
+class OrderState(NamedTuple):
+    """An order's state after one of its events: all that the decision on its next report needs.
 
+    Attributes:
+        version: the number of events; 0 before the first.
+        received_at: when the last report was received.
+        status: the current status, None until a report advanced.
+        leg: the leg of the journey on which the order's problem arose, None unless its status is problem.
+        status_version: the version that brought the status.
+        status_since: when the order reached the status.
+        cnote: the current airway bill.
+    """
+
+    version: int
+    received_at: datetime
     status: Status | None
     leg: Leg | None
     status_version: int | None
     status_since: datetime | None
     cnote: str | None
 
+
+NEW_ORDER: Final = OrderState(0, datetime.min.replace(tzinfo=UTC), None, None, None, None, None)
+
+
+class Order(BaseAggregate[str]):
+    """An order as an aggregate of the eventsourcing library. Its id is the order number."""
+
+    state: OrderState
+
     @dataclass(frozen=True)
     class Event(CanMutateAggregate[str], metaclass=MetaDomainEvent):
-        """An event of an order; the first one finds no order yet and begins with one never heard of."""
+        """An event of an order. The first event is applied to a new order of version 0."""
 
         originator_id: str
         originator_version: int
         timestamp: datetime
 
         def mutate(self, aggregate: Any) -> Any:
-            return super().mutate(Order.unheard(self.originator_id) if aggregate is None else aggregate)
+            return super().mutate(Order.new(self.originator_id) if aggregate is None else aggregate)
 
     @dataclass(frozen=True)
     class StatusReported(Event):
-        """One report, and what was made of it: the immutable record.
+        """One report and its verdict: the immutable record.
 
-        ``timestamp`` is when the report was received. ``status``, ``leg``, ``status_version`` (the version that
-        brought that status) and ``cnote`` are the order's after this event, so that the next report can be
-        judged from its last event alone. ``recognised`` is what the vocabulary made of the string at that
-        time; ``previous_since`` is when the order came into ``previous_status``; ``repeats`` is the version
-        whose entry this report merely repeats.
+        ``timestamp`` is the time of arrival. ``status``, ``leg``, ``status_version`` and ``cnote`` are the
+        order's after this event. ``recognised`` is the status that the vocabulary gave for the reported string
+        at that time. ``previous_since`` is when the order reached ``previous_status``. ``repeats`` is the
+        version of the timeline entry that this report repeats.
         """
 
         TOPIC = "order.status_reported"
@@ -102,57 +130,32 @@ class Order(BaseAggregate[str]):
         repeats: int | None
         reason: str | None
 
+        @classmethod
+        def from_fields(cls, fields: dict[str, Any]) -> Self:
+            """Return an event with these fields, which must be all of them.
+
+            The library builds the events that it loads in the same way. A frozen dataclass's own ``__init__``
+            takes four times as long.
+            """
+            event = object.__new__(cls)
+            object.__setattr__(event, "__dict__", fields)
+            return event
+
         def apply(self, aggregate: Order) -> None:
-            """Assign; never judge: a rule here would run again on every replay."""
-            aggregate.status = self.status
-            aggregate.leg = self.leg
-            aggregate.status_version = self.status_version
-            aggregate.status_since = self.status_since
-            aggregate.cnote = self.cnote
-
-        @property
-        def status_since(self) -> datetime | None:
-            """When the order came into the status that it has after this event."""
-            return self.timestamp if self.verdict == "advanced" else self.previous_since
-
-        @property
-        def standing(self) -> Standing:
-            """Where the order stands after this event."""
-            return (
-                self.originator_version,
-                self.timestamp,
-                self.status,
-                self.leg,
-                self.status_version,
-                self.timestamp if self.verdict == "advanced" else self.previous_since,
-                self.cnote,
-            )
+            """Assign the new state. A rule here would run again on every replay."""
+            aggregate.state = evolve(aggregate.state, self)
 
     @classmethod
-    def unheard(cls, order_no: str) -> Self:
-        """Return an order that nothing was reported of: version 0."""
+    def new(cls, order_no: str) -> Self:
+        """Return an order without any report: version 0."""
         order = cls.__new__(cls)
-        version, received_at, *_ = UNHEARD
-        order.__base_init__(order_no, version, received_at)
-        order.status = order.leg = order.status_version = order.status_since = order.cnote = None
+        order.__base_init__(order_no, NEW_ORDER.version, NEW_ORDER.received_at)
+        order.state = NEW_ORDER
         return order
 
-    @property
-    def standing(self) -> Standing:
-        """Where the order stands now."""
-        return (
-            self.version,
-            self.modified_on,
-            self.status,
-            self.leg,
-            self.status_version,
-            self.status_since,
-            self.cnote,
-        )
-
-    def report(self, report: Report, received_at: datetime) -> Order.StatusReported:
-        """Judge a report and take it into this order's history; it waits in ``pending_events``."""
-        event = judge_report(self.standing, report, received_at)
+    def report(self, report: Report) -> Order.StatusReported:
+        """Decide on a report and apply the event, which then waits in ``pending_events``."""
+        event = decide(self.state, report)
         event.mutate(self)
         self.pending_events.append(event)
         return event
@@ -161,54 +164,63 @@ class Order(BaseAggregate[str]):
 register_topic(Order.StatusReported.TOPIC, Order.StatusReported)
 
 
-def judge_report(standing: Standing, report: Report, received_at: datetime) -> Order.StatusReported:
-    """Decide what one report means for an order that stands as given.
+def decide(state: OrderState, report: Report) -> Order.StatusReported:
+    """Judge one report by the transition table and return the event that records it.
 
     Args:
-        standing: where the order stands, from its last event; UNHEARD where it has none.
-        report: what the sender says.
-        received_at: when it arrived, in UTC; never recorded as earlier than the order's previous event.
+        state: the order's state after its last event; NEW_ORDER if it has none.
+        report: the report. An arrival before the order's last one is recorded with that one's time.
     """
-    previous_version, previous_received_at, previous_status, previous_leg, status_version, since, cnote = (
-        standing
-    )
-    version = previous_version + 1
     recognised = recognise(report.reported_status)
-    verdict, leg, skipped, reason = judge(previous_status, previous_leg, recognised)
-    status = previous_status
-    repeats = None
-    reported_cnote = report.reported_cnote
-    brings_cnote = reported_cnote is not None and reported_cnote != cnote
+    verdict, leg, skipped, reason = judge(state.status, state.leg, recognised)
+    version = state.version + 1
+    is_new_cnote = report.reported_cnote is not None and report.reported_cnote != state.cnote
+    status, status_version, repeats, cnote = state.status, state.status_version, None, state.cnote
     if verdict == "advanced":
         status, status_version = recognised, version
-    elif verdict == "repeated" and not brings_cnote:
-        repeats = status_version
-    if brings_cnote and (cnote is None or verdict in ("advanced", "repeated")):
-        cnote = reported_cnote
-    # As the library makes events that it loads; a frozen dataclass's own __init__ takes four times as long.
-    event = object.__new__(Order.StatusReported)
-    values = {
-        "originator_id": report.order_no,
-        "originator_version": version,
-        "timestamp": max(received_at, previous_received_at),
-        "report_id": report.report_id,
-        "body": report.body,
-        "reported_status": report.reported_status,
-        "reported_cnote": reported_cnote,
-        "occurred_at": report.occurred_at,
-        "remote": report.remote,
-        "quarantine_id": report.quarantine_id,
-        "verdict": verdict,
-        "recognised": recognised,
-        "previous_status": previous_status,
-        "previous_since": since,
-        "status": status,
-        "status_version": status_version,
-        "leg": leg,
-        "cnote": cnote,
-        "skipped": list(skipped),
-        "repeats": repeats,
-        "reason": reason,
-    }
-    object.__setattr__(event, "__dict__", values)
-    return event
+    elif verdict == "repeated" and not is_new_cnote:
+        repeats = state.status_version
+    if is_new_cnote and (state.cnote is None or verdict in ("advanced", "repeated")):
+        cnote = report.reported_cnote
+    return Order.StatusReported.from_fields(
+        {
+            "originator_id": report.order_no,
+            "originator_version": version,
+            "timestamp": max(report.arrival.received_at, state.received_at),
+            "report_id": report.arrival.report_id,
+            "body": report.body,
+            "reported_status": report.reported_status,
+            "reported_cnote": report.reported_cnote,
+            "occurred_at": report.occurred_at,
+            "remote": report.arrival.remote,
+            "quarantine_id": report.quarantine_id,
+            "verdict": verdict,
+            "recognised": recognised,
+            "previous_status": state.status,
+            "previous_since": state.status_since,
+            "status": status,
+            "status_version": status_version,
+            "leg": leg,
+            "cnote": cnote,
+            "skipped": list(skipped),
+            "repeats": repeats,
+            "reason": reason,
+        }
+    )
+
+
+def evolve(_state: OrderState, event: Order.StatusReported) -> OrderState:
+    """Return an order's state after an event.
+
+    The event alone determines it, whatever the state before: so an order is judged from its last event, and a
+    long history costs nothing.
+    """
+    return OrderState(
+        event.originator_version,
+        event.timestamp,
+        event.status,
+        event.leg,
+        event.status_version,
+        event.timestamp if event.verdict == "advanced" else event.previous_since,
+        event.cnote,
+    )

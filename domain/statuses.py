@@ -1,11 +1,16 @@
-"""The vocabulary: what the sender's many words for a status mean.
+"""The vocabulary: the statuses, their labels, and the sender's words for each.
 
-Source of every word: ``docs/statuses.md``, which a test holds against this module.
+Source of every word: ``docs/statuses.md``, with which a test compares this module.
 """
 
 import re
 from functools import lru_cache
-from typing import Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Final, Literal, cast, get_args
+
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Status = Literal[
     "submitted",
@@ -40,28 +45,38 @@ SETTLED: Final[frozenset[Status]] = frozenset(
 )
 
 
-class Label(NamedTuple):
-    """What a person reads, in Indonesian and in English."""
+class Label(TypedDict):
+    """A status as people read it, in Indonesian and in English."""
 
     id: str
     en: str
 
 
 LABELS: Final[dict[Status, Label]] = {
-    "submitted": Label("Diajukan", "Submitted"),
-    "packed": Label("Dipacking", "Packed"),
-    "picked_up": Label("Dijemput", "Picked up"),
-    "in_transit": Label("Dikirim", "In transit"),
-    "out_for_delivery": Label("Diantar", "Out for delivery"),
-    "problem": Label("Bermasalah", "Problem"),
-    "delivered": Label("Diterima", "Delivered"),
-    "completed": Label("Selesai", "Completed"),
-    "returning": Label("Retur", "Returning"),
-    "returned": Label("Retur diterima", "Returned"),
-    "cancelled": Label("Dibatalkan", "Cancelled"),
-    "lost": Label("Hilang", "Lost"),
-    "damaged": Label("Rusak", "Damaged"),
+    "submitted": {"id": "Diajukan", "en": "Submitted"},
+    "packed": {"id": "Dipacking", "en": "Packed"},
+    "picked_up": {"id": "Dijemput", "en": "Picked up"},
+    "in_transit": {"id": "Dikirim", "en": "In transit"},
+    "out_for_delivery": {"id": "Diantar", "en": "Out for delivery"},
+    "problem": {"id": "Bermasalah", "en": "Problem"},
+    "delivered": {"id": "Diterima", "en": "Delivered"},
+    "completed": {"id": "Selesai", "en": "Completed"},
+    "returning": {"id": "Retur", "en": "Returning"},
+    "returned": {"id": "Retur diterima", "en": "Returned"},
+    "cancelled": {"id": "Dibatalkan", "en": "Cancelled"},
+    "lost": {"id": "Hilang", "en": "Lost"},
+    "damaged": {"id": "Rusak", "en": "Damaged"},
 }
+
+
+# A log may hold a status that this release does not have.
+_LABELS: Final = cast("Mapping[str | None, Label]", LABELS)
+
+
+def status_label(status: str | None) -> Label | None:
+    """Return the label of a status, None if there is no status or this release does not have it."""
+    return _LABELS.get(status)
+
 
 ALIASES: Final[dict[Status, tuple[str, ...]]] = {
     "submitted": ("diajukan", "created", "submitted"),
@@ -72,7 +87,7 @@ ALIASES: Final[dict[Status, tuple[str, ...]]] = {
     "problem": ("problem", "kendala", "bermasalah"),
     "delivered": ("diterima", "received", "delivered", "terkirim"),
     "completed": ("selesai", "completed", "done"),
-    # A bare "Retur" is ambiguous; it is read as "on its way back".
+    # A bare "Retur" is ambiguous. It is taken to mean that the return has begun.
     "returning": ("retur", "return", "returning"),
     "returned": ("retur diterima", "return done", "returned"),
     "cancelled": ("dibatalkan", "batal", "canceled", "cancelled"),
@@ -85,14 +100,14 @@ _MEANINGS: Final[dict[str, Status]] = {
 }
 _SEPARATORS: Final = re.compile(r"[\s_-]+")
 
-# Spellings seen lately; the sender has a few dozen, so more would only serve an attacker.
+# The sender has a few dozen spellings; a larger cache would only serve an attacker.
 SPELLINGS_MAX: Final = 1_024
 
 
 @lru_cache(maxsize=SPELLINGS_MAX)
 def recognise(reported: str) -> Status | None:
-    """Return the status that a reported string means, or None outside the vocabulary.
+    """Return the status that a reported string means, None if the string is outside the vocabulary.
 
-    Case, surrounding space, and how words are separated (``_``, ``-``, any white space) do not count.
+    Case, surrounding space and the separator of words (``_``, ``-`` or any white space) make no difference.
     """
     return _MEANINGS.get(_SEPARATORS.sub(" ", reported.casefold()).strip())

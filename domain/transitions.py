@@ -1,6 +1,6 @@
 """The transition table, and the judgement of one report by it.
 
-Source of every rule: ``docs/statuses.md``, which a test holds against this module cell by cell.
+Source of every rule: ``docs/statuses.md``, with which a test compares this module cell by cell.
 """
 
 from typing import Final, Literal, NamedTuple, get_args
@@ -10,10 +10,10 @@ from domain.statuses import HAPPY_PATH, STATUSES, Status
 Verdict = Literal["advanced", "repeated", "late", "refused", "unrecognised"]
 VERDICTS: Final[tuple[Verdict, ...]] = get_args(Verdict)
 
-# A problem remembers on which leg of the journey it arose, since that decides what may follow.
+# A problem keeps the leg of the journey on which it arose: the leg decides which statuses may follow.
 Leg = Literal["before_transit", "on_the_way_out", "on_the_way_back"]
 
-# Where an order can stand: a status, a problem on one of its legs, or nowhere yet.
+# A row of the table: a status, a problem with its leg, or no status yet.
 Origin = tuple[Status | None, Leg | None]
 
 # Columns in the order of STATUSES. A advanced, S advanced with stages skipped, = repeated, L late, R refused.
@@ -47,14 +47,18 @@ _VERDICTS: Final[dict[str, Verdict]] = {
 
 _BEFORE_TRANSIT: Final = frozenset({None, "submitted", "packed", "picked_up"})
 
-# How far along the happy path an origin beside that path counts as being.
+# The rank of an origin beside the happy path.
 _RANK_OFF_PATH: Final = HAPPY_PATH.index("out_for_delivery")
 
 
 class Judgement(NamedTuple):
-    """What the table says of one report.
+    """The table's judgement of one report.
 
-    ``leg`` is the order's leg afterwards; ``skipped`` and ``reason`` are empty where there is nothing to say.
+    Attributes:
+        verdict: the verdict.
+        leg: the order's leg after the report.
+        skipped: stages of the happy path that were passed without a report.
+        reason: why the report changed nothing, None if it advanced or repeated.
     """
 
     verdict: Verdict
@@ -106,12 +110,12 @@ _UNRECOGNISED: Final = {
 
 
 def judge(status: Status | None, leg: Leg | None, reported: Status | None) -> Judgement:
-    """Judge a report against where its order stands.
+    """Judge a report by the order's status.
 
     Args:
-        status: the order's status, None where it has none yet.
-        leg: the leg of its problem, None where its status is another.
-        reported: the recognised status of the report, None outside the vocabulary.
+        status: the order's status, None before it has one.
+        leg: the leg of the order's problem, None unless its status is problem.
+        reported: the report's recognised status, None if the string is outside the vocabulary.
     """
     if reported is None:
         return _UNRECOGNISED[leg]

@@ -1,4 +1,4 @@
-"""Rebuild views from the log beside the live ones, and swap them in while everything goes on."""
+"""Rebuild views from the log beside the live ones, and swap them in while webhooks and reads go on."""
 
 import asyncio
 import contextlib
@@ -9,9 +9,9 @@ from typing import Final, NamedTuple, Protocol, cast
 import asyncpg
 import structlog
 
+from projections import parked
 from projections.engine import (
     TAKE_VIEW_LOCK,
-    Connection,
     DecodedEvent,
     LoggedEvent,
     OutdatedViewError,
@@ -19,31 +19,30 @@ from projections.engine import (
     Undecodable,
     View,
     advance,
-    apply_page,
-    is_of_content,
+    apply_batch,
     view_state,
 )
+from projections.parked import ParkedOrder
+from projections.postgres_errors import Connection, is_event_at_fault
 
-# Dropping what was swapped out waits for its last readers, a dump among them, but never makes others wait.
+# Dropping the old schema waits for its last readers, such as a dump, but must not make new readers wait.
 DROP_LOCK_TIMEOUT: Final = "SET lock_timeout = '200ms'"
 DROP_ATTEMPTS_MAX: Final = 50
 DROP_PAUSE_SECONDS: Final = 0.2
 
-# Pages decoded and waiting for each view: enough that nobody waits for nothing, and few for the memory.
-PAGES_AHEAD_MAX: Final = 2
-# How often what arrived meanwhile is applied before the swap: each round leaves less to the next.
+# Decoded batches that wait for each view: enough to keep every view busy, few for the memory.
+BATCHES_AHEAD_MAX: Final = 2
+# Rounds of applying new events before the swap. Each round leaves fewer events for the next.
 CATCH_UP_ROUNDS: Final = 3
 
 TRY_REBUILD_LOCK: Final = "SELECT pg_try_advisory_lock(hashtextextended('rebuild', 0))"
 HOLD_VIEW: Final = "SELECT pg_advisory_lock(hashtextextended('view ' || $1, 0))"
 IS_ALIVE: Final = "SELECT 1"
 BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES ($1, $2)"
-SET_ASIDE_ROWS: Final = ("order_no", "since_version", "position", "reason")
-COUNT_SET_ASIDE: Final = "SELECT count(*) FROM set_aside"
 
-# Names of schemas and tables cannot be parameters. They are the views' own constants, never a caller's.
+# Names of schemas and tables cannot be parameters. They are constants of the views, never a caller's text.
 DROP_SCHEMA: Final = "DROP SCHEMA IF EXISTS {schema} CASCADE"
-# Whoever rebuilds may make no schemas; the database lends these two ways of making those of views.
+# The service's role may not create schemas. These functions of the owner create and rename those of views.
 CREATE_SCHEMA: Final = "SELECT public.make_view_schema($1)"
 SWAP_SCHEMAS: Final = "SELECT public.swap_view_schemas($1)"
 COUNT_DIFFERENCES: Final = """
@@ -51,11 +50,11 @@ COUNT_DIFFERENCES: Final = """
          + (SELECT count(*) FROM (TABLE {view}_next.{table} EXCEPT ALL TABLE {view}.{table}) AS only_rebuilt)
 """
 
-log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
 class RebuildRunningError(Exception):
-    """Another rebuild is running already."""
+    """Another rebuild, or a backup, is running."""
 
 
 class Log(Protocol):
@@ -74,59 +73,73 @@ class Log(Protocol):
         ...
 
     def read_streams(self, head: int) -> AsyncGenerator[Sequence[LoggedEvent]]:
-        """Yield the events up to a position, ordered by order and version, in pages."""
+        """Yield batches of the events up to a position, ordered by order and version."""
         ...
 
 
-Connect = Callable[[str], Awaitable[Connection]]
+# Opens a connection with the given search path.
+ConnectTo = Callable[[str], Awaitable[Connection]]
+# Receives the number of events applied so far, and their total.
 Progress = Callable[[int, int], None]
 
 
 class RebuiltView(NamedTuple):
-    """What came of one view: what is set aside in it, and where a verification found it different."""
+    """The result for one view: its parked orders, and the rows that a verification found different."""
 
     name: str
-    set_aside: int
+    parked: int
     differences: int
 
 
 @dataclass
 class _Fill:
-    """One view being filled: its connection, what its copy carries, and the orders set aside so far."""
+    """One view that is being filled: its connection, its unfinished rows, and the orders parked so far."""
 
     view: View
     connection: Connection
-    carried: dict[str, object] = field(default_factory=dict)
-    aside: dict[str, tuple[int, Undecodable]] = field(default_factory=dict)
+    unfinished: dict[str, object] = field(default_factory=dict)
+    parked: dict[str, ParkedOrder] = field(default_factory=dict)
 
-    async def take(self, page: Sequence[LoggedEvent]) -> None:
-        if self.aside or any(type(event) is Undecodable for _, event in page):
-            page = [*self._not_aside(page)]
-        if page:
-            await self.view.copy(self.connection, cast("Sequence[DecodedEvent]", page), self.carried)
+    async def write(self, batch: Sequence[LoggedEvent]) -> None:
+        if self.parked or any(type(event) is Undecodable for _, event in batch):
+            batch = [*self._without_parked(batch)]
+        if batch:
+            await self.view.copy(self.connection, cast("Sequence[DecodedEvent]", batch), self.unfinished)
 
-    def _not_aside(self, page: Sequence[LoggedEvent]) -> Iterator[LoggedEvent]:
-        for position, event in page:
+    def _without_parked(self, batch: Sequence[LoggedEvent]) -> Iterator[LoggedEvent]:
+        for position, event in batch:
             if isinstance(event, Undecodable):
-                self.aside.setdefault(event.originator_id, (position, event))
-            elif event.originator_id not in self.aside:
+                self.parked.setdefault(event.originator_id, event.to_parked(position))
+            elif event.originator_id not in self.parked:
                 yield position, event
+
+    async def complete(self, head: int) -> None:
+        """Write the unfinished rows and the parked orders, then create the keys."""
+        await self.view.copy(self.connection, [], self.unfinished)
+        await parked.park(self.connection, self.parked.values())
+        await self.begin(head)
+
+    async def begin(self, head: int) -> None:
+        """Create the keys, and set the view's position."""
+        await self.connection.execute(self.view.keys_sql)
+        await self.connection.execute(BEGIN_PROJECTION, head, self.view.definition)
 
 
 async def rebuild(
-    views: Sequence[View], connect: Connect, log_reader: Log, progress: Progress, *, verify: bool = False
+    views: Sequence[View], connect: ConnectTo, log: Log, progress: Progress, *, verify: bool = False
 ) -> list[RebuiltView]:
-    """Rebuild views and swap them in, or compare them with the live ones and leave those alone.
+    """Rebuild views and swap them in, or compare them with the live views and leave those unchanged.
 
     Args:
-        views: the views; the log is read once for all of them.
+        views: the views. The log is read once for all of them.
         connect: opens a connection with the given search path.
-        log_reader: the log.
-        progress: told how many events are folded, and of how many.
+        log: the log.
+        progress: called as the work goes on.
         verify: compare instead of swapping.
 
     Raises:
-        RebuildRunningError: another rebuild is running, in this process or another.
+        RebuildRunningError: another rebuild or a backup is running, in this process or another.
+        OutdatedViewError: another definition made the live view that a verification would compare.
     """
     async with contextlib.AsyncExitStack() as stack:
 
@@ -142,27 +155,26 @@ async def rebuild(
         if not await guard.fetchval(TRY_REBUILD_LOCK):
             raise RebuildRunningError
         fills = await empty_fills()
-        head = await log_reader.head()
+        head = await log.head()
         try:
-            await _fill(fills, guard, log_reader, head, progress)
+            await _fill(fills, guard, log, head, progress)
         except Exception as error:
-            if any(fill.connection.is_closed() for fill in fills) or not is_of_content(error):
+            if any(fill.connection.is_closed() for fill in fills) or not is_event_at_fault(error):
                 raise
-            # Some event cannot be written: find which, the slow way, and set its order aside. A COPY that was
-            # cancelled half way may keep its connection, and with it the locks of its tables: both are left.
-            log.warning("the rebuild goes on event by event", error=repr(error))
+            # An event cannot be written. Find it the slow way, and park its order. A COPY that was cancelled
+            # may keep its connection and the locks of its tables, so the connections are abandoned.
+            logger.warning("the rebuild goes on event by event", error=repr(error))
             for fill in fills:
                 fill.connection.terminate()
             fills = await empty_fills()
-            await _fill_carefully(fills, guard, log_reader, head, progress)
-        read_log = log_reader.read_log
+            await _fill_event_by_event(fills, guard, log, head, progress)
         for fill in fills:
-            # Most of what arrived meanwhile is applied before the live projector is made to wait for the rest.
+            # Apply most of the new events now, so that the live projector waits only for the rest.
             for _ in range(CATCH_UP_ROUNDS):
-                await _catch_up(fill.connection, fill.view, read_log, await log_reader.head())
+                await _catch_up(fill.connection, fill.view, log.read_log, await log.head())
         if verify:
-            return [await _compare(fill, connect, guard, read_log) for fill in fills]
-        return [await _swap(fill, guard, log_reader) for fill in fills]
+            return [await _compare(fill, connect, guard, log.read_log) for fill in fills]
+        return [await _swap(fill, guard, log) for fill in fills]
 
 
 async def _prepare(fills: Sequence[_Fill], guard: Connection) -> None:
@@ -172,140 +184,124 @@ async def _prepare(fills: Sequence[_Fill], guard: Connection) -> None:
         await fill.connection.execute(fill.view.tables_sql)
 
 
-async def _fill(
-    fills: Sequence[_Fill], guard: Connection, log_reader: Log, head: int, progress: Progress
-) -> None:
-    """Copy the log up to ``head`` into new tables, order by order, then make their keys.
+async def _fill(fills: Sequence[_Fill], guard: Connection, log: Log, head: int, progress: Progress) -> None:
+    """Copy the log up to ``head`` into new tables, order by order, then create their keys.
 
-    The log is read once, and each view writes at its own pace: while the server takes one page, others are
+    The log is read once, and each view writes at its own pace: while the server takes one batch, others are
     decoded and folded.
     """
     await _prepare(fills, guard)
-    total = await log_reader.count(head)
-    queues: list[asyncio.Queue[Sequence[LoggedEvent]]] = [asyncio.Queue(PAGES_AHEAD_MAX) for _ in fills]
+    total = await log.count(head)
+    queues: list[asyncio.Queue[Sequence[LoggedEvent]]] = [asyncio.Queue(BATCHES_AHEAD_MAX) for _ in fills]
 
     async def read() -> None:
         done = 0
-        async with contextlib.aclosing(log_reader.read_streams(head)) as pages:
-            async for page in pages:
+        async with contextlib.aclosing(log.read_streams(head)) as batches:
+            async for batch in batches:
                 for queue in queues:
-                    await queue.put(page)
-                done += len(page)
+                    await queue.put(batch)
+                done += len(batch)
                 progress(done, max(total, done))
         for queue in queues:
             await queue.put(())
 
     async def write(fill: _Fill, queue: asyncio.Queue[Sequence[LoggedEvent]]) -> None:
-        while page := await queue.get():
-            await fill.take(page)
-        await _complete(fill, head)
+        while batch := await queue.get():
+            await fill.write(batch)
+        await fill.complete(head)
 
     try:
-        async with asyncio.TaskGroup() as together:
-            together.create_task(read())
+        async with asyncio.TaskGroup() as group:
+            group.create_task(read())
             for fill, queue in zip(fills, queues, strict=True):
-                together.create_task(write(fill, queue))
+                group.create_task(write(fill, queue))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
 
 
-async def _complete(fill: _Fill, head: int) -> None:
-    await fill.view.copy(fill.connection, [], fill.carried)
-    await fill.connection.copy_records_to_table(
-        "set_aside",
-        records=[
-            (order_no, failed.originator_version, position, failed.reason)
-            for order_no, (position, failed) in fill.aside.items()
-        ],
-        columns=SET_ASIDE_ROWS,
-    )
-    await fill.connection.execute(fill.view.keys_sql)
-    await fill.connection.execute(BEGIN_PROJECTION, head, fill.view.definition)
-
-
-async def _fill_carefully(
-    fills: Sequence[_Fill], guard: Connection, log_reader: Log, head: int, progress: Progress
+async def _fill_event_by_event(
+    fills: Sequence[_Fill], guard: Connection, log: Log, head: int, progress: Progress
 ) -> None:
-    """Fill the views through the function that the live projections use, which sets orders aside."""
+    """Fill the views through the function of the live projection, which parks orders."""
     await _prepare(fills, guard)
     for fill in fills:
-        await fill.connection.execute(fill.view.keys_sql)
-        await fill.connection.execute(BEGIN_PROJECTION, head, fill.view.definition)
-    total = await log_reader.count(head)
+        await fill.begin(head)
+    total = await log.count(head)
     done = 0
-    async with contextlib.aclosing(log_reader.read_streams(head)) as pages:
-        async for page in pages:
+    async with contextlib.aclosing(log.read_streams(head)) as batches:
+        async for batch in batches:
             for fill in fills:
                 async with fill.connection.transaction():
-                    await _apply(fill.connection, fill.view, page, sets_aside=True)
-            done += len(page)
+                    await _apply(fill.connection, fill.view, batch, has_parked=True)
+            done += len(batch)
             progress(done, max(total, done))
 
 
-async def _swap(fill: _Fill, guard: Connection, log_reader: Log) -> RebuiltView:
-    """Apply the rest and rename the schemas, in one transaction under the live projector's lock."""
+async def _swap(fill: _Fill, guard: Connection, log: Log) -> RebuiltView:
+    """Apply the remaining events and rename the schemas, in one transaction under the live projector's lock."""
     view, connection = fill.view, fill.connection
     await _drop(guard, f"{view.name}_old")
     async with connection.transaction():
         await connection.execute(TAKE_VIEW_LOCK, view.name)
         # The live view cannot be beyond this head: it does not move while its lock is held.
-        await _catch_up(connection, view, log_reader.read_log, await log_reader.head())
-        set_aside = await connection.fetchval(COUNT_SET_ASIDE)
-        # The rebuild's own lock is this connection's: were it gone, another could be at the same tables.
+        await _catch_up(connection, view, log.read_log, await log.head())
+        parked_orders = await parked.count_parked(connection)
+        # The guard's connection holds the rebuild lock. Without it, another rebuild could use the same tables.
         await guard.fetchval(IS_ALIVE)
         await connection.execute(SWAP_SCHEMAS, view.name)
     try:
         await _drop(guard, f"{view.name}_old")
     except asyncpg.LockNotAvailableError:
-        log.warning("the old tables are still being read; the next replay drops them", view=view.name)
-    return RebuiltView(view.name, set_aside, 0)
+        logger.warning("the old tables are still being read; the next replay drops them", view=view.name)
+    return RebuiltView(view.name, parked_orders, 0)
 
 
-async def _compare(fill: _Fill, connect: Connect, guard: Connection, read_log: ReadLog) -> RebuiltView:
-    """Bring the rebuilt and the live view to one position, take a snapshot of both there, and compare in it."""
+async def _compare(fill: _Fill, connect: ConnectTo, guard: Connection, read_log: ReadLog) -> RebuiltView:
+    """Bring the rebuilt and the live view to one position, and compare them in one snapshot."""
     view, rebuilt = fill.view, fill.connection
     live = await connect(view.name)
     try:
         await live.execute(HOLD_VIEW, view.name)
-        # First: what another definition made is not this code's to write.
+        # Before anything is written: this code must not write a view of another definition.
         if (await view_state(live)).definition != view.definition:
-            raise OutdatedViewError(f"the view {view.name} is outdated: it needs a replay")
+            raise OutdatedViewError(f"the view {view.name} is outdated: run 'replay' to rebuild it")
         await _catch_up(live, view, read_log, (await view_state(rebuilt)).position)
         await _catch_up(rebuilt, view, read_log, (await view_state(live)).position)
         await rebuilt.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
-        set_aside = await rebuilt.fetchval(COUNT_SET_ASIDE)
+        # The first query takes the snapshot.
+        parked_orders = await parked.count_parked(rebuilt)
     finally:
-        # The view's lock goes with it.
+        # This also releases the view's lock.
         await live.close()
     differences = 0
-    for table in (*view.tables, "set_aside"):
+    for table in (*view.tables, "parked_orders"):
         differences += await rebuilt.fetchval(COUNT_DIFFERENCES.format(view=view.name, table=table))
     await rebuilt.execute("ROLLBACK")
     await _drop(guard, f"{view.name}_next")
-    return RebuiltView(view.name, set_aside, differences)
+    return RebuiltView(view.name, parked_orders, differences)
 
 
 async def _catch_up(connection: Connection, view: View, read_log: ReadLog, head: int) -> None:
-    """Apply what lies between the view's position and a head in log order, as the live projection does."""
+    """Apply the events between the view's position and a head in log order, as the live projection does."""
     while True:
         async with connection.transaction():
             state = await view_state(connection)
-            page = await read_log(state.position, view.page_events_max)
-            page = [logged for logged in page if logged[0] <= head]
-            if not page:
+            batch = await read_log(state.position, view.batch_events_max)
+            batch = [logged for logged in batch if logged[0] <= head]
+            if not batch:
                 return
-            await _apply(connection, view, page, sets_aside=state.sets_aside)
-            await advance(connection, state.position, page[-1][0])
+            await _apply(connection, view, batch, has_parked=state.has_parked)
+            await advance(connection, state.position, batch[-1][0])
 
 
-async def _apply(connection: Connection, view: View, page: Sequence[LoggedEvent], *, sets_aside: bool) -> None:
+async def _apply(connection: Connection, view: View, batch: Sequence[LoggedEvent], *, has_parked: bool) -> None:
     try:
         async with connection.transaction():
-            await apply_page(connection, view, page, sets_aside=sets_aside)
+            await apply_batch(connection, view, batch, has_parked=has_parked)
     except Exception as error:
-        if connection.is_closed() or not is_of_content(error):
+        if connection.is_closed() or not is_event_at_fault(error):
             raise
-        await apply_page(connection, view, page, sets_aside=sets_aside, one_by_one=True)
+        await apply_batch(connection, view, batch, has_parked=has_parked, one_by_one=True)
 
 
 async def _drop(guard: Connection, schema: str) -> None:

@@ -5,28 +5,74 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from itertools import groupby
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, cast
 
-from projections.engine import Connection, DecodedEvent
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-NAME: Final = "statistics"
-FOLD_VERSION: Final = 1
-TABLES: Final = ("statuses", "moves", "days", "unrecognised")
-# Nobody waits for a counter: larger pages, and a rest between them that spares the webhooks.
-PAGE_EVENTS_MAX: Final = 2_000
-REST_SECONDS: Final = 0.1
+from domain.statuses import STATUSES, Label, Status, status_label
+from domain.transitions import VERDICTS
+from projections.current_status import Counts
+from projections.engine import DecodedEvent, View
+from projections.postgres_errors import Connection
 
-# Times are counted in buckets, each a tenth wider than the one before: a percentile is exact to 5 in 100.
+# Durations are counted in buckets, each a tenth wider than the previous one: percentiles are exact to 5 %.
 BUCKET_GROWTH: Final = 1.1
-PERCENTILES: Final = (0.5, 0.9, 0.99)
-UNRECOGNISED_SHOWN_MAX: Final = 100
-# Of an order that has no status yet; a key cannot be null.
+UNRECOGNISED_LISTED_MAX: Final = 100
+# Stands for an order without a status, since a key cannot be null.
 NO_STATUS: Final = ""
 
 
+class StatusCount(TypedDict):
+    """The number of orders with a status; null stands for orders without one."""
+
+    status: Status | None
+    status_label: Label | None
+    orders: int
+
+
+# "from" is a keyword of Python.
+Move = TypedDict(
+    "Move",
+    {
+        "from": Status,
+        "to": Status,
+        "times": int,
+        "seconds_p50": float,
+        "seconds_p90": float,
+        "seconds_p99": float,
+    },
+)
+Move.__doc__ = "How often orders moved from one status to another, and how long they had been in the first."
+
+
+class Day(TypedDict):
+    """The number of reports of a day in UTC, by verdict."""
+
+    day: date
+    reports: Counts
+
+
+class UnrecognisedString(TypedDict):
+    """A status string outside the vocabulary."""
+
+    reported_status: str
+    reports: int
+    last_received_at: datetime
+
+
+class Statistics(TypedDict):
+    """All counters as of one position of the log."""
+
+    position: int
+    statuses: list[StatusCount]
+    moves: list[Move]
+    days: list[Day]
+    unrecognised: list[UnrecognisedString]
+
+
 @dataclass
-class Counts:
-    """What some events add to the counters."""
+class Additions:
+    """The numbers that some events add to the counters."""
 
     statuses: dict[str, int] = field(default_factory=dict)
     moves: dict[tuple[str, str, int], int] = field(default_factory=dict)
@@ -34,20 +80,21 @@ class Counts:
     unrecognised: dict[str, tuple[int, datetime]] = field(default_factory=dict)
 
 
-def bucket_of(time: timedelta) -> int:
-    """Return the bucket of a time: 0 below a second, then 1, 2, 3, ..."""
-    seconds = time.total_seconds()
+def to_bucket(duration: timedelta) -> int:
+    """Return the bucket of a duration: 0 below a second, then 1, 2, 3 and so on."""
+    seconds = duration.total_seconds()
     return 0 if seconds < 1 else 1 + int(math.log(seconds, BUCKET_GROWTH))
 
 
-def seconds_of(bucket: int) -> float:
+def to_seconds(bucket: int) -> float:
     """Return the middle of a bucket, in seconds."""
     return 0.5 if bucket == 0 else BUCKET_GROWTH ** (bucket - 0.5)
 
 
-def fold(events: Iterable[DecodedEvent], counts: Counts) -> None:
-    """Count events; each tells by itself what it adds."""
-    statuses, moves, days, unrecognised = counts.statuses, counts.moves, counts.days, counts.unrecognised
+def fold(events: Iterable[DecodedEvent], additions: Additions) -> None:
+    """Count events. Each event alone determines what it adds."""
+    statuses, moves = additions.statuses, additions.moves
+    days, unrecognised = additions.days, additions.unrecognised
     for _, event in events:
         before, after = event.previous_status or NO_STATUS, event.status or NO_STATUS
         if event.originator_version == 1:
@@ -56,7 +103,7 @@ def fold(events: Iterable[DecodedEvent], counts: Counts) -> None:
             statuses[before] = statuses.get(before, 0) - 1
             statuses[after] = statuses.get(after, 0) + 1
         if event.verdict == "advanced" and event.previous_since is not None:
-            move = (before, after, bucket_of(event.timestamp - event.previous_since))
+            move = (before, after, to_bucket(event.timestamp - event.previous_since))
             moves[move] = moves.get(move, 0) + 1
         day = (event.timestamp.date(), event.verdict)
         days[day] = days.get(day, 0) + 1
@@ -66,88 +113,80 @@ def fold(events: Iterable[DecodedEvent], counts: Counts) -> None:
 
 
 ADD_TO_COUNTERS: Final = """
-    WITH given_statuses AS (
-        INSERT INTO statuses AS known (status, orders)
-        SELECT * FROM json_to_recordset($1) AS given (status text, orders bigint)
-        ON CONFLICT (status) DO UPDATE SET orders = known.orders + excluded.orders
-    ), given_moves AS (
-        INSERT INTO moves AS known (previous_status, status, bucket, times)
+    WITH added_statuses AS (
+        INSERT INTO statuses AS present (status, orders)
+        SELECT * FROM json_to_recordset($1) AS added (status text, orders bigint)
+        ON CONFLICT (status) DO UPDATE SET orders = present.orders + excluded.orders
+    ), added_moves AS (
+        INSERT INTO moves AS present (previous_status, status, bucket, times)
         SELECT * FROM json_to_recordset($2)
-            AS given (previous_status text, status text, bucket integer, times bigint)
-        ON CONFLICT (previous_status, status, bucket) DO UPDATE SET times = known.times + excluded.times
-    ), given_days AS (
-        INSERT INTO days AS known (day, verdict, reports)
-        SELECT * FROM json_to_recordset($3) AS given (day date, verdict text, reports bigint)
-        ON CONFLICT (day, verdict) DO UPDATE SET reports = known.reports + excluded.reports
+            AS added (previous_status text, status text, bucket integer, times bigint)
+        ON CONFLICT (previous_status, status, bucket) DO UPDATE SET times = present.times + excluded.times
+    ), added_days AS (
+        INSERT INTO days AS present (day, verdict, reports)
+        SELECT * FROM json_to_recordset($3) AS added (day date, verdict text, reports bigint)
+        ON CONFLICT (day, verdict) DO UPDATE SET reports = present.reports + excluded.reports
     )
-    INSERT INTO unrecognised AS known (reported_status, reports, last_received_at)
+    INSERT INTO unrecognised AS present (reported_status, reports, last_received_at)
     SELECT * FROM json_to_recordset($4)
-        AS given (reported_status text, reports bigint, last_received_at timestamptz)
+        AS added (reported_status text, reports bigint, last_received_at timestamptz)
     ON CONFLICT (reported_status) DO UPDATE SET
-        reports = known.reports + excluded.reports,
-        last_received_at = greatest(known.last_received_at, excluded.last_received_at)
+        reports = present.reports + excluded.reports,
+        last_received_at = greatest(present.last_received_at, excluded.last_received_at)
 """
 
 
 async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
-    """Add what these events count."""
-    counts = Counts()
-    fold(events, counts)
+    """Add the numbers of these events to the counters."""
+    additions = Additions()
+    fold(events, additions)
     await connection.execute(
         ADD_TO_COUNTERS,
-        [{"status": status, "orders": orders} for status, orders in counts.statuses.items()],
+        [{"status": status, "orders": orders} for status, orders in additions.statuses.items()],
         [
             {"previous_status": before, "status": after, "bucket": bucket, "times": times}
-            for (before, after, bucket), times in counts.moves.items()
+            for (before, after, bucket), times in additions.moves.items()
         ],
         [
             {"day": day, "verdict": verdict, "reports": reports}
-            for (day, verdict), reports in counts.days.items()
+            for (day, verdict), reports in additions.days.items()
         ],
         [
             {"reported_status": reported, "reports": reports, "last_received_at": last}
-            for reported, (reports, last) in counts.unrecognised.items()
+            for reported, (reports, last) in additions.unrecognised.items()
         ],
     )
 
 
-async def copy(connection: Connection, events: Sequence[DecodedEvent], carried: dict[str, Any]) -> None:
-    """Count events, and write the counters into the empty tables once there are no more."""
-    counts: Counts = carried.setdefault("counts", Counts())
+async def copy(connection: Connection, events: Sequence[DecodedEvent], unfinished: dict[str, Any]) -> None:
+    """Count events, and write the counters into the empty tables once no more events come."""
+    additions: Additions = unfinished.setdefault("additions", Additions())
     if events:
-        fold(events, counts)
+        fold(events, additions)
         return
     records: dict[str, list[tuple[Any, ...]]] = {
-        "statuses": [*counts.statuses.items()],
-        "moves": [(*move, times) for move, times in counts.moves.items()],
-        "days": [(*day, reports) for day, reports in counts.days.items()],
-        "unrecognised": [(reported, *told) for reported, told in counts.unrecognised.items()],
+        "statuses": [*additions.statuses.items()],
+        "moves": [(*move, times) for move, times in additions.moves.items()],
+        "days": [(*day, reports) for day, reports in additions.days.items()],
+        "unrecognised": [(reported, *counts) for reported, counts in additions.unrecognised.items()],
     }
     for table, rows in records.items():
         await connection.copy_records_to_table(table, records=rows)
 
 
-class Move(NamedTuple):
-    """How often orders went from one status to another, and how long they had been in the first, in seconds."""
-
-    previous_status: str
-    status: str
-    times: int
-    seconds: tuple[float, ...]  # by PERCENTILES
-
-
-class Statistics(NamedTuple):
-    """All counters, as of one position of the log."""
-
-    position: int
-    statuses: list[tuple[str | None, int]]
-    moves: list[Move]
-    days: list[tuple[date, dict[str, int]]]
-    unrecognised: list[tuple[str, int, datetime]]
-
+VIEW: Final = View(
+    name="statistics",
+    fold_version=1,
+    tables=("statuses", "moves", "days", "unrecognised"),
+    apply=apply,
+    copy=copy,
+    # No reader waits for a counter: large batches and a long pause spare the webhooks.
+    batch_events_max=2_000,
+    idle_seconds=0.1,
+)
 
 POSITION: Final = "SELECT position FROM statistics.projection"
-STATUSES: Final = "SELECT nullif(status, ''), orders FROM statistics.statuses WHERE orders > 0"
+STATUS_COUNTS: Final = "SELECT nullif(status, '') AS status, orders FROM statistics.statuses WHERE orders > 0"
 MOVES: Final = """
     SELECT previous_status, status, bucket, times FROM statistics.moves ORDER BY previous_status, status, bucket
 """
@@ -158,39 +197,54 @@ UNRECOGNISED: Final = """
 """
 
 
-async def read(connection: Connection, since: date) -> Statistics:
-    """Return every counter, and the days from one on, in a snapshot."""
+async def read_statistics(connection: Connection, since: date) -> Statistics:
+    """Return every counter in one snapshot; of the days, those from ``since`` on."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         position: int = await connection.fetchval(POSITION)
-        statuses = [tuple(row) for row in await connection.fetch(STATUSES)]
+        statuses = await connection.fetch(STATUS_COUNTS)
         moves = await connection.fetch(MOVES)
         days = await connection.fetch(DAYS, since)
-        unrecognised = [tuple(row) for row in await connection.fetch(UNRECOGNISED, UNRECOGNISED_SHOWN_MAX)]
-    return Statistics(
-        position,
-        statuses,
-        [
-            Move(before, after, sum(times for *_, times in rows), _percentiles([row[2:] for row in rows]))
-            for (before, after), group in groupby(moves, key=lambda row: (row[0], row[1]))
-            if (rows := [tuple(row) for row in group])
+        unrecognised = await connection.fetch(UNRECOGNISED, UNRECOGNISED_LISTED_MAX)
+    ranks: dict[str | None, int] = {None: -1, **{status: rank for rank, status in enumerate(STATUSES)}}
+    return {
+        "position": position,
+        # In the vocabulary's order; statuses that this release does not have come last.
+        "statuses": [
+            {"status": status, "status_label": status_label(status), "orders": orders}
+            for status, orders in sorted(statuses, key=lambda row: ranks.get(row["status"], len(ranks)))
         ],
-        [
-            (day, {verdict: reports for _, verdict, reports in rows})
-            for day, rows in groupby(days, key=lambda row: row[0])
+        "moves": [
+            _to_move(before, after, [(row["bucket"], row["times"]) for row in rows])
+            for (before, after), rows in groupby(moves, key=lambda row: (row["previous_status"], row["status"]))
         ],
-        unrecognised,
-    )
+        "days": [
+            {"day": day, "reports": _to_counts({row["verdict"]: row["reports"] for row in rows})}
+            for day, rows in groupby(days, key=lambda row: row["day"])
+        ],
+        "unrecognised": [cast("UnrecognisedString", dict(row)) for row in unrecognised],
+    }
 
 
-def _percentiles(buckets: Sequence[tuple[int, int]]) -> tuple[float, ...]:
-    """Return the time below which each of PERCENTILES of the times lies."""
-    total = sum(times for _, times in buckets)
-    found = []
-    for share in PERCENTILES:
-        rank, seen = math.ceil(share * total), 0
-        for bucket, times in buckets:
-            seen += times
-            if seen >= rank:
-                found.append(round(seconds_of(bucket), 1))
-                break
-    return tuple(found)
+def _to_counts(reports: dict[str, int]) -> Counts:
+    return cast("Counts", {verdict: reports.get(verdict, 0) for verdict in VERDICTS})
+
+
+def _to_move(before: Status, after: Status, buckets: Sequence[tuple[int, int]]) -> Move:
+    return {
+        "from": before,
+        "to": after,
+        "times": sum(times for _, times in buckets),
+        "seconds_p50": _percentile(buckets, 0.5),
+        "seconds_p90": _percentile(buckets, 0.9),
+        "seconds_p99": _percentile(buckets, 0.99),
+    }
+
+
+def _percentile(buckets: Sequence[tuple[int, int]], share: float) -> float:
+    """Return the time in seconds below which a share of the times lies; buckets are in ascending order."""
+    rank, seen = math.ceil(share * sum(times for _, times in buckets)), 0
+    for bucket, times in buckets:
+        seen += times
+        if seen >= rank:
+            return round(to_seconds(bucket), 1)
+    raise ValueError("no time was counted")

@@ -1,4 +1,4 @@
-"""Gather concurrent calls into batches: many callers, one piece of work."""
+"""The batcher: concurrent calls share one piece of work, and no call waits for others to arrive."""
 
 import asyncio
 from collections import deque
@@ -10,35 +10,36 @@ Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
 
 
-# Its item, its weight, when it is due by the loop's clock, and its caller. A plain tuple: one for each request.
+# An item, its weight, when it is due by the loop's clock, and its caller's future. A plain tuple: one a
+# request.
 _Call: TypeAlias = tuple[Item, int, float, asyncio.Future[Outcome]]
 
 
-# How much the time of one batch weighs in what is expected of the next ones.
+# The weight of the last batch's duration in the expected duration of the next ones.
 BATCH_SECONDS_WEIGHT: Final = 0.1
 
 
 class OverloadedError(Exception):
-    """More is waiting than may wait."""
+    """Too many items are waiting."""
 
 
 class BatchFailedError(Exception):
-    """The work that a call was part of failed; the cause says why."""
+    """The batch with this call failed; ``__cause__`` is its error."""
 
 
 class Batcher(Generic[Item, Outcome]):
-    """Callers wait together: whoever finds no leader starts one, which works batch after batch and ends.
+    """Gathers calls. The first call starts a leader task, which works on batch after batch until none waits.
 
     Args:
-        work: given the items of a batch and the loop time by which the first of them is due; returns an
+        work: receives the items of a batch and the loop time at which the first of them is due; returns an
             outcome for each, in their order. An outcome that is an exception is raised in its caller.
-        batch_items_max: items in one batch.
-        queue_items_max: items waiting; more are refused at once.
-        seconds_max: how long a call may take, waiting included.
-        wait_seconds_max: how long a call may be expected to wait for its batch, by the time that batches took
-            lately; what would wait longer is refused at once, while its caller can still do something else.
-        batch_weight_max: the weight of one batch, as ``submit`` was told it.
-        queue_weight_max: the weight of what waits.
+        batch_items_max: the most items in one batch.
+        queue_items_max: the most waiting items; further ones are refused at once.
+        seconds_max: the time for a call, waiting included.
+        wait_seconds_max: the longest expected wait, estimated from the last batches. A call that would wait
+            longer is refused at once, so that its caller can act.
+        batch_weight_max: the most weight in one batch, as given to ``submit``.
+        queue_weight_max: the most weight that may wait.
     """
 
     def __init__(  # noqa: PLR0913 - every limit is named by its caller
@@ -67,24 +68,24 @@ class Batcher(Generic[Item, Outcome]):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, item: Item, weight: int = 0) -> "asyncio.Future[Outcome]":
-        """Hand in an item; the future gets its outcome.
+        """Submit an item, and return the future of its outcome.
 
         Raises:
-            OverloadedError: too much is waiting already; nothing was done.
+            OverloadedError: too many items are waiting; this one was not accepted.
 
         The future may raise:
-            TimeoutError: its time was over before its batch began; nothing was done.
-            BatchFailedError: the work failed as a whole.
+            TimeoutError: the item's time was over before its batch began; nothing was done.
+            BatchFailedError: the whole batch failed.
         """
         if len(self._waiting) >= self._admitted or self._waiting_weight + weight > self._queue_weight_max:
             raise OverloadedError("too many requests are waiting")
-        # Asked for once: Python 3.11 takes as long for it as for all the rest here.
+        # Cached: on Python 3.11 this call takes as long as the rest of this method.
         loop = self._loop = self._loop or asyncio.get_running_loop()
         caller: asyncio.Future[Outcome] = loop.create_future()
         self._waiting.append((item, weight, loop.time() + self._seconds_max, caller))
         self._waiting_weight += weight
         if self._leader is None:
-            # The leader outlives the caller that started it: it inherits none of its context.
+            # The leader outlives the caller that started it, so it inherits no context.
             self._leader = loop.create_task(self._lead(), context=Context())
         return caller
 
@@ -93,8 +94,8 @@ class Batcher(Generic[Item, Outcome]):
         """How many items wait for their batch."""
         return len(self._waiting)
 
-    async def finish(self) -> None:
-        """Wait until nothing waits any more."""
+    async def drain(self) -> None:
+        """Wait until no item is waiting."""
         while self._leader is not None:
             await asyncio.wait([self._leader])
 
@@ -104,20 +105,20 @@ class Batcher(Generic[Item, Outcome]):
                 batch = self._take()
                 if batch:
                     began = asyncio.get_running_loop().time()
-                    # What was left waiting tells that this one is as large as they come.
+                    # If items are left waiting, this batch is as large as batches get.
                     items_max = len(batch) if self._waiting else self._batch_items_max
                     await self._work_on(batch)
                     self._expect(items_max, asyncio.get_running_loop().time() - began)
         finally:
             self._leader = None
-            # Reached with calls still waiting only when the loop itself is being torn down.
+            # Items still wait here only if the event loop is being closed.
             while self._waiting:
                 *_, caller = self._waiting.popleft()
                 caller.cancel()
             self._waiting_weight = 0
 
     def _expect(self, items_max: int, seconds: float) -> None:
-        """Admit as many as the next batches will take in time, if they take as long as the last ones did."""
+        """Update how many items may wait, from the expected duration of the next batches."""
         self._batch_seconds += BATCH_SECONDS_WEIGHT * (seconds - self._batch_seconds)
         batches = max(1.0, self._wait_seconds_max / max(self._batch_seconds, 1e-9))
         self._admitted = int(min(self._queue_items_max, batches * items_max))
@@ -136,7 +137,7 @@ class Batcher(Generic[Item, Outcome]):
             if caller.done():
                 continue
             if due <= now:
-                caller.set_exception(TimeoutError("the time was over before the work began"))
+                caller.set_exception(TimeoutError("the time was over before the batch began"))
                 continue
             batch.append(call)
             batch_weight += weight
@@ -150,7 +151,7 @@ class Batcher(Generic[Item, Outcome]):
         except BaseException as error:
             for *_, caller in batch:
                 if not caller.done():
-                    # One instance raised in many tasks would grow its traceback with each of them.
+                    # A shared exception would grow its traceback with every task that raises it.
                     failure = BatchFailedError(str(error))
                     failure.__cause__ = error
                     caller.set_exception(failure)

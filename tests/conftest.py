@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from service.app import prepare_database
-from service.database.connections import Connection, connect
+from projections.postgres_errors import Connection
+from service.database.connections import connect
 from service.database.embedded_postgres import EmbeddedPostgres
-from service.database.schema import SERVICE_ROLE, as_role
-from service.http.server import allow_open_files
+from service.database.schema import SERVICE_ROLE, as_role, prepare_database
+from service.http.server import raise_open_files_limit
 from tests.support import leftovers
 from tests.support.client import Client, serving_client
 from tests.support.databases import FAST_SETTINGS, TestServer
@@ -20,7 +20,7 @@ from tests.support.folders import copied_folder, temporary_folder
 from tests.support.processes import RunningService, measured_service, running_service
 
 # Some tests hold hundreds of connections, with both ends in one process.
-allow_open_files()
+raise_open_files_limit()
 
 
 def pytest_configure(config: pytest.Config) -> None:

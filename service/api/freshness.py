@@ -1,67 +1,99 @@
-"""The views, as who reads them finds them: waited for, and how far behind the log they are."""
+"""View freshness: waiting for a position, and the lag behind the log."""
 
 import asyncio
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Final, NamedTuple
+from typing import Final
 
-from projections.engine import Projector
-from service.database.connections import Connection
-from service.event_log import store as event_store
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
+
+from projections.engine import SELECT_VIEW, Projector
+from projections.parked import ParkedOrder, count_parked, list_parked
+from projections.postgres_errors import Connection
+from service.event_log import store
 from service.http.problems import unavailable
 
-# How long a read waits for a view to come to the position that it asks for.
+# How long a read waits until a view has reached the requested position.
 AFTER_POSITION_SECONDS_MAX: Final = 5.0
-# Counting the events behind the head stops here: beyond it the exact number tells nobody more.
+# Counting the events behind the head stops here: a larger number is no more useful.
 LAG_EVENTS_MAX: Final = 100_000
+PARKED_LISTED_MAX: Final = 100
 
-# Under the search path of a view: each has tables of these names.
-LOOK_AT_VIEW: Final = "SELECT set_config('search_path', $1, true)"
+# In the schema that the search path names.
 POSITION: Final = "SELECT position FROM projection"
-COUNT_SET_ASIDE: Final = "SELECT count(*) FROM set_aside"
+
+
+class Projection(TypedDict):
+    """The position of a view, its lag behind the log, and its parked orders."""
+
+    view: str
+    position: int
+    head: int
+    lag_events: int
+    lag_seconds: float
+    is_outdated: bool
+    parked: list[ParkedOrder]
+
+
+class Lag(TypedDict):
+    """A view's lag behind the log, and the number of its parked orders."""
+
+    view: str
+    position: int
+    events: int
+    seconds: float
+    parked: int
 
 
 async def wait_for(projectors: Mapping[str, Projector], position: int | None, *views: str) -> None:
-    """Wait until views have a position of the log.
+    """Wait until views have reached a position of the log.
 
     Args:
-        projectors: of the views, by name.
-        position: None where whatever they have will do.
-        views: their names.
+        projectors: the projectors by the names of their views.
+        position: the position, None to only refuse views that are being rebuilt.
+        views: the views' names.
 
     Raises:
-        ProblemError: 503, one is being rebuilt, or has not come to the position in time.
+        ProblemError: 503, a view is being rebuilt, or has not reached the position in time.
     """
     for view in views:
         if projectors[view].is_outdated:
             raise unavailable(f"the view {view} is being rebuilt", view=view)
     if position is None:
         return
-    reached = [projectors[view].reached(position, AFTER_POSITION_SECONDS_MAX) for view in views]
-    for view, is_there in zip(views, await asyncio.gather(*reached), strict=True):
-        if not is_there:
-            detail = f"the view {view} has not come to position {position} yet"
+    waits = [projectors[view].wait_for(position, AFTER_POSITION_SECONDS_MAX) for view in views]
+    for view, has_reached in zip(views, await asyncio.gather(*waits), strict=True):
+        if not has_reached:
+            detail = f"the view {view} has not reached position {position} yet"
             raise unavailable(detail, view=view, position=projectors[view].position)
 
 
-class Lag(NamedTuple):
-    """How far a view has come and is behind, and how many orders are set aside in it."""
-
-    view: str
-    position: int
-    events: int
-    seconds: float
-    set_aside: int
-
-
-async def view_lag(connection: Connection, view: str) -> Lag:
-    """Return how far a view is behind the log."""
+async def read_lag(connection: Connection, view: str) -> Lag:
+    """Return a view's lag behind the log."""
     async with connection.transaction(readonly=True):
-        await connection.execute(LOOK_AT_VIEW, view)
+        await connection.execute(SELECT_VIEW, view)
         position: int = await connection.fetchval(POSITION) or 0
-        set_aside: int = await connection.fetchval(COUNT_SET_ASIDE)
-    oldest = await event_store.oldest_after(connection, position)
-    if oldest is None:
-        return Lag(view, position, 0, 0.0, set_aside)
-    events = await event_store.count_after(connection, position, LAG_EVENTS_MAX)
-    return Lag(view, position, events, max(0.0, (datetime.now(UTC) - oldest).total_seconds()), set_aside)
+        parked = await count_parked(connection)
+    oldest = await store.oldest_after(connection, position)
+    lag: Lag = {"view": view, "position": position, "events": 0, "seconds": 0.0, "parked": parked}
+    if oldest is not None:
+        lag["events"] = await store.count_after(connection, position, LAG_EVENTS_MAX)
+        lag["seconds"] = max(0.0, (datetime.now(UTC) - oldest).total_seconds())
+    return lag
+
+
+async def read_projection(connection: Connection, projector: Projector, head: int) -> Projection:
+    """Return a view's position, lag and parked orders, the first PARKED_LISTED_MAX of them."""
+    lag = await read_lag(connection, projector.view.name)
+    async with connection.transaction(readonly=True):
+        await connection.execute(SELECT_VIEW, projector.view.name)
+        parked = await list_parked(connection, PARKED_LISTED_MAX)
+    return {
+        "view": lag["view"],
+        "position": lag["position"],
+        "head": max(head, lag["position"]),
+        "lag_events": lag["events"],
+        "lag_seconds": lag["seconds"],
+        "is_outdated": projector.is_outdated,
+        "parked": parked,
+    }

@@ -1,4 +1,4 @@
-"""What is measured, for Prometheus. No label ever holds an order number, a token or a path as it was sent."""
+"""Metrics for Prometheus. No label ever has an order number, a token or a path."""
 
 import asyncio
 import time
@@ -14,41 +14,45 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from domain.order import Order
 from domain.transitions import VERDICTS
 from projections.engine import Projector
-from service.api.freshness import Lag, view_lag
-from service.database.connections import Pool, StorageUnavailableError, borrowed
-from service.http.endpoints import Endpoint
+from service.api.freshness import Lag, read_lag
+from service.database.connections import ConnectionPool, StorageUnavailableError
+from service.http.endpoints import TEXT, Endpoint
 from service.http.parameters import Query
-from service.http.request_ids import route_of
-from service.ingest import quarantine
-from service.ingest.quarantine import Quarantine
+from service.http.request_ids import route_pattern
+from service.http.responses import response
+from service.ingest.quarantine import Quarantine, count_entries
 
-# A scrape never waits long for the database: without it, what it would have told is left out.
+# A scrape does not wait long for the database. Without it, the gauges that need it are missing.
 SCRAPE_SECONDS_MAX: Final = 2.0
 HTTP_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 COMMIT_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 BATCH_REPORTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 HTTP_LABELS: Final = ("http_request_method", "http_route", "http_response_status_code")
-# Methods that anybody may make up are one.
+# All other methods share one label, since a client may invent any number of them.
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
 
 class Metrics:
-    """Counts and measures; the hot path only adds to plain numbers.
+    """Counts and measures. The hot path only adds to plain numbers.
 
     Args:
-        pool: of the connections, which is measured as well.
-        projectors: of the views.
-        kept: the quarantine, which counts by itself.
-        waiting: tells how many reports wait for their commit.
+        pool: the connections to read gauges with; the pool itself is measured too.
+        projectors: the views' projectors.
+        quarantine: the quarantine, which counts its own bodies.
+        waiting: returns the number of reports that wait for their commit.
     """
 
     def __init__(
-        self, pool: Pool, projectors: Sequence[Projector], kept: Quarantine, waiting: Callable[[], int]
+        self,
+        pool: ConnectionPool,
+        projectors: Sequence[Projector],
+        quarantine: Quarantine,
+        waiting: Callable[[], int],
     ) -> None:
         self._pool = pool
         self._projectors = projectors
-        self._kept = kept
+        self._quarantine = quarantine
         self._waiting = waiting
         self._outcomes: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         self._last_received = 0.0
@@ -57,7 +61,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._http = Histogram(
             "http_server_request_duration_seconds",
-            "How long requests took, from their head to their answer.",
+            "Duration of requests, from their head to their response.",
             HTTP_LABELS,
             buckets=HTTP_SECONDS,
             registry=self._registry,
@@ -65,13 +69,13 @@ class Metrics:
         self._http_children: dict[tuple[str, str, int], Histogram] = {}
         self._commits = Histogram(
             "webhook_commit_seconds",
-            "How long a batch of reports took, from its beginning to its commit.",
+            "Duration of a batch of reports, from its beginning to its commit.",
             buckets=COMMIT_SECONDS,
             registry=self._registry,
         )
         self._batches = Histogram(
             "webhook_batch_reports",
-            "How many reports shared a commit.",
+            "Reports that shared a commit.",
             buckets=BATCH_REPORTS,
             registry=self._registry,
         )
@@ -90,9 +94,9 @@ class Metrics:
         self._commits.observe(seconds)
         self._batches.observe(reports)
 
-    def measure_answer(self, request: web.BaseRequest, status: int, seconds: float) -> None:
+    def measure_response(self, request: web.BaseRequest, status: int, seconds: float) -> None:
         """Measure a request by its route's pattern, never by its path."""
-        route = route_of(request)
+        route = route_pattern(request)
         method = request.method if request.method in METHODS else "_OTHER"
         key = (method, route, status)
         child = self._http_children.get(key)
@@ -100,55 +104,54 @@ class Metrics:
             child = self._http_children[key] = self._http.labels(method, route, str(status))
         child.observe(seconds)
 
-    @Endpoint("GET", "/metrics", str, media=("text/plain",))
+    @Endpoint("GET", "/metrics", str, media=(TEXT,))
     async def show_metrics(self, _request: web.Request, _query: Query) -> web.Response:
-        """What is measured of the service, for Prometheus."""
-        # Each by itself: the one that takes too long must not silence the other.
+        """The service's metrics, in the text format of Prometheus."""
         lags: list[Lag] = []
         entries: dict[str, int] = {}
+        # Two reads, so that a slow one does not hide the other's gauges.
         with suppress(StorageUnavailableError):
-            async with borrowed(self._pool, SCRAPE_SECONDS_MAX) as connection:
-                lags = [await view_lag(connection, projector.view.name) for projector in self._projectors]
+            async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
+                lags = [await read_lag(connection, projector.view.name) for projector in self._projectors]
         with suppress(StorageUnavailableError):
-            async with borrowed(self._pool, SCRAPE_SECONDS_MAX) as connection:
-                entries = await quarantine.count_entries(connection)
+            async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
+                entries = await count_entries(connection)
         self._lags, self._entries = lags, entries
-        headers = {"Content-Type": CONTENT_TYPE_LATEST, "Server": "order-tracking"}
-        return web.Response(body=generate_latest(self._registry), headers=headers)
+        return response(generate_latest(self._registry), CONTENT_TYPE_LATEST)
 
     def collect(self) -> Iterator[Metric]:
-        """What is not measured as it happens, but asked for when it is told."""
-        reports = CounterMetricFamily(
-            "webhook_reports", "Reports by what was made of them.", labels=["outcome"]
-        )
-        for outcome, count in (*self._outcomes.items(), ("quarantined", self._kept.kept)):
+        """Yield the counters and gauges that are read at scrape time."""
+        reports = CounterMetricFamily("webhook_reports", "Reports by outcome.", labels=["outcome"])
+        for outcome, count in (*self._outcomes.items(), ("quarantined", self._quarantine.kept)):
             reports.add_metric([outcome], count)
         yield reports
         yield CounterMetricFamily(
-            "quarantine_turned_away", "Bodies over the hourly cap, answered 503.", self._kept.turned_away
+            "quarantine_turned_away", "Bodies over the hourly cap, answered 503.", self._quarantine.refused
         )
         yield _gauge("webhook_queue_reports", "Reports that wait for their commit.", self._waiting())
-        last = max(self._last_received, self._kept.last_kept)
+        last = max(self._last_received, self._quarantine.last_kept)
         if last:
-            yield _gauge("webhook_last_received_timestamp_seconds", "When the last report came.", last)
-        pool = GaugeMetricFamily("db_client_connection_count", "Connections of the pool.", labels=["state"])
-        pool.add_metric(["idle"], self._pool.get_idle_size())
-        pool.add_metric(["used"], self._pool.get_size() - self._pool.get_idle_size())
+            yield _gauge("webhook_last_received_timestamp_seconds", "Arrival of the last report.", last)
+        pool = _gauge("db_client_connection_count", "Connections of the pool.", label="state")
+        pool.add_metric(["idle"], self._pool.idle)
+        pool.add_metric(["used"], self._pool.used)
         yield pool
         yield _gauge("asyncio_tasks", "Tasks of the event loop.", len(asyncio.all_tasks()))
-        entries = GaugeMetricFamily("quarantine_entries", "Entries of the quarantine.", labels=["state"])
+        entries = _gauge("quarantine_entries", "Quarantined bodies.", label="state")
         for state, count in self._entries.items():
             entries.add_metric([state], count)
         yield entries
-        events = GaugeMetricFamily("projection_lag_events", "Events that a view has not yet.", labels=["view"])
-        seconds = GaugeMetricFamily("projection_lag_seconds", "The age of the oldest of them.", labels=["view"])
-        aside = GaugeMetricFamily("projection_set_aside_orders", "Orders set aside.", labels=["view"])
+        events = _gauge("projection_lag_events", "Events that a view has not applied yet.", label="view")
+        seconds = _gauge("projection_lag_seconds", "Age of the oldest of these events.", label="view")
+        parked = _gauge("projection_parked_orders", "Parked orders.", label="view")
         for lag in self._lags:
-            events.add_metric([lag.view], lag.events)
-            seconds.add_metric([lag.view], lag.seconds)
-            aside.add_metric([lag.view], lag.set_aside)
-        yield from (events, seconds, aside)
+            events.add_metric([lag["view"]], lag["events"])
+            seconds.add_metric([lag["view"]], lag["seconds"])
+            parked.add_metric([lag["view"]], lag["parked"])
+        yield from (events, seconds, parked)
 
 
-def _gauge(name: str, documentation: str, value: float) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, documentation, value)
+def _gauge(
+    name: str, documentation: str, value: float | None = None, label: str | None = None
+) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, documentation, value, labels=[label] if label is not None else None)

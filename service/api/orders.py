@@ -1,81 +1,142 @@
-"""The read API: what is known of orders, how it came about, and by which rules."""
+"""Orders over HTTP: current status, state as of an earlier version or time, timeline, and recorded events."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from itertools import takewhile
-from operator import attrgetter
-from typing import Final
+from operator import itemgetter
+from typing import Annotated, Any, Final
 
 from aiohttp import web
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from domain.statuses import Status
+from domain.transitions import Verdict
 from projections import current_status, statistics, timeline
-from projections.current_status import OrderRow, OrdersFilter, Row, order_row
+from projections.current_status import FoundOrder, Order, OrdersFilter
 from projections.engine import DecodedEvent, Projector
-from service.api import representations
+from projections.parked import Parked
+from projections.statistics import Statistics
+from projections.timeline import TimelineEntry
 from service.api.freshness import wait_for
 from service.batcher import Batcher
-from service.database.connections import HeldConnection, Pool, borrowed
-from service.event_log import store as event_store
+from service.database.connections import ConnectionPool, DedicatedConnection
+from service.event_log import store
+from service.event_log.codec import UndecodableEventError, decode_event, read_fields
 from service.event_log.store import RecordedEvent
 from service.http.endpoints import CSV, JSON, Endpoint
-from service.http.pagination import POSITION_MAX, cut, list_answer, table_answer
+from service.http.pagination import POSITION_MAX, Page, cut_page, list_response, table_response
 from service.http.parameters import (
+    Duration,
     EventsQuery,
-    OrderQuery,
-    OrdersQuery,
-    Query,
-    StatisticsQuery,
     TableQuery,
-    TransitionsQuery,
+    Text,
+    Time,
+    Version,
     ViewQuery,
-    order_no_of,
-    path_of,
+    order_path,
+    parse_order_no,
 )
-from service.http.problems import Kind, ProblemError, answer, set_aside, unavailable
+from service.http.problems import ProblemError, ProblemType, order_parked, unavailable
+from service.http.responses import has_etag, json_response, response
 
-# Reads that are gathered into one query, and how many may wait for theirs.
+# Reads of single orders that share one query, and that may wait for theirs.
 READS_BATCH_MAX: Final = 256
 READS_QUEUE_MAX: Final = 16_384
-STREAM_PAGE_EVENTS: Final = 1_000
+# Events that are decoded at a time for an order's earlier state.
+HISTORY_EVENTS_MAX: Final = 1_000
 
 
-class ReadApi:
-    """Answers reads.
+class Orders(TypedDict):
+    """A page of orders."""
+
+    orders: list[Order]
+    next: str | None
+
+
+class Timeline(TypedDict):
+    """A page of an order's timeline."""
+
+    order_no: str
+    status: Status | None
+    parked: Parked | None
+    entries: list[TimelineEntry]
+    next: str | None
+
+
+class OrderEvent(TypedDict):
+    """One recorded event of an order."""
+
+    version: int
+    position: int
+    type: str
+    recorded_at: datetime
+    data: dict[str, Any] | None
+
+
+class OrderEvents(TypedDict):
+    """A page of an order's events."""
+
+    events: list[OrderEvent]
+    next: str | None
+
+
+class OrdersQuery(TableQuery):
+    """The filters of a list of orders."""
+
+    status: Status | None = None
+    cnote: Text | None = Field(default=None, description="an airway bill that was ever reported of the order")
+    verdict: Verdict | None = Field(default=None, description="orders with a report of this verdict")
+    updated_after: Time | None = Field(default=None, description="the last report was at or after this time")
+    updated_before: Time | None = Field(default=None, description="the last report was before this time")
+    unmoved_for: Duration | None = Field(
+        default=None, description="the order is not settled and has had no report for this long"
+    )
+
+
+class OrderQuery(ViewQuery):
+    """One order, now or as of an earlier version or time."""
+
+    version: Version | None = Field(default=None, description="the order as of this version")
+    as_of: Time | None = Field(default=None, description="the order as of this time")
+
+
+class StatisticsQuery(ViewQuery):
+    """The days to count reports for."""
+
+    days: Annotated[int, Field(ge=1, le=366)] = 30
+
+
+class OrdersApi:
+    """Serves orders.
 
     Args:
-        pool: for everything but the single order.
-        held: the connection on which reads of single orders are gathered.
-        projectors: of the views, by name.
-        seconds_max: how long a read may take, the wait for a position not included.
+        pool: for all reads but that of a single order.
+        dedicated: the connection for batched reads of single orders.
+        projectors: the projectors by the names of their views.
     """
 
     def __init__(
-        self,
-        pool: Pool,
-        held: HeldConnection,
-        projectors: dict[str, Projector],
-        seconds_max: float,
+        self, pool: ConnectionPool, dedicated: DedicatedConnection, projectors: Mapping[str, Projector]
     ) -> None:
         self._pool = pool
-        self._held = held
+        self._dedicated = dedicated
         self._projectors = projectors
-        self._seconds_max = seconds_max
-        self._orders: Batcher[str, OrderRow | None] = Batcher(
+        self._reads: Batcher[str, FoundOrder] = Batcher(
             self._find_orders,
             batch_items_max=READS_BATCH_MAX,
             queue_items_max=READS_QUEUE_MAX,
-            seconds_max=seconds_max,
+            seconds_max=pool.seconds_max,
         )
 
-    @Endpoint("GET", "/orders", representations.Orders, query=OrdersQuery, media=(JSON, CSV))
+    @Endpoint("GET", "/orders", Orders, query=OrdersQuery, media=(JSON, CSV))
     async def list_orders(self, request: web.Request, query: OrdersQuery) -> web.Response:
-        """A page of orders, the one first reported last first, so that no page shifts while it is read."""
-        await wait_for(self._projectors, query.after_position, current_status.NAME)
+        """A page of orders, newest first by their first report, so that pages never shift."""
+        await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
         before = POSITION_MAX if query.cursor is None else query.cursor
         unmoved_since = datetime.now(UTC) - query.unmoved_for if query.unmoved_for is not None else None
-        wanted = OrdersFilter(
+        orders_filter = OrdersFilter(
             query.status,
             query.cnote,
             query.verdict,
@@ -83,201 +144,163 @@ class ReadApi:
             query.updated_before,
             unmoved_since,
         )
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            rows = await current_status.orders_page(connection, before, wanted, query.limit + 1)
-        page, onward = cut(rows, query.limit, attrgetter("first_position"))
-        orders = [representations.order(row) for row in page]
-        return table_answer(request, query, representations.Order, "orders", orders, cursor=onward)
+        async with self._pool.connection() as connection:
+            rows = await current_status.orders_page(connection, before, orders_filter, query.limit + 1)
+        page = cut_page(rows, query.limit, itemgetter(0))
+        orders = Page([order for _, order in page.items], page.next_place)
+        return table_response(request, query, Order, "orders", orders, request.path)
 
     @Endpoint(
         "GET",
         "/orders/{order_no}",
-        representations.Order,
+        Order,
         query=OrderQuery,
-        problems=(Kind.UNKNOWN_ORDER, Kind.NOT_KNOWN_THEN, Kind.SET_ASIDE),
+        problems=(ProblemType.UNKNOWN_ORDER, ProblemType.NO_SUCH_VERSION, ProblemType.PARKED),
         has_etag=True,
     )
     async def show_order(self, request: web.Request, query: OrderQuery) -> web.Response:
-        """One order, as it is known now or as it was known at a version or a time."""
-        order_no = order_no_of(request)
+        """One order, now or as of an earlier version or time."""
+        order_no = parse_order_no(request)
         if query.version is not None or query.as_of is not None:
-            row = await self._order_as_of(order_no, query)
+            order = await self._order_as_of(order_no, query)
         else:
-            if query.after_position is not None:
-                await wait_for(self._projectors, query.after_position, current_status.NAME)
-            row = await self._current_order(order_no)
-            if row.aside_position is not None:
-                _refuse_beyond(query, row.aside_position)
-        etag = f'"{row.version}"'
-        if _has_tag(request.headers.get("If-None-Match", ""), etag):
-            return web.Response(status=304, headers={"ETag": etag, "Server": "order-tracking"})
-        return answer(representations.order(row), headers={"ETag": etag})
+            await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
+            found = await self._reads.submit(order_no)
+            if found.order is None:
+                raise _missing_order(order_no, found.parked_position)
+            _refuse_beyond(query, found.parked_position)
+            order = found.order
+        etag = f'"{order["version"]}"'
+        if has_etag(request, etag):
+            return response(status=304, headers={"ETag": etag})
+        return json_response(order, headers={"ETag": etag})
 
     @Endpoint(
         "GET",
         "/orders/{order_no}/timeline",
-        representations.Timeline,
+        Timeline,
         query=TableQuery,
-        problems=(Kind.UNKNOWN_ORDER, Kind.SET_ASIDE),
+        problems=(ProblemType.UNKNOWN_ORDER, ProblemType.PARKED),
         media=(JSON, CSV),
     )
     async def show_timeline(self, request: web.Request, query: TableQuery) -> web.Response:
-        """A page of what was reported of an order, oldest first, mere repeats folded in."""
-        order_no = order_no_of(request)
-        await wait_for(self._projectors, query.after_position, timeline.NAME)
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            aside = await timeline.set_aside(connection, order_no)
-            known, status = await timeline.status_of(connection, order_no)
+        """A page of an order's timeline, oldest first, without mere repeats."""
+        order_no = parse_order_no(request)
+        await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
+        async with self._pool.connection() as connection:
+            head = await timeline.read_head(connection, order_no)
             rows = await timeline.entries_page(connection, order_no, query.cursor or 0, query.limit + 1)
-        if aside is not None:
-            _refuse_beyond(query, aside.position)
-        if not known:
-            raise _unknown_order(order_no) if aside is None else _wholly_set_aside(order_no)
-        page, onward = cut(rows, query.limit, attrgetter("version"))
-        return table_answer(
+        _refuse_beyond(query, head.parked_position)
+        if not head.is_known:
+            raise _missing_order(order_no, head.parked_position)
+        page = cut_page(rows, query.limit, itemgetter("version"))
+        return table_response(
             request,
             query,
-            representations.Entry,
+            TimelineEntry,
             "entries",
-            [representations.entry(row) for row in page],
-            path=path_of(order_no, "timeline"),
-            cursor=onward,
+            page,
+            order_path(order_no, "timeline"),
             order_no=order_no,
-            status=status,
-            set_aside=aside and representations.set_aside(timeline.NAME, aside.since_version, aside.reason),
+            status=head.status,
+            parked=head.parked,
         )
 
     @Endpoint(
         "GET",
         "/orders/{order_no}/events",
-        representations.OrderEvents,
+        OrderEvents,
         query=EventsQuery,
-        problems=(Kind.UNKNOWN_ORDER,),
+        problems=(ProblemType.UNKNOWN_ORDER,),
     )
-    async def list_order_events(self, request: web.Request, query: EventsQuery) -> web.Response:
+    async def list_events(self, request: web.Request, query: EventsQuery) -> web.Response:
         """A page of an order's recorded events, by version."""
-        order_no = order_no_of(request)
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            page = await event_store.read_stream(connection, order_no, query.after, query.limit)
-            if not page and not await event_store.read_stream(connection, order_no, 0, 1):
-                raise _unknown_order(order_no)
-            more = page and await event_store.read_stream(connection, order_no, page[-1].version, 1)
-        return list_answer(
-            "events",
-            [representations.order_event(event) for event in page],
-            path_of(order_no, "events"),
-            query,
-            after=page[-1].version if more else None,
-        )
+        order_no = parse_order_no(request)
+        async with self._pool.connection() as connection:
+            rows = await store.read_stream(connection, order_no, query.after, query.limit)
+            if not rows and not await store.read_stream(connection, order_no, 0, 1):
+                raise _missing_order(order_no, None)
+            # A page may also end at its bytes.
+            has_more = rows and await store.read_stream(connection, order_no, rows[-1].version, 1)
+        events = [_to_order_event(event) for event in rows]
+        page = Page(events, {"after": rows[-1].version} if has_more else {})
+        return list_response("events", page, order_path(order_no, "events"), query)
 
-    @Endpoint(
-        "GET",
-        "/audit/transitions",
-        representations.Transitions,
-        query=TransitionsQuery,
-        media=(JSON, CSV),
-    )
-    async def list_transitions(self, request: web.Request, query: TransitionsQuery) -> web.Response:
-        """A page of every verdict on every report, in the order of the log."""
-        await wait_for(self._projectors, query.after_position, timeline.NAME)
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            rows = await timeline.transitions_page(
-                connection,
-                after=query.cursor or 0,
-                verdict=query.verdict,
-                order_no=query.order_no,
-                previous_status=query.from_,
-                recognised=query.to,
-                since=query.since,
-                until=query.until,
-                limit=query.limit + 1,
-            )
-        page, onward = cut(rows, query.limit, attrgetter("position"))
-        transitions = [representations.transition(row) for row in page]
-        return table_answer(
-            request, query, representations.Transition, "transitions", transitions, cursor=onward
-        )
-
-    @Endpoint("GET", "/transitions", representations.Rules)
-    async def show_rules(self, _request: web.Request, _query: Query) -> web.Response:
-        """The vocabulary and the transition table."""
-        return answer(representations.RULES)
-
-    @Endpoint("GET", "/statistics", representations.Statistics, query=StatisticsQuery)
+    @Endpoint("GET", "/statistics", Statistics, query=StatisticsQuery)
     async def show_statistics(self, _request: web.Request, query: StatisticsQuery) -> web.Response:
-        """How orders move in general: by status, by transition with the time it took, by day, by odd string."""
-        await wait_for(self._projectors, query.after_position, statistics.NAME)
+        """How orders move in general: orders by status, moves with their durations, reports by day."""
+        await wait_for(self._projectors, query.after_position, statistics.VIEW.name)
         since = datetime.now(UTC).date() - timedelta(days=query.days - 1)
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            counted = await statistics.read(connection, since)
-        return answer(representations.statistics(counted))
+        async with self._pool.connection() as connection:
+            return json_response(await statistics.read_statistics(connection, since))
 
-    async def _current_order(self, order_no: str) -> OrderRow:
-        await wait_for(self._projectors, None, current_status.NAME)
-        row = await self._orders.submit(order_no)
-        if row is not None:
-            return row
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            if await current_status.is_set_aside(connection, order_no):
-                raise _wholly_set_aside(order_no)
-        raise _unknown_order(order_no)
+    async def _find_orders(self, order_nos: list[str], due: float) -> Sequence[FoundOrder]:
+        async with asyncio.timeout_at(due), self._dedicated.connection() as connection:
+            return await current_status.find_orders(connection, order_nos)
 
-    async def _find_orders(self, order_nos: list[str], due: float) -> Sequence[OrderRow | None]:
-        async with asyncio.timeout_at(due), self._held.use() as connection:
-            found = await current_status.orders_by_number(connection, order_nos)
-        return [found.get(order_no) for order_no in order_nos]
-
-    async def _order_as_of(self, order_no: str, query: OrderQuery) -> OrderRow:
+    async def _order_as_of(self, order_no: str, query: OrderQuery) -> Order:
         """Fold an order's events up to a version or a time."""
         if query.version is not None and query.as_of is not None:
-            raise ProblemError(Kind.BAD_PARAMETER, "version and as_of exclude each other", parameter="as_of")
-        rows: dict[str, Row] = {}
+            raise ProblemError(
+                ProblemType.BAD_PARAMETER, "give either version or as_of, not both", parameter="as_of"
+            )
+        rows: dict[str, current_status.Row] = {}
         version = 0
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            while page := await event_store.read_stream(connection, order_no, version, STREAM_PAGE_EVENTS):
-                known = list(takewhile(partial(_is_known, query), map(_decoded, page)))
-                current_status.fold(known, rows)
-                version += len(known)
-                if len(known) < len(page):
+        async with self._pool.connection() as connection:
+            while events := await store.read_stream(connection, order_no, version, HISTORY_EVENTS_MAX):
+                earlier = [*takewhile(lambda item: _is_within(query, item), map(_decode, events))]
+                current_status.fold(earlier, rows)
+                version += len(earlier)
+                if len(earlier) < len(events):
                     break
             else:
                 if version == 0:
-                    raise _unknown_order(order_no)
+                    raise _missing_order(order_no, None)
         if order_no not in rows or (query.version is not None and query.version != version):
-            raise ProblemError(Kind.NOT_KNOWN_THEN, f"{order_no} was not known then", order_no=order_no)
-        return order_row(rows[order_no])
+            detail = f"{order_no} had no report at that version or time"
+            raise ProblemError(ProblemType.NO_SUCH_VERSION, detail, order_no=order_no)
+        return current_status.to_order(rows[order_no])
 
 
-def _decoded(recorded: RecordedEvent) -> DecodedEvent:
-    position, order_no, version, topic, state, _ = recorded
+def _decode(event: RecordedEvent) -> DecodedEvent:
     try:
-        return position, event_store.decode_event(order_no, version, topic, state)
-    except event_store.UndecodableEventError as error:
-        raise unavailable(f"version {version} of {order_no} cannot be decoded: {error}") from None
+        return event.position, decode_event(event.order_no, event.version, event.topic, event.state)
+    except UndecodableEventError as error:
+        detail = f"version {event.version} of {event.order_no} cannot be decoded: {error}"
+        raise unavailable(detail) from None
 
 
-def _is_known(query: OrderQuery, item: DecodedEvent) -> bool:
+def _is_within(query: OrderQuery, item: DecodedEvent) -> bool:
     _, event = item
     if query.version is not None:
         return event.originator_version <= query.version
     return query.as_of is not None and event.timestamp <= query.as_of
 
 
-def _has_tag(if_none_match: str, etag: str) -> bool:
-    """Tell whether a list of entity tags has this one; weak ones count as well (RFC 9110, 13.1.2)."""
-    tags = {tag.strip().removeprefix("W/") for tag in if_none_match.split(",")}
-    return etag in tags or "*" in tags
+def _to_order_event(event: RecordedEvent) -> OrderEvent:
+    return {
+        "version": event.version,
+        "position": event.position,
+        "type": event.topic,
+        "recorded_at": event.recorded_at,
+        "data": read_fields(event.state),
+    }
 
 
-def _unknown_order(order_no: str) -> ProblemError:
-    return ProblemError(Kind.UNKNOWN_ORDER, f"nothing was reported of {order_no}", order_no=order_no)
+def _missing_order(order_no: str, parked_position: int | None) -> ProblemError:
+    """Return the problem of an order without a row: it has no report, or was parked at its first event."""
+    if parked_position is not None:
+        detail = f"{order_no} is parked from its first event on; see GET /projections"
+        return order_parked(detail, order_no=order_no)
+    return ProblemError(ProblemType.UNKNOWN_ORDER, f"{order_no} has no report", order_no=order_no)
 
 
-def _wholly_set_aside(order_no: str) -> ProblemError:
-    return set_aside(f"{order_no} is set aside from its first event on; see /projections", order_no=order_no)
+def _refuse_beyond(query: ViewQuery, parked_position: int | None) -> None:
+    """Refuse a read after a position that the parked order has not reached in the view.
 
-
-def _refuse_beyond(query: ViewQuery, aside_position: int) -> None:
-    if query.after_position is not None and query.after_position >= aside_position:
-        detail = f"the order is set aside from position {aside_position} on: a replay heals it"
-        raise set_aside(detail, position=aside_position)
+    Raises:
+        ProblemError: 503.
+    """
+    if parked_position is not None and (query.after_position or 0) >= parked_position:
+        detail = f"the order is parked from position {parked_position} on: a replay rebuilds the view"
+        raise order_parked(detail, position=parked_position)

@@ -1,135 +1,149 @@
-"""The quarantine over HTTP: what is in it, and what to do with it."""
+"""The quarantine over HTTP: list, show, retry and discard unparseable bodies."""
 
-from dataclasses import asdict
-from datetime import UTC, datetime
-from operator import attrgetter
+from base64 import b64encode
+from operator import itemgetter
 from typing import Final
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from service.api import representations
-from service.database.connections import Pool, borrowed
+from service.database.connections import ConnectionPool
+from service.http.body import read_body
 from service.http.endpoints import Endpoint
-from service.http.pagination import POSITION_MAX, cut, list_answer
-from service.http.parameters import QuarantineQuery, Query, decoded, number_of
-from service.http.problems import Kind, ProblemError, answer
-from service.http.server import read_body
+from service.http.pagination import POSITION_MAX, cut_page, list_response
+from service.http.parameters import PageQuery, Query, decode_path, parse_number
+from service.http.problems import ProblemError, ProblemType
+from service.http.responses import json_response
 from service.ingest import quarantine
 from service.ingest.parser import UnreadableError
-from service.ingest.quarantine import NotOpenError, QuarantineEntry, UnknownEntryError
-from service.ingest.recorder import Recorder, RefusedReportError
+from service.ingest.quarantine import NotOpenError, QuarantinedBody, QuarantineState, UnknownEntryError
+from service.ingest.recorder import Receipt, Recorder, RefusedReportError
 
 ENTRY_PATH: Final = "/quarantine/{quarantine_id}"
 
 
-class Discarding(BaseModel):
-    """Why nothing will come of an entry."""
+class QuarantinedBodies(TypedDict):
+    """A page of the quarantine."""
+
+    entries: list[QuarantinedBody]
+    next: str | None
+
+
+class QuarantinedBytes(QuarantinedBody):
+    """A quarantined body with its bytes, which are null after an erasure."""
+
+    body_base64: str | None
+
+
+class QuarantineQuery(PageQuery):
+    """The filter of the quarantine."""
+
+    state: QuarantineState | None = None
+
+
+class DiscardRequest(BaseModel):
+    """Why a quarantined body is discarded."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    reason: str = Field(min_length=1, max_length=quarantine.WHY_CHARACTERS_MAX)
+    reason: str = Field(min_length=1, max_length=quarantine.REASON_CHARACTERS_MAX)
 
 
 class QuarantineApi:
-    """Shows and empties the quarantine.
+    """Serves the quarantine.
 
     Args:
-        pool: where its connections come from.
-        recorder: for what can be understood by now.
-        seconds_max: how long one request may take.
+        pool: the connections to read with.
+        recorder: records retried bodies.
     """
 
-    def __init__(self, pool: Pool, recorder: Recorder, seconds_max: float) -> None:
+    def __init__(self, pool: ConnectionPool, recorder: Recorder) -> None:
         self._pool = pool
         self._recorder = recorder
-        self._seconds_max = seconds_max
 
-    @Endpoint("GET", "/quarantine", representations.QuarantineEntries, query=QuarantineQuery)
+    @Endpoint("GET", "/quarantine", QuarantinedBodies, query=QuarantineQuery)
     async def list_entries(self, request: web.Request, query: QuarantineQuery) -> web.Response:
-        """A page of what could not be understood, newest first."""
+        """A page of the quarantined bodies, newest first."""
         before = POSITION_MAX if query.cursor is None else query.cursor
-        async with borrowed(self._pool, self._seconds_max) as connection:
+        async with self._pool.connection() as connection:
             rows = await quarantine.entries_page(connection, before, query.state, query.limit + 1)
-        page, onward = cut(rows, query.limit, attrgetter("quarantine_id"))
-        return list_answer(
-            "entries",
-            [representations.quarantine_entry(row) for row in page],
-            request.path,
-            query,
-            cursor=onward,
-        )
+        page = cut_page(rows, query.limit, itemgetter("quarantine_id"))
+        return list_response("entries", page, request.path, query)
 
-    @Endpoint("GET", ENTRY_PATH, representations.QuarantineEntry, problems=(Kind.UNKNOWN_ENTRY,))
+    @Endpoint("GET", ENTRY_PATH, QuarantinedBytes, problems=(ProblemType.UNKNOWN_ENTRY,))
     async def show_entry(self, request: web.Request, _query: Query) -> web.Response:
-        """One body that could not be understood, byte for byte."""
-        return answer(
-            representations.quarantine_entry(
-                await entry_of(request, self._pool, self._seconds_max), with_body=True
-            )
-        )
+        """One quarantined body, byte for byte."""
+        return _entry_response(*await find_entry(request, self._pool))
 
     @Endpoint(
         "POST",
         f"{ENTRY_PATH}/retry",
-        representations.Receipt,
+        Receipt,
         scope="admin",
-        problems=(Kind.UNKNOWN_ENTRY, Kind.NOT_OPEN, Kind.NOT_UNDERSTOOD),
+        problems=(ProblemType.UNKNOWN_ENTRY, ProblemType.NOT_OPEN, ProblemType.NOT_UNDERSTOOD),
     )
     async def retry(self, request: web.Request, _query: Query) -> web.Response:
-        """Record an entry as an ordinary report, now that it is understood; again, it gets the same receipt."""
-        entry = await entry_of(request, self._pool, self._seconds_max)
+        """Record a quarantined body as a report; a second retry gets the same receipt."""
+        entry, body = await find_entry(request, self._pool)
         try:
-            receipt = await self._recorder.record(quarantine.report_of(entry), datetime.now(UTC))
+            return json_response(await quarantine.retry(self._recorder, entry, body))
         except UnreadableError as error:
-            raise ProblemError(Kind.NOT_UNDERSTOOD, str(error)) from None
+            raise ProblemError(ProblemType.NOT_UNDERSTOOD, str(error)) from None
         except RefusedReportError:
-            raise ProblemError(Kind.NOT_UNDERSTOOD, "it cannot be recorded") from None
+            raise ProblemError(ProblemType.NOT_UNDERSTOOD, "it cannot be recorded") from None
         except NotOpenError as error:
-            raise ProblemError(Kind.NOT_OPEN, str(error)) from None
+            raise ProblemError(ProblemType.NOT_OPEN, str(error)) from None
         except UnknownEntryError as error:
-            raise ProblemError(Kind.UNKNOWN_ENTRY, str(error)) from None
-        return answer({**asdict(receipt), "quarantine_id": entry.quarantine_id})
+            raise ProblemError(ProblemType.UNKNOWN_ENTRY, str(error)) from None
 
     @Endpoint(
         "POST",
         f"{ENTRY_PATH}/discard",
-        representations.QuarantineEntry,
+        QuarantinedBytes,
         scope="admin",
-        body=Discarding,
-        problems=(Kind.UNKNOWN_ENTRY, Kind.NOT_OPEN),
+        body=DiscardRequest,
+        problems=(ProblemType.UNKNOWN_ENTRY, ProblemType.NOT_OPEN),
     )
     async def discard(self, request: web.Request, _query: Query) -> web.Response:
-        """Say of an entry that nothing will come of it, and why."""
-        entry = await entry_of(request, self._pool, self._seconds_max)
+        """Discard a quarantined body with a reason; it stays in the quarantine."""
+        entry, _ = await find_entry(request, self._pool)
         try:
-            why = Discarding.model_validate_json(await read_body(request)).reason
+            reason = DiscardRequest.model_validate_json(await read_body(request)).reason
         except ValidationError:
-            raise ProblemError(Kind.BAD_BODY, 'the body must be {"reason": "..."}') from None
+            raise ProblemError(ProblemType.BAD_BODY, 'the body must be {"reason": "..."}') from None
         try:
-            async with borrowed(self._pool, self._seconds_max) as connection:
-                await quarantine.discard(connection, entry.quarantine_id, why)
-                entry = await quarantine.find_entry(connection, entry.quarantine_id)
+            async with self._pool.connection() as connection:
+                await quarantine.discard(connection, entry["quarantine_id"], reason)
+                discarded = await quarantine.find_entry(connection, entry["quarantine_id"])
         except ValueError as error:
-            raise ProblemError(Kind.BAD_BODY, str(error)) from None
+            raise ProblemError(ProblemType.BAD_BODY, str(error)) from None
         except NotOpenError as error:
-            raise ProblemError(Kind.NOT_OPEN, str(error)) from None
-        return answer(representations.quarantine_entry(entry, with_body=True))
+            raise ProblemError(ProblemType.NOT_OPEN, str(error)) from None
+        return _entry_response(*discarded)
 
 
-async def entry_of(request: web.Request, pool: Pool, seconds_max: float) -> QuarantineEntry:
-    """Return the entry that a request's path names, with its body.
+async def find_entry(request: web.Request, pool: ConnectionPool) -> tuple[QuarantinedBody, bytes | None]:
+    """Return the entry that a request's path names, and its body.
 
     Raises:
-        ProblemError: 404, there is none; 400, the path is broken.
+        ProblemError: 404, the quarantine has no such entry; 400, the path is malformed.
     """
-    wanted = request.match_info["quarantine_id"]
-    quarantine_id = number_of(wanted)
+    segment = request.match_info["quarantine_id"]
+    quarantine_id = parse_number(segment)
     if not quarantine_id:
-        decoded(request.raw_path.partition("?")[0])
-        raise ProblemError(Kind.UNKNOWN_ENTRY, f"the quarantine has no entry {wanted}")
+        decode_path(request.raw_path.partition("?")[0])
+        raise ProblemError(ProblemType.UNKNOWN_ENTRY, f"the quarantine has no entry {segment}")
     try:
-        async with borrowed(pool, seconds_max) as connection:
+        async with pool.connection() as connection:
             return await quarantine.find_entry(connection, quarantine_id)
     except UnknownEntryError as error:
-        raise ProblemError(Kind.UNKNOWN_ENTRY, str(error)) from None
+        raise ProblemError(ProblemType.UNKNOWN_ENTRY, str(error)) from None
+
+
+def _entry_response(entry: QuarantinedBody, body: bytes | None) -> web.Response:
+    entry_with_bytes: QuarantinedBytes = {
+        **entry,
+        "body_base64": b64encode(body).decode() if body is not None else None,
+    }
+    return json_response(entry_with_bytes)

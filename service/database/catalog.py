@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Final
 
-from service.database.connections import Connection
+from projections.postgres_errors import Connection
 
 # Tables, columns, constraints, indexes, triggers and functions of the schema public. Each line names one object
 # and describes it in words that PostgreSQL 15 to 18 agree on; NOT NULL is part of its column's line.

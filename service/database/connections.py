@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL: how one is made, when it counts as lost, and how it is left."""
+"""Connections to PostgreSQL: opened with the service's settings, pooled or dedicated, and limited in time."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -9,33 +9,31 @@ from urllib.parse import urlsplit
 import asyncpg
 import orjson
 
-from projections.engine import CONTENT_SQLSTATES
+from projections.postgres_errors import Connection, is_connection_lost
 
-Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
-Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 Connect: TypeAlias = Callable[[], Awaitable[Connection]]
 
-# A server that does not answer in this time is as good as gone.
+# A server that does not answer a connection attempt within this time counts as unreachable.
 CONNECT_SECONDS_MAX: Final = 2.0
-# Between two attempts to reach a server that is not there.
+# The pause between two attempts to reach a server.
 RECONNECT_PAUSE_SECONDS: Final = 0.05
-# For the reads that are not gathered: enough for some slow pages, few beside the server's own limit.
+# For reads that are not batched: enough for several slow pages, few beside the server's own limit.
 POOL_CONNECTIONS_MAX: Final = 8
-# A reader that gave up has ended its connection, which the server notices only when it next writes to it.
+# A caller whose time is over closes its connection. The server notices only when it next writes to it.
 POOL_STATEMENT_TIMEOUT: Final = "4s"
 SERVER_VERSION_MIN: Final = 15
 
 SERVER_SETTINGS: Final = {
     "application_name": "order-tracking",
-    # A plan made while the log was empty would be kept for ever: 0.1 ms became 4.6.
+    # A plan made while the log was empty would be kept: 0.1 ms became 4.6.
     "plan_cache_mode": "force_custom_plan",
     "timezone": "UTC",
-    # A process that is stopped in mid-transaction must not keep the append lock from the others.
+    # A process that is suspended in a transaction must not keep the append lock.
     "idle_in_transaction_session_timeout": "10s",
 }
 
-# For the few statements that are run all the time, each on a held connection: planned once, always by way of
-# the keys, whatever the tables held at that time. Planning them anew would cost more than running them.
+# For the few statements that run all the time, each on a dedicated connection: planned once, always by the
+# keys, whatever the tables held at that time. Planning them again would cost more than running them.
 HOT_SETTINGS: Final = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
@@ -44,10 +42,6 @@ HOT_SETTINGS: Final = {
     "jit": "off",
     "statement_timeout": "10s",
 }
-
-# The connection, the server, its resources or its settings failed, a conflict or a lock ended ours: none of it
-# has to do with what was asked, and each may be mended by trying again, at once or when an operator has acted.
-_LOST_SQLSTATES: Final = ("08", "25", "28", "3D", "40", "42501", "53", "55", "57", "58", "XX")
 
 
 class StorageUnavailableError(ConnectionError):
@@ -58,36 +52,20 @@ class UnsupportedServerError(Exception):
     """The database server is older than this service supports."""
 
 
-def is_connection_lost(error: BaseException) -> bool:
-    """Tell whether an error leaves open what became of the statement that met it."""
-    if isinstance(error, asyncpg.PostgresError):
-        return (error.sqlstate or "").startswith(_LOST_SQLSTATES)
-    # asyncpg raises InternalClientError as well as the documented ones when the server dies.
-    return isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError | OSError)
-
-
-def is_content_refused(error: BaseException) -> bool:
-    """Tell whether an error is about the values of a statement, which would meet it again each time."""
-    if isinstance(error, asyncpg.PostgresError):
-        return (error.sqlstate or "").startswith(CONTENT_SQLSTATES)
-    # Of our own code's errors these alone: they come before anything is sent, and another try after a commit
-    # would record twice.
-    return isinstance(error, UnicodeError | OverflowError)
-
-
 async def connect(dsn: str, **settings: str) -> Connection:
-    """Open a connection with the settings that every connection of this service has, and the given ones.
+    """Open a connection with the service's settings and the given ones.
 
     Raises:
-        StorageUnavailableError: the server did not answer within CONNECT_SECONDS_MAX, or refused.
+        StorageUnavailableError: the server did not answer within CONNECT_SECONDS_MAX, or refused the
+            connection.
         UnsupportedServerError: the server is older than SERVER_VERSION_MIN.
     """
     try:
         async with asyncio.timeout(CONNECT_SECONDS_MAX):
             connection = await asyncpg.connect(dsn, server_settings={**SERVER_SETTINGS, **settings})
-            await _take_json(connection)
+            await _set_json_codec(connection)
     except (OSError, asyncpg.InternalClientError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
-        # A wrong password or an unknown database may be mended by an operator like all the rest.
+        # An operator may correct a wrong password or an unknown database while the service waits.
         parts = urlsplit(dsn)
         where = f"{parts.hostname}:{parts.port or 5432}" if parts.hostname else "its socket"
         raise StorageUnavailableError(f"at {where}: {error or 'no answer in time'}") from error
@@ -95,13 +73,23 @@ async def connect(dsn: str, **settings: str) -> Connection:
     if version < SERVER_VERSION_MIN:
         await connection.close()
         raise UnsupportedServerError(
-            f"PostgreSQL {version} is too old: {SERVER_VERSION_MIN} or newer is needed"
+            f"PostgreSQL {version} is too old: {SERVER_VERSION_MIN} or newer is required"
         )
     return connection
 
 
-async def _take_json(connection: Connection) -> None:
-    """Let a parameter of type json be whatever orjson can write."""
+@asynccontextmanager
+async def connected(dsn: str, **settings: str) -> AsyncIterator[Connection]:
+    """Open a connection for the length of the block; see ``connect``."""
+    connection = await connect(dsn, **settings)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def _set_json_codec(connection: Connection) -> None:
+    """Let parameters of the type json be any value that orjson can write."""
     try:
         await connection.set_type_codec(
             "json",
@@ -114,35 +102,9 @@ async def _take_json(connection: Connection) -> None:
         raise
 
 
-def open_pool(dsn: str) -> Pool:
-    """Return a pool that opens connections as they are needed; ``await`` it once before use."""
-
-    async def connect_for_pool(*_args: object, **_kwargs: object) -> Connection:
-        return await connect(dsn, statement_timeout=POOL_STATEMENT_TIMEOUT)
-
-    pool: Pool = asyncpg.create_pool(dsn, min_size=0, max_size=POOL_CONNECTIONS_MAX, connect=connect_for_pool)
-    return pool
-
-
-@asynccontextmanager
-async def borrowed(pool: Pool, seconds_max: float) -> AsyncIterator[Connection]:
-    """Lend a connection of the pool for at most ``seconds_max`` seconds, waiting included.
-
-    Raises:
-        StorageUnavailableError: the time is over, or the connection was lost.
-    """
-    with _told_as_unavailable():
-        async with asyncio.timeout(seconds_max), pool.acquire() as connection:
-            try:
-                yield cast("Connection", connection)
-            except asyncio.CancelledError:
-                # asyncpg would wait for its cancellation to be answered, by a server that may be stopped.
-                connection.terminate()
-                raise
-
-
 @contextmanager
-def _told_as_unavailable() -> Iterator[None]:
+def _as_unavailable() -> Iterator[None]:
+    """Raise every loss of the connection, and every timeout, as StorageUnavailableError."""
     try:
         yield
     except Exception as error:
@@ -151,20 +113,112 @@ def _told_as_unavailable() -> Iterator[None]:
         raise
 
 
-class HeldConnection:
-    """One connection for one purpose: opened when first needed, and anew after it was lost.
+class ConnectionPool:
+    """A pool of connections for reads, each of which has a time limit.
 
-    The users of a held connection take turns.
+    Args:
+        dsn: the database.
+        seconds_max: the time for one use, waiting for a connection included.
     """
 
-    def __init__(self, connect: Connect) -> None:
+    def __init__(self, dsn: str, seconds_max: float) -> None:
+        self.seconds_max = seconds_max
+
+        async def connect_for_pool(*_args: object, **_kwargs: object) -> Connection:
+            return await connect(dsn, statement_timeout=POOL_STATEMENT_TIMEOUT)
+
+        self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
+            dsn, min_size=0, max_size=POOL_CONNECTIONS_MAX, connect=connect_for_pool
+        )
+
+    @property
+    def idle(self) -> int:
+        """How many open connections are idle."""
+        return self._pool.get_idle_size()
+
+    @property
+    def used(self) -> int:
+        """How many connections are in use."""
+        return self._pool.get_size() - self._pool.get_idle_size()
+
+    async def open(self) -> None:
+        """Make the pool ready. Connections are opened when they are first needed."""
+        await self._pool
+
+    @asynccontextmanager
+    async def connection(self, seconds_max: float | None = None) -> AsyncIterator[Connection]:
+        """Lend a connection.
+
+        Args:
+            seconds_max: another time limit than the pool's.
+
+        Raises:
+            StorageUnavailableError: the time is over, or the connection was lost.
+        """
+        limit = self.seconds_max if seconds_max is None else seconds_max
+        with _as_unavailable():
+            async with asyncio.timeout(limit), self._pool.acquire() as connection:
+                try:
+                    yield cast("Connection", connection)
+                except asyncio.CancelledError:
+                    # asyncpg would wait until the server confirms the cancellation; it may be suspended.
+                    connection.terminate()
+                    raise
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._pool.terminate()
+
+
+class DedicatedConnection:
+    """One connection for one purpose, opened when first needed and again after it was lost.
+
+    Its users take turns.
+
+    Args:
+        connect: opens the connection.
+        seconds_max: the time for one use, waiting for the turn included; None for no limit. With a limit, a
+            lost connection is raised as StorageUnavailableError.
+    """
+
+    def __init__(self, connect: Connect, seconds_max: float | None = None) -> None:
         self._connect = connect
+        self._seconds_max = seconds_max
         self._connection: Connection | None = None
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
-    async def use(self) -> AsyncIterator[Connection]:
-        """Lend the connection; leave no transaction open, and no connection that is in doubt."""
+    async def connection(self, seconds_max: float | None = None) -> AsyncIterator[Connection]:
+        """Lend the connection. After an error it is rolled back or closed.
+
+        Args:
+            seconds_max: another time limit than the connection's.
+
+        Raises:
+            StorageUnavailableError: only with a limit: the time is over, or the connection was lost.
+        """
+        limit = self._seconds_max if seconds_max is None else seconds_max
+        if limit is None:
+            async with self._use() as connection:
+                yield connection
+            return
+        with _as_unavailable():
+            async with asyncio.timeout(limit), self._use() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def transaction(self, begin: str = "BEGIN") -> AsyncIterator[Connection]:
+        """Lend the connection in a transaction: committed at the end of the block, rolled back after an error.
+
+        asyncpg's own context manager would send a ROLLBACK and wait for it even when cancelled.
+        """
+        async with self.connection() as connection:
+            await connection.execute(begin)
+            yield connection
+            await connection.execute("COMMIT")
+
+    @asynccontextmanager
+    async def _use(self) -> AsyncIterator[Connection]:
         async with self._turn:
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._connect()
@@ -172,35 +226,13 @@ class HeldConnection:
             try:
                 yield connection
             except Exception as error:
-                await self._leave(connection, error)
+                await self._recover(connection, error)
                 raise
             except BaseException:
                 connection.terminate()
                 raise
 
-    @asynccontextmanager
-    async def lent(self, seconds_max: float) -> AsyncIterator[Connection]:
-        """Lend the connection for at most ``seconds_max`` seconds, waiting included.
-
-        Raises:
-            StorageUnavailableError: the time is over, or the connection was lost.
-        """
-        with _told_as_unavailable():
-            async with asyncio.timeout(seconds_max), self.use() as connection:
-                yield connection
-
-    @asynccontextmanager
-    async def transaction(self, begin: str = "BEGIN") -> AsyncIterator[Connection]:
-        """Lend the connection in a transaction: committed at the end, undone after an error.
-
-        asyncpg's own context manager would send a ROLLBACK and wait for it even when cancelled.
-        """
-        async with self.use() as connection:
-            await connection.execute(begin)
-            yield connection
-            await connection.execute("COMMIT")
-
-    async def _leave(self, connection: Connection, error: Exception) -> None:
+    async def _recover(self, connection: Connection, error: Exception) -> None:
         if is_connection_lost(error) or connection.is_closed():
             connection.terminate()
         elif connection.is_in_transaction():
@@ -211,7 +243,7 @@ class HeldConnection:
                 raise
 
     async def close(self) -> None:
-        """End the connection; a later use would open another."""
+        """Close the connection. A later use would open another."""
         if self._connection is not None and not self._connection.is_closed():
             self._connection.terminate()
         self._connection = None

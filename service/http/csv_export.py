@@ -1,4 +1,4 @@
-"""A list as CSV (RFC 4180), for spreadsheets: nested members are columns of their own, no cell is a formula."""
+"""Lists as CSV (RFC 4180) for spreadsheets: nested members become columns, and no cell is a formula."""
 
 import csv
 import io
@@ -6,16 +6,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-# What a spreadsheet would take for the beginning of a formula, or drop before one.
-FORMULA_BEGINNINGS: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001 - its own
+# A spreadsheet would take a cell with one of these beginnings for a formula, or drop them before one.
+FORMULA_BEGINNINGS: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001 - theirs
+# Spreadsheets recognise UTF-8 by it.
 BYTE_ORDER_MARK: Final = "\ufeff"
 
 
-def to_csv(columns: Sequence[str], items: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return items as CSV with a heading; a column ``a.b`` is the member ``b`` of ``a``.
+def to_csv(record_type: type, items: Sequence[Mapping[str, Any]]) -> bytes:
+    """Return records as CSV with a heading.
 
-    Spreadsheets take the byte order mark for the sign of UTF-8.
+    Args:
+        record_type: the typed dictionary of the records. A member ``b`` of its member ``a`` is the column
+            ``a.b``.
+        items: the records.
     """
+    columns = [*_columns(record_type, "")]
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(columns)
@@ -24,24 +29,14 @@ def to_csv(columns: Sequence[str], items: Sequence[Mapping[str, Any]]) -> bytes:
     return (BYTE_ORDER_MARK + text.getvalue()).encode()
 
 
-def columns_of(kind: type) -> list[str]:
-    """Return the columns of a typed dictionary, those of dictionaries within it included."""
-    return [*_columns(kind, "")]
-
-
-def _columns(kind: type, before: str) -> Iterator[str]:
-    for name, value in kind.__annotations__.items():
-        inner = next(
-            (one for one in (value, *getattr(value, "__args__", ())) if _is_typed_dictionary(one)), None
-        )
+def _columns(record_type: type, prefix: str) -> Iterator[str]:
+    for name, member_type in record_type.__annotations__.items():
+        candidates = (member_type, *getattr(member_type, "__args__", ()))
+        inner = next((one for one in candidates if hasattr(one, "__total__")), None)
         if inner is None:
-            yield before + name
+            yield prefix + name
         else:
-            yield from _columns(inner, f"{before}{name}.")
-
-
-def _is_typed_dictionary(kind: Any) -> bool:
-    return hasattr(kind, "__total__")
+            yield from _columns(inner, f"{prefix}{name}.")
 
 
 def _member(item: Mapping[str, Any], column: str) -> Any:

@@ -1,4 +1,4 @@
-"""What can be asked over HTTP: a declaration beside each handler makes its route and is its documentation."""
+"""Endpoints: a declaration beside each handler makes its route, reads its query and documents it."""
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -8,94 +8,102 @@ from typing import Any, Final, TypeVar
 from aiohttp import web
 from pydantic import BaseModel
 
-from service.http.access import Access, Scope
+from service.database.api_keys import Scope
+from service.http.access import Access, Handler
 from service.http.parameters import Query, read_query
-from service.http.problems import Handler, Kind
+from service.http.problems import ProblemType
 
 JSON: Final = "application/json"
 CSV: Final = "text/csv"
 NDJSON: Final = "application/x-ndjson"
 SSE: Final = "text/event-stream"
+TEXT: Final = "text/plain"
 
-Asked = Callable[[Any, web.Request, Any], Awaitable[web.StreamResponse]]
-AnyHandler = TypeVar("AnyHandler", bound=Asked)
+# A method of an API: it receives its object, the request and the parsed query.
+Method = Callable[[Any, web.Request, Any], Awaitable[web.StreamResponse]]
+AnyMethod = TypeVar("AnyMethod", bound=Method)
 
-# Where an endpoint's declaration lies on its handler.
-DECLARATION: Final = "declaration"
+# The attribute of a method that holds its declaration.
+_DECLARATION: Final = "declaration"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What is declared of a handler.
+    """The declaration of an endpoint, used as the decorator of its method.
 
     Args:
-        method: of HTTP.
-        path: with its parameters in braces.
-        answers: the type of what a 200 holds.
-        query: the parameters that it takes; None where whatever comes is passed over.
-        scope: what a key must be good for; None where no key is asked for.
-        body: the type of what is sent, None where nothing is.
-        problems: that it may be answered with, beside those that its path, query, body and scope bring.
-        media: the forms that the answer may take.
-        has_etag: whether the answer has an entity tag, and may be 304.
-        is_listed: whether the documentation has it.
-        summary: one line; the handler's docstring, where it is left out.
+        method: the HTTP method.
+        path: the path, with its parameters in braces.
+        response: the type of a 200 response's content.
+        query: the model of the query parameters; None if all parameters are ignored.
+        scope: the scope of the API key that is required; None if none is.
+        body: the model of the request body, None if there is none.
+        problems: possible problems, beside those that the path, query, body and scope imply.
+        media: the media types of the response.
+        has_etag: whether the response has an entity tag, and may be 304.
+        summary: one line; by default the method's docstring.
     """
 
     method: str
     path: str
-    answers: Any
+    response: Any
     query: type[Query] | None = Query
     scope: Scope | None = "read"
     body: type[BaseModel] | None = None
-    problems: tuple[Kind | HTTPStatus, ...] = ()
+    problems: tuple[ProblemType | HTTPStatus, ...] = ()
     media: tuple[str, ...] = (JSON,)
     has_etag: bool = False
-    is_listed: bool = True
     summary: str = ""
 
     @property
-    def all_problems(self) -> set[Kind | HTTPStatus]:
-        """What it may be answered with."""
-        found = {*self.problems}
+    def all_problems(self) -> set[ProblemType | HTTPStatus]:
+        """All problems that a request may be answered with."""
+        problems = {*self.problems}
         if self.query is not None:
-            found |= {Kind.BAD_PARAMETER, Kind.BAD_PATH} if "{" in self.path else {Kind.BAD_PARAMETER}
+            problems.add(ProblemType.BAD_PARAMETER)
+            if "{" in self.path:
+                problems.add(ProblemType.BAD_PATH)
         if self.scope is not None:
-            found |= {Kind.UNAUTHORIZED, Kind.FORBIDDEN, Kind.UNAVAILABLE}
+            problems |= {ProblemType.UNAUTHORIZED, ProblemType.FORBIDDEN, ProblemType.UNAVAILABLE}
         if self.body is not None:
-            found |= {Kind.BAD_BODY, Kind.TOO_SLOW, Kind.TOO_LARGE, Kind.UNKNOWN_CODING}
-        return found
+            problems |= {
+                *(ProblemType.BAD_BODY, ProblemType.BODY_TIMEOUT),
+                *(ProblemType.TOO_LARGE, ProblemType.UNKNOWN_CODING),
+            }
+        return problems
 
-    def __call__(self, handler: AnyHandler) -> AnyHandler:
-        """Declare a method: it is given the request, and the query as it was read."""
-        summary = self.summary or (handler.__doc__ or "").strip()
-        setattr(handler, DECLARATION, replace(self, summary=summary))
-        return handler
+    def __call__(self, method: AnyMethod) -> AnyMethod:
+        """Declare a method."""
+        summary = self.summary or (method.__doc__ or "").strip()
+        setattr(method, _DECLARATION, replace(self, summary=summary))
+        return method
 
 
-def declared(api: object) -> Iterator[tuple[Endpoint, Asked]]:
-    """Yield what is declared of an object's methods, in their order."""
+def endpoints(api: object) -> Iterator[tuple[Endpoint, Method]]:
+    """Yield the declared methods of an object, in their order."""
     for member in vars(type(api)).values():
-        if isinstance(endpoint := getattr(member, DECLARATION, None), Endpoint):
+        if isinstance(endpoint := getattr(member, _DECLARATION, None), Endpoint):
             yield endpoint, member
 
 
-def routes_of(api: object, access: Access) -> list[web.RouteDef]:
+def make_routes(api: object, access: Access) -> list[web.RouteDef]:
     """Return the routes of an object's declared methods, each guarded as declared."""
     routes = []
-    for endpoint, method in declared(api):
-        handler = _reading(endpoint.query or Query, method.__get__(api))
-        guarded = access.requires(endpoint.scope, handler) if endpoint.scope is not None else handler
-        # An order number may have braces, which aiohttp's own pattern of a parameter leaves out.
+    for endpoint, method in endpoints(api):
+        handler = _with_query(endpoint.query or Query, method.__get__(api))
+        guarded = access.require(endpoint.scope, handler) if endpoint.scope is not None else handler
+        # aiohttp's own pattern of a parameter excludes braces, which an order number may have.
         path = endpoint.path.replace("}", ":[^/]+}")
         routes.append((web.get if endpoint.method == "GET" else web.post)(path, guarded))
     return routes
 
 
-def _reading(query: type[Query], ask: Callable[[web.Request, Any], Awaitable[web.StreamResponse]]) -> Handler:
-    nothing_asked = query()
+def _with_query(
+    model: type[Query], method: Callable[[web.Request, Any], Awaitable[web.StreamResponse]]
+) -> Handler:
+    defaults = model()
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        return await ask(request, read_query(query, request) if request.query_string else nothing_asked)
+        return await method(request, read_query(model, request) if request.query_string else defaults)
 
     return handle

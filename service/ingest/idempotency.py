@@ -1,22 +1,25 @@
-"""A sender's idempotency keys: the same key for the same order gets the first receipt, and no event."""
+"""Idempotency keys: the same key for the same order gets the first receipt again, and no second event."""
 
 import hashlib
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, NamedTuple
 
 from domain.order import Order, Report
-from service.database.connections import Connection
-from service.event_log.store import Claim, Seen, decode_event
+from projections.postgres_errors import Connection
+from service.event_log.codec import decode_event
+from service.ingest.recorder import ClaimedEvent
 
-# The headers that carry a key, the first one that is there counts: Standard Webhooks', then the IETF draft's.
+# The headers with a key, the first present one wins: that of Standard Webhooks, then that of the IETF draft.
 KEY_HEADERS: Final = ("webhook-id", "Idempotency-Key")
 KEY_BYTES_MAX: Final = 256
 
+# The event that was recorded with a key, and the hash of its body.
 FIND_KEY: Final = """
-    SELECT seen.body_sha256, seen.version, first.notification_id, first.topic, first.state
-    FROM idempotency_keys AS seen
+    SELECT keys.body_sha256, keys.version, first.notification_id, first.topic, first.state
+    FROM idempotency_keys AS keys
     JOIN order_events AS first
-      ON first.originator_id = seen.order_no AND first.originator_version = seen.version
-    WHERE seen.order_no = $1 AND seen.key = $2
+      ON first.originator_id = keys.order_no AND first.originator_version = keys.version
+    WHERE keys.order_no = $1 AND keys.key = $2
 """
 
 KEEP_KEY: Final = """
@@ -24,24 +27,34 @@ KEEP_KEY: Final = """
 """
 
 
-async def find(connection: Connection, report: Report) -> Seen | None:
-    """Return what the report's key brought before, None where it is new for its order."""
-    row = await connection.fetchrow(FIND_KEY, report.order_no, report.idempotency_key)
-    if row is None:
-        return None
-    body_sha256, version, position, topic, state = row
-    event = decode_event(report.order_no, version, topic, state)
-    return Seen(event, position, body_sha256 == _body_sha256(report))
+class IdempotencyKey(NamedTuple):
+    """The sender's key for a report: a claim of the recorder."""
+
+    key: str
+
+    async def find(self, connection: Connection, report: Report) -> ClaimedEvent | None:
+        """Return the event that was recorded with this key for the report's order, None if there is none."""
+        row = await connection.fetchrow(FIND_KEY, report.order_no, self.key)
+        if row is None:
+            return None
+        body_sha256, version, position, topic, state = row
+        event = decode_event(report.order_no, version, topic, state)
+        return ClaimedEvent(event, position, body_sha256 == _hash_body(report))
+
+    async def keep(self, connection: Connection, report: Report, event: Order.StatusReported) -> None:
+        """Keep the key, in the transaction that appends its event."""
+        await connection.execute(
+            KEEP_KEY, report.order_no, self.key, event.originator_version, _hash_body(report)
+        )
 
 
-async def keep(connection: Connection, report: Report, event: Order.StatusReported) -> None:
-    """Record that the report's key brought this event; in the transaction that appends it."""
-    version = event.originator_version
-    await connection.execute(KEEP_KEY, report.order_no, report.idempotency_key, version, _body_sha256(report))
+def read_key(headers: Mapping[str, str]) -> IdempotencyKey | None:
+    """Return the sender's key, None if absent or invalid."""
+    for name in KEY_HEADERS:
+        if key := headers.get(name):
+            return IdempotencyKey(key) if key.isascii() and len(key) <= KEY_BYTES_MAX else None
+    return None
 
 
-def _body_sha256(report: Report) -> bytes:
+def _hash_body(report: Report) -> bytes:
     return hashlib.sha256(report.body.encode()).digest()
-
-
-CLAIM: Final = Claim(find, keep)

@@ -1,6 +1,6 @@
-"""Bytes to a report, or the reason why they cannot be understood. No I/O.
+"""The parser: a body becomes a report, or raises the reason why it is unparseable. No I/O.
 
-The rules are those of ``docs/api.md``: what is ambiguous is never guessed at, and nothing is trimmed.
+The rules are those of ``docs/api.md``: nothing ambiguous is guessed, and nothing is trimmed.
 """
 
 import json
@@ -11,14 +11,14 @@ from typing import Any, Final
 
 import orjson
 
-from domain.order import Report
+from domain.order import Arrival, Report
 
 ORDER_NO_CHARACTERS_MAX: Final = 128
 STATUS_CHARACTERS_MAX: Final = 128
 CNOTE_CHARACTERS_MAX: Final = 128
-# An order number written as a number: more digits would not survive every JSON reader on its way here.
+# The digits of an order number that is a JSON number. Some JSON readers on the way keep no more.
 ORDER_NO_DIGITS_MAX: Final = 18
-# A time of the sender's is believed within these years; beyond them it is a placeholder.
+# The sender's time is believed within these years. Outside of them it is a placeholder.
 YEAR_MIN: Final = 2000
 YEAR_MAX: Final = 2100
 
@@ -27,29 +27,27 @@ _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _KEYS: Final = ("order_no", "cnote", "status")
 _QUOTED_KEYS: Final = tuple(f'"{key}"'.encode() for key in _KEYS)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-# A larger number counts milliseconds.
+# A larger number is in milliseconds.
 _SECONDS_MAX: Final = (datetime(YEAR_MAX, 1, 1, tzinfo=UTC) - _EPOCH).total_seconds()
 
 
 class UnreadableError(Exception):
-    """A body that cannot be understood. ``str()`` is the reason; the order number is kept if it was read."""
+    """A body is unparseable. ``str()`` is the reason; ``order_no`` is the order number if it could be read."""
 
     def __init__(self, reason: str, order_no: str | None = None) -> None:
         super().__init__(reason)
         self.order_no = order_no
 
 
-def parse(raw: bytes, report_id: str, remote: str | None = None, idempotency_key: str | None = None) -> Report:
-    """Read the body of a webhook.
+def parse(raw: bytes, arrival: Arrival) -> Report:
+    """Parse the body of a webhook.
 
     Args:
-        raw: the body.
-        report_id: and what else is known of its arrival, see Report.
-        remote: the address that it came from.
-        idempotency_key: the sender's key.
+        raw: the decompressed body.
+        arrival: the report's arrival.
 
     Raises:
-        UnreadableError: it is not JSON, not an object, ambiguous, or lacks an order number or a status.
+        UnreadableError: the body is not a JSON object, is ambiguous, or lacks an order number or a status.
     """
     raw = raw.removeprefix(_BYTE_ORDER_MARK)
     try:
@@ -59,52 +57,52 @@ def parse(raw: bytes, report_id: str, remote: str | None = None, idempotency_key
     if not isinstance(body, dict):
         raise UnreadableError("not a JSON object")
     text = raw.decode()
-    _refuse_doubled_keys(raw, text)
+    _refuse_duplicate_keys(raw, text)
     order_no = _order_no(body.get("order_no"))
     status = _status(body.get("status"), order_no)
     occurred_at = _occurred_at(body["timestamp"]) if "timestamp" in body else None
     cnote = _cnote(body.get("cnote"))
-    return Report(report_id, order_no, status, cnote, text, occurred_at, remote, idempotency_key)
+    return Report(arrival, order_no, status, cnote, text, occurred_at)
 
 
-def _refuse_doubled_keys(raw: bytes, text: str) -> None:
-    # orjson takes the last of two equal keys in silence. A body without a backslash that spells each key at
-    # most once cannot have two of them, so the slow look is rare.
+def _refuse_duplicate_keys(raw: bytes, text: str) -> None:
+    # orjson silently takes the last of two equal keys. A body without a backslash that spells each key at most
+    # once has no duplicates, so the slow check is rare.
     if b"\\" not in raw and all(raw.count(key) <= 1 for key in _QUOTED_KEYS):
         return
     outermost: list[tuple[str, Any]] = []
 
     def keep_last(pairs: list[tuple[str, Any]]) -> None:
-        # Called for the inner objects first, so the last call is the outermost object's.
+        # The decoder calls this for inner objects first, so the last call is for the outermost object.
         nonlocal outermost
         outermost = pairs
 
     try:
-        # parse_int: a number of thousands of digits would be refused by int() itself.
+        # parse_int: int() itself would refuse a number of thousands of digits.
         json.loads(text, object_pairs_hook=keep_last, parse_int=str)
     except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"not JSON that can be checked for doubled keys: {error}") from None
+        raise UnreadableError(f"the JSON cannot be checked for duplicate keys: {error}") from None
     names = [*map(itemgetter(0), outermost)]
     for key in _KEYS:
         if names.count(key) > 1:
-            raise UnreadableError(f"{key} stands in it twice")
+            raise UnreadableError(f"{key} occurs twice")
 
 
 def _order_no(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < 10**ORDER_NO_DIGITS_MAX:
-            raise UnreadableError(f"order_no is a number below 0 or of over {ORDER_NO_DIGITS_MAX} digits")
+            raise UnreadableError(f"order_no is negative or has more than {ORDER_NO_DIGITS_MAX} digits")
         return str(value)
     if not isinstance(value, str):
         raise UnreadableError("order_no is missing" if value is None else "order_no is not text")
     if not value.strip():
         raise UnreadableError("order_no is blank")
     if len(value) > ORDER_NO_CHARACTERS_MAX:
-        raise UnreadableError(f"order_no has over {ORDER_NO_CHARACTERS_MAX} characters")
+        raise UnreadableError(f"order_no has more than {ORDER_NO_CHARACTERS_MAX} characters")
     if _CONTROL.search(value):
         raise UnreadableError("order_no has control characters")
     if value in {".", ".."}:
-        raise UnreadableError("order_no is a path segment that clients resolve away")
+        raise UnreadableError("order_no is a path segment that clients remove")
     return value
 
 
@@ -114,7 +112,7 @@ def _status(value: Any, order_no: str) -> str:
     if not value.strip():
         raise UnreadableError("status is blank", order_no)
     if len(value) > STATUS_CHARACTERS_MAX:
-        raise UnreadableError(f"status has over {STATUS_CHARACTERS_MAX} characters", order_no)
+        raise UnreadableError(f"status has more than {STATUS_CHARACTERS_MAX} characters", order_no)
     if "\x00" in value:
         raise UnreadableError("status has a NUL character", order_no)
     return value
@@ -131,19 +129,19 @@ def _cnote(value: Any) -> str | None:
 
 
 def _occurred_at(value: Any) -> datetime | None:
-    """Read a time with an offset, or seconds or milliseconds since 1970; a time without an offset is none."""
+    """Parse a time with an offset, or seconds or milliseconds since 1970; return None for anything else."""
     try:
         if isinstance(value, str):
-            # Python 3.11 reads no further than a NUL.
+            # Python 3.11 stops reading at a NUL character.
             time = datetime.fromisoformat(value if value.isprintable() else "")
-            return _plausible(time.astimezone(UTC)) if time.tzinfo is not None else None
+            return _within_years(time.astimezone(UTC)) if time.tzinfo is not None else None
         if isinstance(value, int | float) and not isinstance(value, bool):
             seconds = value if value < _SECONDS_MAX else value / 1_000
-            return _plausible(_EPOCH + timedelta(seconds=seconds))
+            return _within_years(_EPOCH + timedelta(seconds=seconds))
     except (ValueError, OverflowError):
         pass
     return None
 
 
-def _plausible(time: datetime) -> datetime | None:
+def _within_years(time: datetime) -> datetime | None:
     return time if YEAR_MIN <= time.year < YEAR_MAX else None

@@ -1,29 +1,32 @@
-"""Bodies that could not be understood, kept byte for byte until somebody deals with them."""
+"""The quarantine: unparseable bodies, kept byte for byte until an operator retries or discards them."""
 
 from datetime import UTC, datetime, timedelta
 from time import monotonic
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
 import structlog
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from domain.order import Order, Report
+from domain.order import Arrival, Order, Report
+from projections.postgres_errors import Connection
 from service.batcher import OverloadedError
-from service.database.connections import Connection, HeldConnection
-from service.event_log.store import Claim, Seen, decode_event
+from service.database.connections import DedicatedConnection
+from service.event_log.codec import decode_event
 from service.ingest.parser import parse
+from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
 
 QuarantineState: TypeAlias = Literal["open", "retried", "discarded"]
 
-# Within which the bodies that are kept are counted.
+# The period of the cap on new bodies.
 CAP_PERIOD: Final = timedelta(hours=1)
-# Bodies that were turned away make one log line in this time.
+# Refused bodies are logged at most once in this time.
 LOG_SECONDS: Final = 60.0
-WHY_CHARACTERS_MAX: Final = 500
+REASON_CHARACTERS_MAX: Final = 500
 
-# Equal bodies share an entry: a sender that repeats itself costs a count, and no room.
+# Equal bodies share one row: a sender that repeats itself needs no further room.
 KEEP_BODY: Final = """
-    WITH known AS (
+    WITH seen AS (
         UPDATE quarantine
         SET times_seen = times_seen + 1, last_seen_at = greatest(last_seen_at, $4)
         WHERE body_sha256 = sha256($1)
@@ -31,37 +34,39 @@ KEEP_BODY: Final = """
     ), added AS (
         INSERT INTO quarantine (body, reason, remote, received_at, last_seen_at)
         SELECT $1, $2, $3, $4, $4
-        WHERE NOT EXISTS (SELECT FROM known)
-          AND (SELECT count(*) FROM (SELECT FROM quarantine WHERE received_at > $5 LIMIT $6) AS kept) < $6
+        WHERE NOT EXISTS (SELECT FROM seen)
+          AND (SELECT count(*) FROM (SELECT FROM quarantine WHERE received_at > $5 LIMIT $6) AS recent) < $6
         ON CONFLICT (body_sha256) DO UPDATE SET times_seen = quarantine.times_seen + 1
         RETURNING quarantine_id
     )
-    SELECT quarantine_id FROM known UNION ALL SELECT quarantine_id FROM added
+    SELECT quarantine_id FROM seen UNION ALL SELECT quarantine_id FROM added
 """
 
+# Entries below an id, newest first.
 ENTRIES_PAGE: Final = """
-    SELECT quarantine_id, received_at, reason, state, times_seen, last_seen_at, remote, resolved_at, resolution,
-           order_no, version
+    SELECT quarantine_id, received_at, reason, state, times_seen, last_seen_at, remote, resolved_at,
+        discard_reason, order_no, version
     FROM quarantine
     WHERE quarantine_id < $1 AND ($2::text IS NULL OR state = $2)
     ORDER BY quarantine_id DESC LIMIT $3
 """
 
+# One entry, with its body.
 ENTRY: Final = """
-    SELECT quarantine_id, received_at, reason, state, times_seen, last_seen_at, remote, resolved_at, resolution,
-           order_no, version, body
+    SELECT quarantine_id, received_at, reason, state, times_seen, last_seen_at, remote, resolved_at,
+        discard_reason, order_no, version, body
     FROM quarantine WHERE quarantine_id = $1
 """
 
 OPEN_ENTRIES: Final = "SELECT quarantine_id FROM quarantine WHERE state = 'open' ORDER BY quarantine_id"
 
-# Two who retry one entry take turns.
+# The event that a retry of this entry recorded. Two retries of one entry take turns.
 FIND_RETRIED: Final = """
-    SELECT entry.state, entry.resolution, entry.order_no, entry.version,
-           made.notification_id, made.topic, made.state
+    SELECT entry.state, entry.discard_reason, entry.order_no, entry.version,
+        recorded.notification_id, recorded.topic, recorded.state
     FROM quarantine AS entry
-    LEFT JOIN order_events AS made
-      ON made.originator_id = entry.order_no AND made.originator_version = entry.version
+    LEFT JOIN order_events AS recorded
+      ON recorded.originator_id = entry.order_no AND recorded.originator_version = entry.version
     WHERE entry.quarantine_id = $1
     FOR UPDATE OF entry
 """
@@ -74,15 +79,18 @@ MARK_RETRIED: Final = """
 COUNT_ENTRIES: Final = "SELECT state, count(*) FROM quarantine GROUP BY state"
 
 DISCARD: Final = """
-    UPDATE quarantine SET state = 'discarded', resolved_at = $2, resolution = $3
+    UPDATE quarantine SET state = 'discarded', resolved_at = $2, discard_reason = $3
     WHERE quarantine_id = $1 AND state = 'open'
 """
 
-log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
-class QuarantineEntry(NamedTuple):
-    """A body that could not be understood: when it came and how often, why it is here, what became of it."""
+class QuarantinedBody(TypedDict):
+    """A quarantined body, without its bytes.
+
+    ``reason`` is why it was not understood, ``order_no`` and ``version`` are the event that a retry recorded.
+    """
 
     quarantine_id: int
     received_at: datetime
@@ -92,141 +100,148 @@ class QuarantineEntry(NamedTuple):
     last_seen_at: datetime
     remote: str | None
     resolved_at: datetime | None
-    resolution: str | None
+    discard_reason: str | None
     order_no: str | None
     version: int | None
-    body: bytes | None = None
 
 
 class UnknownEntryError(Exception):
-    """There is no entry of this id. ``str()`` says so."""
+    """The quarantine has no entry with this id. ``str()`` names it."""
 
 
 class NotOpenError(Exception):
-    """The entry has been dealt with already. ``str()`` says how."""
+    """The entry was retried or discarded already. ``str()`` says which."""
 
 
 async def entries_page(
     connection: Connection, before: int, state: QuarantineState | None, limit: int
-) -> list[QuarantineEntry]:
-    """Return entries with ids below ``before``, newest first, without their bodies."""
-    return [QuarantineEntry(*row) for row in await connection.fetch(ENTRIES_PAGE, before, state, limit)]
+) -> list[QuarantinedBody]:
+    """Return entries with ids below ``before``, newest first."""
+    rows = await connection.fetch(ENTRIES_PAGE, before, state, limit)
+    return [cast("QuarantinedBody", dict(row)) for row in rows]
 
 
-async def find_entry(connection: Connection, quarantine_id: int) -> QuarantineEntry:
-    """Return one entry with its body.
+async def find_entry(connection: Connection, quarantine_id: int) -> tuple[QuarantinedBody, bytes | None]:
+    """Return one entry and its body, which is None after an erasure.
 
     Raises:
-        UnknownEntryError: there is none of this id.
+        UnknownEntryError: there is no entry with this id.
     """
     row = await connection.fetchrow(ENTRY, quarantine_id)
     if row is None:
         raise UnknownEntryError(f"the quarantine has no entry {quarantine_id}")
-    return QuarantineEntry(*row)
+    entry: dict[str, Any] = dict(row)
+    body: bytes | None = entry.pop("body")
+    return cast("QuarantinedBody", entry), body
 
 
 async def open_entries(connection: Connection) -> list[int]:
-    """Return the ids of what nobody has dealt with yet, the oldest first."""
+    """Return the ids of the open entries, oldest first."""
     return [quarantine_id for (quarantine_id,) in await connection.fetch(OPEN_ENTRIES)]
 
 
 async def count_entries(connection: Connection) -> dict[str, int]:
-    """Return how many entries have each state."""
+    """Return the number of entries by state."""
     return dict([tuple(row) for row in await connection.fetch(COUNT_ENTRIES)])
 
 
-async def discard(connection: Connection, quarantine_id: int, why: str) -> None:
-    """Say of an entry that nothing will come of it. It stays, with the reason.
+async def discard(connection: Connection, quarantine_id: int, reason: str) -> None:
+    """Discard an open entry. It stays in the quarantine, with the reason.
 
     Raises:
-        UnknownEntryError: there is none of this id.
-        NotOpenError: it has been dealt with already.
-        ValueError: the reason is empty or longer than WHY_CHARACTERS_MAX.
+        UnknownEntryError: there is no entry with this id.
+        NotOpenError: it was retried or discarded already.
+        ValueError: the reason is empty, not printable, or longer than REASON_CHARACTERS_MAX.
     """
-    if not why.strip() or len(why) > WHY_CHARACTERS_MAX or not why.isprintable():
-        raise ValueError(f"the reason must have 1 to {WHY_CHARACTERS_MAX} printable characters")
-    if await connection.execute(DISCARD, quarantine_id, datetime.now(UTC), why) == "UPDATE 0":
-        entry = await find_entry(connection, quarantine_id)
-        raise NotOpenError(f"entry {quarantine_id} is {entry.state} already")
+    if not reason.strip() or len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
+        raise ValueError(f"the reason must have 1 to {REASON_CHARACTERS_MAX} printable characters")
+    if await connection.execute(DISCARD, quarantine_id, datetime.now(UTC), reason) == "UPDATE 0":
+        entry, _ = await find_entry(connection, quarantine_id)
+        raise NotOpenError(f"entry {quarantine_id} is {entry['state']} already")
 
 
-def report_of(entry: QuarantineEntry) -> Report:
-    """Return the report that a body is found to be, now that more is understood.
+class _Retry(NamedTuple):
+    """The retry of an entry: a claim of the recorder."""
 
-    The recorder records it once only: a second retry gets the first receipt.
+    quarantine_id: int
+
+    async def find(self, connection: Connection, _report: Report) -> ClaimedEvent | None:
+        """Return the event that an earlier retry recorded, None if the entry is open."""
+        row = await connection.fetchrow(FIND_RETRIED, self.quarantine_id)
+        if row is None:
+            raise UnknownEntryError(f"the quarantine has no entry {self.quarantine_id}")
+        state, discard_reason, order_no, version, position, topic, event_state = row
+        if state == "discarded":
+            raise NotOpenError(f"entry {self.quarantine_id} was discarded: {discard_reason}")
+        if state == "open":
+            return None
+        return ClaimedEvent(decode_event(order_no, version, topic, event_state), position, same_body=True)
+
+    async def keep(self, connection: Connection, _report: Report, event: Order.StatusReported) -> None:
+        """Mark the entry as retried, in the transaction that appends its event."""
+        place = (event.originator_id, event.originator_version)
+        await connection.execute(MARK_RETRIED, self.quarantine_id, datetime.now(UTC), *place)
+
+
+async def retry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None) -> Receipt:
+    """Record a quarantined body as a report that arrived now; a second retry gets the first receipt again.
 
     Raises:
-        UnreadableError: it still cannot be understood.
-        NotOpenError: it was discarded.
+        UnreadableError: the body is still unparseable.
+        NotOpenError: the entry was discarded.
+        UnknownEntryError: the entry was deleted.
+        RefusedReportError: the report cannot be recorded.
+        OverloadedError, StorageUnavailableError: see ``Recorder.record``.
     """
-    if entry.state == "discarded":
-        raise NotOpenError(f"entry {entry.quarantine_id} was discarded: {entry.resolution}")
-    if entry.state == "retried":
-        # Its claim knows what it became. Its body is not asked: that may have been erased.
-        return Report(str(uuid4()), entry.order_no or "", "", None, "", quarantine_id=entry.quarantine_id)
-    report = parse(entry.body or b"", str(uuid4()), entry.remote)
-    return report._replace(quarantine_id=entry.quarantine_id)
-
-
-async def _find(connection: Connection, report: Report) -> Seen | None:
-    row = await connection.fetchrow(FIND_RETRIED, report.quarantine_id)
-    if row is None:
-        raise UnknownEntryError(f"the quarantine has no entry {report.quarantine_id}")
-    state, resolution, order_no, version, position, topic, event_state = row
-    if state == "discarded":
-        raise NotOpenError(f"entry {report.quarantine_id} was discarded: {resolution}")
-    if state == "open":
-        return None
-    return Seen(decode_event(order_no, version, topic, event_state), position, same_body=True)
-
-
-async def _keep(connection: Connection, report: Report, event: Order.StatusReported) -> None:
-    made = (event.originator_id, event.originator_version)
-    await connection.execute(MARK_RETRIED, report.quarantine_id, datetime.now(UTC), *made)
-
-
-CLAIM: Final = Claim(_find, _keep)
+    quarantine_id = entry["quarantine_id"]
+    if entry["state"] == "discarded":
+        raise NotOpenError(f"entry {quarantine_id} was discarded: {entry['discard_reason']}")
+    arrival = Arrival(str(uuid4()), datetime.now(UTC), entry["remote"])
+    if entry["state"] == "retried":
+        # The claim finds its event. The body is not needed, and may have been erased.
+        report = Report(arrival, entry["order_no"] or "", "", None, "")
+    else:
+        report = parse(body or b"", arrival)
+    return await recorder.record(report._replace(quarantine_id=quarantine_id), _Retry(quarantine_id))
 
 
 class Quarantine:
-    """Keeps what cannot be understood.
+    """Keeps unparseable bodies.
 
     Args:
-        held: a connection for this alone, so that it waits for no reader.
-        seconds_max: how long keeping one body may take.
-        hourly_max: how many bodies it takes within an hour, so that a flood cannot fill the disk.
+        dedicated: a connection with a time limit, so that no slow read delays it.
+        hourly_max: the most new bodies within an hour, so that a flood cannot fill the disk.
     """
 
-    def __init__(self, held: HeldConnection, seconds_max: float, hourly_max: int) -> None:
-        self._held = held
-        self._seconds_max = seconds_max
+    def __init__(self, dedicated: DedicatedConnection, hourly_max: int) -> None:
+        self._dedicated = dedicated
         self._hourly_max = hourly_max
         self.kept = 0
         self.last_kept = 0.0
-        self.turned_away = 0
-        self._log_from = 0.0
+        self.refused = 0
+        self._next_log_at = 0.0
 
-    async def keep(self, body: bytes, reason: str, remote: str | None, received_at: datetime) -> int:
-        """Keep a body and return the id of its entry; committed when this returns.
+    async def keep(self, body: bytes, reason: str, arrival: Arrival) -> int:
+        """Keep a body and return the id of its entry, which is committed then.
 
         Raises:
-            OverloadedError: too many came within the hour; nothing was kept.
+            OverloadedError: too many bodies arrived within the hour; this one was not kept.
             StorageUnavailableError: the database did not confirm it in time.
         """
-        since = received_at - CAP_PERIOD
-        async with self._held.lent(self._seconds_max) as connection:
+        since = arrival.received_at - CAP_PERIOD
+        async with self._dedicated.connection() as connection:
             quarantine_id: int | None = await connection.fetchval(
-                KEEP_BODY, body, reason, remote, received_at, since, self._hourly_max
+                KEEP_BODY, body, reason, arrival.remote, arrival.received_at, since, self._hourly_max
             )
         if quarantine_id is None:
-            self._turn_away()
-            raise OverloadedError("too much that cannot be understood has come within the hour")
+            self._refuse()
+            raise OverloadedError("the quarantine is full: too many unparseable bodies within an hour")
         self.kept += 1
-        self.last_kept = received_at.timestamp()
+        self.last_kept = arrival.received_at.timestamp()
         return quarantine_id
 
-    def _turn_away(self) -> None:
-        self.turned_away += 1
-        if monotonic() >= self._log_from:
-            self._log_from = monotonic() + LOG_SECONDS
-            log.warning("the quarantine takes no more within the hour", turned_away=self.turned_away)
+    def _refuse(self) -> None:
+        self.refused += 1
+        if monotonic() >= self._next_log_at:
+            self._next_log_at = monotonic() + LOG_SECONDS
+            logger.warning("the quarantine is full for this hour", refused=self.refused)

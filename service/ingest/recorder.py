@@ -1,91 +1,108 @@
-"""Reports to receipts: judged, appended in batches, and answered only when committed, exactly once."""
+"""The recorder: reports are decided and appended in batches, and get their receipts after the commit."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from time import monotonic
-from typing import Final, TypeAlias
+from typing import Final, Literal, NamedTuple, NotRequired, Protocol
 
-from domain.order import Order, Report, Standing, judge_report
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
+
+from domain.order import Order, OrderState, Report, decide, evolve
 from domain.statuses import Status
 from domain.transitions import Verdict
+from projections.postgres_errors import Connection, is_connection_lost, is_value_refused
 from service.batcher import Batcher, BatchFailedError, OverloadedError
 from service.database.connections import (
     RECONNECT_PAUSE_SECONDS,
+    DedicatedConnection,
     StorageUnavailableError,
-    is_connection_lost,
-    is_content_refused,
 )
-from service.event_log import store as event_store
-from service.event_log.store import Claim, EventStore, VersionTakenError
-from service.ingest import idempotency, quarantine
+from service.event_log import store
+from service.event_log.codec import UndecodableEventError
+from service.event_log.store import VersionTakenError
+from service.ingest.order_states import OrderStates
 
-# A batch beyond this gains nothing and keeps the first of it waiting.
+# A larger batch gains nothing and delays its first report.
 BATCH_REPORTS_MAX: Final = 512
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
-# The bodies of what waits: a queue full of large ones must not fill the memory.
+# The bodies in the queue: many large ones must not fill the memory.
 QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
-# A report that would wait longer is refused: its next try finds a shorter queue, while a queue that everybody
-# waits through to the end of their time would answer nobody.
+# A report that would wait longer is refused. Its retry finds a shorter queue; a queue in which all reports wait
+# until their time is over would answer none of them.
 WAIT_SECONDS_MAX: Final = 0.4
-# Reports with a key wait one by one for the connection of the batches: few, so that those are not starved.
-KEYED_REPORTS_MAX: Final = 64
-# Where orders stood last, kept for judging without a read. About 500 bytes an order: 50 MB.
-STANDINGS_MAX: Final = 100_000
+# Reports with a claim use the batches' connection one by one: few, so that batches are not starved.
+CLAIMED_REPORTS_MAX: Final = 64
+# About 500 bytes each: 50 MB.
+ORDER_STATES_MAX: Final = 100_000
 
 
-# A report and the time of its arrival, in UTC.
-Arrival: TypeAlias = tuple[Report, datetime]
+class Receipt(TypedDict):
+    """The response to a report. It has ``quarantine_id`` if the body was quarantined or retried from there."""
 
-
-@dataclass(slots=True)
-class Receipt:
-    """What became of a report: the event, and its place in the log."""
-
-    outcome: Verdict
+    outcome: Verdict | Literal["quarantined"]
     report_id: str
-    order_no: str
-    version: int
-    position: int
+    order_no: str | None
+    version: int | None
+    position: int | None
     status: Status | None
-    reported_status: str
-    skipped: Sequence[Status]
+    reported_status: str | None
+    skipped: list[Status] | None
     reason: str | None
+    quarantine_id: NotRequired[int]
+
+
+class ClaimedEvent(NamedTuple):
+    """The event that was recorded with a claim, its position, and whether this report has the same body."""
+
+    event: Order.StatusReported
+    position: int
+    same_body: bool
+
+
+class Claim(Protocol):
+    """A right to be recorded only once, such as an idempotency key. It is kept together with its event."""
+
+    async def find(self, connection: Connection, report: Report) -> ClaimedEvent | None:
+        """Return the event that was recorded with this claim, None if there is none."""
+        ...
+
+    async def keep(self, connection: Connection, report: Report, event: Order.StatusReported) -> None:
+        """Keep the claim, in the transaction that appends its event."""
+        ...
 
 
 class RefusedReportError(Exception):
-    """This one report cannot be recorded: the database refuses it, or its order's last event is unreadable."""
+    """The database refuses this report, or its order's last event is unreadable. No retry can succeed."""
 
 
 class Recorder:
-    """Takes reports from many callers at once and gives each its receipt when its event is committed.
+    """Records reports from many callers at once, and returns each receipt after its event's commit.
 
     Args:
-        store: the log.
+        dedicated: the connection to the log.
         on_commit: called with the events and positions of every commit, in the order of the log.
-        queue_reports_max: how many reports may wait.
-        seconds_max: how long one report may take, waiting included.
-        on_batch: told how many reports a batch had, and the seconds that it took.
+        queue_reports_max: the most reports that may wait.
+        seconds_max: the time for one report, waiting included.
+        on_batch: called with the number of reports in a batch and its duration in seconds.
     """
 
     def __init__(
         self,
-        store: EventStore,
+        dedicated: DedicatedConnection,
         on_commit: Callable[[Sequence[Order.StatusReported], Sequence[int]], None],
         *,
         queue_reports_max: int,
         seconds_max: float,
         on_batch: Callable[[int, float], None] = lambda _reports, _seconds: None,
     ) -> None:
-        self._store = store
+        self._dedicated = dedicated
         self._on_batch = on_batch
         self._on_commit = on_commit
         self._seconds_max = seconds_max
-        self._standings = _Standings(STANDINGS_MAX)
-        self._keyed_waiting = 0
-        self._batcher: Batcher[Arrival, Receipt] = Batcher(
+        self._states = OrderStates(ORDER_STATES_MAX)
+        self._claimed_waiting = 0
+        self._batcher: Batcher[Report, Receipt] = Batcher(
             self._record_batch,
             batch_items_max=BATCH_REPORTS_MAX,
             batch_weight_max=BATCH_BYTES_MAX,
@@ -95,23 +112,42 @@ class Recorder:
             wait_seconds_max=WAIT_SECONDS_MAX,
         )
 
-    async def record(self, report: Report, received_at: datetime) -> Receipt:
+    @property
+    def waiting(self) -> int:
+        """How many reports wait for their commit."""
+        return self._batcher.waiting
+
+    async def drain(self) -> None:
+        """Wait until every report is answered."""
+        await self._batcher.drain()
+
+    async def record(self, report: Report, claim: Claim | None = None) -> Receipt:
         """Record one report; when this returns, its event is committed.
 
-        Raises:
-            OverloadedError: too much is waiting; nothing was recorded.
-            StorageUnavailableError: no commit was seen in time. The report may or may not be recorded.
-            RefusedReportError: it cannot be recorded, now or later, by this release.
-        """
-        if report.quarantine_id is not None:
-            return await self._record_once(report, received_at, quarantine.CLAIM)
-        if report.idempotency_key is not None:
-            return await self._record_once(report, received_at, idempotency.CLAIM)
-        return await self._record_in_batch(report, received_at)
+        Args:
+            report: the report.
+            claim: lets the report be recorded only once. A second report with the same claim and body gets the
+                first receipt again; with another body, it is an ordinary report.
 
-    async def _record_in_batch(self, report: Report, received_at: datetime) -> Receipt:
+        Raises:
+            OverloadedError: too many reports are waiting; nothing was recorded.
+            StorageUnavailableError: no commit was confirmed in time. The report may or may not be recorded.
+            RefusedReportError: this release cannot record the report.
+        """
+        if claim is None:
+            return await self._record_in_batch(report)
+        if self._claimed_waiting >= CLAIMED_REPORTS_MAX:
+            raise OverloadedError("too many reports with idempotency keys are waiting")
+        self._claimed_waiting += 1
         try:
-            return await self._batcher.submit((report, received_at), len(report.body))
+            async with _time_limit(asyncio.get_running_loop().time() + self._seconds_max):
+                return await self._record_claimed(report, claim) or await self._record_in_batch(report)
+        finally:
+            self._claimed_waiting -= 1
+
+    async def _record_in_batch(self, report: Report) -> Receipt:
+        try:
+            return await self._batcher.submit(report, len(report.body))
         except TimeoutError as error:
             raise StorageUnavailableError(str(error)) from None
         except BatchFailedError as error:
@@ -119,85 +155,66 @@ class Recorder:
                 raise StorageUnavailableError(str(error)) from error
             raise
 
-    async def _record_once(self, report: Report, received_at: datetime, claim: Claim) -> Receipt:
-        if self._keyed_waiting >= KEYED_REPORTS_MAX:
-            raise OverloadedError("too many reports with keys are waiting")
-        self._keyed_waiting += 1
-        try:
-            async with _in_time(asyncio.get_running_loop().time() + self._seconds_max):
-                receipt = await self._record_claimed(report, received_at, claim)
-                return receipt or await self._record_in_batch(report, received_at)
-        finally:
-            self._keyed_waiting -= 1
-
-    @property
-    def waiting(self) -> int:
-        """How many reports wait for their commit."""
-        return self._batcher.waiting
-
-    async def finish(self) -> None:
-        """Wait until everything that was handed in is answered."""
-        await self._batcher.finish()
-
-    async def _record_batch(self, arrivals: list[Arrival], due: float) -> Sequence[Receipt | Exception]:
+    async def _record_batch(self, reports: list[Report], due: float) -> Sequence[Receipt | Exception]:
         began = monotonic()
-        async with _in_time(due):
-            receipts = await self._record(arrivals)
-        self._on_batch(len(arrivals), monotonic() - began)
+        async with _time_limit(due):
+            receipts = await self._record(reports)
+        self._on_batch(len(reports), monotonic() - began)
         return receipts
 
-    async def _record(self, arrivals: list[Arrival]) -> Sequence[Receipt | Exception]:
+    async def _record(self, reports: list[Report]) -> Sequence[Receipt | Exception]:
         try:
-            return await self._record_together(arrivals)
+            return await self._record_together(reports)
         except Exception as error:
             if not _is_refused(error):
                 raise
-            if len(arrivals) == 1:
+            if len(reports) == 1:
                 return [RefusedReportError(str(error))]
-        # One report that cannot be kept must not fail its neighbours: it is found by halving.
-        middle = len(arrivals) // 2
-        return [*await self._record(arrivals[:middle]), *await self._record(arrivals[middle:])]
+        # One bad report must not fail its neighbours. Halving finds it.
+        middle = len(reports) // 2
+        return [*await self._record(reports[:middle]), *await self._record(reports[middle:])]
 
-    async def _record_together(self, arrivals: list[Arrival]) -> Sequence[Receipt]:
-        order_nos = {report.order_no for report, _ in arrivals}
-        # What was sent to be committed, as long as no answer has told what became of it.
+    async def _record_together(self, reports: list[Report]) -> Sequence[Receipt]:
+        order_nos = {report.order_no for report in reports}
+        # The events whose commit is in doubt.
         sent: list[Order.StatusReported] | None = None
         try:
-            sent = _judge(arrivals, await self._known_standings(order_nos))
-            positions = await self._store.append(sent)
+            sent = _decide_all(reports, await self._known_states(order_nos))
+            async with self._dedicated.connection() as connection:
+                positions = await store.append(connection, sent)
         except VersionTakenError:
-            # Judged from where an order no longer stood; the statement was refused whole.
-            sent, positions = await self._record_locked(arrivals, order_nos, None)
+            # A state was stale. The whole statement was refused.
+            sent, positions = await self._record_locked(reports, order_nos, None)
         except Exception as error:
             if not is_connection_lost(error):
-                self._standings.forget(order_nos)
+                self._states.forget(order_nos)
                 raise
-            sent, positions = await self._record_locked(arrivals, order_nos, sent)
+            sent, positions = await self._record_locked(reports, order_nos, sent)
         except BaseException:
-            self._standings.forget(order_nos)
+            self._states.forget(order_nos)
             raise
-        self._committed(sent, positions)
+        self._commit(sent, positions)
         return [_receipt(event, position) for event, position in zip(sent, positions, strict=True)]
 
     async def _record_locked(
-        self, arrivals: list[Arrival], order_nos: set[str], sent: list[Order.StatusReported] | None
+        self, reports: list[Report], order_nos: set[str], sent: list[Order.StatusReported] | None
     ) -> tuple[list[Order.StatusReported], list[int]]:
-        """Record with the log held still, where the first try was refused or its outcome is unknown.
+        """Record under the append lock, after a first attempt was refused or its outcome is unknown.
 
-        Until the time is over: a lost connection is made anew, and what it may have committed is looked for
-        under the lock, which the transaction in doubt holds until it ends.
+        Until the time is over, a lost connection is opened again. Events that may have been committed are
+        searched under the lock, which a transaction in doubt holds until it ends.
         """
-        self._standings.forget(order_nos)
+        self._states.forget(order_nos)
         while True:
             try:
-                async with self._store.locked() as connection:
-                    positions = await event_store.positions_of(connection, sent) if sent else None
+                async with self._locked() as connection:
+                    positions = await store.find_positions(connection, sent) if sent else None
                     if sent is None or positions is None:
-                        # Set only when judged: were it lost before that, there would be nothing to look for.
-                        sent = _judge(arrivals, await event_store.standings(connection, list(order_nos)))
-                        positions = await event_store.append(connection, sent)
+                        # Assigned before the append: a loss between both leaves events to search for.
+                        sent = _decide_all(reports, await store.order_states(connection, list(order_nos)))
+                        positions = await store.append(connection, sent)
             except VersionTakenError:
-                # Even now: a writer that takes no lock of ours. Nothing was kept.
+                # Even under the lock: a writer that does not take it. Nothing was kept.
                 sent = None
             except Exception as error:
                 if not is_connection_lost(error):
@@ -206,21 +223,21 @@ class Recorder:
             else:
                 return sent, positions
 
-    async def _record_claimed(self, report: Report, received_at: datetime, claim: Claim) -> Receipt | None:
-        """Record a report that may be recorded once only, in a transaction of its own with its claim.
+    async def _record_claimed(self, report: Report, claim: Claim) -> Receipt | None:
+        """Record a report together with its claim, in a transaction of its own.
 
         Returns:
-            Its receipt, the first one again where the claim was used with this body; None where it was used
-            with another body, which makes it an ordinary report.
+            The receipt, or the first one again if the claim was used with this body; None if it was used with
+            another body.
         """
         while True:
             try:
-                async with self._store.locked() as connection:
-                    seen = await claim.find(connection, report)
-                    if seen is None:
-                        standings = await event_store.standings(connection, [report.order_no])
-                        (event,) = _judge([(report, received_at)], standings)
-                        (position,) = await event_store.append(connection, [event])
+                async with self._locked() as connection:
+                    claimed = await claim.find(connection, report)
+                    if claimed is None:
+                        states = await store.order_states(connection, [report.order_no])
+                        (event,) = _decide_all([report], states)
+                        (position,) = await store.append(connection, [event])
                         await claim.keep(connection, report, event)
             except VersionTakenError:
                 continue
@@ -229,27 +246,35 @@ class Recorder:
                     raise RefusedReportError(str(error)) from error
                 if not is_connection_lost(error):
                     raise
-                # Whether it was committed is told by the claim itself.
+                # The next attempt finds the claim if this one was committed.
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
-            if seen is None:
-                self._committed([event], [position])
+            if claimed is None:
+                self._commit([event], [position])
                 return _receipt(event, position)
-            return _receipt(seen.event, seen.position) if seen.same_body else None
+            return _receipt(claimed.event, claimed.position) if claimed.same_body else None
 
-    async def _known_standings(self, order_nos: set[str]) -> dict[str, Standing]:
-        known, missing = self._standings.look_up(order_nos)
+    async def _known_states(self, order_nos: set[str]) -> dict[str, OrderState]:
+        known, missing = self._states.look_up(order_nos)
         if missing:
-            known.update(await self._store.standings(missing))
+            async with self._dedicated.connection() as connection:
+                known.update(await store.order_states(connection, missing))
         return known
 
-    def _committed(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
-        self._standings.learn(events)
+    @asynccontextmanager
+    async def _locked(self) -> AsyncIterator[Connection]:
+        """Keep all other writers from appending until the end of the block, which commits."""
+        async with self._dedicated.transaction(store.BEGIN_LOCKED) as connection:
+            await store.take_append_lock(connection)
+            yield connection
+
+    def _commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
+        self._states.learn(events)
         self._on_commit(events, positions)
 
 
 @asynccontextmanager
-async def _in_time(due: float) -> AsyncIterator[None]:
+async def _time_limit(due: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout_at(due):
             yield
@@ -258,65 +283,32 @@ async def _in_time(due: float) -> AsyncIterator[None]:
 
 
 def _is_refused(error: Exception) -> bool:
-    return isinstance(error, event_store.UndecodableEventError) or is_content_refused(error)
+    return isinstance(error, UndecodableEventError) or is_value_refused(error)
 
 
-def _judge(arrivals: Sequence[Arrival], standings: dict[str, Standing]) -> list[Order.StatusReported]:
-    """Judge reports one after the other; ``standings`` moves on with them."""
+def _decide_all(reports: Sequence[Report], states: dict[str, OrderState]) -> list[Order.StatusReported]:
+    """Decide on reports one after the other; ``states`` moves on with them."""
     events = []
-    for report, received_at in arrivals:
-        event = judge_report(standings[report.order_no], report, received_at)
-        standings[report.order_no] = event.standing
+    for report in reports:
+        state = states[report.order_no]
+        event = decide(state, report)
+        states[report.order_no] = evolve(state, event)
         events.append(event)
     return events
 
 
 def _receipt(event: Order.StatusReported, position: int) -> Receipt:
-    return Receipt(
-        event.verdict,
-        event.report_id,
-        event.originator_id,
-        event.originator_version,
-        position,
-        event.status,
-        event.reported_status,
-        event.skipped,
-        event.reason,
-    )
-
-
-class _Standings:
-    """Where orders stood when last seen: a cache in two generations, the older dropped when the younger fills.
-
-    It may be stale, since other processes record as well; the log's primary key refuses what comes of that.
-    """
-
-    def __init__(self, orders_max: int) -> None:
-        self._generation_max = orders_max // 2
-        self._young: dict[str, Standing] = {}
-        self._old: dict[str, Standing] = {}
-
-    def look_up(self, order_nos: Iterable[str]) -> tuple[dict[str, Standing], list[str]]:
-        """Return what is known of these orders, and those of which nothing is."""
-        known: dict[str, Standing] = {}
-        missing: list[str] = []
-        for order_no in order_nos:
-            standing = self._young.get(order_no) or self._old.get(order_no)
-            if standing is None:
-                missing.append(order_no)
-            else:
-                known[order_no] = standing
-        return known, missing
-
-    def learn(self, events: Iterable[Order.StatusReported]) -> None:
-        """Take in committed events."""
-        for event in events:
-            self._young[event.originator_id] = event.standing
-        if len(self._young) > self._generation_max:
-            self._young, self._old = {}, self._young
-
-    def forget(self, order_nos: Iterable[str]) -> None:
-        """Forget these orders: another writer knows them better."""
-        for order_no in order_nos:
-            self._young.pop(order_no, None)
-            self._old.pop(order_no, None)
+    receipt: Receipt = {
+        "outcome": event.verdict,
+        "report_id": event.report_id,
+        "order_no": event.originator_id,
+        "version": event.originator_version,
+        "position": position,
+        "status": event.status,
+        "reported_status": event.reported_status,
+        "skipped": event.skipped,
+        "reason": event.reason,
+    }
+    if event.quarantine_id is not None:
+        receipt["quarantine_id"] = event.quarantine_id
+    return receipt

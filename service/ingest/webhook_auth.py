@@ -1,4 +1,4 @@
-"""Who sends a webhook: whether it is the sender, told by a token and a signature, and from which address."""
+"""Authentication of the webhook's sender: a token in the path, a signature, and the address behind proxies."""
 
 import hashlib
 import hmac
@@ -9,28 +9,28 @@ from typing import Final, TypeAlias
 from aiohttp import hdrs, web
 
 from service.http.access import refuse_other_sites
-from service.http.problems import Kind, ProblemError
+from service.http.problems import ProblemError, ProblemType
 
 Network: TypeAlias = IPv4Network | IPv6Network
 
 PATH: Final = "/webhook"
-# Addresses that proxies have added, one each; a longer list is somebody's game.
+# Each proxy adds one address. A longer header is an attack.
 FORWARDED_CHARACTERS_MAX: Final = 2_048
 
 
-def signature_of(body: bytes, secret: bytes) -> str:
-    """Return what stands in the signature's header: the hex HMAC-SHA256 of the body."""
+def sign(body: bytes, secret: bytes) -> str:
+    """Return the signature of a body: its hex HMAC-SHA256."""
     return hmac.new(secret, body, hashlib.sha256).hexdigest()
 
 
-class Sender:
-    """What is asked of whoever sends.
+class WebhookAuth:
+    """Authenticates webhooks: once before the body is read, and once after it.
 
     Args:
-        tokens: any of which the path must end in; without tokens any path of the webhook will do.
-        secret: of the signature; empty where none is asked for.
-        signature_header: where the signature stands.
-        proxies: the addresses whose X-Forwarded-For is believed.
+        tokens: the valid tokens at the end of the path; empty if no token is required.
+        secret: the secret of the signature; empty if no signature is required.
+        signature_header: the header with the signature.
+        proxies: networks of proxies whose X-Forwarded-For is trusted.
     """
 
     def __init__(
@@ -43,42 +43,43 @@ class Sender:
 
     @property
     def path(self) -> str:
-        """Where the sender sends to."""
+        """The pattern of the webhook's path."""
         return f"{PATH}/{{token}}" if self._tokens else PATH
 
-    def check_caller(self, request: web.Request) -> None:
-        """Refuse a path without the right token like a path that there is none of.
+    def check_request(self, request: web.Request) -> str | None:
+        """Check a request before its body is read, and return the sender's address.
 
         Raises:
-            HTTPNotFound: the token is wrong.
-            ProblemError: 403, no token is asked for, and another site's page had a browser ask.
+            HTTPNotFound: the token is wrong. The response equals that for an unknown path.
+            ProblemError: 403, no token is required, and a page of another site made the request.
         """
-        if not self._tokens:
+        if self._tokens:
+            token = request.match_info["token"].encode(errors="replace")
+            # All tokens are compared, each in constant time, so that the duration reveals nothing.
+            if not sum(hmac.compare_digest(token, valid) for valid in self._tokens):
+                raise web.HTTPNotFound
+        else:
             refuse_other_sites(request)
-            return
-        given = request.match_info["token"].encode(errors="replace")
-        # Every token is compared, and each in constant time: how long it takes tells nothing.
-        if not sum(hmac.compare_digest(given, token) for token in self._tokens):
-            raise web.HTTPNotFound
+        return self._sender_address(request)
 
     def check_signature(self, request: web.Request, body: bytes) -> None:
-        """Check the hex HMAC-SHA256 of the body, as it is out of its content coding.
+        """Check the signature of a decompressed body.
 
         Raises:
-            ProblemError: 401, it is missing or wrong.
+            ProblemError: 401, the signature is missing or wrong.
         """
         if not self._secret:
             return
-        wanted = signature_of(body, self._secret).encode()
-        given = request.headers.get(self._signature_header, "").strip().lower().encode(errors="replace")
-        if not hmac.compare_digest(given, wanted):
+        expected = sign(body, self._secret).encode()
+        signature = request.headers.get(self._signature_header, "").strip().lower().encode(errors="replace")
+        if not hmac.compare_digest(signature, expected):
             detail = f"{self._signature_header} must be the hex HMAC-SHA256 of the body"
-            raise ProblemError(Kind.BAD_SIGNATURE, detail)
+            raise ProblemError(ProblemType.BAD_SIGNATURE, detail)
 
-    def address_of(self, request: web.Request) -> str | None:
-        """Return the address that a request comes from: the rightmost that is not a trusted proxy's.
+    def _sender_address(self, request: web.Request) -> str | None:
+        """Return the rightmost forwarded address that is not a trusted proxy's.
 
-        A proxy appends the address that it was called from, so only what trusted ones appended is believed.
+        A proxy appends the address of its caller, so only what trusted proxies appended is believed.
         """
         address = request.remote
         if not self._proxies or address is None or not self._is_proxy(address):
@@ -88,7 +89,7 @@ class Sender:
             try:
                 further = str(ip_address(hop.strip()))
             except ValueError:
-                # Not an address: what a proxy appends is one, so nothing to the left of it is known.
+                # A proxy appends an address, so nothing to the left of other text is trustworthy.
                 break
             address = further
             if not self._is_proxy(further):

@@ -1,21 +1,22 @@
-"""The audit of verdicts: what was judged, and what today's table would judge otherwise."""
+"""The audit: an order's verdicts, and the reports on which today's transition table decides differently."""
 
 from collections.abc import AsyncIterator
 from typing import Final, NamedTuple
 
-from domain.order import UNHEARD, Order, Report, Standing, judge_report
+from domain.order import NEW_ORDER, Arrival, Order, OrderState, Report, decide, evolve
 from domain.statuses import Status
 from domain.transitions import Verdict
 from projections.engine import Undecodable
-from service.database.connections import Connection
-from service.event_log import store as event_store
-from service.event_log.feed import LogReader
+from projections.postgres_errors import Connection
+from service.event_log import store
+from service.event_log.codec import UndecodableEventError, decode_event
+from service.event_log.feed import Feed
 
-PAGE_EVENTS: Final = 1_000
+BATCH_EVENTS_MAX: Final = 1_000
 
 
 class Change(NamedTuple):
-    """A report that today's table judges otherwise than it was judged."""
+    """A report whose verdict or resulting status today's table would change."""
 
     order_no: str
     version: int
@@ -26,31 +27,39 @@ class Change(NamedTuple):
 
 
 async def order_events(connection: Connection, order_no: str) -> AsyncIterator[Order.StatusReported]:
-    """Yield an order's events, oldest first."""
+    """Yield an order's events, oldest first.
+
+    Raises:
+        UndecodableEventError: this release cannot read an event.
+    """
     version = 0
-    while page := await event_store.read_stream(connection, order_no, version, PAGE_EVENTS):
-        for recorded in page:
-            yield event_store.decode_event(order_no, recorded.version, recorded.topic, recorded.state)
-        version = page[-1].version
+    while batch := await store.read_stream(connection, order_no, version, BATCH_EVENTS_MAX):
+        for event in batch:
+            yield decode_event(order_no, event.version, event.topic, event.state)
+        version = batch[-1].version
 
 
-async def rejudge(log_reader: LogReader) -> AsyncIterator[Change]:
+async def rejudge(feed: Feed) -> AsyncIterator[Change]:
     """Yield every report whose verdict or resulting status today's table would change.
 
-    Each order is folded again from its first report, so a changed verdict carries on to what follows it.
+    Each order is decided again from its first report, so a changed verdict affects the reports after it.
+
+    Raises:
+        UndecodableEventError: this release cannot read an event.
     """
     order_no: str | None = None
-    standing: Standing = UNHEARD
-    async for page in log_reader.read_streams(await log_reader.head()):
-        for _, event in page:
+    state: OrderState = NEW_ORDER
+    async for batch in feed.read_streams(await feed.head()):
+        for _, event in batch:
             if isinstance(event, Undecodable):
                 place = f"version {event.originator_version} of {event.originator_id}"
-                raise event_store.UndecodableEventError(f"{place}: {event.reason}")
+                raise UndecodableEventError(f"{place}: {event.reason}")
             if event.originator_id != order_no:
-                order_no, standing = event.originator_id, UNHEARD
-            report = Report(event.report_id, order_no, event.reported_status, event.reported_cnote, event.body)
-            today = judge_report(standing, report, event.timestamp)
-            standing = today.standing
+                order_no, state = event.originator_id, NEW_ORDER
+            arrival = Arrival(event.report_id, event.timestamp)
+            report = Report(arrival, order_no, event.reported_status, event.reported_cnote, event.body)
+            today = decide(state, report)
+            state = evolve(state, today)
             if (today.verdict, today.status) != (event.verdict, event.status):
                 yield Change(
                     order_no,
@@ -62,8 +71,8 @@ async def rejudge(log_reader: LogReader) -> AsyncIterator[Change]:
                 )
 
 
-def explanation(event: Order.StatusReported) -> str:
-    """Return what there is to say of a verdict beyond its name."""
+def explain(event: Order.StatusReported) -> str:
+    """Return a verdict's explanation: skipped stages, the repeated version, the reason, or an empty text."""
     if event.skipped:
         return f"skipped {', '.join(event.skipped)}"
     if event.repeats is not None:

@@ -1,4 +1,4 @@
-"""Whether everything is in order: what would be noticed too late otherwise."""
+"""The check of an installation: settings, database, schema, rights, API keys and views."""
 
 from datetime import UTC, datetime
 from typing import Final, Literal, NamedTuple
@@ -6,9 +6,15 @@ from typing import Final, Literal, NamedTuple
 import asyncpg
 
 from projections.engine import OutdatedViewError, view_state
-from service.database.connections import Connection, StorageUnavailableError, UnsupportedServerError, connect
+from projections.postgres_errors import Connection
+from service.database.api_keys import list_keys
+from service.database.connections import (
+    StorageUnavailableError,
+    UnsupportedServerError,
+    connect,
+    connected,
+)
 from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
-from service.http.access import all_keys
 from service.settings import Settings
 
 TRIGGERS: Final = """
@@ -18,7 +24,7 @@ TRIGGERS: Final = """
 EXPECTED_TRIGGERS: Final = ("order_events_immutable", "order_events_kept")
 ALWAYS: Final = b"A"
 SERVER_VERSION: Final = "SHOW server_version"
-# A right to one of the columns is a right to forge.
+# The rights of the role that the service runs as. A right to insert a position or a time is a right to forge.
 ROLE: Final = """
     SELECT current_user::text,
            (SELECT rolsuper FROM pg_roles WHERE rolname = current_user),
@@ -36,10 +42,11 @@ ARE_TABLES: Final = """
 DURABILITY: Final = """
     SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')
 """
+SELECT_VIEW: Final = "SELECT set_config('search_path', $1, false)"
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at; ``note`` is something that is open, and may be meant to be."""
+    """One result. A note reports something unprotected or missing that may be intended."""
 
     kind: Literal["ok", "note", "WRONG"]
     text: str
@@ -58,32 +65,32 @@ def _wrong(text: str) -> Finding:
 
 
 def check_settings(settings: Settings) -> list[Finding]:
-    """Look at what the settings leave open; whether each is one was looked at when they were read."""
+    """Check who may send webhooks. Each setting's own value was checked when it was read."""
     count = len(settings.webhook_tokens)
     if count:
-        return [_ok(f"the webhook asks for a token; {count} {'is' if count == 1 else 'are'} good")]
+        return [_ok(f"the webhook requires a token; valid tokens: {count}")]
     if settings.webhook_hmac_secret:
-        return [_ok("the webhook asks for a signature")]
+        return [_ok("the webhook requires a signature")]
     if settings.is_local:
         return [_note("the webhook is open to this machine: ORDER_TRACKING_WEBHOOK_TOKENS is not set")]
-    return [_wrong("the webhook is open to whoever reaches it: set ORDER_TRACKING_WEBHOOK_TOKENS")]
+    return [_wrong("the webhook is open to the network: set ORDER_TRACKING_WEBHOOK_TOKENS")]
 
 
-def place(settings: Settings, dsn: str) -> Finding:
-    """Say which database is looked at, and how else to enter it."""
+def describe_database(settings: Settings, dsn: str) -> Finding:
+    """Return which database is checked, and how to open it with psql."""
     if settings.database_url:
         return _ok("the database is that of ORDER_TRACKING_DATABASE_URL")
-    return _ok(f"the database is the one in {settings.state_dir}; while it runs: psql '{dsn}'")
+    return _ok(f"the database is the one in {settings.state_dir}; while it runs, open it with: psql '{dsn}'")
 
 
-async def check(dsn: str) -> list[Finding]:
-    """Look at the database and what lies in it; the settings were read before."""
+async def check_database(dsn: str) -> list[Finding]:
+    """Check the database and its content."""
     try:
         connection = await connect(dsn)
     except (StorageUnavailableError, UnsupportedServerError, asyncpg.PostgresError) as error:
         return [_wrong(f"the database cannot be used: {error}")]
     try:
-        findings = [_ok(f"PostgreSQL {await connection.fetchval(SERVER_VERSION)} answers")]
+        findings = [_ok(f"PostgreSQL {await connection.fetchval(SERVER_VERSION)} responds")]
         findings += [
             (_ok if setting == "on" else _wrong)(f"{name} is {setting}")
             for name, setting in await connection.fetch(DURABILITY)
@@ -115,64 +122,61 @@ async def _check_triggers(connection: Connection) -> list[Finding]:
 
 
 async def _check_role(dsn: str) -> list[Finding]:
-    """Look at what the role that the service runs as could do to the log."""
-    connection = await connect(await service_dsn(dsn))
-    try:
-        name, is_superuser, owns_log, may_change, may_forge, may_make_views, is_login = (
+    """Check what the service's role could do to the log."""
+    async with connected(await service_dsn(dsn)) as connection:
+        name, is_superuser, owns_log, may_change, may_forge, may_create_views, is_login = (
             await connection.fetch(ROLE)
         )[0]
-    finally:
-        await connection.close()
     findings = [_ok(f"the service runs as {name}")]
-    open_ways = [
-        what
-        for what, is_open in (
+    dangers = [
+        danger
+        for danger, is_present in (
             ("is a superuser", is_superuser),
-            ("owns the log and can switch its triggers off", owns_log),
+            ("owns the log and can disable its triggers", owns_log),
             ("may change or remove events", may_change),
             ("may choose positions and times", may_forge),
         )
-        if is_open
+        if is_present
     ]
-    if open_ways:
-        findings.append(_note(f"the log is not protected from the service: {name} {', '.join(open_ways)}"))
+    if dangers:
+        findings.append(_note(f"the log is not protected from the service: {name} {', '.join(dangers)}"))
     else:
-        findings.append(_ok("it can add to the log, and neither change nor remove what is there"))
-    if not may_make_views:
+        findings.append(_ok("the service can add to the log, but neither change nor remove events"))
+    if not may_create_views:
         findings.append(
-            _wrong("the owner of the log cannot make schemas, so no view can be rebuilt: 'migrate'")
+            _wrong("the log's owner cannot create schemas, so no view can be rebuilt: run 'migrate'")
         )
     if not is_login:
         findings.append(
-            _note(f"it acts as {name} by SET ROLE, and could take that back: a login of its own could not")
+            _note(f"the service acts as {name} by SET ROLE, which is reversible: see docs/operations.md")
         )
     return findings
 
 
 async def _check_keys(connection: Connection) -> list[Finding]:
     now = datetime.now(UTC)
-    valid = sum(key.is_valid(now) for key in await all_keys(connection))
-    return [_ok(f"API keys that are valid: {valid}") if valid else _note("no API key is valid")]
+    valid = sum(key.is_valid(now) for key in await list_keys(connection))
+    return [_ok(f"valid API keys: {valid}") if valid else _note("no API key is valid")]
 
 
 async def _check_views(connection: Connection) -> list[Finding]:
     findings = []
     for view in VIEWS:
-        # A view in the place of a table would run what its maker wrote as whoever looks at it.
-        tables = [f"{view.name}.projection", f"{view.name}.set_aside"]
+        # A database view in place of a table would run its creator's code with the reader's rights.
+        tables = [f"{view.name}.projection", f"{view.name}.parked_orders"]
         if await connection.fetchval(ARE_TABLES, tables) != len(tables):
-            findings.append(_wrong(f"the view {view.name} is missing: 'serve' makes it"))
+            findings.append(_wrong(f"the view {view.name} is missing or outdated: run 'serve' or 'replay'"))
             continue
-        await connection.execute("SELECT set_config('search_path', $1, false)", view.name)
+        await connection.execute(SELECT_VIEW, view.name)
         try:
             state = await view_state(connection)
         except OutdatedViewError:
-            findings.append(_wrong(f"the view {view.name} has lost its position: 'serve' rebuilds it"))
+            findings.append(_wrong(f"the view {view.name} has lost its position: run 'serve' or 'replay'"))
             continue
         if state.definition != view.definition:
-            findings.append(_wrong(f"the view {view.name} is outdated: 'replay' rebuilds it"))
-        elif state.sets_aside:
-            findings.append(_wrong(f"the view {view.name} has orders set aside: 'replay' heals it"))
+            findings.append(_wrong(f"the view {view.name} is outdated: run 'serve' or 'replay'"))
+        elif state.has_parked:
+            findings.append(_wrong(f"the view {view.name} has parked orders: run 'replay'"))
         else:
             findings.append(_ok(f"the view {view.name} is at position {state.position}"))
     return findings

@@ -15,9 +15,9 @@ from typing import Final, Self
 
 import psycopg
 
-from service.app import prepare_database
 from service.database.embedded_postgres import NAME as MAIN_DATABASE
 from service.database.embedded_postgres import EmbeddedPostgres
+from service.database.schema import prepare_database
 from tests.benchmarks import load
 from tests.benchmarks.parsing import measure_parsing
 from tests.benchmarks.rebuilds import measure_rebuild

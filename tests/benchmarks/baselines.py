@@ -19,7 +19,7 @@ from aiohttp import web
 from eventsourcing.application import AggregateNotFoundError, Application
 from psycopg.conninfo import conninfo_to_dict
 
-from domain.order import Order, Report
+from domain.order import Arrival, Order, Report
 from tests.benchmarks.load import WEBHOOK_PATH
 
 # The threads of the library's application, and its connections. Tried were 4, 8, 16 and 32: since each of its
@@ -56,12 +56,13 @@ class Orders(Application[str]):
         """Record one report, and answer when it is committed."""
         body = orjson.loads(raw)
         order_no, status = body["order_no"], body["status"]
-        report = Report(str(uuid4()), order_no, status, body["cnote"], raw.decode())
+        arrival = Arrival(str(uuid4()), datetime.now(UTC))
+        report = Report(arrival, order_no, status, body["cnote"], raw.decode())
         try:
             order: Order = self.repository.get(order_no)
         except AggregateNotFoundError:
-            order = Order.unheard(order_no)
-        event = order.report(report, datetime.now(UTC))
+            order = Order.new(order_no)
+        event = order.report(report)
         (recording,) = self.save(order)
         return {
             "outcome": event.verdict,

@@ -20,14 +20,14 @@ from uuid import UUID
 import psycopg
 import uvloop
 
-from domain.order import UNHEARD, judge_report
-from projections import current_status, timeline
-from service.app import calm_garbage_collector, rebuild_views
-from service.database.connections import HeldConnection, connect
+from domain.order import NEW_ORDER, Arrival, decide, evolve
+from projections import timeline
+from service.database.connections import DedicatedConnection, connect
 from service.database.schema import VIEWS as ALL_VIEWS
-from service.event_log.feed import LogReader
-from service.event_log.store import MAPPER
+from service.event_log.codec import MAPPER
+from service.event_log.feed import Feed
 from service.ingest.parser import parse
+from service.maintenance.replay import rebuild_views
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, ratio, resident_mb
 
@@ -78,13 +78,14 @@ class Log(NamedTuple):
         arrivals = [order for order in range(self.orders) for _ in range(self.reports)]
         chosen = random.Random(SEED)
         chosen.shuffle(arrivals)
-        standings = [UNHEARD] * self.orders
+        states = [NEW_ORDER] * self.orders
         for milliseconds, order in enumerate(arrivals):
-            standing = standings[order]
+            state = states[order]
             report_id = str(UUID(int=chosen.getrandbits(128), version=4))
-            report = parse(self.report(order, standing[0]), report_id, "127.0.0.1")
-            event = judge_report(standing, report, FIRST_RECEIVED_AT + timedelta(milliseconds=milliseconds))
-            standings[order] = event.standing
+            received_at = FIRST_RECEIVED_AT + timedelta(milliseconds=milliseconds)
+            arrival = Arrival(report_id, received_at, "127.0.0.1")
+            event = decide(state, parse(self.report(order, state.version), arrival))
+            states[order] = evolve(state, event)
             stored = MAPPER.to_stored_event(event)
             yield str(stored.originator_id), stored.originator_version, stored.topic, stored.state
 
@@ -143,10 +144,14 @@ MAKE_CNOTES: Final = """
     CREATE TABLE order_cnotes AS
     SELECT DISTINCT reported_cnote AS cnote, order_no FROM entries WHERE reported_cnote IS NOT NULL
 """
+ORDER_COLUMNS: Final = (
+    *("order_no", "version", "position", "first_position", "status", "reported_status", "status_since", "cnote"),
+    *("first_reported_at", "last_reported_at", "advanced", "repeated", "late", "refused", "unrecognised"),
+)
 # By column: the table of ours, and its columns.
 COMPARED: Final = (
     ("timeline.entries", "entries", timeline.COLUMNS),
-    ("current_status.orders", "orders", current_status.COLUMNS),
+    ("current_status.orders", "orders", ORDER_COLUMNS),
     ("current_status.order_cnotes", "order_cnotes", ("cnote", "order_no")),
 )
 COUNT_DIFFERENCES: Final = """
@@ -201,14 +206,14 @@ def rebuild_by_service(dsn: str) -> Rebuild:
 
 async def _rebuild(dsn: str) -> Rebuild:
     connect_here = partial(connect, dsn)
-    held = HeldConnection(connect_here)
-    reader = LogReader(held, connect_here)
+    held = DedicatedConnection(connect_here)
+    reader = Feed(held, connect_here)
     began = time.perf_counter()
-    calm_garbage_collector()
+    tune_gc()
     rebuilt = await rebuild_views(dsn, VIEWS, reader, lambda _done, _total: None)
     seconds = time.perf_counter() - began
     await held.close()
-    if any(view.set_aside for view in rebuilt):
+    if any(view.parked for view in rebuilt):
         raise RuntimeError("orders were set aside")
     return Rebuild(seconds, resident_mb(os.getpid()).most)
 

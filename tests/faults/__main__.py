@@ -14,7 +14,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from service.http.server import allow_open_files
+from service.http.server import raise_open_files_limit
 from tests.faults.faults import FAULTS, Fault
 from tests.faults.mutations import MUTATIONS
 from tests.faults.run import Outcome, run
@@ -91,7 +91,7 @@ def main() -> int:
             out.print(f"{fault.name:22} {fault.claim}{', short' if fault.is_short else ''}")
         return 0
     # Thousands of callers are files, here and in the service.
-    allow_open_files()
+    raise_open_files_limit()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
     try:
         outcomes = uvloop.run(_run(arguments.faults, seed))

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from service.database.connections import Connection
+from projections.postgres_errors import Connection
 from service.database.schema import VIEWS
 from tests.faults.proxy import Cut
 from tests.faults.resources import children

@@ -9,41 +9,44 @@ import sys
 from collections.abc import Sequence
 from typing import Final
 
-from domain.order import Order
+from domain.order import Order, Report
 from service.cli.main import cli
-from service.event_log import store as event_store
-from service.event_log.store import EventStore
+from service.event_log import store
+from service.ingest.recorder import Receipt, Recorder, _decide_all, _receipt  # noqa: PLC2701 - replaced here
 from tests.faults.faults import Fault, kill_service, stop_immediately
 from tests.faults.world import Layout, World
 
 COMMITTED_AFTER_SECONDS: Final = 0.5
 
 
-class EarlyStore:
-    """Answers an append at once, with the positions that it will have, and commits it a moment later."""
+class EarlyRecorder:
+    """Acknowledges reports at once, with the positions that they will have, and commits them a moment later."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
         self._position: int | None = None
         self._commits: set[asyncio.Task[None]] = set()
 
-    async def append(self, store: EventStore, events: Sequence[Order.StatusReported]) -> list[int]:
-        """In place of ``EventStore.append``."""
+    async def record(self, recorder: Recorder, reports: list[Report]) -> list[Receipt]:
+        """In place of ``Recorder._record_together``."""
+        order_nos = {report.order_no for report in reports}
+        events = _decide_all(reports, await recorder._known_states(order_nos))  # noqa: SLF001
         if self._position is None:
-            async with store.locked() as connection:
-                self._position = await event_store.head_position(connection)
+            async with recorder._locked() as connection:  # noqa: SLF001
+                self._position = await store.head_position(connection)
         first = self._position + 1
         self._position += len(events)
-        task = asyncio.create_task(self._commit(store, events))
+        recorder._states.learn(events)  # noqa: SLF001
+        task = asyncio.create_task(self._commit(recorder, events))
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
-        return list(range(first, first + len(events)))
+        return [_receipt(event, position) for position, event in enumerate(events, first)]
 
-    async def _commit(self, store: EventStore, events: Sequence[Order.StatusReported]) -> None:
+    async def _commit(self, recorder: Recorder, events: Sequence[Order.StatusReported]) -> None:
         await asyncio.sleep(COMMITTED_AFTER_SECONDS)
-        # In the order of the acknowledgements: who waits longest is next.
-        async with self._turn, store.locked() as connection:
-            await event_store.append(connection, events)
+        # In the order of the acknowledgements: the task that waits longest is next.
+        async with self._turn, recorder._locked() as connection:  # noqa: SLF001
+            await store.append(connection, events)
 
 
 async def stop_before_the_log_is_written(world: World) -> int:
@@ -73,13 +76,13 @@ MUTATIONS: Final = (
 
 
 def acknowledge_early() -> None:
-    """Let every event store of this process answer before it commits."""
-    early = EarlyStore()
+    """Let every recorder of this process answer before it commits."""
+    early = EarlyRecorder()
 
-    async def append(store: EventStore, events: Sequence[Order.StatusReported]) -> list[int]:
-        return await early.append(store, events)
+    async def record(recorder: Recorder, reports: list[Report]) -> Sequence[Receipt]:
+        return await early.record(recorder, reports)
 
-    EventStore.append = append  # type: ignore[method-assign,assignment]
+    Recorder._record_together = record  # type: ignore[method-assign]  # noqa: SLF001
 
 
 if __name__ == "__main__":

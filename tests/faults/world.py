@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 import asyncpg
 
-from service.database.connections import Connection
+from projections.postgres_errors import Connection
 from service.database.embedded_postgres import SOCKET_NAME, EmbeddedPostgres, running_dsn
 from tests.faults.proxy import Proxy
 from tests.faults.resources import Resources, children

@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Coroutine, Sequence
 from threading import Thread
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
+import asyncpg
 from eventsourcing.persistence import (
     AggregateRecorder,
     ApplicationRecorder,
@@ -15,15 +16,14 @@ from eventsourcing.persistence import (
     Subscription,
 )
 
-from service.database.connections import Connection, open_pool
-from service.event_log import store as event_store
-from service.event_log.store import RecordedEvent, VersionTakenError
-
-if TYPE_CHECKING:
-    import asyncpg
+from projections.postgres_errors import Connection
+from service.database.connections import ConnectionPool
+from service.event_log import store
+from service.event_log.store import RecordedEvent
 
 Result = TypeVar("Result")
 EVERYTHING = 1_000_000
+SECONDS_MAX = 60.0
 
 
 class LogInThread:
@@ -33,64 +33,57 @@ class LogInThread:
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._pool = self._wait_for(self._open(dsn))
-
-    @staticmethod
-    async def _open(dsn: str) -> "asyncpg.Pool[asyncpg.Record]":
-        pool = open_pool(dsn)
-        await pool
-        return pool
+        self._pool = ConnectionPool(dsn, SECONDS_MAX)
+        self._wait_for(self._pool.open())
 
     def _wait_for(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def close(self) -> None:
-        self._wait_for(self._pool.close())
+        self._pool.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def append(self, stored: Sequence[StoredEvent]) -> list[int]:
         async def work() -> list[int]:
-            async with self._pool.acquire() as connection:
-                return await event_store.append_encoded(
-                    _plain(connection),
+            async with self._pool.connection() as connection:
+                rows = await connection.fetch(
+                    store.APPEND,
                     [str(event.originator_id) for event in stored],
                     [event.originator_version for event in stored],
                     [event.topic for event in stored],
                     [event.state for event in stored],
+                    store.APPEND_LOCK,
                 )
+            positions = {(order_no, version): position for order_no, version, position in rows}
+            return [positions[str(event.originator_id), event.originator_version] for event in stored]
 
         try:
             return self._wait_for(work())
-        except VersionTakenError as error:
+        except asyncpg.UniqueViolationError as error:
             raise IntegrityError(str(error)) from error
 
     def stream(self, order_no: str, after: int) -> list[RecordedEvent]:
         async def work() -> list[RecordedEvent]:
-            async with self._pool.acquire() as connection:
-                return await event_store.read_stream(_plain(connection), order_no, after, EVERYTHING)
+            async with self._pool.connection() as connection:
+                return await store.read_stream(connection, order_no, after, EVERYTHING)
 
         return self._wait_for(work())
 
     def log(self, after: int) -> list[RecordedEvent]:
         async def work() -> list[RecordedEvent]:
-            async with self._pool.acquire() as connection:
-                return await event_store.read_log(_plain(connection), after, EVERYTHING)
+            async with self._pool.connection() as connection:
+                return await store.read_log(connection, after, EVERYTHING)
 
         return self._wait_for(work())
 
     def head(self) -> int:
         async def work() -> int:
-            async with self._pool.acquire() as connection:
-                return await event_store.head_position(_plain(connection))
+            async with self._pool.connection() as connection:
+                return await store.head_position(connection)
 
         return self._wait_for(work())
-
-
-def _plain(connection: Any) -> Connection:
-    plain: Connection = connection
-    return plain
 
 
 class AggregateFacade(AggregateRecorder):

@@ -9,19 +9,18 @@ import random
 import sys
 
 from domain.statuses import STATUSES
-from service.database.connections import HeldConnection, connect
-from service.event_log.store import EventStore
+from service.database.connections import DedicatedConnection, connect
 from service.ingest.recorder import Receipt, Recorder
-from tests.support.reports import NOW, report
+from tests.support.reports import report
 from tests.support.waiting import PATIENCE_SECONDS
 
 CALLERS = 16
 
 
 async def record(dsn: str, reports: int, order_nos: list[str]) -> None:
-    held = HeldConnection(lambda: connect(dsn))
+    held = DedicatedConnection(lambda: connect(dsn))
     recorder = Recorder(
-        EventStore(held),
+        held,
         lambda _events, _positions: None,
         queue_reports_max=1_000,
         seconds_max=PATIENCE_SECONDS,
@@ -32,11 +31,11 @@ async def record(dsn: str, reports: int, order_nos: list[str]) -> None:
     async def call() -> None:
         for _ in left:
             one = report(random.choice(order_nos), random.choice(STATUSES))
-            receipts.append(await recorder.record(one, NOW))
+            receipts.append(await recorder.record(one))
 
     await asyncio.gather(*(call() for _ in range(CALLERS)))
     await held.close()
-    versions = [(receipt.order_no, receipt.version, receipt.report_id) for receipt in receipts]
+    versions = [(receipt["order_no"], receipt["version"], receipt["report_id"]) for receipt in receipts]
     sys.stdout.write(json.dumps(versions))
 
 

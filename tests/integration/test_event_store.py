@@ -13,13 +13,15 @@ from eventsourcing.application import Application
 from eventsourcing.persistence import AggregateRecorder, ApplicationRecorder, DatetimeAsISO, JSONTranscoder
 from eventsourcing.tests import persistence as library
 
-from domain.order import Order
-from service.database.connections import Connection, HeldConnection, connect
-from service.event_log import store as event_store
-from service.event_log.store import EventStore, VersionTakenError
+from domain.order import NEW_ORDER, Order
+from projections.postgres_errors import Connection
+from service.database.connections import DedicatedConnection, connect
+from service.event_log import store
+from service.event_log.codec import UndecodableEventError, decode_event, encode_event
+from service.event_log.store import VersionTakenError
 from tests.integration.recorder_facade import AggregateFacade, ApplicationFacade, LogInThread
 from tests.support.databases import TestServer, wait_for_locked
-from tests.support.reports import NOW, report
+from tests.support.reports import report
 
 
 class _OnOurLog(library.RecorderTestCase):
@@ -96,51 +98,51 @@ def library_application(dsn: str) -> Iterator[Orders]:
 
 
 @pytest.fixture
-def held(dsn: str) -> HeldConnection:
-    return HeldConnection(lambda: connect(dsn))
+def held(dsn: str) -> DedicatedConnection:
+    return DedicatedConnection(lambda: connect(dsn))
 
 
 async def test_an_order_of_ours_is_read_by_the_library_and_one_of_its_by_us(dsn: str) -> None:
     """The table, the bytes and the positions are the library's own: either side goes on where the other was."""
     connection = await connect(dsn)
     try:
-        ours = Order.unheard("KOM/1 ü")
-        ours.report(report("KOM/1 ü", "Diajukan"), NOW)
-        ours.report(report("KOM/1 ü", "Dikirim"), NOW)
-        assert await event_store.append(connection, ours.pending_events) == [1, 2]  # type: ignore[arg-type]
+        ours = Order.new("KOM/1 ü")
+        ours.report(report("KOM/1 ü", "Diajukan"))
+        ours.report(report("KOM/1 ü", "Dikirim"))
+        assert await store.append(connection, ours.pending_events) == [1, 2]  # type: ignore[arg-type]
 
         def go_on_in_the_library() -> tuple[Order, list[int]]:
             with library_application(dsn) as application:
                 order: Order = application.repository.get("KOM/1 ü")
-                order.report(report("KOM/1 ü", "Diterima"), NOW)
+                order.report(report("KOM/1 ü", "Diterima"))
                 recordings = application.save(order)
-                theirs = Order.unheard("KOM2")
-                theirs.report(report("KOM2", "Batal"), NOW)
+                theirs = Order.new("KOM2")
+                theirs.report(report("KOM2", "Batal"))
                 application.save(theirs)
                 ids = [recording.notification.id for recording in recordings]
                 return application.repository.get("KOM/1 ü"), ids
 
         read, ids = await asyncio.to_thread(go_on_in_the_library)
-        assert (read.version, read.status, ids) == (3, "delivered", [3])
+        assert (read.version, read.state.status, ids) == (3, "delivered", [3])
 
-        logged = await event_store.read_log(connection, 2, 10)
-        events = [event_store.decode_event(*entry[1:5]) for entry in logged]
+        logged = await store.read_log(connection, 2, 10)
+        events = [decode_event(*entry[1:5]) for entry in logged]
         assert [(e.originator_id, e.originator_version, e.status) for e in events] == [
             ("KOM/1 ü", 3, "delivered"),
             ("KOM2", 1, "cancelled"),
         ]
-        standings = await event_store.standings(connection, ["KOM2", "KOM/1 ü", "unheard"])
-        assert [standings[order_no][0] for order_no in ("KOM2", "KOM/1 ü", "unheard")] == [1, 3, 0]
+        states = await store.order_states(connection, ["KOM2", "KOM/1 ü", "new"])
+        assert [states[order_no].version for order_no in ("KOM2", "KOM/1 ü", "new")] == [1, 3, 0]
     finally:
         await connection.close()
 
 
 async def test_the_bytes_in_the_table_are_those_of_the_librarys_transcoder(connection: Connection) -> None:
     """What lies in the table is byte for byte what the library's JSONTranscoder writes of the same state."""
-    order = Order.unheard("KOM1")
-    event = order.report(report("KOM1"), NOW)
-    await event_store.append(connection, [event])
-    (logged,) = await event_store.read_log(connection, 0, 1)
+    order = Order.new("KOM1")
+    event = order.report(report("KOM1"))
+    await store.append(connection, [event])
+    (logged,) = await store.read_log(connection, 0, 1)
     transcoder = JSONTranscoder()
     transcoder.register(DatetimeAsISO())
     state = {k: v for k, v in vars(event).items() if k not in {"originator_id", "originator_version"}}
@@ -150,13 +152,13 @@ async def test_the_bytes_in_the_table_are_those_of_the_librarys_transcoder(conne
 
 async def test_a_version_that_is_taken_refuses_the_whole_append(connection: Connection) -> None:
     """Nothing of an append is kept where one of its versions is another's already."""
-    first = Order.unheard("KOM1").report(report("KOM1"), NOW)
-    await event_store.append(connection, [first])
-    stale = Order.unheard("KOM1").report(report("KOM1"), NOW)
-    fresh = Order.unheard("KOM2").report(report("KOM2"), NOW)
+    first = Order.new("KOM1").report(report("KOM1"))
+    await store.append(connection, [first])
+    stale = Order.new("KOM1").report(report("KOM1"))
+    fresh = Order.new("KOM2").report(report("KOM2"))
     with pytest.raises(VersionTakenError):
-        await event_store.append(connection, [fresh, stale])
-    assert [event.order_no for event in await event_store.read_log(connection, 0, 10)] == ["KOM1"]
+        await store.append(connection, [fresh, stale])
+    assert [event.order_no for event in await store.read_log(connection, 0, 10)] == ["KOM1"]
 
 
 @pytest.mark.parametrize(
@@ -170,36 +172,35 @@ async def test_a_version_that_is_taken_refuses_the_whole_append(connection: Conn
 )
 async def test_the_database_itself_refuses_to_change_the_log(connection: Connection, statement: str) -> None:
     """Not even the owner changes or removes an event, or chooses a position, whatever code there is."""
-    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
+    await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
     await connection.execute("SET session_replication_role = replica")
     with pytest.raises(asyncpg.PostgresError):
         await connection.execute(statement)
-    assert len(await event_store.read_log(connection, 0, 10)) == 1
+    assert len(await store.read_log(connection, 0, 10)) == 1
 
 
 async def test_a_lost_answer_is_looked_for_by_report_id(connection: Connection) -> None:
     """Only an event with the very report_id counts as ours; another's at that version does not."""
-    event = Order.unheard("KOM1").report(report("KOM1"), NOW)
-    assert await event_store.positions_of(connection, [event]) is None
-    (position,) = await event_store.append(connection, [event])
-    assert await event_store.positions_of(connection, [event]) == [position]
-    other = Order.unheard("KOM1").report(report("KOM1"), NOW)
-    assert await event_store.positions_of(connection, [other]) is None
+    event = Order.new("KOM1").report(report("KOM1"))
+    assert await store.find_positions(connection, [event]) is None
+    (position,) = await store.append(connection, [event])
+    assert await store.find_positions(connection, [event]) == [position]
+    other = Order.new("KOM1").report(report("KOM1"))
+    assert await store.find_positions(connection, [other]) is None
 
 
-async def test_nobody_appends_while_the_log_is_held_still(dsn: str, held: HeldConnection) -> None:
+async def test_nobody_appends_while_the_log_is_held_still(dsn: str, held: DedicatedConnection) -> None:
     """What is read under the lock stays true until the end of the block."""
-    store = EventStore(held)
     other = await connect(dsn)
-    async with store.locked() as connection:
-        event = Order.unheard("KOM1").report(report("KOM1"), NOW)
-        waiting = asyncio.create_task(event_store.append(other, [event]))
+    async with held.transaction(store.BEGIN_LOCKED) as connection:
+        await store.take_append_lock(connection)
+        event = Order.new("KOM1").report(report("KOM1"))
+        waiting = asyncio.create_task(store.append(other, [event]))
         await wait_for_locked(connection)
         assert not waiting.done()
-        assert await event_store.standings(connection, ["KOM1"]) == {"KOM1": Order.unheard("KOM1").standing}
+        assert await store.order_states(connection, ["KOM1"]) == {"KOM1": NEW_ORDER}
     assert await waiting == [1]
     await other.close()
-    await store.close()
 
 
 WRITERS = 4
@@ -222,7 +223,7 @@ async def tail_while_writing(dsn: str, append_statement: str) -> tuple[int, int]
         position, seen = 0, 0
         while True:
             is_last = finished.is_set()
-            page = await event_store.read_log(connection, position, 1_000)
+            page = await store.read_log(connection, position, 1_000)
             if page:
                 position = page[-1].position
                 seen += len(page)
@@ -238,15 +239,13 @@ async def tail_while_writing(dsn: str, append_statement: str) -> tuple[int, int]
 
 async def test_position_order_is_commit_order(dsn: str) -> None:
     """A reader that tails the log while several connections append misses no event."""
-    seen, written = await tail_while_writing(dsn, event_store.APPEND)
+    seen, written = await tail_while_writing(dsn, store.APPEND)
     assert seen == written
 
 
 async def test_without_the_lock_a_tailing_reader_misses_events(dsn: str) -> None:
     """The test above can fail: with the lock taken out of the statement, a slow commit is overtaken."""
-    unlocked = event_store.APPEND.replace(
-        "pg_advisory_xact_lock($5)", "pg_sleep(random() * 0.005 + $5::bigint * 0)"
-    )
+    unlocked = store.APPEND.replace("pg_advisory_xact_lock($5)", "pg_sleep(random() * 0.005 + $5::bigint * 0)")
     # The identity is drawn before the pause: the row order of commits and that of positions part.
     unlocked = unlocked.replace("RETURNING", "RETURNING pg_sleep(random() * 0.005) IS NULL,")
     seen, written = await tail_while_writing(dsn, unlocked)

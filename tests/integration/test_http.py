@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from domain.statuses import STATUSES
-from service.database.connections import Connection
+from projections.postgres_errors import Connection
 from tests.support.client import Client
 from tests.support.waiting import PATIENCE_SECONDS
 
@@ -132,7 +132,7 @@ async def test_an_order_as_it_is_now(client: Client) -> None:
         "version": 2,
         "position": 2,
         "counts": {"advanced": 2, "repeated": 0, "late": 0, "refused": 0, "unrecognised": 0},
-        "set_aside": None,
+        "parked": None,
     }
     assert headers["ETag"] == '"2"'
     for tags in ('"2"', 'W/"2"', '"1", "2"', "*"):
@@ -345,7 +345,7 @@ async def test_every_receipt_can_be_read_at_once(client: Client) -> None:
 
 
 async def test_an_order_set_aside_says_so_in_every_answer(client: Client, connection: Connection) -> None:
-    """Beyond the event that a view cannot handle it is 503 at once; before it, set_aside tells."""
+    """Beyond the event that a view cannot handle it is 503 at once; before it, parked tells."""
     await client.webhook("KOM1")
     insert = (
         "INSERT INTO order_events (originator_id, originator_version, topic, state) "
@@ -358,16 +358,14 @@ async def test_an_order_set_aside_says_so_in_every_answer(client: Client, connec
     await client.get(f"/orders/KOM3/timeline?after_position={after['position']}")
     for path in ("/orders/KOM1", "/orders/KOM1/timeline"):
         view = "timeline" if path.endswith("timeline") else "current_status"
-        assert (await client.get(path))["set_aside"]["view"] == view
+        assert (await client.get(path))["parked"]["view"] == view
         assert (await client.get(f"{path}?after_position={at}", 503))["title"] == "Set aside"
     assert (await client.get("/orders/KOM2", 503))["title"] == "Set aside"
     assert (await client.get("/orders/KOM2/timeline", 503))["title"] == "Set aside"
     (listed,) = [one for one in (await client.get("/orders"))["orders"] if one["order_no"] == "KOM1"]
-    assert listed["set_aside"]["since_version"] == 2
+    assert listed["parked"]["since_version"] == 2
     projections = (await client.get("/projections"))["projections"]
-    assert [[one["order_no"] for one in view["set_aside"]] for view in projections[:2]] == [
-        ["KOM1", "KOM2"]
-    ] * 2
+    assert [[one["order_no"] for one in view["parked"]] for view in projections[:2]] == [["KOM1", "KOM2"]] * 2
     assert (await client.get("/orders/KOM1/events"))["events"][1]["data"] == {}
     await client.get("/orders/KOM1?version=2", 503)
 

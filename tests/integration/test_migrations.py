@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from service.app import prepare_database, serving
+from projections.postgres_errors import Connection
 from service.database.catalog import read_catalog
-from service.database.connections import Connection, connect
+from service.database.connections import connect
 from service.database.schema import (
     MIGRATIONS,
     OWNER_ROLE,
@@ -19,9 +19,11 @@ from service.database.schema import (
     SchemaError,
     apply_schema,
     check_version,
+    prepare_database,
     service_dsn,
+    serving,
 )
-from service.maintenance.check import check
+from service.maintenance.check import check_database
 from service.settings import Settings
 from tests.support import databases
 from tests.support.client import serving_client
@@ -154,7 +156,7 @@ async def test_an_unreleased_schema_is_named_with_the_way_out(empty_dsn: str, ch
         with pytest.raises(SchemaError, match=said):
             await check_version(old)
         assert any(
-            re.search(said, finding.text) for finding in await check(empty_dsn) if finding.kind == "WRONG"
+            re.search(said, finding.text) for finding in await check_database(empty_dsn) if finding.kind == "WRONG"
         )
         assert await old.fetchval("SELECT max(version) FROM schema_version") == 1
 

@@ -12,10 +12,10 @@ from aiohttp import web
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]  # it brings no types
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from service.app import Service, make_app
-from service.http.problems import Kind
+from service import VERSION
+from service.app import Service
+from service.http.problems import ProblemType
 from service.settings import Settings
-from service.version import VERSION
 from tests.support.folders import ROOT
 from tests.support.processes import RunningService
 
@@ -48,7 +48,7 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any]) -> None:
     service = Service(Settings(port=0), dsn)
     routes = {
         (route.method.lower(), route.resource.canonical)
-        for route in make_app(service, Settings(port=0)).router.routes()
+        for route in service.make_app(65_536).router.routes()
         if isinstance(route, web.ResourceRoute) and route.method != "HEAD" and route.resource is not None
     }
     # Whose handler tells the methods apart.
@@ -69,9 +69,9 @@ async def test_every_problem_is_told_of_some_endpoint(document: dict[str, Any]) 
         for operations in document["paths"].values()
         for operation in operations.values()
         for answer in operation["responses"].values()
-        for title in re.findall(r"\[([^\]]+)\]\(/docs#", answer["description"])
+        for title in re.findall(r"\[([^\]]+)\]\(/problems/", answer["description"])
     }
-    assert told == {kind.title for kind in Kind} - {Kind.BAD_FRAMING.title}
+    assert told == {kind.title for kind in ProblemType} - {ProblemType.BAD_FRAMING.title}
 
 
 async def test_an_operation_tells_its_own_problems_only(document: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ import pytest
 
 from domain.statuses import SETTLED
 from projections import current_status, engine, timeline
-from service.database.connections import HOT_SETTINGS, Connection, connect
+from projections.postgres_errors import Connection
+from service.database.connections import HOT_SETTINGS, connect
 from service.event_log import feed as log_reader
-from service.event_log import store as event_store
+from service.event_log import store
 from service.ingest import quarantine
 from tests.support.databases import TestServer
 from tests.support.folders import ROOT
@@ -33,14 +34,14 @@ class Statement(NamedTuple):
 
 # The generic plans of the held connections.
 HOT: Final = {
-    "append": Statement(event_store.APPEND, 5),
-    "last events": Statement(event_store.LAST_EVENTS, 1),
-    "the fate of an append": Statement(event_store.POSITIONS_OF_EVENTS, 2),
-    "the log after a position": Statement(event_store.LOG, 3),
-    "the head of the log": Statement(event_store.HEAD, 0),
-    "add to orders": Statement(current_status.ADD_TO_ORDERS, 1, current_status.NAME),
+    "append": Statement(store.APPEND, 5),
+    "last events": Statement(store.LAST_EVENTS, 1),
+    "the fate of an append": Statement(store.EVENTS_AT, 2),
+    "the log after a position": Statement(store.LOG, 3),
+    "the head of the log": Statement(store.HEAD, 0),
+    "add to orders": Statement(current_status.ADD_TO_ORDERS, 1, current_status.VIEW.name),
     "orders by number": Statement(current_status.ORDERS_BY_NUMBER, 1),
-    "move a view": Statement(engine.ADVANCE, 2, timeline.NAME),
+    "move a view": Statement(engine.ADVANCE, 2, timeline.VIEW.name),
 }
 # A view has one row of its position, and a scan is how one row is read.
 SCANS_ALLOWED: Final = ("Seq Scan on projection",)
@@ -80,7 +81,7 @@ FILL: Final = """
     SELECT 'KOM' || n, 1, n, CASE WHEN n % 1000 = 0 THEN 'refused' ELSE 'advanced' END, NULL, 'in_transit',
         'in_transit', 'Dikirim', 'AWB' || n, '{{}}', NULL, now() - ({orders} - n) * interval '1 s'
     FROM generate_series(1, {orders}) AS n;
-    INSERT INTO quarantine (body, reason, received_at, last_seen_at, state, resolved_at, resolution)
+    INSERT INTO quarantine (body, reason, received_at, last_seen_at, state, resolved_at, discard_reason)
     SELECT n::text::bytea, 'x', now(), now(), CASE WHEN n % 1000 = 0 THEN 'open' ELSE 'discarded' END,
         CASE WHEN n % 1000 <> 0 THEN now() END, CASE WHEN n % 1000 <> 0 THEN 'x' END
     FROM generate_series(1, {orders}) AS n
@@ -93,7 +94,7 @@ END: Final = "9000000000000000000"
 # Verdicts that few orders have.
 RARE: Final = ("repeated", "late", "refused", "unrecognised")
 PAGES: Final = {
-    "events of an order": (event_store.STREAM, "'KOM77'", "0", "100", "1000"),
+    "events of an order": (store.STREAM, "'KOM77'", "0", "100", "1000"),
     "timeline": (timeline.ENTRIES_PAGE, "'KOM77'", "0", "100"),
     "audit": (timeline.TRANSITIONS_PAGE, MIDDLE, *["NULL"] * 6, "100"),
     "audit of an order": (timeline.TRANSITIONS_PAGE, "0", "NULL", "'KOM77'", *["NULL"] * 4, "100"),

@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 from domain.order import Order, Report
 from domain.statuses import ALIASES
 from projections import current_status, timeline
-from projections.current_status import OrderRow
 from projections.engine import OutdatedViewError
+from projections.postgres_errors import Connection
 from projections.rebuild import RebuildRunningError, RebuiltView
-from service.app import Service, rebuild_views
-from service.database.connections import Connection, HeldConnection, connect
+from service.app import Service
+from service.database.connections import DedicatedConnection, connect
 from service.database.schema import VIEWS
-from service.event_log import store as event_store
-from service.event_log.feed import LogReader
+from service.event_log import store
+from service.event_log.codec import MAPPER, decode_event
+from service.event_log.feed import Feed
+from service.maintenance.replay import rebuild_views
 from service.settings import Settings
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
 from tests.support.reports import NOW, report
@@ -44,21 +46,21 @@ async def service(dsn: str) -> AsyncIterator[Service]:
 
 async def record(service: Service, *reports: Report) -> int:
     """Record reports, wait until the views have them, and return the last position."""
-    receipts = await asyncio.gather(*(service.recorder.record(one, NOW) for one in reports))
-    position = max(receipt.position for receipt in receipts)
+    receipts = await asyncio.gather(*(service.recorder.record(one) for one in reports))
+    position = max(receipt["position"] or 0 for receipt in receipts)
     await caught_up(service, position)
     return position
 
 
 async def caught_up(service: Service, position: int) -> None:
     for projector in service.projectors.values():
-        assert await projector.reached(position, PATIENCE_SECONDS)
+        assert await projector.wait_for(position, PATIENCE_SECONDS)
 
 
 async def rebuilt(dsn: str, *, verify: bool = False, views: Any = VIEWS) -> list[RebuiltView]:
-    held = HeldConnection(lambda: connect(dsn))
+    held = DedicatedConnection(lambda: connect(dsn))
     try:
-        reader = LogReader(held, lambda: connect(dsn))
+        reader = Feed(held, lambda: connect(dsn))
         return await rebuild_views(dsn, views, reader, lambda _done, _total: None, verify=verify)
     finally:
         await held.close()
@@ -92,34 +94,33 @@ async def test_the_views_follow_the_log_behind_the_commit(service: Service, conn
         report("KOM1", "mystery"),
         report("KOM1", "Batal"),
     )
-    row = (await current_status.orders_by_number(connection, ["KOM1"]))["KOM1"]
-    assert row == OrderRow(
-        order_no="KOM1",
-        version=6,
-        position=6,
-        first_position=1,
-        status="in_transit",
-        reported_status="Dikirim",
-        status_since=NOW,
-        cnote="A1",
-        first_reported_at=NOW,
-        last_reported_at=NOW,
-        advanced=2,
-        repeated=1,
-        late=1,
-        refused=1,
-        unrecognised=1,
-    )
+    ((order, parked_position),) = await current_status.find_orders(connection, ["KOM1"])
+    assert parked_position is None
+    assert order == {
+        "order_no": "KOM1",
+        "cnote": "A1",
+        "status": "in_transit",
+        "status_label": {"id": "Dikirim", "en": "In transit"},
+        "reported_status": "Dikirim",
+        "settled": False,
+        "version": 6,
+        "position": 6,
+        "status_since": NOW,
+        "first_reported_at": NOW,
+        "last_reported_at": NOW,
+        "counts": {"advanced": 2, "repeated": 1, "late": 1, "refused": 1, "unrecognised": 1},
+        "parked": None,
+    }
     assert await rows_of(connection, "current_status.order_cnotes") == [("A1", "KOM1"), ("A2", "KOM1")]
     entries = await timeline.entries_page(connection, "KOM1", 0, 10)
-    assert [(entry.version, entry.verdict, entry.repeats) for entry in entries] == [
+    assert [(entry["version"], entry["verdict"], entry["repeats"]) for entry in entries] == [
         (1, "advanced", 0),
         (2, "advanced", 1),
         (4, "late", 0),
         (5, "unrecognised", 0),
         (6, "refused", 0),
     ]
-    assert entries[1].skipped == ["packed", "picked_up"]
+    assert entries[1]["skipped"] == ["packed", "picked_up"]
 
 
 STATUS_STRINGS = [*(alias for aliases in ALIASES.values() for alias in aliases), "mystery", "RETUR_DITERIMA"]
@@ -156,20 +157,20 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
         positions = [
             (
                 await service.recorder.record(
-                    report(f"{prefix}/{order}", status, cnote), NOW + timedelta(seconds=seconds)
+                    report(f"{prefix}/{order}", status, cnote, NOW + timedelta(seconds=seconds))
                 )
-            ).position
+            )["position"]
             for order, status, cnote, seconds in reports
         ]
-        await caught_up(service, max(positions))
+        await caught_up(service, positions[-1] or 0)
         assert await rebuilt(dsn, verify=True) == EQUAL
         for order_no in {f"{prefix}/{order}" for order, *_ in reports}:
-            stream = await event_store.read_stream(connection, order_no, 0, 1_000)
-            events = [(entry.position, event_store.decode_event(*entry[1:5])) for entry in stream]
+            stream = await store.read_stream(connection, order_no, 0, 1_000)
+            events = [(entry.position, decode_event(*entry[1:5])) for entry in stream]
             folded: dict[str, current_status.Row] = {}
             current_status.fold(events, folded)
-            live = await current_status.orders_by_number(connection, [order_no])
-            assert live[order_no] == current_status.order_row(folded[order_no])
+            ((live, _),) = await current_status.find_orders(connection, [order_no])
+            assert live == current_status.to_order(folded[order_no])
 
     loop = asyncio.get_running_loop()
 
@@ -190,9 +191,9 @@ async def test_two_processes_project_each_event_once(dsn: str, connection: Conne
         await service.start()
     try:
         receipts = await asyncio.gather(
-            *(services[number % 3].recorder.record(report(f"KOM{number % 7}"), NOW) for number in range(300))
+            *(services[number % 3].recorder.record(report(f"KOM{number % 7}")) for number in range(300))
         )
-        head = max(receipt.position for receipt in receipts)
+        head = max(receipt["position"] or 0 for receipt in receipts)
         for service in services:
             await caught_up(service, head)
         assert await connection.fetchval("SELECT count(*) FROM timeline.entries") == 300
@@ -205,7 +206,7 @@ async def test_two_processes_project_each_event_once(dsn: str, connection: Conne
 async def test_a_projector_whose_backend_is_killed_goes_on(service: Service, connection: Connection) -> None:
     """A lost connection loses and doubles nothing in a view."""
     for number in range(5):
-        await service.recorder.record(report(f"KOM{number}"), NOW)
+        await service.recorder.record(report(f"KOM{number}"))
         await connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -219,16 +220,18 @@ async def test_an_event_that_cannot_be_decoded_sets_its_order_aside(
 ) -> None:
     """The order waits from that event on, others go on, and a replay that understands it heals it."""
     await record(service, report("KOM1", "Diajukan"), report("KOM2", "Diajukan"))
-    alien = Order.unheard("KOM1").report(report("KOM1", "Dikirim"), NOW)
-    state = event_store.MAPPER.to_stored_event(alien).state
+    alien = Order.new("KOM1").report(report("KOM1", "Dikirim"))
+    state = MAPPER.to_stored_event(alien).state
     aside = await insert_raw(connection, "KOM1", 2, "order.not_known_yet", state)
     await caught_up(service, aside)
     later = await record(service, report("KOM2", "Dikirim"))
     assert await connection.fetchval("SELECT count(*) FROM timeline.entries WHERE position > $1", aside) == 1
-    row = (await current_status.orders_by_number(connection, ["KOM1"]))["KOM1"]
-    assert (row.version, row.aside_since, row.aside_position) == (1, 2, aside)
-    assert (await timeline.set_aside(connection, "KOM1")) is not None
-    assert [one.set_aside for one in await rebuilt(dsn)] == [1, 1, 1]
+    ((order, parked_position),) = await current_status.find_orders(connection, ["KOM1"])
+    assert order is not None
+    assert order["parked"] is not None
+    assert (order["version"], order["parked"]["since_version"], parked_position) == (1, 2, aside)
+    assert (await timeline.read_head(connection, "KOM1")).parked_position == aside
+    assert [one.parked for one in await rebuilt(dsn)] == [1, 1, 1]
     assert [one.differences for one in await rebuilt(dsn, verify=True)] == [0, 0, 0]
 
     register_topic("order.not_known_yet", Order.StatusReported)
@@ -238,8 +241,9 @@ async def test_an_event_that_cannot_be_decoded_sets_its_order_aside(
         clear_topic_cache()
         register_topic(Order.StatusReported.TOPIC, Order.StatusReported)
     await caught_up(service, later)
-    row = (await current_status.orders_by_number(connection, ["KOM1"]))["KOM1"]
-    assert (row.version, row.aside_since) == (2, None)
+    ((order, _),) = await current_status.find_orders(connection, ["KOM1"])
+    assert order is not None
+    assert (order["version"], order["parked"]) == (2, None)
 
 
 async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
@@ -247,24 +251,24 @@ async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
 ) -> None:
     """A verdict that a view does not know stops neither other orders nor the other view; a rebuild swaps."""
     await record(service, report("KOM1", "Diajukan"))
-    state = json.loads((await event_store.read_log(connection, 0, 1))[0].state)
+    state = json.loads((await store.read_log(connection, 0, 1))[0].state)
     state["verdict"] = "postponed"
     position = await insert_raw(
         connection, "KOM1", 2, Order.StatusReported.TOPIC, json.dumps(state, separators=(",", ":")).encode()
     )
     after = await record(service, report("KOM2", "Diajukan"), report("KOM2", "Dikirim"))
     assert after > position
-    assert [row[0] for row in await connection.fetch("SELECT order_no FROM current_status.set_aside")] == [
-        "KOM1"
-    ]
-    assert await connection.fetchval("SELECT count(*) FROM timeline.set_aside") == 0
-    assert [(one.name, one.set_aside) for one in await rebuilt(dsn)] == [
+    assert [row[0] for row in await connection.fetch("SELECT order_no FROM current_status.parked_orders")] == ["KOM1"]
+    assert await connection.fetchval("SELECT count(*) FROM timeline.parked_orders") == 0
+    assert [(one.name, one.parked) for one in await rebuilt(dsn)] == [
         ("current_status", 1),
         ("timeline", 0),
         ("statistics", 0),
     ]
-    row = (await current_status.orders_by_number(connection, ["KOM1", "KOM2"]))["KOM1"]
-    assert (row.version, row.aside_since) == (1, 2)
+    (order, _), _ = await current_status.find_orders(connection, ["KOM1", "KOM2"])
+    assert order is not None
+    assert order["parked"] is not None
+    assert (order["version"], order["parked"]["since_version"]) == (1, 2)
     assert await connection.fetchval("SELECT count(*) FROM current_status.orders") == 2
 
 
@@ -311,21 +315,21 @@ async def test_trouble_of_the_server_sets_nothing_aside(
             await connection.execute(
                 "LOCK TABLE current_status.orders, timeline.entries IN ACCESS EXCLUSIVE MODE"
             )
-            receipt = await service.recorder.record(report("KOM1"), NOW)
+            receipt = await service.recorder.record(report("KOM1"))
             # The views' steps fail, and are tried again and again.
             for _ in range(3):
                 await wait_for_locked(connection)
                 await until_async(lambda: nobody_waits(connection))
-        await caught_up(service, receipt.position)
+        await caught_up(service, receipt["position"] or 0)
     finally:
         await connection.execute("ALTER ROLE order_tracking RESET lock_timeout")
-    assert await connection.fetchval("SELECT count(*) FROM current_status.set_aside") == 0
+    assert await connection.fetchval("SELECT count(*) FROM current_status.parked_orders") == 0
     assert await rebuilt(dsn, verify=True) == EQUAL
 
 
 async def test_a_view_whose_position_is_lost_is_rebuilt_at_start(dsn: str, connection: Connection) -> None:
     """Without its position a view cannot be trusted: it is made anew."""
-    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
+    await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
     await connection.execute("DELETE FROM current_status.projection")
     service = Service(Settings(), dsn)
     await service.start()
@@ -338,14 +342,14 @@ async def test_a_view_whose_position_is_lost_is_rebuilt_at_start(dsn: str, conne
 
 async def test_a_view_of_another_definition_is_rebuilt_at_start(dsn: str, connection: Connection) -> None:
     """Views are never migrated: where the definition differs the view is made anew, while reports are taken."""
-    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
+    await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
     await connection.execute("UPDATE timeline.projection SET definition = 'of an earlier release'")
     await connection.execute("ALTER TABLE timeline.entries DROP COLUMN reason")
     service = Service(Settings(), dsn)
     await service.start()
     try:
         await record(service, report("KOM1", "Diterima"))
-        assert [entry.version for entry in await timeline.entries_page(connection, "KOM1", 0, 10)] == [1, 2]
+        assert [entry["version"] for entry in await timeline.entries_page(connection, "KOM1", 0, 10)] == [1, 2]
         assert not service.projectors["timeline"].is_outdated
     finally:
         await service.stop()
@@ -357,8 +361,8 @@ async def test_an_older_process_does_not_write_a_newer_view(service: Service, co
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
     with pytest.raises(OutdatedViewError):
         await service.projectors["current_status"].step()
-    receipt = await service.recorder.record(report("KOM1"), NOW)
-    assert receipt.version == 1
+    receipt = await service.recorder.record(report("KOM1"))
+    assert receipt["version"] == 1
     assert await connection.fetchval("SELECT position FROM current_status.projection") == 0
 
 
@@ -371,7 +375,7 @@ async def test_another_definitions_view_is_not_written_to_be_verified(
         "UPDATE current_status.projection SET definition = 'of a later release', position = 0; "
         "DELETE FROM current_status.orders"
     )
-    with pytest.raises(OutdatedViewError, match="it needs a replay"):
+    with pytest.raises(OutdatedViewError, match="run 'replay' to rebuild it"):
         await rebuilt(dsn, verify=True)
     assert await rows_of(connection, "current_status.orders") == []
 
@@ -382,7 +386,7 @@ async def test_trouble_says_nothing_of_a_views_definition(service: Service, conn
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
 
     def is_outdated() -> bool:
-        projector.wake()
+        projector.wake.set()
         return projector.is_outdated
 
     await until_async(condition(is_outdated))
@@ -396,11 +400,11 @@ async def test_trouble_says_nothing_of_a_views_definition(service: Service, conn
 
 async def test_events_are_counted_on_a_connection_of_their_own(dsn: str, connection: Connection) -> None:
     """To count a large log takes longer than live projections may wait."""
-    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
-    held = HeldConnection(lambda: connect(dsn))
+    await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
+    held = DedicatedConnection(lambda: connect(dsn))
     try:
-        reader = LogReader(held, lambda: connect(dsn))
-        async with held.use():
+        reader = Feed(held, lambda: connect(dsn))
+        async with held.connection():
             assert await asyncio.wait_for(reader.count(1), PATIENCE_SECONDS) == 1
     finally:
         await held.close()
@@ -444,23 +448,24 @@ async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
         position = 0
         versions: dict[str, int] = {}
         while not finished.is_set():
-            rows = await current_status.orders_by_number(reader, [f"KOM{n}" for n in range(200)])
+            found = await current_status.find_orders(reader, [f"KOM{n}" for n in range(200)])
+            orders = [order for order, _ in found if order is not None]
             entries = await timeline.entries_page(reader, "KOM1", 0, 10)
             reads += 1
-            assert len(rows) == 200
+            assert len(orders) == 200
             assert entries
             at = await reader.fetchval("SELECT position FROM timeline.projection")
             assert at >= position
             position = at
-            for order_no, row in rows.items():
-                assert row.version >= versions.get(order_no, 0)
-                versions[order_no] = row.version
+            for order in orders:
+                assert order["version"] >= versions.get(order["order_no"], 0)
+                versions[order["order_no"]] = order["version"]
         await reader.close()
 
     async def report_on() -> int:
         number = 0
         while not finished.is_set():
-            await service.recorder.record(report(f"KOM{number % 200}", "Diterima"), NOW)
+            await service.recorder.record(report(f"KOM{number % 200}", "Diterima"))
             number += 1
         return number
 
@@ -481,7 +486,7 @@ async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
     finally:
         finished.set()
         await asyncio.gather(*background)
-    head = await event_store.head_position(connection)
+    head = await store.head_position(connection)
     await caught_up(service, head)
     assert reads
     assert await rebuilt(dsn, verify=True) == EQUAL
@@ -498,7 +503,7 @@ async def test_an_order_longer_than_a_page_is_rebuilt_whole(
         *(report(f"KOM{n % 3}", cnote=f"AWB{n % 2}") for n in range(30)),
         *(report("HOT", cnote=f"AWB{n % 3}") for n in range(50)),
     )
-    monkeypatch.setattr("service.event_log.feed.STREAMS_PAGE_EVENTS", 7)
+    monkeypatch.setattr("service.event_log.feed.STREAMS_BATCH_EVENTS", 7)
     before = await rows_of(connection, "current_status.orders")
     assert await rebuilt(dsn) == EQUAL
     assert await rows_of(connection, "current_status.orders") == before

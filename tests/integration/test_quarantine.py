@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from service.database.connections import POOL_CONNECTIONS_MAX, Connection
-from service.event_log import store as event_store
+from projections.postgres_errors import Connection
+from service.database.connections import POOL_CONNECTIONS_MAX
+from service.event_log import store
 from tests.support.client import Client, serving_client
 from tests.support.commands import call_command
 from tests.support.databases import wait_for_locked
@@ -119,7 +120,7 @@ async def test_an_entry_is_discarded_with_a_reason(client: Client, connection: C
     for body in bodies:
         await client.post(f"/quarantine/{entry}/discard", 400, body)
     shown = await client.post(f"/quarantine/{entry}/discard", 200, {"reason": "a test of ours"})
-    assert (shown["state"], shown["resolution"]) == ("discarded", "a test of ours")
+    assert (shown["state"], shown["discard_reason"]) == ("discarded", "a test of ours")
     assert shown == await client.get(f"/quarantine/{entry}")
     await client.post(f"/quarantine/{entry}/discard", 409, {"reason": "again"})
     assert "a test of ours" in (await client.post(f"/quarantine/{entry}/retry", 409))["detail"]
@@ -212,7 +213,7 @@ async def test_an_entry_that_is_removed_while_it_is_retried(client: Client, conn
     entry = await quarantined(client, connection)
     transaction = connection.transaction()
     await transaction.start()
-    await connection.execute("SELECT pg_advisory_xact_lock($1)", event_store.APPEND_LOCK)
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", store.APPEND_LOCK)
     retried = asyncio.create_task(client.post(f"/quarantine/{entry}/retry", 404))
     await wait_for_locked(connection)
     await connection.execute("DELETE FROM quarantine")

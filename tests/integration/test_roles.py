@@ -9,24 +9,25 @@ import asyncpg
 import pytest
 
 from domain.order import Order
-from service.app import prepare_database, rebuild_views, serving
-from service.database.connections import Connection, HeldConnection, connect
+from projections.postgres_errors import Connection
+from service.database.connections import DedicatedConnection, connect
 from service.database.schema import (
     OWNER_ROLE,
     SERVICE_ROLE,
     VIEWS,
     as_role,
+    prepare_database,
+    rebuild_views,
     service_dsn,
+    serving,
 )
-from service.event_log import store as event_store
-from service.event_log.feed import LogReader
-from service.event_log.store import EventStore
-from service.maintenance.check import check
+from service.event_log import store
+from service.event_log.feed import Feed
+from service.maintenance.check import check_database
 from service.settings import Settings
 from tests.support.client import Client
-from tests.support.reports import NOW, report
+from tests.support.reports import report
 
-READER_ROLE = "order_tracking_reader"
 LOGGED = ("order_events", "idempotency_keys", "quarantine", "api_keys", "erasures", "schema_version")
 
 
@@ -41,7 +42,7 @@ async def acting(owner_dsn: str, role: str) -> AsyncIterator[Connection]:
 
 async def fill(connection: Connection) -> None:
     """One event, a key and a quarantine entry, so that a statement that is let through has something to hit."""
-    await event_store.append(connection, [Order.unheard("KOM1").report(report("KOM1"), NOW)])
+    await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
     await connection.execute(
         "INSERT INTO quarantine (body, reason, received_at, last_seen_at) VALUES ('x', 'y', now(), now())"
     )
@@ -58,7 +59,7 @@ NOT_DURABLE = {"fsync is off", "full_page_writes is off"}
 
 async def wrong(dsn: str) -> list[str]:
     """What check finds wrong, but for what is off on purpose."""
-    found = [finding.text for finding in await check(dsn) if finding.kind == "WRONG"]
+    found = [finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"]
     return [text for text in found if text not in NOT_DURABLE]
 
 
@@ -170,19 +171,20 @@ async def test_the_service_owns_the_views_and_nothing_of_the_log(connection: Con
 async def test_the_reader_reads_after_two_rebuilds(owner_dsn: str, dsn: str, connection: Connection) -> None:
     """What a rebuild makes anew is readable like what it replaced."""
     await fill(connection)
-    held = HeldConnection(lambda: connect(dsn))
+    held = DedicatedConnection(lambda: connect(dsn))
     for _ in range(2):
-        await rebuild_views(dsn, VIEWS, LogReader(held, lambda: connect(dsn)), lambda _done, _total: None)
+        await rebuild_views(dsn, VIEWS, Feed(held, lambda: connect(dsn)), lambda _done, _total: None)
     await held.close()
     async with acting(owner_dsn, READER_ROLE) as reader:
         for table in ("order_events", "current_status.orders", "current_status.projection", "timeline.entries"):
             assert await reader.fetchval(f"SELECT count(*) FROM {table}") == 1  # noqa: S608 - our names
 
 
-async def test_the_lock_first_way_goes_by_the_function_alone(dsn: str) -> None:
+async def test_the_service_takes_the_tables_lock_by_an_insert_of_nothing(dsn: str) -> None:
     """The service, which may not LOCK TABLE, holds the log still."""
-    held = HeldConnection(lambda: connect(dsn))
-    async with EventStore(held).locked() as connection:
+    held = DedicatedConnection(lambda: connect(dsn))
+    async with held.transaction(store.BEGIN_LOCKED) as connection:
+        await store.take_append_lock(connection)
         locks = await connection.fetch(
             "SELECT mode FROM pg_locks "
             "WHERE relation = 'public.order_events'::regclass AND pid = pg_backend_pid()"
@@ -226,9 +228,9 @@ async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
         [str(row) for row in await connection.fetch("SELECT state, * FROM order_events")]
     )
     assert "Siti" not in everything_left
-    held = HeldConnection(lambda: connect(dsn))
+    held = DedicatedConnection(lambda: connect(dsn))
     rebuilt = await rebuild_views(
-        dsn, VIEWS, LogReader(held, lambda: connect(dsn)), lambda _done, _total: None, verify=True
+        dsn, VIEWS, Feed(held, lambda: connect(dsn)), lambda _done, _total: None, verify=True
     )
     await held.close()
     assert [one.differences for one in rebuilt] == [0, 0, 0]
@@ -253,11 +255,11 @@ async def test_a_database_of_one_role_works_and_check_says_what_is_open(empty_ds
             client = Client(session, port)
             receipt = await client.webhook("KOM1")
             await client.get(f"/orders/KOM1?after_position={receipt['position']}")
-        held = HeldConnection(lambda: connect(dsn))
-        await rebuild_views(dsn, VIEWS, LogReader(held, lambda: connect(dsn)), lambda _done, _total: None)
+        held = DedicatedConnection(lambda: connect(dsn))
+        await rebuild_views(dsn, VIEWS, Feed(held, lambda: connect(dsn)), lambda _done, _total: None)
         await held.close()
         assert not await wrong(dsn)
-        findings = await check(dsn)
+        findings = await check_database(dsn)
         (note,) = [finding.text for finding in findings if "not protected" in finding.text]
         assert "owns the log" in note
         assert "may change or remove events" in note
@@ -272,7 +274,7 @@ async def test_a_database_of_one_role_works_and_check_says_what_is_open(empty_ds
 async def test_check_finds_the_log_protected_with_three_roles(owner_dsn: str) -> None:
     """Given as the owner or as the service, the service itself can only add."""
     for dsn in (owner_dsn, await service_dsn(owner_dsn)):
-        texts = [finding.text for finding in await check(dsn)]
+        texts = [finding.text for finding in await check_database(dsn)]
         assert f"the service runs as {SERVICE_ROLE}" in texts
         assert "it can add to the log, and neither change nor remove what is there" in texts
 

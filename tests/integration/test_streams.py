@@ -13,8 +13,8 @@ import pytest
 import structlog
 import structlog.testing
 
-from service.database.connections import Connection
-from service.http.access import create_key, revoke_key
+from projections.postgres_errors import Connection
+from service.database.api_keys import create_key, revoke_key
 from service.http.endpoints import NDJSON
 from tests.support.client import Client, StreamReader, serving_client
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
@@ -98,9 +98,9 @@ async def test_who_is_behind_what_is_kept_reads_the_database(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However little is kept in memory, nobody misses anything or gets it twice."""
-    monkeypatch.setattr("service.api.events.RECENT_EVENTS_MAX", 4)
-    monkeypatch.setattr("service.api.events.PAGE_EVENTS", 3)
-    monkeypatch.setattr("service.api.events.REST_SECONDS", 0.01)
+    monkeypatch.setattr("service.event_log.tail.MEMORY_EVENTS_MAX", 4)
+    monkeypatch.setattr("service.api.events.BATCH_EVENTS_MAX", 3)
+    monkeypatch.setattr("service.event_log.tail.IDLE_SECONDS", 0.01)
     await report_many(client, 20)
     async with (
         client.reading("/events/stream?after=0") as one,
@@ -114,7 +114,7 @@ async def test_who_is_behind_what_is_kept_reads_the_database(
 async def test_a_slow_reader_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who takes nothing for too long loses the connection, not the service its memory; it may come again."""
     monkeypatch.setattr("service.api.events.SEND_SECONDS_MAX", 0.5)
-    monkeypatch.setattr("service.api.events.READERS_MAX", 1)
+    monkeypatch.setattr("service.event_log.tail.READERS_MAX", 1)
     body = "x" * 30_000
     async with client.session.get(client.url("/events/stream?after=0")) as response:
         for _ in range(12):
@@ -141,7 +141,7 @@ async def test_a_last_event_id_that_is_none(client: Client, given: str) -> None:
 
 async def test_only_so_many_live_readers(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """One more is 503; as one leaves, there is room again."""
-    monkeypatch.setattr("service.api.events.READERS_MAX", 1)
+    monkeypatch.setattr("service.event_log.tail.READERS_MAX", 1)
     async with client.reading("/events/stream"):
         await client.get("/events/stream", 503)
     await until_async(lambda: takes_another_reader(client))
@@ -157,7 +157,7 @@ def is_logged(lines: list[Any], event: str) -> bool:
 
 async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """NDJSON: every event up to the head, a line each, the same as by pages."""
-    monkeypatch.setattr("service.api.events.PAGE_EVENTS", 7)
+    monkeypatch.setattr("service.api.events.BATCH_EVENTS_MAX", 7)
     await report_many(client, 30)
     url = client.url("/events?after=2")
     async with client.session.get(url, headers={"Accept": NDJSON}) as response:
@@ -197,7 +197,7 @@ async def test_half_an_answer_that_fails_is_logged(
     client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its status said that all was well: nothing else would tell the operator."""
-    monkeypatch.setattr("service.api.events.PAGE_EVENTS", 10)
+    monkeypatch.setattr("service.api.events.BATCH_EVENTS_MAX", 10)
     for _ in range(8):
         await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
     url = client.url("/events")
@@ -230,7 +230,7 @@ async def test_what_is_erased_is_not_sent_from_memory(
     client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What live readers share is forgotten soon, though one of them stays."""
-    monkeypatch.setattr("service.api.events.RECENT_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("service.event_log.tail.MEMORY_SECONDS_MAX", 0.2)
     async with client.reading("/events/stream") as stays:
         await client.webhook("KOM1", more="a name")
         assert "a name" in (await stays.message())["data"]

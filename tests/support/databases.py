@@ -9,10 +9,9 @@ from uuid import uuid4
 
 import psycopg
 
-from service.app import prepare_database
-from service.database.connections import Connection
+from projections.postgres_errors import Connection
 from service.database.embedded_postgres import EmbeddedPostgres
-from service.database.schema import OWNER_ROLE
+from service.database.schema import OWNER_ROLE, prepare_database
 from tests.support.waiting import until_async
 
 TEMPLATE: Final = "template_with_schema"

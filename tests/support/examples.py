@@ -1,10 +1,10 @@
-"""The reports and events that the unit tests speak of."""
+"""The reports and events of the unit tests."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from domain.order import UNHEARD, Order, Report, judge_report
+from domain.order import NEW_ORDER, Arrival, Order, Report, decide, evolve
 
 ORDER_NO: Final = "KOM20260131-0001"
 CNOTE: Final = "JX1234567890"
@@ -15,19 +15,18 @@ MINUTE: Final = timedelta(minutes=1)
 
 SENT_BODY: Final = '{"order_no":"KOM20260131-0001","cnote":"JX1234567890","status":"Sent"}'
 SENT: Final = Report(
-    report_id="7e2a5c10-9f3b-4d1e-8c55-0b6a4f3f2d01",
+    arrival=Arrival("7e2a5c10-9f3b-4d1e-8c55-0b6a4f3f2d01", RECEIVED_AT, "203.0.113.7"),
     order_no=ORDER_NO,
     reported_status="Sent",
     reported_cnote=CNOTE,
     body=SENT_BODY,
     occurred_at=OCCURRED_AT,
-    remote="203.0.113.7",
 )
 
-# The first event of an order that is first heard of on its way.
-SENT_EVENT: Final = judge_report(UNHEARD, SENT, RECEIVED_AT)
+# The first event of an order whose first report is in transit.
+SENT_EVENT: Final = decide(NEW_ORDER, SENT)
 
-# What this release wrote for SENT_EVENT when it was new. Never to be changed: such bytes lie in logs.
+# The bytes that the first release wrote for SENT_EVENT. Never change them: logs hold such bytes.
 SENT_STATE: Final = (
     b'{"timestamp":{"_type_":"datetime_iso","_data_":"2026-01-31T08:30:00.123456+00:00"},'
     b'"report_id":"7e2a5c10-9f3b-4d1e-8c55-0b6a4f3f2d01",'
@@ -40,31 +39,36 @@ SENT_STATE: Final = (
 )
 
 
-def says(status: str, cnote: str | None = None) -> Report:
-    """SENT, with another status and airway bill."""
-    return SENT._replace(reported_status=status, reported_cnote=cnote)
+def says(status: str, cnote: str | None = None, received_at: datetime = RECEIVED_AT) -> Report:
+    """SENT, with another status, airway bill and time of arrival."""
+    return arriving(SENT._replace(reported_status=status, reported_cnote=cnote), received_at)
+
+
+def arriving(report: Report, received_at: datetime) -> Report:
+    """The same report, arriving at another time."""
+    return report._replace(arrival=report.arrival._replace(received_at=received_at))
 
 
 def history(*reports: Report | str) -> list[Order.StatusReported]:
-    """What an order's reports are judged, received a minute apart; a string is a status without a cnote."""
+    """The decisions on an order's reports that arrive a minute apart; a string is a status without a cnote."""
     return judged(
-        (says(report) if isinstance(report, str) else report, RECEIVED_AT + minutes * MINUTE)
+        arriving(says(report) if isinstance(report, str) else report, RECEIVED_AT + minutes * MINUTE)
         for minutes, report in enumerate(reports)
     )
 
 
-def judged(received: Iterable[tuple[Report, datetime]]) -> list[Order.StatusReported]:
-    """What reports are judged, each from the event before it alone."""
+def judged(reports: Iterable[Report]) -> list[Order.StatusReported]:
+    """The decisions on an order's reports, each from the event before it alone."""
     events: list[Order.StatusReported] = []
-    standing = UNHEARD
-    for report, received_at in received:
-        events.append(judge_report(standing, report, received_at))
-        standing = events[-1].standing
+    state = NEW_ORDER
+    for report in reports:
+        events.append(decide(state, report))
+        state = evolve(NEW_ORDER, events[-1])
     return events
 
 
 def folded(events: Iterable[Order.StatusReported]) -> Order:
-    """The order as all of its events tell it."""
+    """The order, folded from all of its events."""
     order = None
     for event in events:
         order = event.mutate(order)

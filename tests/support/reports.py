@@ -5,13 +5,20 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import uuid4
 
-from domain.order import Report
+from domain.order import Arrival, Report
 
 NOW: Final = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
 
 
-def report(order_no: str = "KOM1", status: str = "Dikirim", cnote: str | None = None, **fields: Any) -> Report:
+def report(  # noqa: PLR0917 - the members of a report, in their order
+    order_no: str = "KOM1",
+    status: str = "Dikirim",
+    cnote: str | None = None,
+    received_at: datetime = NOW,
+    remote: str | None = None,
+    **fields: Any,
+) -> Report:
     """Make a report with a report_id and a body of its own."""
     report_id = str(uuid4())
     body = json.dumps({"order_no": order_no, "cnote": cnote, "status": status, "mark": report_id})
-    return Report(report_id, order_no, status, cnote, body, **fields)
+    return Report(Arrival(report_id, received_at, remote), order_no, status, cnote, body, **fields)

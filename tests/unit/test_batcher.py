@@ -180,7 +180,7 @@ async def test_a_batch_of_nothing_but_late_items_is_no_work() -> None:
     calls = batcher(work, seconds_max=0)
     with pytest.raises(TimeoutError):
         await calls.submit(1)
-    await calls.finish()
+    await calls.drain()
     assert work.batches == []
 
 
@@ -294,7 +294,7 @@ async def test_the_leader_ends_and_another_one_begins() -> None:
     idle = asyncio.all_tasks()
     for item in range(3):
         assert await calls.submit(item) == item * 2
-        await calls.finish()
+        await calls.drain()
         assert asyncio.all_tasks() == idle
     assert work.batches == [[0], [1], [2]]
 
@@ -334,7 +334,7 @@ async def test_finish_waits_for_all_that_waits() -> None:
     calls = batcher(work)
     first = await held(work, calls)
     others = await begin(calls, *range(1, 8))
-    finishing = asyncio.create_task(calls.finish())
+    finishing = asyncio.create_task(calls.drain())
     await asyncio.sleep(0)
     assert not finishing.done()
     work.gate.set()
@@ -346,7 +346,7 @@ async def test_finish_waits_for_all_that_waits() -> None:
 
 async def test_finish_with_nothing_waiting_is_done() -> None:
     """There is nothing to wait for before the first call."""
-    await batcher(Work()).finish()
+    await batcher(Work()).drain()
 
 
 async def test_a_leader_that_is_cancelled_leaves_nobody_waiting() -> None:

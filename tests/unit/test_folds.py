@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.order import UNHEARD, Order, judge_report
-from domain.statuses import ALIASES
+from domain.order import NEW_ORDER, Order, decide, evolve
+from domain.statuses import ALIASES, SETTLED, status_label
 from projections import current_status, timeline
 from projections.engine import DecodedEvent, LoggedEvent, Undecodable
-from service.database.connections import Connection, HeldConnection
-from service.event_log.feed import TAIL_CHARACTERS_MAX, TAIL_EVENTS_MAX, LogReader, decode
-from service.event_log.store import MAPPER
+from projections.postgres_errors import Connection
+from service.database.connections import DedicatedConnection
+from service.event_log.codec import MAPPER
+from service.event_log.feed import MEMORY_CHARACTERS_MAX, MEMORY_EVENTS_MAX, Feed, decode_logged
 from tests.support.examples import (
     CNOTE,
     CNOTE_OF_THE_RETURN,
@@ -23,6 +24,7 @@ from tests.support.examples import (
     RECEIVED_AT,
     SENT,
     SENT_EVENT,
+    arriving,
     history,
     says,
 )
@@ -49,13 +51,13 @@ REPORTS = st.lists(
 @st.composite
 def logs(draw: st.DrawFn) -> list[DecodedEvent]:
     """A log of some orders: positions increase, and gaps mean nothing."""
-    standings = dict.fromkeys(ORDER_NOS, UNHEARD)
+    states = dict.fromkeys(ORDER_NOS, NEW_ORDER)
     log: list[DecodedEvent] = []
     position = 0
     for number, report in enumerate(draw(REPORTS)):
         position += draw(st.integers(1, 3))
-        event = judge_report(standings[report.order_no], report, RECEIVED_AT + number * MINUTE)
-        standings[report.order_no] = event.standing
+        event = decide(states[report.order_no], arriving(report, RECEIVED_AT + number * MINUTE))
+        states[report.order_no] = evolve(NEW_ORDER, event)
         log.append((position, event))
     return log
 
@@ -89,7 +91,7 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
     current_status.fold(log, rows)
     assert set(rows) == {event.originator_id for _, event in log}
     for order_no, folded in rows.items():
-        row = current_status.order_row(folded)
+        row = current_status.to_order(folded)
         mine = [(position, event) for position, event in log if event.originator_id == order_no]
         reported = [event.reported_cnote for _, event in mine if event.reported_cnote is not None]
         assert folded["cnotes"] == list(dict.fromkeys(reported))
@@ -98,19 +100,22 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
         counts: dict[str, Any] = {
             verdict: sum(event.verdict == verdict for _, event in mine) for verdict in VERDICTS
         }
-        assert row == current_status.OrderRow(
-            order_no,
-            version=len(mine),
-            position=position,
-            first_position=first_position,
-            status=last.status,
-            reported_status=brought.reported_status if brought else None,
-            status_since=brought.timestamp if brought else None,
-            cnote=last.cnote,
-            first_reported_at=first.timestamp,
-            last_reported_at=last.timestamp,
-            **counts,
-        )
+        assert folded["first_position"] == first_position
+        assert row == {
+            "order_no": order_no,
+            "cnote": last.cnote,
+            "status": last.status,
+            "status_label": status_label(last.status),
+            "reported_status": brought.reported_status if brought else None,
+            "settled": last.status in SETTLED,
+            "version": len(mine),
+            "position": position,
+            "status_since": brought.timestamp if brought else None,
+            "first_reported_at": first.timestamp,
+            "last_reported_at": last.timestamp,
+            "counts": counts,
+            "parked": None,
+        }
 
 
 class Copied:
@@ -151,7 +156,7 @@ async def test_a_rebuild_writes_what_the_fold_says_however_it_is_paged(
 
     by_order = sorted(rows.values(), key=lambda row: row["order_no"])
     orders = sorted(copied.tables["orders"], key=itemgetter(0))
-    assert orders == [current_status.order_row(row)[: len(current_status.COLUMNS)] for row in by_order]
+    assert orders == [tuple(value for name, value in row.items() if name != "cnotes") for row in by_order]
     cnotes = [(cnote, row["order_no"]) for row in by_order for cnote in row["cnotes"]]
     assert sorted(copied.tables.get("order_cnotes", [])) == sorted(cnotes)
     assert copied.tables["entries"] == timeline.fold(streams)
@@ -198,9 +203,9 @@ async def no_database() -> Connection:
     raise DatabaseAskedError
 
 
-def reader() -> LogReader:
+def reader() -> Feed:
     connect: Callable[[], Awaitable[Connection]] = no_database
-    return LogReader(HeldConnection(connect), connect)
+    return Feed(DedicatedConnection(connect), connect)
 
 
 EVENTS = history(*["Packed", "Sent"] * 5)
@@ -290,19 +295,19 @@ async def test_memory_never_leaves_anything_out(steps: list[list[int]], after: i
 
 
 async def test_memory_is_bounded_by_events() -> None:
-    """Past TAIL_EVENTS_MAX the older half is let go; the younger half is still there."""
+    """Past MEMORY_EVENTS_MAX the older half is let go; the younger half is still there."""
     log = reader()
-    total = 2 * TAIL_EVENTS_MAX
+    total = 2 * MEMORY_EVENTS_MAX
     for first in range(1, total, 512):
         log.remember([SENT_EVENT] * 512, range(first, first + 512))
     with pytest.raises(DatabaseAskedError):
-        await log.read_log(total - TAIL_EVENTS_MAX - 1, 1)
-    assert len(await log.read_log(total - TAIL_EVENTS_MAX // 2, total)) == TAIL_EVENTS_MAX // 2
+        await log.read_log(total - MEMORY_EVENTS_MAX - 1, 1)
+    assert len(await log.read_log(total - MEMORY_EVENTS_MAX // 2, total)) == MEMORY_EVENTS_MAX // 2
 
 
 async def test_memory_is_bounded_by_bytes() -> None:
-    """Past TAIL_CHARACTERS_MAX of bodies the older half is let go, time after time."""
-    heavy = judge_report(UNHEARD, SENT._replace(body="x" * (TAIL_CHARACTERS_MAX // 4)), RECEIVED_AT)
+    """Past MEMORY_CHARACTERS_MAX of bodies the older half is let go, time after time."""
+    heavy = decide(NEW_ORDER, SENT._replace(body="x" * (MEMORY_CHARACTERS_MAX // 4)))
     log = reader()
     for position in range(1, 21):
         log.remember([heavy], [position])
@@ -319,10 +324,10 @@ async def test_memory_is_bounded_by_bytes() -> None:
 # The log as a projection is given it
 
 
-def test_decode() -> None:
+def test_decode_logged() -> None:
     """An event that can be decoded is given as it is."""
     stored = MAPPER.to_stored_event(SENT_EVENT)
-    assert decode(7, SENT.order_no, 1, stored.topic, stored.state) == (7, SENT_EVENT)
+    assert decode_logged(7, SENT.order_no, 1, stored.topic, stored.state) == (7, SENT_EVENT)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +335,7 @@ def test_decode() -> None:
 )
 def test_decode_of_what_cannot_be_decoded(topic: str, state: bytes) -> None:
     """The reader of the log goes on: it is told where, whose, and why."""
-    position, found = decode(7, SENT.order_no, 3, topic, state)
+    position, found = decode_logged(7, SENT.order_no, 3, topic, state)
     assert isinstance(found, Undecodable)
     assert (position, found.originator_id, found.originator_version) == (7, SENT.order_no, 3)
     assert found.reason

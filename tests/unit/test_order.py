@@ -11,9 +11,9 @@ from eventsourcing.utils import get_topic, register_topic, resolve_topic
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.order import UNHEARD, Order, Report, judge_report
+from domain.order import NEW_ORDER, Arrival, Order, Report, decide, evolve
 from domain.statuses import ALIASES, recognise
-from service.event_log.store import MAPPER, decode_event
+from service.event_log.codec import MAPPER, decode_event
 from tests.support import written_law
 from tests.support.examples import (
     CNOTE,
@@ -24,6 +24,7 @@ from tests.support.examples import (
     SENT,
     SENT_EVENT,
     SENT_STATE,
+    arriving,
     folded,
     history,
     judged,
@@ -44,7 +45,7 @@ STRINGS = [
 ]
 RECEIVED = st.lists(
     st.builds(
-        lambda status, cnote, minutes: (says(status, cnote), RECEIVED_AT + minutes * MINUTE),
+        lambda status, cnote, minutes: says(status, cnote, RECEIVED_AT + minutes * MINUTE),
         st.sampled_from(STRINGS),
         st.sampled_from([None, CNOTE, CNOTE_OF_THE_RETURN, "C"]),
         st.integers(-10, 10),
@@ -82,14 +83,14 @@ def test_lifecycles(reports: tuple[str, ...], verdicts: tuple[str, ...], status:
     """The journeys of an order that the page and the sender's documentation tell."""
     events = history(*reports)
     assert tuple(event.verdict for event in events) == verdicts
-    assert folded(events).status == status
+    assert folded(events).state.status == status
 
 
 def test_an_order_never_heard_of() -> None:
     """Nothing was reported of it: version 0, no status, no airway bill."""
-    order = Order.unheard(ORDER_NO)
+    order = Order.new(ORDER_NO)
     assert order.id == ORDER_NO
-    assert order.standing == UNHEARD
+    assert order.state == NEW_ORDER
     assert order.version == 0
     assert order.pending_events == []
 
@@ -104,17 +105,16 @@ def test_any_status_may_be_the_first(status: str) -> None:
 
 def test_the_event_carries_the_report() -> None:
     """What was reported is in the event as it came, beside what was made of it."""
-    event = judge_report(UNHEARD, SENT, RECEIVED_AT)
-    assert Report(
-        event.report_id,
+    event = decide(NEW_ORDER, SENT)
+    assert SENT == Report(
+        Arrival(event.report_id, event.timestamp, event.remote),
         event.originator_id,
         event.reported_status,
         event.reported_cnote,
         event.body,
         event.occurred_at,
-        event.remote,
-    ) == SENT._replace(idempotency_key=None)
-    assert event.timestamp == RECEIVED_AT
+        event.quarantine_id,
+    )
     assert event.recognised == "in_transit"
 
 
@@ -140,7 +140,7 @@ def test_an_overtaken_retry_can_move_a_status_back(reports: tuple[str, ...], mov
     assert (last.verdict, last.status) == (ADVANCED, moved_back_to)
 
 
-def test_reports_that_move_nothing_leave_the_standing_alone() -> None:
+def test_reports_that_move_nothing_leave_the_state_alone() -> None:
     """Late, refused and unrecognised reports keep status, the version that brought it, and the leg."""
     before, *events = history("Problem", "Created", "?", "Kendala")
     assert [event.verdict for event in events] == [LATE, UNRECOGNISED, REPEATED]
@@ -214,7 +214,7 @@ def test_a_repeat_with_a_new_cnote_is_an_entry_of_its_own() -> None:
 def test_received_at_never_goes_back() -> None:
     """A clock that was set back does not reorder history: the later report gets the earlier one's time."""
     times = [RECEIVED_AT, RECEIVED_AT - MINUTE, RECEIVED_AT + MINUTE, RECEIVED_AT]
-    assert [event.timestamp for event in judged((SENT, time) for time in times)] == [
+    assert [event.timestamp for event in judged(arriving(SENT, time) for time in times)] == [
         RECEIVED_AT,
         RECEIVED_AT,
         RECEIVED_AT + MINUTE,
@@ -235,28 +235,28 @@ def test_an_order_takes_only_its_own_next_event() -> None:
     with pytest.raises(OriginatorVersionError):
         second.mutate(None)
     with pytest.raises(OriginatorIDError):
-        first.mutate(Order.unheard("another"))
+        first.mutate(Order.new("another"))
 
 
 # A command decides, an event assigns
 
 
 def test_report_is_the_same_judgement_and_waits_in_pending_events() -> None:
-    """The aggregate's command decides as judge_report does, takes its event in, and has it to be recorded."""
-    order = Order.unheard(ORDER_NO)
-    events = [order.report(says(status), RECEIVED_AT) for status in ("Packed", "Sent", "Packed")]
-    assert events == judged((says(status), RECEIVED_AT) for status in ("Packed", "Sent", "Packed"))
-    assert order.standing == events[-1].standing
+    """The aggregate's command decides as decide does, takes its event in, and has it to be recorded."""
+    order = Order.new(ORDER_NO)
+    events = [order.report(says(status)) for status in ("Packed", "Sent", "Packed")]
+    assert events == judged(says(status) for status in ("Packed", "Sent", "Packed"))
+    assert order.state == evolve(NEW_ORDER, events[-1])
     assert order.collect_events() == events
 
 
 def test_a_report_of_another_order_is_refused() -> None:
     """An order does not take in what was said of another, and stands as it stood."""
-    order = Order.unheard("another")
+    order = Order.new("another")
     with pytest.raises(OriginatorIDError):
-        order.report(SENT, RECEIVED_AT)
+        order.report(SENT)
     assert order.pending_events == []
-    assert order.standing == UNHEARD
+    assert order.state == NEW_ORDER
 
 
 def test_loading_keeps_the_verdict_that_was_recorded() -> None:
@@ -275,25 +275,25 @@ def test_loading_keeps_the_verdict_that_was_recorded() -> None:
     stored = MAPPER.to_stored_event(otherwise)
     loaded = decode_event(ORDER_NO, stored.originator_version, stored.topic, stored.state)
     assert loaded == otherwise
-    standing = (2, sent.timestamp, "submitted", "on_the_way_back", 1, created.timestamp, "X")
-    assert folded([created, loaded]).standing == standing
+    state = (2, sent.timestamp, "submitted", "on_the_way_back", 1, created.timestamp, "X")
+    assert folded([created, loaded]).state == state
 
 
 @MANY
 @given(RECEIVED)
-def test_the_last_event_and_the_full_fold_agree(received: list[tuple[Report, datetime]]) -> None:
-    """Judged from the last event alone or by an order that was folded whole: the same events and standing."""
+def test_the_last_event_and_the_full_fold_agree(received: list[Report]) -> None:
+    """Judged from the last event alone or by an order that was folded whole: the same events and state."""
     events = judged(received)
-    assert folded(events).standing == events[-1].standing
+    assert folded(events).state == evolve(NEW_ORDER, events[-1])
 
-    order = Order.unheard(ORDER_NO)
-    assert [order.report(*one) for one in received] == events
-    assert order.standing == events[-1].standing
+    order = Order.new(ORDER_NO)
+    assert [order.report(report) for report in received] == events
+    assert order.state == evolve(NEW_ORDER, events[-1])
 
 
 @MANY
 @given(RECEIVED)
-def test_the_last_event_sums_up_all_of_them(received: list[tuple[Report, datetime]]) -> None:
+def test_the_last_event_sums_up_all_of_them(received: list[Report]) -> None:
     """Version, time, status, leg and airway bill of the last event are what the whole history says of them."""
     events = judged(received)
     advances = [event for event in events if event.verdict == ADVANCED]
@@ -302,9 +302,9 @@ def test_the_last_event_sums_up_all_of_them(received: list[tuple[Report, datetim
     moving_bills = [event for event in bills if event.verdict in (ADVANCED, REPEATED)]
     told_by = [*bills[:1], *moving_bills][-1:]
 
-    version, received_at, status, leg, status_version, since, cnote = events[-1].standing
+    version, received_at, status, leg, status_version, since, cnote = evolve(NEW_ORDER, events[-1])
     assert version == len(received)
-    assert received_at == max(time for _, time in received)
+    assert received_at == max(report.arrival.received_at for report in received)
     assert status == (last_advance.recognised if last_advance else None)
     assert status_version == (last_advance.originator_version if last_advance else None)
     assert since == (last_advance.timestamp if last_advance else None)
@@ -318,7 +318,7 @@ def test_the_last_event_sums_up_all_of_them(received: list[tuple[Report, datetim
 
 @MANY
 @given(RECEIVED)
-def test_what_holds_of_every_event(received: list[tuple[Report, datetime]]) -> None:
+def test_what_holds_of_every_event(received: list[Report]) -> None:
     """Versions count up, times never go back, previous_status is the status before, repeats name advances."""
     events = judged(received)
     assert [event.originator_version for event in events] == list(range(1, len(events) + 1))
@@ -375,7 +375,7 @@ def test_an_event_of_an_older_class_version_is_upcast_when_loaded() -> None:
     assert type(upcast) is StatusReportedWithCourier
     assert vars(upcast) == {**vars(SENT_EVENT), "courier": None}
     assert vars(upcast).keys() == {field.name for field in dataclasses.fields(StatusReportedWithCourier)}
-    assert folded([upcast]).standing == SENT_EVENT.standing
+    assert folded([upcast]).state == evolve(NEW_ORDER, SENT_EVENT)
 
     by_jne = object.__new__(StatusReportedWithCourier)
     vars(by_jne).update(vars(upcast), courier="JNE")
@@ -384,7 +384,7 @@ def test_an_event_of_an_older_class_version_is_upcast_when_loaded() -> None:
     assert loaded(stored.topic, stored.state) == by_jne
 
 
-def test_unheard_is_before_every_time() -> None:
+def test_a_new_order_is_before_every_time() -> None:
     """The first event's time is the clock's own, however early."""
     early = datetime(1, 1, 1, tzinfo=UTC) + timedelta(microseconds=1)
-    assert judge_report(UNHEARD, SENT, early).timestamp == early
+    assert decide(NEW_ORDER, arriving(SENT, early)).timestamp == early

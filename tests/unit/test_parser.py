@@ -10,11 +10,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from domain.order import Report
+from domain.order import Arrival, Report
 from service.ingest import parser
 from service.ingest.parser import UnreadableError
-from tests.support.examples import CNOTE, ORDER_NO, SENT, SENT_BODY
+from tests.support.examples import CNOTE, ORDER_NO, RECEIVED_AT, SENT, SENT_BODY
 from tests.support.properties import MANY
+
+ARRIVAL = Arrival("the report_id", RECEIVED_AT)
 
 
 def body(**fields: Any) -> bytes:
@@ -23,7 +25,7 @@ def body(**fields: Any) -> bytes:
 
 
 def parse(raw: bytes) -> Report:
-    return parser.parse(raw, "the report_id")
+    return parser.parse(raw, ARRIVAL)
 
 
 def reason_of(raw: bytes) -> str:
@@ -37,7 +39,7 @@ def reason_of(raw: bytes) -> str:
 
 def test_the_documented_body() -> None:
     """Each field is where it belongs, and the text is the body."""
-    assert parse(SENT_BODY.encode()) == Report("the report_id", ORDER_NO, "Sent", CNOTE, SENT_BODY)
+    assert parse(SENT_BODY.encode()) == Report(ARRIVAL, ORDER_NO, "Sent", CNOTE, SENT_BODY)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_the_documented_body() -> None:
 )
 def test_the_same_report_in_other_words(text: str) -> None:
     """However it is spelt, the report is the same, and the text is what came."""
-    assert parse(text.encode()) == Report("the report_id", ORDER_NO, "Sent", CNOTE, text)
+    assert parse(text.encode()) == Report(ARRIVAL, ORDER_NO, "Sent", CNOTE, text)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text() -> None:
@@ -160,8 +162,7 @@ def test_a_missing_cnote_is_none() -> None:
 
 def test_what_is_known_of_the_arrival() -> None:
     """The report has it as it was given."""
-    report = parser.parse(SENT_BODY.encode(), SENT.report_id, SENT.remote, "key")
-    assert report == SENT._replace(idempotency_key="key", occurred_at=None)
+    assert parser.parse(SENT_BODY.encode(), SENT.arrival) == SENT._replace(occurred_at=None)
 
 
 # What is not

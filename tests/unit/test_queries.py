@@ -11,19 +11,18 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.http.pagination import POSITION_MAX, encode_cursor, following
+from service.api.audit import TransitionsQuery
+from service.api.orders import OrderQuery, OrdersQuery
+from service.http.pagination import POSITION_MAX, Page, encode_cursor
 from service.http.parameters import (
     PAGE_ROWS_DEFAULT,
     PAGE_ROWS_MAX,
     EventsQuery,
-    OrderQuery,
-    OrdersQuery,
     PageQuery,
     Query,
-    TransitionsQuery,
     ViewQuery,
-    order_no_of,
-    path_of,
+    order_path,
+    parse_order_no,
     read_query,
 )
 from service.http.problems import ProblemError
@@ -100,7 +99,7 @@ def test_the_next_page_asks_the_same_question_further_on() -> None:
             "&order_no=a%26b%20%2F%C3%96&limit=7&cursor=MTA&after_position=5"
         ),
     )
-    url = urlsplit(following("/audit/transitions", query, cursor=encode_cursor(17)) or "")
+    url = urlsplit(Page([], {"cursor": encode_cursor(17)}).next_path("/audit/transitions", query) or "")
     assert url.path == "/audit/transitions"
     assert parse_qs(url.query, strict_parsing=True) == {
         "from": ["problem"],
@@ -114,26 +113,28 @@ def test_the_next_page_asks_the_same_question_further_on() -> None:
 
 
 def test_the_next_page_is_understood_as_the_same_question() -> None:
-    """What following writes, read_query reads."""
+    """What next_path writes, read_query reads."""
     query = read_query(TransitionsQuery, get("/x?from=problem&since=2026-01-31T12:00:00.000001Z&limit=7"))
-    followed = read_query(TransitionsQuery, get(following("/x", query, cursor=encode_cursor(17)) or ""))
+    followed = read_query(
+        TransitionsQuery, get(Page([], {"cursor": encode_cursor(17)}).next_path("/x", query) or "")
+    )
     assert followed == query.model_copy(update={"cursor": 17})
 
 
 def test_the_next_page_of_events_moves_after() -> None:
     """Lists of events are paged by version or position, in the open; a default stays unsaid."""
     query = read_query(EventsQuery, get("/events?after=3"))
-    assert following("/events", query, after=103) == "/events?after=103"
+    assert Page([], {"after": 103}).next_path("/events", query) == "/events?after=103"
 
 
 @MANY
 @given(st.text(min_size=1, max_size=20).filter(lambda text: "\x00" not in text))
-def test_the_path_of_an_order_leads_back_to_it(order_no: str) -> None:
+def test_the_order_path_an_order_leads_back_to_it(order_no: str) -> None:
     """Any order number, slashes and all, is one segment of the path, and is read back from it."""
-    path = path_of(order_no, "timeline")
+    path = order_path(order_no, "timeline")
     assert path.count("/") == 3
     try:
-        assert order_no_of(get(path)) == order_no
+        assert parse_order_no(get(path)) == order_no
     except ProblemError:
         assert any(ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0 for character in order_no)
 
@@ -198,7 +199,9 @@ def test_what_is_no_time(text: str) -> None:
 def test_a_duration(text: str, duration: timedelta) -> None:
     """By ISO 8601, of parts that have a fixed length."""
     assert read_query(OrdersQuery, get(f"/orders?unmoved_for={text}")).unmoved_for == duration
-    again = read_query(OrdersQuery, get(following("/orders", OrdersQuery(unmoved_for=text), cursor="MQ") or ""))  # type: ignore[arg-type]
+    again = read_query(
+        OrdersQuery, get(Page([], {"cursor": "MQ"}).next_path("/orders", OrdersQuery(unmoved_for=text)) or "")
+    )  # type: ignore[arg-type]
     assert again.unmoved_for == duration
 
 
@@ -319,7 +322,7 @@ def test_a_text_filter_is_taken_as_it_is(cnote: str) -> None:
 @pytest.mark.parametrize("rest", ["", "/timeline", "/events?after=1", "?as_of=%zz", "?x=/orders/other"])
 def test_an_order_number_in_the_path_is_decoded_once(segment: str, order_no: str, rest: str) -> None:
     """Percent escapes are read once, as UTF-8; what comes after the segment makes no difference."""
-    assert order_no_of(get(f"/orders/{segment}{rest}")) == order_no
+    assert parse_order_no(get(f"/orders/{segment}{rest}")) == order_no
 
 
 @pytest.mark.parametrize(
@@ -349,7 +352,7 @@ def test_an_order_number_in_the_path_is_decoded_once(segment: str, order_no: str
 def test_a_path_that_spells_no_order_number(segment: str) -> None:
     """Broken escapes, what is not UTF-8 and control characters are a bad request, not an unknown order."""
     with pytest.raises(ProblemError) as raised:
-        order_no_of(get(f"/orders/{segment}/timeline"))
+        parse_order_no(get(f"/orders/{segment}/timeline"))
     assert raised.value.status == 400
     assert raised.value.title == "Bad path"
 
@@ -357,12 +360,12 @@ def test_a_path_that_spells_no_order_number(segment: str) -> None:
 @pytest.mark.parametrize("host", ["example.com", "127.0.0.1:8080"])
 def test_a_request_target_in_absolute_form(host: str) -> None:
     """A proxy may send the whole URL."""
-    assert order_no_of(get(f"http://{host}/orders/KOM%2F1")) == "KOM/1"
+    assert parse_order_no(get(f"http://{host}/orders/KOM%2F1")) == "KOM/1"
 
 
 def test_a_request_target_in_absolute_form_of_a_host_named_orders() -> None:
     """The host is no part of the path."""
-    assert order_no_of(get("http://orders/orders/KOM1")) == "KOM1"
+    assert parse_order_no(get("http://orders/orders/KOM1")) == "KOM1"
 
 
 def test_a_problem_is_the_readers_not_the_servers() -> None:

@@ -23,7 +23,7 @@ def test_the_statuses_are_the_written_ones() -> None:
 
 def test_the_labels_are_the_written_ones() -> None:
     """Every status has the page's label in both languages."""
-    assert [(status, label.id, label.en) for status, label in LABELS.items()] == [
+    assert [(status, label["id"], label["en"]) for status, label in LABELS.items()] == [
         (word.status, word.label_id, word.label_en) for word in VOCABULARY
     ]
 
@@ -53,8 +53,8 @@ def test_each_raw_string_is_recognised(raw: str, status: Status) -> None:
 def test_each_canonical_name_and_label_is_recognised(status: Status) -> None:
     """A status is understood by its own name, and by what people read for it."""
     assert recognise(status) == status
-    assert recognise(LABELS[status].id) == status
-    assert recognise(LABELS[status].en) == status
+    assert recognise(LABELS[status]["id"]) == status
+    assert recognise(LABELS[status]["en"]) == status
 
 
 @MANY

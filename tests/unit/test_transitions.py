@@ -6,7 +6,7 @@ import pytest
 
 from domain.statuses import HAPPY_PATH, STATUSES, Status
 from domain.transitions import TABLE, Leg, Verdict, judge
-from service.api.representations import RULES
+from service.api.audit import RULES
 from tests.support import written_law
 from tests.support.examples import history
 from tests.support.written_law import CELLS, Cell

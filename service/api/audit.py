@@ -1,0 +1,124 @@
+"""The audit over HTTP: every verdict on every report, and the rules behind them."""
+
+from collections.abc import Iterator, Mapping
+from operator import itemgetter
+from typing import Final
+
+from aiohttp import web
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
+
+from domain.statuses import ALIASES, HAPPY_PATH, LABELS, SETTLED, STATUSES, Label, Status
+from domain.transitions import TABLE, Leg, Verdict, judge
+from projections import timeline
+from projections.engine import Projector
+from projections.timeline import Transition, TransitionsFilter
+from service.api.freshness import wait_for
+from service.database.connections import ConnectionPool
+from service.http.endpoints import CSV, JSON, Endpoint
+from service.http.pagination import cut_page, table_response
+from service.http.parameters import Query, TableQuery, Text, Time
+from service.http.responses import json_response
+
+
+class Transitions(TypedDict):
+    """A page of the audit."""
+
+    transitions: list[Transition]
+    next: str | None
+
+
+class StatusRule(TypedDict):
+    """A status of the vocabulary and the sender's words for it."""
+
+    status: Status
+    label: Label
+    aliases: list[str]
+    settled: bool
+    rank: int | None
+
+
+class CellRule(TypedDict):
+    """A cell of the transition table: the verdict on a report, and the stages that it skips."""
+
+    verdict: Verdict
+    skipped: list[Status]
+
+
+# "from" is a keyword of Python.
+RowRule = TypedDict("RowRule", {"from": Status | None, "leg": Leg | None, "to": dict[str, CellRule]})
+RowRule.__doc__ = "A row of the transition table: the verdicts on every report about an order in this status."
+
+
+class Rules(TypedDict):
+    """The vocabulary and the transition table."""
+
+    statuses: list[StatusRule]
+    table: list[RowRule]
+
+
+class TransitionsQuery(TableQuery):
+    """The filters of the audit."""
+
+    verdict: Verdict | None = None
+    order_no: Text | None = None
+    from_: Status | None = Field(default=None, alias="from", description="the order's status before the report")
+    to: Status | None = Field(default=None, description="the reported status")
+    since: Time | None = Field(default=None, description="the report arrived at or after this time")
+    until: Time | None = Field(default=None, description="the report arrived before this time")
+
+
+def _rows() -> Iterator[RowRule]:
+    for status, leg in TABLE:
+        row: dict[str, CellRule] = {}
+        for reported in STATUSES:
+            judgement = judge(status, leg, reported)
+            row[reported] = {"verdict": judgement.verdict, "skipped": [*judgement.skipped]}
+        yield {"from": status, "leg": leg, "to": row}
+
+
+RULES: Final[Rules] = {
+    "statuses": [
+        {
+            "status": status,
+            "label": LABELS[status],
+            "aliases": [*ALIASES[status]],
+            "settled": status in SETTLED,
+            "rank": HAPPY_PATH.index(status) if status in HAPPY_PATH else None,
+        }
+        for status in STATUSES
+    ],
+    "table": [*_rows()],
+}
+
+
+class AuditApi:
+    """Serves the audit.
+
+    Args:
+        pool: the connections to read with.
+        projectors: the projectors by the names of their views.
+    """
+
+    def __init__(self, pool: ConnectionPool, projectors: Mapping[str, Projector]) -> None:
+        self._pool = pool
+        self._projectors = projectors
+
+    @Endpoint("GET", "/audit/transitions", Transitions, query=TransitionsQuery, media=(JSON, CSV))
+    async def list_transitions(self, request: web.Request, query: TransitionsQuery) -> web.Response:
+        """A page of every verdict on every report, in the order of the log."""
+        await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
+        transitions_filter = TransitionsFilter(
+            query.verdict, query.order_no, query.from_, query.to, query.since, query.until
+        )
+        async with self._pool.connection() as connection:
+            rows = await timeline.transitions_page(
+                connection, query.cursor or 0, transitions_filter, query.limit + 1
+            )
+        page = cut_page(rows, query.limit, itemgetter("position"))
+        return table_response(request, query, Transition, "transitions", page, request.path)
+
+    @Endpoint("GET", "/transitions", Rules)
+    async def show_rules(self, _request: web.Request, _query: Query) -> web.Response:
+        """The vocabulary and the transition table."""
+        return json_response(RULES)

@@ -1,0 +1,158 @@
+"""The end of the log for live readers: read once for all of them, as long as there are any."""
+
+import asyncio
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from contextvars import Context
+from functools import partial
+from time import monotonic
+from typing import Final, NamedTuple
+
+from service.background import follow, supervise
+from service.database.connections import ConnectionPool
+from service.event_log import store
+from service.event_log.store import RecordedEvent
+
+# Live readers at once; each has a TCP connection and little else.
+READERS_MAX: Final = 2_000
+# Events kept in memory for all live readers. A reader that is further behind reads the database.
+MEMORY_EVENTS_MAX: Final = 4_096
+MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
+# Not longer: an event that is erased in the log must not be sent from memory.
+MEMORY_SECONDS_MAX: Final = 60.0
+BATCH_EVENTS_MAX: Final = 1_000
+# The pause between two reads while the log grows: all readers share each read, and webhooks get the processor.
+IDLE_SECONDS: Final = 0.1
+# The longest pause, in case a notification is lost.
+POLL_SECONDS: Final = 1.0
+
+
+class TailClosedError(Exception):
+    """No further reader is accepted. ``str()`` is the reason."""
+
+
+class TailEvent(NamedTuple):
+    """An event at the end of the log: its message to live readers, and when it was read (monotonic clock)."""
+
+    position: int
+    order_no: str
+    message: bytes
+    read_at: float
+
+
+class Tail:
+    """The end of the log.
+
+    Args:
+        pool: the connections to read with.
+        encode: returns the message for an event.
+    """
+
+    def __init__(self, pool: ConnectionPool, encode: Callable[[RecordedEvent], bytes]) -> None:
+        self._pool = pool
+        self._encode = encode
+        self._memory: list[TailEvent] = []
+        self._by_order: dict[str, list[TailEvent]] = {}
+        self._bytes = 0
+        self._begins_after = 0
+        # Set when the log has grown.
+        self.wake = asyncio.Event()
+        self._grown = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+        self._readers = 0
+        self.is_ended = False
+
+    @property
+    def position(self) -> int:
+        """The last position that was read."""
+        return self._memory[-1].position if self._memory else self._begins_after
+
+    @asynccontextmanager
+    async def following(self) -> AsyncIterator[None]:
+        """Follow the log for the length of the block, together with other readers.
+
+        Raises:
+            TailClosedError: there are too many readers, or the service is stopping.
+            StorageUnavailableError: the log's head cannot be read.
+        """
+        if self.is_ended:
+            raise TailClosedError("the service is stopping")
+        if self._readers >= READERS_MAX:
+            raise TailClosedError(f"at most {READERS_MAX} live readers are served at once")
+        self._readers += 1
+        try:
+            if self._task is None:
+                async with self._pool.connection() as connection:
+                    head = await store.head_position(connection)
+                # Another reader may have been first in the meantime.
+                if self._task is None:
+                    self._begins_after, self._memory, self._by_order, self._bytes = head, [], {}, 0
+                    loop = partial(
+                        follow, self._step, self.wake, poll_seconds=POLL_SECONDS, idle_seconds=IDLE_SECONDS
+                    )
+                    # The task outlives the first reader, so it inherits no context.
+                    self._task = asyncio.get_running_loop().create_task(
+                        supervise("follow the log for live readers", loop), context=Context()
+                    )
+            yield
+        finally:
+            self._readers -= 1
+            if self._readers == 0 and self._task is not None:
+                self._task.cancel()
+                self._task = None
+
+    def after(self, position: int, order_no: str | None) -> Sequence[TailEvent] | None:
+        """Return the events above a position, None if memory begins above it.
+
+        Args:
+            position: the position.
+            order_no: the one order to read, None for all.
+        """
+        if position < self._begins_after:
+            return None
+        events = self._memory if order_no is None else self._by_order.get(order_no, ())
+        return events[bisect_right(events, position, key=lambda event: event.position) :]
+
+    async def wait_beyond(self, position: int, seconds_max: float) -> None:
+        """Wait until the log has grown beyond a position, the tail has ended, or the time is over."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds_max), self._grown:
+                while self.position <= position and not self.is_ended:
+                    await self._grown.wait()
+
+    async def end(self) -> None:
+        """Let all readers go. They reconnect to the next process that serves."""
+        self.is_ended = True
+        async with self._grown:
+            self._grown.notify_all()
+
+    async def _step(self) -> bool:
+        async with self._pool.connection() as connection:
+            batch = await store.read_log(connection, self.position, BATCH_EVENTS_MAX)
+        if batch:
+            now = monotonic()
+            events = [TailEvent(event.position, event.order_no, self._encode(event), now) for event in batch]
+            self._bytes += sum(len(event.message) for event in events)
+            self._memory += events
+            for event in events:
+                self._by_order.setdefault(event.order_no, []).append(event)
+            if len(self._memory) > MEMORY_EVENTS_MAX or self._bytes > MEMORY_BYTES_MAX:
+                # Half of it at once, so that dropping is rare; the newest batch stays.
+                self._drop(min(len(self._memory) // 2, len(self._memory) - len(events)))
+            async with self._grown:
+                self._grown.notify_all()
+        oldest = monotonic() - MEMORY_SECONDS_MAX
+        self._drop(bisect_right(self._memory, oldest, key=lambda event: event.read_at))
+        return len(batch) == BATCH_EVENTS_MAX
+
+    def _drop(self, count: int) -> None:
+        """Drop the oldest events."""
+        if not count:
+            return
+        self._begins_after = self._memory[count - 1].position
+        self._bytes -= sum(len(event.message) for event in self._memory[:count])
+        self._memory = self._memory[count:]
+        self._by_order = {}
+        for event in self._memory:
+            self._by_order.setdefault(event.order_no, []).append(event)

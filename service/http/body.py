@@ -1,0 +1,72 @@
+"""Request bodies: read within a time and a size, and decompressed."""
+
+import asyncio
+import zlib
+from typing import Final
+
+from aiohttp import hdrs, web
+
+from service.http.problems import ProblemError, ProblemType
+from service.http.server import connection
+
+# The time for a body, from the end of its head: ten seconds at most together with the head and a sweep.
+BODY_SECONDS_MAX: Final = 4.5
+# Compressors write one member. Each further member costs a copy of the rest.
+GZIP_MEMBERS_MAX: Final = 16
+
+_CODINGS: Final = ("", "identity", "gzip")
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Return the body of a request, decompressed.
+
+    Raises:
+        ProblemError: the body is too large (413), too slow (408), broken (400), or in an unknown coding (415).
+    """
+    coding = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())).strip().lower()
+    if coding not in _CODINGS:
+        raise ProblemError(
+            ProblemType.UNKNOWN_CODING,
+            "Supported content codings: gzip, identity.",
+            headers={"Accept-Encoding": "gzip"},
+        )
+    if (request.content_length or 0) > request.client_max_size:
+        raise _too_large(request)
+    try:
+        if request.content.is_eof():
+            body = await request.read()
+        else:
+            async with asyncio.timeout(BODY_SECONDS_MAX):
+                body = await request.read()
+            connection(request).has_more = False
+        return body if coding != "gzip" else _gunzip(body, request)
+    except web.HTTPRequestEntityTooLarge:
+        raise _too_large(request) from None
+    except TimeoutError:
+        detail = f"the body took longer than {BODY_SECONDS_MAX:g} s"
+        raise ProblemError(ProblemType.BODY_TIMEOUT, detail, headers={hdrs.CONNECTION: "close"}) from None
+    except zlib.error as error:
+        raise ProblemError(ProblemType.BAD_BODY, f"the body is not valid gzip: {error}") from None
+    except (web.RequestPayloadError, ConnectionError):
+        # The transfer was corrupt, or the sender has left and reads no response.
+        raise ProblemError(ProblemType.BAD_BODY, "the body cannot be read to its end") from None
+
+
+def _gunzip(body: bytes, request: web.Request) -> bytes:
+    """Decompress up to the end of the last member. aiohttp accepts a truncated stream as a whole one."""
+    content = b""
+    for _ in range(GZIP_MEMBERS_MAX):
+        member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        content += member.decompress(body, request.client_max_size + 1 - len(content))
+        if len(content) > request.client_max_size:
+            raise _too_large(request)
+        if not member.eof:
+            raise zlib.error("it is truncated")
+        body = member.unused_data
+        if not body:
+            return content
+    raise zlib.error(f"it has more than {GZIP_MEMBERS_MAX} members")
+
+
+def _too_large(request: web.Request) -> ProblemError:
+    return ProblemError(ProblemType.TOO_LARGE, f"a body may have at most {request.client_max_size} bytes")

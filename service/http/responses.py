@@ -1,0 +1,57 @@
+"""Responses: JSON, problems, and other media, all with the same Server header."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import orjson
+from aiohttp import hdrs, web
+
+from service.http.problems import ProblemError
+
+SERVER: Final[dict[str, str]] = {hdrs.SERVER: "order-tracking"}
+JSON_HEADERS: Final[dict[str, str]] = {**SERVER, hdrs.CONTENT_TYPE: "application/json"}
+PROBLEM_HEADERS: Final[dict[str, str]] = {**SERVER, hdrs.CONTENT_TYPE: "application/problem+json"}
+# The newline ends the line in a reader's terminal.
+JSON_OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
+
+
+def json_response(value: Any, *, headers: Mapping[str, str] | None = None) -> web.Response:
+    """Return a JSON response. Times are written by RFC 3339, in UTC."""
+    return web.Response(
+        body=orjson.dumps(value, option=JSON_OPTIONS),
+        headers={**JSON_HEADERS, **headers} if headers else JSON_HEADERS,
+    )
+
+
+def problem_response(problem: ProblemError) -> web.Response:
+    """Return the response for a problem."""
+    body = {
+        "type": problem.type,
+        "title": problem.title,
+        "status": problem.status,
+        "detail": problem.detail,
+        **problem.members,
+    }
+    return web.Response(
+        body=orjson.dumps(body, option=JSON_OPTIONS),
+        status=problem.status,
+        headers={**PROBLEM_HEADERS, **problem.headers},
+    )
+
+
+def response(
+    body: bytes = b"",
+    content_type: str | None = None,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> web.Response:
+    """Return a response of another media type than JSON."""
+    own = {hdrs.CONTENT_TYPE: content_type} if content_type is not None else {}
+    return web.Response(body=body, status=status, headers={**SERVER, **own, **(headers or {})})
+
+
+def has_etag(request: web.BaseRequest, etag: str) -> bool:
+    """Return whether If-None-Match has this entity tag. Weak tags match too (RFC 9110, 13.1.2)."""
+    tags = {tag.strip().removeprefix("W/") for tag in request.headers.get(hdrs.IF_NONE_MATCH, "").split(",")}
+    return etag in tags or "*" in tags

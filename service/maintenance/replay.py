@@ -1,0 +1,90 @@
+"""Replay: rebuild views from the log, on demand or because their definition has changed."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Final
+
+import asyncpg
+import structlog
+
+from projections.engine import OutdatedViewError, View, view_state
+from projections.postgres_errors import Connection, is_connection_lost
+from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
+from service.database.connections import DedicatedConnection, StorageUnavailableError, connect
+from service.event_log.feed import Feed
+
+# How often an outdated view is checked while another process rebuilds it.
+CHECK_SECONDS: Final = 2.0
+
+logger = structlog.get_logger()
+
+
+async def rebuild_views(
+    dsn: str, views: Sequence[View], feed: Feed, progress: Progress, *, verify: bool = False
+) -> list[RebuiltView]:
+    """Rebuild views of a database; see ``projections.rebuild``.
+
+    Raises:
+        StorageUnavailableError: the connection was lost.
+        RebuildRunningError: another rebuild or a backup is running.
+        OutdatedViewError: a view to verify is outdated.
+    """
+
+    async def connect_to(search_path: str) -> Connection:
+        # One view's connection waits in its transaction while another works.
+        return await connect(dsn, search_path=search_path, idle_in_transaction_session_timeout="0")
+
+    try:
+        return await rebuild(views, connect_to, feed, progress, verify=verify)
+    except Exception as error:
+        if is_connection_lost(error):
+            raise StorageUnavailableError(str(error) or type(error).__name__) from error
+        raise
+
+
+class Rebuilder:
+    """Rebuilds outdated views at the start of the service, all of them together.
+
+    Args:
+        dsn: the database.
+        views: every view.
+        connections: a connection for each view, by name, with the view's search path.
+        feed: the log.
+    """
+
+    def __init__(
+        self, dsn: str, views: Sequence[View], connections: dict[str, DedicatedConnection], feed: Feed
+    ) -> None:
+        self._dsn = dsn
+        self._views = views
+        self._connections = connections
+        self._feed = feed
+        self._turn = asyncio.Lock()
+
+    async def is_outdated(self, view: View) -> bool:
+        """Return whether the view in the database has another definition than this release's."""
+        try:
+            async with self._connections[view.name].connection() as connection:
+                state = await view_state(connection)
+        except (OutdatedViewError, asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+            # Its position is lost, or an earlier release made its tables.
+            return True
+        return state.definition != view.definition
+
+    async def rebuild_if_outdated(self, view: View) -> None:
+        """Rebuild a view, and all other outdated views with it, if its definition has changed."""
+        if await self.is_outdated(view):
+            async with self._turn:
+                await self._rebuild_outdated()
+
+    async def _rebuild_outdated(self) -> None:
+        logged: list[str] = []
+        while outdated := [view for view in self._views if await self.is_outdated(view)]:
+            names = [view.name for view in outdated]
+            if names != logged:
+                logged = names
+                logger.info("rebuilding views whose definition has changed", views=names)
+            try:
+                await rebuild_views(self._dsn, outdated, self._feed, lambda _done, _total: None)
+            except RebuildRunningError:
+                await asyncio.sleep(CHECK_SECONDS)
