@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from service.version import VERSION
+from service import VERSION
 
 
 class Command(NamedTuple):

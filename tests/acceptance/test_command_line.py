@@ -18,9 +18,9 @@ import psycopg
 import pytest
 
 from domain.order import Order, Report
+from service import VERSION
 from service.database.connections import connect
 from service.event_log import store as event_store
-from service.version import VERSION
 from tests.support.commands import call_command
 from tests.support.databases import TestServer
 from tests.support.processes import RunningService, background_command, run_command, running_service
