@@ -1,7 +1,7 @@
-"""The order tracking service: it records every webhook of Komerce as an immutable event and serves what follows.
+"""The service: it records the webhooks of Komerce as immutable events, judges them and serves the results.
 
 It may import ``projections`` and ``domain``, and neither of them imports it.
-Start reading at ``service/ingest/webhook.py`` for the path of a report, or at ``service/app.py`` for the wiring.
+Start reading at ``ingest/webhook.py`` for the path of a report, or at ``app.py`` for the wiring.
 """
 
 from typing import Final

@@ -1,9 +1,13 @@
-"""What every command has in common: where it prints, how it ends, and how it comes by the database."""
+"""Shared by all commands: output, exit codes, error messages, signals, and access to the database."""
 
+import asyncio
+import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime
+from functools import partial, wraps
+from inspect import iscoroutine
 from typing import Any, Final, NoReturn
 
 import asyncpg
@@ -16,6 +20,7 @@ from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError
 from service.database.connections import (
     Connection,
+    HeldConnection,
     StorageUnavailableError,
     UnsupportedServerError,
     connect,
@@ -24,76 +29,96 @@ from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgre
 from service.database.schema import SchemaError, service_dsn
 from service.event_log.store import UndecodableEventError
 from service.maintenance.backup import BackupError
-from service.settings import Settings, SettingsError, read_settings
+from service.settings import SettingsError, read_settings
 
-WRONG: Final = 1
-MISUSED: Final = 2
-
-# Into a pipe or a file as wide as it takes.
+EXIT_FAILURE: Final = 1
+EXIT_USAGE: Final = 2
+# The width of a table in a pipe or a file.
 PIPED_COLUMNS: Final = 200
-out = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_COLUMNS)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+# Senders write much of what is printed, so brackets and colons in it are never markup or emoji.
+_PlainConsole = partial(Console, markup=False, emoji=False, highlight=False, soft_wrap=True)
+out = _PlainConsole(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
+err = _PlainConsole(stderr=True)
 
 
-def end(message: str, code: int = WRONG) -> NoReturn:
-    err.print(message, markup=False, style="red")
+def printable(text: str) -> str:
+    """Return a text with every unprintable character escaped, so that a terminal does not act on it."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def fail(message: object, code: int = EXIT_FAILURE) -> NoReturn:
+    """Print an error as one line and exit."""
+    err.print(printable(" ".join(str(message).splitlines())), style="red")
     raise typer.Exit(code)
 
 
 @contextmanager
-def plain_errors() -> Iterator[None]:
-    """Say in one line what an operator can mend."""
+def friendly_errors() -> Iterator[None]:
+    """Exit with one line in place of a traceback for every error that an operator can fix."""
     try:
         yield
     except SettingsError as error:
-        end(str(error), MISUSED)
+        fail(error, EXIT_USAGE)
     except RebuildRunningError:
-        end("a replay is running already, or a backup")
+        fail("a replay or a backup is already running: try again when it has finished")
     except (StorageUnavailableError, UnsupportedServerError) as error:
-        end(f"the database cannot be used: {error}")
+        fail(f"the database cannot be used: {error}")
     except asyncpg.LockNotAvailableError:
-        end("the tables of before are still being read, by a dump perhaps: try again when that has ended")
+        fail("the old tables are still being read, perhaps by a dump: try again when that has finished")
     except (asyncpg.PostgresError, asyncpg.InterfaceError, UnicodeError) as error:
-        end(f"the database refuses this: {str(error).partition(chr(10))[0]}")
+        fail(f"the database rejected the command: {str(error).partition(chr(10))[0]}")
     except UndecodableEventError as error:
-        end(f"the log holds an event that cannot be read: {error}")
+        fail(f"the log holds an event that cannot be decoded: {error}")
     except (BackupError, SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
-        end(str(error))
+        fail(error)
 
 
-@contextmanager
-def database(settings: Settings, *, may_make: bool = False) -> Iterator[str]:
-    """Yield the database's DSN: the given one, that of a running service, or of one started for the purpose.
+def runnable(command: Callable[..., Any]) -> Callable[..., None]:
+    """Return a command as a function that runs it, with its coroutine if it has one, and exits.
+
+    The exit code is what the command returns, 0 for None. Errors that an operator can fix are one line.
+    """
+
+    @wraps(command)
+    def run(**options: Any) -> None:
+        with friendly_errors():
+            result = command(**options)
+            code = uvloop.run(result) if iscoroutine(result) else result
+        raise typer.Exit(code or 0)
+
+    return run
+
+
+@asynccontextmanager
+async def database(*, as_service: bool = True, may_create: bool = False) -> AsyncIterator[str]:
+    """Yield the DSN of the configured database; start the embedded one for the block if no service runs it.
 
     Args:
-        settings: that say which.
-        may_make: whether an embedded one that is not there yet is made.
+        as_service: whether to connect as the service's own role in place of the configured one.
+        may_create: whether to create an embedded database that does not exist yet.
     """
-    if settings.database_url:
-        yield settings.database_url
-    elif (dsn := running_dsn(settings.state_dir)) is not None:
-        yield dsn
-    elif not may_make and not has_data(settings.state_dir):
-        end(
-            f"there is no database in {settings.state_dir} yet: 'serve' makes one; "
-            "ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL name another"
-        )
-    else:
-        with EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir) as server:
-            yield server.dsn
-
-
-def run_with_database(
-    work: Callable[[str], Coroutine[Any, Any, int]], *, as_service: bool = True, may_make: bool = False
-) -> NoReturn:
-    """Run a piece of work on the configured database, as the service's role or as given; exit as it says."""
-
-    async def run(dsn: str) -> int:
-        return await work(await service_dsn(dsn) if as_service else dsn)
-
-    with plain_errors(), database(read_settings(), may_make=may_make) as dsn:
-        code = uvloop.run(run(dsn))
-    raise typer.Exit(code)
+    settings = read_settings()
+    server = None
+    try:
+        dsn = settings.database_url or running_dsn(settings.state_dir)
+        if not dsn:
+            if not may_create and not has_data(settings.state_dir):
+                fail(
+                    f"there is no database in {settings.state_dir} yet: run 'serve' to create one, "
+                    "or set ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL to another"
+                )
+            server = EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir)
+            # In a thread, so that Ctrl-C interrupts the start.
+            await asyncio.to_thread(server.start)
+            dsn = server.dsn
+        yield await service_dsn(dsn) if as_service else dsn
+    finally:
+        if server is not None:
+            server.stop()
 
 
 @asynccontextmanager
@@ -105,13 +130,56 @@ async def connected(dsn: str) -> AsyncIterator[Connection]:
         await connection.close()
 
 
-def make_table(*columns: str) -> Table:
-    """A table that folds what is too long for the terminal, and never cuts it."""
-    table = Table()
+@asynccontextmanager
+async def reconnecting(dsn: str) -> AsyncIterator[HeldConnection]:
+    held = HeldConnection(partial(connect, dsn))
+    try:
+        yield held
+    finally:
+        await held.close()
+
+
+@contextmanager
+def stop_event(*signals: signal.Signals) -> Iterator[asyncio.Event]:
+    """Yield an event that each of the signals sets, in place of what it does otherwise."""
+    loop = asyncio.get_running_loop()
+    stopped = asyncio.Event()
+    for number in signals:
+        loop.add_signal_handler(number, stopped.set)
+    try:
+        yield stopped
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+async def completes(work: Awaitable[object], *interruptions: Awaitable[object]) -> bool:
+    """Await some work until it is done or one of the interruptions is; return whether the work is done.
+
+    Everything that is not done by then is cancelled. An error of the work is raised.
+    """
+    tasks = [asyncio.ensure_future(one) for one in (work, *interruptions)]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    is_done = tasks[0].done()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    if is_done:
+        tasks[0].result()
+    return is_done
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print a table that folds long cells and never cuts them; None is a dash, times have seconds."""
+    table = Table(title=title and printable(title))
     for column in columns:
         table.add_column(column, overflow="fold")
-    return table
+    for row in rows:
+        table.add_row(*map(_format, row))
+    out.print(table)
 
 
-def time_text(time: datetime | None) -> str:
-    return "-" if time is None else time.isoformat(timespec="seconds")
+def _format(value: object) -> str:
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="seconds")
+    return "-" if value is None else printable(str(value))

@@ -1,27 +1,26 @@
-"""``erase``."""
+from typing import Annotated, Final
 
 import asyncpg
+import typer
 
-from service.cli.console import MISUSED, connected, end, out, run_with_database
+from service.cli.console import EXIT_USAGE, connected, database, fail, out
 from service.database.schema import act_as_owner, check_version
 
-ERASE_ORDER = "CALL erase_order($1, $2)"
+ERASE_ORDER: Final = "CALL erase_order($1, $2)"
 
 
-def erase(order_no: str, reason: str) -> None:
+async def erase(
+    order_no: Annotated[str, typer.Argument(help="The order number.")],
+    reason: Annotated[str, typer.Argument(help="Why you erase it; the reason is recorded.")],
+) -> None:
     if not reason.strip():
-        end("an erasure has a reason", MISUSED)
-
-    async def work(dsn: str) -> int:
-        async with connected(dsn) as connection:
-            await check_version(connection)
-            try:
-                async with connection.transaction():
-                    await act_as_owner(connection)
-                    await connection.execute(ERASE_ORDER, order_no, reason)
-            except asyncpg.NoDataFoundError as error:
-                end(str(error))
-        out.print("erased: bodies and addresses; status, times and verdicts stay")
-        return 0
-
-    run_with_database(work, as_service=False)
+        fail("the reason is empty: state why you erase this order", EXIT_USAGE)
+    async with database(as_service=False) as dsn, connected(dsn) as connection:
+        await check_version(connection)
+        try:
+            async with connection.transaction():
+                await act_as_owner(connection)
+                await connection.execute(ERASE_ORDER, order_no, reason)
+        except asyncpg.NoDataFoundError as error:
+            fail(error)
+    out.print("erased bodies and addresses; the status, the times and the verdicts remain")

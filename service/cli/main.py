@@ -1,11 +1,12 @@
 """The command line: ``order-tracking`` or ``python -m service``.
 
-Exit codes: 0 done; 1 something is wrong (an unknown order, a difference, a port taken, a replay already
-running, a report that was neither advanced nor repeated); 2 misused.
+Exit codes: 0 success; 1 failure (such as an unknown order, a difference, a port in use, a replay that is
+already running, or a report that was neither advanced nor repeated); 2 wrong usage.
 """
 
+from functools import cache
 from importlib import import_module
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final
 
 import typer
 from typer.core import TyperGroup
@@ -13,29 +14,22 @@ from typer.main import get_command
 
 from service import VERSION
 
-
-class Command(NamedTuple):
-    """A command: the module below this package that has a function or a Typer of its name, and its summary."""
-
-    module: str
-    summary: str
-
-
+# A command is a function, a coroutine function or a Typer; its module has the same name. See ``runnable``.
 COMMANDS: Final = {
-    "serve": Command("serve", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),
-    "replay": Command("replay", "Rebuild the views from the log beside the live ones, then swap them in."),
-    "audit": Command("audit", "Print an order's transitions, or the verdicts that today's table changes."),
-    "send": Command("send", "Send one webhook as Komerce would, and print the receipt."),
-    "token": Command("send", "Generate a webhook token for ORDER_TRACKING_WEBHOOK_TOKENS."),
-    "simulate": Command("simulate", "Simulate Komerce, then compare the reports sent with those recorded."),
-    "register": Command("simulate", "Register a webhook URL with Komerce; it replaces the previous one."),
-    "check": Command("check", "Check settings, database and schema."),
-    "migrate": Command("check", "Update the database schema as its owner; 'serve' does this at start."),
-    "backup": Command("backup", "Dump the whole database while the service keeps running."),
-    "restore": Command("backup", "Restore a dump into an empty database."),
-    "erase": Command("erase", "Erase an order's bodies and addresses permanently, and record who and why."),
-    "keys": Command("keys", "Create, list and revoke API keys."),
-    "quarantine": Command("quarantine", "List, show, retry and discard unparseable bodies."),
+    "serve": "Serve the webhook and the read API until SIGTERM or Ctrl-C.",
+    "replay": "Rebuild the views from the log beside the live ones, then swap them in.",
+    "audit": "Print an order's transitions, or the verdicts that today's table changes.",
+    "send": "Send one webhook as Komerce would, and print the receipt.",
+    "token": "Generate a webhook token for ORDER_TRACKING_WEBHOOK_TOKENS.",
+    "simulate": "Simulate Komerce, then compare the reports sent with those recorded.",
+    "register": "Register a webhook URL with Komerce; it replaces the previous one.",
+    "check": "Check settings, database and schema.",
+    "migrate": "Update the database schema as its owner; 'serve' does this at start.",
+    "backup": "Dump the whole database while the service keeps running.",
+    "restore": "Restore a dump into an empty database.",
+    "erase": "Erase an order's bodies and addresses permanently, and record who and why.",
+    "keys": "Create, list and revoke API keys.",
+    "quarantine": "List, show, retry and discard unparseable bodies.",
 }
 
 
@@ -49,14 +43,19 @@ class Commands(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
+@cache
 def _load(name: str) -> Any:
-    target = getattr(import_module(f"{__package__}.{COMMANDS[name].module}"), name)
-    if isinstance(target, typer.Typer):
-        target.info.help = COMMANDS[name].summary
-        return get_command(target)
-    command = typer.Typer(add_completion=False)
-    command.command(name, help=COMMANDS[name].summary)(target)
-    return get_command(command)
+    from service.cli.console import runnable  # noqa: PLC0415 - for the same reason
+
+    command = getattr(import_module(f"{__package__}.{name}"), name)
+    app = command
+    if not isinstance(command, typer.Typer):
+        app = typer.Typer(add_completion=False)
+        app.command(name, help=COMMANDS[name])(command)
+    app.info.help = COMMANDS[name]
+    for registered in app.registered_commands:
+        registered.callback = runnable(registered.callback)
+    return get_command(app)
 
 
 cli: Final = typer.Typer(
@@ -80,7 +79,7 @@ def show_version(
 
 
 def _summarize(name: str) -> None:
-    @cli.command(name, help=COMMANDS[name].summary)
+    @cli.command(name, help=COMMANDS[name])
     def summary() -> None:
         """Stand in for the command in --help; ``Commands`` replaces it when the command is called."""
 

@@ -1,158 +1,105 @@
-"""``quarantine list|show|retry|discard``."""
-
 import sys
 from datetime import UTC, datetime
 from typing import Annotated, Final
 
 import typer
-from rich.text import Text
 
-from service.cli.console import (
-    MISUSED,
-    WRONG,
-    connected,
-    end,
-    make_table,
-    out,
-    run_with_database,
-    time_text,
-)
-from service.database.connections import (
-    Connection,
-    HeldConnection,
-    connect,
-)
+from service.cli import console
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, connected, database, fail, out, printable
+from service.database.connections import Connection
 from service.event_log.store import EventStore
 from service.http.pagination import POSITION_MAX
 from service.ingest import quarantine as quarantines
 from service.ingest.parser import UnreadableError
-from service.ingest.quarantine import QuarantineState
+from service.ingest.quarantine import NotOpenError, QuarantineState, UnknownEntryError
 from service.ingest.recorder import Recorder, RefusedReportError
-from service.text import printable
 
-# For one entry of the quarantine, beside whatever the service is recording.
+# The budget of one entry, which competes with the reports that the service records.
 RETRY_SECONDS_MAX: Final = 10.0
-QUARANTINE_PAGE_ENTRIES: Final = 1_000
+PAGE_ENTRIES: Final = 1_000
+
+Id = Annotated[int, typer.Argument(help="The number of the entry, as 'quarantine list' shows it.")]
+Reason = Annotated[str, typer.Argument(help="Why you discard it; the reason is recorded.")]
 
 quarantine = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @quarantine.command("list")
-def list_quarantine(
-    state: Annotated[QuarantineState | None, typer.Option(help="Only entries of this state.")] = None,
+async def list_entries(
+    state: Annotated[QuarantineState | None, typer.Option(help="List only entries in this state.")] = None,
 ) -> None:
-    """List what could not be understood, newest first."""
-
-    async def work(dsn: str) -> int:
-        table = make_table("entry", "received at", "seen", "state", "reason")
-        before = POSITION_MAX
-        async with connected(dsn) as connection:
-            while page := await quarantines.entries_page(connection, before, state, QUARANTINE_PAGE_ENTRIES):
-                for entry in page:
-                    received_at = time_text(entry.received_at)
-                    reason = Text(printable(entry.reason))
-                    table.add_row(
-                        str(entry.quarantine_id), received_at, str(entry.times_seen), entry.state, reason
-                    )
-                before = page[-1].quarantine_id
-        out.print(table)
-        return 0
-
-    run_with_database(work)
+    """List unparseable bodies, newest first."""
+    rows: list[tuple[object, ...]] = []
+    before = POSITION_MAX
+    async with database() as dsn, connected(dsn) as connection:
+        while page := await quarantines.entries_page(connection, before, state, PAGE_ENTRIES):
+            before = page[-1].quarantine_id
+            rows += [(it.quarantine_id, it.received_at, it.times_seen, it.state, it.reason) for it in page]
+    console.print_table(("entry", "received at", "seen", "state", "reason"), rows)
 
 
 @quarantine.command("show")
-def show_quarantine(
-    quarantine_id: int,
-    raw: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option("--raw", help="Write the body alone, byte for byte.")
-    ] = False,
+async def show_entry(
+    quarantine_id: Id,
+    *,
+    raw: Annotated[bool, typer.Option("--raw", help="Write only the body, byte for byte.")] = False,
 ) -> None:
-    """Show one entry and its body."""
-
-    async def work(dsn: str) -> int:
-        async with connected(dsn) as connection:
-            entry = await _quarantine_entry(connection, quarantine_id)
-        if raw:
-            sys.stdout.buffer.write(entry.body or b"")
-            return 0
-        for name, value in entry._asdict().items():
-            if name != "body" and value is not None:
-                out.print(f"{name:<14} {printable(str(value))}", markup=False)
-        out.print(
-            f"{'body':<14} {printable((entry.body or b'').decode(errors='backslashreplace'))}",
-            markup=False,
-        )
-        return 0
-
-    run_with_database(work)
+    """Show an entry and its body."""
+    async with database() as dsn, connected(dsn) as connection:
+        entry = await _find_entry(connection, quarantine_id)
+    body = entry.body or b""
+    if raw:
+        sys.stdout.buffer.write(body)
+        return
+    for name, value in {**entry._asdict(), "body": body.decode(errors="backslashreplace")}.items():
+        if value is not None:
+            out.print(f"{name:<14} {printable(str(value))}")
 
 
-async def _quarantine_entry(connection: Connection, quarantine_id: int) -> quarantines.QuarantineEntry:
+async def _find_entry(connection: Connection, quarantine_id: int) -> quarantines.QuarantineEntry:
     try:
         return await quarantines.find_entry(connection, quarantine_id)
-    except quarantines.UnknownEntryError as error:
-        end(str(error))
+    except UnknownEntryError as error:
+        fail(error)
 
 
 @quarantine.command("retry")
-def retry_quarantine(
-    quarantine_ids: Annotated[list[int] | None, typer.Argument(help="The entries.")] = None,
-    every: Annotated[  # noqa: FBT002 - a flag of the command line
-        bool, typer.Option("--all", help="Every open entry, the oldest first.")
-    ] = False,
-) -> None:
-    """Record entries as ordinary reports, now that they are understood; exit 1 where one still is not."""
+async def retry_entries(
+    quarantine_ids: Annotated[list[int] | None, typer.Argument(help="The numbers of the entries.")] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Retry every open entry, oldest first.")] = False,
+) -> int | None:
+    """Parse entries again and record them as reports; exit with 1 if one still cannot be parsed."""
     if bool(quarantine_ids) == every:
-        end("give either entries or --all", MISUSED)
-
-    async def work(dsn: str) -> int:
-        held = HeldConnection(lambda: connect(dsn))
+        fail("pass either the numbers of entries or --all", EXIT_USAGE)
+    failures = 0
+    async with database() as dsn, connected(dsn) as connection, console.reconnecting(dsn) as held:
         recorder = Recorder(
-            EventStore(held),
-            lambda _events, _positions: None,
-            queue_reports_max=1,
-            seconds_max=RETRY_SECONDS_MAX,
+            EventStore(held), lambda *_: None, queue_reports_max=1, seconds_max=RETRY_SECONDS_MAX
         )
-        left = 0
-        async with connected(dsn) as connection:
-            numbers = quarantine_ids or await quarantines.open_entries(connection)
-            if not numbers:
-                out.print("no entry is open")
-            for number in numbers:
-                entry = await _quarantine_entry(connection, number)
-                try:
-                    receipt = await recorder.record(quarantines.report_of(entry), datetime.now(UTC))
-                except (
-                    UnreadableError,
-                    RefusedReportError,
-                    quarantines.NotOpenError,
-                    quarantines.UnknownEntryError,
-                ) as error:
-                    left += 1
-                    out.print(f"{number}: {printable(str(error))}", markup=False)
-                else:
-                    place = f"version {receipt.version} of {printable(receipt.order_no)}"
-                    out.print(f"{number}: {receipt.outcome}, {place}", markup=False)
-        await held.close()
-        return WRONG if left else 0
-
-    run_with_database(work)
+        numbers = quarantine_ids or await quarantines.open_entries(connection)
+        if not numbers:
+            out.print("the quarantine has no open entries")
+        for number in numbers:
+            entry = await _find_entry(connection, number)
+            try:
+                receipt = await recorder.record(quarantines.report_of(entry), datetime.now(UTC))
+                result = f"{receipt.outcome}, version {receipt.version} of {receipt.order_no}"
+            except (UnreadableError, RefusedReportError, NotOpenError, UnknownEntryError) as error:
+                failures += 1
+                result = str(error)
+            out.print(f"{number}: {printable(result)}")
+    return EXIT_FAILURE if failures else None
 
 
 @quarantine.command("discard")
-def discard_quarantine(quarantine_id: int, reason: str) -> None:
-    """Say of an entry that nothing will come of it, and why; it stays."""
-
-    async def work(dsn: str) -> int:
-        async with connected(dsn) as connection:
-            try:
-                await quarantines.discard(connection, quarantine_id, reason)
-            except (quarantines.UnknownEntryError, quarantines.NotOpenError) as error:
-                end(str(error))
-            except ValueError as error:
-                end(str(error), MISUSED)
-        out.print("discarded")
-        return 0
-
-    run_with_database(work)
+async def discard_entry(quarantine_id: Id, reason: Reason) -> None:
+    """Close an entry that you do not want recorded; its body stays."""
+    async with database() as dsn, connected(dsn) as connection:
+        try:
+            await quarantines.discard(connection, quarantine_id, reason)
+        except (UnknownEntryError, NotOpenError) as error:
+            fail(error)
+        except ValueError as error:
+            fail(error, EXIT_USAGE)
+    out.print("discarded")

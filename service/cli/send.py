@@ -1,7 +1,3 @@
-"""``send`` and ``token``: the webhook, from the sender's side."""
-
-import asyncio
-import secrets
 from typing import Annotated, Final
 
 import aiohttp
@@ -9,73 +5,47 @@ import orjson
 import typer
 from yarl import URL
 
-from service.cli.console import (
-    MISUSED,
-    WRONG,
-    end,
-    out,
-    plain_errors,
-)
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, fail, out
 from service.ingest.webhook_auth import signature_of
 from service.settings import Settings, read_settings
+from service.simulator.registration import UnusableUrlError, parse_url
 
-# For one webhook that a person sends by hand.
 SEND_SECONDS_MAX: Final = 10.0
-
-TOKEN_BYTES: Final = 32
-
-
-def send(
-    order_no: str,
-    cnote: str,
-    status: str,
-    url: Annotated[str | None, typer.Option(help="Where to; the configured host and port if left out.")] = None,
-) -> None:
-    with plain_errors():
-        settings = read_settings()
-        target = _checked(url) if url is not None else webhook_url(settings)
-        body = orjson.dumps({"order_no": order_no, "cnote": cnote, "status": status})
-        headers = {"Content-Type": "application/json"}
-        if secret := settings.webhook_hmac_secret.get_secret_value():
-            headers[settings.webhook_hmac_header] = signature_of(body, secret.encode())
-        code, text = asyncio.run(_put(target, body, headers))
-    out.print(text, markup=False)
-    if code != 200:  # noqa: PLR2004 - the one answer that means committed
-        raise typer.Exit(WRONG)
-    raise typer.Exit(0 if '"outcome":"advanced"' in text or '"outcome":"repeated"' in text else WRONG)
+OK: Final = 200
 
 
-def webhook_url(settings: Settings) -> URL:
-    """Return where the service of these settings takes reports."""
-    token = "".join(f"/{token.get_secret_value()}" for token in settings.webhook_tokens[:1])
-    return URL.build(scheme="http", host=settings.host, port=settings.port, path=f"/webhook{token}")
-
-
-def _checked(url: str) -> URL:
-    # What a library says of a bad URL quotes it whole, with the token that its path may hold.
+async def send(
+    order_no: Annotated[str, typer.Argument(help="The order number.")],
+    cnote: Annotated[str, typer.Argument(help="The airway bill number.")],
+    status: Annotated[str, typer.Argument(help="The status, in any word that Komerce uses.")],
+    url: Annotated[str | None, typer.Option(help="Webhook URL; the configured one if left out.")] = None,
+) -> int | None:
+    settings = read_settings()
     try:
-        target = URL(url)
-        is_good = target.scheme in ("http", "https") and target.host is not None and target.port is not None
-    except ValueError:
-        is_good = False
-    if not is_good:
-        end("--url must be an http or https URL", MISUSED)
-    return target
-
-
-async def _put(url: URL, body: bytes, headers: dict[str, str]) -> tuple[int, str]:
+        target = webhook_url(settings) if url is None else parse_url(url, "--url")
+    except UnusableUrlError as error:
+        fail(error, EXIT_USAGE)
+    body = orjson.dumps({"order_no": order_no, "cnote": cnote, "status": status})
+    headers = {"Content-Type": "application/json"}
+    if secret := settings.webhook_hmac_secret.get_secret_value():
+        headers[settings.webhook_hmac_header] = signature_of(body, secret.encode())
     timeout = aiohttp.ClientTimeout(total=SEND_SECONDS_MAX)
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.put(url, data=body, headers=headers) as response,
+            session.put(target, data=body, headers=headers) as response,
         ):
-            return response.status, await response.text()
+            text = await response.text()
     except (aiohttp.ClientError, TimeoutError) as error:
-        # Its path may hold a token.
-        said = error.strerror if isinstance(error, OSError) else type(error).__name__
-        end(f"cannot send to {url.origin()}: {said or 'no answer in time'}")
+        # Neither the error's own text nor the path is printed: the path may hold a token.
+        cause = error.strerror if isinstance(error, OSError) else type(error).__name__
+        fail(f"cannot send to {target.origin()}: {cause or f'no response within {SEND_SECONDS_MAX:g} s'}")
+    out.print(text)
+    is_expected = '"outcome":"advanced"' in text or '"outcome":"repeated"' in text
+    return None if response.status == OK and is_expected else EXIT_FAILURE
 
 
-def token() -> None:
-    out.print(secrets.token_urlsafe(TOKEN_BYTES), markup=False)
+def webhook_url(settings: Settings) -> URL:
+    """Return the webhook's URL on the configured host and port, with the first token if there are tokens."""
+    token = "".join(f"/{token.get_secret_value()}" for token in settings.webhook_tokens[:1])
+    return URL.build(scheme="http", host=settings.host, port=settings.port, path=f"/webhook{token}")

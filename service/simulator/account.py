@@ -1,15 +1,15 @@
-"""The sender's account: what was sent, against what the service says that it recorded.
+"""The sender's account: the reports that were sent, compared with the events that the service recorded.
 
-Every report's body is a text of its own, sent again byte for byte until the answer is 200. One report may so
-be recorded several times, once for each attempt that arrived though its answer did not: the service judges all
-but the first of them as repeats, and that is right. Hence:
+Every report has a body of its own, which is sent again unchanged until the response is 200. A report may be
+recorded several times, because an attempt can arrive although its response does not; the service rightly
+judges all but the first of these events as repeats. Therefore:
 
-- *lost*: a 200 whose receipt names no recorded event with this very body, position, version, order and verdict,
-  or one that another 200 named already, or that holds no receipt at all.
-- *doubled*: the events of a report beyond the attempts that could have reached the service: all of them, but
-  those that found nobody listening. And events beyond the first with one and the same ``report_id``.
+- *lost*: a 200 whose receipt does not match a recorded event (body, position, version, order and verdict), or
+  matches one that another 200 has matched already, or is not a receipt at all.
+- *doubled*: events of a report in excess of its attempts, not counting attempts whose connection was refused;
+  and events in excess of one with the same ``report_id``.
 - *altered*: an event of one of the run's orders with a body that was never sent.
-- *given up*: a report that was not acknowledged by any of its attempts; it may be recorded or not.
+- *given up*: a report that none of its attempts had acknowledged; it may be recorded or not.
 """
 
 from collections import Counter
@@ -21,27 +21,27 @@ import aiohttp
 import orjson
 
 PAGE_EVENTS: Final = 1_000
-SHOWN_MAX: Final = 5
+DETAILS_MAX: Final = 5
 RECEIPT_BYTES_SHOWN_MAX: Final = 300
 OK: Final = 200
 READ_SECONDS_MAX: Final = 10.0
 
 
-class UnreadableAccountError(Exception):
-    """The service does not say what it recorded. ``str()`` is one line."""
+class UnreadableLogError(Exception):
+    """The service's log cannot be read over HTTP. ``str()`` is one line."""
 
 
 @dataclass
-class Sent:
-    """What became of one report, the copies that were sent of it included."""
+class Delivery:
+    """The attempts to deliver one report, including its copies, and the receipts of those answered with 200."""
 
     attempts: int = 0
     receipts: list[bytes] = field(default_factory=list)
     is_given_up: bool = False
 
 
-class Recorded(NamedTuple):
-    """An event, as far as an account needs it."""
+class RecordedEvent(NamedTuple):
+    """The fields of an event that a receipt also has, and the body."""
 
     report_id: str
     order_no: str
@@ -52,7 +52,7 @@ class Recorded(NamedTuple):
 
 
 class Account(NamedTuple):
-    """What was sent and what is recorded, in numbers, and the first of each thing that is wrong."""
+    """The numbers of reports and events, and one line for each lost, doubled or altered one."""
 
     reports: int
     attempts: int
@@ -65,125 +65,129 @@ class Account(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing is lost, doubled, altered or left unacknowledged."""
+        """Whether every report was acknowledged, and none is lost, doubled or altered."""
         return not (self.lost or self.doubled or self.altered or self.given_up)
 
-    def lines(self) -> Iterable[str]:
-        """Yield the account as it is printed."""
+    def lines(self, withheld: int = 0) -> Iterable[str]:
+        """Yield the account as it is printed, with up to DETAILS_MAX details of each kind.
+
+        ``withheld`` is the number of reports that were not meant to be sent.
+        """
         verdicts = ", ".join(f"{count:,} {verdict}" for verdict, count in sorted(self.verdicts.items()))
         yield f"sent          {self.reports:>9,}  reports, in {self.attempts:,} attempts"
         yield f"acknowledged  {self.acknowledged:>9,}  attempts answered 200"
         yield f"recorded      {sum(self.verdicts.values()):>9,}  events{f': {verdicts}' if verdicts else ''}"
-        for name, wrong in (("lost", self.lost), ("doubled", self.doubled), ("altered", self.altered)):
-            yield f"{name:<12}  {len(wrong):>9,}"
-            for one in wrong[:SHOWN_MAX]:
-                yield f"  {one}"
+        for name, details in (("lost", self.lost), ("doubled", self.doubled), ("altered", self.altered)):
+            yield f"{name:<12}  {len(details):>9,}"
+            yield from (f"  {detail}" for detail in details[:DETAILS_MAX])
         yield f"given up      {self.given_up:>9,}"
+        if withheld:
+            yield f"never sent    {withheld:>9,}"
+        yield "the account agrees" if self.agrees else "THE ACCOUNT DISAGREES"
 
 
-def compare(sent: dict[str, Sent], events: Iterable[Recorded], prefix: str) -> Account:
-    """Hold what was sent against the log.
+def compare(deliveries: dict[str, Delivery], events: Iterable[RecordedEvent], prefix: str) -> Account:
+    """Compare the reports that were sent with the log.
 
     Args:
-        sent: by body.
-        events: the log, or its part since the run began; others' may be among them.
-        prefix: of the run's order numbers.
+        deliveries: what was sent, by body.
+        events: the log since the run began. Events of other orders are ignored.
+        prefix: what the run's order numbers begin with.
     """
-    recorded: Counter[str] = Counter()
+    bodies: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
-    by_id: dict[str, Recorded] = {}
-    doubled, altered = [], []
+    by_id: dict[str, RecordedEvent] = {}
+    lost, doubled, altered = [], [], []
     for event in events:
         if not event.order_no.startswith(prefix):
             continue
-        recorded[event.body] += 1
+        bodies[event.body] += 1
         verdicts[event.verdict] += 1
-        if event.body not in sent:
+        if event.body not in deliveries:
             altered.append(f"position {event.position}: {event.body!r}")
         if event.report_id in by_id:
             doubled.append(f"position {event.position}: another event with report_id {event.report_id}")
         by_id[event.report_id] = event
-    lost = []
-    for body, one in sent.items():
-        doubled += [f"more events than attempts: {body}"] * max(0, recorded[body] - one.attempts)
-        for receipt in one.receipts:
-            said = _read_receipt(receipt, body)
+    for body, delivery in deliveries.items():
+        doubled += [f"more events than attempts: {body}"] * max(0, bodies[body] - delivery.attempts)
+        for receipt in delivery.receipts:
+            acknowledged = _read_receipt(receipt, body)
             # Each event acknowledges one attempt.
-            if said is None or by_id.pop(said.report_id, None) != said:
-                lost.append(f"{body}, answered {receipt[:RECEIPT_BYTES_SHOWN_MAX]!r}")
-    numbers = (
-        len(sent),
-        sum(one.attempts for one in sent.values()),
-        sum(len(one.receipts) for one in sent.values()),
-        sum(one.is_given_up for one in sent.values()),
+            if acknowledged is None or by_id.pop(acknowledged.report_id, None) != acknowledged:
+                lost.append(f"{body}, acknowledged by {receipt[:RECEIPT_BYTES_SHOWN_MAX]!r}")
+    return Account(
+        reports=len(deliveries),
+        attempts=sum(delivery.attempts for delivery in deliveries.values()),
+        acknowledged=sum(len(delivery.receipts) for delivery in deliveries.values()),
+        given_up=sum(delivery.is_given_up for delivery in deliveries.values()),
+        verdicts=dict(verdicts),
+        lost=lost,
+        doubled=doubled,
+        altered=altered,
     )
-    return Account(*numbers, dict(verdicts), lost, doubled, altered)
 
 
-def _read_receipt(receipt: bytes, body: str) -> Recorded | None:
-    """Return the event that a receipt speaks of, None where it is no receipt."""
+def _read_receipt(receipt: bytes, body: str) -> RecordedEvent | None:
+    """Return the event that a receipt describes, None if it is not a receipt."""
     try:
-        said = orjson.loads(receipt)
-        place = (said["order_no"], said["version"], said["position"])
-        return Recorded(str(said["report_id"]), *place, said["outcome"], body)
+        fields = orjson.loads(receipt)
+        place = (fields["order_no"], fields["version"], fields["position"])
+        return RecordedEvent(str(fields["report_id"]), *place, fields["outcome"], body)
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return None
 
 
+@dataclass
 class ServiceLog:
-    """The service's read API, from outside.
+    """The log of a service, read over HTTP.
 
-    Args:
-        session: to ask with.
-        base: where it is, without a slash at its end.
-        key: sent along where there is one.
+    Each method raises UnreadableLogError if the service does not respond as expected within READ_SECONDS_MAX.
+
+    Attributes:
+        session: the HTTP client.
+        base: the service's URL, without a slash at its end.
+        key: an API key, or an empty text.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, base: str, key: str) -> None:
-        self._session = session
-        self._base = base
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+    session: aiohttp.ClientSession
+    base: str
+    key: str
 
     async def head(self) -> int:
-        """Return the log's last position.
-
-        Raises:
-            UnreadableAccountError: the service does not say.
-        """
+        """Return the log's last position."""
         return int((await self._get("/projections"))["head"])
 
-    async def events(self, after: int) -> AsyncIterator[Recorded]:
-        """Yield what was recorded behind a position, page by page.
-
-        Raises:
-            UnreadableAccountError: the service does not say.
-        """
+    async def events(self, after: int) -> AsyncIterator[RecordedEvent]:
+        """Yield the events behind a position, oldest first."""
         path: str | None = f"/events?after={after}&limit={PAGE_EVENTS}"
         while path is not None:
             page = await self._get(path)
             for event in page["events"]:
                 data = event["data"]
                 place = (event["order_no"], event["version"], event["position"])
-                yield Recorded(data["report_id"], *place, data["verdict"], data["body"])
+                yield RecordedEvent(data["report_id"], *place, data["verdict"], data["body"])
             path = page["next"]
 
     async def _get(self, path: str) -> dict[str, Any]:
+        url = self.base + path
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         timeout = aiohttp.ClientTimeout(total=READ_SECONDS_MAX)
         try:
-            async with self._session.get(
-                self._base + path, headers=self._headers, timeout=timeout, allow_redirects=False
+            async with self.session.get(
+                url, headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
                 body = await response.read()
         except (aiohttp.ClientError, OSError) as error:
-            raise UnreadableAccountError(f"{self._base} cannot be read: {error or 'no answer'}") from None
+            cause = error or f"no response within {READ_SECONDS_MAX:g} s"
+            raise UnreadableLogError(f"cannot read the log of {self.base}: {cause}") from None
         if response.status in (401, 403):
-            said = "does not take that key" if self._headers else "wants a key"
-            raise UnreadableAccountError(f"{self._base} {said}: give one of the scope read with --key")
+            problem = "rejects that API key" if self.key else "requires an API key"
+            raise UnreadableLogError(f"{self.base} {problem}: pass one of the scope read with --key")
         try:
             page = orjson.loads(body)
         except orjson.JSONDecodeError:
             page = None
         if response.status != OK or not isinstance(page, dict):
-            what = path.partition("?")[0]
-            raise UnreadableAccountError(f"{self._base} answers {response.status} to GET {what}")
+            problem = f"{url.partition('?')[0]} returned {response.status}, not the log"
+            raise UnreadableLogError(f"{problem}: check the URL that is read, or set it with --read")
         return page

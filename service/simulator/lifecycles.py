@@ -1,7 +1,7 @@
-"""What a simulated Komerce has to tell: seeded lives of orders, and what goes wrong with them, as plain data.
+"""The reports of simulated orders: seeded random lives, and the troubles on their way, as plain data.
 
-Where an order may go from where it stands, and the words for it, are chances written down here. That every move
-is a legal one is left to the tests, which judge each by the transition table.
+NEXT and WORDS define the chance of each next status and the words for it. Tests judge every move by the
+transition table, so that all of them stay legal.
 """
 
 import json
@@ -16,10 +16,10 @@ from domain.statuses import Status
 from domain.transitions import Leg, Origin, judge
 
 Method = Literal["PUT", "POST"]
-# The sender documents PUT in its samples and POST in its tips.
+# Komerce documents PUT in its samples and POST in its tips.
 METHODS: Final[tuple[Method, ...]] = ("PUT", "POST")
 
-# Out of how many orders how many go which way; what is missing from 100 ends there. Couriers leave stages out.
+# Of 100 orders in a status, how many go to each next one; the rest of them end there. Couriers skip stages.
 NEXT: Final[dict[Origin, dict[Status, int]]] = {
     (None, None): {"submitted": 96, "packed": 3, "in_transit": 1},
     ("submitted", None): {"packed": 60, "picked_up": 25, "in_transit": 5, "cancelled": 10},
@@ -36,10 +36,10 @@ NEXT: Final[dict[Origin, dict[Status, int]]] = {
     ("lost", None): {"in_transit": 20},
     ("damaged", None): {"returning": 50},
 }
-# Loops, such as one delivery attempt after another, come to an end.
+# Limits loops, such as repeated delivery attempts.
 STEPS_MAX: Final = 20
 
-# An order is mostly told in one language, and in any of its words.
+# The Indonesian and the English words of each status. The reports of an order are mostly in one language.
 WORDS: Final[dict[Status, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "submitted": (("Diajukan",), ("Created", "Submitted")),
     "packed": (("Dipacking", "Dikemas"), ("Packed", "Packing")),
@@ -55,16 +55,16 @@ WORDS: Final[dict[Status, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     "lost": (("Hilang",), ("Lost",)),
     "damaged": (("Rusak",), ("Damaged",)),
 }
-# "etc." stands at the end of the documented list.
+# The documented list of words ends with "etc.".
 UNKNOWN_WORDS: Final = ("Antar Ulang", "Menunggu Kurir", "On Hold")
 OTHER_LANGUAGE_SHARE: Final = 0.05
 
 STEP_HOURS: Final = (1.0, 30.0)
 LAST_STEP_HOURS_AGO: Final = 48.0
-# By how many of its order's reports one is overtaken.
+# How many of its order's reports overtake a report.
 REORDERED_BY: Final = 1.5
 DELAYED_BY: Final = (2.0, 6.0)
-# How soon a hasty attempt is hung up: before, while or after the service commits.
+# How soon an attempt is cut off: before, during or after the commit of the service.
 PATIENCE_SECONDS: Final = (0.0, 0.02)
 # Western Indonesia Time.
 WIB: Final = timezone(timedelta(hours=7))
@@ -72,15 +72,15 @@ WIB: Final = timezone(timedelta(hours=7))
 
 @dataclass(frozen=True)
 class Troubles:
-    """What goes wrong on the way, each as a share of the reports, from 0 to 1.
+    """The troubles on the way, each as a share of the reports, from 0 to 1.
 
     Attributes:
         lost: never sent.
-        doubled: sent twice, both at once or the copy after the next report.
-        delayed: sent after several of the reports that should follow it.
-        reordered: sent after the one that should follow it.
-        hung_up: the connection is cut before the answer can come, and the report is sent again.
-        unknown: a word outside the vocabulary.
+        doubled: sent twice, at the same time or with the next report in between.
+        delayed: sent after several of the reports that should follow.
+        reordered: sent after the report that should follow.
+        hung_up: cut off before the response, then sent again.
+        unknown: sent with a word outside the vocabulary.
     """
 
     lost: float = 0.0
@@ -92,10 +92,7 @@ class Troubles:
 
 
 class Push(NamedTuple):
-    """One report that is to be sent until it is acknowledged. The body tells it from all others.
-
-    ``patience_seconds``: after how long the first attempt is hung up; None where its answer is waited for.
-    """
+    """A report, identified by its body. ``patience_seconds`` cuts off its first attempt; None never does."""
 
     body: str
     method: Method
@@ -103,22 +100,22 @@ class Push(NamedTuple):
 
 
 class Journey(NamedTuple):
-    """One order: its pushes, those of a turn at once, a turn after the other; and how many are never sent."""
+    """The pushes of an order, turn by turn; those of one turn are sent at the same time."""
 
     order_no: str
     turns: tuple[tuple[Push, ...], ...]
-    withheld: int
+    reports_withheld: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of the simulator: a number's journey is the same for a seed, whatever the other numbers are.
+    """A run of the simulator. The n-th journey of a seed is always the same, whatever the number of orders.
 
     Args:
-        seed: of every chance.
-        started: when the run began. It names the orders, so that no two runs tell of the same.
-        methods: to push with, any of them.
-        troubles: what goes wrong.
+        seed: the random seed.
+        started: when the run began. The order numbers contain it, so that two runs never share an order.
+        methods: the HTTP methods; each push takes one of them at random.
+        troubles: the troubles on the way.
     """
 
     seed: int
@@ -128,18 +125,18 @@ class Plan:
 
     @property
     def prefix(self) -> str:
-        """What the numbers of this run's orders begin with, and no others."""
+        """The beginning of this run's order numbers, and of no other run's."""
         return f"KOM{self.started.astimezone(UTC):%y%m%d%H%M%S%f}-"
 
     def journeys(self, orders: int) -> Iterator[Journey]:
-        """Yield as many journeys as there are orders."""
+        """Yield one journey for each order."""
         for number in range(1, orders + 1):
-            yield self._journey(number, Random(f"{self.seed}/{number}"))  # noqa: S311 - chances, no secrets  # nosec B311
+            yield self._journey(number, Random(f"{self.seed}/{number}"))  # noqa: S311 - not a secret  # nosec B311
 
     def _journey(self, number: int, chance: Random) -> Journey:
         troubles = self.troubles
         order_no = f"{self.prefix}{number:06}"
-        # Its life comes first: no trouble changes it.
+        # Drawn before any trouble, so that the troubles do not change an order's life.
         bodies = list(self._bodies(order_no, chance))
         places: defaultdict[float, list[Push]] = defaultdict(list)
         withheld = 0
@@ -150,34 +147,35 @@ class Plan:
                 continue
             if chance.random() < troubles.doubled:
                 places[place + chance.choice((0, REORDERED_BY))].append(push)
-            late = REORDERED_BY if chance.random() < troubles.reordered else 0
-            late += chance.uniform(*DELAYED_BY) if chance.random() < troubles.delayed else 0
+            delay = REORDERED_BY if chance.random() < troubles.reordered else 0
+            delay += chance.uniform(*DELAYED_BY) if chance.random() < troubles.delayed else 0
             patience = chance.uniform(*PATIENCE_SECONDS) if chance.random() < troubles.hung_up else None
-            places[place + late].append(push._replace(patience_seconds=patience))
+            places[place + delay].append(push._replace(patience_seconds=patience))
         return Journey(order_no, tuple(tuple(places[place]) for place in sorted(places)), withheld)
 
     def _bodies(self, order_no: str, chance: Random) -> Iterator[str]:
         statuses = list(life(chance))
         now = self.started - timedelta(hours=chance.uniform(0, LAST_STEP_HOURS_AGO))
         now -= timedelta(hours=STEP_HOURS[1] * len(statuses))
-        language = chance.randrange(2)
+        main_language = chance.randrange(2)
         cnote = ""
         for step, status in enumerate(statuses, 1):
             now += timedelta(hours=chance.uniform(*STEP_HOURS))
-            # The airway bill comes with the courier, and a return may get one of its own.
+            # The courier brings the airway bill, and a return may get a new one.
             is_new = status == "returning" and chance.random() < 0.5  # noqa: PLR2004 - half of them
             if is_new or (not cnote and status not in ("submitted", "packed", "cancelled")):
                 cnote = f"JX{chance.randrange(10**10):010}"
-            spoken = 1 - language if chance.random() < OTHER_LANGUAGE_SHARE else language
+            is_other = chance.random() < OTHER_LANGUAGE_SHARE
+            language = 1 - main_language if is_other else main_language
             is_unknown = chance.random() < self.troubles.unknown
-            word = chance.choice(UNKNOWN_WORDS if is_unknown else WORDS[status][spoken])
+            word = chance.choice(UNKNOWN_WORDS if is_unknown else WORDS[status][language])
             timestamp = now.astimezone(WIB).isoformat(timespec="seconds")
-            told = {"order_no": order_no, "cnote": cnote, "status": word, "timestamp": timestamp}
-            yield json.dumps({**told, "mark": f"{order_no}/{step}"})
+            report = {"order_no": order_no, "cnote": cnote, "status": word, "timestamp": timestamp}
+            yield json.dumps({**report, "mark": f"{order_no}/{step}"})
 
 
 def life(chance: Random) -> Iterator[Status]:
-    """Yield the statuses that an order goes through, each another than the one before it."""
+    """Yield the statuses of an order's life; each differs from the one before."""
     status: Status | None = None
     leg: Leg | None = None
     for _ in range(STEPS_MAX):

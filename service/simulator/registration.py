@@ -1,7 +1,7 @@
-"""The registration of a webhook with Komerce: ``PUT {base}/webhook``.
+"""Registration of a webhook with Komerce: ``PUT {base}/webhook``.
 
-The documentation says that the URL stands in the request's body, and neither the member's name nor the key's
-header. Both are here as Komerce's other interfaces have them, and only here.
+The documentation puts the URL in the request's body, but names neither its JSON member nor the key's header.
+Both are constants of this module, with the names that Komerce's other interfaces use.
 """
 
 from collections.abc import Collection
@@ -11,96 +11,100 @@ import aiohttp
 import orjson
 from yarl import URL
 
-from service.text import printable
-
 PATH: Final = "/webhook"
 KEY_HEADER: Final = "x-api-key"
 URL_MEMBER: Final = "webhook_url"
 REGISTER_SECONDS_MAX: Final = 10.0
-# Of what Komerce says to a refusal.
+# The part of Komerce's own message that is repeated in an error.
 MESSAGE_CHARACTERS_MAX: Final = 200
 OK: Final = frozenset({200, 201, 204})
+HINTS: Final = {
+    401: "check the key in ORDER_TRACKING_KOMERCE_API_KEY",
+    403: "the key in ORDER_TRACKING_KOMERCE_API_KEY may not register webhooks",
+    404: "check ORDER_TRACKING_KOMERCE_BASE_URL",
+}
 
 
 class RegistrationError(Exception):
-    """The webhook is not registered. ``str()`` is one line."""
+    """The webhook is not registered. ``str()`` is one line, with Komerce's own message as it was received."""
 
 
 class UnusableUrlError(RegistrationError):
-    """A URL is none to register, or none to register at."""
+    """The webhook's URL or the base URL is unusable. ``str()`` does not quote it, as it may hold a token."""
 
 
-def check_url(text: str, what: str, *, is_insecure: bool) -> URL:
-    """Return a URL that can be used.
-
-    Args:
-        text: as given.
-        what: it is, for the message.
-        is_insecure: whether http will do.
-
-    Raises:
-        UnusableUrlError: it cannot be used.
-    """
+def parse_url(text: str, name: str) -> URL:
+    """Return an http or https URL with a host. For anything else raise UnusableUrlError, which has the name."""
     try:
         url = URL(text)
-        usable = url.scheme in ("http", "https") and bool(url.host) and url.port is not None
+        if url.scheme in ("http", "https") and url.host and url.port is not None:
+            return url
     except ValueError:
-        usable = False
-    if not usable:
-        raise UnusableUrlError(f"{what} is no https:// URL")
+        pass
+    raise UnusableUrlError(f"{name} is not a valid URL: expected https://host/path")
+
+
+def check_url(text: str, name: str, *, is_insecure: bool) -> URL:
+    """Return a URL that can be registered, or registered at.
+
+    Args:
+        text: the URL as a user wrote it.
+        name: names the URL in an error.
+        is_insecure: whether http is allowed.
+
+    Raises:
+        UnusableUrlError: the URL is invalid, insecure, or holds a user, a password, a query or a fragment.
+    """
+    url = parse_url(text, name)
     if url.scheme != "https" and not is_insecure:
-        raise UnusableUrlError(f"{what} must begin with https:// (--insecure lets http pass, for a test)")
+        raise UnusableUrlError(f"{name} must begin with https:// (for a test, --insecure allows http://)")
     if url.user is not None or url.password is not None:
-        raise UnusableUrlError(f"{what} must not hold a user or a password")
+        raise UnusableUrlError(f"{name} must not contain a user or a password: put a token in its path")
     if "?" in text or "#" in text:
-        raise UnusableUrlError(f"{what} must have no ? and no #: a token belongs into its path")
+        raise UnusableUrlError(f"{name} must not contain ? or #: put a token in its path")
     return url
 
 
 def has_token(url: URL, tokens: Collection[str]) -> bool:
-    """Tell whether a webhook's URL ends in one of the tokens that the service asks for."""
+    """Return whether a webhook's URL ends in one of the tokens, or no tokens are configured."""
     return not tokens or url.name in tokens
 
 
 async def register(base: str, key: str, url: str, *, is_insecure: bool = False) -> None:
-    """Register a webhook's URL; it takes the place of the one before.
+    """Register a webhook's URL; it replaces the previous one.
 
     Args:
-        base: of Komerce's API.
-        key: for it.
-        url: that every push shall go to.
-        is_insecure: whether either may be http.
+        base: the base URL of Komerce's API.
+        key: the API key.
+        url: the webhook's URL.
+        is_insecure: whether either URL may use http.
 
     Raises:
-        RegistrationError: it is not registered.
+        RegistrationError: a URL is unusable, or Komerce cannot be reached or refused the registration.
     """
-    wanted = check_url(url, "the webhook's URL", is_insecure=is_insecure)
-    at = check_url(base.rstrip("/") + PATH, "ORDER_TRACKING_KOMERCE_BASE_URL", is_insecure=is_insecure)
-    timeout = aiohttp.ClientTimeout(total=REGISTER_SECONDS_MAX)
+    webhook = check_url(url, "the webhook's URL", is_insecure=is_insecure)
+    endpoint = check_url(base.rstrip("/") + PATH, "ORDER_TRACKING_KOMERCE_BASE_URL", is_insecure=is_insecure)
     headers = {KEY_HEADER: key, "Accept": "application/json"}
+    body = {URL_MEMBER: str(webhook)}
     try:
         async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            # A redirect would carry the key elsewhere.
-            session.put(at, json={URL_MEMBER: str(wanted)}, headers=headers, allow_redirects=False) as response,
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REGISTER_SECONDS_MAX)) as session,
+            # Following a redirect would send the key elsewhere.
+            session.put(endpoint, json=body, headers=headers, allow_redirects=False) as response,
         ):
-            said = _message(await response.read())
+            message = _read_message(await response.read())
     except (aiohttp.ClientError, OSError) as error:
-        raise RegistrationError(f"cannot reach {at.origin()}: {error or 'no answer in time'}") from None
-    if response.status in OK:
-        return
-    reason = {
-        401: "it does not know the key of ORDER_TRACKING_KOMERCE_API_KEY",
-        403: "the key of ORDER_TRACKING_KOMERCE_API_KEY may not do this",
-        404: "there is nothing: look at ORDER_TRACKING_KOMERCE_BASE_URL",
-    }.get(response.status, "it is not registered")
-    raise RegistrationError(f"{at} answers {response.status}: {reason}{said and f' ({said})'}")
+        cause = error or f"no response within {REGISTER_SECONDS_MAX:g} s"
+        raise RegistrationError(f"cannot reach {endpoint.origin()}: {cause}") from None
+    if response.status not in OK:
+        hint = HINTS.get(response.status, "the webhook is not registered")
+        raise RegistrationError(f"{endpoint} returned {response.status}: {hint}{message and f' ({message})'}")
 
 
-def _message(body: bytes) -> str:
-    """Return what stands in the envelope of Komerce's answers, fit for a terminal."""
+def _read_message(body: bytes) -> str:
+    """Return the message in the envelope of Komerce's responses, or an empty text."""
     try:
-        said: Any = orjson.loads(body)["meta"]["message"]
+        message: Any = orjson.loads(body)["meta"]["message"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return ""
-    return printable(str(said)[:MESSAGE_CHARACTERS_MAX])
+    return str(message)[:MESSAGE_CHARACTERS_MAX]

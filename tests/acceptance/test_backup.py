@@ -154,7 +154,7 @@ def test_a_backup_that_cannot_be_made_is_one_line(
     assert not (new / "postgres").exists()
     (new / "there").touch()
     monkeypatch.chdir(new)
-    for name, code, said in (("there", 2, "there is a file there already"), ("no/dump", 1, "No such file")):
+    for name, code, said in (("there", 2, "the file there already exists"), ("no/dump", 1, "No such file")):
         done = call_command(reported.state_dir, "backup", name)
         assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (code, True, 1)
     assert [path.name for path in new.iterdir()] == ["there"]

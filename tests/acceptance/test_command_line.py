@@ -1,4 +1,4 @@
-"""The command line as its users run it: what it prints, and how it ends."""
+"""The command line as users run it: its output and its exit codes."""
 
 import asyncio
 import contextlib
@@ -27,6 +27,8 @@ from tests.support.processes import RunningService, background_command, run_comm
 from tests.support.waiting import PATIENCE_SECONDS, until
 
 NOBODY = "http://127.0.0.1:9"
+AGREED = "today's table gives every report the verdict that was recorded\n"
+RUNNING = "a replay or a backup is already running: try again when it has finished\n"
 Send = Callable[..., int]
 
 
@@ -66,7 +68,7 @@ def test_help_lists_every_command_and_each_has_its_own(tmp_path: Path) -> None:
 
 
 def test_the_version_is_printed(tmp_path: Path) -> None:
-    """As pyproject.toml has it."""
+    """--version prints VERSION; another test compares it with pyproject.toml."""
     assert run_command(tmp_path, "--version").stdout == f"{VERSION}\n"
 
 
@@ -74,22 +76,22 @@ def test_the_version_is_printed(tmp_path: Path) -> None:
     "arguments",
     [("audit",), ("audit", "KOM1", "--rejudge"), ("replay", "--view", "weather"), ("keys", "create")],
 )
-def test_misuse_is_exit_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Before any database is opened."""
+def test_wrong_usage_is_exit_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Wrong arguments end a command before it opens a database."""
     assert call_command(tmp_path, *arguments).returncode == 2
 
 
-def test_send_prints_the_receipt_and_ends_by_the_verdict(
+def test_send_prints_the_receipt_and_exits_by_the_verdict(
     shared_service: RunningService, send: Send, order_no: str
 ) -> None:
-    """0 for advanced and repeated, 1 for late, refused, unrecognised, and if nothing listens."""
+    """The exit code is 0 for advanced and repeated, and 1 for other verdicts or without a response."""
     assert [send(order_no, status) for status in ("Batal", "batal", "Diterima", "Antar Ulang")] == [0, 0, 1, 1]
     url = f"{shared_service.url}/webhook"
     sent = run_command(shared_service.state_dir, "send", order_no, "AWB1", "Sent", "--url", url)
     assert (sent.returncode, json.loads(sent.stdout)["outcome"]) == (1, "refused")
-    unheard = run_command(shared_service.state_dir, "send", order_no, "AWB1", "Sent", "--url", NOBODY)
-    assert (unheard.returncode, unheard.stdout) == (1, "")
-    assert unheard.stderr.startswith(f"cannot send to {NOBODY}")
+    unsent = run_command(shared_service.state_dir, "send", order_no, "AWB1", "Sent", "--url", NOBODY)
+    assert (unsent.returncode, unsent.stdout) == (1, "")
+    assert unsent.stderr.startswith(f"cannot send to {NOBODY}")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +105,7 @@ def test_send_prints_the_receipt_and_ends_by_the_verdict(
     ],
 )
 def test_send_never_prints_the_token(tmp_path: Path, url: str, code: int) -> None:
-    """Whatever is wrong with the address, the error is one line without the path."""
+    """Every error about a URL is one line without its path."""
     ended = call_command(tmp_path, "send", "KOM1", "AWB1", "Sent", "--url", url)
     assert ended.returncode == code
     assert ended.stderr.count("\n") == 1
@@ -113,7 +115,7 @@ def test_send_never_prints_the_token(tmp_path: Path, url: str, code: int) -> Non
 def test_audit_prints_every_transition_and_its_reason(
     shared_service: RunningService, send: Send, order_no: str
 ) -> None:
-    """Skipped stages, repeats and the reason of a refusal stand in the table; an unknown order is exit 1."""
+    """The table has skipped stages, repeats and the reason of a refusal; an unknown order is exit 1."""
     send(order_no, "Diajukan", "Dikirim", "Dikirim", "Batal")
     audit = run_command(shared_service.state_dir, "audit", order_no)
     assert audit.returncode == 0
@@ -126,7 +128,10 @@ def test_audit_prints_every_transition_and_its_reason(
     ):
         assert text in audit.stdout
     unknown = call_command(shared_service.state_dir, "audit", "ABSENT")
-    assert (unknown.returncode, unknown.stderr) == (1, "nothing was reported of ABSENT\n")
+    assert (unknown.returncode, unknown.stderr) == (
+        1,
+        "the log has no events of order ABSENT: check the order number\n",
+    )
 
 
 def test_rejudge_lists_changed_verdicts_and_those_that_follow(state_dir: Path, owner_dsn: str) -> None:
@@ -137,10 +142,10 @@ def test_rejudge_lists_changed_verdicts_and_those_that_follow(state_dir: Path, o
         order = Order.unheard("KOM2")
         now = datetime.now(UTC)
         order.report(Report(str(uuid4()), "KOM2", "Dikirim", None, "{}"), now)
-        # A table in which a cancellation on the way was a legal move; then the parcel arrived.
+        # Judge by a table that allows a cancellation in transit; then the parcel arrives.
         cancelled = order.report(Report(str(uuid4()), "KOM2", "Batal", None, "{}"), now)
-        moved = {"verdict": "advanced", "status": "cancelled", "status_version": 2, "reason": None}
-        object.__setattr__(cancelled, "__dict__", {**vars(cancelled), **moved})
+        changes = {"verdict": "advanced", "status": "cancelled", "status_version": 2, "reason": None}
+        object.__setattr__(cancelled, "__dict__", {**vars(cancelled), **changes})
         await event_store.append(connection, order.pending_events)  # type: ignore[arg-type]
         after = Order.unheard("KOM2")
         for event in order.pending_events:
@@ -151,7 +156,7 @@ def test_rejudge_lists_changed_verdicts_and_those_that_follow(state_dir: Path, o
         await connection.close()
 
     agreed = call_command(state_dir, "audit", "--rejudge", DATABASE_URL=owner_dsn)
-    assert (agreed.returncode, agreed.stdout) == (0, "today's table judges every report as it was judged\n")
+    assert (agreed.returncode, agreed.stdout) == (0, AGREED)
     asyncio.run(record_by_another_table())
     changed = run_command(state_dir, "audit", "--rejudge", DATABASE_URL=owner_dsn)
     assert changed.returncode == 1
@@ -165,7 +170,7 @@ def test_rejudge_lists_changed_verdicts_and_those_that_follow(state_dir: Path, o
 def test_replay_rebuilds_while_the_service_runs(
     shared_service: RunningService, send: Send, order_no: str
 ) -> None:
-    """It swaps every view in, with --view that one, and --verify finds them equal."""
+    """It swaps in every view, or only the one of --view, and --verify finds the views equal."""
     send(order_no, "Dikirim")
     replayed = run_command(shared_service.state_dir, "replay")
     assert replayed.returncode == 0, replayed.stderr
@@ -189,11 +194,11 @@ def test_replay_finds_a_difference_and_another_replay(service: RunningService) -
         assert (different.returncode, "current_status: 2 rows differ" in different.stdout) == (1, True)
         connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
         second = call_command(service.state_dir, "replay")
-    assert (second.returncode, second.stderr) == (1, "a replay is running already, or a backup\n")
+    assert (second.returncode, second.stderr) == (1, RUNNING)
 
 
 def test_check_finds_a_weakened_trigger(service: RunningService) -> None:
-    """0 if everything is in order; 1 with one line for the trigger."""
+    """It exits with 0 if everything is in order, and with 1 and a line for a weakened trigger."""
     in_order = run_command(service.state_dir, "check")
     assert (in_order.returncode, "WRONG" in in_order.stdout) == (0, False)
     assert "PostgreSQL" in in_order.stdout
@@ -215,33 +220,33 @@ def test_commands_start_the_database_if_no_service_runs(state_dir: Path) -> None
     elsewhere = state_dir / "elsewhere"
     empty = call_command(state_dir, "check", STATE_DIR=str(elsewhere))
     assert empty.returncode == 1
-    assert empty.stderr.startswith(f"there is no database in {elsewhere} yet: 'serve' makes one; ")
+    assert empty.stderr.startswith(f"there is no database in {elsewhere} yet: run 'serve' to create one, ")
     assert not elsewhere.exists()
 
 
 def test_a_signature_also_closes_the_webhook(state_dir: Path) -> None:
-    """Neither the start nor the check warns of an open webhook, and send signs with the configured secret."""
+    """With a secret, neither the start nor ``check`` warns about an open webhook, and ``send`` signs."""
     guards = {"WEBHOOK_HMAC_SECRET": "a-secret-of-16-characters", "HOST": "0.0.0.0"}  # noqa: S104 - as on the open internet
     with running_service(state_dir, **guards) as service:
-        assert "ANYBODY" not in service.output
+        assert "THE WEBHOOK IS OPEN" not in service.output
         assert "asks for a signature" in call_command(state_dir, "check", **guards).stdout
         sent = call_command(state_dir, "send", "KOM1", "AWB1", "Sent", PORT=str(service.port), **guards)
         assert sent.returncode == 0, sent.stderr
 
 
 async def test_erase_removes_bodies_and_keeps_verdicts(service: RunningService) -> None:
-    """By one command, with a reason: bodies and addresses go, verdicts stay, and the views equal a replay."""
+    """``erase`` requires a reason, removes bodies and addresses, and leaves views that equal a replay."""
     async with aiohttp.ClientSession() as session:
         body = {"order_no": "KOM1", "status": "Dikirim", "buyer": "a name"}
         async with session.put(f"{service.url}/webhook", json=body) as response:
             assert response.status == 200
-        for arguments, code, said in (
-            (("KOM1", " "), 2, "an erasure has a reason"),
+        for arguments, code, message in (
+            (("KOM1", " "), 2, "the reason is empty"),
             (("KOM9", "asked for"), 1, "nothing was recorded of the order KOM9"),
             (("KOM1", "asked for"), 0, "erased"),
         ):
             done = await asyncio.to_thread(call_command, service.state_dir, "erase", *arguments)
-            assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
+            assert (done.returncode, message in done.stdout + done.stderr) == (code, True), done
         async with session.get(f"{service.url}/events") as response:
             (event,) = (await response.json())["events"]
     assert (event["data"]["body"], event["data"]["remote"]) == ("", None)
@@ -251,7 +256,7 @@ async def test_erase_removes_bodies_and_keeps_verdicts(service: RunningService) 
 
 
 def test_keys_are_listed_and_revoked(state_dir: Path, owner_dsn: str) -> None:
-    """A key is shown once; the list has its name and no secret; a revoked or unknown name is an error."""
+    """The list has the name of a key and not its secret; a name can be used and revoked only once."""
 
     def keys(*arguments: str) -> tuple[int, str]:
         done = call_command(state_dir, "keys", *arguments, DATABASE_URL=owner_dsn)
@@ -268,7 +273,7 @@ def test_keys_are_listed_and_revoked(state_dir: Path, owner_dsn: str) -> None:
 
 
 def test_idle_connections_exceed_the_usual_limit_of_files(state_dir: Path) -> None:
-    """The service raises its own limit of open files, so that idle connections keep no sender out."""
+    """The service raises its own limit of open files, so that idle connections do not block a sender."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     service = RunningService(state_dir)
     with contextlib.ExitStack() as opened:
@@ -287,14 +292,14 @@ def test_idle_connections_exceed_the_usual_limit_of_files(state_dir: Path) -> No
 
 
 def test_a_wrong_setting_is_one_clear_line(tmp_path: Path) -> None:
-    """It names the setting, and the exit code is that of misuse."""
+    """The line names the setting, and the exit code is that of wrong usage."""
     ended = run_command(tmp_path, "serve", PORT="x")
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert ended.stderr.startswith("ORDER_TRACKING_PORT: ")
 
 
 def test_a_port_that_is_taken_is_one_clear_line(state_dir: Path, owner_dsn: str) -> None:
-    """Exit 1, and the setting that chooses another port."""
+    """The line names the port and the setting that changes it, and the exit code is 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = run_command(state_dir, "serve", PORT=str(port), DATABASE_URL=owner_dsn)
@@ -319,7 +324,7 @@ def test_a_database_that_cannot_be_reached_is_one_clear_line(tmp_path: Path) -> 
 
 
 def test_it_can_be_stopped_while_it_waits_for_its_database(tmp_path: Path) -> None:
-    """SIGTERM ends a service whose database is not there yet, with exit code 0."""
+    """SIGTERM stops a service whose database is unreachable, with exit code 0."""
     unreachable = "postgresql://nobody@127.0.0.1:9/absent"
     with background_command(tmp_path, "serve", DATABASE_URL=unreachable) as waiting:
         assert waiting.stdout is not None
@@ -329,7 +334,7 @@ def test_it_can_be_stopped_while_it_waits_for_its_database(tmp_path: Path) -> No
 
 
 def test_two_processes_share_your_own_database(tmp_path: Path, dsn: str, server: TestServer) -> None:
-    """With a database URL that database is used and none is started."""
+    """With a database URL the service uses that database and starts no other."""
     assert server.pid
     with (
         running_service(tmp_path, DATABASE_URL=dsn) as one,
@@ -346,16 +351,16 @@ def test_two_processes_share_your_own_database(tmp_path: Path, dsn: str, server:
 
 
 def test_a_database_of_a_later_release_is_refused(tmp_path: Path, owner_dsn: str) -> None:
-    """A schema version that this release does not know is a clear error, and nothing is changed."""
+    """A newer schema version is one error line."""
     with psycopg.connect(owner_dsn) as connection:
         connection.execute("INSERT INTO schema_version (version) VALUES (99)")
     ended = run_command(tmp_path, "serve", DATABASE_URL=owner_dsn)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("the database has schema version 99, this release knows up to 1")
+    assert ended.stderr.startswith("the database has schema version 99")
 
 
 def test_the_greeting_has_commands_that_work(shared_service: RunningService) -> None:
-    """It names the address and the data folder; its own lines can be pasted into a shell."""
+    """It names the address and the data folder, and its commands work when pasted into a shell."""
     lines = shared_service.output.splitlines()
     assert lines[0] == f"order-tracking listens on {shared_service.url}"
     assert lines[1] == f"  its data is in {shared_service.state_dir}"
@@ -370,21 +375,23 @@ def test_the_greeting_has_commands_that_work(shared_service: RunningService) -> 
 
 
 async def test_a_logged_request_has_its_id_and_no_secret(state_dir: Path) -> None:
-    """The caller's id if it is valid, else a new one; neither a path nor a query is logged; lines are JSON."""
-    asked = (("/livez", "shop-17"), ("/orders/ABSENT?limit=a-secret", "not one"), ("/livez", None))
+    """Log lines are JSON with the caller's id, or a new one if that is invalid, and without path and query."""
+    requests = (("/livez", "shop-17"), ("/orders/ABSENT?limit=a-secret", "not one"), ("/livez", None))
     ids = []
     service = RunningService(state_dir, LOG_FORMAT="json", LOG_REQUESTS="true").start()
     try:
         async with aiohttp.ClientSession(service.url) as session:
-            for path, given in asked:
-                async with session.get(path, headers={"X-Request-Id": given} if given else {}) as response:
+            for path, request_id in requests:
+                async with session.get(
+                    path, headers={"X-Request-Id": request_id} if request_id else {}
+                ) as response:
                     ids.append(response.headers.get("X-Request-Id"))
         assert service.terminate(signal.SIGTERM) == 0
     finally:
         service.end()
     lines = [json.loads(line) for line in service.output.splitlines()]
     assert all("event" in line for line in lines)
-    # The first request is the one by which the test waited for the service.
+    # The first request is how the test waited for the service.
     logged = [line for line in lines if line["event"] == "request"][1:]
     assert ids[0] == "shop-17"
     assert ids[1] == str(UUID(ids[1]))

@@ -1,4 +1,4 @@
-"""``make demo``, as the README has it."""
+"""``make demo``, as the README describes it."""
 
 import os
 import re
@@ -22,25 +22,25 @@ ALL_IS_TOLD: Final = re.compile(r"all is told; the service goes on")
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed"),
-    pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="there is no .venv, as `make test` makes it"),
+    pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="there is no .venv: run `make test`"),
 ]
 
 
 class Demo:
-    """A demo as a terminal runs it: Ctrl-C reaches its process group."""
+    """A demo as a terminal runs it: Ctrl-C is sent to its process group."""
 
     def __init__(self, folder: Path) -> None:
-        self.own = folder / "tmp"
+        self.temporary = folder / "tmp"
         self._log = folder / "log"
-        self.own.mkdir(mode=0o711)
+        self.temporary.mkdir(mode=0o711)
         with self._log.open("wb") as output:
             self.process = subprocess.Popen(
                 ["make", "demo", "ARGS=--orders 8 --rate 60 --seed 1 --delay 0 --hang-up 0"],
                 cwd=ROOT,
                 env={
-                    # These settings would close it to its user.
+                    # With these settings the user could not open the demo.
                     **environment(folder, TRUSTED_PROXIES="10.0.0.0/8", LOG_FORMAT="json", HOST="0.0.0.0"),  # noqa: S104
-                    "TMPDIR": str(self.own),
+                    "TMPDIR": str(self.temporary),
                 },
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -52,7 +52,7 @@ class Demo:
         return self._log.read_text(encoding="utf-8")
 
     def wait_for(self, pattern: re.Pattern[str]) -> "re.Match[str]":
-        """Wait until its output has a match, and return it."""
+        """Wait until the output has a match, and return the match."""
         return wait_for_output(self.process, self._log, pattern)
 
     def interrupt(self) -> None:
@@ -62,7 +62,7 @@ class Demo:
 
 @contextmanager
 def demo() -> Iterator[Demo]:
-    """Run a demo for the length of the block, then interrupt it: nothing of it may be left."""
+    """Run a demo for the length of the block, then interrupt it; it must leave no process and no file."""
     with temporary_folder() as folder:
         demo = Demo(folder)
         try:
@@ -70,35 +70,35 @@ def demo() -> Iterator[Demo]:
         finally:
             demo.interrupt()
             demo.process.wait(PATIENCE_SECONDS)
-        assert [*demo.own.iterdir()] == []
-        assert str(demo.own) not in running_commands()
+        assert [*demo.temporary.iterdir()] == []
+        assert str(demo.temporary) not in running_commands()
 
 
-def test_a_demo_can_be_looked_at_until_ctrl_c_and_leaves_nothing() -> None:
-    """It has a page, orders and an account that agrees; then neither a process nor a file is left."""
+def test_a_demo_runs_until_ctrl_c_and_leaves_nothing() -> None:
+    """It serves pages and orders, and the account agrees; Ctrl-C leaves no process and no file."""
     with demo() as running:
         url = running.wait_for(LOOK_AT)["url"]
         running.wait_for(ALL_IS_TOLD)
         assert "the account agrees" in running.output
-        for path, wanted in (("", "<!doctype html>"), ("orders?limit=1000", '"order_no"')):
+        for path, text in (("", "<!doctype html>"), ("orders?limit=1000", '"order_no"')):
             with urllib.request.urlopen(f"{url}{path}", timeout=PATIENCE_SECONDS) as response:  # noqa: S310 - our own
-                assert wanted in response.read().decode()
+                assert text in response.read().decode()
 
 
 def test_a_demo_that_is_interrupted_twice_leaves_nothing() -> None:
-    """An impatient second Ctrl-C does not keep it from clearing up."""
+    """A second Ctrl-C does not prevent the cleanup."""
     with demo() as running:
         running.wait_for(LOOK_AT)
         running.interrupt()
 
         def is_ending() -> bool:
-            logs = [*running.own.glob("*/log")]
+            logs = [*running.temporary.glob("*/log")]
             return not logs or "stopping" in logs[0].read_text(encoding="utf-8")
 
         until(is_ending)
 
 
 def test_a_demo_that_is_interrupted_at_its_start_leaves_nothing() -> None:
-    """Here while its PostgreSQL is being made."""
+    """Ctrl-C while PostgreSQL is being initialised leaves no process and no file."""
     with demo() as running:
-        until(lambda: [*running.own.glob("*/postgres*")], lambda: running.output)
+        until(lambda: [*running.temporary.glob("*/postgres*")], lambda: running.output)

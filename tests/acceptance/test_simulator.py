@@ -1,4 +1,4 @@
-"""Komerce, simulated, against a service that really runs: every account agrees, and a forged one does not."""
+"""The simulated Komerce against a running service: its accounts agree, and a forged one does not."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ import pytest
 from aiohttp import web
 
 from service.simulator.simulator import GIVEN_UP_MAX
-from tests.support.commands import Called, call_command
+from tests.support.commands import Completed, call_command
 from tests.support.processes import (
     COMMAND,
     RunningService,
@@ -40,17 +40,17 @@ NOBODY = "http://127.0.0.1:9"
 
 
 def numbers(output: str) -> dict[str, int]:
-    """The account, as it was printed."""
+    """Return the numbers of a printed account."""
     return {name: int(number.replace(",", "")) for name, number in NUMBER.findall(output)}
 
 
-async def events_told_by(url: str, prefix: str) -> list[dict[str, Any]]:
-    """Read the events of one run's orders."""
+async def events_of_run(url: str, prefix: str) -> list[dict[str, Any]]:
+    """Return the events of one run's orders."""
     return [event for event in await read_whole_log(url) if event["order_no"].startswith(prefix)]
 
 
 def wait_for_events(service: RunningService, more: int) -> None:
-    """Wait until the service has recorded so many more events."""
+    """Wait until the service has recorded this number of additional events."""
 
     def head() -> int:
         with urllib.request.urlopen(f"{service.url}/projections", timeout=PATIENCE_SECONDS) as response:  # noqa: S310 - our own
@@ -62,7 +62,7 @@ def wait_for_events(service: RunningService, more: int) -> None:
 
 
 def test_with_duplicates_and_reordering_nothing_is_lost_or_doubled(shared_service: RunningService) -> None:
-    """As fast as responses come: the account agrees, and with the log, report by report."""
+    """Without a rate limit, the account agrees, and every report of it is in the log."""
     service = shared_service
     done = run_command(
         service.state_dir,
@@ -72,8 +72,8 @@ def test_with_duplicates_and_reordering_nothing_is_lost_or_doubled(shared_servic
     assert done.returncode == 0, done.stdout + done.stderr
     account = numbers(done.stdout)
     assert (account["lost"], account["doubled"], account["altered"], account["given up"]) == (0, 0, 0, 0)
-    (prefix,) = re.findall(r"100 orders, (\S+-)\.\.\.", done.stdout)
-    events = asyncio.run(events_told_by(service.url, prefix))
+    (prefix,) = re.findall(r"their numbers begin with (\S+-)$", done.stdout, re.MULTILINE)
+    events = asyncio.run(events_of_run(service.url, prefix))
     marks = [json.loads(event["data"]["body"])["mark"] for event in events]
     assert account["recorded"] == account["acknowledged"] == len(marks)
     assert account["sent"] == len(set(marks)) < len(marks)
@@ -82,24 +82,26 @@ def test_with_duplicates_and_reordering_nothing_is_lost_or_doubled(shared_servic
     assert {"advanced", "repeated", "late"} <= verdicts
 
 
-def test_whatever_goes_wrong_on_the_way_the_account_agrees(state_dir: Path) -> None:
-    """Behind a token, a signature and keys, with every trouble there is; without a key it asks for one."""
+def test_the_account_agrees_with_every_trouble(state_dir: Path) -> None:
+    """It also agrees with a token, a signature and API keys; a missing or wrong key is one error line."""
     guards = {"WEBHOOK_TOKENS": TOKEN, "WEBHOOK_HMAC_SECRET": SECRET}
     with running_service(state_dir, **guards) as service:
         key = call_command(state_dir, "keys", "create", "simulator").stdout.strip()
         run = ("simulate", "--orders", "50", "--rate", "0", "--method", "POST")
-        # The URL of the settings, with their token.
+        # The simulator takes the webhook URL and its token from the settings.
         settings = {**guards, "PORT": str(service.port)}
 
         def refused_without_a_key() -> bool:
-            return call_command(state_dir, *run, **settings).stderr.startswith(f"{service.url} wants a key")
+            return call_command(state_dir, *run, **settings).stderr.startswith(
+                f"{service.url} requires an API key"
+            )
 
-        # The service looks for new keys once a second.
+        # The service reads new keys once a second.
         until(refused_without_a_key)
         other_key = call_command(state_dir, *run, "--key", "otk_other", **settings)
         assert (other_key.returncode, other_key.stdout) == (1, "")
         assert (
-            other_key.stderr == f"{service.url} does not take that key: give one of the scope read with --key\n"
+            other_key.stderr == f"{service.url} rejects that API key: pass one of the scope read with --key\n"
         )
         shares = ("--duplicates", "--reorder", "--delay", "--lose", "--hang-up", "--unknown")
         troubles = [part for share in shares for part in (share, "0.1")]
@@ -111,8 +113,8 @@ def test_whatever_goes_wrong_on_the_way_the_account_agrees(state_dir: Path) -> N
     assert "unrecognised" in done.stdout
 
 
-def test_a_service_that_is_killed_meanwhile_is_pushed_to_again(service: RunningService) -> None:
-    """Retries find the service that is started again, and the account agrees."""
+def test_a_killed_service_gets_the_reports_after_its_restart(service: RunningService) -> None:
+    """Retries reach the restarted service, and the account agrees."""
     service.settings["PORT"] = str(service.port)
     arguments = ("simulate", "--orders", "100", "--rate", "400", "--url", f"{service.url}/webhook")
     with background_command(service.state_dir, *arguments) as simulator:
@@ -126,7 +128,7 @@ def test_a_service_that_is_killed_meanwhile_is_pushed_to_again(service: RunningS
 
 @asynccontextmanager
 async def meddler(service_url: str) -> AsyncIterator[str]:
-    """What stands between: of ten reports it answers one itself, sends one on twice, and changes one."""
+    """Run a proxy that, of ten reports, answers one itself, forwards one twice and changes one."""
     count = 0
 
     async def meddle(request: web.Request) -> web.Response:
@@ -141,8 +143,8 @@ async def meddler(service_url: str) -> AsyncIterator[str]:
         async with aiohttp.ClientSession() as session:
             for _ in range(2 if kind == 3 else 1):
                 async with session.put(f"{service_url}/webhook", data=body) as response:
-                    answer = await response.read()
-        return web.Response(body=answer, content_type="application/json")
+                    receipt = await response.read()
+        return web.Response(body=receipt, content_type="application/json")
 
     app = web.Application()
     app.router.add_route("*", "/webhook", meddle)
@@ -155,8 +157,8 @@ async def meddler(service_url: str) -> AsyncIterator[str]:
         await runner.cleanup()
 
 
-async def test_an_account_that_does_not_agree_is_exit_1(shared_service: RunningService) -> None:
-    """What was acknowledged and is not there, was recorded twice, or otherwise, is counted as that."""
+async def test_a_disagreeing_account_is_exit_1(shared_service: RunningService) -> None:
+    """Reports that a proxy drops, duplicates or changes are counted as lost, doubled or altered."""
     service = shared_service
     async with meddler(service.url) as url:
         done = await asyncio.to_thread(
@@ -171,34 +173,34 @@ async def test_an_account_that_does_not_agree_is_exit_1(shared_service: RunningS
     assert tenth > 20
     assert tenth <= account["doubled"] <= tenth + 1
     assert tenth <= account["altered"] <= tenth + 1
-    # The changed ones are not there as they were sent.
+    # A changed report is also lost.
     assert 2 * tenth <= account["lost"] <= 2 * tenth + 2
 
 
-async def test_komerce_whole_from_the_registration_to_the_account(shared_service: RunningService) -> None:
-    """Nothing is pushed before a URL is registered; one that nobody answers is deactivated until the next one.
+async def test_a_run_from_the_registration_to_the_account(shared_service: RunningService) -> None:
+    """Pushes begin with a registration; an unreachable URL is deactivated until another one is registered.
 
-    A deactivated webhook that cannot be registered again ends the run with its account, and exit 1.
-    It takes about 8 s: an order is given up after several retries.
+    Without --listen, a deactivated webhook ends the run with its account and exit code 1.
+    The test takes about 8 s, because an order is given up after several retries.
     """
     service = shared_service
     settings = {"KOMERCE_API_KEY": "a-key-of-ours"}
-    arguments = ("simulate", "--listen", "0", "--orders", "40", "--rate", "0", "--read", service.url)
+    listening = ("simulate", "--listen", "0", "--orders", "40", "--rate", "0", "--read", service.url)
 
-    async def register(*given: str, **others: str) -> Called:
+    async def register(*arguments: str, **others: str) -> Completed:
         return await asyncio.to_thread(
-            call_command, service.state_dir, "register", *given, **{**settings, **others}
+            call_command, service.state_dir, "register", *arguments, **{**settings, **others}
         )
 
     without = ("simulate", "--rate", "0", "--url", f"{NOBODY}/webhook", "--read", service.url)
     with (
-        background_command(service.state_dir, *arguments, **settings) as simulator,
+        background_command(service.state_dir, *listening, **settings) as simulator,
         background_command(service.state_dir, *without) as single,
     ):
         before = len(await read_whole_log(service.url))
         assert simulator.stdout is not None
         line = await asyncio.to_thread(simulator.stdout.readline)
-        (base,) = re.findall(r"takes registrations at (\S+)/webhook$", line)
+        (base,) = re.findall(r"accepts registrations at (\S+)/webhook$", line)
         settings["KOMERCE_BASE_URL"] = base
         webhook = f"{service.url}/webhook"
         refused = [
@@ -209,12 +211,12 @@ async def test_komerce_whole_from_the_registration_to_the_account(shared_service
         ]
         assert [one.returncode for one in refused] == [2, 2, 2, 1]
         assert refused[0].stderr.startswith("the webhook's URL must begin with https://")
-        assert refused[2].stderr == "set ORDER_TRACKING_KOMERCE_BASE_URL: it is needed to register\n"
-        assert "answers 401" in refused[3].stderr
+        assert refused[2].stderr.startswith("ORDER_TRACKING_KOMERCE_BASE_URL is not set: ")
+        assert "returned 401" in refused[3].stderr
 
         nowhere = await register(f"{NOBODY}/webhook", "--insecure", WEBHOOK_TOKENS=TOKEN)
-        assert nowhere.stdout == f"registered: Komerce pushes to {NOBODY} from now on\n"
-        assert "ends in no token" in nowhere.stderr
+        assert nowhere.stdout == f"registered: Komerce now pushes to {NOBODY}\n"
+        assert "does not end in a token" in nowhere.stderr
         async with aiohttp.ClientSession(headers={"x-api-key": settings["KOMERCE_API_KEY"]}) as session:
 
             async def is_deactivated() -> bool:
@@ -229,7 +231,7 @@ async def test_komerce_whole_from_the_registration_to_the_account(shared_service
     account = numbers(output)
     assert account["given up"] >= GIVEN_UP_MAX
     assert account["recorded"] == account["sent"] - account["given up"]
-    # What was given up was never acknowledged: the sender must know of it.
+    # A report that is given up is never acknowledged, so the run fails.
     assert (simulator.returncode, account["lost"], account["doubled"]) == (1, 0, 0)
     assert single.returncode == 1
     assert "the webhook was deactivated after 0 of 100 orders" in ended
@@ -238,8 +240,8 @@ async def test_komerce_whole_from_the_registration_to_the_account(shared_service
     assert (account["acknowledged"], account["recorded"]) == (0, 0)
 
 
-def test_ctrl_c_ends_it_with_the_account_of_what_was_sent(shared_service: RunningService) -> None:
-    """Whatever was on its way."""
+def test_ctrl_c_stops_the_run_and_prints_the_account(shared_service: RunningService) -> None:
+    """The account agrees although reports were in flight."""
     service = shared_service
     arguments = ("simulate", "--orders", "1000", "--rate", "200", "--url", f"{service.url}/webhook")
     with background_command(service.state_dir, *arguments) as simulator:
@@ -252,7 +254,7 @@ def test_ctrl_c_ends_it_with_the_account_of_what_was_sent(shared_service: Runnin
 
 
 def test_on_a_terminal_the_progress_is_live(shared_service: RunningService) -> None:
-    """A bar with orders, reports and their rate, drawn again and again; a pipe has plain lines."""
+    """A bar shows the reports and their rate, and is redrawn."""
     service = shared_service
     terminal, end = pty.openpty()
     seen = bytearray()
@@ -285,23 +287,23 @@ def test_on_a_terminal_the_progress_is_live(shared_service: RunningService) -> N
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
-        (("--url", "ftp://x"), 2, "--url is no https:// URL\n"),
-        (("--url", f"{NOBODY}/webhook"), 1, f"{NOBODY} cannot be read: "),
+        (("--url", "ftp://x"), 2, "--url is not a valid URL: expected https://host/path\n"),
+        (("--url", f"{NOBODY}/webhook"), 1, f"cannot read the log of {NOBODY}: "),
         (("--duplicates", "2"), 2, "Usage: "),
     ],
 )
 def test_a_simulation_that_cannot_start_is_one_error(
-    tmp_path: Path, arguments: tuple[str, ...], code: int, said: str
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
-    """An invalid URL, a service that is not there, a share above 1."""
+    """An invalid URL, an unreachable service and a share above 1 each end the command with an error."""
     ended = call_command(tmp_path, "simulate", *arguments)
-    assert (ended.returncode, ended.stderr[: len(said)]) == (code, said)
+    assert (ended.returncode, ended.stderr[: len(message)]) == (code, message)
 
 
 def test_a_port_that_is_taken_is_one_line(shared_service: RunningService) -> None:
-    """Exit 1."""
+    """The error is one line with the port, and the exit code is 1."""
     port = shared_service.url.rpartition(":")[2]
     ended = call_command(shared_service.state_dir, "simulate", "--listen", port)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)

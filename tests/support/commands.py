@@ -1,4 +1,4 @@
-"""The command line inside the test process: quicker than a process of its own, and by the same code."""
+"""The command line inside the test process, which is faster than starting a process for each command."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
@@ -12,18 +12,18 @@ from service.cli.main import cli
 from tests.support.processes import environment
 
 
-class Called(NamedTuple):
-    """How a command ended, and its output."""
+class Completed(NamedTuple):
+    """The exit code and the output of a command."""
 
     returncode: int
     stdout: str
     stderr: str
 
 
-def call_command(state_dir: Path, *arguments: str, **settings: str) -> Called:
-    """Run a command to its end, with the settings of a service.
+def call_command(state_dir: Path, *arguments: str, **settings: str) -> Completed:
+    """Run a command until it exits, with the settings of a service.
 
-    Commands run an event loop: if the caller's thread has one, the command gets a thread to itself.
+    A command runs an event loop. It gets its own thread if the caller's thread already runs one.
     """
     names = environment(state_dir, **settings)
     invoke = partial(CliRunner().invoke, cli, arguments, env=names, prog_name="order-tracking")
@@ -34,4 +34,4 @@ def call_command(state_dir: Path, *arguments: str, **settings: str) -> Called:
             done = thread.submit(invoke).result()
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
-    return Called(done.exit_code, done.stdout, done.stderr)
+    return Completed(done.exit_code, done.stdout, done.stderr)

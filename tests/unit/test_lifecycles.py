@@ -1,4 +1,4 @@
-"""The lives of simulated orders: realistic, legal, and the same for a seed."""
+"""The lives of simulated orders are realistic and legal, and a seed determines them."""
 
 import json
 from collections import Counter
@@ -16,8 +16,8 @@ STARTED = datetime(2026, 11, 24, 14, 2, 6, 120_345, tzinfo=UTC)
 ORDERS = 400
 
 
-def told(troubles: Troubles, orders: int = ORDERS, seed: int = 1) -> list[list[dict[str, Any]]]:
-    """The reports of each order, as they are to be sent, copies included."""
+def reports_of(troubles: Troubles, orders: int = ORDERS, seed: int = 1) -> list[list[dict[str, Any]]]:
+    """Return the reports of each order in the sequence in which they are sent, including copies."""
     return [
         [json.loads(push.body) for turn in journey.turns for push in turn]
         for journey in Plan(seed, STARTED, troubles=troubles).journeys(orders)
@@ -25,7 +25,7 @@ def told(troubles: Troubles, orders: int = ORDERS, seed: int = 1) -> list[list[d
 
 
 def test_every_step_of_a_life_is_a_legal_move() -> None:
-    """The transition table takes each of them; together the lives go through every status."""
+    """The transition table advances every order at every step, and the lives cover every status."""
     seen = set()
     for number in range(2_000):
         statuses = list(life(Random(number)))
@@ -40,26 +40,26 @@ def test_every_step_of_a_life_is_a_legal_move() -> None:
 
 
 def test_chances_are_hundredths() -> None:
-    """No way out of a place has more than all of its orders, and each stands for a move that is legal."""
+    """The chances of a status add up to at most 100, and each of its next statuses is a legal move."""
     for (status, leg), ways in NEXT.items():
         assert sum(ways.values()) <= 100
         for reported in ways:
             assert judge(status, leg, reported).verdict == "advanced"
 
 
-def test_words_mean_what_they_are_used_for() -> None:
-    """Both vocabularies, for every status; and the unknown words are unknown."""
+def test_every_word_means_its_status() -> None:
+    """Every status has words in both languages, and the vocabulary does not contain the unknown words."""
     assert WORDS.keys() == set(STATUSES)
     for status, languages in WORDS.items():
         assert {recognise(word) for words in languages for word in words} == {status}
     assert {recognise(word) for word in UNKNOWN_WORDS} == {None}
 
 
-def test_without_troubles_everything_is_told_once_and_in_its_order() -> None:
-    """One report a turn, each advancing the order, times rising and past; no body is there twice."""
+def test_without_troubles_every_report_is_sent_once_and_in_order() -> None:
+    """Each turn has one report, which advances the order; times rise and are past; no two bodies are equal."""
     bodies = []
     for journey in Plan(1, STARTED).journeys(ORDERS):
-        assert journey.withheld == 0
+        assert journey.reports_withheld == 0
         status, leg, before = None, None, datetime.min.replace(tzinfo=UTC)
         for (push,) in journey.turns:
             report = json.loads(push.body)
@@ -75,9 +75,9 @@ def test_without_troubles_everything_is_told_once_and_in_its_order() -> None:
 
 
 def test_the_airway_bill_comes_with_the_courier_and_may_change_with_a_return() -> None:
-    """It is empty at first, then there to stay, and only a return has another."""
+    """It is empty until the courier comes, then stays the same unless a return changes it."""
     changed = 0
-    for reports in told(Troubles()):
+    for reports in reports_of(Troubles()):
         cnote = ""
         for report in reports:
             if report["cnote"] != cnote:
@@ -88,37 +88,37 @@ def test_the_airway_bill_comes_with_the_courier_and_may_change_with_a_return() -
     assert changed
 
 
-def test_a_seed_is_a_run() -> None:
-    """The same again, and for one order whatever the number of orders; another seed is another run."""
+def test_a_seed_determines_the_journeys() -> None:
+    """The same seed repeats each journey, whatever the number of orders; another seed does not."""
     troubles = Troubles(0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
     first = list(Plan(1, STARTED, troubles=troubles).journeys(50))
     assert list(Plan(1, STARTED, troubles=troubles).journeys(100))[:50] == first
     assert list(Plan(2, STARTED, troubles=troubles).journeys(50)) != first
 
 
-def test_two_runs_never_tell_of_the_same_order() -> None:
-    """The order numbers are the run's own, by its start."""
+def test_two_runs_never_share_an_order() -> None:
+    """Order numbers contain the start of the run."""
     later = Plan(1, STARTED.replace(microsecond=120_346))
     assert not any(journey.order_no.startswith(Plan(1, STARTED).prefix) for journey in later.journeys(ORDERS))
 
 
-def test_troubles_change_how_a_life_is_told_and_not_the_life() -> None:
-    """With every trouble but an unknown word the texts are those of an undisturbed run, or missing."""
-    undisturbed = {report["mark"]: report for order in told(Troubles()) for report in order}
+def test_troubles_do_not_change_the_reports_themselves() -> None:
+    """With all troubles but unknown words, a report is that of an undisturbed run, or is missing."""
+    undisturbed = {report["mark"]: report for order in reports_of(Troubles()) for report in order}
     troubles = Troubles(0.2, 0.2, 0.2, 0.2, 0.2)
-    disturbed = [report for order in told(troubles) for report in order]
+    disturbed = [report for order in reports_of(troubles) for report in order]
     assert all(undisturbed[report["mark"]] == report for report in disturbed)
     missing = len(undisturbed) - len({report["mark"] for report in disturbed})
-    withheld = sum(journey.withheld for journey in Plan(1, STARTED, troubles=troubles).journeys(ORDERS))
+    withheld = sum(journey.reports_withheld for journey in Plan(1, STARTED, troubles=troubles).journeys(ORDERS))
     assert missing == withheld
     assert 0.15 < missing / len(undisturbed) < 0.25
 
 
 @pytest.mark.parametrize(("trouble", "least"), [("reordered", 1), ("delayed", 2)])
 def test_overtaken_reports_come_after_later_ones(trouble: str, least: int) -> None:
-    """Reordered ones after one, delayed ones after several; each is still sent, once."""
+    """One report overtakes a reordered one, several a delayed one, and each is still sent once."""
     overtaken = Counter[int]()
-    for reports in told(Troubles(**{trouble: 0.1})):
+    for reports in reports_of(Troubles(**{trouble: 0.1})):
         steps = [int(report["mark"].rpartition("/")[2]) for report in reports]
         assert sorted(steps) == list(range(1, len(steps) + 1))
         overtaken.update(sum(earlier > step for earlier in steps[:place]) for place, step in enumerate(steps))
@@ -127,7 +127,7 @@ def test_overtaken_reports_come_after_later_ones(trouble: str, least: int) -> No
 
 
 def test_copies_come_at_once_or_after_the_next_report() -> None:
-    """A doubled report is there twice, byte for byte; a hasty one is hung up on at its first attempt only."""
+    """A doubled report has two equal bodies; only one push of each report is cut off."""
     at_once = apart = 0
     for journey in Plan(1, STARTED, ("POST",), Troubles(doubled=0.1, hung_up=1.0)).journeys(ORDERS):
         bodies = Counter(push.body for turn in journey.turns for push in turn)
@@ -143,14 +143,14 @@ def test_copies_come_at_once_or_after_the_next_report() -> None:
     assert apart > 20
 
 
-def test_unknown_words_take_the_place_of_known_ones() -> None:
-    """As many as were asked for."""
-    words = [report["status"] for order in told(Troubles(unknown=0.5)) for report in order]
+def test_unknown_words_replace_known_ones() -> None:
+    """Their share is the configured one."""
+    words = [report["status"] for order in reports_of(Troubles(unknown=0.5)) for report in order]
     assert 0.45 < sum(word in UNKNOWN_WORDS for word in words) / len(words) < 0.55
 
 
-def test_a_problem_is_followed_by_what_may_follow_it_on_its_leg() -> None:
-    """Every leg of a problem is lived through."""
+def test_the_lives_cover_every_leg_of_a_problem() -> None:
+    """Problems occur before transit, on the way out and on the way back."""
     legs: set[Leg | None] = set()
     for number in range(5_000):
         status, leg = None, None

@@ -1,9 +1,10 @@
-"""Registering a webhook with Komerce, against the simulated one and against servers that are no Komerce."""
+"""Registration of a webhook with the simulated Komerce, and with servers that misbehave."""
 
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -22,6 +23,7 @@ from service.simulator.registration import (
     register,
 )
 from service.simulator.simulator import GIVEN_UP_MAX, Registration
+from tests.support.commands import call_command
 from tests.support.waiting import PATIENCE_SECONDS
 
 KEY = "a-key"
@@ -30,7 +32,7 @@ GOOD = "https://shop.example/webhook/token"
 
 @asynccontextmanager
 async def answering(handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
-    """A server that is no Komerce; the base URL."""
+    """Serve every path with a handler; yield the base URL."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handle)
     runner = web.AppRunner(app)
@@ -43,42 +45,42 @@ async def answering(handle: Callable[[web.Request], Awaitable[web.StreamResponse
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
-        ("shop.example/webhook", "is no https:// URL"),
-        ("ftp://shop.example/webhook", "is no https:// URL"),
-        ("https:///webhook", "is no https:// URL"),
-        ("https://shop.example:99999/webhook", "is no https:// URL"),
-        ("", "is no https:// URL"),
+        ("shop.example/webhook", "is not a valid URL"),
+        ("ftp://shop.example/webhook", "is not a valid URL"),
+        ("https:///webhook", "is not a valid URL"),
+        ("https://shop.example:99999/webhook", "is not a valid URL"),
+        ("", "is not a valid URL"),
         ("http://shop.example/webhook", "must begin with https://"),
         ("https://user:pass@shop.example/", "a user or a password"),
-        ("https://shop.example/webhook?token=x", "must have no ?"),
-        ("https://shop.example/webhook?", "must have no ?"),
-        ("https://shop.example/webhook#x", "must have no ?"),
+        ("https://shop.example/webhook?token=x", "must not contain ?"),
+        ("https://shop.example/webhook?", "must not contain ?"),
+        ("https://shop.example/webhook#x", "must not contain ?"),
     ],
 )
-def test_a_url_that_cannot_be_used_is_told(url: str, said: str) -> None:
-    """In one line that names what is wrong with it."""
-    with pytest.raises(UnusableUrlError, match=r"^it ") as refused:
+def test_an_unusable_url_is_an_error(url: str, message: str) -> None:
+    """The message names the URL's purpose and the problem."""
+    with pytest.raises(UnusableUrlError, match=r"^it ") as caught:
         check_url(url, "it", is_insecure=False)
-    assert said in str(refused.value)
+    assert message in str(caught.value)
 
 
-def test_http_passes_only_where_it_is_let() -> None:
-    """For a test on one machine."""
+def test_http_is_accepted_only_if_allowed() -> None:
+    """A URL with https is always accepted."""
     assert str(check_url(GOOD, "it", is_insecure=False)) == GOOD
     assert check_url("http://127.0.0.1:8080/webhook", "it", is_insecure=True).port == 8080
 
 
-def test_a_path_without_a_token_that_is_asked_for_is_noticed() -> None:
-    """Its last part must be one of them; where none is asked for any path will do."""
+def test_a_path_without_a_required_token_is_noticed() -> None:
+    """The last segment must be one of the tokens; without tokens every path is accepted."""
     assert has_token(URL(GOOD), ["other", "token"])
     assert not has_token(URL(GOOD), ["other"])
     assert has_token(URL(GOOD), [])
 
 
 async def test_a_url_can_be_set_and_changed_at_any_time() -> None:
-    """Each registration takes the place of the one before; the simulated Komerce tells which one holds."""
+    """Each registration replaces the previous one, and the simulated Komerce returns the current one."""
     registration = Registration(KEY)
     assert not registration.is_active
     async with registration.listening("127.0.0.1", 0) as base, aiohttp.ClientSession() as session:
@@ -91,11 +93,11 @@ async def test_a_url_can_be_set_and_changed_at_any_time() -> None:
     assert state["meta"] == {"message": "the webhook", "code": 200, "status": "success"}
 
 
-async def test_a_wrong_key_is_told_and_registers_nothing() -> None:
-    """Any key will do where none is set, and no key never."""
+async def test_a_wrong_key_registers_nothing() -> None:
+    """A wrong or missing key is answered with 401; without a configured key every key is accepted."""
     registration = Registration(KEY)
     async with registration.listening("127.0.0.1", 0) as base:
-        with pytest.raises(RegistrationError, match=r"answers 401: it does not know the key .*not valid"):
+        with pytest.raises(RegistrationError, match=r"returned 401: check the key .*not valid"):
             await register(base, "another", GOOD, is_insecure=True)
     assert not registration.is_active
     async with Registration("").listening("127.0.0.1", 0) as base, aiohttp.ClientSession() as session:
@@ -114,20 +116,20 @@ async def test_a_wrong_key_is_told_and_registers_nothing() -> None:
         (b'{"webhook_url": "https://shop.example/?a=b"}', 422),
     ],
 )
-async def test_the_simulated_komerce_refuses_what_it_cannot_use(body: bytes, status: int) -> None:
-    """A body without a URL, and a URL with a query string; nothing is registered then."""
+async def test_the_simulated_komerce_refuses_unusable_bodies(body: bytes, status: int) -> None:
+    """A body without a URL, or whose URL has a query string, registers nothing."""
     registration = Registration(KEY)
     async with (
         registration.listening("127.0.0.1", 0) as base,
         aiohttp.ClientSession() as session,
         session.put(f"{base}{PATH}", data=body, headers={KEY_HEADER: KEY}) as response,
     ):
-        answer = await response.json()
-    assert (response.status, answer["meta"]["code"], registration.url) == (status, status, "")
+        envelope = await response.json()
+    assert (response.status, envelope["meta"]["code"], registration.url) == (status, status, "")
 
 
-async def test_a_webhook_is_deactivated_by_reports_given_up_in_a_row_until_it_is_registered_again() -> None:
-    """An acknowledged one in between begins the count anew."""
+async def test_reports_given_up_in_a_row_deactivate_a_webhook_until_it_is_registered_again() -> None:
+    """An acknowledged report resets the count."""
     registration = Registration(KEY, GOOD)
     for _ in range(GIVEN_UP_MAX - 1):
         registration.given_up()
@@ -143,47 +145,60 @@ async def test_a_webhook_is_deactivated_by_reports_given_up_in_a_row_until_it_is
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "said"),
+    ("status", "body", "message"),
     [
-        (403, b"", "may not do this$"),
-        (404, b"<html>", "look at ORDER_TRACKING_KOMERCE_BASE_URL$"),
-        (500, b'{"meta": "broken"}', "answers 500: it is not registered$"),
-        (422, b'{"meta": {"message": "bad\\u001b[31m url"}}', r"is not registered \(bad\\x1b\[31m url\)$"),
+        (403, b"", "may not register webhooks$"),
+        (404, b"<html>", "check ORDER_TRACKING_KOMERCE_BASE_URL$"),
+        (500, b'{"meta": "broken"}', "returned 500: the webhook is not registered$"),
+        (422, b'{"meta": {"message": "bad\\u001b[31m url"}}', r"is not registered \(bad\x1b\[31m url\)$"),
     ],
 )
-async def test_a_refusal_is_one_clear_line(status: int, body: bytes, said: str) -> None:
-    """What to look at, and what Komerce says, in letters that a terminal does not act on."""
+async def test_a_refusal_has_a_hint_and_the_message_of_komerce(status: int, body: bytes, message: str) -> None:
+    """The error names the status, what to check, and Komerce's own message as it was received."""
 
     async def refuse(_request: web.Request) -> web.Response:
         return web.Response(status=status, body=body)
 
     async with answering(refuse) as base:
-        with pytest.raises(RegistrationError, match=said):
+        with pytest.raises(RegistrationError, match=message):
             await register(base, KEY, GOOD, is_insecure=True)
 
 
-async def test_the_key_goes_nowhere_else() -> None:
-    """A redirect is not followed, and http is refused before anything is sent."""
-    asked: list[Any] = []
+async def test_a_message_of_komerce_cannot_act_on_a_terminal(tmp_path: Path) -> None:
+    """``register`` prints an escape sequence in the message as text, on one line."""
+
+    async def refuse(_request: web.Request) -> web.Response:
+        return web.json_response({"meta": {"message": "bad\x1b[31m\nurl"}}, status=422)
+
+    async with answering(refuse) as base:
+        settings = {"KOMERCE_BASE_URL": base, "KOMERCE_API_KEY": KEY}
+        ended = await asyncio.to_thread(call_command, tmp_path, "register", GOOD, "--insecure", **settings)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert ended.stderr.endswith("(bad\\x1b[31m url)\n")
+
+
+async def test_the_key_is_sent_to_no_other_server() -> None:
+    """A redirect is not followed, and http is refused before a request is sent."""
+    requests: list[Any] = []
 
     async def redirect(request: web.Request) -> web.Response:
-        asked.append((request.method, request.path, request.headers[KEY_HEADER], await request.json()))
+        requests.append((request.method, request.path, request.headers[KEY_HEADER], await request.json()))
         raise web.HTTPTemporaryRedirect("/elsewhere")
 
     async with answering(redirect) as base:
-        with pytest.raises(RegistrationError, match="answers 307"):
+        with pytest.raises(RegistrationError, match="returned 307"):
             await register(base, KEY, GOOD, is_insecure=True)
-        assert asked == [("PUT", "/webhook", KEY, {"webhook_url": GOOD})]
+        assert requests == [("PUT", "/webhook", KEY, {"webhook_url": GOOD})]
         with pytest.raises(UnusableUrlError, match=r"^ORDER_TRACKING_KOMERCE_BASE_URL must begin with https"):
             await register(base, KEY, GOOD)
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
-async def test_a_komerce_that_cannot_be_reached_is_told() -> None:
-    """In one line, without the key."""
+async def test_an_unreachable_komerce_is_an_error() -> None:
+    """The message names the server and not the key."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
     async with asyncio.timeout(PATIENCE_SECONDS):
-        with pytest.raises(RegistrationError, match=f"^cannot reach {nowhere}: ") as refused:
+        with pytest.raises(RegistrationError, match=f"^cannot reach {nowhere}: ") as caught:
             await register(nowhere, KEY, GOOD, is_insecure=True)
-    assert KEY not in str(refused.value)
+    assert KEY not in str(caught.value)

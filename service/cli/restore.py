@@ -1,0 +1,26 @@
+import sys
+from pathlib import Path
+from typing import IO, Annotated
+
+import typer
+
+from service.cli.console import connected, database, err, fail
+from service.maintenance import backup as backups
+from service.settings import read_settings
+
+
+async def restore(
+    file: Annotated[str, typer.Argument(help="The dump file; - is standard input.", show_default=False)],
+) -> None:
+    async with database(as_service=False, may_create=True) as dsn, connected(dsn) as connection:
+        with _open(file) as dump:
+            head = await backups.restore(connection, dsn, dump, read_settings().pg_bindir)
+    err.print(f"restored: the log ends at position {head}")
+    err.print("run 'check' to check the database, and 'replay --verify' to compare its views with the log")
+
+
+def _open(name: str) -> IO[bytes]:
+    try:
+        return sys.stdin.buffer if name == "-" else Path(name).open("rb")
+    except OSError as error:
+        fail(f"cannot read {name}: {error.strerror}")
