@@ -279,7 +279,7 @@ def test_a_name_that_is_taken_in_the_meantime_is_not_overwritten(reported: Runni
             (old / "taken").write_text("mine")
             connection.execute("SELECT pg_advisory_unlock_all()")
             said, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert (process.returncode, said) == (2, "there is a file taken already\n")
+    assert (process.returncode, said) == (2, "the file taken already exists: choose another name\n")
     assert ((old / "taken").read_text(), (old / "taken.new").read_text()) == ("mine", "precious")
     assert not [*old.glob(".backup-*")]
 

@@ -1,4 +1,4 @@
-"""The account: what was intended and acknowledged is held against the log, the log against views and API."""
+"""The account of a fault run: intents and receipts compared with the log, and the log with views and API."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from tests.support.connections import OK, UNAVAILABLE, Connections, get
 from tests.support.load import Acknowledged
 from tests.support.waiting import PATIENCE_SECONDS
 
-# Of one kind: the first few say what is wrong, and their number how much.
+# The first few of a kind show the problem; the number of all shows its extent.
 VIOLATIONS_SHOWN_MAX: Final = 3
 
 LOG: Final = """
@@ -35,7 +35,7 @@ Logged = tuple[int, Order.StatusReported]
 
 @dataclass
 class Violations:
-    """What was promised and not held, a plain line each."""
+    """The violated promises, one line each."""
 
     lines: list[str] = field(default_factory=list)
 
@@ -43,12 +43,12 @@ class Violations:
         if not holds:
             self.lines.append(line)
 
-    def add(self, kind: str, found: Iterable[object]) -> int:
-        """Note everything that was found of one kind, and return how much it was."""
-        items = list(found)
+    def add(self, kind: str, violations: Iterable[object]) -> int:
+        """Add one line for all violations of a kind, and return their number."""
+        items = list(violations)
         if items:
-            shown = "; ".join(str(item) for item in items[:VIOLATIONS_SHOWN_MAX])
-            self.lines.append(f"{len(items)} {kind}: {shown}")
+            examples = "; ".join(str(item) for item in items[:VIOLATIONS_SHOWN_MAX])
+            self.lines.append(f"{len(items)} {kind}: {examples}")
         return len(items)
 
 
@@ -61,7 +61,7 @@ class Count(NamedTuple):
 
 
 async def read_log(dsn: str) -> list[Logged]:
-    """The whole log, in the order of positions, by SQL."""
+    """Return the whole log by position, read by SQL."""
     connection = await asyncpg.connect(dsn)
     try:
         rows = await connection.fetch(LOG)
@@ -74,59 +74,62 @@ def compare(
     log: Sequence[Logged],
     attempts: Counter[str],
     acknowledged: Sequence[Acknowledged],
-    seen: Sequence[tuple[int, str, int, str]],
+    tail: Sequence[tuple[int, str, int, str]],
     violations: Violations,
 ) -> Count:
-    """Hold the log against intents, receipts and the live tail.
+    """Compare the log with intents, receipts and the live tail.
 
     Args:
-        log: position and event of everything that is recorded.
-        attempts: how often each text was to be sent.
+        log: the position of every event, and the event.
+        attempts: how many attempts to send each body were intended.
         acknowledged: every 200.
-        seen: position, order, version and report_id of every event, as the live tail met them.
-        violations: taken down here.
+        tail: position, order, version and report_id of every event that the live tail received.
+        violations: the list that gets what differs.
     """
     recorded = Counter(event.body for _, event in log)
-    told = Counter(one.body for one in acknowledged)
+    receipts = Counter(one.body for one in acknowledged)
     violations.add("events without an intent", recorded.keys() - attempts.keys())
     doubled = sum((recorded - attempts).values())
-    violations.add("texts recorded more often than sent", recorded - attempts)
+    violations.add("bodies recorded more often than sent", recorded - attempts)
     report_ids = Counter(event.report_id for _, event in log)
-    twice = [report_id for report_id, times in report_ids.items() if times > 1]
-    doubled += violations.add("report_ids in more than one event", twice)
-    violations.add("texts recorded less often than acknowledged", told - recorded)
+    duplicates = [report_id for report_id, times in report_ids.items() if times > 1]
+    doubled += violations.add("report_ids in more than one event", duplicates)
+    violations.add("bodies recorded less often than acknowledged", receipts - recorded)
     receipt_ids = Counter(one.receipt["report_id"] for one in acknowledged)
     violations.add("receipts for the same event", [key for key, times in receipt_ids.items() if times > 1])
 
     by_id = {event.report_id: (position, event) for position, event in log}
-    lost = [one for one in acknowledged if not _is_there(one, by_id)]
-    violations.add("acknowledged and not there as told", [one.receipt for one in lost])
-    violations.add("versions that leave a gap", _gaps(log))
-    violations.add("orders of a single report that are not one advanced, then repeated", _misjudged(log))
-    ours = [(position, e.originator_id, e.originator_version, e.report_id) for position, e in log]
-    if list(seen) != ours:
-        differing = [pair for pair in zip(seen, ours, strict=False) if pair[0] != pair[1]]
+    lost = [one for one in acknowledged if not _is_recorded(one, by_id)]
+    violations.add("receipts without an event that equals them", [one.receipt for one in lost])
+    violations.add("versions after a gap", _gaps(log))
+    violations.add(
+        "orders with a single report whose verdicts are not advanced, then repeated", _misjudged(log)
+    )
+    expected = [(position, e.originator_id, e.originator_version, e.report_id) for position, e in log]
+    if list(tail) != expected:
+        differences = [pair for pair in zip(tail, expected, strict=False) if pair[0] != pair[1]]
         violations.lines.append(
-            f"the live tail saw {len(seen)} events, the log has {len(ours)}; first difference: {differing[:1]}"
+            f"the live tail received {len(tail)} events, the log has {len(expected)}; "
+            f"first difference: {differences[:1]}"
         )
     return Count(len(acknowledged), len(lost), doubled)
 
 
 def worst_outage(acknowledged: Sequence[Acknowledged], since: float) -> float:
-    """The longest time without a 200 from a moment on, in seconds."""
+    """Return the longest time without a 200 after a moment, in seconds."""
     moments = sorted(one.at for one in acknowledged)
-    # The last one before that moment still belongs to it.
+    # An outage that includes the moment begins there.
     return max(
         (after - max(before, since) for before, after in pairwise(moments) if after > since), default=0.0
     )
 
 
-def _is_there(one: Acknowledged, by_id: dict[str, Logged]) -> bool:
+def _is_recorded(one: Acknowledged, by_id: dict[str, Logged]) -> bool:
     position, event = by_id.get(one.receipt["report_id"], (0, None))
     if event is None or event.body != one.body:
         return False
-    told = (one.receipt["position"], one.receipt["version"], one.receipt["order_no"], one.receipt["outcome"])
-    return told == (position, event.originator_version, event.originator_id, event.verdict)
+    receipt = (one.receipt["position"], one.receipt["version"], one.receipt["order_no"], one.receipt["outcome"])
+    return receipt == (position, event.originator_version, event.originator_id, event.verdict)
 
 
 def _gaps(log: Sequence[Logged]) -> list[str]:
@@ -140,7 +143,7 @@ def _gaps(log: Sequence[Logged]) -> list[str]:
 
 
 def _misjudged(log: Sequence[Logged]) -> list[str]:
-    """Orders of which one text alone was reported, with other verdicts than one advanced and repeats of it."""
+    """Return the orders with a single body whose verdicts are not one advanced, then only repeated."""
     by_order: defaultdict[str, list[Order.StatusReported]] = defaultdict(list)
     for _, event in log:
         by_order[event.originator_id].append(event)
@@ -153,52 +156,52 @@ def _misjudged(log: Sequence[Logged]) -> list[str]:
 
 
 async def check_views(log: Sequence[Logged], connections: Connections, violations: Violations) -> None:
-    """Hold what the API says of every order against the fold of the log."""
+    """Compare every order in the API with the fold of the log."""
     head = log[-1][0] if log else 0
     due = time.monotonic() + PATIENCE_SECONDS
     while (positions := await _view_positions(connections)) != {head}:
         if time.monotonic() > due:
-            violations.lines.append(f"the views stand at {positions}, the log at {head}")
+            violations.lines.append(f"the views are at positions {positions}, the log is at {head}")
             return
         await asyncio.sleep(0.05)
     rows: dict[str, current_status.Row] = {}
     current_status.fold(log, rows)
     orders = [representations.order(order_row(row)) for row in rows.values()]
     folded = {order["order_no"]: order for order in orjson.loads(orjson.dumps(orders, option=OPTIONS))}
-    told = {order["order_no"]: order for order in await _every_order(connections)}
-    differing = [
-        order_no for order_no in folded.keys() | told.keys() if folded.get(order_no) != told.get(order_no)
+    served = {order["order_no"]: order for order in await _every_order(connections)}
+    differences = [
+        order_no for order_no in folded.keys() | served.keys() if folded.get(order_no) != served.get(order_no)
     ]
-    violations.add("orders that the API tells otherwise than the log", sorted(differing))
+    violations.add("orders that differ between the API and the log", sorted(differences))
 
 
 async def _view_positions(connections: Connections) -> set[int]:
-    answer = await connections.request(get("/projections"))
-    if answer is None or answer.status != OK:
+    response = await connections.request(get("/projections"))
+    if response is None or response.status != OK:
         return set()
-    return {view["position"] for view in json.loads(answer.body)["projections"]}
+    return {view["position"] for view in json.loads(response.body)["projections"]}
 
 
 async def _every_order(connections: Connections) -> list[dict[str, Any]]:
     orders: list[dict[str, Any]] = []
     path: str | None = "/orders?limit=1000"
     while path is not None:
-        answer = await connections.request(get(path))
-        if answer is None or answer.status != OK:
+        response = await connections.request(get(path))
+        if response is None or response.status != OK:
             return orders
-        page = json.loads(answer.body)
+        page = json.loads(response.body)
         orders += page["orders"]
         path = page["next"]
     return orders
 
 
 def check_answers(connections: Connections, seconds_max: float, violations: Violations) -> None:
-    """Nothing but 200, and 503 with Retry-After, each within the budget."""
+    """Expect only 200, or 503 with Retry-After, each within ``seconds_max``."""
     unexpected = {s: n for s, n in connections.answers.items() if s not in (OK, UNAVAILABLE)}
-    violations.expect(not unexpected, f"answers other than 200 and 503: {unexpected}")
+    violations.expect(not unexpected, f"responses other than 200 and 503: {unexpected}")
     violations.expect(
-        connections.bare_refusals == 0, f"{connections.bare_refusals} times 503 without Retry-After"
+        connections.bare_refusals == 0, f"{connections.bare_refusals} responses of 503 without Retry-After"
     )
-    violations.expect(connections.silences == 0, f"{connections.silences} requests without any answer")
+    violations.expect(connections.silences == 0, f"{connections.silences} requests without a response")
     slowest = connections.slowest_seconds
-    violations.expect(slowest <= seconds_max, f"an answer took {slowest:.1f} s")
+    violations.expect(slowest <= seconds_max, f"a response took {slowest:.1f} s")
