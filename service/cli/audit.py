@@ -3,16 +3,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.console import (
-    EXIT_FAILURE,
-    EXIT_USAGE,
-    connected,
-    database,
-    fail,
-    out,
-    print_table,
-    reconnecting,
-)
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, connected, database, dedicated, fail, show, show_table
 from service.database.connections import connect
 from service.event_log.feed import LogReader
 from service.maintenance import audit as audits
@@ -40,17 +31,17 @@ async def audit(
             ]
     if not rows:
         fail(f"the log has no events of order {order_no}: check the order number")
-    print_table(("version", "received at", "verdict", "from", "reported", "to", "reason"), rows, order_no)
+    show_table(("version", "received at", "verdict", "from", "reported", "to", "reason"), rows, order_no)
     return None
 
 
 async def _rejudge(dsn: str) -> int | None:
-    async with reconnecting(dsn) as held:
+    async with dedicated(dsn) as held:
         changes = [change async for change in audits.rejudge(LogReader(held, partial(connect, dsn)))]
     if not changes:
-        out.print("today's table gives every report the verdict that was recorded")
+        show("today's table gives every report the verdict that was recorded")
         return None
-    print_table(
+    show_table(
         ("order", "version", "reported", "recorded verdict", "today's verdict", "today's status"), changes
     )
     return EXIT_FAILURE

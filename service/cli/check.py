@@ -1,4 +1,4 @@
-from service.cli.console import EXIT_FAILURE, database, out
+from service.cli.console import EXIT_FAILURE, database, show
 from service.maintenance import check as checks
 from service.settings import read_settings
 
@@ -8,5 +8,5 @@ async def check() -> int | None:
     async with database(as_service=False) as dsn:
         findings = [*checks.check_settings(settings), checks.place(settings, dsn), *await checks.check(dsn)]
     for finding in findings:
-        out.print(f"{finding.kind:<5}  {finding.text}")
+        show(f"{finding.kind:<5}  {finding.text}")
     return EXIT_FAILURE if any(finding.kind == "WRONG" for finding in findings) else None

@@ -50,6 +50,11 @@ def printable(text: str) -> str:
     )
 
 
+def show(line: str) -> None:
+    """Print a line, escaped as ``printable`` does."""
+    out.print(printable(line))
+
+
 def fail(message: object, code: int = EXIT_FAILURE) -> NoReturn:
     """Print an error as one line and exit."""
     err.print(printable(" ".join(str(message).splitlines())), style="red")
@@ -131,7 +136,7 @@ async def connected(dsn: str) -> AsyncIterator[Connection]:
 
 
 @asynccontextmanager
-async def reconnecting(dsn: str) -> AsyncIterator[HeldConnection]:
+async def dedicated(dsn: str) -> AsyncIterator[HeldConnection]:
     held = HeldConnection(partial(connect, dsn))
     try:
         yield held
@@ -169,7 +174,7 @@ async def completes(work: Awaitable[object], *interruptions: Awaitable[object]) 
     return is_done
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """Print a table that folds long cells and never cuts them; None is a dash, times have seconds."""
     table = Table(title=title and printable(title))
     for column in columns:

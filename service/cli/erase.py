@@ -3,7 +3,7 @@ from typing import Annotated, Final
 import asyncpg
 import typer
 
-from service.cli.console import EXIT_USAGE, connected, database, fail, out
+from service.cli.console import EXIT_USAGE, connected, database, fail, show
 from service.database.schema import act_as_owner, check_version
 
 ERASE_ORDER: Final = "CALL erase_order($1, $2)"
@@ -23,4 +23,4 @@ async def erase(
                 await connection.execute(ERASE_ORDER, order_no, reason)
         except asyncpg.NoDataFoundError as error:
             fail(error)
-    out.print("erased bodies and addresses; the status, the times and the verdicts remain")
+    show("erased bodies and addresses; the status, the times and the verdicts remain")

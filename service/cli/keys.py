@@ -3,7 +3,7 @@ from typing import Annotated, Final
 
 import typer
 
-from service.cli.console import connected, database, err, fail, out, print_table
+from service.cli.console import connected, database, err, fail, show, show_table
 from service.http import access as api_keys
 from service.http.access import Scope
 
@@ -27,7 +27,7 @@ async def create_key(
             secret = await api_keys.create_key(connection, name, scope, expires_at)
         except api_keys.KeyNotMadeError as error:
             fail(error)
-    out.print(secret)
+    show(secret)
     err.print("send it as 'Authorization: Bearer <key>'; it cannot be shown again")
 
 
@@ -39,7 +39,7 @@ async def list_keys() -> None:
             (key.name, key.scope, key.created_at, key.expires_at, key.last_used_at, key.revoked_at)
             for key in await api_keys.all_keys(connection)
         ]
-    print_table(("name", "scope", "created", "expires", "last used", "revoked"), rows)
+    show_table(("name", "scope", "created", "expires", "last used", "revoked"), rows)
 
 
 @keys.command("revoke")
@@ -48,4 +48,4 @@ async def revoke_key(name: Annotated[str, typer.Argument(help="The name of the k
     async with database() as dsn, connected(dsn) as connection:
         if not await api_keys.revoke_key(connection, name):
             fail(f"no key that can be revoked has the name {name}: see 'keys list'")
-    out.print("revoked")
+    show("revoked")

@@ -45,7 +45,7 @@ class Commands(TyperGroup):
 
 @cache
 def _load(name: str) -> Any:
-    from service.cli.console import runnable  # noqa: PLC0415 - for the same reason
+    from service.cli.console import runnable  # noqa: PLC0415 - --help does without it
 
     command = getattr(import_module(f"{__package__}.{name}"), name)
     app = command

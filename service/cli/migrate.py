@@ -1,8 +1,8 @@
-from service.cli.console import connected, database, out
+from service.cli.console import connected, database, show
 from service.database.schema import SCHEMA_VERSION, apply_schema
 
 
 async def migrate() -> None:
     async with database(as_service=False, may_create=True) as dsn, connected(dsn) as connection:
         await apply_schema(connection)
-    out.print(f"the schema has version {SCHEMA_VERSION}")
+    show(f"the schema has version {SCHEMA_VERSION}")

@@ -4,8 +4,7 @@ from typing import Annotated, Final
 
 import typer
 
-from service.cli import console
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, connected, database, fail, out, printable
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, connected, database, dedicated, fail, show, show_table
 from service.database.connections import Connection
 from service.event_log.store import EventStore
 from service.http.pagination import POSITION_MAX
@@ -35,7 +34,7 @@ async def list_entries(
         while page := await quarantines.entries_page(connection, before, state, PAGE_ENTRIES):
             before = page[-1].quarantine_id
             rows += [(it.quarantine_id, it.received_at, it.times_seen, it.state, it.reason) for it in page]
-    console.print_table(("entry", "received at", "seen", "state", "reason"), rows)
+    show_table(("entry", "received at", "seen", "state", "reason"), rows)
 
 
 @quarantine.command("show")
@@ -53,7 +52,7 @@ async def show_entry(
         return
     for name, value in {**entry._asdict(), "body": body.decode(errors="backslashreplace")}.items():
         if value is not None:
-            out.print(f"{name:<14} {printable(str(value))}")
+            show(f"{name:<14} {value}")
 
 
 async def _find_entry(connection: Connection, quarantine_id: int) -> quarantines.QuarantineEntry:
@@ -73,13 +72,13 @@ async def retry_entries(
     if bool(quarantine_ids) == every:
         fail("pass either the numbers of entries or --all", EXIT_USAGE)
     failures = 0
-    async with database() as dsn, connected(dsn) as connection, console.reconnecting(dsn) as held:
+    async with database() as dsn, connected(dsn) as connection, dedicated(dsn) as held:
         recorder = Recorder(
             EventStore(held), lambda *_: None, queue_reports_max=1, seconds_max=RETRY_SECONDS_MAX
         )
         numbers = quarantine_ids or await quarantines.open_entries(connection)
         if not numbers:
-            out.print("the quarantine has no open entries")
+            show("the quarantine has no open entries")
         for number in numbers:
             entry = await _find_entry(connection, number)
             try:
@@ -88,7 +87,7 @@ async def retry_entries(
             except (UnreadableError, RefusedReportError, NotOpenError, UnknownEntryError) as error:
                 failures += 1
                 result = str(error)
-            out.print(f"{number}: {printable(result)}")
+            show(f"{number}: {result}")
     return EXIT_FAILURE if failures else None
 
 
@@ -102,4 +101,4 @@ async def discard_entry(quarantine_id: Id, reason: Reason) -> None:
             fail(error)
         except ValueError as error:
             fail(error, EXIT_USAGE)
-    out.print("discarded")
+    show("discarded")

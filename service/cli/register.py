@@ -3,7 +3,7 @@ from typing import Annotated
 import typer
 from yarl import URL
 
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, err, fail, out
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, err, fail, show
 from service.settings import read_settings
 from service.simulator import registration
 from service.simulator.registration import RegistrationError, UnusableUrlError, has_token
@@ -29,4 +29,4 @@ async def register(
             "so your service may answer Komerce with 404"
         )
     # The path is not printed, because it may hold a token.
-    out.print(f"registered: Komerce now pushes to {URL(url).origin()}")
+    show(f"registered: Komerce now pushes to {URL(url).origin()}")

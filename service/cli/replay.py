@@ -6,7 +6,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from service.app import calm_garbage_collector, rebuild_views
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, fail, out, reconnecting
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, out, show
 from service.database.connections import connect
 from service.database.schema import VIEWS
 from service.event_log.feed import LogReader
@@ -27,22 +27,20 @@ async def replay(
         fail(f"unknown view {view}; the views are {names}", EXIT_USAGE)
     calm_garbage_collector()
     columns = ("replaying", BarColumn(), MofNCompleteColumn(), "events", RATE, "left", TimeRemainingColumn())
-    async with database() as dsn, reconnecting(dsn) as held:
+    async with database() as dsn, dedicated(dsn) as held:
         with Progress(*columns, console=out) as progress:
             bar = progress.add_task("replay", total=None, rate=0.0)
             started = time.monotonic()
 
-            def show(done: int, total: int) -> None:
+            def update(done: int, total: int) -> None:
                 rate = done / (time.monotonic() - started)
                 progress.update(bar, completed=done, total=total, rate=rate)
 
             reader = LogReader(held, partial(connect, dsn))
-            results = await rebuild_views(dsn, views, reader, show, verify=verify)
+            results = await rebuild_views(dsn, views, reader, update, verify=verify)
     for result in results:
         differences = f"{result.differences} rows differ" if result.differences else "equal"
-        out.print(f"{result.name}: {differences if verify else 'rebuilt and swapped in'}")
+        show(f"{result.name}: {differences if verify else 'rebuilt and swapped in'}")
         if result.set_aside:
-            out.print(
-                f"{result.name}: {result.set_aside} orders are parked; see GET /projections for the reasons"
-            )
+            show(f"{result.name}: {result.set_aside} orders are parked; see GET /projections for the reasons")
     return EXIT_FAILURE if any(result.differences or result.set_aside for result in results) else None

@@ -8,7 +8,7 @@ import uvloop
 from aiohttp import http_parser
 
 from service.app import calm_garbage_collector, prepare_database, serving
-from service.cli.console import completes, fail, out, stop_event
+from service.cli.console import completes, fail, show, stop_event
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.http.request_ids import add_request_id
@@ -70,10 +70,10 @@ def _greet(settings: Settings, port: int) -> None:
         return
     body = '{"order_no":"TRY1","cnote":"AWB1","status":"Dikirim"}'
     path = "webhook/<token>" if settings.webhook_tokens else "webhook"
-    out.print(greeting)
-    out.print(f"  its data is in {data}")
-    out.print(f"  try: curl -X PUT {base}/{path} -d '{body}'")
-    out.print(f"       curl {base}/orders/TRY1/timeline")
+    show(greeting)
+    show(f"  its data is in {data}")
+    show(f"  try: curl -X PUT {base}/{path} -d '{body}'")
+    show(f"       curl {base}/orders/TRY1/timeline")
     sys.stdout.flush()
 
 

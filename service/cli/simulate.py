@@ -10,7 +10,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from yarl import URL
 
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, completes, fail, out, stop_event
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, completes, fail, out, show, stop_event
 from service.cli.send import webhook_url
 from service.settings import read_settings
 from service.simulator.account import ServiceLog, UnreadableLogError, compare
@@ -27,7 +27,7 @@ LISTEN_HOST: Final = "127.0.0.1"
 
 
 def _share(trouble: str) -> Any:
-    return typer.Option(min=0, max=1, help=f"Share of the reports that are {trouble}, from 0 to 1.")
+    return typer.Option(min=0, max=1, help=f"Share of the reports that are {trouble}.")
 
 
 async def simulate(  # noqa: PLR0913 - the options of the command
@@ -43,10 +43,12 @@ async def simulate(  # noqa: PLR0913 - the options of the command
     hang_up: Annotated[float, _share("cut off before the response, then sent again")] = 0.0,
     unknown: Annotated[float, _share("sent with an unknown status word")] = 0.0,
     url: Annotated[
-        str, typer.Option(help="Webhook URL; by default the configured or the registered one.")
+        str,
+        typer.Option(help="Webhook URL; by default the configured one, or with --listen the registered one."),
     ] = "",
     listen: Annotated[
-        int | None, typer.Option(min=0, max=PORT_MAX, help="Registration port; 0 for any.")
+        int | None,
+        typer.Option(min=0, max=PORT_MAX, help="Port to accept registrations on; 0 for any free one."),
     ] = None,
     read: Annotated[str, typer.Option(help="URL to read the log from; by default the webhook's host.")] = "",
     key: Annotated[str, typer.Option(help="API key of the scope read, if your service requires keys.")] = "",
@@ -73,7 +75,7 @@ async def simulate(  # noqa: PLR0913 - the options of the command
                 start = await log.head()
                 secret = settings.webhook_hmac_secret.get_secret_value().encode()
                 simulator = Simulator(registration, session, rate, seed, secret, settings.webhook_hmac_header)
-                out.print(f"pushing {orders:,} orders to {origin}; their numbers begin with {plan.prefix}")
+                show(f"pushing {orders:,} orders to {origin}; their numbers begin with {plan.prefix}")
                 interruptions = [stopped.wait()]
                 if listen is None:
                     # Without --listen a deactivated webhook cannot be registered again.
@@ -89,9 +91,9 @@ async def simulate(  # noqa: PLR0913 - the options of the command
         fail(error)
     if not is_complete:
         reason = "stopped" if stopped.is_set() else "the webhook was deactivated"
-        out.print(f"{reason} after {simulator.orders_done:,} of {orders:,} orders")
+        show(f"{reason} after {simulator.orders_done:,} of {orders:,} orders")
     for line in account.lines(simulator.reports_withheld):
-        out.print(line)
+        show(line)
     return None if account.agrees else EXIT_FAILURE
 
 
@@ -101,7 +103,7 @@ async def _listen(stack: AsyncExitStack, registration: Registration, port: int) 
     except OSError as error:
         problem = f"cannot listen on {LISTEN_HOST} port {port}: {error.strerror or error}"
         fail(f"{problem}; choose another port with --listen")
-    out.print(f"the simulated Komerce accepts registrations at {base}/webhook")
+    show(f"the simulated Komerce accepts registrations at {base}/webhook")
 
 
 async def _show_progress(simulator: Simulator, orders: int) -> None:
@@ -116,4 +118,4 @@ async def _show_progress(simulator: Simulator, orders: int) -> None:
             reports = f"{count:,} reports, {count / seconds:,.0f}/s, {simulator.failures:,} failed attempts"
             progress.update(bar, completed=simulator.orders_done, reports=reports)
             if not out.is_terminal:
-                out.print(f"{simulator.orders_done:,} of {orders:,} orders: {reports}")
+                show(f"{simulator.orders_done:,} of {orders:,} orders: {reports}")

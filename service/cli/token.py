@@ -1,10 +1,10 @@
 import secrets
 from typing import Final
 
-from service.cli.console import out
+from service.cli.console import show
 
 TOKEN_BYTES: Final = 32
 
 
 def token() -> None:
-    out.print(secrets.token_urlsafe(TOKEN_BYTES))
+    show(secrets.token_urlsafe(TOKEN_BYTES))

@@ -9,7 +9,7 @@ judges all but the first of these events as repeats. Therefore:
 - *doubled*: events of a report in excess of its attempts, not counting attempts whose connection was refused;
   and events in excess of one with the same ``report_id``.
 - *altered*: an event of one of the run's orders with a body that was never sent.
-- *given up*: a report that none of its attempts had acknowledged; it may be recorded or not.
+- *given up*: a report that none of its attempts had acknowledged; the log may have it.
 """
 
 from collections import Counter

@@ -40,7 +40,7 @@ class Registration:
 
     Args:
         key: the key that the header x-api-key must have; empty to accept any key.
-        url: the URL that is registered from the start; empty for none.
+        url: the URL that is registered from the start, or an empty text.
     """
 
     def __init__(self, key: str, url: str = "") -> None:
@@ -135,8 +135,8 @@ class Simulator:
         registration: the webhook to push to.
         session: the HTTP client.
         rate: reports per second, not counting retries; 0 for no limit.
-        seed: of the random sequence in which orders take turns.
-        secret: of the signature; empty to send none.
+        seed: the random seed of the sequence in which orders take turns.
+        secret: the secret of the signature; empty to send no signature.
         signature_header: the header of the signature.
         deliveries: every report by its body; an attempt is counted before it is sent.
         orders_done, reports_done: how many were acknowledged or given up.
