@@ -15,22 +15,23 @@ from typer.main import get_command
 from service import VERSION
 
 # A command is a function, a coroutine function or a Typer; its module has the same name. See ``runnable``.
-COMMANDS: Final = {
-    "serve": "Serve the webhook and the read API until SIGTERM or Ctrl-C.",
-    "replay": "Rebuild the views from the log beside the live ones, then swap them in.",
-    "audit": "Print an order's transitions, or the verdicts that today's table changes.",
-    "send": "Send one webhook as Komerce would, and print the receipt.",
-    "token": "Generate a webhook token for ORDER_TRACKING_WEBHOOK_TOKENS.",
-    "simulate": "Simulate Komerce, then compare the reports sent with those recorded.",
-    "register": "Register a webhook URL with Komerce; it replaces the previous one.",
-    "check": "Check settings, database and schema.",
-    "migrate": "Update the database schema as its owner; 'serve' does this at start.",
-    "backup": "Dump the whole database while the service keeps running.",
-    "restore": "Restore a dump into an empty database.",
-    "erase": "Erase an order's bodies and addresses permanently, and record who and why.",
-    "keys": "Create, list and revoke API keys.",
-    "quarantine": "List, show, retry and discard unparseable bodies.",
-}
+COMMANDS: Final = (
+    ("serve", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),
+    ("replay", "Rebuild the views from the log beside the live ones, then swap them in."),
+    ("audit", "Print an order's transitions, or the verdicts that today's table changes."),
+    ("send", "Send one webhook as Komerce would, and print the receipt."),
+    ("token", "Generate a webhook token for ORDER_TRACKING_WEBHOOK_TOKENS."),
+    ("simulate", "Simulate Komerce, then compare the reports sent with those recorded."),
+    ("register", "Register a webhook URL with Komerce; it replaces the previous one."),
+    ("check", "Check settings, database and schema."),
+    ("migrate", "Update the database schema as its owner; 'serve' does this at start."),
+    ("backup", "Dump the whole database while the service keeps running."),
+    ("restore", "Restore a dump into an empty database."),
+    ("erase", "Erase an order's bodies and addresses permanently, and record who and why."),
+    ("keys", "Create, list and revoke API keys."),
+    ("quarantine", "List, show, retry and discard unparseable bodies."),
+)
+SUMMARIES: Final = dict(COMMANDS)
 
 
 class Commands(TyperGroup):
@@ -38,7 +39,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Find the called command as click does, with the real command in place of its summary."""
-        if args[0] in COMMANDS:
+        if args[0] in SUMMARIES:
             self.commands[args[0]] = _load(args[0])
         return super().resolve_command(ctx, args)
 
@@ -51,8 +52,8 @@ def _load(name: str) -> Any:
     app = command
     if not isinstance(command, typer.Typer):
         app = typer.Typer(add_completion=False)
-        app.command(name, help=COMMANDS[name])(command)
-    app.info.help = COMMANDS[name]
+        app.command(name, help=SUMMARIES[name])(command)
+    app.info.help = SUMMARIES[name]
     for registered in app.registered_commands:
         registered.callback = runnable(registered.callback)
     return get_command(app)
@@ -79,10 +80,10 @@ def show_version(
 
 
 def _summarize(name: str) -> None:
-    @cli.command(name, help=COMMANDS[name])
+    @cli.command(name, help=SUMMARIES[name])
     def summary() -> None:
         """Stand in for the command in --help; ``Commands`` replaces it when the command is called."""
 
 
-for _name in COMMANDS:
+for _name in SUMMARIES:
     _summarize(_name)
