@@ -3,9 +3,9 @@ from typing import Annotated
 
 import typer
 
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, connected, database, dedicated, fail, show, show_table
-from service.database.connections import connect
-from service.event_log.feed import LogReader
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, show, show_table
+from service.database.connections import connect, connected
+from service.event_log.feed import Feed
 from service.maintenance import audit as audits
 
 
@@ -25,7 +25,7 @@ async def audit(
             rows = [
                 (
                     *(event.originator_version, event.timestamp, event.verdict, event.previous_status),
-                    *(event.reported_status, event.recognised, audits.explanation(event)),
+                    *(event.reported_status, event.recognised, audits.explain(event)),
                 )
                 async for event in audits.order_events(connection, order_no)
             ]
@@ -37,7 +37,7 @@ async def audit(
 
 async def _rejudge(dsn: str) -> int | None:
     async with dedicated(dsn) as held:
-        changes = [change async for change in audits.rejudge(LogReader(held, partial(connect, dsn)))]
+        changes = [change async for change in audits.rejudge(Feed(held, partial(connect, dsn)))]
     if not changes:
         show("today's table gives every report the verdict that was recorded")
         return None

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from service.cli.console import EXIT_USAGE, connected, database, err, fail
+from service.cli.console import EXIT_USAGE, database, err, fail
+from service.database.connections import connected
 from service.maintenance import backup as backups
 from service.settings import read_settings
 

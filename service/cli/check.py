@@ -6,7 +6,11 @@ from service.settings import read_settings
 async def check() -> int | None:
     settings = read_settings()
     async with database(as_service=False) as dsn:
-        findings = [*checks.check_settings(settings), checks.place(settings, dsn), *await checks.check(dsn)]
+        findings = [
+            *checks.check_settings(settings),
+            checks.describe_database(settings, dsn),
+            *await checks.check_database(dsn),
+        ]
     for finding in findings:
         show(f"{finding.kind:<5}  {finding.text}")
     return EXIT_FAILURE if any(finding.kind == "WRONG" for finding in findings) else None

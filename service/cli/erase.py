@@ -3,7 +3,8 @@ from typing import Annotated, Final
 import asyncpg
 import typer
 
-from service.cli.console import EXIT_USAGE, connected, database, fail, show
+from service.cli.console import EXIT_USAGE, database, fail, show
+from service.database.connections import connected
 from service.database.schema import act_as_owner, check_version
 
 ERASE_ORDER: Final = "CALL erase_order($1, $2)"

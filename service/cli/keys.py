@@ -3,9 +3,10 @@ from typing import Annotated, Final
 
 import typer
 
-from service.cli.console import connected, database, err, fail, show, show_table
-from service.http import access as api_keys
-from service.http.access import Scope
+from service.cli.console import database, err, fail, show, show_table
+from service.database import api_keys
+from service.database.api_keys import Scope
+from service.database.connections import connected
 
 DAYS_MAX: Final = 36_500
 
@@ -25,7 +26,7 @@ async def create_key(
     async with database() as dsn, connected(dsn) as connection:
         try:
             secret = await api_keys.create_key(connection, name, scope, expires_at)
-        except api_keys.KeyNotMadeError as error:
+        except api_keys.InvalidKeyError as error:
             fail(error)
     show(secret)
     err.print("send it as 'Authorization: Bearer <key>'; it cannot be shown again")
@@ -37,7 +38,7 @@ async def list_keys() -> None:
     async with database() as dsn, connected(dsn) as connection:
         rows = [
             (key.name, key.scope, key.created_at, key.expires_at, key.last_used_at, key.revoked_at)
-            for key in await api_keys.all_keys(connection)
+            for key in await api_keys.list_keys(connection)
         ]
     show_table(("name", "scope", "created", "expires", "last used", "revoked"), rows)
 

@@ -1,4 +1,5 @@
-from service.cli.console import connected, database, show
+from service.cli.console import database, show
+from service.database.connections import connected
 from service.database.schema import SCHEMA_VERSION, apply_schema
 
 

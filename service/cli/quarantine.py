@@ -1,21 +1,21 @@
 import sys
-from datetime import UTC, datetime
 from typing import Annotated, Final
 
 import typer
 
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, connected, database, dedicated, fail, show, show_table
-from service.database.connections import Connection
-from service.event_log.store import EventStore
+from projections.postgres_errors import Connection
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, show, show_table
+from service.database.connections import connected
 from service.http.pagination import POSITION_MAX
 from service.ingest import quarantine as quarantines
 from service.ingest.parser import UnreadableError
-from service.ingest.quarantine import NotOpenError, QuarantineState, UnknownEntryError
+from service.ingest.quarantine import NotOpenError, QuarantinedBody, QuarantineState, UnknownEntryError
 from service.ingest.recorder import Recorder, RefusedReportError
 
 # The budget of one entry, which competes with the reports that the service records.
 RETRY_SECONDS_MAX: Final = 10.0
 PAGE_ENTRIES: Final = 1_000
+LISTED: Final = ("quarantine_id", "received_at", "times_seen", "state", "reason")
 
 Id = Annotated[int, typer.Argument(help="The number of the entry, as 'quarantine list' shows it.")]
 Reason = Annotated[str, typer.Argument(help="Why you discard it; the reason is recorded.")]
@@ -32,8 +32,8 @@ async def list_entries(
     before = POSITION_MAX
     async with database() as dsn, connected(dsn) as connection:
         while page := await quarantines.entries_page(connection, before, state, PAGE_ENTRIES):
-            before = page[-1].quarantine_id
-            rows += [(it.quarantine_id, it.received_at, it.times_seen, it.state, it.reason) for it in page]
+            before = page[-1]["quarantine_id"]
+            rows += [tuple(entry[name] for name in LISTED) for entry in page]
     show_table(("entry", "received at", "seen", "state", "reason"), rows)
 
 
@@ -45,17 +45,16 @@ async def show_entry(
 ) -> None:
     """Show an entry and its body."""
     async with database() as dsn, connected(dsn) as connection:
-        entry = await _find_entry(connection, quarantine_id)
-    body = entry.body or b""
+        entry, body = await _find_entry(connection, quarantine_id)
     if raw:
-        sys.stdout.buffer.write(body)
+        sys.stdout.buffer.write(body or b"")
         return
-    for name, value in {**entry._asdict(), "body": body.decode(errors="backslashreplace")}.items():
+    for name, value in {**entry, "body": (body or b"").decode(errors="backslashreplace")}.items():
         if value is not None:
             show(f"{name:<14} {value}")
 
 
-async def _find_entry(connection: Connection, quarantine_id: int) -> quarantines.QuarantineEntry:
+async def _find_entry(connection: Connection, quarantine_id: int) -> tuple[QuarantinedBody, bytes | None]:
     try:
         return await quarantines.find_entry(connection, quarantine_id)
     except UnknownEntryError as error:
@@ -72,18 +71,16 @@ async def retry_entries(
     if bool(quarantine_ids) == every:
         fail("pass either the numbers of entries or --all", EXIT_USAGE)
     failures = 0
-    async with database() as dsn, connected(dsn) as connection, dedicated(dsn) as held:
-        recorder = Recorder(
-            EventStore(held), lambda *_: None, queue_reports_max=1, seconds_max=RETRY_SECONDS_MAX
-        )
+    async with database() as dsn, connected(dsn) as connection, dedicated(dsn) as to_log:
+        recorder = Recorder(to_log, lambda *_: None, queue_reports_max=1, seconds_max=RETRY_SECONDS_MAX)
         numbers = quarantine_ids or await quarantines.open_entries(connection)
         if not numbers:
             show("the quarantine has no open entries")
         for number in numbers:
-            entry = await _find_entry(connection, number)
+            entry, body = await _find_entry(connection, number)
             try:
-                receipt = await recorder.record(quarantines.report_of(entry), datetime.now(UTC))
-                result = f"{receipt.outcome}, version {receipt.version} of {receipt.order_no}"
+                receipt = await quarantines.retry(recorder, entry, body)
+                result = f"{receipt['outcome']}, version {receipt['version']} of {receipt['order_no']}"
             except (UnreadableError, RefusedReportError, NotOpenError, UnknownEntryError) as error:
                 failures += 1
                 result = str(error)

@@ -5,11 +5,11 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from service.app import calm_garbage_collector, rebuild_views
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, out, show
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, out, show, tune_gc
 from service.database.connections import connect
 from service.database.schema import VIEWS
-from service.event_log.feed import LogReader
+from service.event_log.feed import Feed
+from service.maintenance.replay import rebuild_views
 
 RATE = "{task.fields[rate]:,.0f}/s"
 
@@ -25,9 +25,9 @@ async def replay(
     if not views:
         names = ", ".join(candidate.name for candidate in VIEWS)
         fail(f"unknown view {view}; the views are {names}", EXIT_USAGE)
-    calm_garbage_collector()
+    tune_gc()
     columns = ("replaying", BarColumn(), MofNCompleteColumn(), "events", RATE, "left", TimeRemainingColumn())
-    async with database() as dsn, dedicated(dsn) as held:
+    async with database() as dsn, dedicated(dsn) as connection:
         with Progress(*columns, console=out) as progress:
             bar = progress.add_task("replay", total=None, rate=0.0)
             started = time.monotonic()
@@ -36,11 +36,11 @@ async def replay(
                 rate = done / (time.monotonic() - started)
                 progress.update(bar, completed=done, total=total, rate=rate)
 
-            reader = LogReader(held, partial(connect, dsn))
-            results = await rebuild_views(dsn, views, reader, update, verify=verify)
+            feed = Feed(connection, partial(connect, dsn))
+            results = await rebuild_views(dsn, views, feed, update, verify=verify)
     for result in results:
         differences = f"{result.differences} rows differ" if result.differences else "equal"
         show(f"{result.name}: {differences if verify else 'rebuilt and swapped in'}")
-        if result.set_aside:
-            show(f"{result.name}: {result.set_aside} orders are parked; see GET /projections for the reasons")
-    return EXIT_FAILURE if any(result.differences or result.set_aside for result in results) else None
+        if result.parked:
+            show(f"{result.name}: {result.parked} orders are parked; see GET /projections for the reasons")
+    return EXIT_FAILURE if any(result.differences or result.parked for result in results) else None

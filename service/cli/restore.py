@@ -4,7 +4,8 @@ from typing import IO, Annotated
 
 import typer
 
-from service.cli.console import connected, database, err, fail
+from service.cli.console import database, err, fail
+from service.database.connections import connected
 from service.maintenance import backup as backups
 from service.settings import read_settings
 

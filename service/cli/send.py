@@ -6,7 +6,7 @@ import typer
 from yarl import URL
 
 from service.cli.console import EXIT_FAILURE, EXIT_USAGE, fail, out
-from service.ingest.webhook_auth import signature_of
+from service.ingest.webhook_auth import sign
 from service.settings import Settings, read_settings
 from service.simulator.registration import UnusableUrlError, parse_url
 
@@ -28,7 +28,7 @@ async def send(
     body = orjson.dumps({"order_no": order_no, "cnote": cnote, "status": status})
     headers = {"Content-Type": "application/json"}
     if secret := settings.webhook_hmac_secret.get_secret_value():
-        headers[settings.webhook_hmac_header] = signature_of(body, secret.encode())
+        headers[settings.webhook_hmac_header] = sign(body, secret.encode())
     timeout = aiohttp.ClientTimeout(total=SEND_SECONDS_MAX)
     try:
         async with (

@@ -7,12 +7,13 @@ import structlog
 import uvloop
 from aiohttp import http_parser
 
-from service.app import calm_garbage_collector, prepare_database, serving
-from service.cli.console import completes, fail, show, stop_event
+from service.app import serving
+from service.cli.console import completes, fail, show, stop_event, tune_gc
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import EmbeddedPostgres
+from service.database.schema import prepare_database
 from service.http.request_ids import add_request_id
-from service.http.server import allow_open_files
+from service.http.server import raise_open_files_limit
 from service.settings import Settings, read_settings
 
 logger = structlog.get_logger()
@@ -21,7 +22,7 @@ logger = structlog.get_logger()
 def serve() -> None:
     settings = read_settings()
     _configure_logs(settings)
-    allow_open_files()
+    raise_open_files_limit()
     if settings.database_url:
         uvloop.run(_serve(settings, settings.database_url, None))
     else:
@@ -44,7 +45,7 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
             async with serving(settings, preparation.result()) as (port, is_without_keys):
                 _greet(settings, port)
                 _warn(settings, is_without_keys=is_without_keys)
-                calm_garbage_collector()
+                tune_gc()
                 await stopped.wait()
                 logger.info("stopping")
         except StorageUnavailableError:

@@ -20,7 +20,7 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from service.ingest.webhook_auth import signature_of
+from service.ingest.webhook_auth import sign
 from service.simulator.account import OK, Delivery
 from service.simulator.lifecycles import Journey, Push
 from service.simulator.registration import KEY_HEADER, PATH, URL_MEMBER, UnusableUrlError, check_url
@@ -212,7 +212,7 @@ class Simulator:
         body = push.body.encode()
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if self.secret:
-            headers[self.signature_header] = signature_of(body, self.secret)
+            headers[self.signature_header] = sign(body, self.secret)
         counting = [partial(_count, delivery)]
         with contextlib.suppress(aiohttp.ClientError, OSError):
             async with (

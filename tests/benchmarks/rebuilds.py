@@ -145,7 +145,16 @@ MAKE_CNOTES: Final = """
     SELECT DISTINCT reported_cnote AS cnote, order_no FROM entries WHERE reported_cnote IS NOT NULL
 """
 ORDER_COLUMNS: Final = (
-    *("order_no", "version", "position", "first_position", "status", "reported_status", "status_since", "cnote"),
+    *(
+        "order_no",
+        "version",
+        "position",
+        "first_position",
+        "status",
+        "reported_status",
+        "status_since",
+        "cnote",
+    ),
     *("first_reported_at", "last_reported_at", "advanced", "repeated", "late", "refused", "unrecognised"),
 )
 # By column: the table of ours, and its columns.

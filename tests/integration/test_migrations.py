@@ -156,7 +156,9 @@ async def test_an_unreleased_schema_is_named_with_the_way_out(empty_dsn: str, ch
         with pytest.raises(SchemaError, match=said):
             await check_version(old)
         assert any(
-            re.search(said, finding.text) for finding in await check_database(empty_dsn) if finding.kind == "WRONG"
+            re.search(said, finding.text)
+            for finding in await check_database(empty_dsn)
+            if finding.kind == "WRONG"
         )
         assert await old.fetchval("SELECT max(version) FROM schema_version") == 1
 

@@ -258,7 +258,9 @@ async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
     )
     after = await record(service, report("KOM2", "Diajukan"), report("KOM2", "Dikirim"))
     assert after > position
-    assert [row[0] for row in await connection.fetch("SELECT order_no FROM current_status.parked_orders")] == ["KOM1"]
+    assert [row[0] for row in await connection.fetch("SELECT order_no FROM current_status.parked_orders")] == [
+        "KOM1"
+    ]
     assert await connection.fetchval("SELECT count(*) FROM timeline.parked_orders") == 0
     assert [(one.name, one.parked) for one in await rebuilt(dsn)] == [
         ("current_status", 1),

@@ -283,7 +283,8 @@ async def test_a_key_whose_commit_had_no_answer_is_found_again(dsn: str) -> None
     first = report()
     async with locked_log(dsn) as holder:
         calls = [
-            asyncio.create_task(recorder.record(arriving_again(first), IdempotencyKey("key-1"))) for _ in range(8)
+            asyncio.create_task(recorder.record(arriving_again(first), IdempotencyKey("key-1")))
+            for _ in range(8)
         ]
         # They are cut while the first of them waits to append.
         await wait_for_locked(holder)
