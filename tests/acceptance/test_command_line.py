@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -17,13 +16,14 @@ import aiohttp
 import psycopg
 import pytest
 
-from domain.order import Order, Report
+from domain.order import Order
 from service import VERSION
 from service.database.connections import connect
-from service.event_log import store as event_store
+from service.event_log import store
 from tests.support.commands import call_command
 from tests.support.databases import TestServer
 from tests.support.processes import RunningService, background_command, run_command, running_service
+from tests.support.reports import report
 from tests.support.waiting import PATIENCE_SECONDS, until
 
 NOBODY = "http://127.0.0.1:9"
@@ -139,20 +139,19 @@ def test_rejudge_lists_changed_verdicts_and_those_that_follow(state_dir: Path, o
 
     async def record_by_another_table() -> None:
         connection = await connect(owner_dsn)
-        order = Order.unheard("KOM2")
-        now = datetime.now(UTC)
-        order.report(Report(str(uuid4()), "KOM2", "Dikirim", None, "{}"), now)
+        order = Order.new("KOM2")
+        order.report(report("KOM2", "Dikirim"))
         # Judge by a table that allows a cancellation in transit; then the parcel arrives.
-        cancelled = order.report(Report(str(uuid4()), "KOM2", "Batal", None, "{}"), now)
+        cancelled = order.report(report("KOM2", "Batal"))
         changes = {"verdict": "advanced", "status": "cancelled", "status_version": 2, "reason": None}
         object.__setattr__(cancelled, "__dict__", {**vars(cancelled), **changes})
-        await event_store.append(connection, order.pending_events)  # type: ignore[arg-type]
-        after = Order.unheard("KOM2")
+        await store.append(connection, order.pending_events)  # type: ignore[arg-type]
+        after = Order.new("KOM2")
         for event in order.pending_events:
             event.mutate(after)
-        refused = after.report(Report(str(uuid4()), "KOM2", "Diterima", None, "{}"), now)
+        refused = after.report(report("KOM2", "Diterima"))
         assert refused.verdict == "refused"
-        await event_store.append(connection, [refused])
+        await store.append(connection, [refused])
         await connection.close()
 
     agreed = call_command(state_dir, "audit", "--rejudge", DATABASE_URL=owner_dsn)

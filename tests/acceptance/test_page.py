@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit
 import pytest
 from playwright.sync_api import APIRequestContext, Browser, Page, Playwright, expect, sync_playwright
 
-from service.http.problems import Kind
+from service.http.problems import ProblemType
 from service.pages.render import ASSETS, SECURITY_POLICY
 from tests.support.commands import call_command
 from tests.support.folders import copied_folder
@@ -458,7 +458,7 @@ def test_the_documentation_explains_every_problem_and_operation(opened: Open, ap
         "[...document.querySelectorAll('a[href^=\"#\"]')].filter((a) => !document.querySelector(a.hash)).length"
     )
     assert page.evaluate(broken) == 0
-    for kind in Kind:
+    for kind in ProblemType:
         expect(page.locator(f"#{kind.slug}")).to_contain_text(kind.title)
     document = api.get("/openapi.json").json()
     shown = page.locator(".operation h2 code").all_inner_texts()

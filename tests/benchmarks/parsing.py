@@ -1,8 +1,8 @@
 """What a hostile body costs to read, against what orjson alone needs for it."""
 
 import timeit
-from datetime import UTC, datetime
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Final
 
 import orjson

@@ -12,7 +12,7 @@ from typing import Final
 from domain.order import Order, Report
 from service.cli.main import cli
 from service.event_log import store
-from service.ingest.recorder import Receipt, Recorder, _decide_all, _receipt  # noqa: PLC2701 - replaced here
+from service.ingest.recorder import Receipt, Recorder, _decide_all, _receipt
 from tests.faults.faults import Fault, kill_service, stop_immediately
 from tests.faults.world import Layout, World
 
@@ -82,7 +82,7 @@ def acknowledge_early() -> None:
     async def record(recorder: Recorder, reports: list[Report]) -> Sequence[Receipt]:
         return await early.record(recorder, reports)
 
-    Recorder._record_together = record  # type: ignore[method-assign]  # noqa: SLF001
+    Recorder._record_together = record  # type: ignore[method-assign, assignment]  # noqa: SLF001
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from eventsourcing.persistence import (
     Subscription,
 )
 
-from projections.postgres_errors import Connection
 from service.database.connections import ConnectionPool
 from service.event_log import store
 from service.event_log.store import RecordedEvent

@@ -17,7 +17,7 @@ from domain.order import NEW_ORDER, Order
 from projections.postgres_errors import Connection
 from service.database.connections import DedicatedConnection, connect
 from service.event_log import store
-from service.event_log.codec import UndecodableEventError, decode_event, encode_event
+from service.event_log.codec import decode_event
 from service.event_log.store import VersionTakenError
 from tests.integration.recorder_facade import AggregateFacade, ApplicationFacade, LogInThread
 from tests.support.databases import TestServer, wait_for_locked

@@ -15,6 +15,7 @@ from multidict import CIMultiDict
 from projections.postgres_errors import Connection
 from service.app import Service
 from service.database import api_keys
+from service.http.access import KEY_COOKIE
 from service.ingest.webhook_auth import WebhookAuth
 from service.settings import Settings
 from tests.support.client import Client, serving_client
@@ -363,7 +364,7 @@ async def test_a_use_that_cannot_be_noted_is_in_nobodys_way(dsn: str, connection
 async def test_the_cookie_of_a_page_is_good_for_reading_alone(dsn: str, connection: Connection) -> None:
     """A browser sends it by itself, so nothing is changed by it; a header is stronger than it."""
     key = await api_keys.create_key(connection, "one", "admin", None)
-    cookie = f"{api_keys.KEY_COOKIE}={key}"
+    cookie = f"{KEY_COOKIE}={key}"
     async with serving_client(dsn) as client:
         assert (await answered(client, "GET", "/orders", Cookie=cookie))[0] == 200
         assert (await answered(client, "GET", "/orders", Cookie=cookie, Authorization="Bearer x"))[0] == 401

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from projections.postgres_errors import Connection
+from service.app import serving
 from service.database.catalog import read_catalog
 from service.database.connections import connect
 from service.database.schema import (
@@ -21,7 +22,6 @@ from service.database.schema import (
     check_version,
     prepare_database,
     service_dsn,
-    serving,
 )
 from service.maintenance.check import check_database
 from service.settings import Settings

@@ -14,10 +14,9 @@ import orjson
 
 from domain.order import Order
 from projections import current_status
-from projections.current_status import order_row
-from service.api import representations
-from service.event_log.store import decode_event
-from service.http.problems import OPTIONS
+from projections.current_status import to_order
+from service.event_log.codec import decode_event
+from service.http.responses import JSON_OPTIONS
 from tests.support.connections import OK, UNAVAILABLE, Connections, get
 from tests.support.load import Acknowledged
 from tests.support.waiting import PATIENCE_SECONDS
@@ -166,8 +165,8 @@ async def check_views(log: Sequence[Logged], connections: Connections, violation
         await asyncio.sleep(0.05)
     rows: dict[str, current_status.Row] = {}
     current_status.fold(log, rows)
-    orders = [representations.order(order_row(row)) for row in rows.values()]
-    folded = {order["order_no"]: order for order in orjson.loads(orjson.dumps(orders, option=OPTIONS))}
+    orders = [to_order(row) for row in rows.values()]
+    folded = {order["order_no"]: order for order in orjson.loads(orjson.dumps(orders, option=JSON_OPTIONS))}
     served = {order["order_no"]: order for order in await _every_order(connections)}
     differences = [
         order_no for order_no in folded.keys() | served.keys() if folded.get(order_no) != served.get(order_no)

@@ -10,7 +10,7 @@ from domain.order import Arrival, Report
 NOW: Final = datetime(2026, 1, 31, 8, 30, tzinfo=UTC)
 
 
-def report(  # noqa: PLR0917 - the members of a report, in their order
+def report(
     order_no: str = "KOM1",
     status: str = "Dikirim",
     cnote: str | None = None,

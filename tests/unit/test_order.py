@@ -106,7 +106,7 @@ def test_any_status_may_be_the_first(status: str) -> None:
 def test_the_event_carries_the_report() -> None:
     """What was reported is in the event as it came, beside what was made of it."""
     event = decide(NEW_ORDER, SENT)
-    assert SENT == Report(
+    carried = Report(
         Arrival(event.report_id, event.timestamp, event.remote),
         event.originator_id,
         event.reported_status,
@@ -115,6 +115,7 @@ def test_the_event_carries_the_report() -> None:
         event.occurred_at,
         event.quarantine_id,
     )
+    assert carried == SENT
     assert event.recognised == "in_transit"
 
 

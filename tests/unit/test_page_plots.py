@@ -102,7 +102,7 @@ def test_a_document_is_drawn_even_where_it_says_little() -> None:
         "paths": {
             "/x/{id}": {
                 "get": {
-                    "summary": "A `b` <i> [c](/docs#d) [e](https://elsewhere.example)",
+                    "summary": "A `b` <i> [c](/problems/d) [e](https://elsewhere.example)",
                     "parameters": [{"name": "id", "in": "path", "required": True}],
                     "responses": {"200": {"content": {"a/b": {"schema": {"$ref": "#/components/schemas/Y"}}}}},
                     "security": [{"key": []}],
@@ -126,7 +126,7 @@ def test_a_document_is_drawn_even_where_it_says_little() -> None:
     (operation,) = documentation.operations(document)
     assert (operation.slug, operation.method, operation.is_open) == ("get-x-id", "GET", False)
     assert operation.summary == (
-        'A <code>b</code> &lt;i&gt; <a href="/docs#d">c</a> [e](https://elsewhere.example)'
+        'A <code>b</code> &lt;i&gt; <a href="/problems/d">c</a> [e](https://elsewhere.example)'
     )
     assert operation.answers[0].forms == [("a/b", '<a href="#schema-y">Y</a>')]
     (schema,) = documentation.schemas(document)

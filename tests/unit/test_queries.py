@@ -199,9 +199,8 @@ def test_what_is_no_time(text: str) -> None:
 def test_a_duration(text: str, duration: timedelta) -> None:
     """By ISO 8601, of parts that have a fixed length."""
     assert read_query(OrdersQuery, get(f"/orders?unmoved_for={text}")).unmoved_for == duration
-    again = read_query(
-        OrdersQuery, get(Page([], {"cursor": "MQ"}).next_path("/orders", OrdersQuery(unmoved_for=text)) or "")
-    )  # type: ignore[arg-type]
+    query = OrdersQuery.model_validate({"unmoved_for": text})
+    again = read_query(OrdersQuery, get(Page([], {"cursor": "MQ"}).next_path("/orders", query) or ""))
     assert again.unmoved_for == duration
 
 
