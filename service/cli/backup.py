@@ -16,10 +16,11 @@ from service.settings import read_settings
 async def backup(
     file: Annotated[str, typer.Argument(help="A new dump file; - is standard output.", show_default=False)],
 ) -> None:
+    tools = backups.find_tools(read_settings())
     async with database(as_service=False) as dsn, connected(dsn) as connection:
         with _new_file(file) as dump:
-            head = await backups.make(connection, dsn, dump, read_settings().pg_bindir)
-    err.print(f"backed up: the log up to position {head} or later, and everything else in the database")
+            head = await backups.make(connection, dsn, dump, tools)
+    err.print(f"backed up: the log up to position {head} or later, and everything else but the views")
 
 
 @contextmanager

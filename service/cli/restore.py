@@ -13,11 +13,12 @@ from service.settings import read_settings
 async def restore(
     file: Annotated[str, typer.Argument(help="The dump file; - is standard input.", show_default=False)],
 ) -> None:
+    tools = backups.find_tools(read_settings())
     async with database(as_service=False, may_create=True) as dsn, connected(dsn) as connection:
         with _open(file) as dump:
-            head = await backups.restore(connection, dsn, dump, read_settings().pg_bindir)
+            head = await backups.restore(connection, dsn, dump, tools)
     err.print(f"restored: the log ends at position {head}")
-    err.print("run 'check' to check the database, and 'replay --verify' to compare its views with the log")
+    err.print("the next 'serve' or 'replay' rebuilds the views; then run 'check' to check the database")
 
 
 def _open(name: str) -> IO[bytes]:

