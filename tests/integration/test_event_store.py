@@ -1,4 +1,4 @@
-"""The log: the library's own recorder tests, its own application, and positions in the order of commits."""
+"""The log: the library's recorder tests and application, and positions in commit order."""
 
 import asyncio
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from tests.support.reports import report
 
 
 class _OnOurLog(library.RecorderTestCase):
-    """The library's cases, over our log, with order numbers for ids."""
+    """The library's test cases, run on our log, with order numbers as ids."""
 
     @pytest.fixture(autouse=True)
     def _log(self, server: TestServer) -> Iterator[None]:
@@ -47,28 +47,28 @@ class _OnOurLog(library.RecorderTestCase):
 
 
 class TestAggregateRecorder(_OnOurLog, library.AggregateRecorderTestCase):
-    """Our log passes the library's tests of a recorder of aggregates."""
+    """Our log passes the library's tests of an aggregate recorder."""
 
     def create_recorder(self) -> AggregateRecorder:
         return AggregateFacade(self.new_log())
 
 
 class TestApplicationRecorder(_OnOurLog, library.ApplicationRecorderTestCase[ApplicationRecorder]):
-    """Our log passes the library's tests of a recorder of applications."""
+    """Our log passes the library's tests of an application recorder."""
 
     def create_recorder(self) -> ApplicationRecorder:
         return ApplicationFacade(self.new_log())
 
 
 class TestNonInterleaving(_OnOurLog, library.NonInterleavingNotificationIDsBaseCase):
-    """Two appends at once never interleave their positions."""
+    """Concurrent appends never interleave their positions."""
 
     def create_recorder(self) -> ApplicationRecorder:
         return ApplicationFacade(self.new_log())
 
 
 class Orders(Application[str]):
-    """The library's own application, of the name that our table is laid out for."""
+    """The library's application, with the name that gives it our table."""
 
     name = "order"
 
@@ -103,7 +103,7 @@ def held(dsn: str) -> DedicatedConnection:
 
 
 async def test_an_order_of_ours_is_read_by_the_library_and_one_of_its_by_us(dsn: str) -> None:
-    """The table, the bytes and the positions are the library's own: either side goes on where the other was."""
+    """Table, bytes and positions equal the library's: each side continues an order of the other."""
     connection = await connect(dsn)
     try:
         ours = Order.new("KOM/1 ü")
@@ -138,7 +138,7 @@ async def test_an_order_of_ours_is_read_by_the_library_and_one_of_its_by_us(dsn:
 
 
 async def test_the_bytes_in_the_table_are_those_of_the_librarys_transcoder(connection: Connection) -> None:
-    """What lies in the table is byte for byte what the library's JSONTranscoder writes of the same state."""
+    """The bytes in the table equal those of the library's JSONTranscoder for the same state."""
     order = Order.new("KOM1")
     event = order.report(report("KOM1"))
     await store.append(connection, [event])
@@ -151,7 +151,7 @@ async def test_the_bytes_in_the_table_are_those_of_the_librarys_transcoder(conne
 
 
 async def test_a_version_that_is_taken_refuses_the_whole_append(connection: Connection) -> None:
-    """Nothing of an append is kept where one of its versions is another's already."""
+    """If one version of an append exists already, the whole append is refused."""
     first = Order.new("KOM1").report(report("KOM1"))
     await store.append(connection, [first])
     stale = Order.new("KOM1").report(report("KOM1"))
@@ -171,7 +171,7 @@ async def test_a_version_that_is_taken_refuses_the_whole_append(connection: Conn
     ],
 )
 async def test_the_database_itself_refuses_to_change_the_log(connection: Connection, statement: str) -> None:
-    """Not even the owner changes or removes an event, or chooses a position, whatever code there is."""
+    """Even the owner cannot change or remove an event, or choose a position."""
     await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
     await connection.execute("SET session_replication_role = replica")
     with pytest.raises(asyncpg.PostgresError):
@@ -180,7 +180,7 @@ async def test_the_database_itself_refuses_to_change_the_log(connection: Connect
 
 
 async def test_a_lost_answer_is_looked_for_by_report_id(connection: Connection) -> None:
-    """Only an event with the very report_id counts as ours; another's at that version does not."""
+    """An event counts as ours only if its report_id is equal. Another event with that version does not."""
     event = Order.new("KOM1").report(report("KOM1"))
     assert await store.find_positions(connection, [event]) is None
     (position,) = await store.append(connection, [event])
@@ -190,7 +190,7 @@ async def test_a_lost_answer_is_looked_for_by_report_id(connection: Connection) 
 
 
 async def test_nobody_appends_while_the_log_is_held_still(dsn: str, held: DedicatedConnection) -> None:
-    """What is read under the lock stays true until the end of the block."""
+    """A read under the lock stays true until the end of the block."""
     other = await connect(dsn)
     async with held.transaction(store.BEGIN_LOCKED) as connection:
         await store.take_append_lock(connection)
@@ -208,7 +208,7 @@ APPENDS_EACH = 150
 
 
 async def tail_while_writing(dsn: str, append_statement: str) -> tuple[int, int]:
-    """Tail the log while several writers append to it; return how many the tail saw and how many there are."""
+    """Tail the log while several writers append; return the number of events that the tail saw, and of all."""
     finished = asyncio.Event()
 
     async def write(number: int) -> None:
@@ -244,7 +244,7 @@ async def test_position_order_is_commit_order(dsn: str) -> None:
 
 
 async def test_without_the_lock_a_tailing_reader_misses_events(dsn: str) -> None:
-    """The test above can fail: with the lock taken out of the statement, a slow commit is overtaken."""
+    """The test above can fail: without the lock in the statement, a later commit overtakes a slow one."""
     unlocked = store.APPEND.replace("pg_advisory_xact_lock($5)", "pg_sleep(random() * 0.005 + $5::bigint * 0)")
     # The identity is drawn before the pause: the row order of commits and that of positions part.
     unlocked = unlocked.replace("RETURNING", "RETURNING pg_sleep(random() * 0.005) IS NULL,")

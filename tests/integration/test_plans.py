@@ -1,4 +1,4 @@
-"""Query plans: the hot path and the lists never read more rows than a page needs."""
+"""Query plans: statements of the hot path and of lists read no more rows than a page needs."""
 
 import asyncio
 import re
@@ -19,20 +19,20 @@ from tests.support.folders import ROOT
 
 ORDERS: Final = 20_000
 ORDERS_AT_LENGTH: Final = 1_000_000
-# A page of a hundred rows, by an index that may hold some rows that other conditions leave out. It is far below
-# the orders there are, and stays the same for a million.
+# Enough for a page of a hundred rows from an index that also has rows that other conditions exclude. The limit
+# is far below the number of orders, and stays the same for a million.
 ROWS_READ_MAX: Final = 2_000
 
 
 class Statement(NamedTuple):
-    """A statement of the hot path: its text, the number of its parameters, and where its names are found."""
+    """A statement of the hot path: its text, the number of its parameters, and its search path."""
 
     text: str
     parameters: int
     search_path: str = "public"
 
 
-# The generic plans of the held connections.
+# The statements that held connections plan once, generically.
 HOT: Final = {
     "append": Statement(store.APPEND, 5),
     "last events": Statement(store.LAST_EVENTS, 1),
@@ -43,13 +43,13 @@ HOT: Final = {
     "orders by number": Statement(current_status.ORDERS_BY_NUMBER, 1),
     "move a view": Statement(engine.ADVANCE, 2, timeline.VIEW.name),
 }
-# A view has one row of its position, and a scan is how one row is read.
+# The table has one row, the view's position. A scan is the best plan for one row.
 SCANS_ALLOWED: Final = ("Seq Scan on projection",)
 
 
 @pytest.mark.parametrize("name", HOT)
 async def test_a_hot_statement_scans_no_table_even_if_planned_on_empty_ones(dsn: str, name: str) -> None:
-    """Its generic plan, made on empty tables, is the one that it keeps when they have grown."""
+    """A connection keeps the generic plan that it made on empty tables while the tables grow."""
     statement = HOT[name]
     connection = await connect(dsn, **HOT_SETTINGS, search_path=statement.search_path)
     try:
@@ -91,7 +91,7 @@ LATELY: Final = "now() - interval '20 s'"
 LONG_AGO: Final = "(SELECT min(last_reported_at) + interval '100 s' FROM current_status.orders)"
 MIDDLE: Final = "(SELECT max(position) / 2 FROM current_status.orders)"
 END: Final = "9000000000000000000"
-# Verdicts that few orders have.
+# Verdicts of few orders.
 RARE: Final = ("repeated", "late", "refused", "unrecognised")
 PAGES: Final = {
     "events of an order": (store.STREAM, "'KOM77'", "0", "100", "1000"),
@@ -128,7 +128,7 @@ async def fill(dsn: str, orders: int) -> None:
     connection = await connect(dsn)
     try:
         await connection.execute(FILL.format(orders=orders))
-        # As autovacuum does: statistics for the planner, and summaries for the index by time.
+        # Do what autovacuum does: statistics for the planner, and summaries for the index by time.
         await connection.execute("VACUUM ANALYZE")
     finally:
         await connection.close()
@@ -136,7 +136,7 @@ async def fill(dsn: str, orders: int) -> None:
 
 @pytest.fixture(scope="module")
 def filled_dsn(server: TestServer) -> Iterator[str]:
-    """A database of some thousand orders."""
+    """A database with 20,000 orders."""
     with server.database() as dsn:
         asyncio.run(fill(dsn, ORDERS))
         yield dsn
@@ -153,7 +153,7 @@ TABLE_SCANS: Final = ("Seq Scan", "Index Scan", "Index Only Scan", "Bitmap Heap 
 
 
 def rows_read(plan: dict[str, Any]) -> int:
-    """Count the rows that a plan's scans have read from tables, those that a filter removed included."""
+    """Count the rows that a plan's scans read from tables, including the rows that a filter removed."""
     removed = ("Rows Removed by Filter", "Rows Removed by Index Recheck")
     below = sum(rows_read(one) for one in plan.get("Plans", ()))
     if plan["Node Type"] not in TABLE_SCANS:
@@ -164,7 +164,7 @@ def rows_read(plan: dict[str, Any]) -> int:
 
 
 async def rows_of_a_page(connection: Connection, name: str) -> tuple[int, list[Any]]:
-    """Run a list's statement, and return how many rows it reads, and its plan."""
+    """Run a list's statement, and return the number of rows that it reads, and its plan."""
     statement, *arguments = PAGES[name]
     texts = [await connection.fetchval(f"SELECT ({argument})::text") for argument in arguments]
     quoted = ["NULL" if text is None else "'" + text.replace("'", "''") + "'" for text in texts]
@@ -178,7 +178,7 @@ async def rows_of_a_page(connection: Connection, name: str) -> tuple[int, list[A
 
 @pytest.mark.parametrize("name", PAGES)
 async def test_a_page_reads_no_more_rows_than_it_needs(filled: Connection, name: str) -> None:
-    """By the planner's own choice, on skewed data."""
+    """On skewed data, the planner chooses a plan within the limit."""
     read, plan = await rows_of_a_page(filled, name)
     assert 0 < read <= ROWS_READ_MAX, plan
 
@@ -186,7 +186,7 @@ async def test_a_page_reads_no_more_rows_than_it_needs(filled: Connection, name:
 @pytest.mark.long
 @pytest.mark.timeout(1_200)
 async def test_a_page_reads_no_more_rows_of_a_million(owner_dsn: str) -> None:
-    """The same bound, for fifty times as many orders."""
+    """The same limit holds for fifty times as many orders."""
     await fill(owner_dsn, ORDERS_AT_LENGTH)
     connection = await connect(owner_dsn)
     try:
@@ -210,7 +210,7 @@ async def test_a_scan_is_found(filled: Connection) -> None:
 
 
 def test_the_settled_statuses_are_those_of_the_vocabulary() -> None:
-    """The statements and the index list them as the domain does."""
+    """The statements and the index list the same settled statuses as the domain."""
     for text in (
         current_status.ORDERS_PAGE,
         current_status.STUCK,
@@ -221,7 +221,7 @@ def test_the_settled_statuses_are_those_of_the_vocabulary() -> None:
 
 
 async def test_a_rebuild_reads_one_order_after_the_other(connection: Connection) -> None:
-    """It folds one order at a time: events that were recorded in turns come back order by order."""
+    """A rebuild folds one order at a time: the events of interleaved orders come back order by order."""
     insert = (
         "INSERT INTO order_events (originator_id, originator_version, topic, state) VALUES ($1, $2, 't', '{}')"
     )

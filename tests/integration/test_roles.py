@@ -1,4 +1,4 @@
-"""The database as law: what each role may do, what erasure leaves, and how the schema moves on."""
+"""The database's own rules: the rights of each role, erasure, and the findings of ``check``."""
 
 import json
 from collections.abc import AsyncIterator
@@ -33,7 +33,7 @@ LOGGED = ("order_events", "idempotency_keys", "quarantine", "api_keys", "erasure
 
 @asynccontextmanager
 async def acting(owner_dsn: str, role: str) -> AsyncIterator[Connection]:
-    """A connection of the service's own login, or one that acts as another role."""
+    """Open a connection with the service's own login, or one that acts as another role."""
     dsn = await service_dsn(owner_dsn) if role == SERVICE_ROLE else as_role(owner_dsn, role)
     connection = await connect(dsn)
     yield connection
@@ -41,7 +41,7 @@ async def acting(owner_dsn: str, role: str) -> AsyncIterator[Connection]:
 
 
 async def fill(connection: Connection) -> None:
-    """One event, a key and a quarantine entry, so that a statement that is let through has something to hit."""
+    """Insert an event, keys and a quarantine entry, so that a permitted statement changes some row."""
     await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
     await connection.execute(
         "INSERT INTO quarantine (body, reason, received_at, last_seen_at) VALUES ('x', 'y', now(), now())"
@@ -53,12 +53,12 @@ async def fill(connection: Connection) -> None:
 
 
 INSERT = "INSERT INTO order_events (originator_id, originator_version, topic, state"
-# The server of the tests is a fast one.
+# The server of the tests runs without these, for speed.
 NOT_DURABLE = {"fsync is off", "full_page_writes is off"}
 
 
 async def wrong(dsn: str) -> list[str]:
-    """What check finds wrong, but for what is off on purpose."""
+    """Return the problems that check finds, except the settings that the tests turn off."""
     found = [finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"]
     return [text for text in found if text not in NOT_DURABLE]
 
@@ -106,7 +106,7 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize("role", FORBIDDEN)
 async def test_what_a_role_may_not_do(owner_dsn: str, connection: Connection, role: str) -> None:
-    """The server refuses each statement for want of a right, and nothing has changed."""
+    """The server refuses each statement for a missing privilege, and no row changes."""
     await fill(connection)
     before = await everything(connection)
     async with acting(owner_dsn, role) as acting_connection:
@@ -131,7 +131,7 @@ async def everything(connection: Connection) -> list[str]:
 async def test_not_even_the_owner_changes_an_event(
     owner_dsn: str, connection: Connection, statement: str
 ) -> None:
-    """The triggers hold for the owner as well, and in a restore."""
+    """The triggers also hold for the owner, and during a restore."""
     await fill(connection)
     async with acting(owner_dsn, OWNER_ROLE) as owner:
         with pytest.raises(asyncpg.IntegrityConstraintViolationError):
@@ -142,7 +142,7 @@ async def test_not_even_the_owner_changes_an_event(
 
 
 async def test_the_service_owns_the_views_and_nothing_of_the_log(connection: Connection) -> None:
-    """Every table belongs to the one who may change it."""
+    """The owner owns the log's tables, and the service owns the views' tables."""
     owners = await connection.fetch(
         "SELECT schemaname, tableowner FROM pg_tables "
         "WHERE schemaname NOT IN ('pg_catalog', 'information_schema')"
@@ -169,7 +169,7 @@ async def test_the_service_takes_the_tables_lock_by_an_insert_of_nothing(dsn: st
 async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
     owner_dsn: str, connection: Connection
 ) -> None:
-    """Body and address of the order's events go; what was judged stays, and so do views and immutability."""
+    """Erasure removes bodies and addresses of an order. Verdicts, views and immutability stay."""
     body = {"order_no": "KOM1", "status": "Dikirim", "cnote": "AWB1", "buyer": "Siti", "text": '\u0000 "q" é'}
     dsn = await service_dsn(owner_dsn)
     async with serving(Settings(port=0), dsn) as (port, _), aiohttp.ClientSession() as session:
@@ -177,7 +177,7 @@ async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
         await client.webhook(**body)
         await client.webhook("KOM2", buyer="Budi")
         odd = await client.raw(b"not json")
-        # A body that the parser has learned to read since then.
+        # Simulate a body that a later release of the parser can read.
         await connection.execute(
             "UPDATE quarantine SET body = $1", b'{"order_no":"KOM1","status":"Diterima","buyer":"Siti"}'
         )
@@ -195,7 +195,7 @@ async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
         assert "Budi" in json.dumps(await client.get("/orders/KOM2/events"))
         entry = await client.get(f"/quarantine/{odd['quarantine_id']}")
         assert (entry["state"], entry["remote"], entry["body_base64"]) == ("retried", None, None)
-        # The order goes on, judged from what is left of it.
+        # The next report of the order is judged from the remaining fields.
         assert (await client.webhook("KOM1", "Diterima"))["outcome"] == "repeated"
     everything_left = json.dumps(
         [str(row) for row in await connection.fetch("SELECT state, * FROM order_events")]
@@ -215,7 +215,7 @@ async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
 
 
 async def test_a_database_of_one_role_works_and_check_says_what_is_open(empty_dsn: str) -> None:
-    """Whoever may make no roles owns everything, serves and rebuilds; check names what that leaves open."""
+    """A role that may not create roles owns everything, serves and rebuilds, and check reports the risks."""
     admin = await connect(empty_dsn)
     name = await admin.fetchval("SELECT current_database()")
     await admin.execute(
@@ -245,7 +245,7 @@ async def test_a_database_of_one_role_works_and_check_says_what_is_open(empty_ds
 
 
 async def test_check_finds_the_log_protected_with_three_roles(owner_dsn: str) -> None:
-    """Given as the owner or as the service, the service itself can only add."""
+    """With the owner's and with the service's DSN, check reports that the service can only add events."""
     for dsn in (owner_dsn, await service_dsn(owner_dsn)):
         texts = [finding.text for finding in await check_database(dsn)]
         assert f"the service runs as {SERVICE_ROLE}" in texts
@@ -253,7 +253,7 @@ async def test_check_finds_the_log_protected_with_three_roles(owner_dsn: str) ->
 
 
 async def test_check_finds_triggers_that_a_restore_left_weaker(owner_dsn: str, connection: Connection) -> None:
-    """A trigger that is enabled, but not always, is found."""
+    """The check reports a trigger that is enabled, but not ENABLE ALWAYS."""
     await connection.execute("ALTER TABLE order_events ENABLE TRIGGER order_events_immutable")
     assert await wrong(owner_dsn) == [
         "trigger order_events_immutable is not ENABLE ALWAYS: the log can be changed"
@@ -261,7 +261,7 @@ async def test_check_finds_triggers_that_a_restore_left_weaker(owner_dsn: str, c
 
 
 async def test_a_restored_database_gets_its_own_grant_again(owner_dsn: str, connection: Connection) -> None:
-    """What belongs to the database itself comes with no dump: check says so, and the next start mends it."""
+    """No dump has the grants on the database itself. The check reports a missing one, and a start adds it."""
     name = await connection.fetchval("SELECT current_database()")
     await connection.execute(f'REVOKE CREATE ON DATABASE "{name}" FROM {OWNER_ROLE}')
     assert await wrong(owner_dsn)
@@ -272,7 +272,7 @@ async def test_a_restored_database_gets_its_own_grant_again(owner_dsn: str, conn
 async def test_check_runs_nothing_that_the_service_has_put_in_the_place_of_a_table(
     owner_dsn: str, connection: Connection
 ) -> None:
-    """What looks at a view's tables as somebody mightier looks first whether they are tables."""
+    """The check has more rights than the service, so it reads a view's relations only if they are tables."""
     async with acting(owner_dsn, SERVICE_ROLE) as service:
         await service.execute("""
             SET search_path = timeline;

@@ -1,4 +1,4 @@
-"""The bytes of an event are the library's own, and come back as the event they were made of."""
+"""The bytes of an event equal the library's, and decode to the same event."""
 
 import dataclasses
 from datetime import timedelta, timezone
@@ -59,12 +59,12 @@ TOPIC = "order.status_reported"
 
 
 def changed_state(**changes: Any) -> bytes:
-    """SENT_STATE with some of its fields changed."""
+    """Return SENT_STATE with some fields changed."""
     return orjson.dumps({**orjson.loads(SENT_STATE), **changes})
 
 
 def test_the_bytes_of_the_first_release() -> None:
-    """The event of the examples is written as it was when the log was new."""
+    """The example event still has the bytes of the first release."""
     assert encode_event(SENT_EVENT) == SENT_STATE
     assert MAPPER.to_stored_event(SENT_EVENT) == StoredEvent(ORDER_NO, 1, TOPIC, SENT_STATE)
 
@@ -72,7 +72,7 @@ def test_the_bytes_of_the_first_release() -> None:
 @MANY
 @given(EVENTS)
 def test_the_bytes_are_the_librarys(event: Order.StatusReported) -> None:
-    """Both write the same bytes, and each reads them as the same event, with values of the same types."""
+    """Our transcoder and the library's write the same bytes, and each decodes the other's."""
     stored = MAPPER.to_stored_event(event)
     assert encode_event(event) == stored.state
     decoded = decode_event(event.originator_id, event.originator_version, stored.topic, stored.state)
@@ -83,7 +83,7 @@ def test_the_bytes_are_the_librarys(event: Order.StatusReported) -> None:
 
 
 def test_every_character_is_written_as_the_library_writes_it() -> None:
-    """All of Unicode is written alike, without the surrogates, which are not characters."""
+    """All Unicode characters except surrogates encode to the library's bytes."""
     every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
     event = dataclasses.replace(SENT_EVENT, body=every)
     assert encode_event(event) == MAPPER.to_stored_event(event).state
@@ -91,7 +91,7 @@ def test_every_character_is_written_as_the_library_writes_it() -> None:
 
 @pytest.mark.parametrize("surrogate", [chr(0xD800), chr(0xDFFF), f"a{chr(0xDC80)}b"])
 def test_a_lone_surrogate_is_refused_as_the_library_refuses_it(surrogate: str) -> None:
-    """Neither writes text that is not Unicode."""
+    """Neither transcoder encodes an invalid string."""
     event = dataclasses.replace(SENT_EVENT, body=surrogate)
     with pytest.raises(UnicodeEncodeError):
         MAPPER.to_stored_event(event)
@@ -100,7 +100,7 @@ def test_a_lone_surrogate_is_refused_as_the_library_refuses_it(surrogate: str) -
 
 
 def test_a_body_that_looks_like_a_typed_value_stays_text() -> None:
-    """Nothing that a sender writes is mistaken for the transcoder's own notation."""
+    """The decoder does not mistake a sender's text for the transcoder's notation of typed values."""
     body = '{"_type_":"datetime_iso","_data_":"2026-01-31T08:30:00+00:00"}'
     event = dataclasses.replace(SENT_EVENT, body=body, reported_status=body)
     stored = MAPPER.to_stored_event(event)
@@ -131,20 +131,20 @@ def test_a_body_that_looks_like_a_typed_value_stays_text() -> None:
     ],
 )
 def test_what_is_not_ours_to_read_raises(topic: str, state: bytes) -> None:
-    """Unknown topics, broken bytes, broken times and class versions that never were are errors, not events."""
+    """Unknown topics, invalid bytes, invalid times and unknown class versions are errors."""
     with pytest.raises(UndecodableEventError):
         decode_event(ORDER_NO, 1, topic, state)
 
 
 def test_a_newer_class_version_raises() -> None:
-    """What a later release wrote may mean something else: it is refused, not read as if it were of today."""
+    """An event of a newer class version may have another meaning, so the decoder refuses it."""
     with pytest.raises(UndecodableEventError):
         decode_event(ORDER_NO, 1, TOPIC, changed_state(class_version=2))
 
 
 @pytest.mark.parametrize("name", sorted(orjson.loads(SENT_STATE).keys() - {"timestamp", "occurred_at"}))
 def test_an_event_that_lacks_a_field_raises(name: str) -> None:
-    """Bytes that make no whole event are an error here, not an AttributeError in whatever reads it later."""
+    """An incomplete event fails when it is decoded, not with an AttributeError later."""
     fields = orjson.loads(SENT_STATE)
     del fields[name]
     with pytest.raises(UndecodableEventError):
@@ -152,24 +152,24 @@ def test_an_event_that_lacks_a_field_raises(name: str) -> None:
 
 
 def test_an_unknown_topic_is_named() -> None:
-    """The error says which topic nobody knows."""
+    """The error names the unknown topic."""
     with pytest.raises(UndecodableEventError, match=r"order\.unknown"):
         decode_event(ORDER_NO, 1, "order.unknown", SENT_STATE)
 
 
 def test_a_topic_of_something_else_is_refused() -> None:
-    """A topic that resolves to a class of another kind makes no event of an order."""
+    """A topic of another class is refused."""
     with pytest.raises(UndecodableEventError, match="is not an event of an order"):
         decode_event(ORDER_NO, 1, "domain.order:Order.Event", SENT_STATE)
 
 
 def test_the_present_class_version_may_be_spelt_out() -> None:
-    """Version 1 is meant where none is written; where it is written, it is not a field of the event."""
+    """The default class version is 1. A written class version does not become a field of the event."""
     assert vars(decode_event(ORDER_NO, 1, TOPIC, changed_state(class_version=1))) == vars(SENT_EVENT)
 
 
 def test_read_fields() -> None:
-    """The fields as JSON has them, times as text; the log's own columns are not among them."""
+    """The result has the fields as in JSON, with times as text, and without the log's columns."""
     fields = read_fields(SENT_STATE)
     assert fields is not None
     assert fields["timestamp"] == "2026-01-31T08:30:00.123456+00:00"
@@ -181,5 +181,5 @@ def test_read_fields() -> None:
 
 @pytest.mark.parametrize("state", [b"", b"state4", b"[]", b"null", b'"x"', b"\xff"])
 def test_read_fields_of_what_is_no_json_object(state: bytes) -> None:
-    """Bytes that some other program left in the log have no fields, and raise nothing."""
+    """Foreign bytes in the log have no fields, and raise no error."""
     assert read_fields(state) is None
