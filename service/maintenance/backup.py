@@ -21,9 +21,7 @@ from service.settings import Settings
 # The schemas of the views, and those that a rebuild creates.
 WITHOUT_VIEWS: Final = f"--exclude-schema=({'|'.join(view.name for view in VIEWS)})(_next|_old|)"
 
-IS_EMPTY: Final = """
-    SELECT NOT EXISTS (SELECT FROM pg_tables WHERE schemaname NOT IN ('pg_catalog', 'information_schema'))
-"""
+IS_EMPTY: Final = "SELECT count(*) = 0 FROM pg_stat_user_tables"
 # A rebuild holds the same lock: each of the two reads the whole log, so they take turns.
 HOLD_REBUILD_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('rebuild', 0))"
 HOLD_SCHEMA_LOCK: Final = "SELECT pg_advisory_lock($1)"
@@ -70,14 +68,15 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
     if not await connection.fetchval(IS_EMPTY):
         raise BackupError("the database is not empty: restore into a new folder, set ORDER_TRACKING_STATE_DIR")
     await connection.execute(ROLES_SQL)
-    tool = bindir / "pg_restore"
     try:
         if file.seekable():  # a pipe cannot be read twice
-            contents = await _run(tool, "--list", stdin=file, stdout=subprocess.PIPE)
+            contents = await _run(bindir / "pg_restore", "--list", stdin=file, stdout=subprocess.PIPE)
             file.seek(0)
             if b" TABLE public order_events " not in contents:
                 raise BackupError("the dump is not a backup of this service")  # noqa: TRY301 - caught for its suffix
-        await _run(tool, "--exit-on-error", "--single-transaction", f"--dbname={dsn}", stdin=file)
+        await _run(
+            bindir / "pg_restore", "--exit-on-error", "--single-transaction", f"--dbname={dsn}", stdin=file
+        )
     except BackupError as error:
         raise BackupError(f"{error}; nothing was restored") from None
     if not await connection.fetchval(IS_APPLIED):
@@ -92,14 +91,12 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
         raise BackupError(f"the dump is restored, but a later step failed: {error}; run 'migrate'") from error
 
 
-async def _run(tool: Path, *options: str, stdin: IO[bytes] | None = None, stdout: int | None = None) -> bytes:
+async def _run(
+    tool: Path, *options: str, stdin: IO[bytes] | int = subprocess.DEVNULL, stdout: int | None = None
+) -> bytes:
     """Run a tool and return its output. If this is cancelled, kill the tool."""
     process = await asyncio.create_subprocess_exec(
-        *(str(tool), *options),
-        stdin=stdin or subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        env=ENVIRONMENT,
+        str(tool), *options, stdin=stdin, stdout=stdout, stderr=subprocess.PIPE, env=ENVIRONMENT
     )
     try:
         output, errors = await process.communicate()
