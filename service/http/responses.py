@@ -47,7 +47,7 @@ def response(
     headers: Mapping[str, str] | None = None,
 ) -> web.Response:
     """Return a response of another media type than JSON."""
-    own = {hdrs.CONTENT_TYPE: content_type} if content_type is not None else {}
+    own: dict[str, str] = {hdrs.CONTENT_TYPE: content_type} if content_type is not None else {}
     return web.Response(body=body, status=status, headers={**SERVER, **own, **(headers or {})})
 
 

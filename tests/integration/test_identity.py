@@ -317,7 +317,7 @@ def test_the_address_is_the_rightmost_that_no_trusted_proxy_has(
     headers = CIMultiDict([("X-Forwarded-For", value) for value in forwarded])
     request = make_mocked_request("PUT", "/webhook", headers).clone(remote=peer or "")
     sender = WebhookAuth([], b"", "X", PROXIES)
-    assert sender._sender_address(request) == (address or "")
+    assert sender.check_request(request) == (address or "")
 
 
 async def test_the_event_has_the_address_behind_the_proxy(dsn: str) -> None:
