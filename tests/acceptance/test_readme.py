@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands are run as they stand, its tables and diagram held to the code."""
+"""The README is true: its commands run unchanged, and its tables and links agree with the code."""
 
 import re
 import shutil
@@ -17,8 +17,11 @@ from tests.support.processes import RunningService, environment
 from tests.support.waiting import PATIENCE_SECONDS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+STATUSES_PAGE = (ROOT / "docs" / "statuses.md").read_text(encoding="utf-8")
+WORDS_MAX = 1_800
+IMAGES_BYTES_MAX = 200_000
 
-# What differs from one run to the next; everything else is compared as it stands.
+# Text that differs from one run to the next. Everything else is compared unchanged.
 VARYING = {
     r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}": "ID",
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)": "TIME",
@@ -26,7 +29,7 @@ VARYING = {
 
 
 def steps() -> list[tuple[str, str]]:
-    """Each command of the README's console blocks, with what it says comes of it."""
+    """Each command of the README's console blocks, with its written output."""
     found = []
     for block in re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
         for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
@@ -36,7 +39,7 @@ def steps() -> list[tuple[str, str]]:
 
 
 def pattern_of(written: str) -> str:
-    """What is written, with three dots for anything, over lines as well."""
+    """A pattern for written output, in which three dots stand for any text."""
     return r".*?".join(re.escape(part) for part in levelled(written).strip().split("..."))
 
 
@@ -47,10 +50,10 @@ def levelled(text: str) -> str:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the README's commands use curl")
-def test_the_first_five_minutes_are_what_they_say(service: RunningService, tmp_path: Path) -> None:
-    """Every command of the README, run in its order against a fresh service, prints what stands below it.
+def test_the_first_five_minutes_are_true(service: RunningService, tmp_path: Path) -> None:
+    """Every command of the README, run in order against a new service, prints its written output.
 
-    It takes about 7 s: each command is a process of its own.
+    It takes about 7 s, since each command is a process.
     """
     tool = tmp_path / "order-tracking"
     tool.write_text(
@@ -80,8 +83,8 @@ def test_the_first_five_minutes_are_what_they_say(service: RunningService, tmp_p
 
 
 def test_the_diagram_draws_legal_moves_only() -> None:
-    """Each arrow of the diagram is a move that the table takes, skipping nothing; every status is there."""
-    (diagram,) = re.findall(r"^```mermaid\nstateDiagram-v2\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """Each arrow is a move that advances and skips no stage, and the diagram has every status."""
+    (diagram,) = re.findall(r"^```mermaid\nstateDiagram-v2\n(.*?)^```", STATUSES_PAGE, re.MULTILINE | re.DOTALL)
     arrows = re.findall(r"^ +(\S+) --> (\S+)$", diagram, re.MULTILINE)
     drawn = {name for arrow in arrows for name in arrow if name != "[*]"}
     assert drawn == set(STATUSES)
@@ -93,16 +96,24 @@ def test_the_diagram_draws_legal_moves_only() -> None:
         assert (judgement.verdict, judgement.skipped) == ("advanced", ()), (origin, reported)
 
 
-def test_every_setting_stands_in_the_table() -> None:
-    """The README's table of settings has each of them, with its default and its meaning."""
-    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| .*? \| (.*?) \|$", README, re.MULTILINE))
+def test_every_setting_is_in_the_table() -> None:
+    """The table has each setting by its full name, with its meaning."""
+    rows = dict(re.findall(r"^\| `ORDER_TRACKING_([A-Z_]+)` \| .*? \| (.*?) \|$", README, re.MULTILINE))
     assert set(rows) == {name.upper() for name in Settings.model_fields}
     for name, field in Settings.model_fields.items():
         assert field.description is not None
         assert rows[name.upper()].replace("`", "") == field.description, name
 
 
-def test_the_files_that_it_names_are_there() -> None:
-    """No link and no path of the README leads nowhere."""
-    for path in re.findall(r"\]\((docs/[^)]+)\)|`((?:service|domain|projections)/\w+\.py)`", README):
+def test_its_files_exist() -> None:
+    """Every link to a file and every path of code leads to a file."""
+    for path in re.findall(r"\]\((docs/[^)]+)\)|`((?:service|domain|projections)/[\w/]+\.py)`", README):
         assert (ROOT / (path[0] or path[1])).is_file(), path
+
+
+def test_it_is_short() -> None:
+    """Longer explanations belong in docs/, and its pictures load quickly."""
+    assert len(README.split()) <= WORDS_MAX
+    images = re.findall(r"!\[[^\]]+\]\((docs/images/[^)]+)\)", README)
+    assert len(images) == 2
+    assert sum((ROOT / image).stat().st_size for image in images) < IMAGES_BYTES_MAX
