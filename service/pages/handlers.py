@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from operator import attrgetter
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Final, Literal, get_args
 from urllib.parse import urlencode
 
 from aiohttp import web
@@ -25,7 +25,7 @@ from service.http.problems import Handler, Kind, ProblemError, problem_of, set_a
 from service.http.request_ids import request_id_of
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
-from service.pages import documentation, drawing
+from service.pages import drawing
 from service.pages.i18n import IN_ALL, Language
 from service.pages.order import NotKnownThenError, history
 from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, overview
@@ -89,7 +89,6 @@ class Pages:
         access: who may read.
         projectors: of the views, by name.
         seconds_max: how long one page may take, the wait for a position not included.
-        document: the OpenAPI document.
     """
 
     def __init__(
@@ -98,15 +97,12 @@ class Pages:
         access: Access,
         projectors: Mapping[str, Projector],
         seconds_max: float,
-        document: Mapping[str, Any],
     ) -> None:
         self._pool = pool
         self._access = access
         self._sessions = Sessions(access)
         self._projectors = projectors
         self._seconds_max = seconds_max
-        self._operations = documentation.operations(document)
-        self._schemas = documentation.schemas(document)
 
     def routes(self) -> list[web.RouteDef]:
         """The pages; what makes them and the documentation are open, as the program itself is."""
@@ -118,7 +114,6 @@ class Pages:
             web.get(f"{order}/reports/{{version:[^/]+}}", self._reading(self.show_report)),
             web.get("/quarantined", self._reading(self.list_quarantined)),
             web.get("/quarantined/{quarantine_id:[^/]+}", self._reading(self.show_quarantined)),
-            web.get("/docs", _drawn(self.show_documentation)),
             web.get("/static/{name}", self.show_asset),
             web.post("/session", _drawn(self._sessions.begin)),
         ]
@@ -270,19 +265,6 @@ class Pages:
             dump=hex_dump(shown),
             body_bytes=len(entry.body or b""),
             shown_bytes=len(shown),
-        )
-
-    async def show_documentation(self, request: web.Request) -> web.Response:
-        """The HTTP contract, drawn from the OpenAPI document."""
-        read_query(ShownQuery, request)
-        return page(
-            request,
-            "docs.html",
-            "/docs",
-            area="docs",
-            operations=self._operations,
-            schemas=self._schemas,
-            problems=documentation.PROBLEM_KINDS,
         )
 
     async def show_asset(self, request: web.Request) -> web.Response:

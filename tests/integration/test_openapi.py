@@ -59,7 +59,7 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any]) -> None:
 
 
 # What is drawn for people is no part of the contract.
-PAGES = r"/$|/(static|track|quarantined|session|docs|overview|metrics)\b"
+PAGES = r"/$|/(static|track|quarantined|session|overview|metrics)\b"
 
 
 async def test_every_problem_is_told_of_some_endpoint(document: dict[str, Any]) -> None:

@@ -212,4 +212,3 @@ if (body.dataset.stream) {
   setInterval(() => refreshSoon(0), REFRESH_EVERY);
   document.addEventListener("visibilitychange", () => refreshSoon(0));
 }
-if (matchMedia("(max-width: 60rem)").matches) document.querySelector(".docs-nav details")?.removeAttribute("open");

@@ -1,4 +1,4 @@
-"""What is drawn: plots, the journey of an order, the documentation."""
+"""What is drawn: plots, the journey of an order."""
 
 from datetime import UTC, datetime, timedelta
 from xml.etree import ElementTree as ET
@@ -7,12 +7,10 @@ import pytest
 
 from domain.statuses import Status
 from service.pages import charts as plots
-from service.pages import documentation
 from service.pages.charts import Bar, Column, Span, nice_maximum
 from service.pages.order import stages
 
 NASTY = '<script>"&'
-NUMBER = {"type": "integer", "minimum": 1}
 AT = datetime(2026, 1, 31, tzinfo=UTC)
 
 
@@ -94,47 +92,3 @@ def test_what_lies_beside_the_path_stands_where_it_happened() -> None:
     assert [*journey("in_transit", "problem", "delivered")][3:5] == ["in_transit", "problem"]
     assert journey("submitted", "cancelled") == {"submitted": "reached", "cancelled": "now"}
     assert journey("problem")["problem"] == "now"
-
-
-def test_a_document_is_drawn_even_where_it_says_little() -> None:
-    """Types in few words, references as links, code and links within texts, nothing else marked up."""
-    document = {
-        "paths": {
-            "/x/{id}": {
-                "get": {
-                    "summary": "A `b` <i> [c](/problems/d) [e](https://elsewhere.example)",
-                    "parameters": [{"name": "id", "in": "path", "required": True}],
-                    "responses": {"200": {"content": {"a/b": {"schema": {"$ref": "#/components/schemas/Y"}}}}},
-                    "security": [{"key": []}],
-                },
-                "summary": "not a method",
-            }
-        },
-        "components": {
-            "schemas": {
-                "Y": {
-                    "properties": {
-                        "one": {"anyOf": [{"type": "array", "items": NUMBER}, {"type": "null"}]},
-                        "two": {"enum": ["<a>"]},
-                        "three": {"type": ["string", "null"], "format": "date", "default": "x"},
-                    },
-                    "required": ["one"],
-                }
-            }
-        },
-    }  # fmt: skip
-    (operation,) = documentation.operations(document)
-    assert (operation.slug, operation.method, operation.is_open) == ("get-x-id", "GET", False)
-    assert operation.summary == (
-        'A <code>b</code> &lt;i&gt; <a href="/problems/d">c</a> [e](https://elsewhere.example)'
-    )
-    assert operation.answers[0].forms == [("a/b", '<a href="#schema-y">Y</a>')]
-    (schema,) = documentation.schemas(document)
-    assert [row.kind for row in schema.members] == [
-        "integer <small>≥ 1</small> […] | null",
-        "<code>&lt;a&gt;</code>",
-        "string | null <small>date, = x</small>",
-    ]
-    assert [row.required for row in schema.members] == [True, False, False]
-    assert not documentation.operations({})
-    assert not documentation.schemas({})
