@@ -13,7 +13,6 @@ from eventsourcing.persistence import DatetimeAsISO, JSONTranscoder, Mapper, Sto
 
 from domain.order import Order
 
-
 _TRANSCODER: Final = JSONTranscoder()
 _TRANSCODER.register(DatetimeAsISO())
 # The library's own way to encode and decode.

@@ -1,147 +1,204 @@
-"""Plots, drawn as SVG by the service. Their colours are the style sheet's, by the names of classes."""
+"""The overview's charts as SVG, and tables of the same numbers. The style sheet colours them by class name."""
 
 import math
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, date, timedelta
+from typing import Any, Final, NamedTuple, cast
 
 from markupsafe import Markup
 
+from domain.statuses import STATUSES
+from domain.transitions import VERDICTS
+from service.pages.i18n import Locale
+from service.pages.overview import DAYS_SHOWN, MOVES_SHOWN_MAX, Overview
+from service.pages.render import choose_tone
+
+# Lengths are in units of the SVG's viewBox, which the browser scales to the card.
 WIDTH: Final = 480
-COLUMNS_HEIGHT: Final = 190
 BAR_HEIGHT: Final = 30
+SPAN_HEIGHT: Final = 46
+COLUMNS_HEIGHT: Final = 190
+COLUMNS_TOP: Final = 12
+COLUMNS_FLOOR: Final = COLUMNS_HEIGHT - 26
+COLUMNS_LEFT: Final = 44
 LABEL_WIDTH: Final = 150
 VALUE_WIDTH: Final = 56
-# Room above the columns, and for the words beneath them.
-TOP: Final = 12
-BOTTOM: Final = 26
-LEFT: Final = 44
-# A column that nobody could see would say that there is nothing.
-SEEN_MIN: Final = 2.0
-
-_SVG: Final = Markup(
-    '<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-labelledby="{id}-title {id}-desc">'
-    '<title id="{id}-title">{title}</title><desc id="{id}-desc">{said}</desc>{inside}</svg>'
-)
-_RECT: Final = Markup(
-    '<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{rx}"/>'
-)
-_NAMED_RECT: Final = Markup(
-    '<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="{rx}">'
-    "<title>{name}</title></rect>"
-)
-_TEXT: Final = Markup('<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{text}</text>')
-_LINE: Final = Markup('<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
-_DOT: Final = Markup('<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/>')
-_LINK: Final = Markup('<a href="{href}">{inside}</a>')
+# A shorter rectangle would be invisible, and its count would look like zero.
+LENGTH_MIN: Final = 2.0
+TICK_MINUTES: Final = 15
+TICK_DAYS: Final = 3
 
 
 class Bar(NamedTuple):
-    """One bar: its name, its value, the value as it is written, the class of its colour, where it leads."""
+    """One bar: ``tone`` is the class of its colour, ``href`` the target of its link, or empty."""
 
     label: str
-    value: float
-    shown: str
-    kind: str
-    href: str = ""
+    value: int
+    tone: str
+    href: str
 
 
 class Column(NamedTuple):
-    """One column: its name, a word beneath it (or none), and its parts by the classes of their colours."""
+    """One column: its report counts by verdict, and whether its label is written below it."""
 
     label: str
-    tick: str
-    parts: Sequence[tuple[str, int]]
+    counts: Mapping[str, int]
+    has_tick: bool
 
 
 class Span(NamedTuple):
-    """A range of time: its name, its dot and the end of its line, in seconds, and how the dot is written."""
+    """A range of time in seconds: a dot at ``start`` and a line from there to ``end``."""
 
     label: str
-    seconds: float
-    until: float
-    shown: str
+    start: float
+    end: float
 
 
-def bars(name: str, title: str, said: str, rows: Sequence[Bar]) -> Markup:
-    """Draw values as horizontal bars, each with its name before it and its value behind it."""
-    most = max((row.value for row in rows), default=0) or 1
-    room = WIDTH - LABEL_WIDTH - VALUE_WIDTH
-    drawn = []
-    for index, row in enumerate(rows):
-        y = index * BAR_HEIGHT
-        length = max(row.value / most * room, SEEN_MIN if row.value else 0)
-        inside = (
-            _RECT.format(kind="track", x=LABEL_WIDTH, y=y + 8, width=room, height=14, rx=7)
-            + _RECT.format(
-                kind=f"bar {row.kind}", x=LABEL_WIDTH, y=y + 8, width=length, height=14, rx=min(7, length / 2)
-            )
-            + _TEXT.format(kind="label end", x=LABEL_WIDTH - 12, y=y + 20, text=row.label)
-            + _TEXT.format(kind="value", x=WIDTH - VALUE_WIDTH + 10, y=y + 20, text=row.shown)
+def draw_charts(overview: Overview, locale: Locale) -> dict[str, Any]:
+    """Return the charts and the rows of their tables, by the names that the overview's template uses."""
+    orders = {count["status"]: count["orders"] for count in overview.statistics["statuses"]}
+    reports: dict[date, Mapping[str, int]] = {
+        day["day"]: cast("Mapping[str, int]", day["reports"]) for day in overview.statistics["days"]
+    }
+    # A status that this release does not know comes last.
+    statuses = [status for status in dict.fromkeys((*STATUSES, None, *orders)) if orders.get(status)]
+    links = [f"/track?status={status}" if status in STATUSES else "" for status in statuses]
+    bars = [
+        Bar(locale.status(status), orders[status], choose_tone(status), link)
+        for status, link in zip(statuses, links, strict=True)
+    ]
+    minutes = [
+        Column(locale.clock(minute), counts, minute.minute % TICK_MINUTES == 0)
+        for minute, counts in overview.minutes
+    ]
+    today = overview.now.astimezone(UTC).date()
+    dates = [(ago, today - timedelta(days=ago)) for ago in reversed(range(DAYS_SHOWN))]
+    days = [Column(locale.day(day), reports.get(day, {}), ago % TICK_DAYS == 0) for ago, day in dates]
+    moves = sorted(overview.statistics["moves"], key=lambda move: -move["times"])[:MOVES_SHOWN_MAX]
+    spans = [
+        Span(
+            f"{locale.status(move['from'])} → {locale.status(move['to'])}",
+            move["seconds_p50"],
+            move["seconds_p90"],
         )
-        drawn.append(_LINK.format(href=row.href, inside=inside) if row.href else inside)
-    return _svg(name, title, said, max(1, len(rows)) * BAR_HEIGHT, drawn)
+        for move in moves
+    ]
+    return {
+        "by_status": draw_bars("by_status", bars, locale),
+        "per_minute": draw_columns("per_minute", minutes, locale),
+        "minute_rows": _rows((column for column in minutes if any(column.counts.values())), locale),
+        "per_day": draw_columns("per_day", days, locale),
+        "day_rows": _rows(days, locale),
+        "moves": draw_spans("time_spent", spans, locale),
+        "move_rows": [
+            (span.label, locale.number(move["times"]), locale.duration(span.start), locale.duration(span.end))
+            for move, span in zip(moves, spans, strict=True)
+        ],
+    }
 
 
-def columns(name: str, title: str, said: str, rows: Sequence[Column]) -> Markup:
-    """Draw counts as columns from left to right, the parts of each stacked."""
-    most = nice_maximum(max((sum(count for _, count in row.parts) for row in rows), default=0))
-    room, floor = COLUMNS_HEIGHT - TOP - BOTTOM, COLUMNS_HEIGHT - BOTTOM
-    step = (WIDTH - LEFT) / max(1, len(rows))
+def _rows(columns: Iterable[Column], locale: Locale) -> list[list[str]]:
+    return [
+        [label, *(locale.number(counts.get(verdict, 0)) for verdict in VERDICTS)]
+        for label, counts, _ in columns
+    ]
+
+
+def draw_bars(name: str, bars: Sequence[Bar], locale: Locale) -> Markup:
+    """Draw counts as horizontal bars, each between its label and its number. ``name`` is the title's text."""
+    maximum = max((bar.value for bar in bars), default=1)
+    room = WIDTH - LABEL_WIDTH - VALUE_WIDTH
+    elements = []
+    for index, bar in enumerate(bars):
+        y, length = index * BAR_HEIGHT, max(LENGTH_MIN, bar.value / maximum * room)
+        place = {"x": LABEL_WIDTH, "y": y + 8, "height": 14}
+        drawing = (
+            _element("rect", class_="track", width=room, rx=7, **place)
+            + _element("rect", class_=f"bar {bar.tone}", width=length, rx=min(7, length / 2), **place)
+            + _element("text", bar.label, class_="label end", x=LABEL_WIDTH - 12, y=y + 20)
+            + _element("text", locale.number(bar.value), class_="value", x=WIDTH - VALUE_WIDTH + 10, y=y + 20)
+        )
+        elements.append(_element("a", drawing, href=bar.href) if bar.href else drawing)
+    description = ", ".join(f"{bar.label} {locale.number(bar.value)}" for bar in bars)
+    return _svg(locale.texts[name], description, len(bars) * BAR_HEIGHT, elements, name)
+
+
+def draw_columns(name: str, columns: Sequence[Column], locale: Locale) -> Markup:
+    """Draw report counts as columns from left to right, with the verdicts of each column stacked."""
+    totals = [sum(column.counts.values()) for column in columns]
+    maximum = round_up(max(totals, default=0))
+    scale = (COLUMNS_FLOOR - COLUMNS_TOP) / maximum
+    step = (WIDTH - COLUMNS_LEFT) / max(1, len(columns))
     width = max(1.5, min(30.0, step * 0.72))
-    drawn = []
-    for share in (0, 0.5, 1):
-        y = floor - share * room
-        drawn.append(_LINE.format(kind="grid", x1=LEFT, y1=y, x2=WIDTH, y2=y))
-        if most * share == int(most * share):
-            drawn.append(_TEXT.format(kind="tick end", x=LEFT - 8, y=y + 4, text=f"{int(most * share):,}"))
-    for index, row in enumerate(rows):
-        x, y = LEFT + index * step + (step - width) / 2, float(floor)
-        for kind, count in row.parts:
-            height = max(count / most * room, SEEN_MIN) if count else 0
-            y -= height
-            if count:
-                told = f"{row.label}: {count:,}"
-                drawn.append(
-                    _NAMED_RECT.format(
-                        kind=f"column {kind}", x=x, y=y, width=width, height=height, rx=1.5, name=told
-                    )
-                )
-        if row.tick:
-            drawn.append(_TEXT.format(kind="tick middle", x=x + width / 2, y=COLUMNS_HEIGHT - 6, text=row.tick))
-    return _svg(name, title, said, COLUMNS_HEIGHT, drawn)
+    elements = []
+    for value in (0, maximum // 2, maximum):
+        y = COLUMNS_FLOOR - value * scale
+        elements.append(_element("line", class_="grid", x1=COLUMNS_LEFT, y1=y, x2=WIDTH, y2=y))
+        elements.append(_element("text", locale.number(value), class_="tick end", x=COLUMNS_LEFT - 8, y=y + 4))
+    for index, (label, counts, has_tick) in enumerate(columns):
+        x, y = COLUMNS_LEFT + index * step + (step - width) / 2, float(COLUMNS_FLOOR)
+        for verdict in VERDICTS:
+            if count := counts.get(verdict, 0):
+                height = max(LENGTH_MIN, count * scale)
+                y -= height
+                place = {"x": x, "y": y, "width": width, "height": height, "rx": 1.5}
+                hint = _element("title", f"{label}: {locale.number(count)}")
+                elements.append(_element("rect", hint, class_=f"column {verdict}", **place))
+        if has_tick:
+            middle, bottom = x + width / 2, COLUMNS_HEIGHT - 6
+            elements.append(_element("text", label, class_="tick middle", x=middle, y=bottom))
+    description = locale.texts["report_count"].format(reports=locale.number(sum(totals)))
+    return _svg(locale.texts[name], description, COLUMNS_HEIGHT, elements, name)
 
 
-def spans(name: str, title: str, said: str, rows: Sequence[Span]) -> Markup:
-    """Draw ranges of time beneath each other, on a scale of powers of ten."""
-    least = math.log10(max(1.0, min((row.seconds for row in rows), default=1.0)))
-    most = math.log10(max(10.0, max((row.until for row in rows), default=10.0)))
-    room = WIDTH - 24
-    scale = room / max(most - least, 0.5)
-    drawn = []
-    for index, row in enumerate(rows):
-        y = index * 46 + 34
-        at = 12 + min(room, max(0.0, (math.log10(max(1.0, row.seconds)) - least) * scale))
-        end = 12 + min(room, max(0.0, (math.log10(max(1.0, row.until)) - least) * scale))
-        drawn += [
-            _TEXT.format(kind="label", x=0, y=y - 16, text=row.label),
-            _TEXT.format(kind="value end", x=WIDTH, y=y - 16, text=row.shown),
-            _LINE.format(kind="track-line", x1=6, y1=y, x2=WIDTH - 6, y2=y),
-            _LINE.format(kind="span", x1=at, y1=y, x2=end, y2=y),
-            _DOT.format(kind="dot", x=at, y=y, r=6),
+def draw_spans(name: str, spans: Sequence[Span], locale: Locale) -> Markup:
+    """Draw ranges of time below each other, on a logarithmic scale."""
+
+    def log(seconds: float) -> float:
+        return math.log10(max(1.0, seconds))
+
+    least = min((log(span.start) for span in spans), default=0.0)
+    most = max([1.0, *(log(span.end) for span in spans)])
+    scale = (WIDTH - 24) / max(most - least, 0.5)
+    elements = []
+    for index, span in enumerate(spans):
+        y = index * SPAN_HEIGHT + 34
+        start, end = (12 + (log(seconds) - least) * scale for seconds in (span.start, span.end))
+        elements += [
+            _element("text", span.label, class_="label", x=0, y=y - 16),
+            _element("text", locale.duration(span.start), class_="value end", x=WIDTH, y=y - 16),
+            _element("line", class_="track-line", x1=6, y1=y, x2=WIDTH - 6, y2=y),
+            _element("line", class_="span", x1=start, y1=y, x2=end, y2=y),
+            _element("circle", class_="dot", cx=start, cy=y, r=6),
         ]
-    return _svg(name, title, said, max(1, len(rows)) * 46, drawn)
+    description = ", ".join(f"{span.label} {locale.duration(span.start)}" for span in spans)
+    return _svg(locale.texts[name], description, len(spans) * SPAN_HEIGHT, elements, name)
 
 
-def nice_maximum(value: int) -> int:
-    """Return the first of 2, 4, 10, 20, 40, 100, ... that is not below a value."""
+def round_up(value: int) -> int:
+    """Return the smallest of 2, 4, 10, 20, 40, 100, ... that is not below a value."""
     size = 1
-    while True:
-        for step in (2, 4, 10):
-            if value <= step * size:
-                return step * size
+    while value > 10 * size:
         size *= 10
+    return next(step * size for step in (2, 4, 10) if value <= step * size)
 
 
-def _svg(name: str, title: str, said: str, height: int, drawn: Sequence[Markup]) -> Markup:
-    inside = Markup("").join(drawn)
-    return _SVG.format(width=WIDTH, height=height, id=name, title=title, said=said, inside=inside)
+def _element(tag: str, *content: str, **attributes: str | float) -> Markup:
+    """Return an element. Text is escaped, numbers are rounded; ``class_`` is the attribute "class"."""
+    pairs = Markup("").join(
+        Markup(' {}="{}"').format(name.rstrip("_"), value if isinstance(value, str) else round(value, 1))
+        for name, value in attributes.items()
+    )
+    return Markup("<{0}{1}>{2}</{0}>").format(tag, pairs, Markup("").join(content))
+
+
+def _svg(title: str, description: str, height: int, elements: Iterable[Markup], name: str) -> Markup:
+    ids = f"{name}-title", f"{name}-description"
+    heading = _element("title", title, id=ids[0]) + _element("desc", description, id=ids[1])
+    frame = {
+        "class": "plot",
+        "viewBox": f"0 0 {WIDTH} {height}",
+        "role": "img",
+        "aria-labelledby": " ".join(ids),
+    }
+    return _element("svg", heading, *elements, **frame)

@@ -1,322 +1,290 @@
-"""The pages: an overview, orders, one order and its reports, the documentation; and the key for them."""
+"""The handlers of the pages: each reads its data, and renders it or a problem."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from operator import attrgetter
-from typing import Annotated, Final, Literal, get_args
+from functools import partial
+from operator import itemgetter
+from typing import Final, Literal, get_args
 from urllib.parse import urlencode
 
 from aiohttp import web
-from pydantic import Field
 
 from domain.statuses import STATUSES, Status
 from domain.transitions import Verdict
 from projections import current_status, timeline
-from projections.current_status import OrderRow, OrdersFilter
+from projections.current_status import Order, OrdersFilter
 from projections.engine import Projector
+from projections.postgres_errors import Connection
 from service.api.freshness import wait_for
-from service.api.quarantine import entry_of
-from service.database.connections import Connection, Pool, borrowed
-from service.event_log import store as event_store
-from service.http.access import Access
-from service.http.pagination import POSITION_MAX, cut, following
-from service.http.parameters import Cursor, Position, Query, Text, number_of, order_no_of, path_of, read_query
-from service.http.problems import Handler, Kind, ProblemError, problem_of, set_aside
-from service.http.request_ids import request_id_of
+from service.api.quarantine import find_entry
+from service.database.connections import ConnectionPool
+from service.event_log import store
+from service.event_log.codec import read_fields
+from service.http.access import Access, Handler
+from service.http.pagination import POSITION_MAX, cut_page
+from service.http.parameters import (
+    Cursor,
+    Position,
+    Query,
+    Text,
+    Version,
+    order_path,
+    parse_number,
+    parse_order_no,
+    read_query,
+)
+from service.http.problems import ProblemError, ProblemType, to_problem
+from service.http.request_ids import request_id
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
-from service.pages import drawing
-from service.pages.i18n import IN_ALL, Language
-from service.pages.order import NotKnownThenError, history
-from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, overview
-from service.pages.render import (
-    asset_answer,
-    hex_dump,
-    language_of,
-    page,
-    readable,
-    track_path,
-    wants_html,
-    written,
-)
-from service.pages.session import Sessions, key_form, own_path, see_other
+from service.pages.charts import draw_charts
+from service.pages.i18n import Language
+from service.pages.order import NoSuchVersionError, read_history
+from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, read_overview
+from service.pages.render import accepts_html, choose_locale, render_page, serve_asset, track_path
+from service.pages.session import change_session, local_path, redirect, render_key_form
 
 ROWS_SHOWN_MAX: Final = 50
-# What somebody should look at.
+# The verdicts that need attention.
 FILTERED_VERDICTS: Final[tuple[Verdict, ...]] = ("refused", "unrecognised")
-# An entry's body is shown up to here; all of it is in the API's answer and on the command line.
+# A longer body is cut off on its page. The API and the command line return it whole.
 BODY_SHOWN_BYTES_MAX: Final = 65_536
 
-Show = Callable[[web.Request], Awaitable[web.Response]]
+Page = Callable[[web.Request], Awaitable[web.Response]]
 
 
-class ShownQuery(Query):
-    """What every page takes. ``after_position``: the views are waited for, as a page made live asks."""
+class CommonQuery(Query):
+    """The parameters of every page. A page that updates itself passes the last event's ``after_position``."""
 
     lang: Language | None = None
     after_position: Position | None = None
 
 
-class OrdersPageQuery(ShownQuery):
-    """Orders: found by a number, or a list."""
+class OrdersPageQuery(CommonQuery):
+    """A search by order number or airway bill, or filters of the list."""
 
     q: Text | None = None
     status: Status | None = None
     verdict: Verdict | None = None
     stuck: Literal["1"] | None = None
-    cursor: Cursor | None = None
+    cursor: Cursor = POSITION_MAX
 
 
-class OrderPageQuery(ShownQuery):
-    """One order: as it was known at a version; its entries below another."""
+class OrderPageQuery(CommonQuery):
+    """The version that an order is shown at, and the version below which its entries begin."""
 
-    version: Annotated[int, Field(ge=1, le=POSITION_MAX)] | None = None
-    before: Annotated[int, Field(ge=1, le=POSITION_MAX)] | None = None
+    version: Version | None = None
+    before: Version | None = None
 
 
-class QuarantinePageQuery(ShownQuery):
-    """What could not be understood, of one state or all."""
+class QuarantinePageQuery(CommonQuery):
+    """A filter of the quarantine; None for all states."""
 
     state: QuarantineState | None = None
-    cursor: Cursor | None = None
+    cursor: Cursor = POSITION_MAX
 
 
 class Pages:
-    """Draws pages.
+    """The web pages.
 
     Args:
-        pool: where its connections come from.
-        access: who may read.
-        projectors: of the views, by name.
-        seconds_max: how long one page may take, the wait for a position not included.
+        pool: the connection pool for reads.
+        access: the guard that requires API keys.
+        projectors: the projectors of the views, by view name.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        access: Access,
-        projectors: Mapping[str, Projector],
-        seconds_max: float,
-    ) -> None:
+    def __init__(self, pool: ConnectionPool, access: Access, projectors: Mapping[str, Projector]) -> None:
         self._pool = pool
         self._access = access
-        self._sessions = Sessions(access)
         self._projectors = projectors
-        self._seconds_max = seconds_max
 
     def routes(self) -> list[web.RouteDef]:
-        """The pages; what makes them and the documentation are open, as the program itself is."""
+        """Return the routes. Only the static files and the session need no key."""
         order = "/track/{order_no:[^/]+}"
         return [
-            web.get("/", self._reading(self.show_overview)),
-            web.get("/track", self._reading(self.list_orders)),
-            web.get(order, self._reading(self.show_order)),
-            web.get(f"{order}/reports/{{version:[^/]+}}", self._reading(self.show_report)),
-            web.get("/quarantined", self._reading(self.list_quarantined)),
-            web.get("/quarantined/{quarantine_id:[^/]+}", self._reading(self.show_quarantined)),
-            web.get("/static/{name}", self.show_asset),
-            web.post("/session", _drawn(self._sessions.begin)),
+            web.get("/", self._guard(self.show_overview)),
+            web.get("/track", self._guard(self.list_orders)),
+            web.get(order, self._guard(self.show_order)),
+            web.get(f"{order}/reports/{{version:[^/]+}}", self._guard(self.show_report)),
+            web.get("/quarantined", self._guard(self.list_quarantined)),
+            web.get("/quarantined/{quarantine_id:[^/]+}", self._guard(self.show_quarantined)),
+            web.get("/static/{name}", serve_asset),
+            web.post("/session", _with_problem_pages(partial(change_session, self._access))),
         ]
 
-    def _reading(self, show: Show) -> Handler:
-        """Ask for a key first; a person is asked for it by a form."""
-        guarded = _drawn(self._access.requires("read", show))
-        guarded.scope = "read"  # type: ignore[attr-defined]  # told to whoever walks the routes
+    def _guard(self, page: Page) -> Handler:
+        """Require a key for reading; without one, a browser gets the key form."""
+        guarded = _with_problem_pages(self._access.require("read", page))
+        guarded.scope = "read"  # type: ignore[attr-defined]  # a test lists the scopes of all routes
         return guarded
 
     async def show_overview(self, request: web.Request) -> web.Response:
-        """How many orders stand where, what came of late, and what somebody should look at."""
-        query = read_query(ShownQuery, request)
+        """Show the overview."""
+        query = read_query(CommonQuery, request)
         await wait_for(self._projectors, query.after_position, *self._projectors)
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            known = await overview(connection, self._projectors, datetime.now(UTC))
-        return page(
+        async with self._pool.connection() as connection:
+            overview = await read_overview(connection, self._projectors, datetime.now(UTC))
+        return render_page(
             request,
             "overview.html",
             "/",
-            area="overview",
-            stream=f"/events/stream?brief=true&after={known.head}",
-            o=known,
+            stream=f"/events/stream?brief=true&after={overview.head}",
+            overview=overview,
             counted_max=COUNTED_MAX,
             listed_max=LISTED_MAX,
             stuck_days=STUCK_DAYS,
             days_shown=DAYS_SHOWN,
-            **drawing.plots_of(known, IN_ALL[language_of(request)]),
+            **draw_charts(overview, choose_locale(request)),
         )
 
     async def list_orders(self, request: web.Request) -> web.Response:
-        """Orders by number or airway bill, straight to the one where there is only one; else a list."""
+        """Show a list of orders, or redirect to the only order that a search finds."""
         query = read_query(OrdersPageQuery, request)
-        await wait_for(self._projectors, query.after_position, current_status.NAME)
-        before = POSITION_MAX if query.cursor is None else query.cursor
-        async with borrowed(self._pool, self._seconds_max) as connection:
+        await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
+        async with self._pool.connection() as connection:
             if query.q is not None:
-                rows = await _found(connection, query.q)
+                rows = [(0, order) for order in await _search(connection, query.q)]
             else:
                 stuck_since = datetime.now(UTC) - timedelta(days=STUCK_DAYS) if query.stuck else None
-                wanted = OrdersFilter(status=query.status, verdict=query.verdict, unmoved_since=stuck_since)
-                rows = await current_status.orders_page(connection, before, wanted, ROWS_SHOWN_MAX + 1)
+                criteria = OrdersFilter(status=query.status, verdict=query.verdict, unmoved_since=stuck_since)
+                rows = await current_status.orders_page(connection, query.cursor, criteria, ROWS_SHOWN_MAX + 1)
         if query.q is not None and len(rows) == 1:
-            return see_other(track_path(rows[0].order_no))
-        orders, last = cut(rows, ROWS_SHOWN_MAX, attrgetter("first_position"))
-        words = IN_ALL[language_of(request)]
-        asked = {name: value for name, value in request.query.items() if name in ("status", "verdict", "stuck")}
+            return redirect(track_path(rows[0][1]["order_no"]))
+        orders = cut_page(rows, ROWS_SHOWN_MAX, itemgetter(0))
+        locale = choose_locale(request)
         filters: list[tuple[str, dict[str, str]]] = [
-            (words.t["all_orders"], {}),
-            (words.t["stuck_orders"], {"stuck": "1"}),
-            *((words.t[verdict], {"verdict": str(verdict)}) for verdict in FILTERED_VERDICTS),
-            *((words.status(status), {"status": str(status)}) for status in STATUSES),
+            (locale.texts["all_orders"], {}),
+            (locale.texts["stuck_orders"], {"stuck": "1"}),
+            *((locale.texts[verdict], {"verdict": str(verdict)}) for verdict in FILTERED_VERDICTS),
+            *((locale.status(status), {"status": str(status)}) for status in STATUSES),
         ]
-        return page(
+        return render_page(
             request,
             "orders.html",
             "/track",
-            status=200 if orders or query.q is None else 404,
-            area="orders",
+            status=200 if rows or query.q is None else 404,
             q=query.q or "",
-            orders=orders,
-            onward=following("/track", query, cursor=None if query.q is not None else last),
-            filters=_links("/track", filters, asked),
+            orders=[order for _, order in orders.items],
+            next_page=orders.next_path("/track", query) if query.q is None else None,
+            filters=_filter_links(request, "/track", filters),
         )
 
     async def show_order(self, request: web.Request) -> web.Response:
-        """One order, as it is known now or as it was known at a version."""
-        order_no = order_no_of(request)
+        """Show one order in its current state or at an earlier version."""
+        order_no = parse_order_no(request)
         query = read_query(OrderPageQuery, request)
-        await wait_for(self._projectors, query.after_position, current_status.NAME, timeline.NAME)
-        async with borrowed(self._pool, self._seconds_max) as connection:
+        await wait_for(self._projectors, query.after_position, current_status.VIEW.name, timeline.VIEW.name)
+        async with self._pool.connection() as connection:
             try:
-                known = await history(connection, order_no, query.version, query.before)
-            except NotKnownThenError as error:
-                raise ProblemError(Kind.NOT_KNOWN_THEN, str(error)) from None
-            if known is None and await current_status.is_set_aside(connection, order_no):
-                raise set_aside(f"{order_no} is set aside from its first event on")
-        if known is None:
-            raise ProblemError(Kind.UNKNOWN_ORDER, f"nothing was reported of {order_no}")
-        return page(
-            request,
-            "order.html",
-            track_path(order_no),
-            area="orders",
-            stream=f"{path_of(order_no, 'stream')}?after={known.row.position}",
-            order_no=order_no,
-            written=written(order_no),
-            h=known,
-            before=query.before,
+                history = await read_history(connection, order_no, query.version, query.before)
+            except NoSuchVersionError as error:
+                raise ProblemError(ProblemType.NO_SUCH_VERSION, str(error)) from None
+        if history is None:
+            raise ProblemError(ProblemType.UNKNOWN_ORDER, f"{order_no} has no report")
+        position = history.order["position"]
+        path, stream = track_path(order_no), f"{order_path(order_no, 'stream')}?after={position}"
+        return render_page(
+            request, "order.html", path, stream=stream, order_no=order_no, history=history, before=query.before
         )
 
     async def show_report(self, request: web.Request) -> web.Response:
-        """One report of an order: its text as it was received, and what was recorded of it."""
-        order_no = order_no_of(request)
-        read_query(ShownQuery, request)
-        version = number_of(request.match_info["version"])
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            found = await event_store.read_stream(connection, order_no, max(0, version - 1), 1)
-        if not found or found[0].version != version:
-            raise ProblemError(Kind.NOT_KNOWN_THEN, f"{order_no} has no such version")
-        (recorded,) = found
-        fields = event_store.plain_fields(recorded.state) or {}
+        """Show the body of one report and the fields of its event."""
+        order_no = parse_order_no(request)
+        read_query(CommonQuery, request)
+        version = parse_number(request.match_info["version"])
+        async with self._pool.connection() as connection:
+            events = await store.read_stream(connection, order_no, max(0, version - 1), 1)
+        if not events or events[0].version != version:
+            raise ProblemError(ProblemType.NO_SUCH_VERSION, f"{order_no} has no such version")
+        fields = {"position": events[0].position, "recorded_at": events[0].recorded_at.isoformat()}
+        fields |= read_fields(events[0].state) or {}
         body = fields.pop("body", "")
-        first = {"position": recorded.position, "recorded_at": recorded.recorded_at.isoformat()}
-        return page(
-            request,
-            "report.html",
-            f"{track_path(order_no)}/reports/{version}",
-            area="orders",
-            order_no=order_no,
-            version=version,
-            body=body,
-            verdict=fields.get("verdict"),
-            fields=[*first.items(), *fields.items()],
+        path = f"{track_path(order_no)}/reports/{version}"
+        return render_page(
+            request, "report.html", path, order_no=order_no, version=version, body=body, fields=fields
         )
 
     async def list_quarantined(self, request: web.Request) -> web.Response:
-        """What could not be understood, newest first."""
+        """Show a list of quarantine entries, newest first."""
         query = read_query(QuarantinePageQuery, request)
-        before = POSITION_MAX if query.cursor is None else query.cursor
-        async with borrowed(self._pool, self._seconds_max) as connection:
-            rows = await quarantine.entries_page(connection, before, query.state, ROWS_SHOWN_MAX + 1)
-        entries, last = cut(rows, ROWS_SHOWN_MAX, attrgetter("quarantine_id"))
-        t = IN_ALL[language_of(request)].t
+        async with self._pool.connection() as connection:
+            rows = await quarantine.entries_page(connection, query.cursor, query.state, ROWS_SHOWN_MAX + 1)
+        entries = cut_page(rows, ROWS_SHOWN_MAX, itemgetter("quarantine_id"))
+        texts = choose_locale(request).texts
         states = get_args(QuarantineState)
-        filters = [(t["all_entries"], {}), *((t[f"entry_{state}"], {"state": state}) for state in states)]
-        return page(
+        filters = [
+            (texts["all_entries"], {}),
+            *((texts[f"entry_{state}"], {"state": state}) for state in states),
+        ]
+        return render_page(
             request,
             "quarantined.html",
             "/quarantined",
-            area="overview",
-            entries=entries,
-            onward=following("/quarantined", query, cursor=last),
-            filters=_links("/quarantined", filters, {"state": query.state} if query.state else {}),
+            entries=entries.items,
+            next_page=entries.next_path("/quarantined", query),
+            filters=_filter_links(request, "/quarantined", filters),
         )
 
     async def show_quarantined(self, request: web.Request) -> web.Response:
-        """One body that could not be understood, and what can be done with it."""
-        read_query(ShownQuery, request)
-        entry = await entry_of(request, self._pool, self._seconds_max)
-        shown = (entry.body or b"")[:BODY_SHOWN_BYTES_MAX]
-        return page(
-            request,
-            "entry.html",
-            f"/quarantined/{entry.quarantine_id}",
-            area="overview",
-            entry=entry,
-            text=readable(shown),
-            dump=hex_dump(shown),
-            body_bytes=len(entry.body or b""),
-            shown_bytes=len(shown),
-        )
-
-    async def show_asset(self, request: web.Request) -> web.Response:
-        """A file that pages are made with."""
-        return asset_answer(request, request.match_info["name"])
+        """Show one quarantine entry, its body, and the commands that resolve it."""
+        read_query(CommonQuery, request)
+        entry, body = await find_entry(request, self._pool)
+        path = f"/quarantined/{entry['quarantine_id']}"
+        return render_page(request, "entry.html", path, entry=entry, body=body, bytes_max=BODY_SHOWN_BYTES_MAX)
 
 
-async def _found(connection: Connection, q: str) -> list[OrderRow]:
-    """Return the order of a number and the orders of an airway bill; spaces around it count, then do not."""
-    for asked in dict.fromkeys((q, q.strip())):
-        by_number = await current_status.orders_by_number(connection, [asked])
-        wanted = OrdersFilter(cnote=asked)
-        by_cnote = await current_status.orders_page(connection, POSITION_MAX, wanted, ROWS_SHOWN_MAX)
-        if found := {**by_number, **{row.order_no: row for row in by_cnote}}:
-            return [*found.values()]
+async def _search(connection: Connection, q: str) -> list[Order]:
+    """Return orders by number or airway bill; if there are none, try again without outer spaces."""
+    for text in dict.fromkeys((q, q.strip())):
+        ((by_number, _),) = await current_status.find_orders(connection, [text])
+        criteria = OrdersFilter(cnote=text)
+        by_cnote = await current_status.orders_page(connection, POSITION_MAX, criteria, ROWS_SHOWN_MAX)
+        found = [*([by_number] if by_number is not None else ()), *(order for _, order in by_cnote)]
+        if orders := {order["order_no"]: order for order in found}:
+            return [*orders.values()]
     return []
 
 
-def _links(
-    path: str, filters: Sequence[tuple[str, Mapping[str, str]]], asked: Mapping[str, str]
+def _filter_links(
+    request: web.Request, path: str, filters: Sequence[tuple[str, Mapping[str, str]]]
 ) -> list[tuple[str, str, bool]]:
-    """Return the links of a list's filters: what they are called, where they lead, and whether that is here."""
-    return [(name, f"{path}?{urlencode(by)}" if by else path, by == asked) for name, by in filters]
+    """Return the label and the URL of each filter, and whether it is the present one."""
+    present = {
+        key: value for key, value in request.query.items() if key in ("status", "verdict", "stuck", "state")
+    }
+    return [
+        (label, f"{path}?{urlencode(parameters)}" if parameters else path, parameters == present)
+        for label, parameters in filters
+    ]
 
 
-def _drawn(handler: Handler) -> Handler:
-    """Answer a person's browser with a page whatever happens; a program gets the problem as it is."""
+def _with_problem_pages(handler: Handler) -> Handler:
+    """Turn errors into pages for browsers; programs get problem details."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
             return await handler(request)
         except Exception as error:
-            if not wants_html(request):
+            if not accepts_html(request):
                 raise
-            return _problem_page(request, problem_of(error, request))
+            return _render_problem(request, to_problem(error, request))
 
     return handle
 
 
-def _problem_page(request: web.Request, problem: ProblemError) -> web.Response:
+def _render_problem(request: web.Request, problem: ProblemError) -> web.Response:
     if problem.status == web.HTTPUnauthorized.status_code:
-        response = key_form(request, own_path(request.raw_path), is_wrong=False)
+        response = render_key_form(request, local_path(request.raw_path), is_wrong=False)
     else:
-        t = IN_ALL[language_of(request)].t
-        response = page(
+        texts = choose_locale(request).texts
+        response = render_page(
             request,
             "problem.html",
             "/",
             status=problem.status,
-            title=t.get(f"problem_{problem.status}", t["problem_other"]),
+            title=texts.get(f"problem_{problem.status}", texts["problem_other"]),
             detail=problem.detail,
-            request_id=request_id_of(request),
+            request_id=request_id(request),
         )
     response.headers.update(problem.headers)
     return response

@@ -1,113 +1,103 @@
-"""What the page says, in Indonesian and in English: words, numbers, times and lengths of time."""
+"""Locales: the pages' texts, numbers, times and durations in Indonesian and in English."""
 
 import tomllib
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, get_args
 
 from domain.statuses import LABELS, Label
 
 Language = Literal["id", "en"]
-LANGUAGES: Final[tuple[Language, ...]] = ("id", "en")
+LANGUAGES: Final[tuple[Language, ...]] = get_args(Language)
 
-# Western Indonesia Time, shown where no script makes it the reader's own.
+# Western Indonesia Time. A browser that runs scripts shows the reader's own time zone instead.
 WIB: Final = timezone(timedelta(hours=7), "WIB")
 
-# The words by their names: Indonesian, English.
-WORDS: Final[dict[str, tuple[str, str]]] = {
-    name: (words[0], words[1])
-    for name, words in tomllib.loads(
-        Path(__file__).with_name("messages.toml").read_text(encoding="utf-8")
-    ).items()
-}
+# Each text by its name, in the order of LANGUAGES.
+MESSAGES: Final[dict[str, list[str]]] = tomllib.loads(
+    Path(__file__).with_name("messages.toml").read_text(encoding="utf-8")
+)
 
-# By any text: one that this release does not know may stand in the log.
+# By any string, since the log may hold a status that this release does not know.
 _LABELS: Final[Mapping[str, Label]] = {str(status): label for status, label in LABELS.items()}
 _MONTHS: Final = {
     "id": ("Jan", "Feb", "Mar", "Apr", "Mei", "Jun", "Jul", "Agu", "Sep", "Okt", "Nov", "Des"),
     "en": ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"),
 }
+# Seconds of a unit, and its singular and plural by language.
 _UNITS: Final = (
-    (86_400, ("hari", "hari"), ("day", "days")),
-    (3_600, ("jam", "jam"), ("hour", "hours")),
-    (60, ("menit", "menit"), ("min", "min")),
-    (1, ("detik", "detik"), ("s", "s")),
+    (86_400, {"id": ("hari", "hari"), "en": ("day", "days")}),
+    (3_600, {"id": ("jam", "jam"), "en": ("hour", "hours")}),
+    (60, {"id": ("menit", "menit"), "en": ("min", "min")}),
+    (1, {"id": ("detik", "detik"), "en": ("s", "s")}),
 )
-# Of the languages that a browser asks for, the one it likes best first.
-_RANGES_MAX: Final = 10
+# A browser lists its preferred languages first; the rest of a longer list is ignored.
+_LANGUAGE_RANGES_MAX: Final = 10
 
 
-class Words(NamedTuple):
-    """One language's words, and its ways to write what is no word."""
+class Locale(NamedTuple):
+    """One language: its texts by name, and its formats for values."""
 
     language: Language
-    t: Mapping[str, str]
+    texts: Mapping[str, str]
 
     def status(self, status: str | None) -> str:
-        """Return what people read for a status; one that this release does not know stays as it is."""
-        if status is None or status == "":
-            return self.t["no_status"]
+        """Return the label of a status; an unknown status is its own label."""
+        if not status:
+            return self.texts["no_status"]
         label: Label | None = _LABELS.get(status)
-        if label is None:
-            return status
-        return label.id if self.language == "id" else label.en
+        return status if label is None else label[self.language]
 
     def number(self, number: float) -> str:
-        """Return a number with separators between thousands."""
+        """Return a number with thousands separators; a float gets one decimal place."""
         text = f"{number:,}" if isinstance(number, int) else f"{number:,.1f}"
         return text if self.language == "en" else text.translate(str.maketrans(",.", ".,"))
 
     def time(self, time: datetime) -> str:
         """Return a time in WIB, to the minute."""
         local = time.astimezone(WIB)
-        day = f"{local.day} {_MONTHS[self.language][local.month - 1]} {local.year}"
-        return f"{day}, {local:%H.%M} WIB" if self.language == "id" else f"{day}, {local:%H:%M} WIB"
+        return f"{self.day(local)} {local.year}, {self.clock(local)} WIB"
 
     def clock(self, time: datetime) -> str:
-        """Return the time of day in WIB."""
-        return f"{time.astimezone(WIB):%H.%M}" if self.language == "id" else f"{time.astimezone(WIB):%H:%M}"
+        """Return the time of day in WIB, to the minute."""
+        return time.astimezone(WIB).strftime("%H.%M" if self.language == "id" else "%H:%M")
 
-    def day(self, day: datetime) -> str:
-        """Return day and month of a time in UTC."""
+    def day(self, day: date) -> str:
+        """Return the day and the month of a date, in the date's own time zone."""
         return f"{day.day} {_MONTHS[self.language][day.month - 1]}"
 
-    def span(self, seconds: float) -> str:
-        """Return a length of time by its two largest units."""
+    def duration(self, seconds: float) -> str:
+        """Return a duration in its two largest units."""
         left = max(0, int(seconds))
         parts: list[tuple[int, str]] = []
-        for size, *names in _UNITS:
+        for size, names in _UNITS:
             count, left = divmod(left, size)
             if parts or count or size == 1:
-                one, many = names[LANGUAGES.index(self.language)]
-                parts.append((count, one if count == 1 else many))
-            if len(parts) == 2 or (parts and size == 1):  # noqa: PLR2004 - a third unit tells nobody more
-                break
-        return " ".join(f"{count} {name}" for count, name in parts if count) or f"0 {parts[0][1]}"
+                parts.append((count, names[self.language][count != 1]))
+        return " ".join(f"{count} {name}" for count, name in parts[:2] if count) or f"0 {parts[0][1]}"
 
-    def why(self, verdict: str, recognised: str | None, before: str | None) -> str | None:
-        """Return in words why a report changed nothing, None where it did or where there is nothing to say."""
-        if verdict not in ("late", "refused", "unrecognised"):
-            return None
-        names = {"reported": self.status(recognised), "status": self.status(before)}
-        return self.t[f"why_{verdict}"].format(**names)
+    def reason(self, verdict: str, recognised: str | None, previous_status: str | None) -> str | None:
+        """Explain why a report left its order's status unchanged; return None for other verdicts."""
+        text = self.texts.get(f"reason_{verdict}")
+        return text and text.format(reported=self.status(recognised), status=self.status(previous_status))
 
 
-IN_ALL: Final[dict[Language, Words]] = {
-    language: Words(language, {name: words[index] for name, words in WORDS.items()})
+LOCALES: Final[dict[Language, Locale]] = {
+    language: Locale(language, {name: texts[index] for name, texts in MESSAGES.items()})
     for index, language in enumerate(LANGUAGES)
 }
 
 
-def preferred(accept_language: str) -> Language:
-    """Return the first language of ours that a browser names, Indonesian where it names none."""
-    for part in accept_language.split(",")[:_RANGES_MAX]:
-        tag = part.partition(";")[0].strip().lower().partition("-")[0]
-        if tag in IN_ALL:
-            return IN_ALL[tag].language
+def negotiate_language(accept_language: str) -> Language:
+    """Return the first supported language of an Accept-Language header, or Indonesian if it has none."""
+    for language_range in accept_language.split(",")[:_LANGUAGE_RANGES_MAX]:
+        language = language_range.partition(";")[0].strip().lower().partition("-")[0]
+        if language in LOCALES:
+            return LOCALES[language].language
     return "id"
 
 
-def iso(time: datetime) -> str:
-    """Return a time by RFC 3339 in UTC, as machines read it."""
+def to_rfc3339(time: datetime) -> str:
+    """Return a time in UTC by RFC 3339."""
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")

@@ -1,21 +1,25 @@
-"""One order as its page shows it: now, or as it was known at an earlier version."""
+"""The page of one order: its current state, or its state at an earlier version."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Final, NamedTuple
 
+from domain.order import NEW_ORDER, evolve
 from domain.statuses import HAPPY_PATH, SETTLED
 from projections import current_status, timeline
-from projections.current_status import OrderRow
+from projections.current_status import Order
+from projections.postgres_errors import Connection
 from projections.timeline import PlacedEntry
-from service.database.connections import Connection
-from service.event_log import store as event_store
+from service.event_log import store
+from service.event_log.codec import decode_event
+from service.http.problems import order_parked
 
-# Entries of a timeline on one page; the newest come first, and the way to the earlier ones is a link.
+# The page shows the newest entries, and links to the earlier ones.
 ENTRIES_SHOWN_MAX: Final = 50
 
 
-class Known(NamedTuple):
+class Snapshot(NamedTuple):
     """An order's state at one of its versions."""
 
     version: int
@@ -39,91 +43,111 @@ class Stage(NamedTuple):
 
 
 class History(NamedTuple):
-    """All that the page of an order shows. ``before`` is the version to go on from to earlier entries."""
+    """The data of an order's page.
 
-    row: OrderRow
-    known: Known
+    ``before`` is the version below which the earlier entries begin; ``counts`` are reports by verdict.
+    """
+
+    order: Order
+    snapshot: Snapshot
     entries: Sequence[PlacedEntry]
     before: int | None
-    counts: dict[str, int]
+    counts: Mapping[str, int]
     stages: Sequence[Stage]
 
 
-class NotKnownThenError(Exception):
-    """The order has no such version."""
+class NoSuchVersionError(Exception):
+    """The order has no such version. ``str()`` names both."""
 
 
-async def history(
+async def read_history(
     connection: Connection, order_no: str, version: int | None, before: int | None
 ) -> History | None:
-    """Return an order as it was known at a version, or now; None where nothing was reported of it.
+    """Read an order's state and timeline; return None if the order is unknown.
 
     Args:
-        connection: in no transaction.
-        order_no: its number.
-        version: as it was known then; None: as it is known now.
-        before: entries below this version are shown; None: the newest.
+        connection: A connection outside any transaction.
+        order_no: The order number.
+        version: The version to show the order at; None for the current one.
+        before: Only entries below this version are read; None for the newest ones.
 
     Raises:
-        NotKnownThenError: the order has no such version.
+        NoSuchVersionError: The order has no such version.
+        ProblemError: 503, the order is parked from its first event on.
     """
-    # In one snapshot, so that what is said above the timeline is what stands in it.
+    # One snapshot of the database, so that the head of the page and the timeline agree.
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        row = (await current_status.orders_by_number(connection, [order_no])).get(order_no)
-        if row is None:
+        ((order, parked_position),) = await current_status.find_orders(connection, [order_no])
+        if order is None and parked_position is not None:
+            raise order_parked(f"{order_no} is parked from its first event on; see GET /projections")
+        if order is None:
             return None
-        known = await _known(connection, row, version)
-        upto = known.version + 1 if before is None else min(before, known.version + 1)
-        found = await timeline.newest_entries(connection, order_no, upto, known.version, ENTRIES_SHOWN_MAX + 1)
-        counted = await timeline.reached(connection, order_no, known.version)
-    entries = found[-ENTRIES_SHOWN_MAX:]
-    counts: dict[str, int] = {}
-    reached: dict[str, datetime] = {}
-    for verdict, status, times, first_at in counted:
-        counts[verdict] = counts.get(verdict, 0) + times
+        snapshot = await _read_snapshot(connection, order, version)
+        below = snapshot.version + 1 if before is None else min(before, snapshot.version + 1)
+        # One more entry than the page shows tells whether there are earlier ones.
+        entries = await timeline.newest_entries(
+            connection, order_no, below, snapshot.version, ENTRIES_SHOWN_MAX + 1
+        )
+        totals = await timeline.reached_statuses(connection, order_no, snapshot.version)
+    counts: Counter[str] = Counter()
+    reached_at: dict[str, datetime] = {}
+    for verdict, status, reports, first_at in totals:
+        counts[verdict] += reports
         if status is not None:
-            reached[status] = first_at
-    onward = entries[0].version if len(found) > len(entries) else None
-    return History(row, known, entries, onward, counts, stages(known.status, reached))
+            reached_at[status] = first_at
+    page = entries[-ENTRIES_SHOWN_MAX:]
+    earlier = page[0]["version"] if len(entries) > len(page) else None
+    return History(order, snapshot, page, earlier, counts, build_stages(snapshot.status, reached_at))
 
 
-async def _known(connection: Connection, row: OrderRow, version: int | None) -> Known:
-    now = Known(
-        row.version, row.status, row.status_since, row.cnote, row.first_reported_at, row.last_reported_at
+async def _read_snapshot(connection: Connection, order: Order, version: int | None) -> Snapshot:
+    current = Snapshot(
+        order["version"],
+        order["status"],
+        order["status_since"],
+        order["cnote"],
+        order["first_reported_at"],
+        order["last_reported_at"],
     )
-    if version is None or version == row.version:
-        return now
-    # An event tells by itself how its order stood after it.
-    for event in await event_store.read_stream(connection, row.order_no, version - 1, 1):
-        if version < row.version:
-            then = event_store.decode_event(row.order_no, version, event.topic, event.state)
-            return now._replace(
-                version=version,
-                status=then.status,
-                status_since=then.status_since,
-                cnote=then.cnote,
-                last_reported_at=then.timestamp,
-            )
-    raise NotKnownThenError(f"{row.order_no} has no version {version}")
+    if version is None or version == order["version"]:
+        return current
+    # Each event carries the order's state after it. A version above the order's is not in the view yet.
+    events = await store.read_stream(connection, order["order_no"], version - 1, 1)
+    if not events or version > order["version"]:
+        raise NoSuchVersionError(f"{order['order_no']} has no version {version}")
+    state = evolve(NEW_ORDER, decode_event(order["order_no"], version, events[0].topic, events[0].state))
+    return current._replace(
+        version=version,
+        status=state.status,
+        status_since=state.status_since,
+        cnote=state.cnote,
+        last_reported_at=state.received_at,
+    )
 
 
-def stages(status: str | None, reached: dict[str, datetime]) -> list[Stage]:
-    """Return the journey's stages: the happy path, and what the order came to beside it, where it did so.
+def build_stages(status: str | None, reached_at: Mapping[str, datetime]) -> list[Stage]:
+    """Return the stages of a journey: the happy path, and other statuses where they happened.
 
-    A stage that no report has shown counts as skipped once the order is past it, and as ahead before that.
+    A stage that was never reported is skipped if a later stage was reached, and ahead otherwise.
+
+    Args:
+        status: The order's status.
+        reached_at: When the order first reached each status.
     """
-    furthest = max((HAPPY_PATH.index(stage) for stage in HAPPY_PATH if stage in reached), default=-1)
-    shown: list[Stage] = []
+    furthest = max((HAPPY_PATH.index(stage) for stage in HAPPY_PATH if stage in reached_at), default=-1)
+    stages: list[Stage] = []
     for index, stage in enumerate(HAPPY_PATH):
-        state = "now" if stage == status else "reached" if stage in reached else "ahead"
-        if state == "ahead" and index < furthest:
-            state = "skipped"
-        shown.append(Stage(stage, state, reached.get(stage)))
-    for at, beside in sorted((at, one) for one, at in reached.items() if one not in HAPPY_PATH):
-        earlier = [index for index, one in enumerate(shown) if one.reached_at and one.reached_at <= at]
-        state = "now" if beside == status else "reached"
-        shown.insert(max(earlier, default=-1) + 1, Stage(beside, state, at))
+        if stage == status:
+            state = "now"
+        elif stage in reached_at:
+            state = "reached"
+        else:
+            state = "skipped" if index < furthest else "ahead"
+        stages.append(Stage(stage, state, reached_at.get(stage)))
+    for at, detour in sorted((at, one) for one, at in reached_at.items() if one not in HAPPY_PATH):
+        earlier = [index for index, stage in enumerate(stages) if stage.reached_at and stage.reached_at <= at]
+        stages.insert(max(earlier, default=-1) + 1, Stage(detour, "now" if detour == status else "reached", at))
     if status in SETTLED and status not in HAPPY_PATH:
-        # It ended otherwise: what was ahead of it is so no more.
-        shown = [one for one in shown if one.state != "ahead"]
-    return shown
+        # A cancelled or lost order does not reach the rest of the happy path.
+        stages = [stage for stage in stages if stage.state != "ahead"]
+    return stages

@@ -1,4 +1,4 @@
-"""How a page is drawn and sent: templates, languages, headers, and the files beside them."""
+"""Rendering: templates, languages, response headers and static files."""
 
 import codecs
 import hashlib
@@ -12,86 +12,87 @@ from urllib.parse import quote, urlencode
 from aiohttp import hdrs, web
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from domain.statuses import SETTLED
 from domain.transitions import VERDICTS
 from service.http.access import KEY_COOKIE
-from service.pages.i18n import IN_ALL, LANGUAGES, Language, Words, iso, preferred
+from service.http.responses import SERVER, has_etag
+from service.pages.i18n import LANGUAGES, LOCALES, Locale, negotiate_language, to_rfc3339
 
 FOLDER: Final = Path(__file__).resolve().parent
 LANGUAGE_COOKIE: Final = "order_tracking_language"
-LANGUAGE_SECONDS: Final = 365 * 86_400
+LANGUAGE_COOKIE_SECONDS: Final = 365 * 86_400
 
-# Nothing but what this service itself serves: a hostile order number could do nothing even if it got through.
+# Only files of this service, and no inline code: even unescaped HTML in an order number could run nothing.
 SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-EVERY_HEADERS: Final = {
-    "Server": "order-tracking",
+COMMON_HEADERS: Final = {
+    **SERVER,
     "Content-Security-Policy": SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
-    # To this service itself a form says where it stands.
+    # Other sites never see a page's path. "no-referrer" would also hide the Origin of the service's own forms.
     "Referrer-Policy": "same-origin",
 }
 PAGE_HEADERS: Final = {
-    **EVERY_HEADERS,
+    **COMMON_HEADERS,
     "Content-Type": "text/html; charset=utf-8",
-    # What is known of orders is for nobody's cache; the same address is read in two languages.
+    # Caches must not keep order data, nor mix up the languages of one path.
     "Cache-Control": "no-store",
     "Vary": "Accept, Accept-Language, Cookie",
 }
-MEDIA: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-# An address that names the very bytes never changes; any other is asked for again.
-FOREVER: Final = "public, max-age=31536000, immutable"
+MEDIA_TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+# For a URL that contains the hash of the file.
+IMMUTABLE: Final = "public, max-age=31536000, immutable"
 
-DUMP_BYTES: Final = 16
-_UNSHOWN: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+DUMP_LINE_BYTES: Final = 16
+_UNPRINTABLE: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
-# First strong isolate and its end, where no element can help: what stands between cannot turn what is around.
+# First strong isolate and its end, for text without an element around it.
 _ISOLATE: Final = "\u2068{}\u2069"
 
-_KINDS: Final = {
+_TONES: Final = {
     "delivered": "good", "completed": "good", "problem": "warn", "returning": "warn",
     "lost": "bad", "damaged": "bad", "cancelled": "rest", "returned": "rest", "": "rest", None: "rest",
 }  # fmt: skip
 
 
 class Asset(NamedTuple):
-    """A file that pages are made with."""
+    """A static file. ``version`` is a hash of its body."""
 
     body: bytes
-    media: str
+    media_type: str
     version: str
 
 
-def _read_assets() -> dict[str, Asset]:
-    assets = {}
-    for file in sorted((FOLDER / "static").iterdir()):
-        body = file.read_bytes()
-        assets[file.name] = Asset(body, MEDIA[file.suffix], hashlib.sha256(body).hexdigest()[:16])
-    return assets
+def _read_asset(path: Path) -> Asset:
+    body = path.read_bytes()
+    return Asset(body, MEDIA_TYPES[path.suffix], hashlib.sha256(body).hexdigest()[:16])
 
 
-ASSETS: Final = _read_assets()
+ASSETS: Final = {path.name: _read_asset(path) for path in sorted((FOLDER / "static").iterdir())}
 
 
-def asset(name: str) -> str:
-    """Return the address of a file, which changes with its bytes."""
+def asset_url(name: str) -> str:
+    """Return the URL of a static file, which contains the file's version."""
     return f"/static/{name}?v={ASSETS[name].version}"
 
 
-def asset_answer(request: web.Request, name: str) -> web.Response:
-    """Answer a file, or 304 where the client has it."""
-    found = ASSETS.get(name)
-    if found is None:
+async def serve_asset(request: web.Request) -> web.Response:
+    """Return a static file, or 304 if the client has this version.
+
+    Raises:
+        HTTPNotFound: No static file has this name.
+    """
+    asset = ASSETS.get(request.match_info["name"])
+    if asset is None:
         raise web.HTTPNotFound
-    etag = f'"{found.version}"'
-    is_named = request.query.get("v") == found.version
-    headers = {**EVERY_HEADERS, "ETag": etag, "Cache-Control": FOREVER if is_named else "no-cache"}
-    if etag in {tag.strip().removeprefix("W/") for tag in request.headers.get("If-None-Match", "").split(",")}:
+    etag = f'"{asset.version}"'
+    is_versioned = request.query.get("v") == asset.version
+    headers = {**COMMON_HEADERS, "ETag": etag, "Cache-Control": IMMUTABLE if is_versioned else "no-cache"}
+    if has_etag(request, etag):
         return web.Response(status=304, headers=headers)
-    headers["Content-Type"] = f"{found.media}; charset=utf-8"
-    return web.Response(body=found.body, headers=headers)
+    headers["Content-Type"] = f"{asset.media_type}; charset=utf-8"
+    return web.Response(body=asset.body, headers=headers)
 
 
 def track_path(order_no: str) -> str:
@@ -99,118 +100,107 @@ def track_path(order_no: str) -> str:
     return f"/track/{quote(order_no, safe='')}"
 
 
-def isolated(text: str) -> str:
-    """Return text that cannot turn what stands around it, for titles and attributes."""
+def isolate(text: str) -> str:
+    """Return text in directional isolates, so that it cannot reorder the text around it."""
     return _ISOLATE.format(text)
 
 
-def written(text: str) -> str:
-    """Return text with all but ASCII spelled out: it may be unseen, or taken for something else."""
-    seen = "".join(one if one.isascii() and one.isprintable() else f"\\u{{{ord(one):x}}}" for one in text)
-    return seen if seen == seen.strip() else f"“{seen}”"
+def spell_out(text: str) -> str:
+    """Return text with escapes for characters that are invisible or look like others; quote outer spaces."""
+    ascii_text = "".join(
+        char if char.isascii() and char.isprintable() else f"\\u{{{ord(char):x}}}" for char in text
+    )
+    return ascii_text if ascii_text == ascii_text.strip() else f"“{ascii_text}”"
 
 
-def readable(body: bytes) -> str | None:
-    """Return a body, cut anywhere, as text; None where it is not UTF-8, or has what cannot be shown."""
+def decode_text(body: bytes) -> str | None:
+    """Return a body as text; None if it is not UTF-8 or has control characters. Its end may be cut off."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(body)
     except UnicodeDecodeError:
         return None
-    return None if _UNSHOWN.search(text) else text
+    return None if _UNPRINTABLE.search(text) else text
 
 
 def hex_dump(body: bytes) -> str:
-    """Return a body byte by byte, sixteen a line: where the line begins, in hex, and as ASCII."""
+    """Return a hex dump of a body: offset, sixteen bytes in hex, and the same bytes in ASCII."""
     lines = []
-    for begin in range(0, len(body), DUMP_BYTES):
-        line = body[begin : begin + DUMP_BYTES]
-        seen = "".join(chr(byte) if chr(byte).isascii() and chr(byte).isprintable() else "." for byte in line)
-        lines.append(f"{begin:06x}  {line.hex(' '):<{3 * DUMP_BYTES}} {seen}")
+    for offset in range(0, len(body), DUMP_LINE_BYTES):
+        line = body[offset : offset + DUMP_LINE_BYTES]
+        text = "".join(chr(byte) if chr(byte).isascii() and chr(byte).isprintable() else "." for byte in line)
+        lines.append(f"{offset:06x}  {line.hex(' '):<{3 * DUMP_LINE_BYTES}} {text}")
     return "\n".join(lines)
 
 
-def kind_of(status: str | None) -> str:
-    """Return how a status is coloured: go, good, warn, bad or rest."""
-    return _KINDS.get(status, "go")
+def choose_tone(status: str | None) -> str:
+    """Return the class of a status's colour: go, good, warn, bad or rest."""
+    return _TONES.get(status, "go")
 
 
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(FOLDER / "templates"),
         autoescape=True,
+        loader=FileSystemLoader(FOLDER / "templates"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         auto_reload=False,
     )
-    environment.globals.update(
-        asset=asset,
-        iso=iso,
-        isolated=isolated,
-        kind_of=kind_of,
-        settled=SETTLED,
-        track_path=track_path,
-        verdicts=VERDICTS,
-    )
+    functions = (asset_url, choose_tone, decode_text, hex_dump, isolate, spell_out, to_rfc3339, track_path)
+    environment.globals.update({function.__name__: function for function in functions}, verdicts=VERDICTS)
     return environment
 
 
-def language_of(request: web.Request) -> Language:
-    """Return the language that was asked for: by the address, else by the cookie, else by the browser."""
-    for asked in (request.query.get("lang"), request.cookies.get(LANGUAGE_COOKIE)):
-        if asked in IN_ALL:
-            return IN_ALL[asked].language
-    return preferred(request.headers.get(hdrs.ACCEPT_LANGUAGE, ""))
+def choose_locale(request: web.Request) -> Locale:
+    """Return the locale of a request: by its ``lang`` parameter, else by its cookie, else by its browser."""
+    for language in (request.query.get("lang"), request.cookies.get(LANGUAGE_COOKIE)):
+        if language in LOCALES:
+            return LOCALES[language]
+    return LOCALES[negotiate_language(request.headers.get(hdrs.ACCEPT_LANGUAGE, ""))]
 
 
-def wants_html(request: web.BaseRequest) -> bool:
-    """Tell whether a person's browser asks, rather than a program."""
+def accepts_html(request: web.BaseRequest) -> bool:
+    """Return whether the client is a browser rather than a program."""
     return "text/html" in request.headers.get(hdrs.ACCEPT, "")
 
 
-def page(  # noqa: PLR0913 - the parts of every page
+def render_page(
     request: web.Request,
     template: str,
-    here: str,
+    path: str,
     *,
     status: int = 200,
-    area: str = "",
     stream: str = "",
-    **shown: Any,
+    **context: Any,
 ) -> web.Response:
-    """Return a page.
+    """Render a page in the language of the request.
 
     Args:
-        request: that asks for it.
-        template: its file.
-        here: its own path, percent-encoded.
-        status: of the answer.
-        area: the part of the site that it belongs to.
-        stream: the path of the events that make it live.
-        shown: what the template needs beside.
+        request: The request for the page.
+        template: The file name of the template.
+        path: The path of the page, percent-encoded.
+        status: The HTTP status of the response.
+        stream: The path of the event stream that updates the page; empty for a page without updates.
+        context: The variables of the template.
     """
-    words: Words = IN_ALL[language_of(request)]
-    asked = {name: value for name, value in request.query.items() if name not in ("lang", "after_position")}
-    languages = [(language, f"{here}?{urlencode({**asked, 'lang': language})}") for language in LANGUAGES]
-    context = {"q": "", "before": None, "now": datetime.now(UTC), **shown}
-    body = (
-        _environment()
-        .get_template(template)
-        .render(
-            w=words,
-            languages=languages,
-            area=area,
-            stream=stream,
-            status=status,
-            has_key=KEY_COOKIE in request.cookies,
-            **context,
-        )
-    )
-    response = web.Response(body=body.encode(), status=status, headers=PAGE_HEADERS)
-    response.headers["Content-Language"] = words.language
-    if request.query.get("lang") == words.language:
+    locale = choose_locale(request)
+    parameters = {key: value for key, value in request.query.items() if key not in ("lang", "after_position")}
+    variables = {
+        "w": locale,
+        "languages": [(one, f"{path}?{urlencode({**parameters, 'lang': one})}") for one in LANGUAGES],
+        "stream": stream,
+        "status": status,
+        "has_key": KEY_COOKIE in request.cookies,
+        "q": "",
+        "now": datetime.now(UTC),
+        **context,
+    }
+    body = _environment().get_template(template).render(variables).encode()
+    response = web.Response(body=body, status=status, headers=PAGE_HEADERS)
+    response.headers["Content-Language"] = locale.language
+    if request.query.get("lang") == locale.language:
         response.set_cookie(
-            LANGUAGE_COOKIE, words.language, max_age=LANGUAGE_SECONDS, path="/", httponly=True, samesite="Lax"
+            LANGUAGE_COOKIE, locale.language, max_age=LANGUAGE_COOKIE_SECONDS, httponly=True, samesite="Lax"
         )
     return response

@@ -1,8 +1,8 @@
 """The prose check of ``make lint``: habits of language that this project has dropped must not return.
 
 It reads README.md, docs/, CHANGELOG.md, the comments of schema.sql, the English texts of the pages, and the
-comments, docstrings and strings of the code. In tests it reads only comments and docstrings, since their strings
-are often inputs.
+comments, docstrings and strings of the code. In tests it reads only comments and docstrings, since their
+strings are often inputs.
 """
 
 import io
@@ -77,7 +77,9 @@ def all_texts() -> Iterator[Text]:
     """Yield every text that the check reads."""
     for path in sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")]):
         yield Text(_name(path), 1, path.read_text(encoding="utf-8"))
-    for path in sorted([ROOT / "schema.sql", ROOT / "Makefile", *ROOT.glob("service/database/migrations/*.sql")]):
+    for path in sorted(
+        [ROOT / "schema.sql", ROOT / "Makefile", *ROOT.glob("service/database/migrations/*.sql")]
+    ):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             yield Text(_name(path), number, line)
     messages = ROOT / "service/pages/messages.toml"

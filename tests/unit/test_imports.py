@@ -82,7 +82,9 @@ def test_importing_opens_nothing() -> None:
     paths = [path for package in ("domain", "projections", "service") for path in sources(package)]
     modules = sorted({module_name(path) for path in paths})
     third_party = sorted(
-        name for name in {name for path in paths for name in imported_by(path)} if package_name(name) not in OURS
+        name
+        for name in {name for path in paths for name in imported_by(path)}
+        if package_name(name) not in OURS
     )
     done = subprocess.run(
         [sys.executable, "-B", "-c", IMPORT_EVERYTHING, ",".join(third_party), ",".join(modules)],

@@ -1,49 +1,50 @@
-"""What the page says: the same in both languages, by the word and by the number."""
+"""The pages' texts and formats in both languages, and how order numbers are written."""
 
 import re
 import string
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
-from service.pages import i18n as words
-from service.pages.i18n import IN_ALL, WORDS, Language, iso, preferred
-from service.pages.render import FOLDER, isolated, kind_of, track_path, written
+from service.pages.i18n import LOCALES, MESSAGES, Language, negotiate_language, to_rfc3339
+from service.pages.render import FOLDER, choose_tone, isolate, spell_out, track_path
 
-ID, EN = IN_ALL["id"], IN_ALL["en"]
-# Words that are looked up by a name made of two.
-MADE = {f"{verdict}_means" for verdict in VERDICTS} | {
-    *("why_late", "why_refused", "why_unrecognised"),
+ID, EN = LOCALES["id"], LOCALES["en"]
+# Names that the code composes from two parts.
+COMPOSED_NAMES = {
+    *VERDICTS,
+    *(f"{verdict}_meaning" for verdict in VERDICTS),
+    *(f"reason_{verdict}" for verdict in ("late", "refused", "unrecognised")),
     *(f"stage_{state}" for state in ("reached", "now", "skipped", "ahead")),
     *(f"problem_{status}" for status in (400, 403, 404, 503)),
     *(f"entry_{state}" for state in ("open", "retried", "discarded")),
 }
 
 
-def fields_of(text: str) -> set[str]:
+def placeholders(text: str) -> set[str]:
     return {field for _, field, *_ in string.Formatter().parse(text) if field}
 
 
-def test_both_languages_say_the_same() -> None:
-    """Neither leaves a word out, and both have the same fields to fill in."""
-    incomplete = [name for name, texts in WORDS.items() if not all(texts)]
-    differing = [name for name, (one, other) in WORDS.items() if fields_of(one) != fields_of(other)]
-    assert (incomplete, differing) == ([], [])
+def test_both_languages_have_the_same_texts() -> None:
+    """Each text exists in both languages, with the same placeholders."""
+    incomplete = [name for name, texts in MESSAGES.items() if len(texts) != 2 or not all(texts)]
+    assert incomplete == []
+    differing = [name for name, (one, other) in MESSAGES.items() if placeholders(one) != placeholders(other)]
+    assert differing == []
 
 
-def test_no_word_is_there_in_vain() -> None:
-    """Each is named in a template or in the code."""
+def test_every_text_is_used() -> None:
+    """Each name appears in a template or in the code."""
     files = [*FOLDER.glob("*.py"), *FOLDER.glob("templates/*.html")]
-    text = "".join(file.read_text(encoding="utf-8") for file in files) + " ".join([*MADE, *VERDICTS])
-    assert [name for name in WORDS if not re.search(rf"\b{name}\b", text)] == []
-    assert Path(words.__file__).parent == FOLDER
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    unused = [name for name in MESSAGES if not re.search(rf"\b{name}\b", source)]
+    assert {*unused} <= COMPOSED_NAMES
 
 
 @pytest.mark.parametrize(
-    ("seconds", "id_", "en"),
+    ("seconds", "indonesian", "english"),
     [
         (-1, "0 detik", "0 s"),
         (0.4, "0 detik", "0 s"),
@@ -53,47 +54,50 @@ def test_no_word_is_there_in_vain() -> None:
         (3_601, "1 jam", "1 hour"),
         (9_000, "2 jam 30 menit", "2 hours 30 min"),
         (86_400, "1 hari", "1 day"),
+        (86_460, "1 hari", "1 day"),
         (273_600, "3 hari 4 jam", "3 days 4 hours"),
     ],
 )
-def test_a_length_of_time_has_its_two_largest_units(seconds: float, id_: str, en: str) -> None:
-    assert (ID.span(seconds), EN.span(seconds)) == (id_, en)
+def test_a_duration_has_its_two_largest_units(seconds: float, indonesian: str, english: str) -> None:
+    """The second unit is left out if it is zero."""
+    assert (ID.duration(seconds), EN.duration(seconds)) == (indonesian, english)
 
 
-def test_times_and_numbers_are_written_by_the_language() -> None:
-    """In Western Indonesia Time, whatever zone they came in."""
+def test_times_and_numbers_follow_the_language() -> None:
+    """Times are in Western Indonesia Time, whatever their own time zone."""
     time = datetime(2026, 8, 16, 18, 5, 9, tzinfo=UTC)
     assert (ID.time(time), EN.time(time)) == ("17 Agu 2026, 01.05 WIB", "17 Aug 2026, 01:05 WIB")
     assert (ID.clock(time), EN.clock(time)) == ("01.05", "01:05")
     assert (ID.number(12_345), EN.number(12_345)) == ("12.345", "12,345")
     assert (ID.number(1_234.5), EN.number(1_234.5)) == ("1.234,5", "1,234.5")
-    assert iso(time) == "2026-08-16T18:05:09Z"
+    assert to_rfc3339(time) == "2026-08-16T18:05:09Z"
 
 
-def test_a_status_has_its_label_and_an_unknown_one_itself() -> None:
-    """What a later release has recorded is shown, not hidden."""
+def test_an_unknown_status_is_its_own_label() -> None:
+    """A status that a later release recorded is shown, not hidden; known ones have labels and colours."""
     assert (ID.status("picked_up"), EN.status("picked_up")) == ("Dijemput", "Picked up")
     assert EN.status("teleported") == "teleported"
     assert EN.status(None) == EN.status("") == "No status yet"
-    assert {kind_of(status) for status in STATUSES} == {"go", "good", "warn", "bad", "rest"}
+    assert {choose_tone(status) for status in STATUSES} == {"go", "good", "warn", "bad", "rest"}
 
 
 @pytest.mark.parametrize(
-    ("verdict", "why"),
+    ("verdict", "reason"),
     [
-        ("refused", "“Cancelled” contradicts “In transit”, which was reported before it."),
-        ("late", "“Cancelled” is an earlier stage than “In transit”, which was reported before it."),
-        ("unrecognised", "This status word is not in the vocabulary."),
+        ("refused", "“Cancelled” contradicts “In transit”, which was already reported."),
+        ("late", "“Cancelled” is an earlier stage than “In transit”, which was already reported."),
+        ("unrecognised", "This status word is unknown."),
         ("advanced", None),
         ("repeated", None),
     ],
 )
-def test_why_a_report_changed_nothing(verdict: str, why: str | None) -> None:
-    assert EN.why(verdict, "cancelled", "in_transit") == why
+def test_reports_that_did_not_count_have_a_reason(verdict: str, reason: str | None) -> None:
+    """The other two verdicts need no explanation."""
+    assert EN.reason(verdict, "cancelled", "in_transit") == reason
 
 
 @pytest.mark.parametrize(
-    ("asked", "language"),
+    ("header", "language"),
     [
         ("", "id"),
         ("de", "id"),
@@ -104,14 +108,15 @@ def test_why_a_report_changed_nothing(verdict: str, why: str | None) -> None:
         ("de," * 100 + "en", "id"),
     ],
 )
-def test_the_language_of_a_browser(asked: str, language: Language) -> None:
-    assert preferred(asked) == language
+def test_the_language_is_negotiated(header: str, language: Language) -> None:
+    """The first supported language wins; Indonesian is the default; the end of a long header is ignored."""
+    assert negotiate_language(header) == language
 
 
-def test_an_order_number_is_written_so_that_nothing_hides_in_it() -> None:
-    """All but ASCII is spelled out, spaces at an end are seen, and a path has one segment."""
-    assert written("KOM1") == "KOM1"
-    assert written("К\u202eM\U0001f600") == r"\u{41a}\u{202e}M\u{1f600}"  # noqa: RUF001 - a Cyrillic letter
-    assert written(" KOM1") == "“ KOM1”"
+def test_an_order_number_hides_nothing() -> None:
+    """Characters beyond ASCII are escaped, outer spaces are quoted, and a path has one segment."""
+    assert spell_out("KOM1") == "KOM1"
+    assert spell_out("К\u202eM\U0001f600") == r"\u{41a}\u{202e}M\u{1f600}"  # noqa: RUF001 - a Cyrillic letter
+    assert spell_out(" KOM1") == "“ KOM1”"
     assert track_path("a/b?#%2F..") == "/track/a%2Fb%3F%23%252F.."
-    assert isolated("x") == "\u2068x\u2069"
+    assert isolate("x") == "\u2068x\u2069"

@@ -1,14 +1,15 @@
-// Makes a page live. The service draws everything: what has changed is fetched as a page and put in place.
+// Updates the page while events arrive. The server renders everything; the script fetches and replaces parts.
 
-const REFRESH_PAUSE = 1200;
-const REFRESH_EVERY = 60_000;
-const RETRY_FIRST = 1000;
-const RETRY_MAX = 20_000;
-const SLIDER_PAUSE = 90;
+const REFRESH_DELAY_MS = 1200;
+const REFRESH_INTERVAL_MS = 60_000;
+const RETRY_MIN_MS = 1000;
+const RETRY_MAX_MS = 20_000;
+const SLIDER_DELAY_MS = 90;
 
 const body = document.body;
-const language = document.documentElement.lang;
-const drawn = new WeakMap();
+const locale = document.documentElement.lang === "id" ? "id-ID" : "en-GB";
+// The HTML of each part as the server sent it, before its times were localised.
+const sources = new WeakMap();
 
 const STYLES = {
   full: { day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit" },
@@ -16,176 +17,176 @@ const STYLES = {
   clock: { hour: "2-digit", minute: "2-digit" },
 };
 const formats = Object.fromEntries(Object.entries(STYLES).map(
-  ([style, options]) => [style, new Intl.DateTimeFormat(language === "id" ? "id-ID" : "en-GB", options)],
+  ([style, options]) => [style, new Intl.DateTimeFormat(locale, options)],
 ));
-const exact = new Intl.DateTimeFormat(language === "id" ? "id-ID" : "en-GB",
-  { dateStyle: "full", timeStyle: "long" });
+const exactFormat = new Intl.DateTimeFormat(locale, { dateStyle: "full", timeStyle: "long" });
 
-/** Write times in the reader's own zone; the exact one shows when it is pointed at. */
+/** Show times in the reader's time zone, and the exact time in a tooltip. */
 function localise(part) {
-  for (const time of part.querySelectorAll("time[data-time]")) {
-    const when = new Date(time.dateTime);
-    time.textContent = formats[time.dataset.time].format(when);
-    time.title = exact.format(when);
+  for (const element of part.querySelectorAll("time[data-time]")) {
+    const time = new Date(element.dateTime);
+    element.textContent = formats[element.dataset.time].format(time);
+    element.title = exactFormat.format(time);
   }
 }
 
-/** What tells an element again in a part that was drawn anew. */
-function same(element) {
+/** Return a selector that finds an element again in a new version of its part, or null. */
+function selectorFor(element) {
   if (element.id) return `#${CSS.escape(element.id)}`;
   const href = element.getAttribute("href");
   return href === null ? null : `a[href="${CSS.escape(href)}"]`;
 }
 
-function replace(part, fresh) {
-  const open = [...part.querySelectorAll("details[open][id]")].map((details) => details.id);
-  const held = part.contains(document.activeElement) ? same(document.activeElement) : null;
-  const newest = Math.max(0, ...[...part.querySelectorAll("[data-version]")].map((one) => Number(one.dataset.version)));
-  localise(fresh);
-  part.className = fresh.className;
-  part.replaceChildren(...fresh.childNodes);
-  for (const id of open) document.getElementById(id)?.setAttribute("open", "");
-  for (const one of part.querySelectorAll("[data-version]")) {
-    if (newest && Number(one.dataset.version) > newest) one.classList.add("is-new");
+/** Replace a part's content, but keep opened details, the focus, and marks on new entries. */
+function replacePart(part, newPart) {
+  const openIds = [...part.querySelectorAll("details[open][id]")].map((details) => details.id);
+  const focus = part.contains(document.activeElement) ? selectorFor(document.activeElement) : null;
+  const versions = [...part.querySelectorAll("[data-version]")].map((entry) => Number(entry.dataset.version));
+  const newest = Math.max(0, ...versions);
+  localise(newPart);
+  part.className = newPart.className;
+  part.replaceChildren(...newPart.childNodes);
+  for (const id of openIds) document.getElementById(id)?.setAttribute("open", "");
+  for (const entry of part.querySelectorAll("[data-version]")) {
+    if (newest && Number(entry.dataset.version) > newest) entry.classList.add("is-new");
   }
-  if (held) part.querySelector(held)?.focus({ preventScroll: true });
+  if (focus) part.querySelector(focus)?.focus({ preventScroll: true });
 }
 
-/** Put a page that was drawn anew in the place of this one, part by part, where it differs. */
-function swap(fresh) {
-  document.title = fresh.title;
+/** Replace the parts of this page that differ in a newly fetched one. */
+function update(newDocument) {
+  document.title = newDocument.title;
   for (const part of document.querySelectorAll("[data-live]")) {
-    const other = fresh.getElementById(part.id);
-    if (!other || drawn.get(part) === other.outerHTML) continue;
-    drawn.set(part, other.outerHTML);
-    replace(part, other);
+    const newPart = newDocument.getElementById(part.id);
+    if (!newPart || sources.get(part) === newPart.outerHTML) continue;
+    sources.set(part, newPart.outerHTML);
+    replacePart(part, newPart);
   }
-  const [slider, moved] = [document, fresh].map((page) => page.getElementById("version"));
-  if (slider && moved) {
-    const follows = slider.value === slider.max && document.activeElement !== slider;
-    slider.max = moved.max;
-    if (follows) slider.value = moved.value;
-    sayVersion(slider);
+  const [slider, newSlider] = [document, newDocument].map((page) => page.getElementById("version"));
+  if (slider && newSlider) {
+    const isAtEnd = slider.value === slider.max && document.activeElement !== slider;
+    slider.max = newSlider.max;
+    if (isAtEnd) slider.value = newSlider.value;
+    showVersion(slider);
   }
 }
 
-async function refresh(after) {
+async function refresh(position) {
   const url = new URL(location.href);
   url.hash = "";
-  if (after) url.searchParams.set("after_position", after);
-  const answer = await fetch(url, { headers: { Accept: "text/html" }, cache: "no-store" });
-  if (answer.status === 401) return location.reload();
-  if (answer.ok) swap(new DOMParser().parseFromString(await answer.text(), "text/html"));
+  if (position) url.searchParams.set("after_position", position);
+  const response = await fetch(url, { headers: { Accept: "text/html" }, cache: "no-store" });
+  if (response.status === 401) return location.reload();
+  if (response.ok) update(new DOMParser().parseFromString(await response.text(), "text/html"));
 }
 
-let due = null;
-let seen = "";
-let said = "";
+let refreshTimer = null;
+let lastEventId = "";
+let announcement = "";
 
-/** Draw anew soon: at once for an order, with a pause between for all of them. */
-function refreshSoon(pause) {
-  if (due !== null || document.hidden) return;
-  due = setTimeout(async () => {
-    due = null;
-    const [after, words] = [seen, said];
-    said = "";
+/** Refresh after a delay. Further calls before then change nothing, so that a busy log causes few requests. */
+function scheduleRefresh(delay) {
+  if (refreshTimer !== null || document.hidden) return;
+  refreshTimer = setTimeout(async () => {
+    refreshTimer = null;
+    const [position, text] = [lastEventId, announcement];
+    announcement = "";
     try {
-      await refresh(after);
-      if (words) document.getElementById("said").textContent = words;
-    } catch { /* The service is away: the stream says so, and comes back to this. */ }
-  }, pause);
+      await refresh(position);
+      if (text) document.getElementById("announcement").textContent = text;
+    } catch { /* The service is unreachable. The next event after the reconnection refreshes the page. */ }
+  }, delay);
 }
 
-function take(message) {
+function handleMessage(message) {
   let data = "";
   for (const line of message.split("\n")) {
-    if (line.startsWith("id:")) seen = line.slice(3).trim();
+    if (line.startsWith("id:")) lastEventId = line.slice(3).trim();
     else if (line.startsWith("data:")) data += line.slice(5);
   }
   if (!data) return;
   const isOrder = document.getElementById("timeline") !== null;
-  // Of all orders the numbers alone are drawn: nobody wants each of them read out.
-  if (isOrder) said = `${body.dataset.new} ${JSON.parse(data).data?.reported_status ?? ""}`;
-  refreshSoon(isOrder ? 0 : REFRESH_PAUSE);
+  // Screen readers announce new reports of one order, not those of all orders on the overview.
+  if (isOrder) announcement = `${body.dataset.new} ${JSON.parse(data).data?.reported_status ?? ""}`;
+  scheduleRefresh(isOrder ? 0 : REFRESH_DELAY_MS);
 }
 
-function show(state) {
+function showState(state) {
   const live = document.getElementById("live");
   live.hidden = false;
   live.dataset.state = state;
 }
 
-const pauseFor = (milliseconds) => new Promise((done) => { setTimeout(done, milliseconds); });
+const sleep = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
 
-/** Wait until the page is looked at. */
-const looked = () => new Promise((done) => {
-  if (!document.hidden) done();
-  else document.addEventListener("visibilitychange", done, { once: true });
+const untilVisible = () => new Promise((resolve) => {
+  if (!document.hidden) resolve();
+  else document.addEventListener("visibilitychange", resolve, { once: true });
 });
 
 /**
- * Read the stream of events for ever, from the last one that was seen on; but not while nobody looks: a browser
- * has few connections to a host, for all its tabs.
+ * Read an event stream from the last event on, and reconnect whenever it ends. The connection is closed while the
+ * page is hidden, because a browser allows only a few connections to a host for all of its tabs.
  */
 async function follow(path) {
-  for (let retry = RETRY_FIRST; ; retry = Math.min(retry * 2, RETRY_MAX)) {
-    await looked();
-    const cut = new AbortController();
-    const leave = () => cut.abort();
-    document.addEventListener("visibilitychange", leave, { once: true });
+  for (let delay = RETRY_MIN_MS; ; delay = Math.min(delay * 2, RETRY_MAX_MS)) {
+    await untilVisible();
+    const controller = new AbortController();
+    const abort = () => controller.abort();
+    document.addEventListener("visibilitychange", abort, { once: true });
     try {
-      const headers = { Accept: "text/event-stream", ...(seen && { "Last-Event-ID": seen }) };
-      const answer = await fetch(path, { headers, cache: "no-store", signal: cut.signal });
-      if (answer.status === 401) return location.reload();
-      if (answer.ok) {
-        show("live");
-        retry = RETRY_FIRST;
-        await read(answer.body.pipeThrough(new TextDecoderStream()).getReader());
+      const headers = { Accept: "text/event-stream", ...(lastEventId && { "Last-Event-ID": lastEventId }) };
+      const response = await fetch(path, { headers, cache: "no-store", signal: controller.signal });
+      if (response.status === 401) return location.reload();
+      if (response.ok) {
+        showState("live");
+        delay = RETRY_MIN_MS;
+        await readMessages(response.body.pipeThrough(new TextDecoderStream()).getReader());
       }
-    } catch { /* Cut off: it is begun again. */ }
-    document.removeEventListener("visibilitychange", leave);
-    if (cut.signal.aborted) continue;
-    show("lost");
-    await pauseFor(retry);
+    } catch { /* The connection was lost or closed. The loop reconnects. */ }
+    document.removeEventListener("visibilitychange", abort);
+    if (controller.signal.aborted) continue;
+    showState("lost");
+    await sleep(delay);
   }
 }
 
-async function read(reader) {
+async function readMessages(reader) {
   for (let rest = ""; ;) {
     const { value, done } = await reader.read();
     if (done) return;
     const messages = (rest + value).replaceAll("\r\n", "\n").split("\n\n");
     rest = messages.pop();
-    messages.forEach(take);
+    messages.forEach(handleMessage);
   }
 }
 
-function sayVersion(slider) {
-  const shown = document.getElementById("version-shown");
-  shown.textContent = shown.dataset.words.replace("{version}", slider.value).replace("{head}", slider.max);
-  slider.setAttribute("aria-valuetext", shown.textContent);
-  document.getElementById("to-now").hidden = slider.value === slider.max;
+function showVersion(slider) {
+  const label = document.getElementById("version-text");
+  label.textContent = label.dataset.text.replace("{version}", slider.value).replace("{head}", slider.max);
+  slider.setAttribute("aria-valuetext", label.textContent);
+  document.getElementById("to-current").hidden = slider.value === slider.max;
 }
 
-/** Let the slider show each version as it is moved over. */
-function slide(slider) {
-  let waiting = null;
-  sayVersion(slider);
+/** Show each version while the slider moves. */
+function enableSlider(slider) {
+  let timer = null;
+  showVersion(slider);
   slider.form.classList.add("is-live");
   slider.addEventListener("input", () => {
-    sayVersion(slider);
+    showVersion(slider);
     const url = new URL(location.href);
     url.search = slider.value === slider.max ? "" : `?version=${slider.value}`;
     history.replaceState(null, "", url);
-    clearTimeout(waiting);
-    waiting = setTimeout(() => refresh().catch(() => {}), SLIDER_PAUSE);
+    clearTimeout(timer);
+    timer = setTimeout(() => refresh().catch(() => {}), SLIDER_DELAY_MS);
   });
 }
 
-/** Show a raw report over the page, in place of going to its own. */
+/** Open a raw report in a dialog instead of on its own page. */
 async function openReport(link) {
-  const answer = await fetch(link.href, { headers: { Accept: "text/html" } });
-  const report = new DOMParser().parseFromString(await answer.text(), "text/html").getElementById("report");
+  const response = await fetch(link.href, { headers: { Accept: "text/html" } });
+  const report = new DOMParser().parseFromString(await response.text(), "text/html").getElementById("report");
   if (!report) return location.assign(link.href);
   localise(report);
   document.getElementById("dialog-content").replaceChildren(report);
@@ -199,16 +200,16 @@ document.addEventListener("click", (event) => {
   openReport(link).catch(() => location.assign(link.href));
 });
 
-for (const part of document.querySelectorAll("[data-live]")) drawn.set(part, part.outerHTML);
+for (const part of document.querySelectorAll("[data-live]")) sources.set(part, part.outerHTML);
 localise(document);
 const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
 document.getElementById("zone").textContent = `${body.dataset.local} ${timeZone}.`;
 const slider = document.getElementById("version");
-if (slider) slide(slider);
+if (slider) enableSlider(slider);
 if (body.dataset.stream) {
-  show("connecting");
+  showState("connecting");
   follow(body.dataset.stream);
-  // What grows by itself, such as how long an order has been where it is.
-  setInterval(() => refreshSoon(0), REFRESH_EVERY);
-  document.addEventListener("visibilitychange", () => refreshSoon(0));
+  // Durations grow without an event.
+  setInterval(() => scheduleRefresh(0), REFRESH_INTERVAL_MS);
+  document.addEventListener("visibilitychange", () => scheduleRefresh(0));
 }
