@@ -232,8 +232,8 @@ class Projector:
         self._moved = asyncio.Condition()
         self._failures = 0
 
-    async def step(self) -> bool:
-        """Apply the next batch, and return whether it was full: then more events may be waiting.
+    async def step(self) -> int:
+        """Apply the next batch of events, and return their number.
 
         Raises:
             OutdatedViewError: another definition made the view, so this code must not write it.
@@ -249,7 +249,7 @@ class Projector:
             raise
         self._failures = 0
         self.is_outdated = False
-        return events >= self.view.batch_events_max
+        return events
 
     async def _apply_next_batch(self) -> int:
         async with self._transaction(self._begin) as connection:

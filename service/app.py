@@ -150,7 +150,13 @@ class Service:
     async def _project(self, view: View) -> None:
         await self.rebuilder.rebuild_if_outdated(view)
         projector = self.projectors[view.name]
-        await follow(projector.step, projector.wake, poll_seconds=POLL_SECONDS, idle_seconds=view.idle_seconds)
+        await follow(
+            projector.step,
+            projector.wake,
+            batch_events_max=view.batch_events_max,
+            poll_seconds=POLL_SECONDS,
+            idle_seconds=view.idle_seconds,
+        )
 
     def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self.feed.remember(events, positions)

@@ -48,24 +48,31 @@ async def supervise(
 
 
 async def follow(
-    step: Callable[[], Awaitable[bool]], wake: asyncio.Event, *, poll_seconds: float, idle_seconds: float
+    step: Callable[[], Awaitable[int]],
+    wake: asyncio.Event,
+    *,
+    batch_events_max: int,
+    poll_seconds: float,
+    idle_seconds: float,
 ) -> NoReturn:
-    """Call a step whenever the log may have grown: when woken, and every few seconds in case no wake arrived.
+    """Call a step as long as the log has new events, then wait until it may have grown.
 
     Args:
-        step: handles the next batch, and returns whether more may be waiting; then it is called again at once.
+        step: handles the next batch of events, and returns their number.
         wake: set by others when the log has grown.
-        poll_seconds: the longest pause between two steps.
-        idle_seconds: the shortest pause after a step that returned False. Under load, batches are then larger.
+        batch_events_max: the size of a full batch, after which the next step follows at once.
+        poll_seconds: the longest wait, in case a wake is lost.
+        idle_seconds: the pause after a batch that was not full. Under load, the next batch is then larger. An
+            event that comes alone is handled at once.
 
     Raises:
         Exception: whatever the step raises. Run this under ``supervise``.
     """
     while True:
         wake.clear()
-        if await step():
-            continue
-        await asyncio.sleep(idle_seconds)
+        while events := await step():
+            if events < batch_events_max:
+                await asyncio.sleep(idle_seconds)
         with suppress(TimeoutError):
             async with asyncio.timeout(poll_seconds):
                 await wake.wait()

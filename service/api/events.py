@@ -161,6 +161,8 @@ class EventsApi:
         _refuse_old_version(request)
         last_seen = _last_event_id(request)
         after = query.after if last_seen is None else last_seen
+        if request.method == hdrs.METH_HEAD:
+            return await _begin(request, SSE_HEADERS)
         try:
             async with self.tail.following():
                 position = self.tail.position if after is None else after

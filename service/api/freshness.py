@@ -68,14 +68,21 @@ async def wait_for(projectors: Mapping[str, Projector], position: int | None, *v
             raise unavailable(detail, view=view, position=projectors[view].position)
 
 
-async def read_lag(connection: Connection, view: str) -> Lag:
+async def read_lag(connection: Connection, projector: Projector) -> Lag:
     """Return a view's lag behind the log."""
     async with connection.transaction(readonly=True):
-        await connection.execute(SELECT_VIEW, view)
+        await connection.execute(SELECT_VIEW, projector.view.name)
         position: int = await connection.fetchval(POSITION) or 0
-        parked = await count_parked(connection)
+        # An outdated view may have other tables.
+        parked = 0 if projector.is_outdated else await count_parked(connection)
     oldest = await store.oldest_after(connection, position)
-    lag: Lag = {"view": view, "position": position, "events": 0, "seconds": 0.0, "parked": parked}
+    lag: Lag = {
+        "view": projector.view.name,
+        "position": position,
+        "events": 0,
+        "seconds": 0.0,
+        "parked": parked,
+    }
     if oldest is not None:
         lag["events"] = await store.count_after(connection, position, LAG_EVENTS_MAX)
         lag["seconds"] = max(0.0, (datetime.now(UTC) - oldest).total_seconds())
@@ -84,10 +91,10 @@ async def read_lag(connection: Connection, view: str) -> Lag:
 
 async def read_projection(connection: Connection, projector: Projector, head: int) -> Projection:
     """Return a view's position, lag and parked orders, the first PARKED_LISTED_MAX of them."""
-    lag = await read_lag(connection, projector.view.name)
+    lag = await read_lag(connection, projector)
     async with connection.transaction(readonly=True):
         await connection.execute(SELECT_VIEW, projector.view.name)
-        parked = await list_parked(connection, PARKED_LISTED_MAX)
+        parked = [] if projector.is_outdated else await list_parked(connection, PARKED_LISTED_MAX)
     return {
         "view": lag["view"],
         "position": lag["position"],

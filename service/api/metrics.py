@@ -112,7 +112,7 @@ class Metrics:
         # Two reads, so that a slow one does not hide the other's gauges.
         with suppress(StorageUnavailableError):
             async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
-                lags = [await read_lag(connection, projector.view.name) for projector in self._projectors]
+                lags = [await read_lag(connection, projector) for projector in self._projectors]
         with suppress(StorageUnavailableError):
             async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
                 entries = await count_entries(connection)

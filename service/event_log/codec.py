@@ -21,7 +21,8 @@ MAPPER: Final[Mapper[str]] = Mapper(_TRANSCODER)
 _CLASS_VERSION: Final = getattr(Order.StatusReported, "class_version", 1)
 _FIELDS: Final = frozenset(field.name for field in fields(Order.StatusReported))
 _STATE_FIELDS: Final = _FIELDS - {"originator_id", "originator_version"}
-_TIMES: Final = ("timestamp", "occurred_at", "previous_since")
+# Times that may be null; ``timestamp`` never is.
+_TIMES: Final = ("occurred_at", "previous_since")
 
 
 class UndecodableEventError(Exception):
@@ -32,10 +33,15 @@ def encode_event(event: Order.StatusReported) -> bytes:
     """Return the bytes that the library would store for an event."""
     state = vars(event).copy()
     del state["originator_id"], state["originator_version"]
+    state["timestamp"] = _encode_time(event.timestamp)
     for name in _TIMES:
         if state[name] is not None:
-            state[name] = {"_type_": "datetime_iso", "_data_": state[name].isoformat()}
+            state[name] = _encode_time(state[name])
     return orjson.dumps(state)
+
+
+def _encode_time(time: datetime) -> dict[str, str]:
+    return {"_type_": "datetime_iso", "_data_": time.isoformat()}
 
 
 def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order.StatusReported:
@@ -47,6 +53,7 @@ def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order
     try:
         values = orjson.loads(state)
         if topic == Order.StatusReported.TOPIC and values.keys() == _STATE_FIELDS:
+            values["timestamp"] = datetime.fromisoformat(values["timestamp"]["_data_"])
             for name in _TIMES:
                 if values[name] is not None:
                     values[name] = datetime.fromisoformat(values[name]["_data_"])

@@ -89,7 +89,12 @@ class Tail:
                 if self._task is None:
                     self._begins_after, self._memory, self._by_order, self._bytes = head, [], {}, 0
                     loop = partial(
-                        follow, self._step, self.wake, poll_seconds=POLL_SECONDS, idle_seconds=IDLE_SECONDS
+                        follow,
+                        self._step,
+                        self.wake,
+                        batch_events_max=BATCH_EVENTS_MAX,
+                        poll_seconds=POLL_SECONDS,
+                        idle_seconds=IDLE_SECONDS,
                     )
                     # The task outlives the first reader, so it inherits no context.
                     self._task = asyncio.get_running_loop().create_task(
@@ -127,7 +132,7 @@ class Tail:
         async with self._grown:
             self._grown.notify_all()
 
-    async def _step(self) -> bool:
+    async def _step(self) -> int:
         async with self._pool.connection() as connection:
             batch = await store.read_log(connection, self.position, BATCH_EVENTS_MAX)
         if batch:
@@ -144,7 +149,7 @@ class Tail:
                 self._grown.notify_all()
         oldest = monotonic() - MEMORY_SECONDS_MAX
         self._drop(bisect_right(self._memory, oldest, key=lambda event: event.read_at))
-        return len(batch) == BATCH_EVENTS_MAX
+        return len(batch)
 
     def _drop(self, count: int) -> None:
         """Drop the oldest events."""

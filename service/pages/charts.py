@@ -60,7 +60,7 @@ def draw_charts(overview: Overview, locale: Locale) -> dict[str, Any]:
     reports: dict[date, Mapping[str, int]] = {
         day["day"]: cast("Mapping[str, int]", day["reports"]) for day in overview.statistics["days"]
     }
-    # A status that this release does not know comes last.
+    # Statuses that a newer release recorded come last.
     statuses = [status for status in dict.fromkeys((*STATUSES, None, *orders)) if orders.get(status)]
     links = [f"/track?status={status}" if status in STATUSES else "" for status in statuses]
     bars = [
@@ -84,6 +84,7 @@ def draw_charts(overview: Overview, locale: Locale) -> dict[str, Any]:
         for move in moves
     ]
     return {
+        "verdict_texts": [locale.texts[verdict] for verdict in VERDICTS],
         "by_status": draw_bars("by_status", bars, locale),
         "per_minute": draw_columns("per_minute", minutes, locale),
         "minute_rows": _rows((column for column in minutes if any(column.counts.values())), locale),

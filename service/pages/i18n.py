@@ -19,7 +19,7 @@ MESSAGES: Final[dict[str, list[str]]] = tomllib.loads(
     Path(__file__).with_name("messages.toml").read_text(encoding="utf-8")
 )
 
-# By any string, since the log may hold a status that this release does not know.
+# Keyed by any string, because a newer release may have recorded other statuses.
 _LABELS: Final[Mapping[str, Label]] = {str(status): label for status, label in LABELS.items()}
 _MONTHS: Final = {
     "id": ("Jan", "Feb", "Mar", "Apr", "Mei", "Jun", "Jul", "Agu", "Sep", "Okt", "Nov", "Des"),

@@ -84,7 +84,7 @@ async def read_history(
             return None
         snapshot = await _read_snapshot(connection, order, version)
         below = snapshot.version + 1 if before is None else min(before, snapshot.version + 1)
-        # One more entry than the page shows tells whether there are earlier ones.
+        # One entry more than the page shows, to find out if there are earlier ones.
         entries = await timeline.newest_entries(
             connection, order_no, below, snapshot.version, ENTRIES_SHOWN_MAX + 1
         )
@@ -144,7 +144,7 @@ def build_stages(status: str | None, reached_at: Mapping[str, datetime]) -> list
         else:
             state = "skipped" if index < furthest else "ahead"
         stages.append(Stage(stage, state, reached_at.get(stage)))
-    for at, detour in sorted((at, one) for one, at in reached_at.items() if one not in HAPPY_PATH):
+    for at, detour in sorted((at, name) for name, at in reached_at.items() if name not in HAPPY_PATH):
         earlier = [index for index, stage in enumerate(stages) if stage.reached_at and stage.reached_at <= at]
         stages.insert(max(earlier, default=-1) + 1, Stage(detour, "now" if detour == status else "reached", at))
     if status in SETTLED and status not in HAPPY_PATH:

@@ -86,7 +86,7 @@ async def read_overview(connection: Connection, projectors: Mapping[str, Project
         ),
         quarantine=await quarantine.entries_page(connection, POSITION_MAX, "open", LISTED_MAX),
         quarantine_count=await connection.fetchval(COUNT_OPEN_ENTRIES, COUNTED_MAX),
-        views=[await read_lag(connection, name) for name in projectors],
+        views=[await read_lag(connection, projector) for projector in projectors.values()],
         outdated=frozenset(name for name, projector in projectors.items() if projector.is_outdated),
     )
 

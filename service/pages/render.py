@@ -188,7 +188,9 @@ def render_page(
     parameters = {key: value for key, value in request.query.items() if key not in ("lang", "after_position")}
     variables = {
         "w": locale,
-        "languages": [(one, f"{path}?{urlencode({**parameters, 'lang': one})}") for one in LANGUAGES],
+        "languages": [
+            (language, f"{path}?{urlencode({**parameters, 'lang': language})}") for language in LANGUAGES
+        ],
         "stream": stream,
         "status": status,
         "has_key": KEY_COOKIE in request.cookies,

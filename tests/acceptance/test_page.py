@@ -265,7 +265,7 @@ def test_an_order_is_shown_at_an_earlier_version(opened: Open) -> None:
 
 @pytest.mark.parametrize("path", [f"/track/{ORDER}?version=99", "/track/KOM-0", f"/track/{ORDER}/reports/99"])
 def test_a_missing_order_version_or_report_has_a_page(opened: Open, path: str) -> None:
-    """The page is a 404 with a link to the overview."""
+    """The page says "Not found" and has a link to the overview."""
     page = opened(path)
     expect(page.get_by_role("heading", level=1)).to_have_text("Not found")
     expect(page.get_by_role("link", name="Go to the overview")).to_be_visible()
@@ -279,7 +279,7 @@ def test_a_hostile_order_is_shown_unchanged_and_does_nothing(opened: Open) -> No
     expect(page.locator(".unusual code")).to_contain_text(r"{x}\u{202e} 100%")
     assert page.title().startswith(f"\u2068{HOSTILE}\u2069")
     assert page.locator("main img, main script, main b").count() == 0
-    assert page.locator("h1 bdi").evaluate("(one) => getComputedStyle(one).unicodeBidi") == "isolate"
+    assert page.locator("h1 bdi").evaluate("(element) => getComputedStyle(element).unicodeBidi") == "isolate"
     expect(page.locator(".cnote").first).to_have_text("<b>AWB</b>")
     expect(page.locator("#v2 h3")).to_have_text("<script>alert(1)</script>")
     page.get_by_role("link", name="View at this point").click()
@@ -319,7 +319,7 @@ def test_the_overview_lists_what_needs_attention(opened: Open, api: APIRequestCo
     """Its numbers equal the API's, its charts have text descriptions, and its lists link to the orders."""
     page = opened("/")
     statistics = api.get("/statistics").json()
-    orders = sum(one["orders"] for one in statistics["statuses"])
+    orders = sum(row["orders"] for row in statistics["statuses"])
     expect(page.locator(".tile strong").first).to_have_text(str(orders))
     expect(page.get_by_role("img", name=re.compile("Orders by status"))).to_contain_text("Delivered 3")
     expect(page.locator("#contradictions")).to_contain_text("“Cancelled” contradicts “In transit”")
@@ -438,7 +438,7 @@ def test_the_keyboard_reaches_the_content(opened: Open) -> None:
     page.keyboard.press("Tab")
     focused = page.locator(":focus")
     expect(page.get_by_role("main").locator(":focus")).to_have_count(1)
-    assert focused.evaluate("(one) => getComputedStyle(one).outlineWidth") == "3px"
+    assert focused.evaluate("(element) => getComputedStyle(element).outlineWidth") == "3px"
     tree = page.get_by_role("main").aria_snapshot()
     for line in (
         f'heading "{ORDER}" [level=1]',
@@ -467,7 +467,7 @@ def test_a_key_is_requested_once(browser: Browser, playwright: Playwright, locke
     page = next(opens)("/track?status=lost")
     expect(page.get_by_role("heading", level=1)).to_have_text("API key required")
     for value in ("otk_wrong", key):
-        page.get_by_label("API key").fill(value)
+        page.get_by_label("API key", exact=True).fill(value)
         page.get_by_role("button", name="Sign in").click()
         expect(page.get_by_role("alert")).to_have_count(1 if value != key else 0)
     expect(page).to_have_url(f"{url}/track?status=lost")

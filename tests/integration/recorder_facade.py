@@ -32,14 +32,24 @@ class LogInThread:
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
-        self._pool = ConnectionPool(dsn, SECONDS_MAX)
-        self._wait_for(self._pool.open())
+        self._pool = self._wait_for(self._open(dsn))
+
+    @staticmethod
+    async def _open(dsn: str) -> ConnectionPool:
+        pool = ConnectionPool(dsn, SECONDS_MAX)
+        await pool.open()
+        return pool
+
+    async def _close(self) -> None:
+        self._pool.close()
+        # The connections end in the loop's next turn.
+        await asyncio.sleep(0)
 
     def _wait_for(self, work: Coroutine[Any, Any, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def close(self) -> None:
-        self._pool.close()
+        self._wait_for(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

@@ -1,7 +1,7 @@
 """The log: the library's recorder tests and application, and positions in commit order."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -98,8 +98,10 @@ def library_application(dsn: str) -> Iterator[Orders]:
 
 
 @pytest.fixture
-def held(dsn: str) -> DedicatedConnection:
-    return DedicatedConnection(lambda: connect(dsn))
+async def held(dsn: str) -> AsyncIterator[DedicatedConnection]:
+    held = DedicatedConnection(lambda: connect(dsn))
+    yield held
+    await held.close()
 
 
 async def test_an_order_of_ours_is_read_by_the_library_and_one_of_its_by_us(dsn: str) -> None:

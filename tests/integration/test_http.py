@@ -166,7 +166,7 @@ async def test_an_order_as_it_was_known(client: Client) -> None:
     assert await client.get("/orders/KOM1?version=4") == await client.get("/orders/KOM1?after_position=4")
     before = (datetime.fromisoformat(events[0]["data"]["timestamp"]) - timedelta(seconds=1)).astimezone(UTC)
     for query in ("version=5", f"as_of={before.isoformat()[:19]}Z"):
-        assert (await client.get(f"/orders/KOM1?{query}", 404))["title"] == "Not known then"
+        assert (await client.get(f"/orders/KOM1?{query}", 404))["title"] == "No such version"
     await client.get("/orders/KOM1?version=1&as_of=2026-01-01T00:00:00Z", 400)
     await client.get("/orders/ABSENT?version=1", 404)
 
@@ -344,7 +344,7 @@ async def test_every_receipt_can_be_read_at_once(client: Client) -> None:
         assert order["version"] == number + 1
 
 
-async def test_an_order_set_aside_says_so_in_every_answer(client: Client, connection: Connection) -> None:
+async def test_every_response_shows_that_an_order_is_parked(client: Client, connection: Connection) -> None:
     """Beyond the event that a view cannot handle it is 503 at once; before it, parked tells."""
     await client.webhook("KOM1")
     insert = (
@@ -359,9 +359,9 @@ async def test_an_order_set_aside_says_so_in_every_answer(client: Client, connec
     for path in ("/orders/KOM1", "/orders/KOM1/timeline"):
         view = "timeline" if path.endswith("timeline") else "current_status"
         assert (await client.get(path))["parked"]["view"] == view
-        assert (await client.get(f"{path}?after_position={at}", 503))["title"] == "Set aside"
-    assert (await client.get("/orders/KOM2", 503))["title"] == "Set aside"
-    assert (await client.get("/orders/KOM2/timeline", 503))["title"] == "Set aside"
+        assert (await client.get(f"{path}?after_position={at}", 503))["title"] == "Order parked"
+    assert (await client.get("/orders/KOM2", 503))["title"] == "Order parked"
+    assert (await client.get("/orders/KOM2/timeline", 503))["title"] == "Order parked"
     (listed,) = [one for one in (await client.get("/orders"))["orders"] if one["order_no"] == "KOM1"]
     assert listed["parked"]["since_version"] == 2
     projections = (await client.get("/projections"))["projections"]
@@ -390,6 +390,7 @@ async def test_how_far_the_views_have_come_is_told(client: Client) -> None:
     receipt = await client.webhook("KOM1")
     await client.get(f"/orders/KOM1?after_position={receipt['position']}")
     await client.get(f"/orders/KOM1/timeline?after_position={receipt['position']}")
+    await client.get(f"/statistics?after_position={receipt['position']}")
     answer = await client.get("/projections")
     assert answer["head"] == 1
     for view in answer["projections"]:

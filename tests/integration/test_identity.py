@@ -147,7 +147,7 @@ async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Con
         assert {(method, path) for method, path, scope in routes if scope is None and method != "HEAD"} == {
             ("*", "/webhook"), ("GET", "/livez"), ("GET", "/readyz"),
             # What says nothing of any order: the contract, and how a browser gives its key.
-            ("GET", "/openapi.json"), ("GET", "/static/{name}"), ("POST", "/session"),
+            ("GET", "/openapi.json"), ("GET", "/problems/{slug}"), ("GET", "/static/{name}"), ("POST", "/session"),
         }  # fmt: skip
         assert {path for _, path, scope in routes if scope == "admin"} == {
             "/quarantine/{quarantine_id}/retry", "/quarantine/{quarantine_id}/discard",
@@ -156,6 +156,7 @@ async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Con
             if pattern == "/session":
                 continue  # its body is the key
             path = pattern.replace("{order_no}", "KOM1").replace("{quarantine_id}", "1")
+            path = path.replace("{slug}", "parked")
             bare = await refusal(client, method, path, None)
             assert bare == (401 if scope else None), (method, path)
             assert await refusal(client, method, path, read) == (403 if scope == "admin" else None), (

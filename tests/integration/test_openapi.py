@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped]  # it brings no types
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from service import VERSION
@@ -28,19 +27,9 @@ async def document(dsn: str) -> dict[str, Any]:
 
 
 async def test_it_is_valid(document: dict[str, Any]) -> None:
-    """By the specification of OpenAPI 3.1; and every example by its own schema."""
+    """It is valid by the specification of OpenAPI 3.1, and every operation has a summary."""
     OpenAPIV31SpecValidator(document).validate()
-    examples = 0
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            bodies = [operation["responses"]["200"], operation.get("requestBody", {})]
-            for media in (one for body in bodies for one in body.get("content", {}).values()):
-                if "example" in media:
-                    schema = {**media["schema"], "components": document["components"]}
-                    Draft202012Validator(schema).validate(media["example"])
-                    examples += 1
-            assert operation["summary"], (method, path)
-    assert examples > 15
+    assert all(operation["summary"] for path in document["paths"].values() for operation in path.values())
 
 
 async def test_it_has_every_route(dsn: str, document: dict[str, Any]) -> None:
@@ -69,7 +58,7 @@ async def test_every_problem_is_told_of_some_endpoint(document: dict[str, Any]) 
         for operations in document["paths"].values()
         for operation in operations.values()
         for answer in operation["responses"].values()
-        for title in re.findall(r"\[([^\]]+)\]\(/problems/", answer["description"])
+        for title in re.findall(r"(\w[\w ]*) \(`(?:/problems/|about:blank)", answer["description"])
     }
     assert told == {kind.title for kind in ProblemType} - {ProblemType.BAD_FRAMING.title}
 

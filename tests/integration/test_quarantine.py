@@ -47,7 +47,7 @@ async def test_a_flood_of_what_cannot_be_understood_is_turned_away(
         async with client.session.put(client.url("/webhook"), data=b"more %d" % number) as answer:
             assert answer.status == 503
             assert answer.headers["Retry-After"]
-            assert "cannot be understood" in (await answer.json(content_type=None))["detail"]
+            assert "too many unparseable bodies" in (await answer.json(content_type=None))["detail"]
     assert (await client.raw(b"junk 0"))["outcome"] == "quarantined"
     assert (await client.webhook("KOM1"))["outcome"] == "advanced"
     assert await connection.fetchval("SELECT count(*) FROM quarantine") == HOURLY_MAX

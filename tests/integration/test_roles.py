@@ -207,7 +207,7 @@ async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
     )
     await held.close()
     assert [one.differences for one in rebuilt] == [0, 0, 0]
-    recorded = await connection.fetch("SELECT order_no, erased_by, why, events, entries FROM erasures")
+    recorded = await connection.fetch("SELECT order_no, erased_by, reason, events, entries FROM erasures")
     assert [tuple(row) for row in recorded] == [("KOM1", "order_tracking", "asked for by the buyer", 2, 1)]
     with pytest.raises(asyncpg.IntegrityConstraintViolationError):
         await connection.execute("DELETE FROM order_events")
@@ -249,7 +249,7 @@ async def test_check_finds_the_log_protected_with_three_roles(owner_dsn: str) ->
     for dsn in (owner_dsn, await service_dsn(owner_dsn)):
         texts = [finding.text for finding in await check_database(dsn)]
         assert f"the service runs as {SERVICE_ROLE}" in texts
-        assert "it can add to the log, and neither change nor remove what is there" in texts
+        assert "the service can add to the log, but neither change nor remove events" in texts
 
 
 async def test_check_finds_triggers_that_a_restore_left_weaker(owner_dsn: str, connection: Connection) -> None:
@@ -281,5 +281,5 @@ async def test_check_runs_nothing_that_the_service_has_put_in_the_place_of_a_tab
             ALTER TABLE projection RENAME TO kept;
             CREATE VIEW projection AS SELECT trap() AS position, definition, one_row FROM kept;
         """)
-    assert "the view timeline is missing: 'serve' makes it" in await wrong(owner_dsn)
+    assert "the view timeline is missing or outdated: run 'serve' or 'replay'" in await wrong(owner_dsn)
     assert await connection.fetchval("SELECT to_regclass('public.trapped')") is None

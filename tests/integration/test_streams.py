@@ -128,7 +128,7 @@ async def test_a_silent_stream_has_heartbeats(client: Client, monkeypatch: pytes
     """So that proxies and readers know that it lives."""
     monkeypatch.setattr("service.api.events.HEARTBEAT_SECONDS", 0.1)
     async with client.reading("/events/stream") as reader:
-        received = await asyncio.wait_for(reader.response.content.readuntil(b": ping"), PATIENCE_SECONDS)
+        received = await asyncio.wait_for(reader.response.content.readuntil(b": heartbeat"), PATIENCE_SECONDS)
     assert b"retry: 2000" in received
 
 
@@ -208,7 +208,7 @@ async def test_half_an_answer_that_fails_is_logged(
             with pytest.raises(aiohttp.ClientError):
                 await response.read()
         await connection.execute("ALTER TABLE moved_away RENAME TO order_events")
-    assert ("answer cut off", "/events") in [(line["event"], line.get("route")) for line in logged]
+    assert ("response cut off", "/events") in [(line["event"], line.get("route")) for line in logged]
 
 
 @pytest.mark.parametrize("path", ["/events", "/events/stream"])
@@ -250,7 +250,7 @@ async def test_live_readers_outlive_any_trouble_of_the_database(client: Client, 
     async with client.reading("/events/stream") as reader:
         with structlog.testing.capture_logs() as logged:
             await connection.execute("ALTER TABLE order_events RENAME TO moved_away")
-            trouble = "the log cannot be read for live readers; it goes on trying"
+            trouble = "background task failed and is restarted"
             await until_async(condition(lambda: is_logged(logged, trouble)))
         await connection.execute("ALTER TABLE moved_away RENAME TO order_events")
         position = (await client.webhook("KOM1"))["position"]

@@ -234,16 +234,16 @@ def test_nesting_is_read_or_refused(depth: int, escape: str) -> None:
         ({"order_no": None}, "order_no is missing"),
         ({"order_no": ""}, "order_no is blank"),
         ({"order_no": " \t\u00a0\u3000"}, "order_no is blank"),
-        ({"order_no": "x" * 129}, "order_no has over 128 characters"),
+        ({"order_no": "x" * 129}, "order_no has more than 128 characters"),
         ({"order_no": "a\x00b"}, "order_no has control characters"),
         ({"order_no": "a\nb"}, "order_no has control characters"),
         ({"order_no": "a\x1fb"}, "order_no has control characters"),
         ({"order_no": "a\x7fb"}, "order_no has control characters"),
         ({"order_no": "a\x9fb"}, "order_no has control characters"),
-        ({"order_no": "."}, "order_no is a path segment that clients resolve away"),
-        ({"order_no": ".."}, "order_no is a path segment that clients resolve away"),
-        ({"order_no": -1}, "order_no is a number below 0 or of over 18 digits"),
-        ({"order_no": 10**18}, "order_no is a number below 0 or of over 18 digits"),
+        ({"order_no": "."}, "order_no is a path segment that clients remove"),
+        ({"order_no": ".."}, "order_no is a path segment that clients remove"),
+        ({"order_no": -1}, "order_no is negative or has more than 18 digits"),
+        ({"order_no": 10**18}, "order_no is negative or has more than 18 digits"),
         ({"order_no": 10**30}, "order_no is not text"),
         ({"order_no": 1.0}, "order_no is not text"),
         ({"order_no": True}, "order_no is not text"),
@@ -257,7 +257,7 @@ def test_nesting_is_read_or_refused(depth: int, escape: str) -> None:
         ({"status": True}, "status is not text"),
         ({"status": ["Sent"]}, "status is not text"),
         ({"status": {"": "Sent"}}, "status is not text"),
-        ({"status": "x" * 129}, "status has over 128 characters"),
+        ({"status": "x" * 129}, "status has more than 128 characters"),
         ({"status": "a\x00b"}, "status has a NUL character"),
     ],
 )
@@ -299,9 +299,9 @@ def test_the_order_number_is_kept_where_it_could_be_read() -> None:
         ('{"order_no" :"A","order_no"\t:"B","status":"Sent"}', "order_no"),
     ],
 )
-def test_a_key_that_stands_in_it_twice(text: str, key: str) -> None:
+def test_a_key_that_occurs_twice(text: str, key: str) -> None:
     """Which of the two is meant cannot be known, even where they are equal, and however they are spelt."""
-    assert reason_of(text.encode()) == f"{key} stands in it twice"
+    assert reason_of(text.encode()) == f"{key} occurs twice"
 
 
 # The sender's time
