@@ -228,7 +228,7 @@ def test_a_signature_also_closes_the_webhook(state_dir: Path) -> None:
     guards = {"WEBHOOK_HMAC_SECRET": "a-secret-of-16-characters", "HOST": "0.0.0.0"}  # noqa: S104 - as on the open internet
     with running_service(state_dir, **guards) as service:
         assert "THE WEBHOOK IS OPEN" not in service.output
-        assert "asks for a signature" in call_command(state_dir, "check", **guards).stdout
+        assert "requires a signature" in call_command(state_dir, "check", **guards).stdout
         sent = call_command(state_dir, "send", "KOM1", "AWB1", "Sent", PORT=str(service.port), **guards)
         assert sent.returncode == 0, sent.stderr
 

@@ -17,8 +17,8 @@ from tests.support.folders import ROOT, temporary_folder
 from tests.support.processes import environment, running_commands, wait_for_output
 from tests.support.waiting import PATIENCE_SECONDS, until
 
-LOOK_AT: Final = re.compile(r"look at (?P<url>http://\S+/) while")
-ALL_IS_TOLD: Final = re.compile(r"all is told; the service goes on")
+LOOK_AT: Final = re.compile(r"open (?P<url>http://\S+/) to watch")
+ALL_IS_TOLD: Final = re.compile(r"all orders are simulated; the service keeps running")
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed"),

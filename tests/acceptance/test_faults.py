@@ -43,5 +43,5 @@ async def test_an_early_acknowledgement_is_found(mutation: Fault) -> None:
     """
     outcome = await run(mutation, SHORT, SEED)
     assert outcome.count.lost > 0
-    with pytest.raises(ViolatedError, match="acknowledged and not there"):
+    with pytest.raises(ViolatedError, match="recorded less often than acknowledged"):
         outcome.raise_where_violated()
