@@ -244,7 +244,7 @@ END $$;
 -- The views. Each is a schema with the tables of its own section and of the section "in every view". Names are not
 -- qualified, so that a rebuild can create the tables a second time beside the live ones. Only the view's projection
 -- writes them. A view is never migrated: if its section or its fold changes, it is rebuilt at start. A rebuild runs the
--- statements after the line "-- keys" last, when all rows are there.
+-- statements after the line "-- indexes" last, when all rows are there.
 
 -- in every view
 
@@ -283,17 +283,18 @@ CREATE TABLE orders (
     unrecognised       bigint      NOT NULL,
     -- One report, one event: the version is the number of reports.
     CHECK (version = advanced + repeated + late + refused + unrecognised),
-    CHECK ((status IS NULL) = (advanced = 0))
+    CHECK ((status IS NULL) = (advanced = 0)),
+    PRIMARY KEY (order_no)
 );
 
 -- Every airway bill that was ever reported of an order.
 CREATE TABLE order_cnotes (
     cnote     text NOT NULL COLLATE "C",
-    order_no  text NOT NULL COLLATE "C"
+    order_no  text NOT NULL COLLATE "C",
+    PRIMARY KEY (cnote, order_no)
 );
 
--- keys
-ALTER TABLE orders ADD PRIMARY KEY (order_no);
+-- indexes
 CREATE INDEX orders_first_position_idx ON orders (first_position);
 -- One index for each filter. The indexes of rare verdicts hold only those orders.
 CREATE INDEX orders_status_idx ON orders (status, first_position);
@@ -304,7 +305,6 @@ CREATE INDEX orders_unrecognised_idx ON orders (first_position) WHERE unrecognis
 CREATE INDEX orders_last_reported_idx ON orders (last_reported_at);
 CREATE INDEX orders_unsettled_idx ON orders (last_reported_at)
     WHERE status IS NULL OR status NOT IN ('delivered', 'completed', 'returned', 'cancelled', 'lost', 'damaged');
-ALTER TABLE order_cnotes ADD PRIMARY KEY (cnote, order_no);
 
 -- view timeline
 
@@ -323,11 +323,11 @@ CREATE TABLE entries (
     reason           text,
     received_at      timestamptz NOT NULL,
     occurred_at      timestamptz,
-    repeats          bigint                        -- the version of the entry that this report repeats
+    repeats          bigint,                       -- the version of the entry that this report repeats
+    PRIMARY KEY (order_no, version)
 );
 
--- keys
-ALTER TABLE entries ADD PRIMARY KEY (order_no, version);
+-- indexes
 CREATE UNIQUE INDEX entries_position_idx ON entries (position);
 -- A page of a timeline counts its repeats with this index. Most orders have none.
 CREATE INDEX entries_repeats_idx ON entries (order_no, repeats) WHERE repeats IS NOT NULL;
@@ -339,7 +339,7 @@ CREATE INDEX entries_received_idx ON entries USING brin (received_at) WITH (page
 
 -- The number of orders with each status; '' stands for orders without one.
 CREATE TABLE statuses (
-    status  text   NOT NULL,
+    status  text   NOT NULL PRIMARY KEY,
     orders  bigint NOT NULL
 );
 
@@ -349,27 +349,23 @@ CREATE TABLE moves (
     previous_status  text    NOT NULL,
     status           text    NOT NULL,
     bucket           integer NOT NULL,
-    times            bigint  NOT NULL
+    times            bigint  NOT NULL,
+    PRIMARY KEY (previous_status, status, bucket)
 );
 
 -- The number of reports by day in UTC and by verdict.
 CREATE TABLE days (
     day      date   NOT NULL,
     verdict  text   NOT NULL,
-    reports  bigint NOT NULL
+    reports  bigint NOT NULL,
+    PRIMARY KEY (day, verdict)
 );
 
 -- Status strings outside the vocabulary.
 CREATE TABLE unrecognised (
-    reported_status   text        NOT NULL COLLATE "C",
+    reported_status   text        NOT NULL COLLATE "C" PRIMARY KEY,
     reports           bigint      NOT NULL,
     last_received_at  timestamptz NOT NULL
 );
-
--- keys
-ALTER TABLE statuses ADD PRIMARY KEY (status);
-ALTER TABLE moves ADD PRIMARY KEY (previous_status, status, bucket);
-ALTER TABLE days ADD PRIMARY KEY (day, verdict);
-ALTER TABLE unrecognised ADD PRIMARY KEY (reported_status);
 
 -- end of views

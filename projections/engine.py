@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from typing import Final, NamedTuple, TypeAlias, cast
 
 import structlog
 
@@ -58,35 +58,33 @@ ReadLog: TypeAlias = Callable[[int, int], Awaitable[Sequence[LoggedEvent]]]
 
 @dataclass(frozen=True)
 class View:
-    """A view: its tables, and its two ways to write the rows that its fold makes.
+    """A view: its tables, and the function that writes events into them.
 
     Args:
         name: the name of the view and of its schema.
-        fold_version: a number to change whenever the fold changes.
+        fold_version: a number to change whenever ``apply`` writes other rows.
         tables: the tables that ``replay --verify`` compares.
-        apply: writes events of any orders into tables that hold the rows of all earlier events.
-        copy: writes events in the order of the primary key into empty tables without keys. It keeps unfinished
-            rows in the dictionary until the next call; a call without events writes them.
+        apply: writes events into tables that hold the rows of these orders' earlier events. The live projection
+            passes events in the order of the log, a rebuild in the order of order numbers and versions.
         batch_events_max: events that the live projection applies in one transaction.
         idle_seconds: the pause after a batch that was not full. Under load, the next batch is then larger.
-        tables_sql: creates the tables, with unqualified names; from schema.sql.
-        keys_sql: creates the keys and indexes; from schema.sql.
+        tables_sql: creates the tables with their primary keys, by unqualified names; from schema.sql.
+        indexes_sql: creates the other indexes; from schema.sql. A rebuild runs it after the rows are written.
     """
 
     name: str
     fold_version: int
     tables: tuple[str, ...]
     apply: Callable[[Connection, Sequence[DecodedEvent]], Awaitable[None]]
-    copy: Callable[[Connection, Sequence[DecodedEvent], dict[str, Any]], Awaitable[None]]
     batch_events_max: int
     idle_seconds: float
     tables_sql: str = ""
-    keys_sql: str = ""
+    indexes_sql: str = ""
 
     @property
     def definition(self) -> str:
         """The hash of the view's shape. A view with another hash in the database is rebuilt."""
-        text = f"{self.fold_version}\n{self.tables_sql}\n{self.keys_sql}"
+        text = f"{self.fold_version}\n{self.tables_sql}\n{self.indexes_sql}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -2,9 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Final, NamedTuple, Protocol, cast
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from typing import Final, NamedTuple, Protocol
 
 import asyncpg
 import structlog
@@ -12,17 +11,14 @@ import structlog
 from projections import parked
 from projections.engine import (
     TAKE_VIEW_LOCK,
-    DecodedEvent,
     LoggedEvent,
     OutdatedViewError,
     ReadLog,
-    Undecodable,
     View,
     advance,
     apply_batch,
     view_state,
 )
-from projections.parked import ParkedOrder
 from projections.postgres_errors import Connection, is_event_at_fault
 
 # Dropping the old schema waits for its last readers, such as a dump, but must not make new readers wait.
@@ -91,38 +87,11 @@ class RebuiltView(NamedTuple):
     differences: int
 
 
-@dataclass
-class _Fill:
-    """One view that is being filled: its connection, its unfinished rows, and the orders parked so far."""
+class _NextView(NamedTuple):
+    """A view that is being rebuilt, and a connection whose search path is the schema of its new tables."""
 
     view: View
     connection: Connection
-    unfinished: dict[str, object] = field(default_factory=dict)
-    parked: dict[str, ParkedOrder] = field(default_factory=dict)
-
-    async def write(self, batch: Sequence[LoggedEvent]) -> None:
-        if self.parked or any(type(event) is Undecodable for _, event in batch):
-            batch = [*self._without_parked(batch)]
-        if batch:
-            await self.view.copy(self.connection, cast("Sequence[DecodedEvent]", batch), self.unfinished)
-
-    def _without_parked(self, batch: Sequence[LoggedEvent]) -> Iterator[LoggedEvent]:
-        for position, event in batch:
-            if isinstance(event, Undecodable):
-                self.parked.setdefault(event.originator_id, event.to_parked(position))
-            elif event.originator_id not in self.parked:
-                yield position, event
-
-    async def complete(self, head: int) -> None:
-        """Write the unfinished rows and the parked orders, then create the keys."""
-        await self.view.copy(self.connection, [], self.unfinished)
-        await parked.park(self.connection, self.parked.values())
-        await self.begin(head)
-
-    async def begin(self, head: int) -> None:
-        """Create the keys, and set the view's position."""
-        await self.connection.execute(self.view.keys_sql)
-        await self.connection.execute(BEGIN_PROJECTION, head, self.view.definition)
 
 
 async def rebuild(
@@ -148,51 +117,38 @@ async def rebuild(
             stack.push_async_callback(connection.close)
             return connection
 
-        async def empty_fills() -> list[_Fill]:
-            return [_Fill(view, await open_connection(f"{view.name}_next")) for view in views]
-
         guard = await open_connection("public")
         if not await guard.fetchval(TRY_REBUILD_LOCK):
             raise RebuildRunningError
-        fills = await empty_fills()
-        head = await log.head()
-        try:
-            await _fill(fills, guard, log, head, progress)
-        except Exception as error:
-            if any(fill.connection.is_closed() for fill in fills) or not is_event_at_fault(error):
-                raise
-            # An event cannot be written. Find it the slow way, and park its order. A COPY that was cancelled
-            # may keep its connection and the locks of its tables, so the connections are abandoned.
-            logger.warning("the rebuild goes on event by event", error=repr(error))
-            for fill in fills:
-                fill.connection.terminate()
-            fills = await empty_fills()
-            await _fill_event_by_event(fills, guard, log, head, progress)
-        for fill in fills:
+        rebuilt = [_NextView(view, await open_connection(f"{view.name}_next")) for view in views]
+        await _fill(rebuilt, guard, log, progress)
+        for view, connection in rebuilt:
             # Apply most of the new events now, so that the live projector waits only for the rest.
             for _ in range(CATCH_UP_ROUNDS):
-                await _catch_up(fill.connection, fill.view, log.read_log, await log.head())
+                await _catch_up(connection, view, log.read_log, await log.head())
         if verify:
-            return [await _compare(fill, connect, guard, log.read_log) for fill in fills]
-        return [await _swap(fill, guard, log) for fill in fills]
+            return [await _compare(*next_view, connect, guard, log.read_log) for next_view in rebuilt]
+        return [await _swap(*next_view, guard, log) for next_view in rebuilt]
 
 
-async def _prepare(fills: Sequence[_Fill], guard: Connection) -> None:
-    for fill in fills:
-        await _drop(guard, f"{fill.view.name}_next")
-        await guard.execute(CREATE_SCHEMA, f"{fill.view.name}_next")
-        await fill.connection.execute(fill.view.tables_sql)
+async def _create_tables(view: View, connection: Connection, guard: Connection, head: int) -> None:
+    await _drop(guard, f"{view.name}_next")
+    await guard.execute(CREATE_SCHEMA, f"{view.name}_next")
+    await connection.execute(view.tables_sql)
+    await connection.execute(BEGIN_PROJECTION, head, view.definition)
 
 
-async def _fill(fills: Sequence[_Fill], guard: Connection, log: Log, head: int, progress: Progress) -> None:
-    """Copy the log up to ``head`` into new tables, order by order, then create their keys.
+async def _fill(rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: Progress) -> None:
+    """Write the log up to its present head into new tables, order by order, then create their indexes.
 
     The log is read once, and each view writes at its own pace: while the server takes one batch, others are
     decoded and folded.
     """
-    await _prepare(fills, guard)
+    head = await log.head()
     total = await log.count(head)
-    queues: list[asyncio.Queue[Sequence[LoggedEvent]]] = [asyncio.Queue(BATCHES_AHEAD_MAX) for _ in fills]
+    for view, connection in rebuilt:
+        await _create_tables(view, connection, guard, head)
+    queues: list[asyncio.Queue[Sequence[LoggedEvent]]] = [asyncio.Queue(BATCHES_AHEAD_MAX) for _ in rebuilt]
 
     async def read() -> None:
         done = 0
@@ -205,41 +161,26 @@ async def _fill(fills: Sequence[_Fill], guard: Connection, log: Log, head: int, 
         for queue in queues:
             await queue.put(())
 
-    async def write(fill: _Fill, queue: asyncio.Queue[Sequence[LoggedEvent]]) -> None:
-        while batch := await queue.get():
-            await fill.write(batch)
-        await fill.complete(head)
-
     try:
         async with asyncio.TaskGroup() as group:
             group.create_task(read())
-            for fill, queue in zip(fills, queues, strict=True):
-                group.create_task(write(fill, queue))
+            for (view, connection), queue in zip(rebuilt, queues, strict=True):
+                group.create_task(_write(view, connection, queue))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
 
 
-async def _fill_event_by_event(
-    fills: Sequence[_Fill], guard: Connection, log: Log, head: int, progress: Progress
-) -> None:
-    """Fill the views through the function of the live projection, which parks orders."""
-    await _prepare(fills, guard)
-    for fill in fills:
-        await fill.begin(head)
-    total = await log.count(head)
-    done = 0
-    async with contextlib.aclosing(log.read_streams(head)) as batches:
-        async for batch in batches:
-            for fill in fills:
-                async with fill.connection.transaction():
-                    await _apply(fill.connection, fill.view, batch, has_parked=True)
-            done += len(batch)
-            progress(done, max(total, done))
+async def _write(view: View, connection: Connection, queue: asyncio.Queue[Sequence[LoggedEvent]]) -> None:
+    """Apply batches until an empty one comes, then create the view's indexes."""
+    while batch := await queue.get():
+        async with connection.transaction():
+            await _apply(connection, view, batch, has_parked=True)
+    if view.indexes_sql:
+        await connection.execute(view.indexes_sql)
 
 
-async def _swap(fill: _Fill, guard: Connection, log: Log) -> RebuiltView:
+async def _swap(view: View, connection: Connection, guard: Connection, log: Log) -> RebuiltView:
     """Apply the remaining events and rename the schemas, in one transaction under the live projector's lock."""
-    view, connection = fill.view, fill.connection
     await _drop(guard, f"{view.name}_old")
     async with connection.transaction():
         await connection.execute(TAKE_VIEW_LOCK, view.name)
@@ -256,9 +197,10 @@ async def _swap(fill: _Fill, guard: Connection, log: Log) -> RebuiltView:
     return RebuiltView(view.name, parked_orders, 0)
 
 
-async def _compare(fill: _Fill, connect: ConnectTo, guard: Connection, read_log: ReadLog) -> RebuiltView:
+async def _compare(
+    view: View, rebuilt: Connection, connect: ConnectTo, guard: Connection, read_log: ReadLog
+) -> RebuiltView:
     """Bring the rebuilt and the live view to one position, and compare them in one snapshot."""
-    view, rebuilt = fill.view, fill.connection
     live = await connect(view.name)
     try:
         await live.execute(HOLD_VIEW, view.name)

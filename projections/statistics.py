@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from itertools import groupby
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
@@ -158,28 +158,11 @@ async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
     )
 
 
-async def copy(connection: Connection, events: Sequence[DecodedEvent], unfinished: dict[str, Any]) -> None:
-    """Count events, and write the counters into the empty tables once no more events come."""
-    additions: Additions = unfinished.setdefault("additions", Additions())
-    if events:
-        fold(events, additions)
-        return
-    records: dict[str, list[tuple[Any, ...]]] = {
-        "statuses": [*additions.statuses.items()],
-        "moves": [(*move, times) for move, times in additions.moves.items()],
-        "days": [(*day, reports) for day, reports in additions.days.items()],
-        "unrecognised": [(reported, *counts) for reported, counts in additions.unrecognised.items()],
-    }
-    for table, rows in records.items():
-        await connection.copy_records_to_table(table, records=rows)
-
-
 VIEW: Final = View(
     name="statistics",
     fold_version=1,
     tables=("statuses", "moves", "days", "unrecognised"),
     apply=apply,
-    copy=copy,
     # No reader waits for a counter: large batches and a long pause spare the webhooks.
     batch_events_max=2_000,
     idle_seconds=0.1,

@@ -69,7 +69,7 @@ GRANT_SCHEMAS: Final = """
 
 _IN_EVERY_VIEW: Final = re.compile(r"^-- in every view\n(?P<tables>.*?)^(?=-- view )", re.MULTILINE | re.DOTALL)
 _SECTIONS: Final = re.compile(
-    r"^-- view (?P<name>\w+)\n(?P<tables>.*?)^-- keys\n(?P<keys>.*?)(?=^-- view |^-- end)",
+    r"^-- view (?P<name>\w+)\n(?P<tables>.*?)(?:^-- indexes\n(?P<indexes>.*?))?(?=^-- view |^-- end)",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -90,7 +90,7 @@ def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
         replace(
             view,
             tables_sql=shared["tables"] + sections[view.name]["tables"],
-            keys_sql=sections[view.name]["keys"],
+            indexes_sql=sections[view.name]["indexes"] or "",
         )
         for view in (current_status.VIEW, timeline.VIEW, statistics.VIEW)
     )
@@ -291,6 +291,7 @@ async def _create_views(connection: Connection, views: Sequence[View], definitio
         await connection.execute(CREATE_SCHEMA, view.name)
         await connection.execute(SEARCH, view.name)
         await connection.execute(view.tables_sql)
-        await connection.execute(view.keys_sql)
+        if view.indexes_sql:
+            await connection.execute(view.indexes_sql)
         await connection.execute(BEGIN_PROJECTION, view.definition if definition is None else definition)
     await connection.execute(SEARCH, "public")

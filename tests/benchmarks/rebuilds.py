@@ -145,6 +145,11 @@ MAKE_CNOTES: Final = """
     CREATE TABLE order_cnotes AS
     SELECT DISTINCT reported_cnote AS cnote, order_no FROM entries WHERE reported_cnote IS NOT NULL
 """
+ADD_PRIMARY_KEYS: Final = """
+    ALTER TABLE entries ADD PRIMARY KEY (order_no, version);
+    ALTER TABLE orders ADD PRIMARY KEY (order_no);
+    ALTER TABLE order_cnotes ADD PRIMARY KEY (cnote, order_no)
+"""
 ORDER_COLUMNS: Final = (
     *(
         "order_no",
@@ -180,10 +185,10 @@ def rebuild_by_sql(dsn: str) -> float:
         connection.execute("SET search_path TO by_sql, public")
         connection.execute("CHECKPOINT")
         began = time.perf_counter()
-        for statement in (MAKE_ENTRIES, MAKE_ORDERS, MAKE_CNOTES):
+        for statement in (MAKE_ENTRIES, MAKE_ORDERS, MAKE_CNOTES, ADD_PRIMARY_KEYS):
             connection.execute(statement)
         for view in VIEWS:
-            connection.execute(view.keys_sql)
+            connection.execute(view.indexes_sql)
         return time.perf_counter() - began
 
 

@@ -147,7 +147,8 @@ async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Con
         assert {(method, path) for method, path, scope in routes if scope is None and method != "HEAD"} == {
             ("*", "/webhook"), ("GET", "/livez"), ("GET", "/readyz"),
             # What says nothing of any order: the contract, and how a browser gives its key.
-            ("GET", "/openapi.json"), ("GET", "/problems/{slug}"), ("GET", "/static/{name}"), ("POST", "/session"),
+            ("GET", "/openapi.json"), ("GET", "/problems/{slug}"),
+            ("GET", "/static/{name}"), ("POST", "/session"),
         }  # fmt: skip
         assert {path for _, path, scope in routes if scope == "admin"} == {
             "/quarantine/{quarantine_id}/retry", "/quarantine/{quarantine_id}/discard",

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -116,50 +115,6 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
             "counts": counts,
             "parked": None,
         }
-
-
-class Copied:
-    """The driver's COPY, of which only what was handed to it is of interest."""
-
-    def __init__(self) -> None:
-        self.tables: dict[str, list[tuple[Any, ...]]] = {}
-
-    async def copy_records_to_table(
-        self, table: str, *, records: Sequence[Sequence[Any]], columns: Sequence[str]
-    ) -> None:
-        assert records
-        assert all(len(record) == len(columns) for record in records)
-        self.tables.setdefault(table, []).extend(map(tuple, records))
-
-    @property
-    def connection(self) -> Connection:
-        return cast("Connection", self)
-
-
-@MANY
-@given(logs(), st.data())
-async def test_a_rebuild_writes_what_the_fold_says_however_it_is_paged(
-    log: list[DecodedEvent], data: st.DataObject
-) -> None:
-    """In stream order, with an order going on from page to page: each row and airway bill is written once."""
-    rows: dict[str, current_status.Row] = {}
-    current_status.fold(log, rows)
-    streams = sorted(log, key=lambda one: (one[1].originator_id, one[1].originator_version))
-    copied = Copied()
-    carried: dict[str, Any] = {}
-    for page in pages_of(data, streams):
-        if page:
-            await current_status.copy(copied.connection, page, carried)
-            await timeline.copy(copied.connection, page, {})
-    await current_status.copy(copied.connection, [], carried)
-    await timeline.copy(copied.connection, [], {})
-
-    by_order = sorted(rows.values(), key=lambda row: row["order_no"])
-    orders = sorted(copied.tables["orders"], key=itemgetter(0))
-    assert orders == [tuple(value for name, value in row.items() if name != "cnotes") for row in by_order]
-    cnotes = [(cnote, row["order_no"]) for row in by_order for cnote in row["cnotes"]]
-    assert sorted(copied.tables.get("order_cnotes", [])) == sorted(cnotes)
-    assert copied.tables["entries"] == timeline.fold(streams)
 
 
 def test_current_status_of_a_journey() -> None:
