@@ -1,4 +1,4 @@
-"""The account of a fault run: intents and receipts compared with the log, and the log with views and API."""
+"""The account of a fault run: it compares intents and receipts with the log, and the log with views and API."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from tests.support.connections import OK, UNAVAILABLE, Connections, get
 from tests.support.load import Acknowledged
 from tests.support.waiting import PATIENCE_SECONDS
 
-# The first few of a kind show the problem; the number of all shows its extent.
+# A few examples of each kind show the problem, and the total shows its extent.
 VIOLATIONS_SHOWN_MAX: Final = 3
 
 LOG: Final = """
@@ -79,11 +79,11 @@ def compare(
     """Compare the log with intents, receipts and the live tail.
 
     Args:
-        log: the position of every event, and the event.
-        attempts: how many attempts to send each body were intended.
-        acknowledged: every 200.
+        log: each event with its position.
+        attempts: the number of intended attempts to send each body.
+        acknowledged: every 200 response.
         tail: position, order, version and report_id of every event that the live tail received.
-        violations: the list that gets what differs.
+        violations: receives a line for every difference.
     """
     recorded = Counter(event.body for _, event in log)
     receipts = Counter(one.body for one in acknowledged)
@@ -117,7 +117,7 @@ def compare(
 def worst_outage(acknowledged: Sequence[Acknowledged], since: float) -> float:
     """Return the longest time without a 200 after a moment, in seconds."""
     moments = sorted(one.at for one in acknowledged)
-    # An outage that includes the moment begins there.
+    # An outage that is in progress at that moment counts from there.
     return max(
         (after - max(before, since) for before, after in pairwise(moments) if after > since), default=0.0
     )

@@ -39,14 +39,14 @@ class Client:
             return await response.json()
 
     async def get(self, path: str, status: int = 200, headers: dict[str, str] | None = None) -> Any:
-        """Read a path, and return what its JSON holds."""
+        """Read a path, and return its parsed JSON."""
         response, _ = await self.get_with_headers(path, status, headers)
         return response
 
     async def get_with_headers(
         self, path: str, status: int = 200, headers: dict[str, str] | None = None
     ) -> tuple[Any, Any]:
-        """Read a path, and return what its JSON holds, and the headers."""
+        """Read a path, and return its parsed JSON and the headers."""
         async with self.session.get(self.url(path), headers=headers) as response:
             body = await response.read()
             assert response.status == status, body
@@ -57,7 +57,7 @@ class Client:
             return json.loads(body) if body else None, response.headers
 
     async def post(self, path: str, status: int, body: Any = None) -> Any:
-        """Post JSON, and return what the response holds."""
+        """Post JSON, and return the parsed response."""
         async with self.session.post(self.url(path), json=body) as response:
             assert response.status == status, await response.text()
             return await response.json(content_type=None)
@@ -70,7 +70,9 @@ class Client:
             return response.status
 
     async def walk(self, path: str, name: str) -> list[Any]:
-        """Read every item of a list, page by page, by the link in the header, which the body repeats."""
+        """Read every item of a list page by page. The Link header of each page must equal the link
+        in its body.
+        """
         items: list[Any] = []
         while path:
             page, headers = await self.get_with_headers(path)
@@ -83,7 +85,7 @@ class Client:
         return items
 
     async def talk(self, request: bytes) -> bytes:
-        """Send bytes unchanged, and read until the response is whole or the connection ends."""
+        """Send bytes unchanged, and read until the response is complete or the connection ends."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         try:
             writer.write(request)
@@ -104,7 +106,7 @@ class Client:
 
 
 class StreamReader:
-    """Reads server-sent events as a browser does: messages end at a blank line, comments are left out."""
+    """Reads server-sent events as a browser does: a blank line ends a message, and comments are skipped."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.response = response

@@ -1,4 +1,4 @@
-"""Raw HTTP for loads: many connections, one request at a time on each, and counts of the responses."""
+"""Raw HTTP for load tests: many connections, one request at a time on each, and counts of the responses."""
 
 import asyncio
 import re
@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, cast
 
 from tests.support.waiting import PATIENCE_SECONDS
 
-# Far beyond the budget of a request: a service that is silent for so long has dropped it.
+# Far beyond the time limit of a request: a service that is silent for this long has dropped the request.
 ANSWER_SECONDS_MAX: Final = PATIENCE_SECONDS
 OK: Final = 200
 UNAVAILABLE: Final = 503
@@ -17,7 +17,7 @@ _RETRY_AFTER: Final = re.compile(rb"\r\nretry-after: (\d+)", re.IGNORECASE)
 
 
 class Answer(NamedTuple):
-    """An answer, and how long it took."""
+    """A response, and the seconds until it arrived."""
 
     status: int
     retry_after_seconds: int | None
@@ -26,18 +26,18 @@ class Answer(NamedTuple):
 
 
 def put(body: str) -> bytes:
-    """A report as a request."""
+    """Return a report as a raw HTTP request."""
     data = body.encode()
     return b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
 
 
 def get(path: str) -> bytes:
-    """A read as a request."""
+    """Return a read as a raw HTTP request."""
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
 
 
 class Connection(asyncio.Protocol):
-    """One connection."""
+    """A client connection that carries one request at a time."""
 
     def __init__(self) -> None:
         self.is_open = False
@@ -52,7 +52,7 @@ class Connection(asyncio.Protocol):
         self.is_open = True
 
     def request(self, message: bytes) -> "asyncio.Future[Answer]":
-        """Send a request; the future gets its answer, or the ConnectionError that came instead."""
+        """Send a request. The future receives the response, or a ConnectionError if the connection ends."""
         self._waiting = asyncio.get_running_loop().create_future()
         self._sent_at = time.monotonic()
         self._transport.write(message)
@@ -90,17 +90,18 @@ class Connection(asyncio.Protocol):
             self._waiting.set_exception(ConnectionError(str(error)))
 
     def close(self) -> None:
-        """Drop it, whatever was asked last."""
+        """Close the connection at once, even if a request is pending."""
         self._transport.abort()
 
 
 class Connections:
-    """The connections of all who call one port, and an account of what they were answered."""
+    """A pool of client connections to one port, with counts of the responses."""
 
     def __init__(self, port: int) -> None:
         self.port = port
         self.answers: Counter[int] = Counter()
-        # 503 without Retry-After; and requests that nobody answered although their connection lived.
+        # The number of 503 responses without Retry-After, and of requests that got no response although their
+        # connection stayed open.
         self.bare_refusals = 0
         self.silences = 0
         self.slowest_seconds = 0.0
@@ -108,7 +109,10 @@ class Connections:
         self._open: set[Connection] = set()
 
     async def request(self, message: bytes) -> Answer | None:
-        """Send a request; None where no answer came, which leaves open what became of it."""
+        """Send a request and return the response.
+
+        None means that no response arrived, so the outcome of the request is unknown.
+        """
         client = None
         try:
             async with asyncio.timeout(ANSWER_SECONDS_MAX):
@@ -128,7 +132,7 @@ class Connections:
         return answer
 
     async def open(self, connections: int) -> None:
-        """Open so many ahead of the requests."""
+        """Open connections ahead of the requests."""
         self._idle += [await self._connect() for _ in range(connections)]
 
     def close(self) -> None:

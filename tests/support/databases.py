@@ -1,4 +1,4 @@
-"""Databases for single tests, on the test run's own PostgreSQL."""
+"""A separate database for each test, on the PostgreSQL server of the test run."""
 
 import asyncio
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tests.support.waiting import until_async
 
 TEMPLATE: Final = "template_with_schema"
 DATABASE: Final = "/order_tracking?"
-# Many small databases, and no machine that loses its power.
+# The tests need many small databases, and their machine does not lose power.
 FAST_SETTINGS: Final = {
     "fsync": "off",
     "full_page_writes": "off",
@@ -32,11 +32,11 @@ WAITING_FOR_LOCKS: Final = """
 
 
 async def wait_for_locked(connection: Connection, count: int = 1) -> None:
-    """Wait until so many connections to a database wait for a lock.
+    """Wait until enough connections to a database are waiting for a lock.
 
     Args:
-        connection: to this database; it may be the one that holds the lock.
-        count: how many.
+        connection: a connection to this database. It may hold the lock itself.
+        count: the number of waiting connections.
     """
 
     async def are_waiting() -> bool:
@@ -47,11 +47,11 @@ async def wait_for_locked(connection: Connection, count: int = 1) -> None:
 
 
 class TestServer:
-    """A PostgreSQL that clones a database with the schema for each test.
+    """A PostgreSQL server that clones a database with the schema for each test.
 
     Args:
         state_dir: a state folder whose database has the schema.
-        bindir: the folder of another PostgreSQL's programs; the embedded one if None.
+        bindir: the folder with the programs of another PostgreSQL; None selects the embedded one.
     """
 
     __test__ = False
@@ -61,14 +61,14 @@ class TestServer:
         self._admin: psycopg.Connection[Any] | None = None
 
     def start(self) -> None:
-        """Start it and make the template."""
+        """Start the server and create the template database."""
         self._postgres.start()
         self._admin = psycopg.connect(self._postgres.dsn, autocommit=True)
         self._execute(f'CREATE DATABASE "{TEMPLATE}"')
         asyncio.run(prepare_database(self._dsn_of(TEMPLATE)))
 
     def stop(self) -> None:
-        """Stop it."""
+        """Stop the server."""
         assert self._admin is not None
         self._admin.close()
         self._postgres.stop()
@@ -85,7 +85,7 @@ class TestServer:
         name = f"test_{uuid4().hex}"
         self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')
         if template == TEMPLATE:
-            # A database's own grants are not copied from its template.
+            # PostgreSQL does not copy the grants on a database from its template.
             self._execute(f'GRANT CREATE ON DATABASE "{name}" TO {OWNER_ROLE}')
         try:
             yield self._dsn_of(name)

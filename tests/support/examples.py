@@ -26,7 +26,8 @@ SENT: Final = Report(
 # The first event of an order whose first report is in transit.
 SENT_EVENT: Final = decide(NEW_ORDER, SENT)
 
-# The bytes that the first release wrote for SENT_EVENT. Never change them: logs hold such bytes.
+# The bytes that the first release wrote for SENT_EVENT. Never change them, because existing logs contain such
+# bytes.
 SENT_STATE: Final = (
     b'{"timestamp":{"_type_":"datetime_iso","_data_":"2026-01-31T08:30:00.123456+00:00"},'
     b'"report_id":"7e2a5c10-9f3b-4d1e-8c55-0b6a4f3f2d01",'
@@ -40,17 +41,20 @@ SENT_STATE: Final = (
 
 
 def says(status: str, cnote: str | None = None, received_at: datetime = RECEIVED_AT) -> Report:
-    """SENT, with another status, airway bill and time of arrival."""
+    """Return SENT with another status, airway bill and time of arrival."""
     return arriving(SENT._replace(reported_status=status, reported_cnote=cnote), received_at)
 
 
 def arriving(report: Report, received_at: datetime) -> Report:
-    """The same report, arriving at another time."""
+    """Return the same report with another time of arrival."""
     return report._replace(arrival=report.arrival._replace(received_at=received_at))
 
 
 def history(*reports: Report | str) -> list[Order.StatusReported]:
-    """The decisions on an order's reports that arrive a minute apart; a string is a status without a cnote."""
+    """Return the events of an order whose reports arrive a minute apart.
+
+    A string stands for a report with this status and without a cnote.
+    """
     return judged(
         arriving(says(report) if isinstance(report, str) else report, RECEIVED_AT + minutes * MINUTE)
         for minutes, report in enumerate(reports)
@@ -58,7 +62,7 @@ def history(*reports: Report | str) -> list[Order.StatusReported]:
 
 
 def judged(reports: Iterable[Report]) -> list[Order.StatusReported]:
-    """The decisions on an order's reports, each from the event before it alone."""
+    """Return the events of an order's reports, each decided from the event before it alone."""
     events: list[Order.StatusReported] = []
     state = NEW_ORDER
     for report in reports:
@@ -68,7 +72,7 @@ def judged(reports: Iterable[Report]) -> list[Order.StatusReported]:
 
 
 def folded(events: Iterable[Order.StatusReported]) -> Order:
-    """The order, folded from all of its events."""
+    """Return an order, folded from all of its events."""
     order = None
     for event in events:
         order = event.mutate(order)

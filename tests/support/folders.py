@@ -1,4 +1,7 @@
-"""Folders that PostgreSQL's own user can reach, which pytest's own folders are not if root runs the tests."""
+"""Temporary folders that PostgreSQL's own user can reach.
+
+If root runs the tests, that user cannot reach the folders that pytest makes.
+"""
 
 import shutil
 import subprocess
@@ -30,7 +33,7 @@ def temporary_folder() -> Iterator[Path]:
 
 @contextmanager
 def copied_folder(source: Path) -> Iterator[Path]:
-    """Copy a folder, owners and modes included, for the length of the block."""
+    """Copy a folder, including owners and modes, for the length of the block."""
     with temporary_folder() as folder:
         copy = folder / "state"
         subprocess.run(["cp", "-a", source, copy], check=True)

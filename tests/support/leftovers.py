@@ -1,4 +1,4 @@
-"""The end of a test run: no process, no socket, no folder and, on CI, no change in the work tree is left."""
+"""The end of a test run: it must leave no process, socket or folder and, on CI, no change in the work tree."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ import pytest
 from tests.support.folders import ROOT
 from tests.support.waiting import PATIENCE_SECONDS, until
 
-# pytest's own, which it keeps for a look at failed tests.
+# The folder of pytest itself, which keeps the files of failed tests.
 PYTEST_FOLDER: Final = "pytest-of-"
 MEMORY: Final = Path("/dev/shm")  # noqa: S108 - the folder in it has a random name
 MEMORY_BYTES_MIN: Final = 2 * 1024**3
@@ -23,26 +23,28 @@ _tree_before = pytest.StashKey[str]()
 
 
 def begin(config: pytest.Config) -> None:
-    """Let everything that this run makes lie in one temporary directory, its children's files included."""
+    """Put every file of this run and of its child processes into one temporary directory."""
     if not hasattr(config, "workerinput"):
-        # A short name: the path of a socket has a hundred bytes.
+        # The name is short because the path of a socket is limited to about a hundred bytes.
         folder = Path(tempfile.mkdtemp(prefix="ot-", dir=_memory()))
         folder.chmod(0o711)
         config.stash[_run_folder] = folder
         config.stash[_tree_before] = _tree()
         os.environ["TMPDIR"] = str(folder)
         tempfile.tempdir = str(folder)
-    # A shell starts background jobs with SIGINT ignored, and nohup with SIGHUP: children would inherit that.
-    # A handler that does nothing ignores the signal here and is reset in children.
+    # A shell starts background jobs with SIGINT ignored, and nohup ignores SIGHUP. Child processes would
+    # inherit that. A handler that does nothing ignores the signal here, and child processes start with the
+    # default again.
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda _number, _frame: None)
 
 
 def _memory() -> Path | None:
-    """Return a file system in memory that has room for the run: hundreds of databases are made of many files.
+    """Return a file system in memory with enough space for the run, or None.
 
-    Nothing is lost by it: tests end processes, never the machine. ``make faults`` has a disk.
+    Hundreds of databases consist of many files, which memory creates faster than a disk. The tests lose nothing
+    by it, because they end processes and never the machine. ``make faults`` uses a disk.
     """
     try:
         system = os.statvfs(MEMORY)
@@ -53,12 +55,12 @@ def _memory() -> Path | None:
 
 
 def end(session: pytest.Session) -> None:
-    """Fail the run, by a line for each, if anything is left."""
+    """Fail the run if it left anything behind, and print a line for each leftover."""
     folder = session.config.stash.get(_run_folder, None)
     if folder is None:
         return
     left = [*_files(folder), *_processes(folder)]
-    # Elsewhere somebody may be working on the tree while the tests run.
+    # On other machines a developer may be changing the work tree while the tests run.
     if "CI" in os.environ and (tree := _tree()) != session.config.stash[_tree_before]:
         left.append(f"changes in the work tree:\n{tree}")
     for line in left:
@@ -87,7 +89,7 @@ def _processes(folder: Path) -> list[str]:
 
 
 def _tree() -> str:
-    """Return what git finds changed in the work tree, and nothing if there is no git."""
+    """Return the changes that git finds in the work tree, or an empty string without git."""
     try:
         status = subprocess.run(
             ["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False

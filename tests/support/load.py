@@ -1,4 +1,4 @@
-"""The load generator: reports on a schedule or without a pause, and a reader at the log's tail."""
+"""The load generator: it sends reports on a schedule or without a pause, and follows the log's tail."""
 
 import asyncio
 import json
@@ -13,20 +13,20 @@ from typing import Any, Final, NamedTuple
 from tests.support.connections import OK, UNAVAILABLE, Answer, Connections, get, put
 from tests.support.waiting import PATIENCE_SECONDS
 
-# Beyond it the schedule is not kept, and that is counted: the load would no longer be an open one.
+# At this limit, due reports are skipped and counted, because the load no longer follows its schedule.
 IN_FLIGHT_MAX: Final = 4_000
 HOT_ORDERS: Final = 8
 STATUSES: Final = ("Diajukan", "Dijemput", "Dikirim", "Diantar", "Diterima", "Kendala", "Retur", "Batal")
-# Before an unknown outcome is tried again.
+# The pause before a report with an unknown outcome is sent again.
 RETRY_SECONDS: Final = 0.25
-# For the retries that are left when the load has ended.
+# The time for pending retries after the load has ended.
 FINISH_SECONDS_MAX: Final = PATIENCE_SECONDS
 TAIL_PAUSE_SECONDS: Final = 0.05
 TAIL_PAGE_EVENTS: Final = 1_000
 
 
 class Journal:
-    """Every intent, written down before it is sent: a line is one attempt to report this very text."""
+    """The intents, one line for each attempt, written before the report is sent."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -37,7 +37,7 @@ class Journal:
         self._file.flush()
 
     def attempts(self) -> Counter[str]:
-        """How often each text was to be sent."""
+        """Return the number of intended attempts for each body."""
         with self._path.open(encoding="utf-8") as lines:
             return Counter(line.rstrip("\n") for line in lines)
 
@@ -46,7 +46,7 @@ class Journal:
 
 
 class Acknowledged(NamedTuple):
-    """A 200: what was sent, the receipt, when it came and how long it took."""
+    """A 200 response: the body that was sent, the receipt, the time of arrival and the duration."""
 
     body: str
     receipt: dict[str, Any]
@@ -55,14 +55,15 @@ class Acknowledged(NamedTuple):
 
 
 class NotRecoveredError(Exception):
-    """Reports are not acknowledged again, long after whatever was broken is whole."""
+    """The service does not acknowledge reports again after the end of a fault."""
 
 
 class Load:
-    """Reports at a steady rate, whatever the answers do.
+    """A steady rate of reports that does not depend on the responses.
 
-    Half of them go to a few hot orders, with a mark of its own in every body; half to an order of their own,
-    sent again, byte for byte, until the answer is 200. Where ``retries`` is off none is sent again.
+    Half of the reports go to a few hot orders, and each has a unique mark in its body. The other half go to one
+    new order each and are sent again, byte for byte, until the response is 200. If ``retries`` is off, no
+    report is sent again.
     """
 
     def __init__(self, connections: Connections, journal: Journal, chance: random.Random, name: str) -> None:
@@ -94,7 +95,7 @@ class Load:
             task.add_done_callback(self._in_flight.discard)
 
     async def finish(self) -> None:
-        """End the schedule, and wait for what is on its way."""
+        """End the schedule, and wait for the reports in flight."""
         self._stopped.set()
         if self._in_flight:
             await asyncio.wait({*self._in_flight}, timeout=FINISH_SECONDS_MAX)
@@ -103,7 +104,7 @@ class Load:
             await asyncio.wait({*self._in_flight})
 
     async def drop(self) -> None:
-        """End it wherever it is; what is on its way is not waited for."""
+        """End the load at once, without waiting for the reports in flight."""
         self._stopped.set()
         for task in self._in_flight:
             task.cancel()
@@ -119,7 +120,7 @@ class Load:
         return answer
 
     async def attempt_all(self, bodies: Iterator[str], callers: int) -> None:
-        """Send reports without a pause: each caller sends its next one when its last one is answered."""
+        """Send reports without a pause: a caller sends its next report after the response to its last one."""
 
         async def call() -> None:
             for body in bodies:
@@ -128,7 +129,7 @@ class Load:
         await asyncio.gather(*(call() for _ in range(callers)))
 
     def next_body(self) -> tuple[str, bool]:
-        """The next report, and whether it may be sent again: only an order's single report may."""
+        """Return the next report, and whether it may be sent again: only the single report of an order may."""
         number = next(self._numbers)
         is_single = number % 2 == 0
         order = f"{self._name}-S{number}" if is_single else f"{self._name}-H{number % (2 * HOT_ORDERS)}"
@@ -137,10 +138,10 @@ class Load:
         return json.dumps(text), is_single
 
     async def recovered(self, more: int = 100) -> None:
-        """Wait until the load is acknowledged again.
+        """Wait until the service acknowledges the load again.
 
         Raises:
-            NotRecoveredError: it is not, within PATIENCE_SECONDS.
+            NotRecoveredError: the service does not do so within PATIENCE_SECONDS.
         """
         target = len(self.acknowledged) + more
         due = time.monotonic() + PATIENCE_SECONDS
@@ -150,7 +151,7 @@ class Load:
             await asyncio.sleep(0.02)
 
     def p99_seconds(self, since: float) -> float:
-        """The 99th percentile of what the 200s from a moment on took."""
+        """Return the 99th percentile of the duration of the 200 responses after a moment."""
         took = sorted(one.seconds for one in self.acknowledged if one.at > since)
         return took[len(took) * 99 // 100] if took else 0.0
 
@@ -180,14 +181,14 @@ async def request_all(connections: Connections, requests: Iterator[bytes], calle
 
 
 class Tail:
-    """A reader that pages through the log as it grows, over HTTP, and never goes back."""
+    """A reader that follows the growing log over HTTP and never rereads an event."""
 
     def __init__(self, connections: Connections) -> None:
         self.seen: list[tuple[int, str, int, str]] = []
         self._connections = connections
 
     async def follow(self) -> None:
-        """Read on for ever, through whatever answers or their absence."""
+        """Read until cancelled, and try again after an error or a missing response."""
         while True:
             after = self.seen[-1][0] if self.seen else 0
             answer = await self._connections.request(get(f"/events?after={after}&limit={TAIL_PAGE_EVENTS}"))

@@ -1,4 +1,4 @@
-"""The service and its command line as their users run them: real processes, ports and signals."""
+"""The service and its command line as a user runs them, with real processes, ports and signals."""
 
 import os
 import re
@@ -20,14 +20,17 @@ from tests.support.waiting import PATIENCE_SECONDS, until
 
 LISTENS: Final = re.compile(r'order-tracking listens on (?P<url>[^\s"]+)')
 COMMAND: Final = (sys.executable, "-m", "service")
-# Tells a child process to measure its coverage, which makes it a third slower. Few have to do it:
-# ``call_command`` runs the same code in the test process.
+# This variable makes a child process measure its coverage, which makes it a third slower. Only a few tests need
+# that: ``call_command`` runs the same code in the test process.
 COVERAGE_VARIABLE: Final = "COVERAGE_PROCESS_CONFIG"
 NOT_INHERITED: Final = ("ORDER_TRACKING_", COVERAGE_VARIABLE)
 
 
 def environment(state_dir: Path, **settings: str) -> dict[str, str]:
-    """Return this process's environment with one service's settings, without the caller's own, unmeasured."""
+    """Return this process's environment with the settings of one service.
+
+    The caller's own settings and the measurement of coverage are not inherited.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
     return {
         **inherited,
@@ -42,7 +45,7 @@ def environment(state_dir: Path, **settings: str) -> dict[str, str]:
 
 
 def run_command(state_dir: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command of the command line to its end."""
+    """Run a command until it exits."""
     return subprocess.run(
         [*COMMAND, *arguments],
         env=environment(state_dir, **settings),
@@ -56,7 +59,7 @@ def run_command(state_dir: Path, *arguments: str, **settings: str) -> "subproces
 
 @contextmanager
 def background_command(state_dir: Path, *arguments: str, **settings: str) -> "Iterator[subprocess.Popen[str]]":
-    """Run a command beside the block, which reads its output; kill it at the end of the block."""
+    """Run a command alongside the block, which reads its output, and kill it at the end of the block."""
     process = subprocess.Popen(
         [*COMMAND, *arguments],
         env=environment(state_dir, **settings),
@@ -79,7 +82,7 @@ def running_commands() -> str:
 
 
 def wait_for_output(process: "subprocess.Popen[bytes]", log: Path, pattern: re.Pattern[str]) -> "re.Match[str]":
-    """Wait until the output of a process has a match, and return it; fail if the process ends before."""
+    """Wait for a match in the output of a process, and return the match; fail if the process ends first."""
 
     def find() -> "re.Match[str] | None":
         found = pattern.search(log.read_text(encoding="utf-8"))
@@ -92,14 +95,14 @@ def wait_for_output(process: "subprocess.Popen[bytes]", log: Path, pattern: re.P
 
 
 class RunningService:
-    """One service process.
+    """A service process.
 
     Args:
         state_dir: its state folder.
-        settings: its settings, without their prefix.
+        settings: its settings, without the prefix ORDER_TRACKING_.
     """
 
-    # The program, and whether its coverage is measured.
+    # The command that starts the service, and whether its coverage is measured.
     command: tuple[str, ...] = COMMAND
     is_measured = False
 
@@ -111,11 +114,11 @@ class RunningService:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
-        """Start it and wait until it answers."""
+        """Start the service and wait until it responds."""
         return self.launch().wait_until_it_answers()
 
     def launch(self) -> Self:
-        """Start it, and wait for nothing."""
+        """Start the service without waiting."""
         names = environment(self.state_dir, **self.settings)
         if self.is_measured and COVERAGE_VARIABLE in os.environ:
             names[COVERAGE_VARIABLE] = os.environ[COVERAGE_VARIABLE]
@@ -130,7 +133,7 @@ class RunningService:
         return self
 
     def wait_until_it_answers(self) -> Self:
-        """Wait for its address, then for an answer: it answers once its greeting and warnings are written."""
+        """Wait for the service's address, then for its first response, which follows the startup messages."""
         self.url = wait_for_output(self.process, self.log_file, LISTENS)["url"]
         with urllib.request.urlopen(f"{self.url}/livez", timeout=PATIENCE_SECONDS) as response:  # noqa: S310 - our own
             assert response.status == 200
@@ -160,17 +163,17 @@ class RunningService:
         return int((self.state_dir / "postgres" / "postmaster.pid").read_text(encoding="utf-8").split()[0])
 
     def kill(self) -> None:
-        """Kill -9."""
+        """Kill the process with SIGKILL."""
         self.process.kill()
         self.process.wait()
 
     def terminate(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Send a signal that ends it, and return the exit code."""
+        """Send a signal that ends the process, and return the exit code."""
         self.process.send_signal(number)
         return self.process.wait(PATIENCE_SECONDS)
 
     def end(self) -> None:
-        """Leave no process behind, whatever the test did."""
+        """End the process if it is still running."""
         if self._process is not None and self._process.poll() is None:
             try:
                 self.terminate()
@@ -187,7 +190,7 @@ def running_service(state_dir: Path, **settings: str) -> Iterator[RunningService
 
 @contextmanager
 def measured_service(state_dir: Path) -> Iterator[RunningService]:
-    """Do the same, and measure its coverage."""
+    """Run a service whose coverage is measured, for the length of the block."""
     service = RunningService(state_dir)
     service.is_measured = True
     with ended_service(service):

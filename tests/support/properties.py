@@ -1,4 +1,4 @@
-"""How many examples the property tests try."""
+"""The number of examples that a property test tries."""
 
 import os
 from typing import Final
@@ -6,5 +6,6 @@ from typing import Final
 from hypothesis import settings
 
 _GIVEN: Final = os.environ.get("TEST_EXAMPLES")
-# The same examples in every run, unless TEST_EXAMPLES asks for that many new ones, as `make test-long` does.
+# Every run uses the same examples. If TEST_EXAMPLES is set, as in `make test-long`, a run tries that many
+# random examples instead.
 MANY: Final = settings(deadline=None, derandomize=_GIVEN is None, max_examples=int(_GIVEN or 100))

@@ -1,7 +1,7 @@
-"""The prose check of ``make lint``: habits of language that this project has dropped must not return.
+"""The prose check of ``make lint``: it fails if a bad habit of language returns.
 
 It reads README.md, docs/, CHANGELOG.md, the comments of schema.sql, the English texts of the pages, and the
-comments, docstrings and strings of the code. In tests it reads only comments and docstrings, since their
+comments, docstrings and strings of the code. In tests it reads only comments and docstrings, because their
 strings are often inputs.
 """
 
@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 from tests.support.folders import ROOT
 
-# Each pattern, and what to write instead.
+# Each pattern with its replacement.
 HABITS: Final = {
     r"\bwhoever\b": "name the role: the sender, the operator, a client",
     r"\b(?:some|any|every|no)body\b": "name the role: the sender, the operator, a client",
@@ -35,15 +35,15 @@ HABITS: Final = {
     r"\b(?:is|are|was) told\b": "receives; returns; is called with",
     r"\bWhat is no\b": "invalid; malformed",
 }
-# A relative clause in place of a noun: "what is written", "what cannot be parsed".
+# A relative clause used as a noun, such as "what is written" or "what cannot be parsed".
 NOUN_CLAUSE: Final = re.compile(r"\bwhat (?:is|was|were|are|came|comes|cannot|can)\b", re.IGNORECASE)
-NOUN_CLAUSES_MAX: Final = 0.3  # in 1,000 words of README and docs
+NOUN_CLAUSES_MAX: Final = 0.3  # per 1,000 words of README and docs
 YOU: Final = re.compile(r"\byou(?:r|rs|rself)?\b", re.IGNORECASE)
-YOU_MIN: Final = 20.0  # in 1,000 words of README
+YOU_MIN: Final = 20.0  # per 1,000 words of README
 CODE: Final = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 WORD: Final = re.compile(r"[A-Za-z][\w'-]*")
 
-# The texts and the table of habits themselves.
+# The table of habits, and files that quote them.
 EXCLUDED: Final = {"tests/support/prose.py", "tests/unit/test_prose.py", "docs/decisions.md"}
 
 
@@ -56,7 +56,7 @@ class Text(NamedTuple):
 
 
 def find_habits(text: Text) -> Iterator[str]:
-    """Yield a line for each habit in a text: its place, the words, and what to write instead."""
+    """Yield a line for each habit in a text, with its place, the matched words and the replacement."""
     for pattern, replacement in HABITS.items():
         for match in re.finditer(pattern, text.text):
             line = text.line + text.text.count("\n", 0, match.start())
@@ -64,7 +64,7 @@ def find_habits(text: Text) -> Iterator[str]:
 
 
 def python_texts(file: str, source: str) -> Iterator[Text]:
-    """Yield the comments and strings of a Python file; of a test, only comments and docstrings."""
+    """Yield the comments and strings of a Python file; only comments and docstrings if it is a test."""
     is_test = file.startswith("tests/")
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         is_docstring = token.type == tokenize.STRING and token.string.startswith('"""')
@@ -91,7 +91,7 @@ def all_texts() -> Iterator[Text]:
 
 
 def rate(pattern: re.Pattern[str], text: str) -> float:
-    """Return how often a pattern occurs in 1,000 words of a text without its code."""
+    """Return the number of matches per 1,000 words of a text without its code."""
     prose = CODE.sub(" ", text)
     return 1_000 * len(pattern.findall(prose)) / max(1, len(WORD.findall(prose)))
 

@@ -1,4 +1,4 @@
-"""The report factory of the tests that record."""
+"""The report factory for tests that record reports."""
 
 import json
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ def report(
     remote: str | None = None,
     **fields: Any,
 ) -> Report:
-    """Make a report with a report_id and a body of its own."""
+    """Make a report with a unique report_id and body."""
     report_id = str(uuid4())
     body = json.dumps({"order_no": order_no, "cnote": cnote, "status": status, "mark": report_id})
     return Report(Arrival(report_id, received_at, remote), order_no, status, cnote, body, **fields)

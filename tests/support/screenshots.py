@@ -1,4 +1,4 @@
-"""The pictures of the README: the overview and an order's page, with the data of ``make demo``.
+"""The screenshots of the README: the overview and an order's page, with the data of ``make demo``.
 
 ``make screenshots`` writes them. Run it again when the pages change. It needs Chromium.
 """
@@ -26,7 +26,7 @@ ORDER_SIZE: Final = {"width": 1180, "height": 640}
 
 
 def main() -> int:
-    """Write the pictures, and return the exit code."""
+    """Write the screenshots, and return the exit code."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.stderr.write("Chromium is not installed: install it (Debian, Ubuntu: apt install chromium)\n")
@@ -48,7 +48,7 @@ def main() -> int:
 
 
 def _most_contradicted(service: RunningService) -> str:
-    """Return the order whose timeline shows the most kinds of verdicts, then the most entries."""
+    """Return the order whose timeline has the most kinds of verdicts and, among equals, the most entries."""
     with urllib.request.urlopen(f"{service.url}/orders?limit=300") as response:  # noqa: S310 - our own service
         orders: list[dict[str, Any]] = json.load(response)["orders"]
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-# Ten times what the slowest condition takes on an idle machine. Only a real fault reaches it.
+# Ten times the duration of the slowest condition on an idle machine. Only a real fault reaches it.
 PATIENCE_SECONDS: Final = 60.0
 POLL_SECONDS: Final = 0.02
 
@@ -22,7 +22,7 @@ def until(condition: Callable[[], Value], describe: Callable[[], object] | None 
 
     Args:
         condition: called every POLL_SECONDS; may assert that waiting still makes sense.
-        describe: what to show if the condition is not met within PATIENCE_SECONDS.
+        describe: returns the detail of the failure if the condition is not met within PATIENCE_SECONDS.
     """
     due = time.monotonic() + PATIENCE_SECONDS
     while not (value := condition()):
@@ -33,7 +33,7 @@ def until(condition: Callable[[], Value], describe: Callable[[], object] | None 
 
 
 def condition(is_met: Callable[[], Value]) -> Callable[[], Awaitable[Value]]:
-    """Return a plain condition as a coroutine function, for ``until_async``."""
+    """Wrap a plain condition in a coroutine function, for ``until_async``."""
 
     async def coroutine() -> Value:
         return is_met()
@@ -44,7 +44,7 @@ def condition(is_met: Callable[[], Value]) -> Callable[[], Awaitable[Value]]:
 async def until_async(
     condition: Callable[[], Awaitable[Value]], describe: Callable[[], object] | None = None
 ) -> Value:
-    """Do the same for a condition that is a coroutine function."""
+    """Poll a coroutine function until its result is truthy, and return the result, as ``until`` does."""
     due = time.monotonic() + PATIENCE_SECONDS
     while not (value := await condition()):
         if time.monotonic() > due:

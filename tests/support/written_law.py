@@ -1,4 +1,4 @@
-"""``docs/statuses.md`` as data: what the code is held against is read from the page that people read."""
+"""The tables of ``docs/statuses.md`` as data, so that tests can compare the code with the documentation."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from domain.transitions import Leg, Origin, Verdict
 
 PAGE: Final = (Path(__file__).parents[2] / "docs" / "statuses.md").read_text(encoding="utf-8")
 
-# How the page abbreviates its columns, and how it names the rows that are not just a status.
+# The page's abbreviations of its columns, and the names of the rows that are not just a status.
 COLUMNS: Final[dict[str, Status]] = {
     "sub": "submitted",
     "pack": "packed",
@@ -57,7 +57,7 @@ class Cell(NamedTuple):
 
 
 def _tables() -> list[list[list[str]]]:
-    """Return the page's tables, each as rows of cells, headings first."""
+    """Return the page's tables, each as a list of rows of cells, headings first."""
     tables: list[list[list[str]]] = []
     inside = False
     for line in PAGE.splitlines():
