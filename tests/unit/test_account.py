@@ -41,9 +41,9 @@ A, B, AGAIN = event(1, "a"), event(2, "b"), event(3, "a")
         ({"a": Delivery(1, [receipt(A)]), "b": Delivery(1, [receipt(B)])}, [A, B]),
         # The response to an attempt was lost, and both are recorded.
         ({"a": Delivery(2, [receipt(AGAIN)])}, [A, AGAIN]),
-        # The first attempt never arrived.
+        # The first attempt never arrived, and the second is recorded.
         ({"a": Delivery(2, [receipt(A)])}, [A]),
-        # A copy: both are acknowledged.
+        # A copy was sent, and both are acknowledged.
         ({"a": Delivery(2, [receipt(AGAIN), receipt(A)])}, [A, AGAIN]),
         # Orders of other senders are ignored.
         ({}, [event(7, "x", order_no="KOM2-1")]),
@@ -58,28 +58,28 @@ def test_a_correct_log_agrees(deliveries: dict[str, Delivery], events: list[Reco
 @pytest.mark.parametrize(
     ("deliveries", "events", "expected"),
     [
-        # Acknowledged but not recorded, or recorded once and acknowledged twice.
+        # A report was acknowledged but not recorded, or acknowledged twice and recorded once.
         ({"a": Delivery(1, [receipt(A)])}, [], (1, 0, 0, 0)),
         ({"a": Delivery(2, [receipt(A), receipt(A)])}, [A], (1, 0, 0, 0)),
         ({"a": Delivery(2, [receipt(A), receipt(AGAIN)])}, [A], (1, 0, 0, 0)),
-        # Recorded, but with other values than in the receipt.
+        # The recorded event differs from the receipt.
         ({"a": Delivery(1, [receipt(A, position=11)])}, [A], (1, 0, 0, 0)),
         ({"a": Delivery(1, [receipt(A, version=2)])}, [A], (1, 0, 0, 0)),
         ({"a": Delivery(1, [receipt(A, outcome="quarantined")])}, [A], (1, 0, 0, 0)),
         ({"a": Delivery(1, [receipt(A, order_no="KOM1-2")])}, [A], (1, 0, 0, 0)),
-        # Receipts of each other's event.
+        # Two reports have each other's receipts.
         ({"a": Delivery(1, [receipt(B)]), "b": Delivery(1, [receipt(A)])}, [A, B], (2, 0, 0, 0)),
-        # A 200 without a receipt.
+        # A 200 response has no receipt.
         ({"a": Delivery(1, [b"OK"])}, [A], (1, 0, 0, 0)),
         ({"a": Delivery(1, [b"[]"])}, [A], (1, 0, 0, 0)),
         ({"a": Delivery(1, [b'{"report_id": []}'])}, [A], (1, 0, 0, 0)),
-        # Recorded more often than sent.
+        # A report was recorded more often than sent.
         ({"a": Delivery(1, [receipt(A)])}, [A, AGAIN], (0, 1, 0, 0)),
         ({"a": Delivery(0)}, [A], (0, 1, 0, 0)),
         ({"a": Delivery(2, [receipt(A)])}, [A, event(3, "a", report_id="id1")], (1, 1, 0, 0)),
-        # Never sent with this body.
+        # An event has a body that was never sent.
         ({"a": Delivery(1)}, [event(1, "A")], (0, 0, 1, 0)),
-        # Never acknowledged.
+        # A report was never acknowledged.
         ({"a": Delivery(7, is_given_up=True)}, [], (0, 0, 0, 1)),
     ],
 )

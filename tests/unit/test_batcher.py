@@ -1,4 +1,4 @@
-"""Calls that wait together are answered together, and each gets what is its own."""
+"""The batcher processes waiting calls together, and each caller gets the outcome of its own item."""
 
 import asyncio
 import traceback
@@ -13,7 +13,7 @@ SECONDS_MAX = 10.0
 
 
 class Work:
-    """Doubles numbers; held back while ``gate`` is closed, and told what it was given."""
+    """Doubles numbers and records its batches; a batch waits while ``gate`` is closed."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -42,7 +42,7 @@ def batcher(work: Work, **limits: float) -> Batcher[int, int]:
 
 
 async def begin(calls: Batcher[int, int], *items: int, weight: int = 0) -> list["asyncio.Task[int]"]:
-    """Hand in items, each from a caller of its own, and let them begin to wait."""
+    """Submit each item from a separate caller, and let the callers start to wait."""
 
     async def call(item: int) -> int:
         return await calls.submit(item, weight)
@@ -53,7 +53,7 @@ async def begin(calls: Batcher[int, int], *items: int, weight: int = 0) -> list[
 
 
 async def held(work: Work, calls: Batcher[int, int], item: int = 0) -> "asyncio.Task[int]":
-    """Hand in an item whose batch goes on until the gate is opened, so that later ones wait behind it."""
+    """Submit an item whose batch is blocked until the gate opens, so that later items queue behind it."""
     work.gate.clear()
     (task,) = await begin(calls, item)
     await work.begun.wait()
@@ -61,28 +61,28 @@ async def held(work: Work, calls: Batcher[int, int], item: int = 0) -> "asyncio.
 
 
 async def test_everyone_gets_the_outcome_of_its_own_item() -> None:
-    """Outcomes go back in the order of the items."""
+    """Each of 50 concurrent callers gets the outcome of its own item."""
     work = Work()
     calls = batcher(work, batch_items_max=7)
     assert await asyncio.gather(*(calls.submit(item) for item in range(50))) == [item * 2 for item in range(50)]
 
 
 async def test_what_waits_together_is_one_batch_up_to_its_limit() -> None:
-    """Items keep their order, and no batch has more than batch_items_max."""
+    """Waiting items form batches of at most batch_items_max, in the order of their submission."""
     work = Work()
     await asyncio.gather(*await begin(batcher(work), *range(8)))
     assert work.batches == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
 async def test_nobody_waits_for_more_to_come() -> None:
-    """A single call is a batch of one, at once."""
+    """A single call is processed at once, as a batch of one item."""
     work = Work()
     assert await batcher(work).submit(21) == 42
     assert work.batches == [[21]]
 
 
 async def test_what_arrives_during_a_batch_is_the_next_one() -> None:
-    """One batch at a time: the work is never entered twice."""
+    """Items that arrive during a batch form the next batch, because only one batch runs at a time."""
     work = Work()
     calls = batcher(work)
     first = await held(work, calls)
@@ -94,14 +94,14 @@ async def test_what_arrives_during_a_batch_is_the_next_one() -> None:
 
 
 async def test_a_batch_is_bounded_by_weight() -> None:
-    """It ends before the item that would take it over batch_weight_max."""
+    """A batch ends before the item that would take it over batch_weight_max."""
     work = Work()
     await asyncio.gather(*await begin(batcher(work, batch_weight_max=10), 1, 2, 3, weight=5))
     assert work.batches == [[1, 2], [3]]
 
 
 async def test_an_item_over_the_weight_of_a_batch_is_a_batch_of_its_own() -> None:
-    """Too heavy to share, it is still done."""
+    """An item that is heavier than batch_weight_max is processed alone."""
     work = Work()
     calls = batcher(work, batch_weight_max=10)
     tasks = [
@@ -109,13 +109,13 @@ async def test_an_item_over_the_weight_of_a_batch_is_a_batch_of_its_own() -> Non
         *await begin(calls, 2, weight=11),
         *await begin(calls, 3, weight=1),
     ]
-    # All three were handed in before the leader could take any.
+    # All three items were submitted before the leader could take any of them.
     assert await asyncio.gather(*tasks) == [2, 4, 6]
     assert [2] in work.batches
 
 
 async def test_a_full_queue_refuses_at_once() -> None:
-    """What is over queue_items_max is refused without waiting; what waited before it is done."""
+    """A call over queue_items_max is refused without waiting, and the calls before it are processed."""
     work = Work()
     calls = batcher(work, queue_items_max=2)
     first = await held(work, calls)
@@ -128,7 +128,9 @@ async def test_a_full_queue_refuses_at_once() -> None:
 
 
 async def test_a_heavy_queue_refuses_at_once() -> None:
-    """What would take the waiting weight over queue_weight_max is refused; what still fits is taken."""
+    """An item that would take the waiting weight over queue_weight_max is refused, and a lighter one is
+    accepted.
+    """
     work = Work()
     calls = batcher(work, queue_weight_max=10)
     first = await held(work, calls)
@@ -141,7 +143,7 @@ async def test_a_heavy_queue_refuses_at_once() -> None:
 
 
 async def test_what_was_taken_weighs_no_longer() -> None:
-    """The queue's limits are on what waits: what is being worked on leaves room for as much again."""
+    """The limits of the queue count only waiting items, not the items of the running batch."""
     work = Work()
     calls = batcher(work, queue_items_max=3, queue_weight_max=9)
     work.gate.clear()
@@ -155,7 +157,7 @@ async def test_what_was_taken_weighs_no_longer() -> None:
 
 
 async def test_an_item_whose_time_is_over_before_its_batch_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its caller gets TimeoutError, and the work never sees it; those in time are done."""
+    """An item that expires before its batch gets TimeoutError and is not processed; the others are."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     monkeypatch.setattr(loop, "time", lambda: began)
@@ -175,7 +177,7 @@ async def test_an_item_whose_time_is_over_before_its_batch_is_not_done(monkeypat
 
 
 async def test_a_batch_of_nothing_but_late_items_is_no_work() -> None:
-    """Where all who waited are out of time, the work is not called at all."""
+    """If every waiting item has expired, the work is not called."""
     work = Work()
     calls = batcher(work, seconds_max=0)
     with pytest.raises(TimeoutError):
@@ -185,7 +187,7 @@ async def test_a_batch_of_nothing_but_late_items_is_no_work() -> None:
 
 
 async def test_the_work_is_told_when_the_first_item_is_due() -> None:
-    """Due is by the loop's clock, from the time that the item was handed in."""
+    """The work receives the deadline of its first item, by the loop's clock from the time of submission."""
     work = Work()
     calls = batcher(work)
     loop = asyncio.get_running_loop()
@@ -195,7 +197,7 @@ async def test_the_work_is_told_when_the_first_item_is_due() -> None:
 
 
 async def test_a_caller_that_went_before_its_batch_is_left_out() -> None:
-    """Its item is not done, and nobody else notices."""
+    """The item of a cancelled caller is not processed, and the other callers are not affected."""
     work = Work()
     calls = batcher(work)
     first = await held(work, calls)
@@ -209,7 +211,9 @@ async def test_a_caller_that_went_before_its_batch_is_left_out() -> None:
 
 
 async def test_a_caller_that_goes_during_its_batch_cancels_nothing() -> None:
-    """The work goes on, and the others of the batch get their outcomes, though it was the starter that went."""
+    """If the caller that started a batch is cancelled, the work continues and the other callers get their
+    outcomes.
+    """
     work = Work()
     calls = batcher(work)
     work.gate.clear()
@@ -223,7 +227,9 @@ async def test_a_caller_that_goes_during_its_batch_cancels_nothing() -> None:
 
 
 async def test_work_that_fails_fails_all_of_its_batch_and_no_other() -> None:
-    """Everyone of the batch gets an error of its own, with the cause in it; the next batch is done."""
+    """If a batch fails, each of its callers gets a separate error with the cause, and the next batch is
+    processed.
+    """
     work = Work()
     failure = OSError("the disk is full")
 
@@ -248,7 +254,10 @@ async def test_work_that_fails_fails_all_of_its_batch_and_no_other() -> None:
 
 
 async def test_an_error_of_many_callers_stays_small() -> None:
-    """One instance raised in every caller would grow its traceback with each: the cause does not grow."""
+    """The traceback of an error does not grow with the number of callers.
+
+    One exception instance that is raised in every caller would add each caller's frames to its traceback.
+    """
 
     async def fail(_items: list[int], _due: float) -> Sequence[int | Exception]:
         raise OSError
@@ -265,7 +274,10 @@ async def test_an_error_of_many_callers_stays_small() -> None:
 
 @pytest.mark.parametrize("outcomes", [[], [1], [1, 2, 3]])
 async def test_another_number_of_outcomes_than_items_is_a_failure(outcomes: list[int]) -> None:
-    """Nobody is given the outcome of somebody else's item."""
+    """If the work returns too few or too many outcomes, every caller of the batch gets an error.
+
+    Otherwise a caller could get the outcome of another caller's item.
+    """
 
     async def miscount(_items: list[int], _due: float) -> Sequence[int | Exception]:
         return outcomes
@@ -277,7 +289,7 @@ async def test_another_number_of_outcomes_than_items_is_a_failure(outcomes: list
 
 
 async def test_an_outcome_that_is_an_error_is_raised_in_its_caller_alone() -> None:
-    """One bad item fails none of its neighbours."""
+    """An outcome that is an exception is raised only in the caller of that item."""
     bad = KeyError("bad")
 
     async def work(items: list[int], _due: float) -> Sequence[int | Exception]:
@@ -288,7 +300,7 @@ async def test_an_outcome_that_is_an_error_is_raised_in_its_caller_alone() -> No
 
 
 async def test_the_leader_ends_and_another_one_begins() -> None:
-    """No task outlives the work: between calls nothing runs, and the next call is served all the same."""
+    """The leader task ends with its work, and the next call starts a new one."""
     work = Work()
     calls = batcher(work)
     idle = asyncio.all_tasks()
@@ -300,7 +312,7 @@ async def test_the_leader_ends_and_another_one_begins() -> None:
 
 
 async def test_a_leader_that_met_a_failure_is_replaced() -> None:
-    """After a failed batch the next call finds its work done."""
+    """A call after a failed batch is processed."""
 
     async def work(items: list[int], _due: float) -> Sequence[int | Exception]:
         if items == [0]:
@@ -314,7 +326,10 @@ async def test_a_leader_that_met_a_failure_is_replaced() -> None:
 
 
 async def test_the_leader_has_nothing_of_its_first_callers_context() -> None:
-    """It works for all: what one of them had bound for itself, such as a log context, is not bound in it."""
+    """The leader does not run in the context of its first caller.
+
+    It works for all callers, so it must not inherit one caller's context variables, such as its log context.
+    """
     request: ContextVar[str] = ContextVar("request")
     seen: list[str | None] = []
 
@@ -329,7 +344,7 @@ async def test_the_leader_has_nothing_of_its_first_callers_context() -> None:
 
 
 async def test_finish_waits_for_all_that_waits() -> None:
-    """When it returns, everything that was handed in has been answered."""
+    """``drain`` returns after every submitted item has its outcome."""
     work = Work()
     calls = batcher(work)
     first = await held(work, calls)
@@ -345,12 +360,16 @@ async def test_finish_waits_for_all_that_waits() -> None:
 
 
 async def test_finish_with_nothing_waiting_is_done() -> None:
-    """There is nothing to wait for before the first call."""
+    """``drain`` returns at once if there were no calls."""
     await batcher(Work()).drain()
 
 
 async def test_a_leader_that_is_cancelled_leaves_nobody_waiting() -> None:
-    """As the loop is torn down: those in the batch are told that it failed, those behind it are cancelled."""
+    """If the leader is cancelled, the callers of its batch get an error and the callers behind it are
+    cancelled.
+
+    This happens when the event loop shuts down.
+    """
     work = Work()
     calls = batcher(work, batch_items_max=1)
     before = asyncio.all_tasks()

@@ -1,4 +1,4 @@
-"""The bytes of an event equal the library's, and decode to the same event."""
+"""The bytes of an event equal those of the eventsourcing library, and decode to the same event."""
 
 import dataclasses
 from datetime import timedelta, timezone
@@ -17,7 +17,8 @@ from service.event_log.codec import MAPPER, UndecodableEventError, decode_event,
 from tests.support.examples import ORDER_NO, SENT_EVENT, SENT_STATE
 from tests.support.properties import MANY
 
-# Where JSON writers like to differ: controls, quotes, line separators, DEL, byte order marks, beyond the BMP.
+# Characters that JSON writers encode differently: controls, quotes, line separators, DEL, byte order marks, and
+# characters beyond the BMP.
 ODD = (
     '\x00\x01\b\t\n\f\r\x1b\x1f"\\/\x7f\x80\x85\x9f\u00a0\u2028\u2029\u202e\ufeff\ufffe\uffff'
     "😀👩‍🚀\U0010ffff<&'"
@@ -181,5 +182,5 @@ def test_read_fields() -> None:
 
 @pytest.mark.parametrize("state", [b"", b"state4", b"[]", b"null", b'"x"', b"\xff"])
 def test_read_fields_of_what_is_no_json_object(state: bytes) -> None:
-    """Foreign bytes in the log have no fields, and raise no error."""
+    """read_fields returns None for bytes that are not a JSON object, and raises no error."""
     assert read_fields(state) is None

@@ -1,4 +1,4 @@
-"""What the views make of events does not depend on how the events are paged, or on where they were read."""
+"""The result of a view's fold depends neither on the batches of events nor on their source."""
 
 from collections.abc import Sequence
 from datetime import timedelta
@@ -49,7 +49,7 @@ REPORTS = st.lists(
 
 @st.composite
 def logs(draw: st.DrawFn) -> list[DecodedEvent]:
-    """A log of some orders: positions increase, and gaps mean nothing."""
+    """Draw a log of some orders. Its positions increase, with gaps that have no meaning."""
     states = dict.fromkeys(ORDER_NOS, NEW_ORDER)
     log: list[DecodedEvent] = []
     position = 0
@@ -62,7 +62,7 @@ def logs(draw: st.DrawFn) -> list[DecodedEvent]:
 
 
 def pages_of(data: st.DataObject, events: list[DecodedEvent]) -> list[list[DecodedEvent]]:
-    """The same events, cut anywhere."""
+    """Cut a list of events into consecutive slices at random places."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(events)), max_size=5)))
     return [events[start:end] for start, end in zip([0, *cuts], [*cuts, len(events)], strict=True)]
 
@@ -73,7 +73,7 @@ def pages_of(data: st.DataObject, events: list[DecodedEvent]) -> list[list[Decod
 @MANY
 @given(logs(), st.data())
 def test_current_status_is_the_same_page_by_page(log: list[DecodedEvent], data: st.DataObject) -> None:
-    """Folded in one go or cut anywhere and gone on with: the same rows, and the same airway bills."""
+    """A fold of the whole log and a fold in slices return the same rows and airway bills."""
     rows: dict[str, current_status.Row] = {}
     current_status.fold(log, rows)
     paged_rows: dict[str, current_status.Row] = {}
@@ -85,7 +85,7 @@ def test_current_status_is_the_same_page_by_page(log: list[DecodedEvent], data: 
 @MANY
 @given(logs())
 def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
-    """Each column is what the order's events say, each asked on its own."""
+    """Each column of a row equals a value computed separately from the order's events."""
     rows: dict[str, current_status.Row] = {}
     current_status.fold(log, rows)
     assert set(rows) == {event.originator_id for _, event in log}
@@ -118,7 +118,9 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
 
 
 def test_current_status_of_a_journey() -> None:
-    """The row of an order that moved, repeated, was told something late and got another airway bill."""
+    """The row of an order that advanced, repeated, got a late and an unrecognised report and a second airway
+    bill.
+    """
     events = history(says("Packed", CNOTE), "Sent", "Sent", "Created", says("Return", CNOTE_OF_THE_RETURN), "?")
     rows: dict[str, current_status.Row] = {}
     current_status.fold([(10 + i, event) for i, event in enumerate(events)], rows)
@@ -136,7 +138,7 @@ def test_current_status_of_a_journey() -> None:
 @MANY
 @given(logs(), st.data())
 def test_timeline_has_a_row_for_each_event(log: list[DecodedEvent], data: st.DataObject) -> None:
-    """One event, one row, in the log's order, cut anywhere; each column is the event's field of that name."""
+    """Each event has one row, in the order of the log, and each column is the event's field of that name."""
     rows = timeline.fold(log)
     assert [row for page in pages_of(data, log) for row in timeline.fold(page)] == rows
     renamed = {"order_no": "originator_id", "version": "originator_version", "received_at": "timestamp"}
@@ -147,11 +149,11 @@ def test_timeline_has_a_row_for_each_event(log: list[DecodedEvent], data: st.Dat
         }
 
 
-# The tail of the log that is kept in memory
+# The tail of the log in memory
 
 
 class DatabaseAskedError(Exception):
-    """The log was not served from memory."""
+    """A read was not served from memory."""
 
 
 async def no_database() -> Connection:
@@ -171,7 +173,9 @@ def logged(events: Sequence[Order.StatusReported], first_position: int) -> list[
 
 
 async def test_what_was_just_committed_is_read_from_memory() -> None:
-    """From any position within it, as far as the limit goes."""
+    """Events of consecutive commits are served from memory, from any position among them and up to
+    the limit.
+    """
     log = reader()
     log.remember(EVENTS[:3], [7, 8, 9])
     log.remember(EVENTS[3:5], [10, 11])
@@ -182,7 +186,10 @@ async def test_what_was_just_committed_is_read_from_memory() -> None:
 
 @pytest.mark.parametrize("after", [0, 5, 11, 12, 1_000])
 async def test_what_is_not_in_memory_is_asked_of_the_database(after: int) -> None:
-    """Before what is kept there may be other events, and after it other processes may have written some."""
+    """A read from before the memory or from its end goes to the database.
+
+    Earlier positions may hold other events, and other processes may have written later ones.
+    """
     log = reader()
     log.remember(EVENTS[:5], [7, 8, 9, 10, 11])
     with pytest.raises(DatabaseAskedError):
@@ -190,7 +197,7 @@ async def test_what_is_not_in_memory_is_asked_of_the_database(after: int) -> Non
 
 
 async def test_a_reader_that_remembers_nothing_asks_the_database() -> None:
-    """Nothing is served from an empty memory, at whatever position."""
+    """A reader with an empty memory reads from the database at every position."""
     for after in (-1, 0, 1):
         with pytest.raises(DatabaseAskedError):
             await reader().read_log(after, 100)
@@ -216,7 +223,10 @@ async def test_a_reader_that_remembers_nothing_asks_the_database() -> None:
     ],
 )
 async def test_a_gap_ends_what_is_kept(batches: list[list[int]], kept_from: int) -> None:
-    """In a gap there may be another process's event: only what follows the last gap is served from memory."""
+    """After a gap in the positions, only the events that follow the gap are served from memory.
+
+    Another process may have written an event in the gap.
+    """
     log = reader()
     for positions in batches:
         log.remember(EVENTS[: len(positions)], positions)
@@ -232,7 +242,7 @@ async def test_a_gap_ends_what_is_kept(batches: list[list[int]], kept_from: int)
     st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), min_size=1, max_size=6), st.integers(0, 40)
 )
 async def test_memory_never_leaves_anything_out(steps: list[list[int]], after: int) -> None:
-    """Whatever gaps there were, what is served from memory is consecutive and begins right after ``after``."""
+    """Events from memory are always consecutive and begin right after ``after``."""
     log = reader()
     position = 0
     for batch in steps:
@@ -250,7 +260,7 @@ async def test_memory_never_leaves_anything_out(steps: list[list[int]], after: i
 
 
 async def test_memory_is_bounded_by_events() -> None:
-    """Past MEMORY_EVENTS_MAX the older half is let go; the younger half is still there."""
+    """Beyond MEMORY_EVENTS_MAX the older half of the events is dropped and the newer half remains."""
     log = reader()
     total = 2 * MEMORY_EVENTS_MAX
     for first in range(1, total, 512):
@@ -261,7 +271,7 @@ async def test_memory_is_bounded_by_events() -> None:
 
 
 async def test_memory_is_bounded_by_bytes() -> None:
-    """Past MEMORY_CHARACTERS_MAX of bodies the older half is let go, time after time."""
+    """Whenever the bodies exceed MEMORY_CHARACTERS_MAX, the older half of the events is dropped."""
     heavy = decide(NEW_ORDER, SENT._replace(body="x" * (MEMORY_CHARACTERS_MAX // 4)))
     log = reader()
     for position in range(1, 21):
@@ -276,11 +286,11 @@ async def test_memory_is_bounded_by_bytes() -> None:
         assert 1 <= kept <= 4
 
 
-# The log as a projection is given it
+# The log as a projection receives it
 
 
 def test_decode_logged() -> None:
-    """An event that can be decoded is given as it is."""
+    """A decodable event is returned with its position."""
     stored = MAPPER.to_stored_event(SENT_EVENT)
     assert decode_logged(7, SENT.order_no, 1, stored.topic, stored.state) == (7, SENT_EVENT)
 
@@ -289,7 +299,9 @@ def test_decode_logged() -> None:
     ("topic", "state"), [("order.status_reported", b"state4"), ("order.unknown", b"{}"), ("", b"")]
 )
 def test_decode_of_what_cannot_be_decoded(topic: str, state: bytes) -> None:
-    """The reader of the log goes on: it is told where, whose, and why."""
+    """An undecodable event is returned with its position, its order, its version and the reason, without an
+    exception.
+    """
     position, found = decode_logged(7, SENT.order_no, 3, topic, state)
     assert isinstance(found, Undecodable)
     assert (position, found.originator_id, found.originator_version) == (7, SENT.order_no, 3)
@@ -297,5 +309,5 @@ def test_decode_of_what_cannot_be_decoded(topic: str, state: bytes) -> None:
 
 
 def test_times_of_the_examples_differ() -> None:
-    """What the folds above are held against would be worth nothing if all events had one time."""
+    """The events of the examples have different times, so the folds above cannot confuse them."""
     assert timedelta(0) < EVENTS[1].timestamp - EVENTS[0].timestamp == MINUTE

@@ -1,4 +1,4 @@
-"""What an import may not do, and the rules of imports that the contracts in pyproject.toml cannot state."""
+"""Imports have no side effects, and follow the rules that the contracts in pyproject.toml cannot state."""
 
 import ast
 import subprocess
@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 OURS = ("domain", "projections", "service", "tests")
 
-# For a process of its own: a hook that names whatever reaches beyond the process, then all the imports.
+# The code of a separate process. Its hook rejects every action beyond the process, and then it imports
+# everything.
 IMPORT_EVERYTHING = """
 import importlib, sys, threading
 
@@ -37,7 +38,7 @@ def sources(package: str) -> list[Path]:
 
 
 def imported_by(path: Path) -> set[str]:
-    """The full names of all modules that a source imports, wherever in it."""
+    """Return the full names of all modules that a source imports, at any level of nesting."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -63,7 +64,10 @@ def module_name(path: Path) -> str:
 
 @pytest.mark.parametrize("path", sources("domain"), ids=module_name)
 def test_the_domain_has_no_clock(path: Path) -> None:
-    """It reads no time: import contracts cannot see that, since datetime is its own type."""
+    """The domain never reads the clock.
+
+    Import contracts cannot check that, because the domain needs the type datetime.
+    """
     calls = {
         node.attr for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.Attribute)
     }

@@ -89,7 +89,7 @@ def test_the_airway_bill_comes_with_the_courier_and_may_change_with_a_return() -
 
 
 def test_a_seed_determines_the_journeys() -> None:
-    """The same seed repeats each journey, whatever the number of orders; another seed does not."""
+    """The same seed gives the same journeys for any number of orders, and another seed gives other ones."""
     troubles = Troubles(0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
     first = list(Plan(1, STARTED, troubles=troubles).journeys(50))
     assert list(Plan(1, STARTED, troubles=troubles).journeys(100))[:50] == first
@@ -144,7 +144,7 @@ def test_copies_come_at_once_or_after_the_next_report() -> None:
 
 
 def test_unknown_words_replace_known_ones() -> None:
-    """Their share is the configured one."""
+    """Their share equals the configured one."""
     words = [report["status"] for order in reports_of(Troubles(unknown=0.5)) for report in order]
     assert 0.45 < sum(word in UNKNOWN_WORDS for word in words) / len(words) < 0.55
 

@@ -1,4 +1,4 @@
-"""An order judges its reports, and its last event alone tells where it stands."""
+"""An order decides the verdicts of its reports, and its last event alone contains its state."""
 
 import dataclasses
 from datetime import UTC, datetime, timedelta
@@ -34,7 +34,7 @@ from tests.support.properties import MANY
 
 ADVANCED, REPEATED, LATE, REFUSED, UNRECOGNISED = written_law.VERDICTS
 
-# Every raw string, some in other spellings, and some that nobody knows.
+# Every raw string, some in other spellings, and some unknown words.
 STRINGS = [
     *(raw for raws in ALIASES.values() for raw in raws),
     "PICK_UP",
@@ -54,7 +54,7 @@ RECEIVED = st.lists(
     max_size=20,
 )
 
-# What is documented
+# The documented lifecycles
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,14 @@ RECEIVED = st.lists(
     ],
 )
 def test_lifecycles(reports: tuple[str, ...], verdicts: tuple[str, ...], status: str) -> None:
-    """The journeys of an order that the page and the sender's documentation tell."""
+    """The lifecycles in docs/statuses.md and in the sender's documentation get the documented verdicts."""
     events = history(*reports)
     assert tuple(event.verdict for event in events) == verdicts
     assert folded(events).state.status == status
 
 
 def test_an_order_never_heard_of() -> None:
-    """Nothing was reported of it: version 0, no status, no airway bill."""
+    """An order without reports has version 0, no status and no airway bill."""
     order = Order.new(ORDER_NO)
     assert order.id == ORDER_NO
     assert order.state == NEW_ORDER
@@ -97,14 +97,14 @@ def test_an_order_never_heard_of() -> None:
 
 @pytest.mark.parametrize("status", [word.raw_strings[0] for word in written_law.VOCABULARY])
 def test_any_status_may_be_the_first(status: str) -> None:
-    """Listening may begin anywhere: the first status advances, and nothing was skipped."""
+    """Any status may come first: it advances the order and skips no stage."""
     (event,) = history(status)
     assert (event.originator_version, event.verdict, event.skipped) == (1, ADVANCED, [])
     assert (event.previous_status, event.status, event.status_version) == (None, recognise(status), 1)
 
 
 def test_the_event_carries_the_report() -> None:
-    """What was reported is in the event as it came, beside what was made of it."""
+    """The event contains every field of the report unchanged, next to the decision."""
     event = decide(NEW_ORDER, SENT)
     carried = Report(
         Arrival(event.report_id, event.timestamp, event.remote),
@@ -120,7 +120,7 @@ def test_the_event_carries_the_report() -> None:
 
 
 def test_a_retry_that_nothing_overtook() -> None:
-    """It is judged repeated where the first one advanced, and else as the first one was."""
+    """An immediate retry is repeated if the first report advanced; otherwise it gets the same verdict again."""
     for reports in (("Packed", "Sent"), ("Sent", "Packed"), ("Cancelled", "Sent"), ("Sent", "?")):
         *_, first, again = history(*reports, reports[-1])
         assert again.verdict == (REPEATED if first.verdict == ADVANCED else first.verdict)
@@ -136,13 +136,16 @@ def test_a_retry_that_nothing_overtook() -> None:
     ],
 )
 def test_an_overtaken_retry_can_move_a_status_back(reports: tuple[str, ...], moved_back_to: str) -> None:
-    """The limit that the page names: nothing on the wire tells such a retry from a new attempt."""
+    """A retry that a later report overtook can move the status back, as docs/statuses.md warns.
+
+    The sender gives no sign that distinguishes such a retry from a new attempt.
+    """
     last = history(*reports)[-1]
     assert (last.verdict, last.status) == (ADVANCED, moved_back_to)
 
 
 def test_reports_that_move_nothing_leave_the_state_alone() -> None:
-    """Late, refused and unrecognised reports keep status, the version that brought it, and the leg."""
+    """Late, unrecognised and repeated reports change neither the status nor its version nor the leg."""
     before, *events = history("Problem", "Created", "?", "Kendala")
     assert [event.verdict for event in events] == [LATE, UNRECOGNISED, REPEATED]
     for event in events:
@@ -151,7 +154,7 @@ def test_reports_that_move_nothing_leave_the_state_alone() -> None:
 
 
 def test_skipped_stages_are_recorded() -> None:
-    """The event names the stages that no report has shown."""
+    """The event names the stages without a report."""
     assert history("Diajukan", "Diterima")[-1].skipped == [
         "packed",
         "picked_up",
@@ -164,7 +167,7 @@ def test_skipped_stages_are_recorded() -> None:
 
 
 def test_the_first_cnote_is_kept_whatever_its_verdict() -> None:
-    """While an order has no airway bill, any report brings it one."""
+    """If an order has no airway bill, a report with any verdict sets it."""
     for status in ("Sent", "?", "Packed"):
         *_, event = history("Delivering", says(status, CNOTE))
         assert event.cnote == CNOTE
@@ -181,7 +184,7 @@ def test_the_first_cnote_is_kept_whatever_its_verdict() -> None:
     ],
 )
 def test_a_new_cnote(status: str, verdict: str, kept: str) -> None:
-    """It replaces the order's if its report advanced or repeated; any other leaves the order's alone."""
+    """A new cnote replaces the order's cnote only if its report advanced or repeated."""
     _, event = history(says("Sent", CNOTE), says(status, CNOTE_OF_THE_RETURN))
     assert event.verdict == verdict
     assert event.reported_cnote == CNOTE_OF_THE_RETURN
@@ -189,19 +192,21 @@ def test_a_new_cnote(status: str, verdict: str, kept: str) -> None:
 
 
 def test_a_missing_cnote_takes_none_away() -> None:
-    """A report without an airway bill leaves the order's."""
+    """A report without a cnote does not remove the order's cnote."""
     assert history(says("Sent", CNOTE), "Delivering", "Delivering")[-1].cnote == CNOTE
 
 
 @pytest.mark.parametrize("cnote", [None, CNOTE])
 def test_a_mere_repeat_names_the_version_that_it_repeats(cnote: str | None) -> None:
-    """Without news of the airway bill it belongs to the entry that brought the status."""
+    """A repeat without a new cnote has the version of the event that set the status in ``repeats``."""
     *_, event = history("Created", says("Sent", CNOTE), says("Packed"), says("Sent", cnote))
     assert (event.verdict, event.repeats) == (REPEATED, 2)
 
 
 def test_a_repeat_with_a_new_cnote_is_an_entry_of_its_own() -> None:
-    """It repeats the status but brings news; the repeats after it still belong to what brought the status."""
+    """A repeat with a new cnote has no ``repeats``, and later repeats refer to the event that set
+    the status.
+    """
     _, news, repeat = history(
         says("Sent", CNOTE), says("Sent", CNOTE_OF_THE_RETURN), says("Sent", CNOTE_OF_THE_RETURN)
     )
@@ -213,7 +218,9 @@ def test_a_repeat_with_a_new_cnote_is_an_entry_of_its_own() -> None:
 
 
 def test_received_at_never_goes_back() -> None:
-    """A clock that was set back does not reorder history: the later report gets the earlier one's time."""
+    """If the clock goes back, a later report gets the time of the earlier one, so the history keeps
+    its order.
+    """
     times = [RECEIVED_AT, RECEIVED_AT - MINUTE, RECEIVED_AT + MINUTE, RECEIVED_AT]
     assert [event.timestamp for event in judged(arriving(SENT, time) for time in times)] == [
         RECEIVED_AT,
@@ -224,14 +231,14 @@ def test_received_at_never_goes_back() -> None:
 
 
 def test_the_senders_time_orders_nothing() -> None:
-    """occurred_at is recorded and never consulted."""
+    """occurred_at is recorded but does not influence the verdict."""
     old = SENT._replace(occurred_at=datetime(2001, 1, 1, tzinfo=UTC))
     _, event = history("Packed", old)
     assert (event.verdict, event.occurred_at) == (ADVANCED, old.occurred_at)
 
 
 def test_an_order_takes_only_its_own_next_event() -> None:
-    """An event of another order, or one out of turn, is refused by the fold."""
+    """The fold refuses an event of another order, and an event out of sequence."""
     first, second = history("Packed", "Sent")
     with pytest.raises(OriginatorVersionError):
         second.mutate(None)
@@ -239,11 +246,11 @@ def test_an_order_takes_only_its_own_next_event() -> None:
         first.mutate(Order.new("another"))
 
 
-# A command decides, an event assigns
+# A command decides, and an event changes the state
 
 
 def test_report_is_the_same_judgement_and_waits_in_pending_events() -> None:
-    """The aggregate's command decides as decide does, takes its event in, and has it to be recorded."""
+    """Order.report returns the same events as decide, applies them, and keeps them as pending events."""
     order = Order.new(ORDER_NO)
     events = [order.report(says(status)) for status in ("Packed", "Sent", "Packed")]
     assert events == judged(says(status) for status in ("Packed", "Sent", "Packed"))
@@ -252,7 +259,7 @@ def test_report_is_the_same_judgement_and_waits_in_pending_events() -> None:
 
 
 def test_a_report_of_another_order_is_refused() -> None:
-    """An order does not take in what was said of another, and stands as it stood."""
+    """A report of another order raises an error and does not change the order."""
     order = Order.new("another")
     with pytest.raises(OriginatorIDError):
         order.report(SENT)
@@ -261,7 +268,7 @@ def test_a_report_of_another_order_is_refused() -> None:
 
 
 def test_loading_keeps_the_verdict_that_was_recorded() -> None:
-    """A verdict that today's table would not give, and the fields with it, survive loading and folding."""
+    """Loading an event keeps its recorded verdict and fields, even if today's table would decide otherwise."""
     created, sent = history("Created", "Sent")
     assert sent.verdict == ADVANCED
     otherwise = dataclasses.replace(
@@ -283,7 +290,7 @@ def test_loading_keeps_the_verdict_that_was_recorded() -> None:
 @MANY
 @given(RECEIVED)
 def test_the_last_event_and_the_full_fold_agree(received: list[Report]) -> None:
-    """Judged from the last event alone or by an order that was folded whole: the same events and state."""
+    """Deciding from the last event and deciding from the full history give the same events and state."""
     events = judged(received)
     assert folded(events).state == evolve(NEW_ORDER, events[-1])
 
@@ -295,7 +302,7 @@ def test_the_last_event_and_the_full_fold_agree(received: list[Report]) -> None:
 @MANY
 @given(RECEIVED)
 def test_the_last_event_sums_up_all_of_them(received: list[Report]) -> None:
-    """Version, time, status, leg and airway bill of the last event are what the whole history says of them."""
+    """Version, time, status, leg and cnote of the last event agree with the whole history."""
     events = judged(received)
     advances = [event for event in events if event.verdict == ADVANCED]
     last_advance = advances[-1] if advances else None
@@ -320,7 +327,9 @@ def test_the_last_event_sums_up_all_of_them(received: list[Report]) -> None:
 @MANY
 @given(RECEIVED)
 def test_what_holds_of_every_event(received: list[Report]) -> None:
-    """Versions count up, times never go back, previous_status is the status before, repeats name advances."""
+    """Versions count up, times never go back, previous_status is the status before, and repeats
+    name advances.
+    """
     events = judged(received)
     assert [event.originator_version for event in events] == list(range(1, len(events) + 1))
     assert [event.previous_status for event in events] == [None, *(event.status for event in events[:-1])]
@@ -343,13 +352,13 @@ def loaded(topic: str, state: bytes) -> Any:
 
 
 def test_the_topic_is_a_name_of_the_field() -> None:
-    """The class may be moved or renamed; what lies in the log names no module."""
+    """The topic contains no module name, so the class can be moved or renamed without changing the log."""
     assert get_topic(Order.StatusReported) == "order.status_reported"
     assert resolve_topic("order.status_reported") is Order.StatusReported
 
 
 def test_class_version_1_has_all_fields_when_loaded() -> None:
-    """What this release's first day wrote has the fields of today's class, by both ways of loading."""
+    """An event of the first release has all fields of today's class, by both ways of loading."""
     assert getattr(Order.StatusReported, "class_version", 1) == 1
     names = {field.name for field in dataclasses.fields(Order.StatusReported)}
     assert vars(loaded("order.status_reported", SENT_STATE)).keys() == names
@@ -358,7 +367,7 @@ def test_class_version_1_has_all_fields_when_loaded() -> None:
 
 
 def test_an_event_of_an_older_class_version_is_upcast_when_loaded() -> None:
-    """A second version of the class: bytes of the first become it, with every field; its own bytes say 2."""
+    """A second class version can load the events of the first, with every field, and writes class_version 2."""
 
     class StatusReportedWithCourier(Order.StatusReported):
         TOPIC = "order.status_reported.with_courier"
@@ -386,6 +395,6 @@ def test_an_event_of_an_older_class_version_is_upcast_when_loaded() -> None:
 
 
 def test_a_new_order_is_before_every_time() -> None:
-    """The first event's time is the clock's own, however early."""
+    """The first event keeps the time of arrival, however early it is."""
     early = datetime(1, 1, 1, tzinfo=UTC) + timedelta(microseconds=1)
     assert decide(NEW_ORDER, arriving(SENT, early)).timestamp == early

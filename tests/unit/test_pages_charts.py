@@ -18,12 +18,12 @@ START = datetime(2026, 1, 31, tzinfo=UTC)
 
 
 def parse(svg: str) -> ET.Element:
-    """Parse a chart, which fails if it is not well-formed."""
+    """Parse a chart; fail if it is not well-formed."""
     return ET.fromstring(svg)  # noqa: S314 - the test made it
 
 
 def numbers(chart: ET.Element, tag: str, attribute: str, css_class: str) -> list[float]:
-    """An attribute of every element of a class."""
+    """Return an attribute of every element of a class."""
     return [
         float(element.get(attribute, ""))
         for element in chart.iter(tag)
@@ -32,7 +32,9 @@ def numbers(chart: ET.Element, tag: str, attribute: str, css_class: str) -> list
 
 
 def test_a_larger_value_has_a_longer_bar() -> None:
-    """The smallest value is visible too, links keep their targets, and hostile text stays text."""
+    """A larger value has a longer bar, the smallest is visible, links keep their targets, and hostile text is
+    escaped.
+    """
     bars = [
         Bar("a", 100_000, "go", "/track?a=1&b=2"),
         Bar(HOSTILE, 50_000, "bad", ""),
@@ -46,7 +48,7 @@ def test_a_larger_value_has_a_longer_bar() -> None:
 
 
 def test_a_chart_is_accessible() -> None:
-    """Its name is the title, and its description has the numbers as text."""
+    """A chart is labelled by its title, and its description has the numbers as text."""
     chart = parse(draw_bars("by_status", [Bar(HOSTILE, 50, "bad", "")], EN))
     assert chart.get("role") == "img"
     ids = [chart[index].get("id") for index in (0, 1)]
@@ -55,7 +57,7 @@ def test_a_chart_is_accessible() -> None:
 
 
 def test_a_column_has_a_part_for_each_count() -> None:
-    """A larger count is a higher part, a zero is not drawn, and only labels with a tick are written."""
+    """A larger count has a taller part, a zero is not drawn, and only columns with a tick have a label."""
     columns = [
         Column("12:00", {"advanced": 10, "late": 0, "refused": 5}, has_tick=True),
         Column("12:01", {}, has_tick=False),
@@ -69,7 +71,7 @@ def test_a_column_has_a_part_for_each_count() -> None:
 
 
 def test_a_span_begins_and_ends_at_its_times() -> None:
-    """A longer time is further right, and everything is inside the chart."""
+    """A longer time is further to the right, and everything is inside the chart."""
     spans = [Span("a", 10, 100), Span("b", 100, 1_000), Span("c", 0.5, 0.5)]
     chart = parse(draw_spans("time_spent", spans, EN))
     dots, ends = numbers(chart, "circle", "cx", "dot"), numbers(chart, "line", "x2", "span")
@@ -93,7 +95,7 @@ def test_a_scale_ends_at_a_round_number(value: int, maximum: int) -> None:
 
 
 def journey(*statuses: Status, now: Status | None = None) -> dict[str, str]:
-    """The state of each stage of an order that reached these statuses, one in each hour."""
+    """Return the state of each stage of an order that reached these statuses, one an hour."""
     reached_at = {str(status): START + timedelta(hours=hour) for hour, status in enumerate(statuses)}
     status = now or (statuses[-1] if statuses else None)
     return {stage.status: stage.state for stage in build_stages(status, reached_at)}

@@ -74,7 +74,7 @@ def test_times_and_numbers_follow_the_language() -> None:
 
 
 def test_an_unknown_status_is_its_own_label() -> None:
-    """A status that a later release recorded is shown, not hidden; known ones have labels and colours."""
+    """A status of a later release is shown by its name; known statuses have labels and colours."""
     assert (ID.status("picked_up"), EN.status("picked_up")) == ("Dijemput", "Picked up")
     assert EN.status("teleported") == "teleported"
     assert EN.status(None) == EN.status("") == "No status yet"

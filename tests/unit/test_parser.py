@@ -1,4 +1,4 @@
-"""Whatever a body is, it is read as a report or refused with a reason; never guessed at, never an accident."""
+"""The parser reads any body as a report, or refuses it with a reason, and never raises another error."""
 
 import json
 import unicodedata
@@ -20,7 +20,7 @@ ARRIVAL = Arrival("the report_id", RECEIVED_AT)
 
 
 def body(**fields: Any) -> bytes:
-    """A good body with some fields changed."""
+    """Return a valid body with some fields changed."""
     return json.dumps({"order_no": ORDER_NO, "cnote": CNOTE, "status": "Sent", **fields}).encode()
 
 
@@ -34,11 +34,11 @@ def reason_of(raw: bytes) -> str:
     return str(raised.value)
 
 
-# What is understood
+# Valid bodies
 
 
 def test_the_documented_body() -> None:
-    """Each field is where it belongs, and the text is the body."""
+    """Each field of the documented body is read, and the body is kept as text."""
     assert parse(SENT_BODY.encode()) == Report(ARRIVAL, ORDER_NO, "Sent", CNOTE, SENT_BODY)
 
 
@@ -72,12 +72,12 @@ def test_the_documented_body() -> None:
     ],
 )
 def test_the_same_report_in_other_words(text: str) -> None:
-    """However it is spelt, the report is the same, and the text is what came."""
+    """Other spellings of the same JSON give the same report, with the body's text unchanged."""
     assert parse(text.encode()) == Report(ARRIVAL, ORDER_NO, "Sent", CNOTE, text)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text() -> None:
-    """One before the body is taken away; a second one is no JSON."""
+    """A byte order mark before the body is removed, and a second one is not valid JSON."""
     mark = "\ufeff".encode()
     assert parse(mark + SENT_BODY.encode()) == parse(SENT_BODY.encode())
     assert reason_of(mark + mark + SENT_BODY.encode()).startswith("not JSON")
@@ -105,13 +105,13 @@ def test_a_byte_order_mark_is_no_part_of_the_text() -> None:
     ],
 )
 def test_an_order_number_is_taken_as_it_is(order_no: str) -> None:
-    """Nothing is trimmed, folded or normalised: distinct order numbers stay distinct."""
+    """An order number is not trimmed, folded or normalised: distinct order numbers stay distinct."""
     assert parse(body(order_no=order_no)).order_no == order_no
 
 
 @pytest.mark.parametrize("number", [0, 7, 10**17, 10**18 - 1])
 def test_an_order_number_written_as_a_number(number: int) -> None:
-    """Up to 18 digits, it is its decimal string."""
+    """A number of up to 18 digits is accepted as its decimal string."""
     assert parse(body(order_no=number)).order_no == str(number)
 
 
@@ -119,7 +119,7 @@ def test_an_order_number_written_as_a_number(number: int) -> None:
     "status", ["PICK_UP", "  dikirim ", "Transit Jakarta", "😀", "a\nb", "x" * 128, "\u202e"]
 )
 def test_any_text_is_a_status(status: str) -> None:
-    """Whether it is in the vocabulary is not the parser's question."""
+    """The parser accepts any text as a status, known or not."""
     assert parse(body(status=status)).reported_status == status
 
 
@@ -148,7 +148,7 @@ def test_any_text_is_a_status(status: str) -> None:
     ],
 )
 def test_a_cnote_is_text_an_integer_or_none(cnote: Any, taken: str | None) -> None:
-    """What cannot be an airway bill is none, and never a reason to refuse the report; the body keeps it."""
+    """An unusable cnote is read as None and does not make the report invalid; the body keeps it."""
     raw = body(cnote=cnote)
     read = parse(raw)
     assert read.reported_cnote == taken
@@ -156,16 +156,16 @@ def test_a_cnote_is_text_an_integer_or_none(cnote: Any, taken: str | None) -> No
 
 
 def test_a_missing_cnote_is_none() -> None:
-    """The airway bill often comes later."""
+    """A report without a cnote is valid, because the airway bill often comes later."""
     assert parse(b'{"order_no":"KOM1","status":"Sent"}').reported_cnote is None
 
 
 def test_what_is_known_of_the_arrival() -> None:
-    """The report has it as it was given."""
+    """The report contains the given arrival unchanged."""
     assert parser.parse(SENT_BODY.encode(), SENT.arrival) == SENT._replace(occurred_at=None)
 
 
-# What is not
+# Invalid bodies
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,9 @@ def test_what_is_known_of_the_arrival() -> None:
     ],
 )
 def test_what_is_no_json_object_in_utf_8(raw: bytes) -> None:
-    """It is refused with a reason that says so, in one line without the body in it."""
+    """A body that is not a JSON object in UTF-8 is refused with a one-line reason that does not contain the
+    body.
+    """
     reason = reason_of(raw)
     assert reason.startswith(("not JSON", "not a JSON object", "order_no is missing"))
     assert "\n" not in reason
@@ -220,7 +222,7 @@ def test_what_is_no_json_object_in_utf_8(raw: bytes) -> None:
 @pytest.mark.parametrize("depth", [10, 900, 1_000, 1_100])
 @pytest.mark.parametrize("escape", ["", "\\n"])
 def test_nesting_is_read_or_refused(depth: int, escape: str) -> None:
-    """At the depths where one reader gives up before the other, the answer is still one of the two."""
+    """Any depth of nesting is read or refused, even where the two JSON readers have different limits."""
     raw = f'{{"order_no":"KOM1","status":"Sent{escape}","x":{"[" * depth}{"]" * depth}}}'.encode()
     if depth < 500:
         assert parse(raw).body == raw.decode()
@@ -262,19 +264,21 @@ def test_nesting_is_read_or_refused(depth: int, escape: str) -> None:
     ],
 )
 def test_a_field_that_cannot_be_used(fields: dict[str, Any], reason: str) -> None:
-    """The reason names the field and what is wrong with it."""
+    """The reason names the unusable field and its fault."""
     assert reason_of(body(**fields)) == reason
 
 
 @pytest.mark.parametrize("missing", ["order_no", "status"])
 def test_a_missing_field(missing: str) -> None:
-    """An absent order number or status is missing, as a null one is."""
+    """An absent order number or status is reported as missing, as a null one is."""
     fields = {name: value for name, value in json.loads(SENT_BODY).items() if name != missing}
     assert reason_of(json.dumps(fields).encode()) == f"{missing} is missing"
 
 
 def test_the_order_number_is_kept_where_it_could_be_read() -> None:
-    """Whoever looks into the quarantine sees whose report it was; where that is unknown, nothing is said."""
+    """The error has the order number if it is readable, so that the quarantine can show it, and
+    None otherwise.
+    """
     with pytest.raises(UnreadableError) as raised:
         parse(body(status=None))
     assert raised.value.order_no == ORDER_NO
@@ -300,7 +304,10 @@ def test_the_order_number_is_kept_where_it_could_be_read() -> None:
     ],
 )
 def test_a_key_that_occurs_twice(text: str, key: str) -> None:
-    """Which of the two is meant cannot be known, even where they are equal, and however they are spelt."""
+    """A body that contains a key twice is refused, even if both values are equal or the spellings differ.
+
+    Nothing shows which of the two the sender meant.
+    """
     assert reason_of(text.encode()) == f"{key} occurs twice"
 
 
@@ -347,23 +354,25 @@ def test_a_key_that_occurs_twice(text: str, key: str) -> None:
     ],
 )
 def test_occurred_at(timestamp: Any, occurred_at: datetime | None) -> None:
-    """A time with an offset, or seconds or milliseconds since 1970, of a plausible year; else none."""
+    """occurred_at is a time with an offset, or seconds or milliseconds since 1970, in a plausible year;
+    otherwise None.
+    """
     read = parse(body(timestamp=timestamp))
     assert read.occurred_at == occurred_at
     assert read.occurred_at is None or read.occurred_at.tzinfo is UTC
 
 
 def test_a_time_with_a_tail_is_none() -> None:
-    """What only begins as a time is none."""
+    """A text that only begins as a time is read as None."""
     assert parse(body(timestamp="2026-01-31T08:29:58Z\x00junk")).occurred_at is None
 
 
 def test_a_body_without_a_timestamp_has_no_time() -> None:
-    """The time of arrival is not passed off as the sender's."""
+    """Without a timestamp, occurred_at is None; the time of arrival does not replace it."""
     assert parse(body()).occurred_at is None
 
 
-# Anything at all
+# Arbitrary bodies
 
 
 def assert_read_or_refused(raw: bytes) -> None:
@@ -393,14 +402,16 @@ PAIRS = st.lists(
 @example(b"\xef\xbb\xbf")
 @example(b"{")
 def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
-    """No bytes bring another error than UnreadableError."""
+    """Arbitrary bytes are read as a report or raise UnreadableError."""
     assert_read_or_refused(raw)
 
 
 @MANY
 @given(PAIRS, st.booleans(), st.booleans())
 def test_any_object_is_read_or_refused(pairs: list[tuple[str, Any]], ascii_only: bool, mark: bool) -> None:  # noqa: FBT001
-    """Objects of our keys, doubled and escaped, with any values: the text of what is read is the body."""
+    """Objects with known keys, doubled or escaped, and any values are read or refused; a read body is kept as
+    text.
+    """
     members = (f'"{key}":{json.dumps(value, ensure_ascii=ascii_only)}' for key, value in pairs)
     text = f"{{{','.join(members)}}}"
     raw = text.encode("utf-8", "surrogatepass")
@@ -410,7 +421,7 @@ def test_any_object_is_read_or_refused(pairs: list[tuple[str, Any]], ascii_only:
 @MANY
 @given(PAIRS)
 def test_an_object_with_a_doubled_key_is_never_read(pairs: list[tuple[str, Any]]) -> None:
-    """However the keys are spelt, of two equal ones neither is believed."""
+    """An object with a doubled key is refused, however its keys are spelt."""
     members = (f'"{key}":{json.dumps(value)}' for key, value in pairs)
     keys = [json.loads(f'"{key}"') for key, _ in pairs if key not in ("x", "timestamp")]
     doubled = '{"order_no":"KOM1","status":"Sent",' + ",".join(members) + "}"
@@ -422,7 +433,7 @@ def test_an_object_with_a_doubled_key_is_never_read(pairs: list[tuple[str, Any]]
 @MANY
 @given(st.text(min_size=1, max_size=128), st.text(min_size=1, max_size=128))
 def test_any_text_stays_as_it_is(order_no: str, status: str) -> None:
-    """An order number and a status that are read are those that were written, character for character."""
+    """An accepted order number and status equal the written ones, character for character."""
     raw = json.dumps({"order_no": order_no, "status": status}).encode()
     try:
         read = parse(raw)

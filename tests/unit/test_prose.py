@@ -1,4 +1,4 @@
-"""The prose check finds what it is made for."""
+"""The prose check finds the dropped habits and accepts plain sentences."""
 
 import pytest
 
@@ -19,7 +19,7 @@ from tests.support.prose import NOUN_CLAUSE, YOU, Text, find_habits, python_text
     ],
 )
 def test_a_dropped_habit_is_found(sentence: str) -> None:
-    """Each sentence has one of the habits, and the line names its place."""
+    """Each sentence has a dropped habit, and the finding names the file and the line."""
     (line, *_) = find_habits(Text("docs/x.md", 7, f"\n{sentence}"))
     assert line.startswith("docs/x.md:8: ")
 
@@ -31,7 +31,7 @@ def test_plain_sentences_pass(sentence: str) -> None:
 
 
 def test_strings_are_read_in_the_code_and_not_in_tests() -> None:
-    """A test's strings are inputs; its comments and docstrings are prose."""
+    """Strings are checked in the code, but not in tests, where they are inputs."""
     source = '"""A docstring."""\nX = "a string"  # a comment\n'
     assert [text.text for text in python_texts("service/x.py", source)] == [
         '"""A docstring."""',

@@ -1,4 +1,4 @@
-"""What a read asks for is checked, and named where it is wrong, before anything is looked up."""
+"""The parameters of a read are checked before any look-up, and a problem names the invalid one."""
 
 from base64 import urlsafe_b64encode
 from datetime import UTC, datetime, timedelta
@@ -36,7 +36,7 @@ def get(path: str) -> web.Request:
 
 
 def refused(model: type[Query], query: str) -> ProblemError:
-    """The problem that a query string gets."""
+    """Return the problem that a query string causes."""
     with pytest.raises(ProblemError) as raised:
         read_query(model, get(f"/x?{query}"))
     assert raised.value.status == 400
@@ -49,7 +49,7 @@ def refused(model: type[Query], query: str) -> ProblemError:
 @MANY
 @given(st.integers(0, POSITION_MAX))
 def test_a_cursor_comes_back_as_what_it_was_made_of(key: int) -> None:
-    """Every position survives the way through an answer's link, unescaped, without padding."""
+    """Every position survives the way through a link's cursor, which needs no escaping or padding."""
     cursor = encode_cursor(key)
     assert quote(cursor, safe="") == cursor
     assert read_query(PageQuery, get(f"/x?cursor={cursor}")).cursor == key
@@ -74,7 +74,7 @@ def test_a_cursor_comes_back_as_what_it_was_made_of(key: int) -> None:
     ],
 )
 def test_a_cursor_that_no_answer_gave(cursor: str) -> None:
-    """It is a bad parameter, never a page of something else."""
+    """An invalid cursor is a bad parameter, and never selects another page."""
     assert refused(PageQuery, f"cursor={cursor}").members == {"parameter": "cursor"}
 
 
@@ -83,7 +83,7 @@ def test_a_cursor_that_no_answer_gave(cursor: str) -> None:
     ["MT!A", "%20MTA", "MTA%0A", "M.T.A", "MTA=", "MTA=x", "IDEw", "KzEw", "MV8w", "MDEw"],
 )
 def test_another_spelling_of_a_cursor(cursor: str) -> None:
-    """A cursor has one spelling, the one that it was given in; anything else was not given."""
+    """Each cursor has exactly one valid spelling, and other spellings of the same position are refused."""
     assert refused(PageQuery, f"cursor={cursor}").members == {"parameter": "cursor"}
 
 
@@ -91,7 +91,7 @@ def test_another_spelling_of_a_cursor(cursor: str) -> None:
 
 
 def test_the_next_page_asks_the_same_question_further_on() -> None:
-    """Filters stay, as they were given; the cursor moves; what belongs to one page alone is left out."""
+    """The link to the next page keeps the filters, moves the cursor and leaves out after_position."""
     query = read_query(
         TransitionsQuery,
         get(
@@ -113,7 +113,7 @@ def test_the_next_page_asks_the_same_question_further_on() -> None:
 
 
 def test_the_next_page_is_understood_as_the_same_question() -> None:
-    """What next_path writes, read_query reads."""
+    """read_query reads the link of next_path as the same query with the new cursor."""
     query = read_query(TransitionsQuery, get("/x?from=problem&since=2026-01-31T12:00:00.000001Z&limit=7"))
     followed = read_query(
         TransitionsQuery, get(Page([], {"cursor": encode_cursor(17)}).next_path("/x", query) or "")
@@ -122,7 +122,7 @@ def test_the_next_page_is_understood_as_the_same_question() -> None:
 
 
 def test_the_next_page_of_events_moves_after() -> None:
-    """Lists of events are paged by version or position, in the open; a default stays unsaid."""
+    """Lists of events are paged by the plain parameter ``after``, and the link leaves out default values."""
     query = read_query(EventsQuery, get("/events?after=3"))
     assert Page([], {"after": 103}).next_path("/events", query) == "/events?after=103"
 
@@ -130,7 +130,7 @@ def test_the_next_page_of_events_moves_after() -> None:
 @MANY
 @given(st.text(min_size=1, max_size=20).filter(lambda text: "\x00" not in text))
 def test_the_order_path_an_order_leads_back_to_it(order_no: str) -> None:
-    """Any order number, slashes and all, is one segment of the path, and is read back from it."""
+    """Any order number becomes one segment of a path, and is read back from it unchanged."""
     path = order_path(order_no, "timeline")
     assert path.count("/") == 3
     try:
@@ -154,7 +154,7 @@ def test_the_order_path_an_order_leads_back_to_it(order_no: str) -> None:
     ],
 )
 def test_times(text: str, time: datetime) -> None:
-    """RFC 3339 with any offset; a plus sign that nobody escaped is understood; UTC is what comes out."""
+    """A time is RFC 3339 with any offset, even with an unescaped plus sign, and is converted to UTC."""
     as_of = read_query(OrderQuery, get(f"/x?as_of={text}")).as_of
     assert as_of == time
     assert as_of is not None
@@ -181,7 +181,9 @@ def test_times(text: str, time: datetime) -> None:
     ],
 )
 def test_what_is_no_time(text: str) -> None:
-    """Without an offset, off the calendar or out of range: the problem names the parameter."""
+    """A time without an offset, with an invalid date or out of range is refused, and the problem names the
+    parameter.
+    """
     for model, name in ((OrderQuery, "as_of"), (TransitionsQuery, "since"), (TransitionsQuery, "until")):
         assert refused(model, f"{name}={text}").members == {"parameter": name}
 
@@ -197,7 +199,7 @@ def test_what_is_no_time(text: str) -> None:
     ],
 )
 def test_a_duration(text: str, duration: timedelta) -> None:
-    """By ISO 8601, of parts that have a fixed length."""
+    """A duration follows ISO 8601 with units of fixed length."""
     assert read_query(OrdersQuery, get(f"/orders?unmoved_for={text}")).unmoved_for == duration
     query = OrdersQuery.model_validate({"unmoved_for": text})
     again = read_query(OrdersQuery, get(Page([], {"cursor": "MQ"}).next_path("/orders", query) or ""))
@@ -209,13 +211,13 @@ def test_a_duration(text: str, duration: timedelta) -> None:
     ["P", "PT", "3D", "P3", "P1M", "P1Y", "-P3D", "P-3D", "P3.5D", "P3DT", "p3d", "P٣D", "P99999W", "P36501D"],
 )
 def test_what_is_no_duration(text: str) -> None:
-    """Months and years have no fixed length; the rest is no duration at all."""
+    """Months and years, which have no fixed length, and malformed durations are refused."""
     query = f"unmoved_for={quote(text)}"
     assert refused(OrdersQuery, query).members == {"parameter": "unmoved_for"}
 
 
 def test_a_time_with_a_tail_is_no_time() -> None:
-    """What only begins as a time is refused."""
+    """A text that only begins as a time is refused."""
     assert refused(OrderQuery, "as_of=2026-01-31T12:00:00Z%00junk").members == {"parameter": "as_of"}
 
 
@@ -223,7 +225,7 @@ def test_a_time_with_a_tail_is_no_time() -> None:
 
 
 def test_what_is_left_out() -> None:
-    """A query without parameters asks for the first page of everything."""
+    """A query without parameters has the defaults: the first page, unfiltered."""
     assert read_query(OrdersQuery, get("/orders")).model_dump() == {
         "after_position": None,
         "cursor": None,
@@ -241,7 +243,7 @@ def test_what_is_left_out() -> None:
 
 @pytest.mark.parametrize("limit", [1, 100, PAGE_ROWS_MAX])
 def test_a_limit_within_bounds(limit: int) -> None:
-    """From one row to a page's most."""
+    """Limits from 1 to PAGE_ROWS_MAX are accepted."""
     assert read_query(PageQuery, get(f"/x?limit={limit}")).limit == limit
 
 
@@ -274,7 +276,7 @@ def test_a_limit_within_bounds(limit: int) -> None:
     ],
 )
 def test_a_parameter_that_cannot_be_used(model: type[Query], query: str, parameter: str) -> None:
-    """Out of bounds, of another kind, outside the vocabulary, unknown or given twice: the problem names it."""
+    """The problem names a parameter that is out of range, malformed, unknown or repeated."""
     problem = refused(model, query)
     assert problem.members == {"parameter": parameter}
     assert problem.detail is not None
@@ -283,13 +285,13 @@ def test_a_parameter_that_cannot_be_used(model: type[Query], query: str, paramet
 
 @pytest.mark.parametrize("position", [0, POSITION_MAX])
 def test_positions_are_bigints(position: int) -> None:
-    """What the database can hold can be asked for."""
+    """Positions up to the database's largest bigint are accepted."""
     assert read_query(ViewQuery, get(f"/x?after_position={position}")).after_position == position
 
 
 @pytest.mark.parametrize("cnote", ["JX1234567890", " ", "a b", "😀", "'; --", "x" * 128, "NFD: O\u0308"])
 def test_a_text_filter_is_taken_as_it_is(cnote: str) -> None:
-    """Nothing is trimmed or folded."""
+    """A text filter is neither trimmed nor folded."""
     assert read_query(OrdersQuery, get(f"/x?cnote={quote(cnote, safe='')}")).cnote == cnote
 
 
@@ -320,7 +322,7 @@ def test_a_text_filter_is_taken_as_it_is(cnote: str) -> None:
 )
 @pytest.mark.parametrize("rest", ["", "/timeline", "/events?after=1", "?as_of=%zz", "?x=/orders/other"])
 def test_an_order_number_in_the_path_is_decoded_once(segment: str, order_no: str, rest: str) -> None:
-    """Percent escapes are read once, as UTF-8; what comes after the segment makes no difference."""
+    """Percent escapes are decoded once, as UTF-8, and the rest of the path makes no difference."""
     assert parse_order_no(get(f"/orders/{segment}{rest}")) == order_no
 
 
@@ -349,7 +351,7 @@ def test_an_order_number_in_the_path_is_decoded_once(segment: str, order_no: str
     ],
 )
 def test_a_path_that_spells_no_order_number(segment: str) -> None:
-    """Broken escapes, what is not UTF-8 and control characters are a bad request, not an unknown order."""
+    """Broken escapes, invalid UTF-8 and control characters are a bad request, not an unknown order."""
     with pytest.raises(ProblemError) as raised:
         parse_order_no(get(f"/orders/{segment}/timeline"))
     assert raised.value.status == 400
@@ -358,17 +360,17 @@ def test_a_path_that_spells_no_order_number(segment: str) -> None:
 
 @pytest.mark.parametrize("host", ["example.com", "127.0.0.1:8080"])
 def test_a_request_target_in_absolute_form(host: str) -> None:
-    """A proxy may send the whole URL."""
+    """A proxy may send the whole URL as the request target."""
     assert parse_order_no(get(f"http://{host}/orders/KOM%2F1")) == "KOM/1"
 
 
 def test_a_request_target_in_absolute_form_of_a_host_named_orders() -> None:
-    """The host is no part of the path."""
+    """A host named orders does not count as a part of the path."""
     assert parse_order_no(get("http://orders/orders/KOM1")) == "KOM1"
 
 
 def test_a_problem_is_the_readers_not_the_servers() -> None:
-    """Whatever a query string holds, the answer is a query or a problem."""
+    """Unusual values of any parameter get a problem that names the parameter."""
     names = ["cursor", "limit", "as_of", "status", "verdict", "x", ""]
     values: list[Any] = ["%00", "%zz", "%FF", "[]", "{}", "=", ";", "%26", "😀"]
     for name in names:

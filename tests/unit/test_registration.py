@@ -32,7 +32,7 @@ GOOD = "https://shop.example/webhook/token"
 
 @asynccontextmanager
 async def answering(handle: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> AsyncIterator[str]:
-    """Serve every path with a handler; yield the base URL."""
+    """Serve every path with a handler, and yield the base URL."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", handle)
     runner = web.AppRunner(app)
@@ -94,7 +94,7 @@ async def test_a_url_can_be_set_and_changed_at_any_time() -> None:
 
 
 async def test_a_wrong_key_registers_nothing() -> None:
-    """A wrong or missing key is answered with 401; without a configured key every key is accepted."""
+    """A wrong or missing key gets 401; the simulated Komerce accepts every key if none is configured."""
     registration = Registration(KEY)
     async with registration.listening("127.0.0.1", 0) as base:
         with pytest.raises(RegistrationError, match=r"returned 401: check the key .*not valid"):
@@ -129,7 +129,9 @@ async def test_the_simulated_komerce_refuses_unusable_bodies(body: bytes, status
 
 
 async def test_reports_given_up_in_a_row_deactivate_a_webhook_until_it_is_registered_again() -> None:
-    """An acknowledged report resets the count."""
+    """An acknowledged report resets the count of reports given up, and a registration activates the webhook
+    again.
+    """
     registration = Registration(KEY, GOOD)
     for _ in range(GIVEN_UP_MAX - 1):
         registration.given_up()
@@ -154,7 +156,7 @@ async def test_reports_given_up_in_a_row_deactivate_a_webhook_until_it_is_regist
     ],
 )
 async def test_a_refusal_has_a_hint_and_the_message_of_komerce(status: int, body: bytes, message: str) -> None:
-    """The error names the status, what to check, and Komerce's own message as it was received."""
+    """The error names the status, the setting to check, and Komerce's own message unchanged."""
 
     async def refuse(_request: web.Request) -> web.Response:
         return web.Response(status=status, body=body)
@@ -178,7 +180,7 @@ async def test_a_message_of_komerce_cannot_act_on_a_terminal(tmp_path: Path) -> 
 
 
 async def test_the_key_is_sent_to_no_other_server() -> None:
-    """A redirect is not followed, and http is refused before a request is sent."""
+    """The client does not follow a redirect, and refuses http before it sends a request."""
     requests: list[Any] = []
 
     async def redirect(request: web.Request) -> web.Response:

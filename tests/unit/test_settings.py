@@ -1,4 +1,4 @@
-"""Settings: each invalid one is one line that names it, from the environment or the file."""
+"""Each invalid setting, from the environment or the file, causes a one-line error that names it."""
 
 import os
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_an_invalid_setting_is_named(
     ],
 )
 def test_an_invalid_line_is_named(tmp_path: Path, text: str, message: str) -> None:
-    """The same rules hold for the file and for the environment."""
+    """The same rules apply to the file and to the environment."""
     file = tmp_path / ".env"
     file.write_text(f"{text}\n", encoding="utf-8")
     with pytest.raises(SettingsError) as raised:

@@ -23,7 +23,10 @@ Respond = Callable[[web.Request, int], Awaitable[web.StreamResponse]]
 
 
 class Receiver:
-    """A server that receives the pushes. ``respond`` gets the request and how often its body has arrived."""
+    """A server that receives the pushes.
+
+    ``respond`` receives each request, and how often its body has arrived.
+    """
 
     def __init__(self, respond: Respond) -> None:
         self.requests: list[tuple[str, bytes, str]] = []
@@ -147,7 +150,7 @@ async def test_an_attempt_is_cut_off_and_the_next_one_is_not() -> None:
 
 
 async def test_the_rate_is_not_exceeded() -> None:
-    """The reports take at least their number divided by the rate, however fast the responses are."""
+    """The reports take at least their number divided by the rate, even if the responses are fast."""
     async with pushing(acknowledge, rate=200.0) as (simulator, receiver):
         began = time.monotonic()
         await simulator.run(Plan(1, STARTED).journeys(10))

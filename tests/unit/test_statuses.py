@@ -1,4 +1,4 @@
-"""The vocabulary of docs/statuses.md against what the code recognises."""
+"""The code recognises exactly the vocabulary of docs/statuses.md."""
 
 from collections import Counter
 
@@ -11,7 +11,7 @@ from tests.support.properties import MANY
 from tests.support.written_law import VOCABULARY
 
 RAW_STRINGS = [(raw, word.status) for word in VOCABULARY for raw in word.raw_strings]
-# Runs of what separates words, Unicode's white space included.
+# Runs of word separators, including Unicode's white space.
 SEPARATORS = st.text("_- \t\n\r\u00a0\u2003\u3000", min_size=1, max_size=4)
 
 
@@ -22,7 +22,7 @@ def test_the_statuses_are_the_written_ones() -> None:
 
 
 def test_the_labels_are_the_written_ones() -> None:
-    """Every status has the page's label in both languages."""
+    """Every status has the page's labels in both languages."""
     assert [(status, label["id"], label["en"]) for status, label in LABELS.items()] == [
         (word.status, word.label_id, word.label_en) for word in VOCABULARY
     ]
@@ -34,12 +34,12 @@ def test_the_aliases_are_the_written_ones() -> None:
 
 
 def test_what_is_settled_is_the_written() -> None:
-    """The settled statuses are those that the page marks."""
+    """The settled statuses are those that the page marks as settled."""
     assert {word.status for word in VOCABULARY if word.settled} == SETTLED
 
 
 def test_an_alias_belongs_to_one_status() -> None:
-    """No string means two things."""
+    """Each raw string belongs to one status only."""
     assert [raw for raw, times in Counter(raw for raw, _ in RAW_STRINGS).items() if times > 1] == []
 
 
@@ -51,7 +51,7 @@ def test_each_raw_string_is_recognised(raw: str, status: Status) -> None:
 
 @pytest.mark.parametrize("status", STATUSES)
 def test_each_canonical_name_and_label_is_recognised(status: Status) -> None:
-    """A status is understood by its own name, and by what people read for it."""
+    """A status is recognised by its name and by both of its labels."""
     assert recognise(status) == status
     assert recognise(LABELS[status]["id"]) == status
     assert recognise(LABELS[status]["en"]) == status
@@ -60,7 +60,7 @@ def test_each_canonical_name_and_label_is_recognised(status: Status) -> None:
 @MANY
 @given(data=st.data())
 def test_case_and_separators_do_not_count(data: st.DataObject) -> None:
-    """Any case, any run of separators between words, any surrounding separators: the same status."""
+    """Case, the kind and number of separators, and surrounding separators make no difference."""
     raw, status = data.draw(st.sampled_from(RAW_STRINGS))
     spelling = "".join(
         data.draw(SEPARATORS) if letter == " " else data.draw(st.sampled_from([letter, letter.upper()]))
@@ -71,7 +71,7 @@ def test_case_and_separators_do_not_count(data: st.DataObject) -> None:
 
 
 def test_case_is_folded_not_lowered() -> None:
-    """Letters that differ in case alone by Unicode's folding count as the same: the long s is an s."""
+    """Case is compared by Unicode's case folding, so the long s equals an s."""
     assert recognise("\u017fent") == "in_transit"
 
 
@@ -93,5 +93,5 @@ def test_case_is_folded_not_lowered() -> None:
     ],
 )
 def test_anything_else_is_unrecognised(unknown: str) -> None:
-    """What is merely like a word of the vocabulary is none: nothing is guessed."""
+    """A word that only resembles the vocabulary is unrecognised."""
     assert recognise(unknown) is None

@@ -1,4 +1,4 @@
-"""The table of docs/statuses.md, cell by cell, against what the code judges."""
+"""Every cell of the table in docs/statuses.md against the code's verdict."""
 
 from typing import get_args
 
@@ -16,7 +16,7 @@ ORIGINS = list(dict.fromkeys((cell.status, cell.leg) for cell in CELLS))
 
 
 def skipped_by_the_written_rule(cell: Cell) -> list[Status]:
-    """The rule under "Skipped stages", in another way than the code's: each stage is asked if it belongs."""
+    """Compute the skipped stages by the rule under "Skipped stages", in another way than the code's."""
     if cell.letter != "S":
         return []
     ranks = {status: rank for rank, status in enumerate(written_law.HAPPY_PATH)}
@@ -31,29 +31,31 @@ def skipped_by_the_written_rule(cell: Cell) -> list[Status]:
 
 
 def test_the_page_has_every_cell() -> None:
-    """The written table is whole: 16 rows of 13 statuses, each (row, column) once."""
+    """The page's table is complete: 16 rows of 13 statuses, each combination once."""
     assert len(CELLS) == 16 * 13
     assert len({(cell.status, cell.leg, cell.reported) for cell in CELLS}) == 16 * 13
     assert {cell.letter for cell in CELLS} == set("AS=LR")
 
 
 def test_the_code_has_no_other_rows() -> None:
-    """The code's table has the rows of the page, in the page's order, and no more."""
+    """The code's table has exactly the rows of the page, in the page's order."""
     assert list(TABLE) == ORIGINS
 
 
 def test_the_happy_path_is_the_written_one() -> None:
-    """The ranks are those of the page."""
+    """The code's happy path has the stages of the page, in its order."""
     assert list(HAPPY_PATH) == written_law.HAPPY_PATH
 
 
 def test_the_verdicts_are_the_written_ones() -> None:
-    """The code knows the verdicts of the page, in its order."""
+    """The code has the verdicts of the page, in its order."""
     assert list(get_args(Verdict)) == written_law.VERDICTS
 
 
 def leg_by_the_written_rule(cell: Cell) -> Leg | None:
-    """A problem takes the leg of where it was entered from; a report that moves nothing leaves it alone."""
+    """Compute the leg: a problem has the leg of the status before it, and a report that does not advance keeps
+    the leg.
+    """
     if VERDICT_OF[cell.letter] != "advanced":
         return cell.leg
     return written_law.LEG_AFTER[cell.status] if cell.reported == "problem" else None
@@ -61,7 +63,7 @@ def leg_by_the_written_rule(cell: Cell) -> Leg | None:
 
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_a_cell_is_judged_as_it_is_written(cell: Cell) -> None:
-    """Verdict, skipped stages and leg; late and refused reports have a reason that names both statuses."""
+    """Verdict, skipped stages, leg and reason agree with the page; the reason names both statuses."""
     judgement = judge(cell.status, cell.leg, cell.reported)
     assert judgement.verdict == VERDICT_OF[cell.letter]
     assert list(judgement.skipped) == skipped_by_the_written_rule(cell)
@@ -79,7 +81,7 @@ def test_a_cell_is_judged_as_it_is_written(cell: Cell) -> None:
 def test_a_string_outside_the_vocabulary_is_unrecognised_everywhere(
     status: Status | None, leg: Leg | None
 ) -> None:
-    """Wherever the order stands, such a report changes nothing, skips nothing, and says why."""
+    """An unrecognised report changes nothing from any status, skips no stage, and has a reason."""
     verdict, leg_after, skipped, reason = judge(status, leg, None)
     assert verdict == "unrecognised"
     assert leg_after == leg
@@ -99,7 +101,7 @@ def test_a_string_outside_the_vocabulary_is_unrecognised_everywhere(
     ],
 )
 def test_examples_of_skipped_stages(skipping: tuple[Status, Status], skipped: list[str]) -> None:
-    """The page's own examples, and some more worked out by hand."""
+    """The page's own examples, and further ones computed by hand, skip the expected stages."""
     status, reported = skipping
     assert list(judge(status, None, reported).skipped) == skipped
 
@@ -114,12 +116,12 @@ def test_examples_of_skipped_stages(skipping: tuple[Status, Status], skipped: li
     ids=["both advanced", "the second advanced", "the second was refused"],
 )
 def test_a_b_a_is_judged_by_the_table(reports: tuple[str, ...], verdict: str) -> None:
-    """A status reported again after another one advanced is no repeat; after one that did not, it is."""
+    """A status that is reported again is a repeat only if the report between did not advance."""
     assert history(*reports)[-1].verdict == verdict
 
 
 def test_the_served_rules_are_the_written_ones() -> None:
-    """GET /transitions tells the table of the page: verdict and skipped stages of each cell."""
+    """GET /transitions returns the verdict and the skipped stages of each cell of the page's table."""
     served = {
         (row["from"], row["leg"], reported): (cell["verdict"], list(cell["skipped"]))
         for row in RULES["table"]
@@ -132,7 +134,7 @@ def test_the_served_rules_are_the_written_ones() -> None:
 
 
 def test_the_served_statuses_are_the_written_ones() -> None:
-    """GET /transitions tells the vocabulary of the page, and the rank of what is on the happy path."""
+    """GET /transitions returns the page's vocabulary, with the rank of each status on the happy path."""
     assert [
         (
             served["status"],
@@ -150,6 +152,6 @@ def test_the_served_statuses_are_the_written_ones() -> None:
 
 
 def test_the_columns_are_the_statuses() -> None:
-    """The page's columns stand in the order of the vocabulary."""
+    """The page's columns are in the order of the vocabulary."""
     assert list(written_law.COLUMNS.values()) == list(STATUSES)
     assert [cell.reported for cell in CELLS[: len(STATUSES)]] == list(STATUSES)
