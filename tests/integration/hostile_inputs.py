@@ -1,4 +1,4 @@
-"""What strangers send, by the answer that the written list gives it, and the wire that it goes over."""
+"""Hostile inputs, grouped by the expected response, and a raw connection that sends them."""
 
 import gzip
 import json
@@ -18,9 +18,9 @@ from tests.support.waiting import PATIENCE_SECONDS
 BODY_BYTES_MAX: Final = 65_536
 BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 DOCUMENTED: Final = b'{\n"order_no": "KOM1",\n"cnote": "AWB1",\n"status": "Dikirim"\n}'
-# The documented body's beginning, to which a test adds and which it ends.
+# The documented body without its closing brace, so that a test can add members.
 SENT: Final = b'{"order_no":"KOM1","status":"Dikirim"'
-# What must not be recorded, in or behind a request that must be refused.
+# A body that must never be recorded, sent inside or behind a request that must be refused.
 SMUGGLED: Final = b'{"order_no":"SMUGGLED","status":"Dikirim"}'
 
 VERDICTS: Final = {"advanced", "repeated", "late", "refused", "unrecognised"}
@@ -30,24 +30,24 @@ _INSIDE: Final = re.compile(rb"Traceback|File \"|aiohttp|asyncpg|[Pp]ython")
 
 
 def body(**fields: Any) -> bytes:
-    """The documented body with some fields changed."""
+    """Return the documented body with some fields changed."""
     fields = {"order_no": "KOM1", "cnote": "AWB1", "status": "Dikirim", **fields}
     return json.dumps(fields, ensure_ascii=False).encode()
 
 
 def filled(prefix: bytes, unit: bytes, suffix: bytes) -> bytes:
-    """A body as large as one may be, but for a unit."""
+    """Return a body of repeated units that is as large as the limit allows."""
     return prefix + unit * ((BODY_BYTES_MAX - len(prefix) - len(suffix)) // len(unit)) + suffix
 
 
 def request(method: str, path: str, content: bytes = b"", *headers: str) -> bytes:
-    """A whole request. Header lines are written as they are given."""
+    """Return a complete request. Header lines are written unchanged."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(content)}", *headers]
     return "".join(f"{line}\r\n" for line in lines).encode() + b"\r\n" + content
 
 
 def head(*lines: bytes, method: bytes = b"PUT") -> bytes:
-    """The head of a webhook, with just these header lines."""
+    """Return the head of a webhook request with exactly these header lines."""
     return b"\r\n".join([method + b" /webhook HTTP/1.1", b"Host: localhost", *lines, b"", b""])
 
 
@@ -55,7 +55,7 @@ def chunked(content: bytes) -> bytes:
     return b"%x\r\n%s\r\n0\r\n\r\n" % (len(content), content)
 
 
-# Bodies that are the documented report in other words.
+# Other spellings of the documented report.
 UNDERSTOOD: Final = {
     "the documented one": DOCUMENTED,
     "other order": b'{"status":"Dikirim","order_no":"KOM1","cnote":"AWB1"}',
@@ -124,7 +124,7 @@ _NO_STATUS: Final = {
     "of 129 characters": "x" * 129,
     "with a NUL": "a\x00b",
 }
-# Bodies that nobody can understand.
+# Bodies that the parser refuses.
 QUARANTINED: Final = {
     **{f"order_no {name}": body(order_no=value) for name, value in _NO_ORDER_NO.items()},
     **{f"status {name}": body(status=value) for name, value in _NO_STATUS.items()},
@@ -164,7 +164,7 @@ QUARANTINED: Final = {
     "parts": b'--x\r\nContent-Disposition: form-data; name="status"\r\n\r\nDikirim\r\n--x--',
 }
 
-# As large as a body may be, of what costs a reader most.
+# Bodies of the largest allowed size whose content is expensive to parse.
 LARGE: Final = {
     "keys": SENT + b"".join(b',"k%d":1' % n for n in range(5_500)) + b"}",
     "empty keys": filled(SENT, b',"":1', b"}"),
@@ -175,7 +175,7 @@ LARGE: Final = {
     "brackets behind an escape": filled(SENT + rb',"\n":', b"[", b"}"),
 }
 
-# Content-Encoding and body.
+# The Content-Encoding and the body.
 WELL_CODED: Final = {
     "gzip": ("gzip", gzip.compress(DOCUMENTED)),
     "upper case": ("GZIP", gzip.compress(DOCUMENTED)),
@@ -183,7 +183,7 @@ WELL_CODED: Final = {
     "identity": ("identity", DOCUMENTED),
 }
 
-# Status, body, and its Content-Encoding lines.
+# The expected status, the body, and its Content-Encoding lines.
 BADLY_CODED: Final = {
     "not compressed": (400, DOCUMENTED, ["gzip"]),
     "cut short": (400, gzip.compress(DOCUMENTED)[:-12], ["gzip"]),
@@ -204,7 +204,7 @@ LENGTH: Final = b"Content-Length: %d" % len(SMUGGLED)
 CHUNKED: Final = b"Transfer-Encoding: chunked"
 GZIP: Final = b"Transfer-Encoding: gzip"
 _N: Final = len(SMUGGLED)
-# Messages whose end two readers could see in different places, and what is no message.
+# Malformed messages, and messages whose end two HTTP parsers could see in different places.
 BADLY_FRAMED: Final = {
     "length and chunked": head(LENGTH, CHUNKED) + chunked(SMUGGLED),
     "chunked and length": head(CHUNKED, LENGTH) + chunked(SMUGGLED),
@@ -240,7 +240,7 @@ BADLY_FRAMED: Final = {
     "NULs": b"\0" * 100,
 }
 
-# Heads that are longer than any reader waits for.
+# Heads that are longer than any server accepts.
 ENDLESS: Final = {
     "a header": head(b"X: " + b"x" * 1_000_000)[:-4],
     "many headers": head(*[b"X: x"] * 100_000)[:-2],
@@ -248,7 +248,7 @@ ENDLESS: Final = {
     "a method": b"P" * 1_000_000,
 }
 
-# What is sent at once, what then follows byte by byte, and the statuses that are right.
+# The bytes that are sent at once, the bytes that follow one by one, and the acceptable lists of statuses.
 SLOW: Final[dict[str, tuple[bytes, bytes, list[list[int]]]]] = {
     "a head": (head()[:-2] + b"X: ", b"x", [[], [408]]),
     "a body": (head(b"Content-Length: 500"), b" ", [[], [408]]),
@@ -265,7 +265,7 @@ SLOW: Final[dict[str, tuple[bytes, bytes, list[list[int]]]]] = {
 }
 SILENT: Final[tuple[bytes, bytes, list[list[int]]]] = (b"", b"", [[], [408]])
 
-# Any body at all.
+# Strategies for arbitrary bodies.
 ANYTHING: Final = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -279,7 +279,7 @@ VALUES: Final = st.one_of(ANYTHING, st.text(min_size=1, max_size=140), st.sample
 
 @st.composite
 def reports(draw: st.DrawFn) -> bytes:
-    """Good reports of odd text, with any cnote and any further fields."""
+    """Valid reports with unusual text, any cnote and any further fields."""
     text = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=20)
     keys = st.text(max_size=5).filter(lambda key: key not in ("order_no", "status"))
     fields = draw(st.dictionaries(keys | st.just("cnote"), VALUES, max_size=4))
@@ -289,7 +289,7 @@ def reports(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def objects(draw: st.DrawFn) -> bytes:
-    """JSON-like objects of our keys, doubled and escaped and missing, with any values."""
+    """JSON-like objects whose known keys may be doubled, escaped or missing, with any values."""
     pairs = draw(st.lists(st.tuples(KEYS, VALUES), max_size=5))
     ascii_only = draw(st.booleans())
     members = (f'"{key}":{json.dumps(value, ensure_ascii=ascii_only)}' for key, value in pairs)
@@ -299,7 +299,7 @@ def objects(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def mutants(draw: st.DrawFn) -> bytes:
-    """The documented body with some of its bytes replaced, taken away, doubled or added to."""
+    """The documented body with some of its bytes replaced, removed, doubled or inserted."""
     raw = DOCUMENTED
     for _ in range(draw(st.integers(1, 3))):
         start, end = sorted((draw(st.integers(0, len(raw))), draw(st.integers(0, len(raw)))))
@@ -310,7 +310,7 @@ def mutants(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def nests(draw: st.DrawFn) -> bytes:
-    """Good reports with something deep in them, closed again or not."""
+    """Valid reports with a deeply nested member, closed or not."""
     opening, closing = draw(st.sampled_from([(b"[", b"]"), (b'{"":', b"}"), (b'{"status":', b"}")]))
     depth = draw(st.integers(1, 3_000))
     tail = b"1" + closing * (depth + draw(st.integers(-1, 1))) + b"}"
@@ -320,7 +320,7 @@ def nests(draw: st.DrawFn) -> bytes:
 BODIES: Final = st.one_of(reports(), reports(), objects(), mutants(), nests(), st.binary(max_size=200))
 
 
-# Paths that only a resolver would bring to the webhook, or away from it.
+# Paths that only path resolution would turn into the webhook's path, or away from it.
 BESIDE_THE_WEBHOOK: Final = (
     "//webhook", "/webhook/", "/webhook/../x", "/x/../webhook", "/./webhook",
     "/webhook/.", "/webhook/%2e", "/webhook/%2e%2e/x", "/x/%2e%2e/webhook", "/%2e/webhook",
@@ -328,7 +328,7 @@ BESIDE_THE_WEBHOOK: Final = (
     "/WEBHOOK",
 )  # fmt: skip
 
-# Paths, and the parameter that is at fault in each.
+# Paths, each with its invalid parameter.
 BAD_PARAMETERS: Final = [
     *(
         (f"{path}?limit={limit}", "limit")
@@ -358,7 +358,7 @@ BAD_PARAMETERS: Final = [
 
 
 class Answer(NamedTuple):
-    """One answer, as it was read."""
+    """A parsed response."""
 
     status: int
     headers: dict[str, str]
@@ -370,7 +370,7 @@ class Answer(NamedTuple):
 
 
 def split_answer(raw: bytes) -> tuple[Answer, bytes] | None:
-    """The first answer in some bytes and what follows it, None while it is not whole."""
+    """Split bytes into the first response and the rest; return None if the response is incomplete."""
     head, end, rest = raw.partition(b"\r\n\r\n")
     if not end:
         return None
@@ -386,7 +386,7 @@ def split_answer(raw: bytes) -> tuple[Answer, bytes] | None:
 
 
 def split_answers(raw: bytes) -> list[Answer]:
-    """Every answer in some bytes, the last of them whole."""
+    """Split bytes into responses. The last one must be complete."""
     answers = []
     while raw:
         split = split_answer(raw)
@@ -397,7 +397,7 @@ def split_answers(raw: bytes) -> list[Answer]:
 
 
 def owed(answer: Answer, head: bytes) -> Answer:
-    """Hold an answer to what every answer owes, whatever was asked."""
+    """Check the requirements that every response must meet, and return the response."""
     assert answer.status != 500, answer
     assert answer.headers["server"] == "order-tracking"
     assert _INSIDE.search(head + answer.body) is None, answer
@@ -411,7 +411,7 @@ def owed(answer: Answer, head: bytes) -> Answer:
 
 
 class Wire:
-    """The way to one running service."""
+    """Raw connections to a running service."""
 
     def __init__(self, service: RunningService) -> None:
         self.service = service
@@ -421,9 +421,9 @@ class Wire:
         return socket.create_connection(("127.0.0.1", self.port), PATIENCE_SECONDS)
 
     def exchange(self, raw: bytes) -> Answer:
-        """Send bytes, and return the first answer to them."""
+        """Send bytes, and return the first response."""
         with self.connect() as connection:
-            # Refused before it was all sent: the answer tells.
+            # The service may refuse a request and close the connection before all of it is sent.
             with suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(raw)
             received = b""
@@ -433,7 +433,7 @@ class Wire:
             return split[0]
 
     def talk(self, raw: bytes) -> list[Answer]:
-        """Send bytes, and return every answer to them, once the service has closed the connection."""
+        """Send bytes, and return every response after the service has closed the connection."""
         received = b""
         with self.connect() as connection:
             with suppress(BrokenPipeError, ConnectionResetError):
@@ -450,21 +450,21 @@ class Wire:
         return self.exchange(request("GET", path, b"", *headers))
 
     def read(self, path: str) -> Any:
-        """What a path that can be read holds."""
+        """Read a path, and return its parsed JSON."""
         answer = self.get(path)
         assert answer.status == 200, answer
         return answer.json
 
     def state(self) -> tuple[int, Any]:
-        """What no refused request may change: the last event's position, and the quarantine's last entry."""
+        """Return the head of the log and the newest quarantine entry, which no refused request may change."""
         return self.read("/projections")["head"], self.read("/quarantine?limit=1")
 
     def recorded(self, body: bytes, *headers: str) -> tuple[Any, Any]:
-        """Send a body, see that its event keeps it, and return the receipt and the event's fields."""
+        """Send a body, check that its event contains it, and return the receipt and the event's fields."""
         return self.seen_recorded(body, self.put(body, *headers))
 
     def seen_recorded(self, body: bytes, answer: Answer) -> tuple[Any, Any]:
-        """See that a body with this answer is an event's, and return the receipt and the event's fields."""
+        """Check that a body with this response has an event, and return the receipt and the event's fields."""
         assert answer.status == 200, answer
         receipt = answer.json
         assert receipt["outcome"] in VERDICTS, receipt
@@ -477,14 +477,14 @@ class Wire:
         return receipt, event["data"]
 
     def quarantined(self, body: bytes, *headers: str) -> Any:
-        """Send a body, see that the quarantine has it and the log has not, and return the receipt."""
+        """Send a body, check that it is in the quarantine and not in the log, and return the receipt."""
         head, _ = self.state()
         receipt = self.seen_quarantined(body, self.put(body, *headers))
         assert self.state()[0] == head
         return receipt
 
     def seen_quarantined(self, body: bytes, answer: Answer) -> Any:
-        """See that a body with this answer is kept byte for byte, and return the receipt."""
+        """Check that the quarantine has a body with this response unchanged, and return the receipt."""
         assert answer.status == 200, answer
         receipt = answer.json
         assert receipt["outcome"] == "quarantined", receipt

@@ -1,4 +1,7 @@
-"""Our log behind the library's synchronous recorder interface, for the library's own tests of recorders."""
+"""The event log behind the eventsourcing library's synchronous recorder interface.
+
+The library's own recorder tests use it.
+"""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -26,7 +29,7 @@ SECONDS_MAX = 60.0
 
 
 class LogInThread:
-    """Runs the log's coroutines on a loop in a thread of its own, each on a connection of a pool."""
+    """Runs the log's coroutines on an event loop in a separate thread, each on a pooled connection."""
 
     def __init__(self, dsn: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -42,7 +45,7 @@ class LogInThread:
 
     async def _close(self) -> None:
         self._pool.close()
-        # The connections end in the loop's next turn.
+        # The connections close in the next iteration of the event loop.
         await asyncio.sleep(0)
 
     def _wait_for(self, work: Coroutine[Any, Any, Result]) -> Result:
@@ -96,7 +99,7 @@ class LogInThread:
 
 
 class AggregateFacade(AggregateRecorder):
-    """The recorder kind that answers None to an insert."""
+    """A recorder whose insert returns None."""
 
     def __init__(self, log: LogInThread) -> None:
         self._log = log
@@ -126,7 +129,7 @@ class AggregateFacade(AggregateRecorder):
 
 
 class ApplicationFacade(AggregateFacade, ApplicationRecorder):
-    """The recorder kind that answers positions to an insert, and reads the log."""
+    """A recorder whose insert returns positions, and which also reads the log."""
 
     def insert_events(self, stored_events: Sequence[StoredEvent], **_kwargs: Any) -> Sequence[int] | None:
         return self._log.append(stored_events)

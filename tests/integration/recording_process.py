@@ -1,6 +1,6 @@
-"""A program that records reports; its arguments are a DSN, how many, and the orders.
+"""A program that records reports. Its arguments are a DSN, the number of reports, and the order numbers.
 
-It prints, as JSON, the order, the version and the report_id of each receipt.
+It prints the order, the version and the report_id of each receipt as JSON.
 """
 
 import asyncio

@@ -29,7 +29,7 @@ from service.database.embedded_postgres import (
 from tests.support.folders import ROOT, temporary_folder
 from tests.support.waiting import condition, until, until_async
 
-# These tests kill processes, never the machine.
+# These tests kill processes, but never the machine, so they need no fsync.
 NO_SYNC = {"fsync": "off"}
 HOLDER = """
 import sys, time
@@ -46,7 +46,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the serve
 
 @pytest.fixture
 def new_state_dir() -> Iterator[Path]:
-    """The path of a state folder that does not exist yet."""
+    """Return the path of a state folder that does not exist yet."""
     with temporary_folder() as folder:
         yield folder / "state"
 
@@ -87,7 +87,10 @@ def socket_folder(dsn: str) -> Path:
 
 
 def gone(pid: int) -> bool:
-    """Return whether a process has ended. A zombie counts: in a container it can stay after its parent dies."""
+    """Return whether a process has ended.
+
+    A zombie counts as ended, because in a container it can remain after its parent ends.
+    """
     listing = subprocess.run(("ps", "-o", "stat=", "-p", str(pid)), capture_output=True, check=False)
     return listing.stdout[:1] in {b"", b"Z"}
 
@@ -237,7 +240,7 @@ def test_a_suspended_orphan_is_killed_at_the_deadline(state_dir: Path, monkeypat
 
 
 def test_a_start_gets_past_a_backend_that_outlives_its_postmaster(state_dir: Path) -> None:
-    """After a kill -9 of the postmaster, a busy backend still holds the shared memory. A start ends it."""
+    """A start ends a backend that still holds the shared memory after a kill -9 of its postmaster."""
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         assert server.pid is not None
         query(server.dsn, "CREATE TABLE facts AS SELECT 42 AS answer")
@@ -457,7 +460,9 @@ def test_a_large_log_is_rotated(state_dir: Path) -> None:
 
 @as_root
 def test_root_runs_the_server_as_nobody(new_state_dir: Path) -> None:
-    """The data belongs to the user nobody. The parent folder keeps its mode."""
+    """If root runs the service, the data belongs to an unprivileged user and the parent folder
+    keeps its mode.
+    """
     parent_mode = new_state_dir.parent.stat().st_mode
     with EmbeddedPostgres(new_state_dir, settings=NO_SYNC):
         nobody = pwd.getpwnam("nobody")

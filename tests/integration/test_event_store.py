@@ -68,7 +68,7 @@ class TestNonInterleaving(_OnOurLog, library.NonInterleavingNotificationIDsBaseC
 
 
 class Orders(Application[str]):
-    """The library's application, with the name that gives it our table."""
+    """The library's application, with the name that selects our table."""
 
     name = "order"
 
@@ -182,7 +182,7 @@ async def test_the_database_itself_refuses_to_change_the_log(connection: Connect
 
 
 async def test_a_lost_answer_is_looked_for_by_report_id(connection: Connection) -> None:
-    """An event counts as ours only if its report_id is equal. Another event with that version does not."""
+    """An event counts as appended only if its report_id is equal, not only its version."""
     event = Order.new("KOM1").report(report("KOM1"))
     assert await store.find_positions(connection, [event]) is None
     (position,) = await store.append(connection, [event])
@@ -192,7 +192,7 @@ async def test_a_lost_answer_is_looked_for_by_report_id(connection: Connection) 
 
 
 async def test_nobody_appends_while_the_log_is_held_still(dsn: str, held: DedicatedConnection) -> None:
-    """A read under the lock stays true until the end of the block."""
+    """While a connection holds the append lock, no other connection can append."""
     other = await connect(dsn)
     async with held.transaction(store.BEGIN_LOCKED) as connection:
         await store.take_append_lock(connection)
@@ -210,7 +210,10 @@ APPENDS_EACH = 150
 
 
 async def tail_while_writing(dsn: str, append_statement: str) -> tuple[int, int]:
-    """Tail the log while several writers append; return the number of events that the tail saw, and of all."""
+    """Tail the log while several writers append.
+
+    Return the number of events that the tail read, and the number of all events.
+    """
     finished = asyncio.Event()
 
     async def write(number: int) -> None:
@@ -246,9 +249,9 @@ async def test_position_order_is_commit_order(dsn: str) -> None:
 
 
 async def test_without_the_lock_a_tailing_reader_misses_events(dsn: str) -> None:
-    """The test above can fail: without the lock in the statement, a later commit overtakes a slow one."""
+    """The test above can fail: if the statement takes no lock, a later commit overtakes a slow one."""
     unlocked = store.APPEND.replace("pg_advisory_xact_lock($5)", "pg_sleep(random() * 0.005 + $5::bigint * 0)")
-    # The identity is drawn before the pause: the row order of commits and that of positions part.
+    # The position is drawn before the pause, so the order of commits differs from that of positions.
     unlocked = unlocked.replace("RETURNING", "RETURNING pg_sleep(random() * 0.005) IS NULL,")
     seen, written = await tail_while_writing(dsn, unlocked)
     assert seen < written

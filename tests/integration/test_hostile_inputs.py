@@ -1,6 +1,6 @@
-"""What strangers send: every line of the written list of hostile inputs, as bytes to a real service process.
+"""Hostile inputs as bytes to a real service process.
 
-Each answer is also held to what ``owed`` says of all of them, and none may leave a line in the service's log.
+``owed`` also checks every response, and no input may leave a line in the service's log.
 """
 
 import asyncio
@@ -52,13 +52,13 @@ from tests.support.folders import temporary_folder
 from tests.support.processes import running_service
 from tests.support.waiting import PATIENCE_SECONDS, until
 
-# As many as make a pile, and as few as one process opens at once.
+# Enough connections for a crowd, and few enough for one process to open at once.
 SLOW_CONNECTIONS: Final = 60
 
 
 @pytest.fixture(scope="module")
 def wire(server: TestServer) -> Iterator[Wire]:
-    """One service for all of them, as its users run it: its log is what they would find in theirs."""
+    """One service process for all tests of this module, as a user runs it."""
     with (
         temporary_folder() as folder,
         server.database() as dsn,
@@ -69,19 +69,19 @@ def wire(server: TestServer) -> Iterator[Wire]:
 
 @pytest.fixture(autouse=True)
 def _quiet(wire: Wire) -> Iterator[None]:
-    """Nothing that a stranger sends leaves a line in the log."""
+    """No input leaves a line in the service's log."""
     before = wire.service.output
     yield
     assert wire.service.output == before
 
 
-# Bodies that are understood
+# Valid bodies
 
 
 @pytest.mark.parametrize("raw", UNDERSTOOD.values(), ids=UNDERSTOOD)
 @pytest.mark.parametrize("method", ["PUT", "POST"])
 def test_a_body_is_kept_as_it_was_written(wire: Wire, method: str, raw: bytes) -> None:
-    """However a good report is spelt, it is an event with the very text: spaces, numbers and order of keys."""
+    """The event of a valid report keeps the exact text of the body, including spaces, numbers and key order."""
     answer = wire.exchange(request(method, "/webhook", raw))
     receipt, _ = wire.seen_recorded(raw, answer)
     assert (receipt["order_no"], receipt["reported_status"]) == ("KOM1", "Dikirim")
@@ -89,7 +89,7 @@ def test_a_body_is_kept_as_it_was_written(wire: Wire, method: str, raw: bytes) -
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/xml", "x", ";;;", "", "multipart/form-data"])
 def test_the_content_type_says_nothing(wire: Wire, kind: str) -> None:
-    """An odd Content-Type is no reason to refuse valid JSON (the bodies above came without one)."""
+    """An unusual Content-Type does not make valid JSON invalid; the bodies above had none."""
     wire.recorded(DOCUMENTED, f"Content-Type: {kind}")
 
 
@@ -110,13 +110,13 @@ def test_the_content_type_says_nothing(wire: Wire, kind: str) -> None:
     ],
 )
 def test_what_is_no_cnote_is_none(wire: Wire, fields: dict[str, Any], taken: str | None) -> None:
-    """The report is recorded all the same, and its body has what came."""
+    """An unusable cnote is recorded as null, and the event's body keeps it."""
     _, event = wire.recorded(body(**fields))
     assert event["reported_cnote"] == taken
 
 
 def test_a_cnote_may_come_late(wire: Wire) -> None:
-    """Without one the order's is null, until one arrives."""
+    """The cnote of an order is null until a report brings one."""
     receipt, _ = wire.recorded(b'{"order_no":"CNOTE LATE","status":"Diajukan"}')
     order = wire.read(f"/orders/CNOTE%20LATE?after_position={receipt['position']}")
     assert order["cnote"] is None
@@ -126,7 +126,7 @@ def test_a_cnote_may_come_late(wire: Wire) -> None:
 
 
 def test_a_cnote_may_change_and_be_of_two_orders(wire: Wire) -> None:
-    """Both of an order's are shown, and a look-up finds every order that ever had one."""
+    """The timeline shows every cnote of an order, and a look-up finds every order that ever had a cnote."""
     for order_no, status, cnote in [
         ("CNOTES 1", "Diajukan", "AWB A"), ("CNOTES 1", "Dikirim", "AWB B"), ("CNOTES 2", "Diajukan", "AWB B"),
     ]:  # fmt: skip
@@ -153,7 +153,7 @@ def test_a_cnote_may_change_and_be_of_two_orders(wire: Wire) -> None:
     ],
 )
 def test_a_status_in_any_dress(wire: Wire, status: str, recognised: str | None) -> None:
-    """Case, spaces and underscores do not matter; what is outside the vocabulary is recorded as it came."""
+    """Case, spaces and underscores make no difference, and an unknown status is recorded unchanged."""
     receipt, event = wire.recorded(body(status=status))
     assert receipt["reported_status"] == status
     assert event["recognised"] == recognised
@@ -162,14 +162,14 @@ def test_a_status_in_any_dress(wire: Wire, status: str, recognised: str | None) 
 
 @pytest.mark.parametrize("number", [0, 7, 10**18 - 1])
 def test_an_order_number_written_as_a_number(wire: Wire, number: int) -> None:
-    """An integer of up to 18 digits is its decimal text."""
+    """An integer of up to 18 digits is recorded as its decimal text."""
     receipt, _ = wire.recorded(body(order_no=number))
     assert receipt["order_no"] == str(number)
     assert wire.read(f"/orders/{number}?version=1")["order_no"] == str(number)
 
 
 def test_strange_order_numbers_are_kept_told_apart_and_found(wire: Wire) -> None:
-    """None is trimmed, resolved or normalised: each is an order of its own at the path that spells it."""
+    """Unusual order numbers stay distinct and unchanged, and each has its own percent-encoded path."""
     for order_no in STRANGE_ORDER_NOS.values():
         receipt, _ = wire.recorded(body(order_no=order_no))
         assert receipt["order_no"] == order_no
@@ -185,7 +185,7 @@ def test_strange_order_numbers_are_kept_told_apart_and_found(wire: Wire) -> None
 @pytest.mark.parametrize("injection", INJECTIONS.values(), ids=INJECTIONS)
 @pytest.mark.parametrize("field", ["order_no", "cnote", "status", "note", "timestamp"])
 def test_an_injection_is_only_text(wire: Wire, field: str, injection: str) -> None:
-    """In whichever field it stands, it is kept and shown verbatim."""
+    """An injection in any field is kept and shown unchanged."""
     receipt, event = wire.recorded(body(**{field: injection}))
     shown = {
         "order_no": receipt["order_no"],
@@ -197,17 +197,17 @@ def test_an_injection_is_only_text(wire: Wire, field: str, injection: str) -> No
 
 @pytest.mark.parametrize("timestamp", ["0000-00-00", "0000-00-00 00:00:00", "9999-12-31T23:59:59Z"])
 def test_a_time_that_is_none(wire: Wire, timestamp: str) -> None:
-    """A placeholder is not believed: the event has no occurred_at, and its body has what came."""
+    """For a placeholder time, occurred_at is null and the event's body keeps the text."""
     _, event = wire.recorded(body(timestamp=timestamp))
     assert event["occurred_at"] is None
 
 
-# Bodies that are not
+# Invalid bodies
 
 
 @pytest.mark.parametrize("raw", QUARANTINED.values(), ids=QUARANTINED)
 def test_what_cannot_be_understood_is_kept_byte_for_byte(wire: Wire, raw: bytes) -> None:
-    """Nothing is guessed: it is answered 200, kept in the quarantine, and no event comes of it."""
+    """An unparseable body gets a 200 response and is kept in the quarantine, without an event."""
     wire.quarantined(raw)
 
 
@@ -224,12 +224,12 @@ def test_what_cannot_be_understood_is_kept_byte_for_byte(wire: Wire, raw: bytes)
     ],
 )
 def test_a_type_that_tells_the_truth_helps_nothing(wire: Wire, kind: str, raw: bytes) -> None:
-    """Forms and other encodings are not understood, even where the Content-Type names them."""
+    """Forms and other encodings are quarantined, even if the Content-Type names them correctly."""
     wire.quarantined(raw, f"Content-Type: {kind}")
 
 
 def kept(wire: Wire, raw: bytes) -> str:
-    """Send a body, see that it is an event's or the quarantine's as it is, and return the outcome."""
+    """Send a body, check that the log or the quarantine has it unchanged, and return the outcome."""
     answer = wire.put(raw)
     outcome: str = answer.json["outcome"]
     if outcome == "quarantined":
@@ -243,25 +243,30 @@ def kept(wire: Wire, raw: bytes) -> str:
 
 @pytest.mark.parametrize("number", [b"1e400", b"-1e400", b"9" * 30, b"9" * 5_000, b"1e-400", b"-0", b"0.1e1"])
 def test_a_number_that_few_can_hold(wire: Wire, number: bytes) -> None:
-    """It is read or refused, as the parser says, and the body is kept as it was."""
+    """An extreme number is accepted or quarantined as the parser decides, and the body is kept unchanged."""
     kept(wire, SENT + b',"n":' + number + b"}")
     kept(wire, SENT + rb',"\n":' + number + b"}")
 
 
 @pytest.mark.parametrize("depth", [100, 900, 1_000, 1_022, 1_023, 1_024, 1_100])
 def test_nesting_about_the_depth_that_is_too_deep(wire: Wire, depth: int) -> None:
-    """Also where one reader gives up before the other, a body is read or refused."""
+    """Any depth of nesting is accepted or quarantined, even where the two JSON readers have
+    different limits.
+    """
     for separator in (b',"x":', rb',"\n":'):
         kept(wire, SENT + separator + b"[" * depth + b"]" * depth + b"}")
 
 
 @pytest.mark.parametrize("raw", LARGE.values(), ids=LARGE)
 def test_64_kib_of_anything_are_answered(wire: Wire, raw: bytes) -> None:
-    """A large body is kept like any other. ``make bench`` measures that it costs in step with its size."""
+    """An expensive body of the largest size is kept like any other.
+
+    ``make bench`` measures that the cost grows in proportion to the size.
+    """
     kept(wire, raw)
 
 
-# Any body at all
+# Arbitrary bodies
 
 
 @settings(
@@ -275,16 +280,16 @@ def test_64_kib_of_anything_are_answered(wire: Wire, raw: bytes) -> None:
 @example(raw=body(order_no="a{b}c"))
 @example(raw=BYTE_ORDER_MARK + DOCUMENTED)
 def test_any_bytes_are_an_event_or_in_the_quarantine(wire: Wire, raw: bytes) -> None:
-    """Whatever a body is, it is answered 200, and the log or the quarantine has it as it was sent."""
+    """Every body gets a 200 response, and the log or the quarantine has it unchanged."""
     assert kept(wire, raw) in VERDICTS | {"quarantined"}
 
 
-# Bodies as they travel
+# Encodings and sizes of bodies
 
 
 @pytest.mark.parametrize(("coding", "sent"), WELL_CODED.values(), ids=WELL_CODED)
 def test_a_coded_body_is_read(wire: Wire, coding: str, sent: bytes) -> None:
-    """Gzip is undone, and the event's body is what was within."""
+    """A gzip body is decompressed, and the event contains the decompressed text."""
     wire.seen_recorded(DOCUMENTED, wire.put(sent, f"Content-Encoding: {coding}"))
 
 
@@ -293,7 +298,9 @@ def test_a_coded_body_is_read(wire: Wire, coding: str, sent: bytes) -> None:
 def test_a_coding_that_cannot_be_undone(
     wire: Wire, framing: str, status: int, sent: bytes, codings: list[str]
 ) -> None:
-    """Corrupt is 400, too large within is 413, and an unknown coding is 415; nothing is recorded or kept."""
+    """A corrupt body gets 400, an oversized one 413, and an unknown coding 415; none of them is recorded or
+    kept.
+    """
     before = wire.state()
     lines = [f"Content-Encoding: {coding}".encode() for coding in codings]
     if framing == "by length":
@@ -306,12 +313,12 @@ def test_a_coding_that_cannot_be_undone(
 
 @pytest.mark.parametrize("length", [BODY_BYTES_MAX + 1, 10**9, 2**63 - 1])
 def test_a_body_that_says_it_is_too_large_is_not_waited_for(wire: Wire, length: int) -> None:
-    """413 before a byte of it has come."""
+    """A body with an oversized Content-Length gets 413 before any of it arrives."""
     assert wire.exchange(head(b"Content-Length: %d" % length)).status == 413
 
 
 def test_a_body_that_grows_too_large_is_cut_off(wire: Wire) -> None:
-    """By chunks, 413 comes when the limit is passed, not at the end, which never comes."""
+    """A chunked body gets 413 as soon as it exceeds the limit, before its end."""
     raw = head(b"Transfer-Encoding: chunked") + b"4000\r\n%s\r\n" % (b" " * 0x4000) * 5
     assert wire.exchange(raw).status == 413
 
@@ -321,7 +328,9 @@ def is_recorded(wire: Wire, order_no: str) -> bool:
 
 
 def test_a_sender_that_is_gone_loses_and_doubles_nothing(wire: Wire) -> None:
-    """What was sent whole is recorded although nobody waits; sent again with its key, it is the same event."""
+    """A complete report is recorded although its sender has disconnected, and a retry with its key adds no
+    event.
+    """
     resetting = struct.pack("ii", 1, 0)
     for number in range(40):
         with wire.connect() as connection:
@@ -340,12 +349,14 @@ def test_a_sender_that_is_gone_loses_and_doubles_nothing(wire: Wire) -> None:
     assert wire.get("/orders/HALF%20GONE").status == 404
 
 
-# HTTP that is none
+# Malformed HTTP
 
 
 @pytest.mark.parametrize("raw", BADLY_FRAMED.values(), ids=BADLY_FRAMED)
 def test_framing_that_two_readers_could_read_differently(wire: Wire, raw: bytes) -> None:
-    """One answer, 400, and the connection is closed: what follows on it is nobody's request."""
+    """Ambiguous framing gets exactly one response, 400, and the connection closes, so no smuggled request is
+    read.
+    """
     before = wire.state()
     answers = wire.talk(raw + request("PUT", "/webhook", SMUGGLED))
     assert [(answer.status, answer.headers.get("connection")) for answer in answers] == [(400, "close")]
@@ -367,17 +378,17 @@ def test_another_version_of_http(wire: Wire, line: bytes) -> None:
 
 @pytest.mark.parametrize("raw", ENDLESS.values(), ids=ENDLESS)
 def test_a_head_that_never_ends(wire: Wire, raw: bytes) -> None:
-    """Sent as fast as can be, it is 400 or cut off long before anybody's patience or memory ends."""
+    """An endless head gets 400, or its connection closes, before it uses much time or memory."""
     before = wire.state()
     assert [answer.status for answer in wire.talk(raw)] in ([], [400])
     assert wire.state() == before
 
 
-# Slowness
+# Slow senders
 
 
 async def trickle(port: int, at_once: bytes, later: bytes) -> bytes:
-    """Open a connection and send, then a byte a second; return what was answered once it was closed."""
+    """Open a connection, send some bytes, then a byte a second, and return the responses after it is closed."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(at_once)
     received = bytearray()
@@ -401,9 +412,9 @@ async def trickle(port: int, at_once: bytes, later: bytes) -> bytes:
 
 
 async def test_slow_senders_are_cut_off_and_others_are_answered(wire: Wire) -> None:
-    """Each that sends a byte a second, or nothing, is closed or 408, and webhooks are recorded all the while.
+    """A connection that sends a byte a second, or nothing, is closed or gets 408, while webhooks are recorded.
 
-    It takes about 10 s, the time that a sender has for a body. ``make faults`` has 500 of them.
+    The test takes about 10 s, which is the time limit for a body. ``make faults`` uses 500 such connections.
     """
     kinds = [*SLOW.values(), SILENT]
     slow = [kinds[number % len(kinds)] for number in range(SLOW_CONNECTIONS)]
@@ -424,7 +435,7 @@ async def test_slow_senders_are_cut_off_and_others_are_answered(wire: Wire) -> N
 
 @pytest.mark.parametrize("method", ["GET", "DELETE", "PATCH"])
 def test_another_method_on_the_webhook(wire: Wire, method: str) -> None:
-    """405, and Allow says which there are."""
+    """Other methods get 405, and Allow lists the methods of the webhook."""
     answer = wire.exchange(request(method, "/webhook", DOCUMENTED))
     assert answer.status == 405
     assert {name.strip() for name in answer.headers["allow"].split(",")} == {"POST", "PUT"}
@@ -432,7 +443,7 @@ def test_another_method_on_the_webhook(wire: Wire, method: str) -> None:
 
 @pytest.mark.parametrize("path", BESIDE_THE_WEBHOOK)
 def test_a_path_beside_the_webhook(wire: Wire, path: str) -> None:
-    """Nothing is resolved on the way to the webhook: 404, and nothing is recorded."""
+    """The service does not resolve paths: variants of the webhook's path get 404, and nothing is recorded."""
     before = wire.state()
     assert wire.exchange(request("PUT", path, SMUGGLED)).status == 404
     assert wire.state() == before
@@ -441,7 +452,7 @@ def test_a_path_beside_the_webhook(wire: Wire, path: str) -> None:
 @pytest.mark.parametrize("bad", ["%00", "%zz", "%FF", "a%0Ab", "%C0%AF", "%", "a%2"])
 @pytest.mark.parametrize("path", ["/orders/{}", "/orders/{}/timeline", "/orders/{}/events", "/quarantine/{}"])
 def test_a_read_path_that_spells_no_text(wire: Wire, path: str, bad: str) -> None:
-    """Broken escapes, bytes that are no UTF-8 and control characters are 400 wherever a path is read."""
+    """Broken escapes, invalid UTF-8 and control characters in any read path get 400."""
     assert wire.get(path.format(bad)).status == 400
 
 
@@ -449,14 +460,14 @@ def test_a_read_path_that_spells_no_text(wire: Wire, path: str, bad: str) -> Non
     ("path", "parameter"), BAD_PARAMETERS, ids=[quote(path[:40]) for path, _ in BAD_PARAMETERS]
 )
 def test_a_bad_parameter_is_named(wire: Wire, path: str, parameter: str) -> None:
-    """A parameter that cannot be used is 400 with a problem that names it; none is ignored or clipped."""
+    """An invalid parameter gets 400 with a problem that names it; no parameter is ignored or clipped."""
     wire.put(DOCUMENTED)
     answer = wire.exchange(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     assert (answer.status, answer.json.get("parameter")) == (400, parameter)
 
 
 def test_an_order_that_has_not_changed(wire: Wire) -> None:
-    """If-None-Match with the current ETag is 304 without a body; with an older one it is the order."""
+    """If-None-Match with the current ETag gets 304 without a body; with an older one it gets the order."""
     receipt, _ = wire.recorded(body(order_no="TAGGED"))
     etag = wire.get(f"/orders/TAGGED?after_position={receipt['position']}").headers["etag"]
     answer = wire.get("/orders/TAGGED", f"If-None-Match: {etag}")

@@ -1,4 +1,4 @@
-"""The HTTP contract, over a real socket to the real application."""
+"""The HTTP contract, tested over real sockets with the whole application."""
 
 import asyncio
 import base64
@@ -26,7 +26,7 @@ RECEIPT = {
 }
 
 
-# What each sample of the sender's documentation puts on the wire: all of them PUT, none of them the same bytes.
+# The requests of the samples in the sender's documentation. All of them use PUT, and their bytes differ.
 CURL_BODY = b'{\n"order_no": "KOM1",\n"cnote": "AWB1",\n"status": "Dikirim"\n}'
 COMPACT_BODY = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'
 _JSON = b"Accept: application/json\r\nContent-Type: application/json\r\n"
@@ -41,7 +41,7 @@ DOCUMENTED = {
 
 @pytest.mark.parametrize("sample", DOCUMENTED)
 async def test_every_documented_sender_is_understood(client: Client, sample: str) -> None:
-    """The bytes of each sample of the sender's documentation become an event that keeps the body verbatim."""
+    """Each sample of the sender's documentation becomes an event that keeps the body unchanged."""
     headers, body = DOCUMENTED[sample]
     request = b"PUT /webhook HTTP/1.1\r\nHost: shop.example\r\n" + headers
     answer = await client.talk(request + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -54,7 +54,7 @@ async def test_every_documented_sender_is_understood(client: Client, sample: str
 
 @pytest.mark.parametrize("method", ["PUT", "POST"])
 async def test_a_report_gets_the_receipt_of_the_contract(client: Client, method: str) -> None:
-    """PUT and POST alike: 200 with outcome, place and status, and the event is in the log by then."""
+    """PUT and POST get 200 with a complete receipt, and the event is already in the log."""
     receipt = await client.raw(COMPACT_BODY, method)
     report_id = receipt.pop("report_id")
     assert receipt == {
@@ -90,7 +90,10 @@ async def test_a_report_gets_the_receipt_of_the_contract(client: Client, method:
 async def test_what_cannot_be_understood_is_kept_byte_for_byte(
     client: Client, connection: Connection, body: bytes, order_no: str | None
 ) -> None:
-    """It is answered 200 quarantined, since a 4xx would be retried in vain; no event comes of it."""
+    """An unparseable body gets a 200 receipt with the outcome quarantined, and has no event.
+
+    The sender would retry a 4xx response in vain.
+    """
     first, second = await client.raw(body), await client.raw(body)
     assert set(first) == RECEIPT | {"quarantine_id"}
     assert (first["outcome"], first["order_no"]) == ("quarantined", order_no)
@@ -106,7 +109,7 @@ async def test_what_cannot_be_understood_is_kept_byte_for_byte(
 
 
 async def test_a_body_that_the_database_refuses_is_quarantined(client: Client, connection: Connection) -> None:
-    """What passes the parser and cannot be stored is kept all the same, and answered 200."""
+    """A body that passes the parser but cannot be stored is quarantined with a 200 response."""
     await connection.execute("ALTER TABLE order_events ADD CHECK (originator_id <> 'KOM2')")
     receipts = await asyncio.gather(*(client.webhook(f"KOM{number}") for number in range(5)))
     assert [receipt["outcome"] for receipt in receipts] == [
@@ -116,7 +119,7 @@ async def test_a_body_that_the_database_refuses_is_quarantined(client: Client, c
 
 
 async def test_an_order_as_it_is_now(client: Client) -> None:
-    """The members of one order are those of the contract, all of them present, and ETag is the version."""
+    """An order has all members of the contract, and its ETag is the version."""
     await client.webhook("KOM1", "Diajukan", "")
     last = await client.webhook("KOM1", "Dikirim", "AWB7")
     order, headers = await client.get_with_headers(f"/orders/KOM1?after_position={last['position']}")
@@ -142,7 +145,7 @@ async def test_an_order_as_it_is_now(client: Client) -> None:
 
 
 async def test_an_order_without_a_status_yet(client: Client) -> None:
-    """Until something advanced, status, label, since and the string that gave it are null."""
+    """Until a report advances an order, its status, label, status_since and reported_status are null."""
     last = await client.webhook("KOM1", "Antar Ulang", None)
     order = await client.get(f"/orders/KOM1?after_position={last['position']}")
     assert [order[name] for name in ("status", "status_label", "status_since", "reported_status", "cnote")] == (
@@ -152,7 +155,7 @@ async def test_an_order_without_a_status_yet(client: Client) -> None:
 
 
 async def test_an_order_as_it_was_known(client: Client) -> None:
-    """By version or by time an order is folded from its events; before and beyond them it is not known."""
+    """A past state, by version or by time, is folded from the events; before and beyond them it is unknown."""
     for status in ("Diajukan", "Dikirim", "mystery", "Diterima"):
         await client.webhook("KOM1", status)
     events = (await client.get("/orders/KOM1/events"))["events"]
@@ -172,7 +175,9 @@ async def test_an_order_as_it_was_known(client: Client) -> None:
 
 
 async def test_a_timeline_folds_repeats_and_shows_contradictions(client: Client) -> None:
-    """A repeat counts in the entry it repeats, unless it brings a new airway bill; nothing else is hidden."""
+    """A repeat is counted in the entry that it repeats, unless it has a new cnote; every other report has an
+    entry.
+    """
     for status, cnote in [
         ("Diajukan", "A1"), ("Diajukan", "A1"), ("Diajukan", "A2"), ("Batal", "A2"), ("Diterima", "A2"),
         ("Diajukan", "A2"),
@@ -201,7 +206,7 @@ async def test_a_timeline_folds_repeats_and_shows_contradictions(client: Client)
 
 
 async def test_every_list_is_paged_whole(client: Client) -> None:
-    """Following next gives every item once, in order, whatever the size of a page, filters kept."""
+    """Following the links returns every item once and in order, with any page size and any filter."""
     for number in range(7):
         last = await client.webhook(f"KOM {number}", "Diajukan", "AWB" if number % 2 else "")
     for status in ("Dikirim", "Diantar", "Diterima"):
@@ -253,7 +258,7 @@ STRANGE_ORDER_NOS = (
 
 
 async def test_any_order_number_is_readable_at_its_percent_encoded_path(client: Client) -> None:
-    """Order numbers are kept as written, told apart, and found again at the path that spells them."""
+    """Unusual order numbers stay distinct and unchanged, and are readable at their percent-encoded paths."""
     receipts = {order_no: await client.webhook(order_no) for order_no in STRANGE_ORDER_NOS}
     for order_no, receipt in receipts.items():
         assert receipt["order_no"] == order_no
@@ -290,7 +295,7 @@ BAD_PARAMETERS = (
 
 
 async def test_a_bad_parameter_is_named(client: Client) -> None:
-    """A parameter that cannot be used gets 400 and a problem that names it; none is ignored."""
+    """An invalid parameter gets 400 with a problem that names it."""
     for path, parameter in BAD_PARAMETERS:
         problem = await client.get(path, 400)
         assert (problem["title"], problem["parameter"]) == ("Bad parameter", parameter), path
@@ -299,14 +304,14 @@ async def test_a_bad_parameter_is_named(client: Client) -> None:
 
 @pytest.mark.parametrize("path", ["/orders/%00", "/orders/%zz", "/orders/%FF", "/orders/a%0Ab/timeline"])
 async def test_a_path_that_spells_no_text_is_refused(client: Client, path: str) -> None:
-    """Broken escapes and control characters in a path are a client's mistake: 400, and nothing is looked up."""
+    """Broken escapes and control characters in a path get 400."""
     answer = await client.talk(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
     assert answer.startswith(b"HTTP/1.1 400 ")
     assert b"application/problem+json" in answer
 
 
 async def test_the_quarantine_is_paged(client: Client) -> None:
-    """Every entry is listed once, newest first; what is no id is unknown."""
+    """The list has every entry once, newest first, and an invalid id gets 404."""
     for number in range(5):
         await client.raw(b"not json %d" % number)
     entries = await client.walk("/quarantine?limit=2", "entries")
@@ -316,7 +321,7 @@ async def test_the_quarantine_is_paged(client: Client) -> None:
 
 
 async def test_what_is_unknown_is_a_problem(client: Client) -> None:
-    """Unknown orders and paths get 404, other methods 405 with Allow, all as problems."""
+    """Unknown orders and paths get 404 and other methods 405 with Allow, all as problems."""
     for path in ("/orders/ABSENT", "/orders/ABSENT/timeline", "/orders/ABSENT/events"):
         assert (await client.get(path, 404))["title"] == "Unknown order"
     await client.get("/nothing", 404)
@@ -327,7 +332,7 @@ async def test_what_is_unknown_is_a_problem(client: Client) -> None:
 async def test_a_position_that_does_not_come_is_waited_for_and_refused(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A read waits for the position that it asks for, but not for ever: 503 with Retry-After."""
+    """A read waits a limited time for its position, and then gets 503 with Retry-After."""
     monkeypatch.setattr("service.api.freshness.AFTER_POSITION_SECONDS_MAX", 0.2)
     await client.webhook("KOM1")
     for path in ("/orders/KOM1", "/orders", "/orders/KOM1/timeline", "/audit/transitions"):
@@ -337,7 +342,7 @@ async def test_a_position_that_does_not_come_is_waited_for_and_refused(
 
 
 async def test_every_receipt_can_be_read_at_once(client: Client) -> None:
-    """Read your writes: with the position of its receipt a report is seen, every time."""
+    """A read with the position of a receipt always includes that report."""
     for number in range(50):
         receipt = await client.webhook("KOM1", "Dikirim")
         order = await client.get(f"/orders/KOM1?after_position={receipt['position']}")
@@ -345,7 +350,7 @@ async def test_every_receipt_can_be_read_at_once(client: Client) -> None:
 
 
 async def test_every_response_shows_that_an_order_is_parked(client: Client, connection: Connection) -> None:
-    """Beyond the event that a view cannot handle it is 503 at once; before it, parked tells."""
+    """A parked order is shown with ``parked``; a read of its parked event gets 503 at once."""
     await client.webhook("KOM1")
     insert = (
         "INSERT INTO order_events (originator_id, originator_version, topic, state) "
@@ -371,7 +376,7 @@ async def test_every_response_shows_that_an_order_is_parked(client: Client, conn
 
 
 async def test_the_rules_are_told(client: Client) -> None:
-    """GET /transitions tells the vocabulary and the whole table, the row of an order without a status too."""
+    """GET /transitions returns the vocabulary and the whole table, including the row without a status."""
     rules = await client.get("/transitions")
     assert [status["status"] for status in rules["statuses"]] == list(STATUSES)
     assert {(row["from"], row["leg"]) for row in rules["table"]} >= {
@@ -386,7 +391,7 @@ async def test_the_rules_are_told(client: Client) -> None:
 
 
 async def test_how_far_the_views_have_come_is_told(client: Client) -> None:
-    """Each view's position, the head, and the lag as a count and in seconds."""
+    """GET /projections returns the head of the log, and each view's position and lag in events and seconds."""
     receipt = await client.webhook("KOM1")
     await client.get(f"/orders/KOM1?after_position={receipt['position']}")
     await client.get(f"/orders/KOM1/timeline?after_position={receipt['position']}")
@@ -400,7 +405,9 @@ async def test_how_far_the_views_have_come_is_told(client: Client) -> None:
 async def test_what_nobody_foresaw_is_a_problem_without_a_traceback(
     client: Client, connection: Connection
 ) -> None:
-    """A view's table that somebody renamed: 500 to the reader, nothing of its inside, and webhooks go on."""
+    """After an unexpected error, such as a missing table, a reader gets 500 without details and webhooks
+    continue.
+    """
     await client.webhook("KOM1")
     await connection.execute("ALTER TABLE timeline.entries RENAME TO elsewhere")
     problem = await client.get("/orders/KOM1/timeline", 500)
@@ -415,7 +422,7 @@ async def test_health(client: Client) -> None:
 
 
 async def test_a_body_over_the_limit_is_refused_and_a_compressed_one_is_read(client: Client) -> None:
-    """413 beyond the limit; gzip, which senders may use, is understood."""
+    """A body over the limit gets 413, and a gzip body is decompressed."""
     big = b'{"order_no":"KOM1","status":"Sent","x":"' + b"x" * 65_536 + b'"}'
     async with client.session.put(client.url("/webhook"), data=big) as response:
         assert response.status == 413
@@ -427,7 +434,7 @@ async def test_a_body_over_the_limit_is_refused_and_a_compressed_one_is_read(cli
 async def test_a_body_that_cannot_be_read_is_the_senders_mistake(
     client: Client, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Corrupt compression is 400; a sender gone in mid-body leaves no line behind."""
+    """Corrupt compression gets 400, and a sender that disconnects during its body leaves no line in the log."""
     url = client.url("/webhook")
     corrupt = b"\x1f\x8b" + COMPACT_BODY
     async with client.session.put(url, data=corrupt, headers={"Content-Encoding": "gzip"}) as response:
@@ -438,20 +445,20 @@ async def test_a_body_that_cannot_be_read_is_the_senders_mistake(
         await writer.drain()
         writer.close()
         await writer.wait_closed()
-    # By the time that a later report is answered, the service has met the ends of those connections.
+    # When a later report has a response, the service has processed the ends of those connections.
     await client.webhook("KOM1")
     assert "failed" not in capsys.readouterr().out
 
 
 async def test_a_key_that_is_no_text_is_no_key(client: Client) -> None:
-    """Bytes beyond ASCII in a key are nobody's key; the report is an ordinary one."""
+    """A key with bytes beyond ASCII is ignored, and the report is recorded as if it had no key."""
     request = b"PUT /webhook HTTP/1.1\r\nHost: x\r\nIdempotency-Key: \xff\r\nContent-Length: %d\r\n\r\n"
     answer = await client.talk(request % len(COMPACT_BODY) + COMPACT_BODY)
     assert answer.startswith(b"HTTP/1.1 200 OK")
 
 
 async def test_a_page_is_bounded_by_bytes_as_well(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large bodies make short pages, of one event at least, and the way through them is whole."""
+    """Large bodies shorten a page to as little as one event, and the pages together have every event."""
     monkeypatch.setattr("service.event_log.store.PAGE_BYTES_MAX", 100_000)
     for _ in range(5):
         await client.webhook("KOM1", note="x" * 60_000)
@@ -462,7 +469,7 @@ async def test_a_page_is_bounded_by_bytes_as_well(client: Client, monkeypatch: p
 
 
 async def test_idempotency_keys_over_http(client: Client, connection: Connection) -> None:
-    """A sender that gives keys is answered the first receipt again; a key that is too long is no key."""
+    """A repeated key gets the first receipt again, and a key that is too long is ignored."""
     for name in ("webhook-id", "Idempotency-Key"):
         first = await client.raw(COMPACT_BODY, **{name: f"key of {name}"})
         again = await client.raw(COMPACT_BODY, **{name: f"key of {name}"})
@@ -475,13 +482,13 @@ async def test_idempotency_keys_over_http(client: Client, connection: Connection
 
 
 async def test_a_request_may_take_longer_than_its_head(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what is still on its way is cut off: not a request that is handled, nor the one behind it."""
+    """The time limit for a head ends neither a running request nor the one behind it."""
     monkeypatch.setattr("service.http.server.HEAD_SECONDS_MAX", 0.2)
     monkeypatch.setattr("service.http.server.SWEEP_SECONDS", 0.1)
     monkeypatch.setattr("service.api.freshness.AFTER_POSITION_SECONDS_MAX", 1.5)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     writer.write(b"GET /orders?after_position=99 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    # Longer than a head may take, while the first request waits for its position.
+    # Longer than the limit for a head, while the first request waits for its position.
     await asyncio.sleep(0.3)
     writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -494,7 +501,7 @@ async def test_a_request_may_take_longer_than_its_head(client: Client, monkeypat
 
 
 async def test_a_client_that_has_said_all_it_has_to_say_is_answered(client: Client) -> None:
-    """Half closed after its body, it still gets its receipt, and then the end."""
+    """A client that closes its side after the body still gets its receipt, and then the connection ends."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     head = b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
     writer.write(head % len(COMPACT_BODY) + COMPACT_BODY)

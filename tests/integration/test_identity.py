@@ -1,4 +1,6 @@
-"""Who may report, read and operate: tokens, signatures, keys, and the addresses behind proxies."""
+"""Authentication of reports, reads and operations: tokens, signatures, API keys, and addresses
+behind proxies.
+"""
 
 import hashlib
 import hmac
@@ -37,7 +39,7 @@ BAD_FIELDS = (
 async def answered(
     client: Client, method: str, path: str, body: bytes = b"", **headers: str
 ) -> tuple[int, bytes]:
-    """The status and the whole answer of a request sent as it stands, on a connection of its own."""
+    """Send a request unchanged on a new connection, and return the status and the whole response."""
     fields = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
     fields += f"Host: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
     answer = await client.talk(f"{method} {path} HTTP/1.1\r\n{fields}\r\n".encode() + body)
@@ -52,7 +54,7 @@ WRONG_PATHS = (
 
 
 async def test_a_wrong_token_is_an_unknown_path(dsn: str, connection: Connection) -> None:
-    """Whatever the method, the response is the very one of an unknown path, and nothing is recorded."""
+    """With any method, a wrong token gets exactly the response of an unknown path, and nothing is recorded."""
     async with serving_client(dsn, webhook_tokens=f"{OLD},{NEW}") as client:
         for method in METHODS:
             _, unknown = await answered(client, method, "/nothing/here", BODY)
@@ -63,13 +65,13 @@ async def test_a_wrong_token_is_an_unknown_path(dsn: str, connection: Connection
 
 
 def alike(answer: bytes) -> list[bytes]:
-    """What two answers to one question have in common: all but their times and the ids of their requests."""
+    """Return the lines of a response except the time and the id of the request."""
     return [line for line in answer.split(b"\r\n") if not line.startswith((b"Date:", b"X-Request-Id:"))]
 
 
 @pytest.mark.parametrize("token", [OLD, NEW])
 async def test_two_tokens_are_live_during_a_rotation(dsn: str, token: str) -> None:
-    """Either is taken; other methods than the webhook's are told so only behind one of them."""
+    """Both tokens are accepted, and only a path with a valid token gets 405 for another method."""
     async with serving_client(dsn, webhook_tokens=f"{OLD}, {NEW}") as client:
         for method in ("PUT", "POST"):
             status, answer = await answered(client, method, f"/webhook/{token}", BODY)
@@ -80,7 +82,7 @@ async def test_two_tokens_are_live_during_a_rotation(dsn: str, token: str) -> No
 
 
 async def test_a_token_is_in_no_answer_and_no_log(dsn: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """Neither of a good request, nor of malformed ones, nor of one that fails."""
+    """The token appears in no response and no log line, neither for valid nor for malformed requests."""
     async with serving_client(dsn, webhook_tokens=OLD) as client:
         answers = [
             await client.talk(f"PUT /webhook/{OLD} HTTP/1.1\r\nHost: localhost\r\n{bad}\r\n\r\n".encode())
@@ -110,7 +112,7 @@ async def test_a_token_is_in_no_answer_and_no_log(dsn: str, capfd: pytest.Captur
 async def test_a_signature_is_asked_for_where_there_is_a_secret(
     dsn: str, connection: Connection, signature: Any, status: int
 ) -> None:
-    """Wrong or missing: 401, and nothing is recorded, not even in the quarantine."""
+    """A wrong or missing signature gets 401, and nothing is recorded or quarantined."""
     async with serving_client(dsn, webhook_hmac_secret=SECRET) as client:
         for body in (BODY, b"not json"):
             got, _ = await answered(client, "PUT", "/webhook", body, X_Callback_Api_Key=signature(body))
@@ -120,7 +122,7 @@ async def test_a_signature_is_asked_for_where_there_is_a_secret(
 
 
 async def test_the_signature_may_stand_in_another_header(dsn: str) -> None:
-    """The header is the operator's to name; without it the request is refused."""
+    """The operator can choose the header of the signature; a request without that header is refused."""
     signature = hmac.new(SECRET.encode(), BODY, hashlib.sha256).hexdigest()
     async with serving_client(dsn, webhook_hmac_secret=SECRET, webhook_hmac_header="X-Signature") as client:
         assert (await answered(client, "PUT", "/webhook", BODY, X_Signature=signature))[0] == 200
@@ -129,7 +131,7 @@ async def test_the_signature_may_stand_in_another_header(dsn: str) -> None:
 
 
 def all_routes(service: Service) -> list[tuple[str, str, str | None]]:
-    """Method, path and scope of every route; None for one that asks for no key."""
+    """Return method, path and scope of every route; the scope is None if the route requires no key."""
     found = []
     for route in service.make_app(65_536).router.routes():
         path = route.resource.canonical if route.resource is not None else "?"
@@ -138,7 +140,7 @@ def all_routes(service: Service) -> list[tuple[str, str, str | None]]:
 
 
 async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Connection) -> None:
-    """All but the webhook and the two probes: no key 401, a key of a lesser scope 403, the right one passes."""
+    """Every route with a scope returns 401 without a key and 403 with a key of a lesser scope."""
     read = await api_keys.create_key(connection, "reader", "read", None)
     admin = await api_keys.create_key(connection, "operator", "admin", None)
     async with serving_client(dsn) as client:
@@ -168,13 +170,13 @@ async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Con
 
 
 async def refusal(client: Client, method: str, path: str, key: str | None) -> int | None:
-    """The status by which a request was refused for its key; None where it was let through."""
+    """Return the status of a refusal because of the key, or None if the request was let through."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     async with client.session.request(method, client.url(path), headers=headers) as answer:
         if answer.status not in {401, 403}:
             return None
         if answer.content_type == "text/html":
-            # A page asks for the key in a form.
+            # A page shows a form for the key.
             return answer.status
         assert answer.headers["WWW-Authenticate"].startswith("Bearer")
         if method != "HEAD":
@@ -187,7 +189,7 @@ async def refusal(client: Client, method: str, path: str, key: str | None) -> in
     "header", ["Bearer", "Bearer ", "Bearer wrong", "Basic {key}", "{key}", "Bearer {key} x", "Bearer ü"]
 )
 async def test_only_a_whole_bearer_key_counts(dsn: str, connection: Connection, header: str) -> None:
-    """Anything else in the header is no key."""
+    """Only a complete bearer key is accepted; anything else in the header gets 401."""
     key = await api_keys.create_key(connection, "reader", "read", None)
     async with serving_client(dsn) as client:
         assert (await answered(client, "GET", "/orders", Authorization=header.format(key=key)))[0] == 401
@@ -195,7 +197,9 @@ async def test_only_a_whole_bearer_key_counts(dsn: str, connection: Connection, 
 
 
 async def test_without_keys_it_is_open_to_this_machine_only(dsn: str) -> None:
-    """On loopback without a proxy everything is open before the first key; elsewhere nothing is."""
+    """Before the first key exists, a service on loopback without a proxy is open; any other service
+    is closed.
+    """
     async with serving_client(dsn) as client:
         await client.get("/orders")
     for settings in ({"host": "0.0.0.0"}, {"trusted_proxies": "127.0.0.1/32"}):  # noqa: S104 - the case
@@ -209,7 +213,7 @@ async def test_without_keys_it_is_open_to_this_machine_only(dsn: str) -> None:
 async def test_a_revoked_or_expired_key_is_refused(
     dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within a second, and revoking the only key does not open the service again."""
+    """A revoked or expired key is refused, and revoking the only key does not open the service again."""
     monkeypatch.setattr("service.http.access.CACHE_SECONDS_MAX", 0.0)
     key = await api_keys.create_key(connection, "one", "read", datetime.now(UTC) + timedelta(days=1))
     late = await api_keys.create_key(connection, "late", "read", datetime.now(UTC) - timedelta(seconds=1))
@@ -225,7 +229,7 @@ async def test_a_revoked_or_expired_key_is_refused(
 
 @pytest.mark.parametrize("field", ["Bad Header", "Transfer-Encoding: gzip, chunked", "Content-Length: 1, 2"])
 async def test_what_is_no_request_is_answered_with_an_id_too(dsn: str, field: str) -> None:
-    """So that it can be asked about."""
+    """Even a malformed request gets a request id, which its sender can refer to."""
     async with serving_client(dsn) as client:
         answer = await client.talk(f"PUT /webhook HTTP/1.1\r\nHost: x\r\n{field}\r\n\r\n".encode())
     assert answer.split(b" ", 2)[1] == b"400"
@@ -235,7 +239,7 @@ async def test_what_is_no_request_is_answered_with_an_id_too(dsn: str, field: st
 async def test_a_new_key_is_good_at_once(
     dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However long what is known of the keys would do: before one is refused they are looked at again."""
+    """A new key works at once, because the service reads the keys again before it refuses one."""
     monkeypatch.setattr("service.http.access.CACHE_SECONDS_MAX", 3_600.0)
     first = await api_keys.create_key(connection, "first", "read", None)
     async with serving_client(dsn) as client:
@@ -253,7 +257,7 @@ async def test_a_new_key_is_good_at_once(
 async def test_the_database_has_only_the_hash_and_the_last_use_to_the_minute(
     dsn: str, connection: Connection
 ) -> None:
-    """Many uses write once; nothing that lies in the database is the secret."""
+    """The database contains only the key's hash, and repeated uses within a minute write only once."""
     key = await api_keys.create_key(connection, "one", "read", None)
     assert await connection.fetchval("SELECT last_used_at FROM api_keys") is None
     async with serving_client(dsn) as client:
@@ -269,13 +273,13 @@ async def test_the_database_has_only_the_hash_and_the_last_use_to_the_minute(
 
 @pytest.mark.parametrize("name", ["", " ", "a\nb", "x" * 101])
 async def test_a_key_has_a_name_that_can_be_shown(connection: Connection, name: str) -> None:
-    """A name is what a key is revoked by."""
+    """The name of a key must be printable, because the operator revokes the key by it."""
     with pytest.raises(api_keys.InvalidKeyError):
         await api_keys.create_key(connection, name, "read", None)
 
 
 async def test_a_name_is_used_once(connection: Connection) -> None:
-    """Also when its key was revoked: what the name did stays told apart."""
+    """The name of a key cannot be reused, even after it was revoked, so that its uses stay attributable."""
     await api_keys.create_key(connection, "one", "read", None)
     await api_keys.revoke_key(connection, "one")
     with pytest.raises(api_keys.InvalidKeyError):
@@ -283,7 +287,7 @@ async def test_a_name_is_used_once(connection: Connection) -> None:
 
 
 async def test_another_sites_page_cannot_operate(dsn: str) -> None:
-    """Where it is open, a browser's word that another site asks is enough to refuse."""
+    """On an open service, a browser's request from another site is refused."""
     async with serving_client(dsn) as client:
         for site, status in (("cross-site", 403), ("same-site", 403), ("same-origin", 404), ("none", 404)):
             got, _ = await answered(client, "POST", "/quarantine/1/retry", Sec_Fetch_Site=site)
@@ -315,7 +319,7 @@ PROXIES = [ip_network("10.0.0.0/8"), ip_network("2001:db8::/32"), ip_network("12
 def test_the_address_is_the_rightmost_that_no_trusted_proxy_has(
     peer: str | None, forwarded: Sequence[str], address: str | None
 ) -> None:
-    """What untrusted ones say of others is never believed, and what is no address ends the look."""
+    """Addresses from untrusted proxies are ignored, and the search ends at the first invalid address."""
     headers = CIMultiDict([("X-Forwarded-For", value) for value in forwarded])
     request = make_mocked_request("PUT", "/webhook", headers).clone(remote=peer or "")
     sender = WebhookAuth([], b"", "X", PROXIES)
@@ -323,7 +327,7 @@ def test_the_address_is_the_rightmost_that_no_trusted_proxy_has(
 
 
 async def test_the_event_has_the_address_behind_the_proxy(dsn: str) -> None:
-    """End to end: a trusted peer's X-Forwarded-For is what the event keeps, another's is not."""
+    """The event has the address from X-Forwarded-For only if the peer is a trusted proxy."""
     for proxies, address in (("127.0.0.0/8", "198.51.100.1"), ("10.0.0.0/8", "127.0.0.1")):
         async with serving_client(dsn, trusted_proxies=proxies) as client:
             status, answer = await answered(client, "PUT", "/webhook", BODY, X_Forwarded_For="198.51.100.1")
@@ -334,7 +338,7 @@ async def test_the_event_has_the_address_behind_the_proxy(dsn: str) -> None:
 
 
 async def test_what_is_open_to_this_machine_is_asked_by_its_own_name(dsn: str) -> None:
-    """A page whose name points to this machine reads nothing, and nobody's page reports."""
+    """An open service refuses requests with a foreign Host, and reports from pages of other sites."""
     async with serving_client(dsn) as client:
         for host, status in (
             ("evil.example:8080", 403),
@@ -355,7 +359,7 @@ async def test_what_is_open_to_this_machine_is_asked_by_its_own_name(dsn: str) -
 
 
 async def test_a_use_that_cannot_be_noted_is_in_nobodys_way(dsn: str, connection: Connection) -> None:
-    """While the table of keys is held by somebody, what has a key is answered as ever."""
+    """While another connection locks the table of keys, requests with a valid key still succeed."""
     key = await api_keys.create_key(connection, "one", "read", None)
     async with serving_client(dsn, request_seconds_max=1.0) as client, connection.transaction():
         await connection.execute("SELECT FROM api_keys FOR UPDATE")
@@ -364,7 +368,7 @@ async def test_a_use_that_cannot_be_noted_is_in_nobodys_way(dsn: str, connection
 
 
 async def test_the_cookie_of_a_page_is_good_for_reading_alone(dsn: str, connection: Connection) -> None:
-    """A browser sends it by itself, so nothing is changed by it; a header is stronger than it."""
+    """The cookie with a key allows only reads, and an Authorization header takes precedence over it."""
     key = await api_keys.create_key(connection, "one", "admin", None)
     cookie = f"{KEY_COOKIE}={key}"
     async with serving_client(dsn) as client:

@@ -1,4 +1,4 @@
-"""What is measured: true numbers, labels that nobody outside can make up, files that name what exists."""
+"""Metrics have the right values and bounded labels, and the alerts and the dashboard use only existing ones."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from tests.support.client import Client
 from tests.support.folders import ROOT
 
 OPERATIONS = ROOT / "docs" / "operations"
-# What PromQL itself has, and the labels of ours.
+# The words of PromQL and the labels of our metrics.
 WORDS = {
     "sum", "by", "rate", "increase", "time", "max", "le", "histogram_quantile", "outcome", "view", "state",
     "http_route", "http_response_status_code", "d", "h", "m",
@@ -31,7 +31,9 @@ async def scraped(client: Client) -> dict[str, dict[tuple[tuple[str, str], ...],
 
 
 async def test_what_is_counted(client: Client) -> None:
-    """Reports by outcome, batches, answers by route and status, the views' lag, the quarantine."""
+    """The metrics count reports by outcome, batches, responses by route and status, lag, and quarantine
+    entries.
+    """
     for status in ("Diajukan", "Dikirim", "Dikirim", "mystery"):
         last = await client.webhook("KOM1", status)
     await client.raw(b"not json")
@@ -66,7 +68,7 @@ async def test_what_is_counted(client: Client) -> None:
 
 
 async def test_no_label_is_made_up_from_outside(client: Client) -> None:
-    """Whatever paths, methods and order numbers are tried, the number of series stays what it was."""
+    """Unknown paths, methods and order numbers never add a series."""
     await client.webhook("SECRET-1")
     for _ in range(2):
         before = {name: set(series) for name, series in (await scraped(client)).items()}
@@ -83,7 +85,7 @@ async def test_no_label_is_made_up_from_outside(client: Client) -> None:
 
 @pytest.mark.parametrize("file", ["alerts.yaml", "grafana.json"])
 async def test_what_the_files_of_the_operator_name_is_there(client: Client, file: str) -> None:
-    """No dashboard and no alert asks for a metric that does not exist."""
+    """The alerts and the dashboard use only existing metrics."""
     await client.webhook("KOM1")
     await client.raw(b"not json")
     exists = set(await scraped(client))

@@ -1,4 +1,4 @@
-"""The schema changes by migrations: from the baseline, whose databases users have, to schema.sql."""
+"""Migrations bring a database of the baseline release to the schema of schema.sql."""
 
 import asyncio
 import re
@@ -30,13 +30,13 @@ from tests.support.client import Client, serving_client
 from tests.support.waiting import until_async
 
 BASELINE = Path(databases.__file__).with_name("baseline.sql").read_text(encoding="utf-8")
-# What the reader's role was for is gone, but the role is still the server's.
+# The reader's role has no purpose any more, but it may still exist on a server.
 ROLES = """
     DO $$ BEGIN CREATE ROLE order_tracking_owner; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
     DO $$ BEGIN CREATE ROLE order_tracking_service LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
     DO $$ BEGIN CREATE ROLE order_tracking_reader; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
 """
-# Who may do what with each object of the schema public, and which triggers fire always.
+# The rights on each object of the schema public, and the triggers that always fire.
 RIGHTS = """
     SELECT format('%s %s', relname, acl) FROM pg_class, unnest(relacl) AS acl
         WHERE relnamespace = 'public'::regnamespace
@@ -54,7 +54,7 @@ RIGHTS = """
 
 @asynccontextmanager
 async def baseline(dsn: str, sql: str = BASELINE) -> AsyncIterator[Connection]:
-    """A connection to an empty database that has become one of the baseline."""
+    """Connect to an empty database after creating the baseline schema in it."""
     connection = await connect(dsn)
     try:
         await connection.execute(ROLES)
@@ -66,7 +66,7 @@ async def baseline(dsn: str, sql: str = BASELINE) -> AsyncIterator[Connection]:
 
 
 def next_migrations(*texts: str) -> tuple[Migration, ...]:
-    """The migrations of a release that has some more."""
+    """Return the migrations of a later release that adds these texts."""
     more = [Migration(SCHEMA_VERSION + number, f"{number}.sql", text) for number, text in enumerate(texts, 1)]
     return (*MIGRATIONS, *more)
 
@@ -77,7 +77,7 @@ async def are_rebuilt(client: Client) -> bool:
 
 
 async def test_the_baseline_and_its_migrations_equal_schema_sql(empty_dsn: str, connection: Connection) -> None:
-    """Objects, owners, rights and triggers are the same in an old database as in a new one."""
+    """A migrated database has the same objects, owners, rights and triggers as a new one."""
     async with baseline(empty_dsn) as old:
         await apply_schema(old)
         assert await read_catalog(old) == await read_catalog(connection)
@@ -88,16 +88,18 @@ async def test_the_baseline_and_its_migrations_equal_schema_sql(empty_dsn: str, 
 
 
 async def test_a_filled_baseline_opens_and_answers_as_before(empty_dsn: str) -> None:
-    """Every event, view, quarantine entry and key is there after the migration, and the log goes on."""
+    """After a migration, every event, view row, quarantine entry and key is still there, and the
+    log continues.
+    """
     async with baseline(empty_dsn) as old:
         before = await old.fetch(
             "SELECT originator_id, originator_version, state FROM order_events ORDER BY notification_id"
         )
         entries = await old.fetch("SELECT * FROM timeline.entries ORDER BY position")
         orders = await old.fetch("SELECT * FROM current_status.orders ORDER BY first_position")
-        await old.execute("DELETE FROM api_keys")  # else the client would need one
+        await old.execute("DELETE FROM api_keys")  # otherwise the client would need a key
         async with serving_client(await prepare_database(empty_dsn)) as client:
-            # The views' definitions have changed, so the start rebuilds them.
+            # The definitions of the views have changed, so the start rebuilds the views.
             await until_async(lambda: are_rebuilt(client))
             assert (await client.webhook("KOM1", "Diantar"))["version"] == 8
             assert (await client.get("/orders/KOM1/timeline?after_position=12"))["status"] == "out_for_delivery"
@@ -120,7 +122,7 @@ async def test_a_filled_baseline_opens_and_answers_as_before(empty_dsn: str) -> 
 
 
 async def test_a_database_of_one_role_migrates(empty_dsn: str) -> None:
-    """Where nobody may make roles, one role owns everything, and migrations need no other."""
+    """On a server without rights to create roles, one role owns everything and can migrate."""
     plain = re.sub(r"^(GRANT|REVOKE|ALTER DEFAULT|ALTER \w+ .* OWNER).*?;\n", "", BASELINE, flags=re.MULTILINE)
     async with baseline(empty_dsn) as admin:
         await admin.execute("DROP SCHEMA public, current_status, timeline, statistics CASCADE")
@@ -153,7 +155,7 @@ async def test_a_database_of_one_role_migrates(empty_dsn: str) -> None:
     ],
 )
 async def test_an_unreleased_schema_is_named_with_the_way_out(empty_dsn: str, change: str, named: str) -> None:
-    """An earlier commit's database has version 1 too: one line names the first object that differs."""
+    """The error about a schema of an unreleased commit names the first object that differs, and the way out."""
     async with baseline(empty_dsn) as old:
         await old.execute(change)
         said = f"belongs to no release \\({re.escape(named)} is missing or differs"
@@ -172,7 +174,7 @@ async def test_an_unreleased_schema_is_named_with_the_way_out(empty_dsn: str, ch
 
 
 async def test_what_an_operator_has_added_does_no_harm(empty_dsn: str) -> None:
-    """An index or a table of one's own is no reason to refuse a database."""
+    """An operator's own tables and indexes do not prevent a migration."""
     async with baseline(empty_dsn) as old:
         await old.execute("CREATE TABLE mine (a int); CREATE INDEX my_idx ON quarantine (remote)")
         await apply_schema(old)
@@ -180,7 +182,7 @@ async def test_what_an_operator_has_added_does_no_harm(empty_dsn: str) -> None:
 
 
 async def test_a_migration_of_another_text_is_found(connection: Connection) -> None:
-    """A database that an unreleased migration has touched does not pass for one of this release."""
+    """A database that an unreleased migration has changed is refused."""
     await connection.execute("UPDATE schema_version SET sha256 = 'x' WHERE version = 2")
     with pytest.raises(SchemaError, match=r"it was not made by this release's 0002_migration_hashes\.sql"):
         await apply_schema(connection)
@@ -189,7 +191,7 @@ async def test_a_migration_of_another_text_is_found(connection: Connection) -> N
 
 
 async def test_starts_at_once_migrate_once(empty_dsn: str) -> None:
-    """Processes of a new release that start together take turns, and one of them migrates."""
+    """If several processes of a new release start at the same time, only one of them migrates."""
     async with baseline(empty_dsn) as old:
         await asyncio.gather(*(prepare_database(empty_dsn) for _ in range(4)))
         versions = await old.fetch("SELECT version FROM schema_version ORDER BY version")
@@ -197,7 +199,7 @@ async def test_starts_at_once_migrate_once(empty_dsn: str) -> None:
 
 
 async def test_migrations_run_in_order_as_the_owner(connection: Connection) -> None:
-    """They are recorded, own what they make, and leave the connection's role alone."""
+    """Migrations run in order, are recorded, create objects of the owner, and keep the connection's role."""
     migrations = next_migrations(
         "CREATE TABLE couriers (name text)", "ALTER TABLE couriers ADD COLUMN code text"
     )
@@ -212,7 +214,7 @@ async def test_migrations_run_in_order_as_the_owner(connection: Connection) -> N
 
 
 async def test_a_migration_that_fails_leaves_nothing(connection: Connection) -> None:
-    """All of them or none, in one transaction, with one clear line."""
+    """A failed migration rolls back all pending migrations, with a one-line error."""
     migrations = next_migrations("CREATE TABLE couriers (name text)", "SELECT 1 / 0")
     with pytest.raises(SchemaError, match="a migration cannot be applied to this database: division by zero"):
         await apply_schema(connection, migrations)
@@ -221,14 +223,14 @@ async def test_a_migration_that_fails_leaves_nothing(connection: Connection) -> 
 
 
 async def test_the_service_cannot_migrate(empty_dsn: str) -> None:
-    """A service with its own login, against a database of an earlier release, says who must act."""
+    """A service with its own login refuses an older database, and the error names the command to run."""
     async with baseline(empty_dsn):
         with pytest.raises(SchemaError, match="run 'migrate' to bring it to"):
             await service_dsn(empty_dsn)
 
 
 async def test_a_process_of_the_previous_code_still_records(empty_dsn: str) -> None:
-    """During an upgrade it goes on with the statements that it has; these are those of a2c7c32."""
+    """A process of the previous release can still record during an upgrade, with the statements of a2c7c32."""
     async with baseline(empty_dsn):
         await prepare_database(empty_dsn)
         service = await connect(empty_dsn.replace("user=order_tracking", "user=order_tracking_service"))

@@ -1,4 +1,4 @@
-"""Query plans: statements of the hot path and of lists read no more rows than a page needs."""
+"""Query plans: the statements of the hot path and of lists read only the rows that a page needs."""
 
 import asyncio
 import re
@@ -19,7 +19,7 @@ from tests.support.folders import ROOT
 
 ORDERS: Final = 20_000
 ORDERS_AT_LENGTH: Final = 1_000_000
-# Enough for a page of a hundred rows from an index that also has rows that other conditions exclude. The limit
+# Enough for a page of a hundred rows from an index that also has rows excluded by other conditions. The limit
 # is far below the number of orders, and stays the same for a million.
 ROWS_READ_MAX: Final = 2_000
 
@@ -32,7 +32,7 @@ class Statement(NamedTuple):
     search_path: str = "public"
 
 
-# The statements that held connections plan once, generically.
+# The statements that a dedicated connection plans once, generically.
 HOT: Final = {
     "append": Statement(store.APPEND, 5),
     "last events": Statement(store.LAST_EVENTS, 1),
@@ -91,7 +91,7 @@ LATELY: Final = "now() - interval '20 s'"
 LONG_AGO: Final = "(SELECT min(last_reported_at) + interval '100 s' FROM current_status.orders)"
 MIDDLE: Final = "(SELECT max(position) / 2 FROM current_status.orders)"
 END: Final = "9000000000000000000"
-# Verdicts of few orders.
+# The verdicts that few orders have.
 RARE: Final = ("repeated", "late", "refused", "unrecognised")
 PAGES: Final = {
     "events of an order": (store.STREAM, "'KOM77'", "0", "100", "1000"),

@@ -1,4 +1,4 @@
-"""Projections: exactly once, one process at a time, and rebuilt to the very same rows."""
+"""Projections apply each event once, in one process at a time, and a rebuild gives the same rows."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ async def service(dsn: str) -> AsyncIterator[Service]:
 
 
 async def record(service: Service, *reports: Report) -> int:
-    """Record reports, wait until the views have them, and return the last position."""
+    """Record reports, wait until the views include them, and return the last position."""
     receipts = await asyncio.gather(*(service.recorder.record(one) for one in reports))
     position = max(receipt["position"] or 0 for receipt in receipts)
     await caught_up(service, position)
@@ -84,7 +84,7 @@ async def rows_of(connection: Connection, table: str) -> list[tuple[Any, ...]]:
 
 
 async def test_the_views_follow_the_log_behind_the_commit(service: Service, connection: Connection) -> None:
-    """What was recorded is in both views once they have its position."""
+    """Recorded reports appear in both views once the views reach their position."""
     await record(
         service,
         report("KOM1", "Diajukan", "A1"),
@@ -136,7 +136,7 @@ REPORTS = st.lists(
 )
 
 
-# Chance seldom makes an order contradict itself twice.
+# Random reports seldom contradict an order twice.
 EVERY_VERDICT_TWICE = [
     (0, status, cnote, 0)
     for status, cnote in [
@@ -150,7 +150,7 @@ EVERY_VERDICT_TWICE = [
 async def test_live_and_rebuilt_views_are_equal_row_for_row(
     service: Service, dsn: str, connection: Connection
 ) -> None:
-    """Whatever is reported: the live views equal a rebuild, and each order's row equals its events folded."""
+    """For any reports, the live views equal a rebuild, and each order's row equals the fold of its events."""
 
     async def try_one(reports: list[tuple[int, str, str | None, int]]) -> None:
         prefix = str(uuid4())
@@ -185,7 +185,7 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
 
 
 async def test_two_processes_project_each_event_once(dsn: str, connection: Connection) -> None:
-    """However many stand by, a row of the timeline is written once, and counts are right."""
+    """With several processes, each event adds one timeline row, and the counts are right."""
     services = [Service(Settings(), dsn) for _ in range(3)]
     for service in services:
         await service.start()
@@ -204,7 +204,7 @@ async def test_two_processes_project_each_event_once(dsn: str, connection: Conne
 
 
 async def test_a_projector_whose_backend_is_killed_goes_on(service: Service, connection: Connection) -> None:
-    """A lost connection loses and doubles nothing in a view."""
+    """If a projector loses its connection, its view misses no event and applies none twice."""
     for number in range(5):
         await service.recorder.record(report(f"KOM{number}"))
         await connection.execute(
@@ -218,7 +218,9 @@ async def test_a_projector_whose_backend_is_killed_goes_on(service: Service, con
 async def test_an_event_that_cannot_be_decoded_sets_its_order_aside(
     service: Service, dsn: str, connection: Connection
 ) -> None:
-    """The order waits from that event on, others go on, and a replay that understands it heals it."""
+    """An undecodable event parks its order, other orders continue, and a replay that can decode it unparks the
+    order.
+    """
     await record(service, report("KOM1", "Diajukan"), report("KOM2", "Diajukan"))
     alien = Order.new("KOM1").report(report("KOM1", "Dikirim"))
     state = MAPPER.to_stored_event(alien).state
@@ -249,7 +251,7 @@ async def test_an_event_that_cannot_be_decoded_sets_its_order_aside(
 async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
     service: Service, dsn: str, connection: Connection
 ) -> None:
-    """A verdict that a view does not know stops neither other orders nor the other view; a rebuild swaps."""
+    """An event with an unknown verdict parks its order in one view only, and a rebuild still swaps."""
     await record(service, report("KOM1", "Diajukan"))
     state = json.loads((await store.read_log(connection, 0, 1))[0].state)
     state["verdict"] = "postponed"
@@ -277,12 +279,12 @@ async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
 async def test_a_connection_that_died_in_silence_is_left(
     service: Service, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A backend that never answers again delays its view by one step's time, not for ever."""
+    """A backend that stops responding delays its view only by the time limit of one step."""
     monkeypatch.setattr("projections.engine.STEP_SECONDS_MAX", 0.5)
     await record(service, report("KOM1"))
 
     async def idle_projector() -> int:
-        # Between two batches a projecting connection has committed last, and holds no lock.
+        # Between two batches, the last statement of a projecting connection was a commit, and it holds no lock.
         pid: int | None = await connection.fetchval(
             "SELECT pid FROM pg_stat_activity "
             "WHERE datname = current_database() AND query = 'COMMIT' AND state = 'idle' LIMIT 1"
@@ -306,7 +308,7 @@ async def nobody_waits(connection: Connection) -> bool:
 async def test_trouble_of_the_server_sets_nothing_aside(
     service: Service, dsn: str, connection: Connection
 ) -> None:
-    """A view's table that is locked beyond the server's own limit delays the view, and blames no event."""
+    """A locked table of a view delays the view, and does not park any order."""
     await connection.execute("ALTER ROLE order_tracking SET lock_timeout = '30ms'")
     try:
         await connection.execute(
@@ -318,7 +320,7 @@ async def test_trouble_of_the_server_sets_nothing_aside(
                 "LOCK TABLE current_status.orders, timeline.entries IN ACCESS EXCLUSIVE MODE"
             )
             receipt = await service.recorder.record(report("KOM1"))
-            # The views' steps fail, and are tried again and again.
+            # The steps of the views fail, and are retried.
             for _ in range(3):
                 await wait_for_locked(connection)
                 await until_async(lambda: nobody_waits(connection))
@@ -330,7 +332,7 @@ async def test_trouble_of_the_server_sets_nothing_aside(
 
 
 async def test_a_view_whose_position_is_lost_is_rebuilt_at_start(dsn: str, connection: Connection) -> None:
-    """Without its position a view cannot be trusted: it is made anew."""
+    """A view that has lost its position is rebuilt at the next start."""
     await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
     await connection.execute("DELETE FROM current_status.projection")
     service = Service(Settings(), dsn)
@@ -343,7 +345,7 @@ async def test_a_view_whose_position_is_lost_is_rebuilt_at_start(dsn: str, conne
 
 
 async def test_a_view_of_another_definition_is_rebuilt_at_start(dsn: str, connection: Connection) -> None:
-    """Views are never migrated: where the definition differs the view is made anew, while reports are taken."""
+    """A view with an outdated definition is rebuilt at the next start, while reports are accepted."""
     await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
     await connection.execute("UPDATE timeline.projection SET definition = 'of an earlier release'")
     await connection.execute("ALTER TABLE timeline.entries DROP COLUMN reason")
@@ -359,7 +361,7 @@ async def test_a_view_of_another_definition_is_rebuilt_at_start(dsn: str, connec
 
 
 async def test_an_older_process_does_not_write_a_newer_view(service: Service, connection: Connection) -> None:
-    """A process whose definition is another's past stands by and says so; webhooks go on."""
+    """A process with an older definition does not write to a newer view, and still records webhooks."""
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
     with pytest.raises(OutdatedViewError):
         await service.projectors["current_status"].step()
@@ -371,7 +373,7 @@ async def test_an_older_process_does_not_write_a_newer_view(service: Service, co
 async def test_another_definitions_view_is_not_written_to_be_verified(
     service: Service, dsn: str, connection: Connection
 ) -> None:
-    """It needs a replay; until then nothing of this code's is put into it."""
+    """A verification does not write to a view with another definition; the error says to run a replay."""
     await record(service, report("KOM1"))
     await connection.execute(
         "UPDATE current_status.projection SET definition = 'of a later release', position = 0; "
@@ -383,7 +385,7 @@ async def test_another_definitions_view_is_not_written_to_be_verified(
 
 
 async def test_trouble_says_nothing_of_a_views_definition(service: Service, connection: Connection) -> None:
-    """A view that is outdated stays so for readers while its lock, or its server, cannot be had."""
+    """A view stays marked as outdated while its definition cannot be read."""
     projector = service.projectors["current_status"]
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
 
@@ -401,7 +403,7 @@ async def test_trouble_says_nothing_of_a_views_definition(service: Service, conn
 
 
 async def test_events_are_counted_on_a_connection_of_their_own(dsn: str, connection: Connection) -> None:
-    """To count a large log takes longer than live projections may wait."""
+    """Counting the events of a large log does not block the connection of the live projections."""
     await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
     held = DedicatedConnection(lambda: connect(dsn))
     try:
@@ -413,7 +415,7 @@ async def test_events_are_counted_on_a_connection_of_their_own(dsn: str, connect
 
 
 async def test_a_difference_is_found(service: Service, dsn: str, connection: Connection) -> None:
-    """A verification that could not fail would be worth nothing: a row changed by hand is told."""
+    """A verification finds a row that was changed by hand."""
     await record(service, report("KOM1"))
     await connection.execute("UPDATE current_status.orders SET cnote = 'forged'")
     assert [(one.name, one.differences) for one in await rebuilt(dsn, verify=True)] == [
@@ -426,7 +428,7 @@ async def test_a_difference_is_found(service: Service, dsn: str, connection: Con
 
 
 async def test_only_one_rebuild_runs_at_a_time(dsn: str, connection: Connection) -> None:
-    """A second rebuild is refused, in whatever process the first one runs."""
+    """A second rebuild is refused while another process runs one."""
     await connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
     with pytest.raises(RebuildRunningError):
         await rebuilt(dsn)
@@ -435,10 +437,10 @@ async def test_only_one_rebuild_runs_at_a_time(dsn: str, connection: Connection)
 async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
     service: Service, dsn: str, connection: Connection
 ) -> None:
-    """Rebuilds swap while prepared readers read, reports arrive and a dump holds the tables.
+    """Rebuilds swap views while prepared statements read, reports arrive and a dump holds the tables.
 
-    No read fails, none sees a row or a position go back, and at the end the views equal a rebuild.
-    It takes about 5 s for several swaps.
+    No read fails or sees a row or a position go back, and at the end the views equal a rebuild. The test takes
+    about 5 s for several swaps.
     """
     await record(service, *(report(f"KOM{number}") for number in range(200)))
     finished = asyncio.Event()
@@ -472,12 +474,12 @@ async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
         return number
 
     async def dump() -> None:
-        # As pg_dump does: one long transaction with a lock on every table.
+        # Like pg_dump: one long transaction with a lock on every table.
         holder = await connect(dsn)
         while not finished.is_set():
             async with holder.transaction(isolation="repeatable_read"):
                 await holder.fetch("SELECT 1 FROM timeline.entries, current_status.orders LIMIT 1")
-                # A swap has to wait for this transaction.
+                # A swap must wait for this transaction.
                 await asyncio.sleep(0.1)
         await holder.close()
 
@@ -499,7 +501,7 @@ async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
 async def test_an_order_longer_than_a_page_is_rebuilt_whole(
     service: Service, dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pages of the rebuild's reading may end within an order; its row and airway bills are whole even so."""
+    """The row and the cnotes of an order are complete even if the order spans several batches of a rebuild."""
     await record(
         service,
         *(report(f"KOM{n % 3}", cnote=f"AWB{n % 2}") for n in range(30)),
@@ -513,7 +515,7 @@ async def test_an_order_longer_than_a_page_is_rebuilt_whole(
 
 
 async def test_a_view_is_written_by_its_projection_alone(connection: Connection) -> None:
-    """The schema refuses what no fold makes: counts that do not add up to the version."""
+    """The schema refuses a row whose counts do not add up to its version."""
     with pytest.raises(asyncpg.CheckViolationError):
         await connection.execute(
             "INSERT INTO current_status.orders VALUES "

@@ -1,4 +1,4 @@
-"""The quarantine as a tool: bounded, shown, retried into ordinary events, discarded with a reason."""
+"""The quarantine is bounded and readable, and its entries can be retried as ordinary events or discarded."""
 
 import asyncio
 import base64
@@ -19,19 +19,19 @@ from tests.support.databases import wait_for_locked
 from tests.support.waiting import PATIENCE_SECONDS
 
 HOURLY_MAX = 5
-# What an older parser could not read, and today's can.
+# A body that an older parser could not read and the current one can.
 LEARNED = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim","more":1.10}'
 
 
 @pytest.fixture
 async def client(dsn: str) -> AsyncIterator[Client]:
-    """A client of a service whose quarantine takes few bodies an hour."""
+    """A client of a service whose quarantine accepts few bodies an hour."""
     async with serving_client(dsn, quarantine_hourly_max=HOURLY_MAX) as client:
         yield client
 
 
 async def quarantined(client: Client, connection: Connection, body: bytes = LEARNED) -> int:
-    """An entry of a body that today's parser understands."""
+    """Make an entry with a body that the current parser can read."""
     entry: int = (await client.raw(b"[%d]" % len(body)))["quarantine_id"]
     await connection.execute("UPDATE quarantine SET body = $1 WHERE quarantine_id = $2", body, entry)
     return entry
@@ -40,7 +40,7 @@ async def quarantined(client: Client, connection: Connection, body: bytes = LEAR
 async def test_a_flood_of_what_cannot_be_understood_is_turned_away(
     client: Client, connection: Connection
 ) -> None:
-    """Over the cap of the hour: 503 with Retry-After, never 200; known bodies and good reports go on."""
+    """Above the hourly limit, new unparseable bodies get 503, while known bodies and valid reports get 200."""
     for number in range(HOURLY_MAX):
         await client.raw(b"junk %d" % number)
     for number in range(3):
@@ -52,20 +52,22 @@ async def test_a_flood_of_what_cannot_be_understood_is_turned_away(
     assert (await client.webhook("KOM1"))["outcome"] == "advanced"
     assert await connection.fetchval("SELECT count(*) FROM quarantine") == HOURLY_MAX
     assert await connection.fetchval("SELECT times_seen FROM quarantine WHERE body = 'junk 0'") == 2
-    # The count is the database's, so it moves on with the hour, whatever process asks.
+    # The database counts the bodies of the last hour, so every process applies the same limit.
     await connection.execute("UPDATE quarantine SET received_at = received_at - interval '61 minutes'")
     assert (await client.raw(b"more 0"))["outcome"] == "quarantined"
 
 
 async def test_many_at_once_share_an_entry_or_stay_near_the_cap(client: Client, connection: Connection) -> None:
-    """Equal bodies that come together are one entry with their number; none of them fails."""
+    """Equal bodies that arrive together share one entry, which counts them."""
     receipts = await asyncio.gather(*(client.raw(b"same") for _ in range(40)))
     assert len({receipt["quarantine_id"] for receipt in receipts}) == 1
     assert await connection.fetchval("SELECT times_seen FROM quarantine") == 40
 
 
 async def test_a_retried_entry_becomes_an_ordinary_event(client: Client, connection: Connection) -> None:
-    """It is judged as of now, keeps body and address, and says where it came from; the entry says where to."""
+    """A retried entry becomes an event with its body and address, and the entry and the event refer to each
+    other.
+    """
     await client.webhook("KOM1", "Diajukan")
     entry = await quarantined(client, connection)
     before = await connection.fetchval("SELECT now()")
@@ -86,7 +88,7 @@ async def test_a_retried_entry_becomes_an_ordinary_event(client: Client, connect
 async def test_an_entry_is_recorded_once_however_often_it_is_retried(
     client: Client, connection: Connection
 ) -> None:
-    """Many at once and again later: one event, the same receipt."""
+    """Concurrent and later retries of an entry make one event and return the same receipt."""
     entry = await quarantined(client, connection)
     receipts = await asyncio.gather(*(client.post(f"/quarantine/{entry}/retry", 200) for _ in range(10)))
     receipts.append(await client.post(f"/quarantine/{entry}/retry", 200))
@@ -95,7 +97,7 @@ async def test_an_entry_is_recorded_once_however_often_it_is_retried(
 
 
 async def test_what_is_still_not_understood_stays(client: Client, connection: Connection) -> None:
-    """Retried in vain it is 422 with the reason; the entry is as it was."""
+    """A retry of an unparseable entry gets 422 with the reason, and does not change the entry."""
     entry = (await client.raw(b"not json"))["quarantine_id"]
     before = await client.get(f"/quarantine/{entry}")
     problem = await client.post(f"/quarantine/{entry}/retry", 422)
@@ -105,7 +107,7 @@ async def test_what_is_still_not_understood_stays(client: Client, connection: Co
 
 
 async def test_an_entry_is_discarded_with_a_reason(client: Client, connection: Connection) -> None:
-    """It stays and says why; it is then neither retried nor discarded again, but still counts what comes."""
+    """A discarded entry keeps its discard_reason, and cannot be retried or discarded again."""
     entry = await quarantined(client, connection)
     bodies: list[Any] = [
         {},
@@ -128,7 +130,7 @@ async def test_an_entry_is_discarded_with_a_reason(client: Client, connection: C
 
 
 async def test_what_was_dealt_with_needs_no_understanding(client: Client, connection: Connection) -> None:
-    """A discarded entry says so, one whose body is erased has its receipt still: neither is read again."""
+    """A retry of a discarded or erased entry does not parse its body again."""
     junk = (await client.raw(b"not json"))["quarantine_id"]
     await client.post(f"/quarantine/{junk}/discard", 200, {"reason": "a test of ours"})
     assert "a test of ours" in (await client.post(f"/quarantine/{junk}/retry", 409))["detail"]
@@ -141,7 +143,7 @@ async def test_what_was_dealt_with_needs_no_understanding(client: Client, connec
 async def test_bodies_are_kept_and_keys_known_while_readers_have_every_connection(
     dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The webhook, the probe and the check of keys wait for no reader."""
+    """Webhooks, the probe and the check of keys do not wait for readers that hold every pooled connection."""
     # The readers keep their connections until the lock is released.
     monkeypatch.setattr("service.database.connections.POOL_STATEMENT_TIMEOUT", f"{PATIENCE_SECONDS}s")
     async with serving_client(dsn, request_seconds_max=PATIENCE_SECONDS) as client:
@@ -158,7 +160,7 @@ async def test_bodies_are_kept_and_keys_known_while_readers_have_every_connectio
 
 
 async def test_the_list_is_filtered_by_state(client: Client, connection: Connection) -> None:
-    """Open ones are what is to be dealt with; a page's next keeps the filter."""
+    """The list can be filtered by state, and the link to the next page keeps the filter."""
     entries = [await quarantined(client, connection, b"%d" % number) for number in range(4)]
     await client.post(f"/quarantine/{entries[1]}/discard", 200, {"reason": "x"})
     page = await client.get("/quarantine?state=open&limit=2")
@@ -172,7 +174,7 @@ async def test_the_list_is_filtered_by_state(client: Client, connection: Connect
 
 @pytest.mark.parametrize("entry", ["999999", "0", "-1", "x", "1.5", "99999999999999999999"])
 async def test_an_entry_that_is_not_there(client: Client, entry: str) -> None:
-    """404 on every way to it."""
+    """Every request for a nonexistent entry gets 404."""
     await client.get(f"/quarantine/{entry}", 404)
     await client.post(f"/quarantine/{entry}/retry", 404)
     await client.post(f"/quarantine/{entry}/discard", 404, {"reason": "x"})
@@ -181,7 +183,9 @@ async def test_an_entry_that_is_not_there(client: Client, entry: str) -> None:
 async def test_the_same_on_the_command_line(
     client: Client, connection: Connection, owner_dsn: str, tmp_path: Path
 ) -> None:
-    """list, show, retry and discard, beside the running service, which shows what came of it."""
+    """``list``, ``show``, ``retry`` and ``discard`` work beside a running service, which shows
+    their results.
+    """
 
     async def tool(*arguments: str, code: int = 0) -> str:
         done = await asyncio.to_thread(call_command, tmp_path, "quarantine", *arguments, DATABASE_URL=owner_dsn)
@@ -209,7 +213,7 @@ async def test_the_same_on_the_command_line(
 
 
 async def test_an_entry_that_is_removed_while_it_is_retried(client: Client, connection: Connection) -> None:
-    """The owner may remove it at any time: then there is nothing to retry, and no event."""
+    """If the owner removes an entry during its retry, the retry gets 404 and no event is recorded."""
     entry = await quarantined(client, connection)
     transaction = connection.transaction()
     await transaction.start()

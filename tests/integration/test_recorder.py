@@ -1,4 +1,4 @@
-"""Recording: exactly once, in batches, beside other writers, and with connections that are lost."""
+"""The recorder records each report once, in batches, beside other writers and despite lost connections."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ from tests.support.databases import TestServer, wait_for_locked
 from tests.support.reports import NOW, report
 from tests.support.waiting import PATIENCE_SECONDS
 
-# A recorder's time for a report. It is generous: only tests about the limit itself set a short one.
+# The time limit of a report. It is generous: only tests of the limit itself set a short one.
 SECONDS_MAX = PATIENCE_SECONDS
 
 
@@ -55,7 +55,7 @@ def recorder(held: DedicatedConnection) -> Recorder:
 
 
 def arriving_again(one: Report) -> Report:
-    """The same report, sent a second time."""
+    """Return the same report with another arrival."""
     return one._replace(arrival=Arrival(str(uuid4()), NOW))
 
 
@@ -65,7 +65,9 @@ async def logged_events(connection: Connection) -> list[tuple[int, Order.StatusR
 
 
 def assert_judged_in_order(events: Sequence[Order.StatusReported]) -> None:
-    """Versions are gapless, and every verdict is what judging the log in its order gives."""
+    """Check that versions have no gaps, and that deciding again in the order of the log gives the
+    same events.
+    """
     states: dict[str, OrderState] = {}
     for event in events:
         again = Report(
@@ -111,7 +113,7 @@ async def test_concurrent_reports_share_commits_and_each_gets_its_own_receipt(
 async def test_a_stale_cache_is_refused_by_the_key_and_judged_again(
     dsn: str, recorder: Recorder, connection: Connection
 ) -> None:
-    """Where another process recorded meanwhile, the report is judged from what that one recorded."""
+    """If another process has recorded in the meantime, the report is decided from that process's events."""
     await record(recorder, report(status="Dikirim"))
     other_held = DedicatedConnection(lambda: connect(dsn))
     await record(make_recorder(other_held), report(status="Diterima"))
@@ -123,7 +125,9 @@ async def test_a_stale_cache_is_refused_by_the_key_and_judged_again(
 
 @pytest.mark.parametrize("point", ["before it is sent", "after it is committed"])
 async def test_a_lost_connection_leaves_one_event(dsn: str, point: str) -> None:
-    """A connection cut before or after the commit is made anew, and the report is there exactly once."""
+    """If a connection is cut before or after the commit, the recorder reconnects, and each report has one
+    event.
+    """
     # The recorder first reads the orders' states, then appends.
     cuts = iter([False, True])
 
@@ -152,7 +156,7 @@ async def test_a_lost_connection_leaves_one_event(dsn: str, point: str) -> None:
 
 
 async def terminate_backends(dsn: str, but: "Connection | None" = None) -> None:
-    """Terminate every connection to this database, but for a given one."""
+    """Terminate every connection to this database except a given one."""
     connection = await connect(dsn.removesuffix(f"&role={SERVICE_ROLE}"))
     kept = [connection.get_server_pid(), but.get_server_pid() if but is not None else 0]
     await connection.execute(
@@ -176,7 +180,7 @@ async def locked_log(dsn: str) -> AsyncIterator[Connection]:
 
 
 async def test_no_database_is_unavailable_within_the_time() -> None:
-    """Without a database a report is refused when its time is over, and nothing hangs."""
+    """Without a database, a report fails at its time limit and does not hang."""
 
     async def connect_nowhere() -> Connection:
         raise StorageUnavailableError("nobody listens")
@@ -189,7 +193,7 @@ async def test_no_database_is_unavailable_within_the_time() -> None:
 
 
 async def test_a_full_queue_refuses_at_once(held: DedicatedConnection) -> None:
-    """More than may wait is refused without waiting; what was taken is recorded."""
+    """Reports above the limit of the queue are refused at once, and the accepted ones are recorded."""
     recorder = make_recorder(held, queue_reports_max=10)
     outcomes = await asyncio.gather(
         *(recorder.record(report(f"KOM{n}")) for n in range(15)), return_exceptions=True
@@ -201,8 +205,8 @@ async def test_a_full_queue_refuses_at_once(held: DedicatedConnection) -> None:
 async def test_one_report_that_the_database_refuses_does_not_fail_its_neighbours(
     recorder: Recorder, connection: Connection
 ) -> None:
-    """A batch refused for its content is halved until the one report at fault is alone."""
-    # PostgreSQL's text cannot hold a NUL character; the parser would not let one through.
+    """A batch that the database refuses is halved until the invalid report is alone."""
+    # PostgreSQL cannot store a NUL character in text. The parser normally refuses it.
     reports = [report(f"KOM{number}") for number in range(9)]
     reports[4] = report("KOM\x00")
     outcomes = await asyncio.gather(*(recorder.record(one) for one in reports), return_exceptions=True)
@@ -223,7 +227,9 @@ async def test_one_report_that_the_database_refuses_does_not_fail_its_neighbours
 async def test_an_order_that_a_later_release_wrote_does_not_fail_the_others(
     recorder: Recorder, connection: Connection, topic: str, written: str, read: str
 ) -> None:
-    """A report on it cannot be judged here; its neighbours are recorded."""
+    """A report on an order with an undecodable event is refused, and the other reports of its batch are
+    recorded.
+    """
     await recorder.record(report("OTHER"))
     await connection.execute(
         "INSERT INTO order_events (originator_id, originator_version, topic, state) "
@@ -243,7 +249,7 @@ async def test_an_order_that_a_later_release_wrote_does_not_fail_the_others(
 
 
 async def test_a_caller_that_vanishes_takes_nothing_with_it(recorder: Recorder, connection: Connection) -> None:
-    """A cancelled caller cancels neither its neighbours nor the commit under way."""
+    """A cancelled caller cancels neither the other callers nor the running commit."""
     calls = [asyncio.create_task(recorder.record(report(f"KOM{n}"))) for n in range(10)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -255,7 +261,7 @@ async def test_a_caller_that_vanishes_takes_nothing_with_it(recorder: Recorder, 
 
 
 async def test_time_never_goes_back_within_an_order(recorder: Recorder, connection: Connection) -> None:
-    """A clock that was set back does not make an order's later event the earlier one."""
+    """If the clock goes back, a later event of an order does not get an earlier time."""
     await recorder.record(report())
     await recorder.record(report(status="Diterima", received_at=NOW - timedelta(hours=1)))
     assert [event.timestamp for _, event in await logged_events(connection)] == [NOW, NOW]
@@ -264,7 +270,9 @@ async def test_time_never_goes_back_within_an_order(recorder: Recorder, connecti
 async def test_an_idempotency_key_gets_the_first_receipt_again(
     recorder: Recorder, connection: Connection
 ) -> None:
-    """The same key for the same order brings no second event; with another body it is an ordinary report."""
+    """A repeated key of the same order and body adds no event; with another order or body it is an ordinary
+    report.
+    """
     key = IdempotencyKey("key-1")
     first = report()
     receipt = await recorder.record(first, key)
@@ -277,7 +285,7 @@ async def test_an_idempotency_key_gets_the_first_receipt_again(
 
 
 async def test_a_key_whose_commit_had_no_answer_is_found_again(dsn: str) -> None:
-    """Concurrent retries with one key, and a connection cut among them, still make one event."""
+    """Concurrent retries with one key make one event, even if the connection is cut."""
     held = DedicatedConnection(lambda: connect(dsn))
     recorder = make_recorder(held)
     first = report()
@@ -286,7 +294,7 @@ async def test_a_key_whose_commit_had_no_answer_is_found_again(dsn: str) -> None
             asyncio.create_task(recorder.record(arriving_again(first), IdempotencyKey("key-1")))
             for _ in range(8)
         ]
-        # They are cut while the first of them waits to append.
+        # The connections are cut while the first call waits to append.
         await wait_for_locked(holder)
         await terminate_backends(dsn, but=holder)
     receipts = await asyncio.gather(*calls)
@@ -317,9 +325,9 @@ async def run_processes(dsn: str, processes: int, reports: int, order_nos: list[
 
 @pytest.mark.parametrize("order_nos", [["HOT"], ["A", "B", "C", "D"]], ids=["one hot order", "a few orders"])
 async def test_processes_on_the_same_orders(dsn: str, connection: Connection, order_nos: list[str]) -> None:
-    """Every report has its event, versions are gapless, verdicts follow the log, and no process starves.
+    """Concurrent processes record every report, without gaps in versions, and none of them starves.
 
-    A process that starves ends with an error, since its reports' time runs out.
+    A process that starves exits with an error, because its reports exceed their time limit.
     """
     results = await run_processes(dsn, 4, 60, order_nos)
     events = await logged_events(connection)
@@ -333,9 +341,9 @@ async def test_processes_on_the_same_orders(dsn: str, connection: Connection, or
 async def test_a_stopped_server_is_left_in_time_and_found_again(
     server: TestServer, held: DedicatedConnection, connection: Connection
 ) -> None:
-    """While the server is stopped a report fails when its time is over; afterwards recording goes on.
+    """While the server is stopped, a report fails at its time limit; afterwards the recorder works again.
 
-    If the recorder waited for the stopped server, it would wait until this test's time is over.
+    If the recorder waited for the stopped server, this test would reach its own time limit.
     """
     await record(make_recorder(held), report())
     backend: int = await connection.fetchval(
@@ -350,7 +358,7 @@ async def test_a_stopped_server_is_left_in_time_and_found_again(
         os.kill(server.pid, signal.SIGCONT)
         os.kill(backend, signal.SIGCONT)
     (receipt,) = await record(make_recorder(held), report())
-    # The one in doubt may have been committed by the backend when it went on, or not.
+    # The backend may have committed the failed report after it continued, or not.
     assert receipt["version"] in {2, 3}
     assert_judged_in_order([event for _, event in await logged_events(connection)])
 
@@ -358,7 +366,9 @@ async def test_a_stopped_server_is_left_in_time_and_found_again(
 async def test_a_server_that_cannot_write_is_unavailable_and_nothing_is_refused(
     dsn: str, connection: Connection
 ) -> None:
-    """Read-only for a while, as a full disk or a failover makes it: no report is blamed for it."""
+    """On a read-only server, such as after a failover, a report gets an unavailable error and is
+    not refused.
+    """
     held = DedicatedConnection(lambda: connect(dsn, default_transaction_read_only="on"))
     recorder = make_recorder(held, seconds_max=0.4)
     for claim in (None, IdempotencyKey("key-1")):
@@ -369,13 +379,13 @@ async def test_a_server_that_cannot_write_is_unavailable_and_nothing_is_refused(
 
 
 async def test_a_keyed_report_that_the_database_refuses(recorder: Recorder) -> None:
-    """It is refused like any other, whatever key it has."""
+    """A report with a key is refused like any other if the database cannot store it."""
     with pytest.raises(RefusedReportError):
         await recorder.record(report("KOM\x00"), IdempotencyKey("key-1"))
 
 
 async def test_a_lock_that_does_not_come_is_no_fault_of_the_report(dsn: str, connection: Connection) -> None:
-    """A limit of the server's, met while the log is held by another, is 503; the report is recorded later."""
+    """If the append lock is not available within the server's limit, the report is unavailable, not refused."""
     held = DedicatedConnection(lambda: connect(dsn, lock_timeout="50ms"))
     recorder = make_recorder(held, seconds_max=0.4)
     async with connection.transaction():
@@ -390,7 +400,7 @@ async def test_a_lock_that_does_not_come_is_no_fault_of_the_report(dsn: str, con
 
 
 async def test_reports_with_keys_do_not_starve_the_others(recorder: Recorder) -> None:
-    """However many come with keys, those beyond a few are refused at once and plain ones are recorded."""
+    """Reports with keys above a small limit are refused at once, and reports without keys are recorded."""
     keyed = [recorder.record(report(f"K{n}"), IdempotencyKey(f"key-{n}")) for n in range(500)]
     plain = [recorder.record(report(f"P{n}")) for n in range(20)]
     outcomes = await asyncio.gather(*keyed, *plain, return_exceptions=True)

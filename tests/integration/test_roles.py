@@ -53,12 +53,12 @@ async def fill(connection: Connection) -> None:
 
 
 INSERT = "INSERT INTO order_events (originator_id, originator_version, topic, state"
-# The server of the tests runs without these, for speed.
+# The test server runs without these settings, for speed.
 NOT_DURABLE = {"fsync is off", "full_page_writes is off"}
 
 
 async def wrong(dsn: str) -> list[str]:
-    """Return the problems that check finds, except the settings that the tests turn off."""
+    """Return the problems that ``check`` finds, except the settings that the tests turn off."""
     found = [finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"]
     return [text for text in found if text not in NOT_DURABLE]
 
@@ -154,7 +154,7 @@ async def test_the_service_owns_the_views_and_nothing_of_the_log(connection: Con
 
 
 async def test_the_service_takes_the_tables_lock_by_an_insert_of_nothing(dsn: str) -> None:
-    """The service, which may not LOCK TABLE, holds the log still."""
+    """The service can take the append lock without the right to LOCK TABLE."""
     held = DedicatedConnection(lambda: connect(dsn))
     async with held.transaction(store.BEGIN_LOCKED) as connection:
         await store.take_append_lock(connection)
@@ -215,7 +215,9 @@ async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
 
 
 async def test_a_database_of_one_role_works_and_check_says_what_is_open(empty_dsn: str) -> None:
-    """A role that may not create roles owns everything, serves and rebuilds, and check reports the risks."""
+    """A single role without the right to create roles can serve and rebuild, and ``check`` reports
+    the risks.
+    """
     admin = await connect(empty_dsn)
     name = await admin.fetchval("SELECT current_database()")
     await admin.execute(
@@ -245,7 +247,7 @@ async def test_a_database_of_one_role_works_and_check_says_what_is_open(empty_ds
 
 
 async def test_check_finds_the_log_protected_with_three_roles(owner_dsn: str) -> None:
-    """With the owner's and with the service's DSN, check reports that the service can only add events."""
+    """With the owner's and with the service's DSN, ``check`` reports that the service can only add events."""
     for dsn in (owner_dsn, await service_dsn(owner_dsn)):
         texts = [finding.text for finding in await check_database(dsn)]
         assert f"the service runs as {SERVICE_ROLE}" in texts
@@ -253,7 +255,7 @@ async def test_check_finds_the_log_protected_with_three_roles(owner_dsn: str) ->
 
 
 async def test_check_finds_triggers_that_a_restore_left_weaker(owner_dsn: str, connection: Connection) -> None:
-    """The check reports a trigger that is enabled, but not ENABLE ALWAYS."""
+    """A trigger that is enabled, but not ENABLE ALWAYS, is reported as wrong."""
     await connection.execute("ALTER TABLE order_events ENABLE TRIGGER order_events_immutable")
     assert await wrong(owner_dsn) == [
         "trigger order_events_immutable is not ENABLE ALWAYS: the log can be changed"
@@ -261,7 +263,9 @@ async def test_check_finds_triggers_that_a_restore_left_weaker(owner_dsn: str, c
 
 
 async def test_a_restored_database_gets_its_own_grant_again(owner_dsn: str, connection: Connection) -> None:
-    """No dump has the grants on the database itself. The check reports a missing one, and a start adds it."""
+    """A missing grant on the database, which no dump contains, is reported by ``check`` and added
+    by a start.
+    """
     name = await connection.fetchval("SELECT current_database()")
     await connection.execute(f'REVOKE CREATE ON DATABASE "{name}" FROM {OWNER_ROLE}')
     assert await wrong(owner_dsn)
@@ -272,7 +276,7 @@ async def test_a_restored_database_gets_its_own_grant_again(owner_dsn: str, conn
 async def test_check_runs_nothing_that_the_service_has_put_in_the_place_of_a_table(
     owner_dsn: str, connection: Connection
 ) -> None:
-    """The check has more rights than the service, so it reads a view's relations only if they are tables."""
+    """``check`` has more rights than the service, so it reads a view's relations only if they are tables."""
     async with acting(owner_dsn, SERVICE_ROLE) as service:
         await service.execute("""
             SET search_path = timeline;

@@ -1,4 +1,4 @@
-"""The log as it grows: server-sent events, NDJSON, and lists as CSV."""
+"""The growing log: server-sent events, NDJSON, and lists as CSV."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ async def report_many(client: Client, count: int, order_no: str = "KOM{}") -> in
 
 
 async def test_events_come_as_they_are_recorded(client: Client) -> None:
-    """From now on, each with its position as id, and the very event that GET /events shows."""
+    """A stream sends new events with their positions as ids, and each equals the event of GET /events."""
     await report_many(client, 3)
     async with client.reading("/events/stream") as reader:
         assert reader.response.headers["Content-Type"] == "text/event-stream"
@@ -39,7 +39,7 @@ async def test_events_come_as_they_are_recorded(client: Client) -> None:
 
 @pytest.mark.parametrize("by", ["header", "parameter"])
 async def test_a_reader_goes_on_where_it_was(client: Client, by: str) -> None:
-    """Without a gap and without a double, from a position of long ago through to what comes now."""
+    """A stream from an old position continues to new events without gaps or duplicates."""
     last = await report_many(client, 30)
     path, headers = (
         ("/events/stream", {"Last_Event_ID": "10"}) if by == "header" else ("/events/stream?after=10", {})
@@ -51,12 +51,12 @@ async def test_a_reader_goes_on_where_it_was(client: Client, by: str) -> None:
 
 
 async def test_a_reader_goes_on_after_a_restart(dsn: str) -> None:
-    """A service that stops ends the stream, which continues after the last id with the next service."""
+    """A stream ends when the service stops, and continues after the last id with the next service."""
     seen = [0]
     for count in (4, 3):
         async with contextlib.AsyncExitStack() as stack:
             async with serving_client(dsn) as client:
-                # The stream outlives the block of the service, and so must its session.
+                # The stream outlives the block of the service, so its session must outlive it, too.
                 session = await stack.enter_async_context(aiohttp.ClientSession())
                 headers = {"Last-Event-ID": str(seen[-1])}
                 response = await session.get(client.url("/events/stream"), headers=headers)
@@ -69,7 +69,7 @@ async def test_a_reader_goes_on_after_a_restart(dsn: str) -> None:
 
 
 async def test_an_order_has_a_stream_of_its_own(client: Client) -> None:
-    """What others report is left out, what was recorded before is not; an order may be new."""
+    """The stream of an order has only this order's events, old and new, even if the order is new."""
     await client.webhook("KOM/1", "Diajukan")
     await report_many(client, 5)
     async with client.reading("/orders/KOM%2F1/stream?after=0") as reader:
@@ -83,7 +83,7 @@ async def test_an_order_has_a_stream_of_its_own(client: Client) -> None:
 
 
 async def test_a_brief_stream_says_how_far_the_log_has_come(client: Client) -> None:
-    """Once for all that came meanwhile, from long ago as well, and nothing of any order."""
+    """A brief stream sends only the head of the log, once for several events."""
     head = await report_many(client, 30)
     async with client.reading("/events/stream?brief=true&after=10") as reader:
         caught_up = await reader.message()
@@ -97,7 +97,7 @@ async def test_a_brief_stream_says_how_far_the_log_has_come(client: Client) -> N
 async def test_who_is_behind_what_is_kept_reads_the_database(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However little is kept in memory, nobody misses anything or gets it twice."""
+    """Readers that are behind the memory get every event once, however small the memory is."""
     monkeypatch.setattr("service.event_log.tail.MEMORY_EVENTS_MAX", 4)
     monkeypatch.setattr("service.api.events.BATCH_EVENTS_MAX", 3)
     monkeypatch.setattr("service.event_log.tail.IDLE_SECONDS", 0.01)
@@ -112,7 +112,7 @@ async def test_who_is_behind_what_is_kept_reads_the_database(
 
 
 async def test_a_slow_reader_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who takes nothing for too long loses the connection, not the service its memory; it may come again."""
+    """A reader that does not read for too long is disconnected, and its place becomes free."""
     monkeypatch.setattr("service.api.events.SEND_SECONDS_MAX", 0.5)
     monkeypatch.setattr("service.event_log.tail.READERS_MAX", 1)
     body = "x" * 30_000
@@ -125,7 +125,7 @@ async def test_a_slow_reader_is_cut_off(client: Client, monkeypatch: pytest.Monk
 
 
 async def test_a_silent_stream_has_heartbeats(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that proxies and readers know that it lives."""
+    """A silent stream sends heartbeats, so that proxies and readers keep the connection."""
     monkeypatch.setattr("service.api.events.HEARTBEAT_SECONDS", 0.1)
     async with client.reading("/events/stream") as reader:
         received = await asyncio.wait_for(reader.response.content.readuntil(b": heartbeat"), PATIENCE_SECONDS)
@@ -134,13 +134,13 @@ async def test_a_silent_stream_has_heartbeats(client: Client, monkeypatch: pytes
 
 @pytest.mark.parametrize("given", ["x", "-1", "1.5", "9999999999999999999", "9" * 5_000, ""])
 async def test_a_last_event_id_that_is_none(client: Client, given: str) -> None:
-    """400, naming it."""
+    """An invalid Last-Event-ID gets 400 with a problem that names it."""
     problem = await client.get("/events/stream", 400, {"Last-Event-ID": given})
     assert problem["parameter"] == "Last-Event-ID"
 
 
 async def test_only_so_many_live_readers(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One more is 503; as one leaves, there is room again."""
+    """A reader above the limit gets 503, until another reader leaves."""
     monkeypatch.setattr("service.event_log.tail.READERS_MAX", 1)
     async with client.reading("/events/stream"):
         await client.get("/events/stream", 503)
@@ -156,7 +156,7 @@ def is_logged(lines: list[Any], event: str) -> bool:
 
 
 async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NDJSON: every event up to the head, a line each, the same as by pages."""
+    """NDJSON has every event up to the head, one a line, equal to the events of the pages."""
     monkeypatch.setattr("service.api.events.BATCH_EVENTS_MAX", 7)
     await report_many(client, 30)
     url = client.url("/events?after=2")
@@ -167,7 +167,7 @@ async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.M
 
 
 async def test_half_an_answer_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a reader is sent ends without an end; nothing else follows, which would be taken for more of it."""
+    """A response that is cut off has no proper end, and nothing follows it on the connection."""
     monkeypatch.setattr("service.api.events.SEND_SECONDS_MAX", 0.3)
     for _ in range(8):
         await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
@@ -196,7 +196,7 @@ async def test_half_an_answer_is_cut_off(client: Client, monkeypatch: pytest.Mon
 async def test_half_an_answer_that_fails_is_logged(
     client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its status said that all was well: nothing else would tell the operator."""
+    """A response that fails after its 200 status is logged, because its status does not show the failure."""
     monkeypatch.setattr("service.api.events.BATCH_EVENTS_MAX", 10)
     for _ in range(8):
         await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
@@ -213,14 +213,16 @@ async def test_half_an_answer_that_fails_is_logged(
 
 @pytest.mark.parametrize("path", ["/events", "/events/stream"])
 async def test_who_knows_no_chunks_gets_no_endless_answer(client: Client, path: str) -> None:
-    """One that was cut off would look like a whole one."""
+    """A client without chunked encoding gets 505, because it could not distinguish a cut response from a whole
+    one.
+    """
     request = f"GET {path} HTTP/1.0\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n"
     assert (await client.talk(request.encode())).split(b" ", 2)[1] == b"505"
 
 
 @pytest.mark.parametrize("path", ["/events", "/events/stream"])
 async def test_an_answer_without_an_end_has_the_callers_id_too(client: Client, path: str) -> None:
-    """As every other that was asked with one."""
+    """Endless responses also return the caller's request id."""
     url = client.url(path)
     async with client.session.get(url, headers={"Accept": NDJSON, "X-Request-Id": "ours-1"}) as response:
         assert (response.status, response.headers["X-Request-Id"]) == (200, "ours-1")
@@ -229,7 +231,7 @@ async def test_an_answer_without_an_end_has_the_callers_id_too(client: Client, p
 async def test_what_is_erased_is_not_sent_from_memory(
     client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What live readers share is forgotten soon, though one of them stays."""
+    """Erased bodies disappear from the readers' shared memory after a short time."""
     monkeypatch.setattr("service.event_log.tail.MEMORY_SECONDS_MAX", 0.2)
     async with client.reading("/events/stream") as stays:
         await client.webhook("KOM1", more="a name")
@@ -246,7 +248,7 @@ async def test_what_is_erased_is_not_sent_from_memory(
 
 
 async def test_live_readers_outlive_any_trouble_of_the_database(client: Client, connection: Connection) -> None:
-    """Even that of an operator who moves a table away for a moment."""
+    """A stream continues after a failure of the database, such as a table that was moved for a moment."""
     async with client.reading("/events/stream") as reader:
         with structlog.testing.capture_logs() as logged:
             await connection.execute("ALTER TABLE order_events RENAME TO moved_away")
@@ -260,14 +262,14 @@ async def test_live_readers_outlive_any_trouble_of_the_database(client: Client, 
 async def test_a_stream_ends_with_its_key(
     client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not only the next request of a revoked key is refused: what goes on by it ends."""
+    """A running stream ends when its key is revoked."""
     monkeypatch.setattr("service.api.events.KEY_SECONDS", 0.2)
     key = await create_key(connection, "one", "read", None)
 
     async def asks_for_keys() -> bool:
         return await client.status("GET", "/orders") == 401
 
-    # The service looks for new keys once a second.
+    # The service checks for new keys once a second.
     await until_async(asks_for_keys)
     async with client.reading("/events/stream", Authorization=f"Bearer {key}") as reader:
         await client.webhook("KOM1")
@@ -284,7 +286,7 @@ async def endless(client: Client, reader: StreamReader) -> None:
 
 
 async def test_lists_as_csv(client: Client) -> None:
-    """By parameter or Accept: a heading, nested members as columns, times, the link to the next page."""
+    """Lists are available as CSV, with nested members as columns and a link to the next page."""
     for number in range(3):
         await client.webhook(f"KOM{number}", "Diajukan", "AWB,1")
     last = await client.webhook("KOM2", "Dikirim")
@@ -319,14 +321,16 @@ async def table(client: Client, path: str, headers: dict[str, str] | None = None
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", "\uff1d1", '=HYPERLINK("http://x")'])
 async def test_no_cell_is_a_formula(client: Client, text: str) -> None:
-    """What a spreadsheet would compute is shown as it was sent, with an apostrophe before it."""
+    """A cell that a spreadsheet would compute gets an apostrophe in front."""
     await client.raw(json.dumps({"order_no": text.replace("\t", ""), "status": text, "cnote": "-2"}).encode())
     rows, _ = await table(client, "/audit/transitions?format=csv&after_position=1")
     assert rows[0]["reported_status"] == f"'{text}"
 
 
 async def test_statistics(client: Client) -> None:
-    """Orders by status, moves with the time that they took, reports by day and verdict, odd strings."""
+    """The statistics count orders by status, moves with durations, reports by day, and unrecognised
+    statuses.
+    """
     for order_no, statuses in {
         "A": ("Diajukan", "Dikirim", "Diterima", "Dikirim"),
         "B": ("Diajukan", "Dikirim", "Dikirim"),
@@ -351,7 +355,7 @@ async def test_statistics(client: Client) -> None:
 
 
 async def test_orders_by_every_filter(client: Client, connection: Connection) -> None:
-    """By verdict, by the time of the last report, and those that are stuck, alone and together."""
+    """The filters by verdict, last report and time without a move work alone and together."""
     await client.webhook("OLD", "Dikirim")
     await client.webhook("SETTLED", "Diterima")
     await client.webhook("ODD", "Antar Ulang")
