@@ -1,4 +1,4 @@
-"""Fixtures of all tests: one real PostgreSQL, cloned databases, real services, and nothing left behind."""
+"""The fixtures of all tests: one real PostgreSQL server, cloned databases, and real services."""
 
 import asyncio
 import gc
@@ -24,12 +24,12 @@ raise_open_files_limit()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give the run a temporary directory of its own, and its children default signals."""
+    """Give the run its own temporary directory, and its child processes default signals."""
     leftovers.begin(config)
 
 
 def pytest_collection_finish() -> None:
-    """Set the modules aside, so that collecting the garbage of each test is quick."""
+    """Exclude the imported modules from garbage collection, so that a collection after each test is quick."""
     gc.collect()
     gc.freeze()
 
@@ -42,16 +42,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def _collected_garbage(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Let an unclosed connection, session or process fail the test that left it, not a later one."""
+    """Collect garbage after each test, so that an unclosed resource fails the test that left it."""
     yield
-    # Tests without an event loop, a database or a service open nothing.
+    # Tests without an event loop, a database or a service open no resources.
     if "state_template" in request.fixturenames or request.node.get_closest_marker("asyncio") is not None:
         gc.collect()
 
 
 @pytest.fixture(scope="session")
 def state_template() -> Iterator[Path]:
-    """A state folder whose database has the schema. Tests get copies."""
+    """Make a state folder whose database has the schema. Tests get copies of it."""
     with temporary_folder() as folder:
         with EmbeddedPostgres(folder / "state", settings=FAST_SETTINGS) as server:
             asyncio.run(prepare_database(server.dsn))
@@ -60,7 +60,9 @@ def state_template() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def server(state_template: Path) -> Iterator[TestServer]:
-    """The test run's PostgreSQL. TEST_PG_BINDIR chooses another one than the embedded one."""
+    """Run the PostgreSQL server of the tests. TEST_PG_BINDIR selects another PostgreSQL than the
+    embedded one.
+    """
     with temporary_folder() as folder, copied_folder(state_template) as copy:
         bindir = os.environ.get("TEST_PG_BINDIR")
         server = TestServer(folder / "state", Path(bindir)) if bindir else TestServer(copy, None)
@@ -71,27 +73,27 @@ def server(state_template: Path) -> Iterator[TestServer]:
 
 @pytest.fixture
 def empty_dsn(server: TestServer) -> Iterator[str]:
-    """A database with nothing in it."""
+    """Return the DSN of an empty database."""
     with server.database("template1") as dsn:
         yield dsn
 
 
 @pytest.fixture
 def owner_dsn(server: TestServer) -> Iterator[str]:
-    """A database with the schema, for the role that applied it."""
+    """Return the DSN of a database with the schema, for the role that applied the schema."""
     with server.database() as dsn:
         yield dsn
 
 
 @pytest.fixture
 def dsn(owner_dsn: str) -> str:
-    """The same database, for the service's own role."""
+    """Return the DSN of the same database for the service's own role."""
     return as_role(owner_dsn, SERVICE_ROLE)
 
 
 @pytest.fixture
 async def connection(owner_dsn: str) -> AsyncIterator[Connection]:
-    """A connection to this test's database that may do anything."""
+    """Return a connection to this test's database with all rights."""
     connection = await connect(owner_dsn)
     yield connection
     await connection.close()
@@ -99,27 +101,27 @@ async def connection(owner_dsn: str) -> AsyncIterator[Connection]:
 
 @pytest.fixture
 async def client(dsn: str) -> AsyncIterator[Client]:
-    """A client of an application that serves this test's database."""
+    """Return a client of an application that serves this test's database."""
     async with serving_client(dsn) as client:
         yield client
 
 
 @pytest.fixture
 def state_dir(state_template: Path) -> Iterator[Path]:
-    """A test's own state folder, in which a service has run before."""
+    """Return the test's own state folder, in which a service has already run."""
     with copied_folder(state_template) as copy:
         yield copy
 
 
 @pytest.fixture
 def service(state_dir: Path) -> Iterator[RunningService]:
-    """A test's own service process."""
+    """Run a service process for this test alone."""
     with running_service(state_dir) as service:
         yield service
 
 
 @pytest.fixture(scope="session")
 def shared_service(state_template: Path) -> Iterator[RunningService]:
-    """A service process for tests that neither stop it nor count all of its events."""
+    """Run a service process for tests that neither stop it nor count all of its events."""
     with copied_folder(state_template) as copy, measured_service(copy) as service:
         yield service

@@ -1,4 +1,4 @@
-"""Backup during load, restore, and the documented commands for your own PostgreSQL."""
+"""Backup under load, restore, and the documented commands for your own PostgreSQL."""
 
 import asyncio
 import os
@@ -94,9 +94,9 @@ async def until_rebuilt(url: str) -> None:
 
 
 async def test_a_restored_service_has_everything_and_continues(state_dir: Path, new: Path) -> None:
-    """A dump that is made under load has log, quarantine and protections. The next start rebuilds the views.
+    """A dump under load has the log, the quarantine and the protections, and the next start rebuilds the views.
 
-    It takes about 8 s: two services, a dump under load, its restore, and a replay.
+    The test takes about 8 s: two services, a dump under load, its restore, and a replay.
     """
     old = state_dir
     dump = old / "dump"
@@ -222,7 +222,7 @@ def test_your_own_database_is_refused(tmp_path: Path, command: str) -> None:
 
 
 async def test_the_dump_of_something_else_is_refused(empty_dsn: str, tmp_path: Path) -> None:
-    """A look at the dump's contents refuses it before anything is restored."""
+    """A restore checks the contents of a dump, and refuses a foreign one before it changes the database."""
     connection = await connect(empty_dsn)
     await connection.execute("CREATE TABLE customers (name text)")
     dump = tmp_path / "other"
@@ -262,13 +262,13 @@ async def test_a_backup_and_a_replay_take_turns(reported: RunningService) -> Non
 
 
 def test_a_file_created_in_the_meantime_is_not_overwritten(reported: RunningService) -> None:
-    """The backup changes no other file, and leaves no file of its own."""
+    """A backup overwrites no other file, and leaves no temporary file."""
     old = reported.state_dir
     with psycopg.connect(reported.dsn) as connection:
         connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
         (old / "taken.new").write_text("precious")
         with background_command(old, "backup", "taken") as process:
-            # The backup has begun, and waits for the lock.
+            # The backup has started, and waits for the lock.
             until(lambda: [*old.glob(".backup-*")])
             (old / "taken").write_text("mine")
             connection.execute("SELECT pg_advisory_unlock_all()")
@@ -305,7 +305,7 @@ async def test_the_documented_commands_for_your_own_server(
     assert example.startswith("export SOURCE=")
     commands = commands.replace("/var/backups", str(tmp_path)).replace("order-tracking", '"$PYTHON" -m service')
     variables = {"SOURCE": reported.dsn, "TARGET": empty_dsn, "PYTHON": sys.executable}
-    # The servers of the tests run without fsync, which check reports.
+    # The test servers run without fsync, which ``check`` would report.
     commands = commands.replace('&& "$PYTHON" -m service check', '&& "$PYTHON" -m service replay --verify')
     result = await asyncio.to_thread(
         subprocess.run,

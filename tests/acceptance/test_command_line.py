@@ -34,13 +34,13 @@ Send = Callable[..., int]
 
 @pytest.fixture
 def order_no() -> str:
-    """A new order's number, so that tests can share a service."""
+    """Return the number of a new order, so that tests can share a service."""
     return f"KOM-{uuid4().hex[:8]}"
 
 
 @pytest.fixture
 def send(shared_service: RunningService) -> Send:
-    """Send reports through the command line, and return the last exit code."""
+    """Return a function that sends reports through the command line and returns the last exit code."""
 
     def send(order_no: str, *statuses: str) -> int:
         code = -1
@@ -55,7 +55,7 @@ def send(shared_service: RunningService) -> Send:
 
 
 def test_help_lists_every_command_and_each_has_its_own(tmp_path: Path) -> None:
-    """The list and a command's own page have the same summary; an unknown command is a usage error."""
+    """The list and the help of each command have the same summary, and an unknown command is a usage error."""
     listed = run_command(tmp_path, "--help").stdout
     for command, summary in {
         "audit": "Print an order's transitions, or the verdicts that today's table changes.",
@@ -68,7 +68,7 @@ def test_help_lists_every_command_and_each_has_its_own(tmp_path: Path) -> None:
 
 
 def test_the_version_is_printed(tmp_path: Path) -> None:
-    """--version prints VERSION; another test compares it with pyproject.toml."""
+    """``--version`` prints VERSION; another test compares it with pyproject.toml."""
     assert run_command(tmp_path, "--version").stdout == f"{VERSION}\n"
 
 
@@ -77,7 +77,7 @@ def test_the_version_is_printed(tmp_path: Path) -> None:
     [("audit",), ("audit", "KOM1", "--rejudge"), ("replay", "--view", "weather"), ("keys", "create")],
 )
 def test_wrong_usage_is_exit_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Wrong arguments end a command before it opens a database."""
+    """Wrong arguments end a command with exit code 2, before it opens a database."""
     assert call_command(tmp_path, *arguments).returncode == 2
 
 
@@ -115,7 +115,7 @@ def test_send_never_prints_the_token(tmp_path: Path, url: str, code: int) -> Non
 def test_audit_prints_every_transition_and_its_reason(
     shared_service: RunningService, send: Send, order_no: str
 ) -> None:
-    """The table has skipped stages, repeats and the reason of a refusal; an unknown order is exit 1."""
+    """The table shows skipped stages, repeats and reasons of refusals; an unknown order gives exit code 1."""
     send(order_no, "Diajukan", "Dikirim", "Dikirim", "Batal")
     audit = run_command(shared_service.state_dir, "audit", order_no)
     assert audit.returncode == 0
@@ -135,13 +135,15 @@ def test_audit_prints_every_transition_and_its_reason(
 
 
 def test_rejudge_lists_changed_verdicts_and_those_that_follow(state_dir: Path, owner_dsn: str) -> None:
-    """A verdict that today's table would not give is listed, and so is each later one that depends on it."""
+    """``audit --rejudge`` lists each verdict that today's table would change, and each later one that depends
+    on it.
+    """
 
     async def record_by_another_table() -> None:
         connection = await connect(owner_dsn)
         order = Order.new("KOM2")
         order.report(report("KOM2", "Dikirim"))
-        # Judge by a table that allows a cancellation in transit; then the parcel arrives.
+        # Simulate a table that allows a cancellation in transit; then the parcel arrives.
         cancelled = order.report(report("KOM2", "Batal"))
         changes = {"verdict": "advanced", "status": "cancelled", "status_version": 2, "reason": None}
         object.__setattr__(cancelled, "__dict__", {**vars(cancelled), **changes})
@@ -169,7 +171,7 @@ def test_rejudge_lists_changed_verdicts_and_those_that_follow(state_dir: Path, o
 def test_replay_rebuilds_while_the_service_runs(
     shared_service: RunningService, send: Send, order_no: str
 ) -> None:
-    """It swaps in every view, or only the one of --view, and --verify finds the views equal."""
+    """``replay`` swaps in every view, or only the one of --view, and --verify finds the views equal."""
     send(order_no, "Dikirim")
     replayed = run_command(shared_service.state_dir, "replay")
     assert replayed.returncode == 0, replayed.stderr
@@ -183,7 +185,7 @@ def test_replay_rebuilds_while_the_service_runs(
 
 
 def test_replay_finds_a_difference_and_another_replay(service: RunningService) -> None:
-    """Exit 1 if a live view differs from its rebuild, and if another replay is running."""
+    """``replay`` exits with 1 if a live view differs from its rebuild, or if another replay is running."""
     url = f"{service.url}/webhook"
     assert call_command(service.state_dir, "send", "KOM1", "AWB1", "Dikirim", "--url", url).returncode == 0
     with psycopg.connect(service.dsn, autocommit=True) as connection:
@@ -197,7 +199,7 @@ def test_replay_finds_a_difference_and_another_replay(service: RunningService) -
 
 
 def test_check_finds_a_weakened_trigger(service: RunningService) -> None:
-    """It exits with 0 if everything is in order, and with 1 and a line for a weakened trigger."""
+    """``check`` exits with 0 if everything is in order, and with 1 and a line for a weakened trigger."""
     in_order = run_command(service.state_dir, "check")
     assert (in_order.returncode, "WRONG" in in_order.stdout) == (0, False)
     assert "PostgreSQL" in in_order.stdout
@@ -210,7 +212,7 @@ def test_check_finds_a_weakened_trigger(service: RunningService) -> None:
 
 
 def test_commands_start_the_database_if_no_service_runs(state_dir: Path) -> None:
-    """Without a running service a command starts the existing database for itself; it creates none."""
+    """Without a running service, a command starts the existing database, but never creates one."""
     unknown = run_command(state_dir, "audit", "KOM1")
     assert (unknown.returncode, "KOM1" in unknown.stderr) == (1, True)
     checked = call_command(state_dir, "check")
@@ -224,7 +226,9 @@ def test_commands_start_the_database_if_no_service_runs(state_dir: Path) -> None
 
 
 def test_a_signature_also_closes_the_webhook(state_dir: Path) -> None:
-    """With a secret, neither the start nor ``check`` warns about an open webhook, and ``send`` signs."""
+    """With a secret, neither the start nor ``check`` warns about an open webhook, and ``send`` signs its
+    reports.
+    """
     guards = {"WEBHOOK_HMAC_SECRET": "a-secret-of-16-characters", "HOST": "0.0.0.0"}  # noqa: S104 - as on the open internet
     with running_service(state_dir, **guards) as service:
         assert "THE WEBHOOK IS OPEN" not in service.output
@@ -255,7 +259,7 @@ async def test_erase_removes_bodies_and_keeps_verdicts(service: RunningService) 
 
 
 def test_keys_are_listed_and_revoked(state_dir: Path, owner_dsn: str) -> None:
-    """The list has the name of a key and not its secret; a name can be used and revoked only once."""
+    """The list shows the name of a key but not its secret, and a name can be used and revoked only once."""
 
     def keys(*arguments: str) -> tuple[int, str]:
         done = call_command(state_dir, "keys", *arguments, DATABASE_URL=owner_dsn)
@@ -272,7 +276,7 @@ def test_keys_are_listed_and_revoked(state_dir: Path, owner_dsn: str) -> None:
 
 
 def test_idle_connections_exceed_the_usual_limit_of_files(state_dir: Path) -> None:
-    """The service raises its own limit of open files, so that idle connections do not block a sender."""
+    """The service raises its own limit of open files, so idle connections do not block a sender."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     service = RunningService(state_dir)
     with contextlib.ExitStack() as opened:
@@ -291,14 +295,14 @@ def test_idle_connections_exceed_the_usual_limit_of_files(state_dir: Path) -> No
 
 
 def test_a_wrong_setting_is_one_clear_line(tmp_path: Path) -> None:
-    """The line names the setting, and the exit code is that of wrong usage."""
+    """An invalid setting ends the service with exit code 2 and one line that names the setting."""
     ended = run_command(tmp_path, "serve", PORT="x")
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
     assert ended.stderr.startswith("ORDER_TRACKING_PORT: ")
 
 
 def test_a_port_that_is_taken_is_one_clear_line(state_dir: Path, owner_dsn: str) -> None:
-    """The line names the port and the setting that changes it, and the exit code is 1."""
+    """A taken port ends the service with exit code 1 and one line that names the port and its setting."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ended = run_command(state_dir, "serve", PORT=str(port), DATABASE_URL=owner_dsn)
@@ -317,7 +321,7 @@ def test_a_state_folder_in_use_is_one_clear_line(
 
 
 def test_a_database_that_cannot_be_reached_is_one_clear_line(tmp_path: Path) -> None:
-    """A command that needs your own database reports that it cannot be used."""
+    """``check`` reports an unreachable database, and exits with 1."""
     ended = call_command(tmp_path, "check", DATABASE_URL="postgresql://nobody@127.0.0.1:9/absent")
     assert (ended.returncode, "the database cannot be used" in ended.stdout) == (1, True)
 
@@ -333,7 +337,7 @@ def test_it_can_be_stopped_while_it_waits_for_its_database(tmp_path: Path) -> No
 
 
 def test_two_processes_share_your_own_database(tmp_path: Path, dsn: str, server: TestServer) -> None:
-    """With a database URL the service uses that database and starts no other."""
+    """With a database URL, the service uses that database and does not start another one."""
     assert server.pid
     with (
         running_service(tmp_path, DATABASE_URL=dsn) as one,
@@ -350,7 +354,7 @@ def test_two_processes_share_your_own_database(tmp_path: Path, dsn: str, server:
 
 
 def test_a_database_of_a_later_release_is_refused(tmp_path: Path, owner_dsn: str) -> None:
-    """A newer schema version is one error line."""
+    """A database with a newer schema version is refused with one line."""
     with psycopg.connect(owner_dsn) as connection:
         connection.execute("INSERT INTO schema_version (version) VALUES (99)")
     ended = run_command(tmp_path, "serve", DATABASE_URL=owner_dsn)
@@ -359,7 +363,7 @@ def test_a_database_of_a_later_release_is_refused(tmp_path: Path, owner_dsn: str
 
 
 def test_the_greeting_has_commands_that_work(shared_service: RunningService) -> None:
-    """It names the address and the data folder, and its commands work when pasted into a shell."""
+    """The greeting names the address and the data folder, and its commands work when pasted into a shell."""
     lines = shared_service.output.splitlines()
     assert lines[0] == f"order-tracking listens on {shared_service.url}"
     assert lines[1] == f"  its data is in {shared_service.state_dir}"
@@ -374,7 +378,9 @@ def test_the_greeting_has_commands_that_work(shared_service: RunningService) -> 
 
 
 async def test_a_logged_request_has_its_id_and_no_secret(state_dir: Path) -> None:
-    """Log lines are JSON with the caller's id, or a new one if that is invalid, and without path and query."""
+    """Log lines are JSON without path and query. They have the caller's request id, or a new one if it is
+    invalid.
+    """
     requests = (("/livez", "shop-17"), ("/orders/ABSENT?limit=a-secret", "not one"), ("/livez", None))
     ids = []
     service = RunningService(state_dir, LOG_FORMAT="json", LOG_REQUESTS="true").start()
@@ -390,7 +396,7 @@ async def test_a_logged_request_has_its_id_and_no_secret(state_dir: Path) -> Non
         service.end()
     lines = [json.loads(line) for line in service.output.splitlines()]
     assert all("event" in line for line in lines)
-    # The first request is how the test waited for the service.
+    # The first request is the one with which the test waited for the service.
     logged = [line for line in lines if line["event"] == "request"][1:]
     assert ids[0] == "shop-17"
     assert ids[1] == str(UUID(ids[1]))

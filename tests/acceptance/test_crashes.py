@@ -1,4 +1,4 @@
-"""What a crash does not take back, and how the service ends. ``make faults`` breaks everything else."""
+"""Crashes of PostgreSQL, and the end of the service. ``make faults`` tests every other fault."""
 
 import asyncio
 import os
@@ -15,14 +15,14 @@ from tests.support.waiting import PATIENCE_SECONDS, until, until_async
 
 
 async def crash(dsn: str) -> None:
-    """Kill -9 one of the server's processes, and wait until the server has ended all the others for it."""
+    """Kill one of the server's processes with SIGKILL, and wait until the server has ended all the others."""
     ended = asyncio.Event()
 
     async def takes_connections() -> bool:
         try:
             await (await asyncpg.connect(dsn)).close()
         except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-            # It still recovers from the last crash.
+            # The server is still recovering from the last crash.
             return False
         return True
 
@@ -37,7 +37,7 @@ async def crash(dsn: str) -> None:
 
 
 async def test_what_was_read_once_is_not_taken_back_by_a_crash(service: RunningService) -> None:
-    """A read with after_position has the report, before a crash of PostgreSQL and after it, or it is 503."""
+    """After a crash of PostgreSQL, a read with after_position still includes the report, or gets 503."""
     async with aiohttp.ClientSession() as session:
         for number in range(2):
             body = {"order_no": f"KOM{number}", "status": "Dikirim"}
@@ -58,7 +58,7 @@ async def test_what_was_read_once_is_not_taken_back_by_a_crash(service: RunningS
 
 @pytest.mark.parametrize("stage", ["no file yet", "the lock", "the server", "the socket"])
 def test_a_service_that_is_ended_at_its_start_leaves_nothing(state_dir: Path, stage: str) -> None:
-    """At whatever stage SIGTERM meets it, no PostgreSQL is left running."""
+    """SIGTERM at any stage of the start leaves no PostgreSQL running."""
     service = RunningService(state_dir).launch()
     server = f"{state_dir}/postgres"
     conditions = {
@@ -73,13 +73,15 @@ def test_a_service_that_is_ended_at_its_start_leaves_nothing(state_dir: Path, st
 
 
 def test_in_the_background_it_outlives_a_terminal_and_ends_by_sigint(state_dir: Path) -> None:
-    """As `nohup order-tracking serve &` starts it, with SIGHUP and SIGINT ignored."""
+    """A service under `nohup order-tracking serve &`, with SIGHUP and SIGINT ignored, survives SIGHUP and ends
+    by SIGINT.
+    """
     service = RunningService(state_dir)
     service.command = ("sh", "-c", 'trap "" INT HUP; exec "$@"', "sh", *COMMAND)
     try:
         service.start()
         service.process.send_signal(signal.SIGHUP)
-        # It would have begun to stop by the time that it answers again.
+        # If SIGHUP stopped the service, it would have begun to stop before this response.
         service.wait_until_it_answers()
         assert service.process.poll() is None
         assert "stopping" not in service.output
@@ -91,7 +93,9 @@ def test_in_the_background_it_outlives_a_terminal_and_ends_by_sigint(state_dir: 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_cleanly_and_its_data_is_there_again(state_dir: Path, number: signal.Signals) -> None:
-    """Ctrl-C and SIGTERM alike: exit code 0, no process left, and the data is there at the next start."""
+    """Ctrl-C and SIGTERM end the service with exit code 0 and without leftover processes, and its
+    data remains.
+    """
     with running_service(state_dir) as service:
         postmaster = service.postmaster_pid
         url = f"{service.url}/webhook"

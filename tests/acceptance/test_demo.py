@@ -1,4 +1,4 @@
-"""``make demo``, as the README describes it."""
+"""``make demo`` works as the README describes it."""
 
 import os
 import re
@@ -27,7 +27,7 @@ pytestmark = [
 
 
 class Demo:
-    """A demo as a terminal runs it: Ctrl-C is sent to its process group."""
+    """A demo in its own process group, like in a terminal, so that Ctrl-C can be sent to the group."""
 
     def __init__(self, folder: Path) -> None:
         self.temporary = folder / "tmp"
@@ -38,7 +38,7 @@ class Demo:
                 ["make", "demo", "ARGS=--orders 8 --rate 60 --seed 1 --delay 0 --hang-up 0"],
                 cwd=ROOT,
                 env={
-                    # With these settings the user could not open the demo.
+                    # The demo must ignore these settings, which would prevent the user from opening it.
                     **environment(folder, TRUSTED_PROXIES="10.0.0.0/8", LOG_FORMAT="json", HOST="0.0.0.0"),  # noqa: S104
                     "TMPDIR": str(self.temporary),
                 },
@@ -56,13 +56,13 @@ class Demo:
         return wait_for_output(self.process, self._log, pattern)
 
     def interrupt(self) -> None:
-        """Press Ctrl-C."""
+        """Send SIGINT to the process group, like Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
 
 
 @contextmanager
 def demo() -> Iterator[Demo]:
-    """Run a demo for the length of the block, then interrupt it; it must leave no process and no file."""
+    """Run a demo for the length of the block, then interrupt it. It must leave no process and no file."""
     with temporary_folder() as folder:
         demo = Demo(folder)
         try:
@@ -75,7 +75,7 @@ def demo() -> Iterator[Demo]:
 
 
 def test_a_demo_runs_until_ctrl_c_and_leaves_nothing() -> None:
-    """It serves pages and orders, and the account agrees; Ctrl-C leaves no process and no file."""
+    """The demo serves pages and orders, and its account agrees; Ctrl-C leaves no process and no file."""
     with demo() as running:
         url = running.wait_for(LOOK_AT)["url"]
         running.wait_for(ALL_IS_TOLD)

@@ -1,4 +1,4 @@
-"""``make faults`` in short, and the proof that the harness finds faults."""
+"""A short selection of ``make faults``, and the proof that the harness finds faults."""
 
 import pytest
 
@@ -20,9 +20,10 @@ async def assert_held(fault: Fault, effort: Effort) -> None:
 
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS if fault.is_short])
 async def test_the_promises_hold_through_a_fault(fault: Fault) -> None:
-    """Nothing acknowledged is lost, nothing recorded twice, views follow, and resources come back.
+    """The service loses no acknowledged report, records none twice, updates its views and releases its
+    resources.
 
-    It takes about 10 s: each fault has a service, a load and an account of its own.
+    The test takes about 10 s, because each fault has its own service, load and account.
     """
     await assert_held(fault, SHORT)
 
@@ -31,15 +32,15 @@ async def test_the_promises_hold_through_a_fault(fault: Fault) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
 async def test_the_promises_hold_through_every_fault(fault: Fault) -> None:
-    """The same, for every fault, and each of them several times. ``make faults`` also has time limits."""
+    """The same promises hold for every fault, several times each. ``make faults`` also has time limits."""
     await assert_held(fault, UNTIMED)
 
 
 @pytest.mark.parametrize("mutation", [pytest.param(mutation, id=mutation.name) for mutation in MUTATIONS])
 async def test_an_early_acknowledgement_is_found(mutation: Fault) -> None:
-    """With 200 before the commit, or a commit that is not on disk, the account shows lost reports.
+    """With 200 before the commit, or a commit that is not on disk, the account finds lost reports.
 
-    It takes about 10 s, as above.
+    The test takes about 10 s, as above.
     """
     outcome = await run(mutation, SHORT, SEED)
     assert outcome.count.lost > 0

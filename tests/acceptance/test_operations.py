@@ -1,4 +1,4 @@
-"""What docs/operations holds, tried for real, where this machine has the programs that it is for."""
+"""The files of docs/operations work with the real programs, if this machine has them."""
 
 import asyncio
 import contextlib
@@ -22,12 +22,12 @@ from tests.support.processes import RunningService, running_service
 from tests.support.waiting import PATIENCE_SECONDS, until, until_async
 
 OPERATIONS: Final = ROOT / "docs" / "operations"
-# The proxy's own side is another address of this machine than the sender's: the one that is trusted.
+# The sender and the proxy have different addresses of this machine, and only the proxy's is trusted.
 SENDER: Final = "127.0.0.2"
 PROXY: Final = "127.0.0.1"
 TOKEN: Final = "tokentokentokentokentokentoken01"  # noqa: S105 - of a service that lives for one test
 NGINX: Final = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
-# Around the file that is documented, which is for /etc/nginx/conf.d.
+# The main configuration around the documented file, which belongs in /etc/nginx/conf.d.
 MAIN: Final = """\
 daemon off;
 pid {folder}/nginx.pid;
@@ -46,14 +46,14 @@ http {{
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return an unused port."""
     with socket.create_server((PROXY, 0)) as taken:
         return int(taken.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
 def service(state_template: Path) -> Iterator[RunningService]:
-    """The service as it is run behind a proxy."""
+    """Run the service as it runs behind a proxy."""
     with (
         copied_folder(state_template) as copy,
         running_service(copy, WEBHOOK_TOKENS=TOKEN, TRUSTED_PROXIES=f"{PROXY}/32") as running,
@@ -63,7 +63,7 @@ def service(state_template: Path) -> Iterator[RunningService]:
 
 @pytest.fixture(scope="module")
 def proxy(service: RunningService) -> Iterator[tuple[str, Path]]:
-    """Its address behind nginx, and the folder with nginx's logs."""
+    """Run nginx before the service, and yield its URL and the folder with its logs."""
     openssl = shutil.which("openssl")
     if NGINX is None or openssl is None:
         pytest.skip("this machine has no nginx, or no openssl to make it a certificate")
@@ -107,7 +107,9 @@ def proxy(service: RunningService) -> Iterator[tuple[str, Path]]:
 
 
 async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[str, Path]) -> None:
-    """Senders are known by their address, streams come at once, refusals are the service's own words."""
+    """Behind nginx, events keep the sender's address, streams arrive at once, and the service's own refusals
+    arrive.
+    """
     url, folder = proxy
     tls = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
     tls.check_hostname = False
@@ -127,16 +129,16 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
             async with session.get(f"{url}/orders", headers=bearer) as answer:
                 return answer.status == 200
 
-        # The service looks for new keys once a second.
+        # The service checks for new keys once a second.
         await until_async(knows_the_key)
         async with session.get(f"{url}/events/stream", headers=bearer) as stream:
             assert stream.status == 200
             async with session.put(webhook, json=report, headers=forged) as answer:
                 assert (answer.status, (await answer.json())["outcome"]) == (200, "advanced")
-            # Unless the proxy sends each event on at once, this never ends.
+            # This loop ends only if the proxy forwards each event at once.
             while not (await stream.content.readline()).startswith(b"data: "):
                 pass
-            # A TLS connection that is closed in order would wait for the other side.
+            # An orderly close of a TLS connection would wait for the other side.
             assert stream.connection is not None
             assert stream.connection.transport is not None
             stream.connection.transport.abort()
@@ -163,7 +165,7 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
     def logs() -> str:
         return "".join(log.read_text() for log in folder.glob("*.log"))
 
-    # nginx logs a request after its response; this one is the last.
+    # nginx logs a request after its response, and this request is the last one.
     async with (
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls)) as session,
         session.get(f"{url}/orders/THE-LAST") as answer,
@@ -175,21 +177,21 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
 
 
 def send_broken(host: str, port: int, request: str, tls: ssl.SSLContext | None) -> None:
-    """Send bytes, and read to the end of the connection: by then the request has been handled."""
+    """Send bytes, and read to the end of the connection, when the request has been processed."""
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(socket.create_connection((host, port), PATIENCE_SECONDS))
         if tls is not None:
             connection = stack.enter_context(tls.wrap_socket(connection))
         connection.sendall(request.encode())
         with contextlib.suppress(ConnectionError):
-            # A request that is not whole is never answered.
+            # An incomplete request gets no response.
             while request.endswith("\r\n\r\n") and connection.recv(65_536):
                 pass
 
 
 @asynccontextmanager
 async def port_held(url: str) -> AsyncIterator[None]:
-    """Nobody else listens there meanwhile."""
+    """Hold the port of a URL for the length of the block, so that no other process can listen on it."""
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -200,7 +202,7 @@ async def port_held(url: str) -> AsyncIterator[None]:
 async def test_nginx_tells_no_token_while_the_service_is_away(
     service: RunningService, proxy: tuple[str, Path]
 ) -> None:
-    """The sender gets its 5xx, and what nginx has to say of it is not in a log."""
+    """While the service is down, the sender gets a 5xx, and no log of nginx contains the token."""
     url, folder = proxy
     service.terminate()
     try:
@@ -218,7 +220,7 @@ async def test_nginx_tells_no_token_while_the_service_is_away(
 
 
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
-    """Of the names and the values that this machine's systemd knows, without a warning."""
+    """The unit is accepted by systemd without a warning about its names or values."""
     verify = shutil.which("systemd-analyze")
     if verify is None:
         pytest.skip("this machine has no systemd")
@@ -226,7 +228,7 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
     command = re.search(r"(?m)^ExecStart=(\S+) serve$", documented)
     assert command is not None
     unit = tmp_path / "order-tracking.service"
-    # Any program will do, by a path without the characters that a unit file would have to escape.
+    # Any existing program will do if its path needs no escaping in a unit file.
     unit.write_text(documented.replace(command[1], "/bin/true"), encoding="utf-8")
     done = subprocess.run(
         [verify, "verify", "--man=no", str(unit)],

@@ -1,4 +1,4 @@
-"""The pages in a headless Chromium, against a running service."""
+"""The pages in a headless Chromium that reads from a running service."""
 
 import re
 import shutil
@@ -40,7 +40,8 @@ PAGES: Final = (
 
 BINARY: Final = b"<script>alert(1)</script>\x00\xff" + bytes(range(256)) * 2
 
-# Order number, airway bill, status: an order with every verdict, one with hostile texts, and three plain ones.
+# Order number, airway bill and status of each report: an order with every verdict, one with hostile texts, and
+# three plain ones.
 HISTORY: Final = [
     (ORDER, "", "Diajukan"),
     (ORDER, "", "Diajukan"),
@@ -54,7 +55,7 @@ HISTORY: Final = [
     *((f"KOM-2{number}", "AWB-SHARED", "Diterima") for number in range(3)),
 ]
 
-# Visible texts with a contrast to their background below 4.5, which WCAG 2 (AA) requires.
+# Visible texts whose contrast to their background is below 4.5, the minimum of WCAG 2 (AA).
 LOW_CONTRAST: Final = """() => {
   const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
   const parse = (colour) => {
@@ -85,7 +86,7 @@ LOW_CONTRAST: Final = """() => {
   return low;
 }"""
 
-# Visible controls with neither a text nor a label.
+# Visible controls without a text or a label.
 NAMELESS: Final = """() => [...document.querySelectorAll("a, button, input:not([type=hidden])")]
   .filter((one) => one.checkVisibility() && !one.textContent.trim() && !one.labels?.length)
   .map((one) => one.outerHTML)"""
@@ -118,7 +119,7 @@ class PageMonitor:
 
 @pytest.fixture(scope="module")
 def shop(state_template: Path) -> Iterator[RunningService]:
-    """This module's own service, because its tests count orders."""
+    """Run a service for this module alone, because its tests count orders."""
     with copied_folder(state_template) as copy, measured_service(copy) as service:
         yield service
 
@@ -140,7 +141,7 @@ def browser(playwright: Playwright) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def api(playwright: Playwright, shop: RunningService) -> Iterator[APIRequestContext]:
-    """A client without a browser, after the history was sent."""
+    """Send the history, and return an HTTP client without a browser."""
     context = playwright.request.new_context(base_url=shop.url)
     position = [send(context, *report) for report in HISTORY][-1]
     send_body(context, b'{"order_no":"KOM-3","state":"Dikirim"}')
@@ -155,7 +156,10 @@ Open = Callable[..., Page]
 
 @pytest.fixture
 def opened(browser: Browser, shop: RunningService, api: APIRequestContext) -> Iterator[Open]:
-    """Opens each page in its own browser context. At the end, no page may have recorded a problem."""
+    """Return a function that opens each page in a separate browser context.
+
+    At the end, no page may have recorded a problem.
+    """
     del api
     yield from opening(browser, shop.url)
 
@@ -204,7 +208,9 @@ def entries(page: Page) -> list[str]:
 
 
 def test_an_order_is_found_by_its_number_and_by_any_airway_bill(opened: Open) -> None:
-    """A search with one result opens the order, one with several shows a list, and an empty one says so."""
+    """A search with one result opens the order, one with several shows a list, and one without results reports
+    it.
+    """
     page = opened("/")
     for text in (ORDER, "AWB-1", "AWB-2", f" {ORDER} "):
         search(page, text)
@@ -217,7 +223,9 @@ def test_an_order_is_found_by_its_number_and_by_any_airway_bill(opened: Open) ->
 
 
 def test_a_timeline_needs_no_javascript(opened: Open) -> None:
-    """Without scripts, it has statuses, times in WIB, durations, verdicts, reasons and links to raw reports."""
+    """Without scripts, a timeline has statuses, times in WIB, durations, verdicts, reasons and links to raw
+    reports.
+    """
     page = opened(f"/track/{ORDER}", java_script_enabled=False)
     assert entries(page) == [
         "Submitted", "In transit", "Picked up", "Antar Ulang", "Cancelled", "Out for delivery",
@@ -272,7 +280,7 @@ def test_a_missing_order_version_or_report_has_a_page(opened: Open, path: str) -
 
 
 def test_a_hostile_order_is_shown_unchanged_and_does_nothing(opened: Open) -> None:
-    """HTML stays text, a bidi override does not affect its surroundings, and links lead to this order."""
+    """HTML stays text, a bidi override affects only its own text, and links lead to this order."""
     page = opened("/track")
     page.locator(".order-link", has_text="onerror").click()
     expect(page.get_by_role("heading", level=1).locator("bdi")).to_have_text(HOSTILE, use_inner_text=False)
@@ -316,7 +324,9 @@ def test_reports_appear_without_a_reload(opened: Open, api: APIRequestContext) -
 
 
 def test_the_overview_lists_what_needs_attention(opened: Open, api: APIRequestContext) -> None:
-    """Its numbers equal the API's, its charts have text descriptions, and its lists link to the orders."""
+    """The overview's numbers equal the API's, its charts have text descriptions, and its lists link to the
+    orders.
+    """
     page = opened("/")
     statistics = api.get("/statistics").json()
     orders = sum(row["orders"] for row in statistics["statuses"])
@@ -346,7 +356,9 @@ def test_lists_are_filtered_and_paged(opened: Open, api: APIRequestContext) -> N
 
 
 def test_the_quarantine_shows_bodies_and_commands(opened: Open, api: APIRequestContext) -> None:
-    """It has a list by state, each body as text if possible and as a hex dump, and the commands for it."""
+    """The quarantine has a list by state, each body as text if possible and as a hex dump, and
+    commands for it.
+    """
     page = opened("/")
     page.locator("#quarantine").get_by_role("link", name="Show all").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Quarantine")
@@ -398,7 +410,7 @@ def test_the_language_is_the_browsers_until_another_is_chosen(opened: Open) -> N
 
 
 def test_a_raw_report_opens_over_the_page_and_closes_by_the_keyboard(opened: Open) -> None:
-    """With scripts, a dialog shows it, and the focus returns to its link."""
+    """With scripts, a dialog shows the report, and on close the focus returns to its link."""
     page = opened(f"/track/{ORDER}")
     page.locator("#v6").get_by_role("link", name="Raw report").press("Enter")
     dialog = page.get_by_role("dialog", name=re.compile("Report 6"))
@@ -412,7 +424,7 @@ def test_a_raw_report_opens_over_the_page_and_closes_by_the_keyboard(opened: Ope
 def test_every_page_can_be_read_on_a_phone_in_light_and_dark(opened: Open, locale: str, scheme: str) -> None:
     """Pages fit the width, texts have enough contrast, and landmarks, headings and labels are complete.
 
-    It takes about 7 s, because the browser opens every page.
+    The test takes about 7 s, because the browser opens every page.
     """
     page = opened("/", locale=locale, color_scheme=scheme, viewport={"width": 360, "height": 740})
     for path in PAGES:
@@ -429,7 +441,7 @@ def test_every_page_can_be_read_on_a_phone_in_light_and_dark(opened: Open, local
 
 
 def test_the_keyboard_reaches_the_content(opened: Open) -> None:
-    """The first stop skips to the content, the next one is inside it, and the focus is visible."""
+    """The first stop is a link to the content, the next one is in the content, and the focus is visible."""
     page = opened(f"/track/{ORDER}")
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to main content")).to_be_focused()
@@ -451,10 +463,10 @@ def test_the_keyboard_reaches_the_content(opened: Open) -> None:
 
 @pytest.fixture
 def locked(service: RunningService, state_dir: Path, playwright: Playwright) -> tuple[str, str]:
-    """The URL of a service that requires keys, and a key."""
+    """Return the URL of a service that requires keys, and a key."""
     key = call_command(state_dir, "keys", "create", "people").stdout.split()[-1]
     api = playwright.request.new_context(base_url=service.url)
-    # The service reads new keys once a second.
+    # The service checks for new keys once a second.
     until(lambda: api.get("/track").status == 401)
     api.dispose()
     return service.url, key

@@ -1,4 +1,4 @@
-"""The README is true: its commands run unchanged, and its tables and links agree with the code."""
+"""The README's commands run unchanged, and its tables and links agree with the code."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ STATUSES_PAGE = (ROOT / "docs" / "statuses.md").read_text(encoding="utf-8")
 WORDS_MAX = 1_800
 IMAGES_BYTES_MAX = 200_000
 
-# Text that differs from one run to the next. Everything else is compared unchanged.
+# Text that differs between runs. All other text is compared unchanged.
 VARYING = {
     r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}": "ID",
     r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)": "TIME",
@@ -29,7 +29,7 @@ VARYING = {
 
 
 def steps() -> list[tuple[str, str]]:
-    """Each command of the README's console blocks, with its written output."""
+    """Return each command of the README's console blocks with its documented output."""
     found = []
     for block in re.findall(r"^```console\n(.*?)^```", README, re.MULTILINE | re.DOTALL):
         for step in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
@@ -39,7 +39,7 @@ def steps() -> list[tuple[str, str]]:
 
 
 def pattern_of(written: str) -> str:
-    """A pattern for written output, in which three dots stand for any text."""
+    """Return a pattern for documented output, in which three dots stand for any text."""
     return r".*?".join(re.escape(part) for part in levelled(written).strip().split("..."))
 
 
@@ -51,9 +51,9 @@ def levelled(text: str) -> str:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the README's commands use curl")
 def test_the_first_five_minutes_are_true(service: RunningService, tmp_path: Path) -> None:
-    """Every command of the README, run in order against a new service, prints its written output.
+    """Every command of the README, run in order with a new service, prints its documented output.
 
-    It takes about 7 s, since each command is a process.
+    The test takes about 7 s, because each command is a process.
     """
     tool = tmp_path / "order-tracking"
     tool.write_text(
@@ -83,7 +83,7 @@ def test_the_first_five_minutes_are_true(service: RunningService, tmp_path: Path
 
 
 def test_the_diagram_draws_legal_moves_only() -> None:
-    """Each arrow is a move that advances and skips no stage, and the diagram has every status."""
+    """Each arrow is a move that advances without skipped stages, and the diagram has every status."""
     (diagram,) = re.findall(r"^```mermaid\nstateDiagram-v2\n(.*?)^```", STATUSES_PAGE, re.MULTILINE | re.DOTALL)
     arrows = re.findall(r"^ +(\S+) --> (\S+)$", diagram, re.MULTILINE)
     drawn = {name for arrow in arrows for name in arrow if name != "[*]"}
@@ -106,13 +106,13 @@ def test_every_setting_is_in_the_table() -> None:
 
 
 def test_its_files_exist() -> None:
-    """Every link to a file and every path of code leads to a file."""
+    """Every link to a file and every path of a source file leads to an existing file."""
     for path in re.findall(r"\]\((docs/[^)]+)\)|`((?:service|domain|projections)/[\w/]+\.py)`", README):
         assert (ROOT / (path[0] or path[1])).is_file(), path
 
 
 def test_it_is_short() -> None:
-    """Longer explanations belong in docs/, and its pictures load quickly."""
+    """The README is short, and its two pictures are small enough to load quickly."""
     assert len(README.split()) <= WORDS_MAX
     images = re.findall(r"!\[[^\]]+\]\((docs/images/[^)]+)\)", README)
     assert len(images) == 2

@@ -1,4 +1,4 @@
-"""The clients of Komerce's documentation, as they stand there, send to a service that really runs."""
+"""The client samples of Komerce's documentation send reports to a running service."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 
 CNOTE = "JX1234567890"
 
-# Word for word, but for the placeholders, which are filled in as the sender would.
+# The samples are verbatim except for the placeholders, which the test fills in like the sender.
 CURL = """\
 curl --location --request PUT 'your_webhook_handler_url' \\
 --header 'accept: application/json' \\
@@ -145,13 +145,13 @@ PLACEHOLDERS = {
     "{{ awb }}": "%(awb)s",
     "{{ status }}": "%(status)s",
 }
-# What JSON.stringify makes of a body, and what the others send as it is written.
+# The body that JSON.stringify makes, and the body that the other clients send as written.
 COMPACT = '{"order_no":"%s","cnote":"%s","status":"%s"}'
 WRITTEN = '{\n"order_no": "%s",\n"cnote": "%s",\n"status": "%s"\n}'
 
 
 class Sample(NamedTuple):
-    """A sample of the documentation, the file that it goes into, and what runs that."""
+    """A sample of the documentation, its file name, and the function that runs it."""
 
     client: Callable[[Path, str], str]
     file: str
@@ -159,11 +159,11 @@ class Sample(NamedTuple):
 
 
 def run(folder: Path, *command: str, seconds_max: float = PATIENCE_SECONDS) -> str:
-    """Run a client; what it prints."""
+    """Run a client, and return its output."""
     done = subprocess.run(
         command,
         cwd=folder,
-        # Go's cache is where it always is, or it would build its library anew.
+        # Keep the environment, so that Go finds its usual cache and does not build its library again.
         env={name: value for name, value in os.environ.items() if not name.startswith("ORDER_TRACKING_")},
         capture_output=True,
         text=True,
@@ -210,7 +210,7 @@ def php(folder: Path, file: str) -> str:
     need("php")
     if "curl" not in run(folder, "php", "-m").split():
         pytest.skip("this PHP has no curl")
-    # Newer ones say that curl_close does nothing any more.
+    # Newer versions of PHP print a notice that curl_close has no effect.
     return run(folder, "php", "-d", "display_errors=0", file)
 
 
@@ -232,7 +232,7 @@ def go(folder: Path, file: str) -> str:
 def test_a_documented_client_is_understood_and_gets_its_receipt(
     shared_service: RunningService, tmp_path: Path, sample: Sample, body: str
 ) -> None:
-    """By PUT as in its sample, and by POST as in the tips; its very bytes are recorded."""
+    """Each sample works by PUT as documented and by POST as in the tips, and its exact body is recorded."""
     order_no = f"KOM-{uuid4().hex[:8]}"
     for version, (method, status) in enumerate([("PUT", "Dijemput"), ("POST", "Dikirim")], 1):
         text = sample.text.replace("PUT", method).replace("'put'", f"'{method.lower()}'")

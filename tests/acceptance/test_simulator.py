@@ -1,4 +1,4 @@
-"""The simulated Komerce against a running service: its accounts agree, and a forged one does not."""
+"""The account of the simulated Komerce agrees with a running service, and disagrees with a forged one."""
 
 import asyncio
 import contextlib
@@ -62,7 +62,7 @@ def wait_for_events(service: RunningService, more: int) -> None:
 
 
 def test_with_duplicates_and_reordering_nothing_is_lost_or_doubled(shared_service: RunningService) -> None:
-    """Without a rate limit, the account agrees, and every report of it is in the log."""
+    """Without a rate limit, the account agrees, and every report of the run is in the log."""
     service = shared_service
     done = run_command(
         service.state_dir,
@@ -83,7 +83,9 @@ def test_with_duplicates_and_reordering_nothing_is_lost_or_doubled(shared_servic
 
 
 def test_the_account_agrees_with_every_trouble(state_dir: Path) -> None:
-    """It also agrees with a token, a signature and API keys; a missing or wrong key is one error line."""
+    """The account also agrees with a token, a signature and API keys; a missing or wrong key is one
+    error line.
+    """
     guards = {"WEBHOOK_TOKENS": TOKEN, "WEBHOOK_HMAC_SECRET": SECRET}
     with running_service(state_dir, **guards) as service:
         key = call_command(state_dir, "keys", "create", "simulator").stdout.strip()
@@ -178,10 +180,10 @@ async def test_a_disagreeing_account_is_exit_1(shared_service: RunningService) -
 
 
 async def test_a_run_from_the_registration_to_the_account(shared_service: RunningService) -> None:
-    """Pushes begin with a registration; an unreachable URL is deactivated until another one is registered.
+    """The pushes start after a registration, and an unreachable URL is deactivated until the next registration.
 
-    Without --listen, a deactivated webhook ends the run with its account and exit code 1.
-    The test takes about 8 s, because an order is given up after several retries.
+    Without --listen, a deactivated webhook ends the run with its account and exit code 1. The test takes about
+    8 s, because an order is given up after several retries.
     """
     service = shared_service
     settings = {"KOMERCE_API_KEY": "a-key-of-ours"}
@@ -231,7 +233,7 @@ async def test_a_run_from_the_registration_to_the_account(shared_service: Runnin
     account = numbers(output)
     assert account["given up"] >= GIVEN_UP_MAX
     assert account["recorded"] == account["sent"] - account["given up"]
-    # A report that is given up is never acknowledged, so the run fails.
+    # A report that was given up is never acknowledged, so the run fails.
     assert (simulator.returncode, account["lost"], account["doubled"]) == (1, 0, 0)
     assert single.returncode == 1
     assert "the webhook was deactivated after 0 of 100 orders" in ended
@@ -241,7 +243,7 @@ async def test_a_run_from_the_registration_to_the_account(shared_service: Runnin
 
 
 def test_ctrl_c_stops_the_run_and_prints_the_account(shared_service: RunningService) -> None:
-    """The account agrees although reports were in flight."""
+    """After Ctrl-C, the account agrees although reports were in flight."""
     service = shared_service
     arguments = ("simulate", "--orders", "1000", "--rate", "200", "--url", f"{service.url}/webhook")
     with background_command(service.state_dir, *arguments) as simulator:
@@ -254,7 +256,7 @@ def test_ctrl_c_stops_the_run_and_prints_the_account(shared_service: RunningServ
 
 
 def test_on_a_terminal_the_progress_is_live(shared_service: RunningService) -> None:
-    """A bar shows the reports and their rate, and is redrawn."""
+    """A progress bar shows the reports and their rate, and is redrawn."""
     service = shared_service
     terminal, end = pty.openpty()
     seen = bytearray()
