@@ -1,6 +1,6 @@
-"""``make bench``: measure against the named baselines, on one real PostgreSQL, and print the ratios.
+"""``make bench``: measure the service and its baselines on one real PostgreSQL, and print the ratios.
 
-It measures and asserts nothing: a missed target is said, and the exit code is 0 all the same.
+It measures and asserts nothing: it prints a missed target, and still exits with 0.
 """
 
 import argparse
@@ -31,7 +31,7 @@ EVENTS: Final = 400_000
 
 
 class Server:
-    """The PostgreSQL of one run, with its default settings, and a database for each thing that is measured."""
+    """The PostgreSQL server of a run, with its default settings and a database for each measurement."""
 
     def __init__(self, folder: Path) -> None:
         self._embedded = EmbeddedPostgres(folder)
@@ -44,12 +44,12 @@ class Server:
         self._embedded.stop()
 
     def version(self) -> str:
-        """The server's own version."""
+        """Return the version of the server."""
         with psycopg.connect(self._embedded.dsn) as connection:
             return str(connection.execute("SHOW server_version").fetchone()[0])  # type: ignore[index]
 
     def database(self, name: str, *, with_schema: bool = False) -> str:
-        """Make a database and return its DSN."""
+        """Create a database and return its DSN."""
         with psycopg.connect(self._embedded.dsn, autocommit=True) as connection:
             connection.execute(psycopg.sql.SQL("CREATE DATABASE {}").format(psycopg.sql.Identifier(name)))
         dsn = self._embedded.dsn.replace(f"/{MAIN_DATABASE}?", f"/{name}?")
@@ -90,12 +90,12 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure what was asked for."""
+    """Run the selected measurements."""
     arguments = _arguments()
-    # Ended from outside, it ends what it started all the same.
+    # On SIGTERM, exit in order, so that every started process ends.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="order-tracking-bench-"))
-    # For the server's own user, where root measures.
+    # If root runs the benchmarks, the server's own user must be able to enter the folder.
     folder.chmod(0o711)
     try:
         with Server(folder / "state") as server:

@@ -1,7 +1,7 @@
-"""What the service is measured against over HTTP: each an aiohttp application in a process of its own.
+"""The HTTP baselines of the service, each an aiohttp application in a separate process.
 
-``python -m tests.benchmarks.baselines nothing PORT ANSWERS`` parses, stores nothing and answers;
-``python -m tests.benchmarks.baselines library PORT DSN`` records by the eventsourcing library's own means.
+``python -m tests.benchmarks.baselines nothing PORT ANSWERS`` parses a body, stores nothing and responds.
+``python -m tests.benchmarks.baselines library PORT DSN`` records with the eventsourcing library's own classes.
 """
 
 import asyncio
@@ -22,16 +22,16 @@ from psycopg.conninfo import conninfo_to_dict
 from domain.order import Arrival, Order, Report
 from tests.benchmarks.load import WEBHOOK_PATH
 
-# The threads of the library's application, and its connections. Tried were 4, 8, 16 and 32: since each of its
-# commits locks the table, more threads only wait for it and for each other.
+# The threads and connections of the library's application. 4, 8, 16 and 32 were tried: because each commit
+# locks the table, more threads only wait for the lock and for each other.
 LIBRARY_THREADS: Final = 4
 
 
 def do_nothing(answers: dict[str, Any]) -> web.Application:
-    """Parse the same body as the service does, store nothing, and answer as much as the service does.
+    """Parse the same body as the service, store nothing, and send responses of the same size.
 
     Args:
-        answers: ``receipt`` and ``order``, the bodies to answer with, and ``receipt_headers`` and
+        answers: ``receipt`` and ``order``, the bodies of the responses, and ``receipt_headers`` and
             ``order_headers``.
     """
     receipt, order = answers["receipt"].encode(), answers["order"].encode()
@@ -50,10 +50,10 @@ def do_nothing(answers: dict[str, Any]) -> web.Application:
 
 
 class Orders(Application[str]):
-    """The library's application: its repository, its recorder, its transcoder."""
+    """The library's application with its own repository, recorder and transcoder."""
 
     def record(self, raw: bytes) -> dict[str, Any]:
-        """Record one report, and answer when it is committed."""
+        """Record one report, and return its receipt after the commit."""
         body = orjson.loads(raw)
         order_no, status = body["order_no"], body["status"]
         arrival = Arrival(str(uuid4()), datetime.now(UTC))
@@ -78,7 +78,7 @@ class Orders(Application[str]):
 
 
 def library(dsn: str) -> web.Application:
-    """Record by the library's Application and its own PostgreSQL recorder as they come, in threads."""
+    """Record each report at once with the library's Application and PostgreSQL recorder, in threads."""
     parts = conninfo_to_dict(dsn)
     orders = Orders(
         env={

@@ -1,4 +1,4 @@
-"""Load over HTTP: by wrk where it is on the PATH, else by a generator of our own in a process of its own."""
+"""HTTP load from wrk if it is on the PATH, otherwise from our own generator in a separate process."""
 
 import json
 import random
@@ -19,11 +19,12 @@ from tests.support.load import request_all
 
 CONNECTIONS: Final = 64
 STATUSES: Final = ("Diajukan", "Dijemput", "Dikirim", "Diterima")
-# An order's next report comes after those of so many others: in life hours lie between them.
+# The next report of an order follows the reports of this many other orders, because hours lie between them in
+# practice.
 ORDERS_INTERLEAVED: Final = 512
-# A generator that does not end with its load is ended.
+# A generator that exceeds its time by this much is ended.
 OVERTIME_SECONDS_MAX: Final = 30
-# Tokens are on: it is as it would be on the open internet.
+# Tokens are enabled, as on the open internet.
 WEBHOOK_TOKEN: Final = "a-token-of-the-benchmarks"  # noqa: S105 - of a service that lives for one run
 WEBHOOK_PATH: Final = f"/webhook/{WEBHOOK_TOKEN}"
 OWN: Final = "an asyncio generator of our own (wrk is not on the PATH)"
@@ -55,28 +56,30 @@ end
 
 
 def generator() -> str:
-    """The name of what makes the load on this machine."""
+    """Return the name of the load generator on this machine."""
     return "wrk -t1" if shutil.which("wrk") else OWN
 
 
 def order_number(run: int, order: int) -> str:
-    """The number of an order of a run: of equal length for all, so that every request is."""
+    """Return the number of an order of a run. All numbers have the same length, so that all requests do."""
     return f"KOM{run:03d}{order:07d}"
 
 
 def report(run: int, order: int, status: str) -> bytes:
-    """The body of a webhook."""
+    """Return the body of a webhook."""
     text = f'{{"order_no":"{order_number(run, order)}","cnote":"JNE{run:03d}{order:07d}","status":"{status}"}}'
     return text.encode()
 
 
 class Reports(NamedTuple):
-    """Webhooks: four for each order, new orders all the time; ``run`` tells those of one load from others'."""
+    """Endless webhooks, four for each order. ``run`` distinguishes the orders of one load from those of
+    another.
+    """
 
     run: int
 
     def lua(self) -> str:
-        """The same as ``requests``, for wrk."""
+        """Return the same requests as a wrk script."""
         samples = [_put(report(self.run, 0, status)).decode().split("0000000") for status in STATUSES]
         return LUA_REPORTS % {
             "heads": ", ".join(_quoted(head) for head, _, _ in samples),
@@ -88,7 +91,7 @@ class Reports(NamedTuple):
         }
 
     def requests(self) -> Iterator[bytes]:
-        """Requests without end."""
+        """Yield requests without end."""
         first = 0
         while True:
             for status in STATUSES:
@@ -98,18 +101,18 @@ class Reports(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """Reads of the first ``orders`` orders of a run, at random."""
+    """Reads of random orders among the first ``orders`` orders of a run."""
 
     run: int
     orders: int
 
     def lua(self) -> str:
-        """The same as ``requests``, for wrk."""
+        """Return the same requests as a wrk script."""
         head, tail = _get(order_number(self.run, 0)).decode().split("0000000")
         return LUA_READS % {"orders": self.orders, "head": _quoted(head), "tail": _quoted(tail)}
 
     def requests(self) -> Iterator[bytes]:
-        """Requests without end."""
+        """Yield requests without end."""
         every = [_get(order_number(self.run, order)) for order in range(self.orders)]
         chosen = random.Random(self.orders)
         while True:
@@ -117,7 +120,7 @@ class Reads(NamedTuple):
 
 
 class Load(NamedTuple):
-    """What came of a load: answers with 200, requests that got another answer or none, and how long it took."""
+    """The result of a load: 200 responses, requests with another response or none, and the duration."""
 
     answered: int
     failed: int
@@ -126,12 +129,12 @@ class Load(NamedTuple):
 
     @property
     def per_second(self) -> float:
-        """Answers with 200, a second."""
+        """Return the number of 200 responses a second."""
         return self.answered / self.seconds
 
 
 def run(requests: Reports | Reads, port: int, seconds: int, folder: Path) -> Load:
-    """Send requests for some seconds, by CONNECTIONS connections without pipelining."""
+    """Send requests for some seconds over CONNECTIONS connections without pipelining."""
     time_max = seconds + OVERTIME_SECONDS_MAX
     if wrk := shutil.which("wrk"):
         script = folder / "load.lua"
@@ -152,7 +155,7 @@ def _output(command: list[str], seconds_max: float) -> str:
 
 
 def _quoted(text: str) -> str:
-    # What JSON escapes, Lua reads alike.
+    # JSON and Lua have the same escapes for these texts.
     return json.dumps(text)
 
 

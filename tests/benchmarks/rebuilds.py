@@ -1,7 +1,7 @@
-"""The rebuild of both views from the log, against the same tables made by SQL alone.
+"""The rebuild of both views from the log, compared with the same tables made by SQL alone.
 
-``python -m tests.benchmarks.rebuilds DSN`` rebuilds as ``replay`` does, and prints how long it took and the
-most memory that the process had.
+``python -m tests.benchmarks.rebuilds DSN`` rebuilds the views as ``replay`` does, and prints the duration and
+the peak memory of the process.
 """
 
 import json
@@ -32,14 +32,15 @@ from service.maintenance.replay import rebuild_views
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, ratio, resident_mb
 
-# Those that hold a row for every order and every event; the statistics are counters beside them.
+# The views with a row for every order and every event; the statistics are only counters.
 VIEWS: Final = [view for view in ALL_VIEWS if view.name in ("current_status", "timeline")]
 SEED: Final = 20_260_101
 RUN: Final = 999
 REPORTS_BY_ORDER: Final = 4
-# Reports of all orders, a millisecond after each other.
+# The reports of all orders arrive a millisecond apart.
 FIRST_RECEIVED_AT: Final = datetime(2026, 1, 1, tzinfo=UTC)
-# Of twenty orders most go straight; the others bring each verdict, skipped stages and second airway bills.
+# Of twenty orders, sixteen take the happy path. The others have every verdict, skipped stages and second airway
+# bills.
 JOURNEYS: Final = (
     *((load.STATUSES,) * 16),
     ("Diajukan", "Dikirim", "Dikirim", "Diterima"),
@@ -51,7 +52,7 @@ JOURNEYS: Final = (
 ROUNDS: Final = 3
 REBUILD_SECONDS_MAX: Final = 120
 RATIO_MIN: Final = 1.5
-# The rebuild of the whole log may have this much more memory than that of a part of it.
+# The rebuild of the whole log may use this multiple of the memory for a part of it.
 MEMORY_RATIO_MAX: Final = 1.2
 SMALL_LOG_SHARE: Final = 4
 
@@ -61,13 +62,16 @@ COPY_EVENTS: Final = """
 
 
 class Log(NamedTuple):
-    """A log of so many orders with so many reports each, the orders shuffled, each order's reports in order."""
+    """A log of some orders with the same number of reports each.
+
+    The orders are shuffled, and the reports of each order are in sequence.
+    """
 
     orders: int
     reports: int = REPORTS_BY_ORDER
 
     def report(self, order: int, number: int = 0) -> bytes:
-        """The body of one report."""
+        """Return the body of a report."""
         journey = JOURNEYS[order % len(JOURNEYS)]
         body = load.report(RUN, order, journey[number % len(journey)])
         if order % len(JOURNEYS) >= len(JOURNEYS) - 4 and number % 4 == 2:
@@ -75,7 +79,7 @@ class Log(NamedTuple):
         return body
 
     def events(self) -> Iterator[tuple[str, int, str, bytes]]:
-        """The log's rows, judged by the domain and encoded as the service does both."""
+        """Yield the log's rows, decided and encoded like those of the service."""
         arrivals = [order for order in range(self.orders) for _ in range(self.reports)]
         chosen = random.Random(SEED)
         chosen.shuffle(arrivals)
@@ -97,14 +101,15 @@ class Log(NamedTuple):
                 copy.set_types(["text", "bigint", "text", "bytea"])
                 for row in self.events():
                     copy.write_row(row)
-            # As autovacuum would: neither contender is to pay for it.
+            # Do what autovacuum would do, so that neither side pays for it.
             connection.execute("VACUUM (ANALYZE) order_events")
             connection.execute("CHECKPOINT")
 
 
-# The baseline, as well as it could be written: tried were json and jsonb, json_to_record, jsonb_to_record
-# (0.2 of the time more), a materialized CTE (0.3 more), and for the orders joins, windows and maxima of strings
-# (0.3 more of theirs). Each event's JSON is parsed once; all else comes from the columns that this gave.
+# The baseline, in the fastest form that was found. These forms were slower: json and jsonb, json_to_record,
+# jsonb_to_record (by 0.2 of the time), a materialized CTE (by 0.3), and for the orders joins, windows and
+# maxima of strings (by 0.3 of their time). The JSON of each event is parsed once, and every column comes from
+# the result.
 MAKE_ENTRIES: Final = """
     CREATE TABLE entries AS
     SELECT originator_id AS order_no, originator_version AS version, notification_id AS position,
@@ -163,7 +168,7 @@ ORDER_COLUMNS: Final = (
     ),
     *("first_reported_at", "last_reported_at", "advanced", "repeated", "late", "refused", "unrecognised"),
 )
-# By column: the table of ours, and its columns.
+# Our table, the table made by SQL, and their columns.
 COMPARED: Final = (
     ("timeline.entries", "entries", timeline.COLUMNS),
     ("current_status.orders", "orders", ORDER_COLUMNS),
@@ -179,7 +184,7 @@ COUNT_DIFFERENCES: Final = """
 
 
 def rebuild_by_sql(dsn: str) -> float:
-    """Make the tables of both views by SQL alone, on one connection; return the seconds that it took."""
+    """Make the tables of both views by SQL alone on one connection, and return the duration in seconds."""
     with psycopg.connect(dsn, autocommit=True) as connection:
         connection.execute("DROP SCHEMA IF EXISTS by_sql CASCADE; CREATE SCHEMA by_sql")
         connection.execute("SET search_path TO by_sql, public")
@@ -193,7 +198,7 @@ def rebuild_by_sql(dsn: str) -> float:
 
 
 def count_differences(dsn: str) -> int:
-    """Count the rows that only one of the two has."""
+    """Count the rows that only one of the two results has."""
     found = 0
     with psycopg.connect(dsn, autocommit=True) as connection:
         for ours, theirs, columns in COMPARED:
@@ -204,7 +209,7 @@ def count_differences(dsn: str) -> int:
 
 
 class Rebuild(NamedTuple):
-    """A rebuild by the service's own code, in a process of its own."""
+    """The duration and the peak memory of a rebuild by the service's own code in a separate process."""
 
     seconds: float
     memory_mb: float
@@ -234,7 +239,7 @@ async def _rebuild(dsn: str) -> Rebuild:
 
 
 def measure_rebuild(small_dsn: str, large_dsn: str, events: int) -> Iterator[Row]:
-    """The rebuild's speed against SQL's, in turns, and its memory at two sizes of the log."""
+    """Compare the rebuild's speed with SQL's, in turns, and its memory at two sizes of the log."""
     large = Log(events // REPORTS_BY_ORDER)
     small = Log(large.orders // SMALL_LOG_SHARE)
     small.write(small_dsn)

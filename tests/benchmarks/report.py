@@ -1,4 +1,4 @@
-"""What is printed: the machine, and a row for each thing that was measured."""
+"""The printed report: the machine, and a row for each measurement."""
 
 import os
 import platform
@@ -17,14 +17,14 @@ out = Console(width=WIDTH_CHARACTERS, highlight=False)
 
 
 class Row(NamedTuple):
-    """One thing measured.
+    """A measurement.
 
     Args:
-        what: was measured.
-        measured: with its unit; ``x`` for a ratio.
-        to_reach: the same.
-        is_met: whether it was reached; None where the measurement itself is not valid.
-        figures: the absolute ones behind it.
+        what: the measured quantity.
+        measured: the value with its unit; ``x`` for a ratio.
+        to_reach: the target, in the same form.
+        is_met: whether the target was reached; None if the measurement is invalid.
+        figures: the absolute values behind the result.
     """
 
     what: str
@@ -35,13 +35,13 @@ class Row(NamedTuple):
 
 
 def ratio(what: str, measured: float, figures: str, *, least: float = 0, most: float = 0) -> Row:
-    """A row whose target is a least or a most ratio."""
+    """Return a row whose target is a minimum or a maximum ratio."""
     is_met = measured >= least if least else measured <= most
     return Row(what, f"{measured:.2f}", f">= {least:.2f}" if least else f"<= {most:.2f}", is_met, figures)
 
 
 def machine(postgresql: str, generator: str) -> str:
-    """What the figures were measured on."""
+    """Describe the machine of the measurement."""
     gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return (
         f"{os.cpu_count()} cores of {_cpu_model()}, {gigabytes:.0f} GB, "
@@ -52,7 +52,7 @@ def machine(postgresql: str, generator: str) -> str:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Print the rows, and say which targets are missed."""
+    """Print the rows and the missed targets."""
     table = Table("what", "measured", "to reach", "", "figures (median of the rounds)", show_lines=True)
     for row in rows:
         verdict = {True: ("ok", "green"), False: ("MISSED", "red"), None: ("INVALID", "bold red")}[row.is_met]
@@ -70,9 +70,9 @@ class Memory(NamedTuple):
 
 
 def resident_mb(pid: int) -> Memory:
-    """Measure a process. Where only the present size can be told, it stands for the greatest too.
+    """Measure a process. If only its present size is available, that also stands for the peak.
 
-    Not by getrusage: a new process inherits the greatest size of the one that started it.
+    getrusage is not suitable: a new process inherits the peak of the process that started it.
     """
     status = Path(f"/proc/{pid}/status")
     if status.exists():

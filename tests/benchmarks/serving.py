@@ -1,7 +1,7 @@
-"""The rows that are measured over HTTP: a real ``serve`` process against the baselines, in turns.
+"""The measurements over HTTP: a real ``serve`` process and the baselines, in turns.
 
-The machine is shared with PostgreSQL, the load generator and whoever else is on it, so every round measures
-each contender once, and what counts is the median of the ratios within the rounds.
+PostgreSQL, the load generator and other programs share the machine. Therefore every round measures each
+contender once, and the result is the median of the ratios within the rounds.
 """
 
 import http.client
@@ -27,14 +27,14 @@ from tests.benchmarks.report import Row, out, ratio, resident_mb
 ROOT: Final = Path(__file__).resolve().parents[2]
 ROUNDS: Final = 3
 WARM_SECONDS: Final = 2
-# Of webhooks, for the orders that are read.
+# The seconds of webhooks that create the orders to read.
 SEED_SECONDS: Final = 4
 START_SECONDS_MAX: Final = 30.0
 STOP_SECONDS_MAX: Final = 20.0
 CATCH_UP_SECONDS_MAX: Final = 60.0
 LOOK_SECONDS: Final = 0.02
 
-# A history longer than any order's, and how often a report is recorded into it and into a short one.
+# A history longer than that of any real order, and the number of reports recorded into it and into a short one.
 LONG_HISTORY_EVENTS: Final = 10_000
 HISTORY_REPORTS: Final = 400
 HISTORY_RATIO_MAX: Final = 1.1
@@ -47,7 +47,7 @@ IS_BEHIND: Final = """
         WHERE notification_id > least(
             (SELECT position FROM current_status.projection), (SELECT position FROM timeline.projection)))
 """
-# Each report is sent once, so one that is there twice was doubled.
+# Each report is sent once, so a body that is recorded twice was doubled.
 COUNT_EVENTS: Final = """
     SELECT count(*), count(*) - count(DISTINCT md5(convert_from(state, 'UTF8')::json ->> 'body'))
     FROM order_events
@@ -55,13 +55,13 @@ COUNT_EVENTS: Final = """
 
 
 class Process(NamedTuple):
-    """A server under load."""
+    """A server process under load."""
 
     pid: int
     port: int
 
     def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[str, dict[str, str]]:
-        """Return the body of an answer, and the headers that the handler set."""
+        """Return the body of a response, and the headers that the handler set."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START_SECONDS_MAX)
         connection.request(method, path, body)
         answer = connection.getresponse()
@@ -73,14 +73,14 @@ class Process(NamedTuple):
 
 @contextmanager
 def _process(folder: Path, module: str, *arguments: str, **settings: str) -> Iterator[Process]:
-    """Run a module that listens on the port of its arguments or of ORDER_TRACKING_PORT."""
+    """Run a module that listens on the port in its arguments or in ORDER_TRACKING_PORT."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ORDER_TRACKING_")}
     environment = {**inherited, "PYTHONPATH": str(ROOT), "ORDER_TRACKING_PORT": str(port), **settings}
     words = [str(port) if argument == "PORT" else argument for argument in arguments]
     errors = folder / f"{module}-{port}.log"
-    # Elsewhere than in the project, where a .env may lie.
+    # Run it outside the project, which may contain a .env file.
     with errors.open("wb") as log:
         child = subprocess.Popen(
             [sys.executable, "-m", module, *words],
@@ -114,12 +114,12 @@ def _listens(port: int) -> bool:
 
 
 class Contest:
-    """The service, on a database of its own, and what it is measured against.
+    """The service on its own database, and its baselines.
 
     Args:
-        dsn: of an empty database.
-        folder: for scripts and logs.
-        seconds: of each load.
+        dsn: the DSN of an empty database.
+        folder: the folder for scripts and logs.
+        seconds: the duration of each load.
     """
 
     _runs = itertools.count(1)
@@ -153,7 +153,7 @@ class Contest:
         return self._stack.enter_context(_process(self._folder, module, *arguments, **settings))
 
     def start_nothing(self) -> Process:
-        """Start the handler that does nothing, with answers of the size that the service's have."""
+        """Start the handler that does nothing, with responses of the same size as the service's."""
         bodies = [load.report(0, 0, status) for status in load.STATUSES]
         receipts = [self.ours.ask("PUT", load.WEBHOOK_PATH, body) for body in bodies]
         receipt, receipt_headers = receipts[-1]
@@ -169,11 +169,11 @@ class Contest:
         return self._start("tests.benchmarks.baselines", "nothing", "PORT", json.dumps(answers))
 
     def start_library(self, dsn: str) -> Process:
-        """Start the library's own application, on a database of its own."""
+        """Start the library's own application on a separate database."""
         return self._start("tests.benchmarks.baselines", "library", "PORT", dsn)
 
     def send_reports(self, target: Process, seconds: int) -> tuple[load.Load, load.Reports]:
-        """Load a contender with webhooks; where it is ours, wait for the views thereafter."""
+        """Load a contender with webhooks. If it is the service, wait for its views afterwards."""
         self._database.execute("CHECKPOINT")
         reports = load.Reports(next(self._runs))
         done = load.run(reports, target.port, seconds, self._folder)
@@ -185,7 +185,7 @@ class Contest:
         return done, reports
 
     def rounds(self, *targets: Process) -> list[list[load.Load]]:
-        """Load every contender with webhooks, in turns; the results of each."""
+        """Load every contender with webhooks, in turns, and return the results of each."""
         for target in targets:
             self.send_reports(target, WARM_SECONDS)
         results: list[list[load.Load]] = [[] for _ in targets]
@@ -195,7 +195,7 @@ class Contest:
         return results
 
     def wait_for_views(self) -> float:
-        """Wait until both views have the whole log; return the seconds that it took."""
+        """Wait until both views have the whole log, and return the duration in seconds."""
         began = time.monotonic()
         while self._database.execute(IS_BEHIND).fetchone() == (True,):
             if time.monotonic() > began + CATCH_UP_SECONDS_MAX:
@@ -204,9 +204,9 @@ class Contest:
         return time.monotonic() - began
 
     def fault(self) -> str | None:
-        """What is wrong with the log after all loads, in the light of what was answered; None if nothing."""
+        """Compare the log with the responses after all loads, and return the first fault or None."""
         events, doubled = self._database.execute(COUNT_EVENTS).fetchone() or (0, 0)
-        # What was on its way when the generator stopped is recorded, and its answer was not waited for.
+        # Requests in flight when the generator stopped are recorded, but their responses were not read.
         unseen_max = self.loads * load.CONNECTIONS
         if self.failed:
             return f"{self.failed} webhooks were not answered with 200"
@@ -218,7 +218,10 @@ class Contest:
 
 
 def measure_webhooks(dsn: str, library_dsn: str | None, folder: Path, seconds: int) -> Iterator[Row]:
-    """Webhooks under full load: throughput, p99, memory; against the library where its database is given."""
+    """Measure throughput, p99 and memory under full load with webhooks.
+
+    If ``library_dsn`` is given, the library's application is a further baseline.
+    """
     with Contest(dsn, folder, seconds) as contest:
         targets = [contest.start_nothing(), contest.ours]
         if library_dsn is not None:
@@ -275,11 +278,11 @@ def measure_webhooks(dsn: str, library_dsn: str | None, folder: Path, seconds: i
 
 
 def measure_reads(dsn: str, folder: Path, seconds: int) -> Row:
-    """Reads of single orders, at random, against a handler with an answer of the same size and headers."""
+    """Measure reads of random orders against a handler with responses of the same size and headers."""
     with Contest(dsn, folder, seconds) as contest:
         nothing = contest.start_nothing()
         done, reports = contest.send_reports(contest.ours, SEED_SECONDS)
-        # Of the last block not every order was reported of.
+        # The last block may lack reports of some orders.
         orders = done.answered // len(load.STATUSES) - load.ORDERS_INTERLEAVED
         reads = load.Reads(reports.run, orders)
         results: list[tuple[load.Load, load.Load]] = []
@@ -306,7 +309,7 @@ def measure_reads(dsn: str, folder: Path, seconds: int) -> Row:
 
 
 def measure_history(dsn: str, folder: Path) -> Row:
-    """One webhook after the other, into an order of a long history and into one of a single event, in turns."""
+    """Measure single webhooks for an order with a long history and for fresh orders, in turns."""
     with Contest(dsn, folder, 0) as contest:
         long = Log(orders=1, reports=LONG_HISTORY_EVENTS)
         long.write(dsn)
@@ -324,7 +327,7 @@ def measure_history(dsn: str, folder: Path) -> Row:
             return took * 1e3
 
         send(load.report(0, 0, load.STATUSES[0]))
-        # Nothing of the long one is in this process yet: like every fresh one it is looked up.
+        # The process has not cached the order with the long history yet, so it is looked up like a fresh one.
         first_long = send(long.report(0))
         long_ms, fresh_ms = [], []
         for number in range(1, HISTORY_REPORTS + 1):

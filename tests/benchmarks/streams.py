@@ -1,4 +1,4 @@
-"""What live readers cost: webhooks under full load with many of them, and without."""
+"""The cost of live readers: the throughput of webhooks with many of them and without."""
 
 import asyncio
 import statistics
@@ -15,12 +15,12 @@ from tests.benchmarks.report import Row, ratio
 from tests.benchmarks.serving import ROUNDS, WARM_SECONDS, Contest
 
 READERS: Final = 500
-# Until all of them are there.
+# The time for all readers to connect.
 ATTACH_SECONDS: Final = 3.0
 
 
 def measure_streams(dsn: str, folder: Path, seconds: int) -> Row:
-    """Throughput of webhooks with so many live readers of single orders, as a share of that without any."""
+    """Measure the throughput of webhooks with READERS live readers, as a share of that without them."""
     with Contest(dsn, folder, seconds) as contest:
         contest.send_reports(contest.ours, WARM_SECONDS)
         found = []
@@ -44,7 +44,7 @@ def measure_streams(dsn: str, folder: Path, seconds: int) -> Row:
 
 @contextmanager
 def readers(port: int) -> Iterator[None]:
-    """Readers in a process of their own."""
+    """Run the readers in a separate process for the length of the block."""
     child = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.streams", str(port)])
     time.sleep(ATTACH_SECONDS)
     try:

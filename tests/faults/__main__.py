@@ -1,6 +1,6 @@
-"""``make faults``: break the service in every way that is known, and say what was lost (nothing) and doubled.
+"""``make faults``: break the service in every known way, and report lost and doubled reports.
 
-Exit codes: 0 all held; 1 something did not (with --mutation: as it must); 2 misused.
+Exit codes: 0 if every promise held, 1 if one did not (as it must with --mutation), 2 for wrong usage.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def _arguments() -> argparse.Namespace:
 async def _run(faults: list[Fault], seed: int) -> list[Outcome]:
     task = asyncio.current_task()
     if task is not None:
-        # Ended by whoever runs it: nothing is left behind all the same.
+        # On SIGTERM, cancel the run, so that it leaves nothing behind.
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     outcomes = []
     for number, fault in enumerate(faults, start=1):
@@ -84,13 +84,13 @@ def _table(outcomes: list[Outcome], seed: int) -> Table:
 
 
 def main() -> int:
-    """Run what was asked for."""
+    """Run the selected faults, and return the exit code."""
     arguments = _arguments()
     if arguments.list:
         for fault in (*FAULTS, *MUTATIONS):
             out.print(f"{fault.name:22} {fault.claim}{', short' if fault.is_short else ''}")
         return 0
-    # Thousands of callers are files, here and in the service.
+    # Each of thousands of connections is an open file, both here and in the service.
     raise_open_files_limit()
     seed = random.randrange(10**6) if arguments.seed is None else arguments.seed
     try:

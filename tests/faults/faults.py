@@ -1,4 +1,4 @@
-"""The faults: each breaks something, as often as it says, in a world that goes on reporting."""
+"""The faults. Each breaks something several times while the load continues."""
 
 import asyncio
 import json
@@ -24,16 +24,16 @@ from tests.support.load import Load
 from tests.support.waiting import PATIENCE_SECONDS
 
 LOCKED_SECONDS: Final = 10.0
-# More than the connections of the pool: each of them is used.
+# More than the pool's connections, so that each of them is used.
 READS_AT_ONCE: Final = 16
 DISK_MB: Final = 512
-# Longer than the budget of a request.
+# Longer than the time limit of a request.
 DISK_FULL_SECONDS: Final = 5.0
 DISKS_FILLED: Final = 2
 FAILED_SYNCS: Final = 2
 PAGE_BYTES: Final = 4096
 
-# So slow a commit makes a capacity that three times as much can be sent against from the same machine.
+# With a commit this slow, one machine can both serve the capacity and send three times as much.
 COMMIT_SECONDS: Final = 0.2
 CAPACITY_CALLERS: Final = 1_024
 CAPACITY_SECONDS: Final = 6.0
@@ -46,11 +46,11 @@ ACCEPTED_P99_SECONDS_MAX: Final = 1.0
 OVERLOAD_MEMORY_MB_MAX: Final = 100.0
 
 SLOW_SOCKETS: Final = 500
-# By the service's own limit, and room for a machine that is busy.
+# The service's own limit, plus a margin for a busy machine.
 SLOW_SECONDS_MAX: Final = 10.0 + 3.0
 QUIET_SECONDS: Final = 3.0
 P99_ROOM: Final = 5.0
-# Below it a multiple of a quiet p99 is the scheduler's noise.
+# Below this value, a multiple of a quiet p99 is noise of the scheduler.
 P99_NOISE_SECONDS: Final = 0.1
 
 REPEATED_REPORTS: Final = 1_000
@@ -60,12 +60,12 @@ REPEATING_CALLERS: Final = 32
 
 @dataclass(frozen=True)
 class Fault:
-    """One row of the table."""
+    """A row of the table."""
 
     name: str
     claim: str
     layout: Layout
-    # Breaks things, and says how often.
+    # Breaks something, and returns how often.
     break_it: Callable[[World], Awaitable[int]]
     is_short: bool = False
 
@@ -112,7 +112,7 @@ async def kill_backend(world: World) -> int:
 
 
 async def _backend(connection: Connection, statement: str, known: list[int]) -> int:
-    """The server process, not one of the known, whose last statement is like this."""
+    """Return the server process whose last statement matches, except the known ones."""
     find = """
         SELECT pid FROM pg_stat_activity
         WHERE query LIKE $1 AND pid <> pg_backend_pid() AND pid <> ALL($2::int[])
@@ -137,7 +137,7 @@ async def stand_still(seconds: float, world: World) -> int:
     stopped = [postmaster]
     began = time.monotonic()
     try:
-        # Its postmaster first: then no child is born meanwhile.
+        # The postmaster stops first, so that it cannot start another process in the meantime.
         os.kill(postmaster, signal.SIGSTOP)
         for pid in children(postmaster):
             os.kill(pid, signal.SIGSTOP)
@@ -204,7 +204,7 @@ async def fill_disk(world: World) -> int:
 
 
 def _fill(filler: Path) -> None:
-    """Take all the room there is, while others write as well."""
+    """Fill the disk completely while other processes also write to it."""
     step = DISK_MB * 1024 * 1024
     size = 0
     with filler.open("wb") as file:
@@ -228,7 +228,7 @@ async def fail_fdatasync(world: World) -> int:
             "strace", *inject, *attached, stderr=asyncio.subprocess.PIPE
         )
         try:
-            # It ends with those it is attached to: they panic, as they must, and recover from what is on disk.
+            # strace ends with the processes that it is attached to: they must panic and recover from the disk.
             async with asyncio.timeout(PATIENCE_SECONDS):
                 _, said = await strace.communicate()
             if server_log.read_text(encoding="utf-8").count("PANIC") < times:
@@ -251,7 +251,7 @@ async def kill_listener(world: World) -> int:
             known.append(await _backend(connection, "LISTEN%", known))
             await connection.execute("SELECT pg_terminate_backend($1)", known[-1])
             await world.pause()
-        # Somebody listens again.
+        # The service must listen again.
         await _backend(connection, "LISTEN%", known)
     finally:
         await connection.close()
@@ -338,7 +338,7 @@ async def slow_sockets(world: World) -> int:
 
 
 async def _trickle(port: int, number: int) -> float:
-    """Send a header, or a body, at a byte a second; return when the other side ended it."""
+    """Send a header or a body at a byte a second, and return the seconds until the other side closes."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     if number % 2:
         writer.write(b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n{")
@@ -393,7 +393,7 @@ async def kill_in_turn(world: World) -> int:
     return 2 * world.effort.times
 
 
-# What `pg_ctl stop -m immediate` sends.
+# The signal that `pg_ctl stop -m immediate` sends.
 stop_immediately: Final = partial(end_postmaster, signal.SIGQUIT)
 
 FAULTS: Final = (

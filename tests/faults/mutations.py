@@ -1,7 +1,7 @@
-"""Faults of the service that are made on purpose: the harness must find each, or it proves nothing.
+"""Deliberate faults of the service, which the harness must find to prove that it works.
 
-Run as a program, this is a service that acknowledges before it commits; the one place where code of the
-service is replaced, since here the harness is under test.
+Run as a program, this module is a service that acknowledges reports before it commits them. It is the only
+place that replaces code of the service, because it tests the harness.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ COMMITTED_AFTER_SECONDS: Final = 0.5
 
 
 class EarlyRecorder:
-    """Acknowledges reports at once, with the positions that they will have, and commits them a moment later."""
+    """Acknowledges reports at once, with their future positions, and commits them a moment later."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
@@ -28,7 +28,7 @@ class EarlyRecorder:
         self._commits: set[asyncio.Task[None]] = set()
 
     async def record(self, recorder: Recorder, reports: list[Report]) -> list[Receipt]:
-        """In place of ``Recorder._record_together``."""
+        """Replace ``Recorder._record_together``."""
         order_nos = {report.order_no for report in reports}
         events = _decide_all(reports, await recorder._known_states(order_nos))  # noqa: SLF001
         if self._position is None:
@@ -44,15 +44,15 @@ class EarlyRecorder:
 
     async def _commit(self, recorder: Recorder, events: Sequence[Order.StatusReported]) -> None:
         await asyncio.sleep(COMMITTED_AFTER_SECONDS)
-        # In the order of the acknowledgements: the task that waits longest is next.
+        # The lock is fair, so the commits follow the order of the acknowledgements.
         async with self._turn, recorder._locked() as connection:  # noqa: SLF001
             await store.append(connection, events)
 
 
 async def stop_before_the_log_is_written(world: World) -> int:
-    """Stop the server in the seconds in which acknowledged commits are in its memory alone."""
+    """Stop the server while acknowledged commits are only in its memory."""
     connection = await world.connect()
-    # Everything up to here is on disk.
+    # Everything up to this point is on disk.
     await connection.execute("CHECKPOINT")
     await connection.close()
     await world.load.recovered()
@@ -76,7 +76,7 @@ MUTATIONS: Final = (
 
 
 def acknowledge_early() -> None:
-    """Let every recorder of this process answer before it commits."""
+    """Make every recorder of this process acknowledge before it commits."""
     early = EarlyRecorder()
 
     async def record(recorder: Recorder, reports: list[Report]) -> Sequence[Receipt]:

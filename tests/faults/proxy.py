@@ -1,4 +1,4 @@
-"""A proxy between the service and PostgreSQL: it delays what it is told to, and cuts where it hurts most."""
+"""A proxy between the service and PostgreSQL that delays appends and cuts connections at critical moments."""
 
 import asyncio
 import contextlib
@@ -10,22 +10,23 @@ from urllib.parse import quote
 from service.database.embedded_postgres import NAME, SOCKET_NAME
 
 CHUNK_BYTES: Final = 256 * 1024
-# What only an append sends: the events' topic.
+# Only an append sends the topic of the events.
 APPEND_MARK: Final = b"order.status_reported"
-# ReadyForQuery with no transaction open: an append that is answered so is committed, or refused whole.
+# ReadyForQuery without an open transaction: an append with this response is either committed or completely
+# refused.
 READY_IDLE: Final = b"Z\x00\x00\x00\x05I"
 COMPLETE_MARKS: Final = (b"INSERT 0 ", b"COMMIT")
 
 
 class Cut(Enum):
-    """Where a connection is cut."""
+    """The moment at which a connection is cut."""
 
     MID_STATEMENT = auto()
     AFTER_COMMIT = auto()
 
 
 class _Pair:
-    """One connection: the service's side and the server's side."""
+    """A forwarded connection between the service and the server."""
 
     def __init__(self) -> None:
         self.appends = False
@@ -57,7 +58,7 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def cut(self, where: Cut, seconds_max: float) -> None:
-        """Cut the next connection that appends, and return when it is cut."""
+        """Cut the next connection that appends, and return after the cut."""
         self._done.clear()
         self._next = where
         async with asyncio.timeout(seconds_max):

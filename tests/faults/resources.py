@@ -1,4 +1,4 @@
-"""What a process holds, as the system tells it."""
+"""The resources of a process, as reported by the operating system."""
 
 import os
 import socket
@@ -10,10 +10,10 @@ _PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class Resources(NamedTuple):
-    """Memory, threads, and open files other than callers' connections; those stand for asyncio tasks.
+    """Memory, threads, open files without callers' connections, and the number of these connections.
 
-    aiohttp has a task for each connection, and none is left of a caller whose connection has gone; the tasks
-    themselves cannot be seen from outside.
+    The connections stand for asyncio tasks, which cannot be observed from outside: aiohttp has a task for each
+    connection, and the task ends with the connection.
     """
 
     memory_mb: float
@@ -23,7 +23,7 @@ class Resources(NamedTuple):
 
     @classmethod
     def of(cls, pid: int, port: int) -> Self:
-        """What a process that listens on this port holds now."""
+        """Return the present resources of a process that listens on this port."""
         process = Path("/proc") / str(pid)
         pages = int((process / "statm").read_text().split()[1])
         names = [_link(descriptor) for descriptor in (process / "fd").iterdir()]
@@ -46,6 +46,6 @@ def _callers_inodes(port: int) -> list[str]:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started and that live."""
+    """Return the running child processes of a process."""
     text = (Path("/proc") / str(pid) / "task" / str(pid) / "children").read_text()
     return [int(child) for child in text.split()]

@@ -1,4 +1,4 @@
-"""One fault from its beginning to its account."""
+"""Run one fault, from its start to its account."""
 
 import time
 from collections.abc import Iterator
@@ -26,13 +26,13 @@ class Outcome:
     violations: list[str] = field(default_factory=list)
 
     def raise_where_violated(self) -> None:
-        """Raise ViolatedError where anything was not held that is promised."""
+        """Raise ViolatedError if the service broke a promise."""
         if self.violations:
             raise ViolatedError(self.fault.name, self.violations)
 
 
 async def run(fault: Fault, effort: Effort, seed: int) -> Outcome:
-    """Break a world of its own and return what came of it."""
+    """Break a new world, and return the outcome."""
     outcome = Outcome(fault)
     began = time.monotonic()
     try:
@@ -40,7 +40,7 @@ async def run(fault: Fault, effort: Effort, seed: int) -> Outcome:
             outcome.remarks = world.remarks
             world.violations.lines = outcome.violations
             since = time.monotonic()
-            # The account is drawn up whatever came of the breaking.
+            # The account is made even if the fault itself failed.
             with _noted(outcome):
                 outcome.times = await fault.break_it(world)
             with _noted(outcome):

@@ -1,4 +1,4 @@
-"""A world to break: the real service, a real PostgreSQL, senders, a reader at the tail, and their account."""
+"""A world to break: a real service, a real PostgreSQL, senders, a reader at the tail, and their account."""
 
 import asyncio
 import os
@@ -28,18 +28,18 @@ from tests.support.load import Acknowledged, Journal, Load, Tail
 from tests.support.processes import COMMAND, RunningService, run_command
 from tests.support.waiting import PATIENCE_SECONDS, until
 
-# The pool opens its 8 connections when they are needed, and keeps them; a log file or two.
+# The pool opens its 8 connections on demand and keeps them; the rest are a few log files.
 DESCRIPTORS_SLACK: Final = 12
-# libuv's four for names and files, and those in which PostgreSQL is started again.
+# Four threads of libuv for names and files, and those that restart PostgreSQL.
 THREADS_SLACK: Final = 10
-# The cache of 100,000 orders' standings may fill (50 MB), and the log's tail for the views (8 MB and more).
+# The cache of 100,000 order states may fill (50 MB), and the log's tail for the views (8 MB and more).
 MEMORY_SLACK_MB: Final = 100.0
 
 Value = TypeVar("Value")
 
 
 async def in_thread(work: Callable[..., Value], *arguments: Any) -> Value:
-    """Run something that blocks; when cancelled, not before it has ended: it may start a process."""
+    """Run a blocking function in a thread. A cancellation waits for its end, because it may start a process."""
     running = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
         return await asyncio.shield(running)
@@ -53,7 +53,7 @@ class SkippedError(Exception):
 
 
 class ViolatedError(Exception):
-    """The service did not hold what it promises."""
+    """The service broke a promise."""
 
     def __init__(self, name: str, lines: list[str]) -> None:
         super().__init__("\n".join([f"{name}:", *(f"  {line}" for line in lines)]))
@@ -61,12 +61,12 @@ class ViolatedError(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """How much of a fault is tried.
+    """The extent of a fault run.
 
     Args:
         times: how often each thing is broken.
         per_second: reports a second.
-        is_timed: whether time limits are promises too. Tests may run on a machine that is busy with other work.
+        is_timed: whether time limits count as promises. Tests may run on a busy machine.
     """
 
     times: int
@@ -75,7 +75,7 @@ class Effort:
 
     @property
     def answered_seconds_max(self) -> float:
-        """How long any response may take: a request's budget by the settings, and room for a small machine."""
+        """Return the time limit of any response: that of the settings, plus a margin for a small machine."""
         return 3.0 + 2.0 if self.is_timed else PATIENCE_SECONDS
 
 
@@ -87,16 +87,16 @@ SHORT: Final = Effort(times=1, per_second=100.0, is_timed=False)
 
 @dataclass(frozen=True)
 class Layout:
-    """What a world is made of.
+    """The parts of a world.
 
     Args:
-        given_postgres: the harness runs PostgreSQL, in place of the service itself.
-        through_proxy: a proxy stands between the two; PostgreSQL is given then.
-        services: how many processes share one port; PostgreSQL is given to more than one.
+        given_postgres: whether the harness runs PostgreSQL instead of the service.
+        through_proxy: whether a proxy is between the two; this requires given_postgres.
+        services: the number of processes that share one port; more than one requires given_postgres.
         has_load: whether reports arrive at the effort's rate; if not, the fault sends its own.
-        server_settings: of a given PostgreSQL.
-        disk_mb: the state folder is a disk of its own, of this size.
-        command: the service's program.
+        server_settings: the settings of a given PostgreSQL.
+        disk_mb: the size of a separate disk for the state folder; 0 for none.
+        command: the command that starts the service.
     """
 
     given_postgres: bool = False
@@ -109,7 +109,7 @@ class Layout:
 
 
 class World:
-    """Everything of one fault."""
+    """The processes, loads and findings of one fault."""
 
     def __init__(self, layout: Layout, effort: Effort, seed: int, stack: AsyncExitStack, folder: Path) -> None:
         self._stack = stack
@@ -135,7 +135,7 @@ class World:
         self._tail_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start everything, and report until all is warm."""
+        """Start all parts, and send reports until everything is warm."""
         self.state_dir.mkdir(mode=0o755)
         if self.layout.disk_mb:
             await self._mount()
@@ -145,7 +145,7 @@ class World:
         for _ in range(self.layout.services):
             service = RunningService(self.state_dir, PORT=str(self.port), **self._settings)
             service.command = self.layout.command
-            # Beside the state folder: a full disk there must not be the harness's as well.
+            # The log file is outside the state folder, so that a full disk there does not affect the harness.
             service.log_file = self.folder / service.log_file.name
             self._stack.push_async_callback(in_thread, service.end)
             self.services.append(service)
@@ -173,7 +173,7 @@ class World:
             self._settings["REUSE_PORT"] = "true"
 
     def background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        """Run something at the same time, at most until the world ends."""
+        """Run a coroutine concurrently, at most until the world ends."""
         task: asyncio.Task[None] = asyncio.create_task(work)
 
         async def end() -> None:
@@ -192,7 +192,7 @@ class World:
         self._stack.push_async_callback(_command, "umount", "--lazy", str(self.state_dir))
 
     def new_load(self, name: str) -> Load:
-        """Another load, held to account like the first."""
+        """Return a further load, which is included in the account."""
         load = Load(self.connections, self.journal, self.chance, name)
         self._stack.push_async_callback(load.drop)
         self.loads.append(load)
@@ -205,19 +205,19 @@ class World:
 
     @property
     def dsn(self) -> str:
-        """Of the database itself, past any proxy."""
+        """Return the DSN of the database itself, without the proxy."""
         dsn = self.server.dsn if self.server is not None else running_dsn(self.state_dir)
         assert dsn is not None
         return dsn
 
     async def connect(self) -> Connection:
-        """A connection of the harness's own; the caller closes it."""
+        """Return a connection of the harness, which the caller closes."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 try:
                     return await asyncpg.connect(self.dsn)
                 except asyncpg.CannotConnectNowError:
-                    # What was killed last may have been noticed only now.
+                    # The server may only now notice the end of a killed process.
                     await asyncio.sleep(0.05)
 
     @property
@@ -229,26 +229,26 @@ class World:
         return self.service.postmaster_pid
 
     def acknowledged(self) -> list[Acknowledged]:
-        """Every 200 of every load."""
+        """Return every 200 response of every load."""
         return [one for load in self.loads for one in load.acknowledged]
 
     def resources(self) -> list[Resources]:
-        """What each service process holds now."""
+        """Return the present resources of each service process."""
         return [Resources.of(service.process.pid, self.port) for service in self.services]
 
     async def pause(self, least: float = 0.2, most: float = 0.6) -> None:
-        """Let the load go on until a moment of the seed's choice."""
+        """Let the load continue for a random time, which the seed determines."""
         await asyncio.sleep(self.chance.uniform(least, most))
 
     async def start_service(self, number: int = 0) -> None:
         await in_thread(self.services[number].start)
 
     def expect_in_time(self, holds: bool, line: str) -> None:  # noqa: FBT001 - read as a sentence
-        """Hold the service to a time limit, if this effort is timed."""
+        """Check a time limit if this effort is timed."""
         self.violations.expect(holds or not self.effort.is_timed, line)
 
     async def settle(self) -> Count:
-        """Wait until all is quiet, and draw up the account."""
+        """Wait until all loads have ended, and make the account."""
         for load in self.loads:
             await load.finish()
             self.violations.add("orders whose report was never acknowledged", load.unanswered)
@@ -257,7 +257,7 @@ class World:
         found = account.compare(
             log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations
         )
-        # Where reports are lost the views cannot be at the head of their log.
+        # If reports are lost, the views cannot reach the head of their log.
         if not found.lost:
             await account.check_views(log, self.connections, self.violations)
             verify = partial(run_command, self.state_dir, "replay", "--verify", **self._settings)
@@ -296,7 +296,7 @@ class World:
         return above
 
     def _end_orphan(self) -> None:
-        """End what a service that was killed left of its PostgreSQL; its data is not wanted any more."""
+        """Kill the PostgreSQL server of a killed service; its data is no longer needed."""
         with suppress(OSError, ValueError, IndexError):
             postmaster = self.postmaster_pid
             command = (Path("/proc") / str(postmaster) / "cmdline").read_bytes()
@@ -310,7 +310,7 @@ class World:
 
 @asynccontextmanager
 async def open_world(layout: Layout, effort: Effort, seed: int) -> AsyncIterator[World]:
-    """Make a world, and leave nothing of it behind."""
+    """Make a world, and remove all of it at the end."""
     async with AsyncExitStack() as stack:
         folder = make_folder()
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
