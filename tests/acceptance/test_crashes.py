@@ -36,7 +36,7 @@ async def crash(dsn: str) -> None:
     victim.terminate()
 
 
-async def test_what_was_read_once_is_not_taken_back_by_a_crash(service: RunningService) -> None:
+async def test_a_crash_does_not_take_back_a_report_that_was_read(service: RunningService) -> None:
     """After a crash of PostgreSQL, a read with after_position still includes the report, or gets 503."""
     async with aiohttp.ClientSession() as session:
         for number in range(2):

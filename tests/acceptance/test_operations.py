@@ -199,7 +199,7 @@ async def port_held(url: str) -> AsyncIterator[None]:
         yield
 
 
-async def test_nginx_tells_no_token_while_the_service_is_away(
+async def test_nginx_logs_no_token_while_the_service_is_down(
     service: RunningService, proxy: tuple[str, Path]
 ) -> None:
     """While the service is down, the sender gets a 5xx, and no log of nginx contains the token."""

@@ -191,7 +191,7 @@ async def test_a_lost_answer_is_looked_for_by_report_id(connection: Connection) 
     assert await store.find_positions(connection, [other]) is None
 
 
-async def test_nobody_appends_while_the_log_is_held_still(dsn: str, held: DedicatedConnection) -> None:
+async def test_no_connection_appends_while_the_log_is_locked(dsn: str, held: DedicatedConnection) -> None:
     """While a connection holds the append lock, no other connection can append."""
     other = await connect(dsn)
     async with held.transaction(store.BEGIN_LOCKED) as connection:

@@ -88,7 +88,7 @@ def test_a_body_is_kept_as_it_was_written(wire: Wire, method: str, raw: bytes) -
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/xml", "x", ";;;", "", "multipart/form-data"])
-def test_the_content_type_says_nothing(wire: Wire, kind: str) -> None:
+def test_the_content_type_is_ignored(wire: Wire, kind: str) -> None:
     """An unusual Content-Type does not make valid JSON invalid; the bodies above had none."""
     wire.recorded(DOCUMENTED, f"Content-Type: {kind}")
 
@@ -109,7 +109,7 @@ def test_the_content_type_says_nothing(wire: Wire, kind: str) -> None:
         pytest.param({"cnote": "a\x00b"}, None, id="a NUL"),
     ],
 )
-def test_what_is_no_cnote_is_none(wire: Wire, fields: dict[str, Any], taken: str | None) -> None:
+def test_an_unusable_cnote_is_null(wire: Wire, fields: dict[str, Any], taken: str | None) -> None:
     """An unusable cnote is recorded as null, and the event's body keeps it."""
     _, event = wire.recorded(body(**fields))
     assert event["reported_cnote"] == taken
@@ -168,7 +168,7 @@ def test_an_order_number_written_as_a_number(wire: Wire, number: int) -> None:
     assert wire.read(f"/orders/{number}?version=1")["order_no"] == str(number)
 
 
-def test_strange_order_numbers_are_kept_told_apart_and_found(wire: Wire) -> None:
+def test_strange_order_numbers_are_kept_distinct_and_found(wire: Wire) -> None:
     """Unusual order numbers stay distinct and unchanged, and each has its own percent-encoded path."""
     for order_no in STRANGE_ORDER_NOS.values():
         receipt, _ = wire.recorded(body(order_no=order_no))
@@ -196,7 +196,7 @@ def test_an_injection_is_only_text(wire: Wire, field: str, injection: str) -> No
 
 
 @pytest.mark.parametrize("timestamp", ["0000-00-00", "0000-00-00 00:00:00", "9999-12-31T23:59:59Z"])
-def test_a_time_that_is_none(wire: Wire, timestamp: str) -> None:
+def test_a_placeholder_time_is_null(wire: Wire, timestamp: str) -> None:
     """For a placeholder time, occurred_at is null and the event's body keeps the text."""
     _, event = wire.recorded(body(timestamp=timestamp))
     assert event["occurred_at"] is None
@@ -206,7 +206,7 @@ def test_a_time_that_is_none(wire: Wire, timestamp: str) -> None:
 
 
 @pytest.mark.parametrize("raw", QUARANTINED.values(), ids=QUARANTINED)
-def test_what_cannot_be_understood_is_kept_byte_for_byte(wire: Wire, raw: bytes) -> None:
+def test_an_unparseable_body_is_kept_byte_for_byte(wire: Wire, raw: bytes) -> None:
     """An unparseable body gets a 200 response and is kept in the quarantine, without an event."""
     wire.quarantined(raw)
 
@@ -223,7 +223,7 @@ def test_what_cannot_be_understood_is_kept_byte_for_byte(wire: Wire, raw: bytes)
         ("application/json; charset=no-such", b"not json"),
     ],
 )
-def test_a_type_that_tells_the_truth_helps_nothing(wire: Wire, kind: str, raw: bytes) -> None:
+def test_a_correct_content_type_does_not_make_a_form_valid(wire: Wire, kind: str, raw: bytes) -> None:
     """Forms and other encodings are quarantined, even if the Content-Type names them correctly."""
     wire.quarantined(raw, f"Content-Type: {kind}")
 
@@ -312,7 +312,7 @@ def test_a_coding_that_cannot_be_undone(
 
 
 @pytest.mark.parametrize("length", [BODY_BYTES_MAX + 1, 10**9, 2**63 - 1])
-def test_a_body_that_says_it_is_too_large_is_not_waited_for(wire: Wire, length: int) -> None:
+def test_a_body_with_an_oversized_length_is_refused_at_once(wire: Wire, length: int) -> None:
     """A body with an oversized Content-Length gets 413 before any of it arrives."""
     assert wire.exchange(head(b"Content-Length: %d" % length)).status == 413
 
@@ -327,7 +327,7 @@ def is_recorded(wire: Wire, order_no: str) -> bool:
     return wire.get(f"/orders/{order_no}/events").status != 404
 
 
-def test_a_sender_that_is_gone_loses_and_doubles_nothing(wire: Wire) -> None:
+def test_a_disconnected_senders_report_is_recorded_once(wire: Wire) -> None:
     """A complete report is recorded although its sender has disconnected, and a retry with its key adds no
     event.
     """
@@ -451,7 +451,7 @@ def test_a_path_beside_the_webhook(wire: Wire, path: str) -> None:
 
 @pytest.mark.parametrize("bad", ["%00", "%zz", "%FF", "a%0Ab", "%C0%AF", "%", "a%2"])
 @pytest.mark.parametrize("path", ["/orders/{}", "/orders/{}/timeline", "/orders/{}/events", "/quarantine/{}"])
-def test_a_read_path_that_spells_no_text(wire: Wire, path: str, bad: str) -> None:
+def test_a_read_path_with_invalid_text_is_refused(wire: Wire, path: str, bad: str) -> None:
     """Broken escapes, invalid UTF-8 and control characters in any read path get 400."""
     assert wire.get(path.format(bad)).status == 400
 

@@ -87,7 +87,7 @@ async def test_a_report_gets_the_receipt_of_the_contract(client: Client, method:
         (b"order_no=KOM1&status=Sent", None),
     ],
 )
-async def test_what_cannot_be_understood_is_kept_byte_for_byte(
+async def test_an_unparseable_body_is_kept_byte_for_byte(
     client: Client, connection: Connection, body: bytes, order_no: str | None
 ) -> None:
     """An unparseable body gets a 200 receipt with the outcome quarantined, and has no event.
@@ -205,7 +205,7 @@ async def test_a_timeline_folds_repeats_and_shows_contradictions(client: Client)
     }  # fmt: skip
 
 
-async def test_every_list_is_paged_whole(client: Client) -> None:
+async def test_every_list_is_paged_completely(client: Client) -> None:
     """Following the links returns every item once and in order, with any page size and any filter."""
     for number in range(7):
         last = await client.webhook(f"KOM {number}", "Diajukan", "AWB" if number % 2 else "")
@@ -303,7 +303,7 @@ async def test_a_bad_parameter_is_named(client: Client) -> None:
 
 
 @pytest.mark.parametrize("path", ["/orders/%00", "/orders/%zz", "/orders/%FF", "/orders/a%0Ab/timeline"])
-async def test_a_path_that_spells_no_text_is_refused(client: Client, path: str) -> None:
+async def test_a_path_with_invalid_text_is_refused(client: Client, path: str) -> None:
     """Broken escapes and control characters in a path get 400."""
     answer = await client.talk(b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % path.encode())
     assert answer.startswith(b"HTTP/1.1 400 ")
@@ -320,7 +320,7 @@ async def test_the_quarantine_is_paged(client: Client) -> None:
         assert (await client.get(path, 404))["title"] == "Unknown entry"
 
 
-async def test_what_is_unknown_is_a_problem(client: Client) -> None:
+async def test_unknown_orders_paths_and_methods_are_problems(client: Client) -> None:
     """Unknown orders and paths get 404 and other methods 405 with Allow, all as problems."""
     for path in ("/orders/ABSENT", "/orders/ABSENT/timeline", "/orders/ABSENT/events"):
         assert (await client.get(path, 404))["title"] == "Unknown order"
@@ -375,7 +375,7 @@ async def test_every_response_shows_that_an_order_is_parked(client: Client, conn
     await client.get("/orders/KOM1?version=2", 503)
 
 
-async def test_the_rules_are_told(client: Client) -> None:
+async def test_the_rules_are_served(client: Client) -> None:
     """GET /transitions returns the vocabulary and the whole table, including the row without a status."""
     rules = await client.get("/transitions")
     assert [status["status"] for status in rules["statuses"]] == list(STATUSES)
@@ -390,7 +390,7 @@ async def test_the_rules_are_told(client: Client) -> None:
     }
 
 
-async def test_how_far_the_views_have_come_is_told(client: Client) -> None:
+async def test_projections_have_positions_and_lags(client: Client) -> None:
     """GET /projections returns the head of the log, and each view's position and lag in events and seconds."""
     receipt = await client.webhook("KOM1")
     await client.get(f"/orders/KOM1?after_position={receipt['position']}")
@@ -402,7 +402,7 @@ async def test_how_far_the_views_have_come_is_told(client: Client) -> None:
         assert (view["position"], view["lag_events"], view["lag_seconds"]) == (1, 0, 0.0)
 
 
-async def test_what_nobody_foresaw_is_a_problem_without_a_traceback(
+async def test_an_unexpected_error_is_a_problem_without_a_traceback(
     client: Client, connection: Connection
 ) -> None:
     """After an unexpected error, such as a missing table, a reader gets 500 without details and webhooks
@@ -450,7 +450,7 @@ async def test_a_body_that_cannot_be_read_is_the_senders_mistake(
     assert "failed" not in capsys.readouterr().out
 
 
-async def test_a_key_that_is_no_text_is_no_key(client: Client) -> None:
+async def test_an_idempotency_key_beyond_ascii_is_ignored(client: Client) -> None:
     """A key with bytes beyond ASCII is ignored, and the report is recorded as if it had no key."""
     request = b"PUT /webhook HTTP/1.1\r\nHost: x\r\nIdempotency-Key: \xff\r\nContent-Length: %d\r\n\r\n"
     answer = await client.talk(request % len(COMPACT_BODY) + COMPACT_BODY)
@@ -500,7 +500,7 @@ async def test_a_request_may_take_longer_than_its_head(client: Client, monkeypat
     assert b"HTTP/1.1 200 " in second
 
 
-async def test_a_client_that_has_said_all_it_has_to_say_is_answered(client: Client) -> None:
+async def test_a_half_closed_client_gets_its_receipt(client: Client) -> None:
     """A client that closes its side after the body still gets its receipt, and then the connection ends."""
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
     head = b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"

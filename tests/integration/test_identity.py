@@ -109,7 +109,7 @@ async def test_a_token_is_in_no_answer_and_no_log(dsn: str, capfd: pytest.Captur
     ],
     ids=["right", "in capitals", "of another secret", "of another body", "empty", "no ASCII"],
 )
-async def test_a_signature_is_asked_for_where_there_is_a_secret(
+async def test_a_signature_is_required_if_a_secret_is_set(
     dsn: str, connection: Connection, signature: Any, status: int
 ) -> None:
     """A wrong or missing signature gets 401, and nothing is recorded or quarantined."""
@@ -139,7 +139,7 @@ def all_routes(service: Service) -> list[tuple[str, str, str | None]]:
     return found
 
 
-async def test_every_route_asks_for_a_key_of_its_scope(dsn: str, connection: Connection) -> None:
+async def test_every_route_requires_a_key_of_its_scope(dsn: str, connection: Connection) -> None:
     """Every route with a scope returns 401 without a key and 403 with a key of a lesser scope."""
     read = await api_keys.create_key(connection, "reader", "read", None)
     admin = await api_keys.create_key(connection, "operator", "admin", None)
@@ -228,7 +228,7 @@ async def test_a_revoked_or_expired_key_is_refused(
 
 
 @pytest.mark.parametrize("field", ["Bad Header", "Transfer-Encoding: gzip, chunked", "Content-Length: 1, 2"])
-async def test_what_is_no_request_is_answered_with_an_id_too(dsn: str, field: str) -> None:
+async def test_a_malformed_request_also_gets_a_request_id(dsn: str, field: str) -> None:
     """Even a malformed request gets a request id, which its sender can refer to."""
     async with serving_client(dsn) as client:
         answer = await client.talk(f"PUT /webhook HTTP/1.1\r\nHost: x\r\n{field}\r\n\r\n".encode())
@@ -316,7 +316,7 @@ PROXIES = [ip_network("10.0.0.0/8"), ip_network("2001:db8::/32"), ip_network("12
         ("", ["198.51.100.1"], ""),
     ],
 )
-def test_the_address_is_the_rightmost_that_no_trusted_proxy_has(
+def test_the_address_is_the_rightmost_untrusted_one(
     peer: str | None, forwarded: Sequence[str], address: str | None
 ) -> None:
     """Addresses from untrusted proxies are ignored, and the search ends at the first invalid address."""
@@ -337,7 +337,7 @@ async def test_the_event_has_the_address_behind_the_proxy(dsn: str) -> None:
             assert event["data"]["remote"] == address
 
 
-async def test_what_is_open_to_this_machine_is_asked_by_its_own_name(dsn: str) -> None:
+async def test_an_open_service_refuses_foreign_hosts_and_origins(dsn: str) -> None:
     """An open service refuses requests with a foreign Host, and reports from pages of other sites."""
     async with serving_client(dsn) as client:
         for host, status in (
@@ -358,7 +358,7 @@ async def test_what_is_open_to_this_machine_is_asked_by_its_own_name(dsn: str) -
             assert got == status, answer
 
 
-async def test_a_use_that_cannot_be_noted_is_in_nobodys_way(dsn: str, connection: Connection) -> None:
+async def test_an_unrecorded_use_of_a_key_does_not_block_requests(dsn: str, connection: Connection) -> None:
     """While another connection locks the table of keys, requests with a valid key still succeed."""
     key = await api_keys.create_key(connection, "one", "read", None)
     async with serving_client(dsn, request_seconds_max=1.0) as client, connection.transaction():

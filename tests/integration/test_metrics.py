@@ -30,7 +30,7 @@ async def scraped(client: Client) -> dict[str, dict[tuple[tuple[str, str], ...],
     return found
 
 
-async def test_what_is_counted(client: Client) -> None:
+async def test_the_metrics_have_the_right_values(client: Client) -> None:
     """The metrics count reports by outcome, batches, responses by route and status, lag, and quarantine
     entries.
     """
@@ -67,7 +67,7 @@ async def test_what_is_counted(client: Client) -> None:
     assert found["process_resident_memory_bytes"][()] > 1e6
 
 
-async def test_no_label_is_made_up_from_outside(client: Client) -> None:
+async def test_requests_cannot_add_labels(client: Client) -> None:
     """Unknown paths, methods and order numbers never add a series."""
     await client.webhook("SECRET-1")
     for _ in range(2):
@@ -84,7 +84,7 @@ async def test_no_label_is_made_up_from_outside(client: Client) -> None:
 
 
 @pytest.mark.parametrize("file", ["alerts.yaml", "grafana.json"])
-async def test_what_the_files_of_the_operator_name_is_there(client: Client, file: str) -> None:
+async def test_alerts_and_dashboard_use_existing_metrics(client: Client, file: str) -> None:
     """The alerts and the dashboard use only existing metrics."""
     await client.webhook("KOM1")
     await client.raw(b"not json")

@@ -173,7 +173,7 @@ async def test_an_unreleased_schema_is_named_with_the_way_out(empty_dsn: str, ch
         assert await old.fetchval("SELECT max(version) FROM schema_version") == 1
 
 
-async def test_what_an_operator_has_added_does_no_harm(empty_dsn: str) -> None:
+async def test_an_operators_own_tables_and_indexes_are_accepted(empty_dsn: str) -> None:
     """An operator's own tables and indexes do not prevent a migration."""
     async with baseline(empty_dsn) as old:
         await old.execute("CREATE TABLE mine (a int); CREATE INDEX my_idx ON quarantine (remote)")

@@ -51,7 +51,7 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any]) -> None:
 PAGES = r"/$|/(static|track|quarantined|session|overview|metrics)\b"
 
 
-async def test_every_problem_is_told_of_some_endpoint(document: dict[str, Any]) -> None:
+async def test_every_problem_belongs_to_an_operation(document: dict[str, Any]) -> None:
     """Every problem type, except for bad framing, belongs to at least one operation."""
     told = {
         title
@@ -63,7 +63,7 @@ async def test_every_problem_is_told_of_some_endpoint(document: dict[str, Any]) 
     assert told == {kind.title for kind in ProblemType} - {ProblemType.BAD_FRAMING.title}
 
 
-async def test_an_operation_tells_its_own_problems_only(document: dict[str, Any]) -> None:
+async def test_an_operation_lists_only_its_own_problems(document: dict[str, Any]) -> None:
     """An operation lists only the problems that it can return."""
     paths = document["paths"]
     assert "404" not in paths["/orders"]["get"]["responses"]
@@ -102,7 +102,7 @@ def find_contradictions(service: RunningService, folder: Path, examples_max: int
     return "" if done.returncode == 0 else done.stdout[-6_000:] + done.stderr[-2_000:]
 
 
-def test_the_service_does_what_it_says(shared_service: RunningService, tmp_path: Path) -> None:
+def test_the_service_conforms_to_its_document(shared_service: RunningService, tmp_path: Path) -> None:
     """Schemathesis sends valid and invalid examples to every operation, and finds no failure.
 
     The test takes about 8 s, because schemathesis is a large program.
@@ -112,6 +112,6 @@ def test_the_service_does_what_it_says(shared_service: RunningService, tmp_path:
 
 @pytest.mark.long
 @pytest.mark.timeout(SECONDS_MAX)
-def test_the_service_does_what_it_says_at_length(service: RunningService, tmp_path: Path) -> None:
+def test_the_service_conforms_to_its_document_at_length(service: RunningService, tmp_path: Path) -> None:
     """Schemathesis finds no failure with many examples of each operation and sequences of operations."""
     assert find_contradictions(service, tmp_path, 50, "examples,coverage,fuzzing,stateful") == ""

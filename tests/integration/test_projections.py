@@ -215,9 +215,7 @@ async def test_a_projector_whose_backend_is_killed_goes_on(service: Service, con
     assert await connection.fetchval("SELECT count(*) FROM timeline.entries") == 6
 
 
-async def test_an_event_that_cannot_be_decoded_sets_its_order_aside(
-    service: Service, dsn: str, connection: Connection
-) -> None:
+async def test_an_undecodable_event_parks_its_order(service: Service, dsn: str, connection: Connection) -> None:
     """An undecodable event parks its order, other orders continue, and a replay that can decode it unparks the
     order.
     """
@@ -248,7 +246,7 @@ async def test_an_event_that_cannot_be_decoded_sets_its_order_aside(
     assert (order["version"], order["parked"]) == (2, None)
 
 
-async def test_an_event_that_a_fold_cannot_handle_sets_its_order_aside(
+async def test_an_event_that_a_fold_cannot_handle_parks_its_order(
     service: Service, dsn: str, connection: Connection
 ) -> None:
     """An event with an unknown verdict parks its order in one view only, and a rebuild still swaps."""
@@ -305,7 +303,7 @@ async def nobody_waits(connection: Connection) -> bool:
     return waiting == 0
 
 
-async def test_trouble_of_the_server_sets_nothing_aside(
+async def test_a_failure_of_the_server_parks_no_order(
     service: Service, dsn: str, connection: Connection
 ) -> None:
     """A locked table of a view delays the view, and does not park any order."""
@@ -384,7 +382,9 @@ async def test_another_definitions_view_is_not_written_to_be_verified(
     assert await rows_of(connection, "current_status.orders") == []
 
 
-async def test_trouble_says_nothing_of_a_views_definition(service: Service, connection: Connection) -> None:
+async def test_an_outdated_view_stays_outdated_during_failures(
+    service: Service, connection: Connection
+) -> None:
     """A view stays marked as outdated while its definition cannot be read."""
     projector = service.projectors["current_status"]
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")

@@ -37,9 +37,7 @@ async def quarantined(client: Client, connection: Connection, body: bytes = LEAR
     return entry
 
 
-async def test_a_flood_of_what_cannot_be_understood_is_turned_away(
-    client: Client, connection: Connection
-) -> None:
+async def test_a_flood_of_unparseable_bodies_is_refused(client: Client, connection: Connection) -> None:
     """Above the hourly limit, new unparseable bodies get 503, while known bodies and valid reports get 200."""
     for number in range(HOURLY_MAX):
         await client.raw(b"junk %d" % number)
@@ -96,7 +94,7 @@ async def test_an_entry_is_recorded_once_however_often_it_is_retried(
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 1
 
 
-async def test_what_is_still_not_understood_stays(client: Client, connection: Connection) -> None:
+async def test_a_still_unparseable_entry_stays_open(client: Client, connection: Connection) -> None:
     """A retry of an unparseable entry gets 422 with the reason, and does not change the entry."""
     entry = (await client.raw(b"not json"))["quarantine_id"]
     before = await client.get(f"/quarantine/{entry}")
@@ -129,7 +127,7 @@ async def test_an_entry_is_discarded_with_a_reason(client: Client, connection: C
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
 
 
-async def test_what_was_dealt_with_needs_no_understanding(client: Client, connection: Connection) -> None:
+async def test_a_retry_of_a_resolved_entry_does_not_parse_it(client: Client, connection: Connection) -> None:
     """A retry of a discarded or erased entry does not parse its body again."""
     junk = (await client.raw(b"not json"))["quarantine_id"]
     await client.post(f"/quarantine/{junk}/discard", 200, {"reason": "a test of ours"})

@@ -248,7 +248,9 @@ async def test_an_order_that_a_later_release_wrote_does_not_fail_the_others(
     assert sum(isinstance(outcome, dict) for outcome in outcomes) == 8
 
 
-async def test_a_caller_that_vanishes_takes_nothing_with_it(recorder: Recorder, connection: Connection) -> None:
+async def test_a_cancelled_caller_does_not_cancel_other_reports(
+    recorder: Recorder, connection: Connection
+) -> None:
     """A cancelled caller cancels neither the other callers nor the running commit."""
     calls = [asyncio.create_task(recorder.record(report(f"KOM{n}"))) for n in range(10)]
     await asyncio.sleep(0)
@@ -284,7 +286,7 @@ async def test_an_idempotency_key_gets_the_first_receipt_again(
     assert len(await logged_events(connection)) == 3
 
 
-async def test_a_key_whose_commit_had_no_answer_is_found_again(dsn: str) -> None:
+async def test_a_key_whose_commit_had_no_response_is_found_again(dsn: str) -> None:
     """Concurrent retries with one key make one event, even if the connection is cut."""
     held = DedicatedConnection(lambda: connect(dsn))
     recorder = make_recorder(held)
@@ -384,7 +386,7 @@ async def test_a_keyed_report_that_the_database_refuses(recorder: Recorder) -> N
         await recorder.record(report("KOM\x00"), IdempotencyKey("key-1"))
 
 
-async def test_a_lock_that_does_not_come_is_no_fault_of_the_report(dsn: str, connection: Connection) -> None:
+async def test_an_unavailable_lock_does_not_refuse_the_report(dsn: str, connection: Connection) -> None:
     """If the append lock is not available within the server's limit, the report is unavailable, not refused."""
     held = DedicatedConnection(lambda: connect(dsn, lock_timeout="50ms"))
     recorder = make_recorder(held, seconds_max=0.4)

@@ -105,7 +105,7 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("role", FORBIDDEN)
-async def test_what_a_role_may_not_do(owner_dsn: str, connection: Connection, role: str) -> None:
+async def test_a_role_cannot_make_forbidden_changes(owner_dsn: str, connection: Connection, role: str) -> None:
     """The server refuses each statement for a missing privilege, and no row changes."""
     await fill(connection)
     before = await everything(connection)
@@ -153,7 +153,7 @@ async def test_the_service_owns_the_views_and_nothing_of_the_log(connection: Con
     }
 
 
-async def test_the_service_takes_the_tables_lock_by_an_insert_of_nothing(dsn: str) -> None:
+async def test_the_service_can_take_the_append_lock(dsn: str) -> None:
     """The service can take the append lock without the right to LOCK TABLE."""
     held = DedicatedConnection(lambda: connect(dsn))
     async with held.transaction(store.BEGIN_LOCKED) as connection:
@@ -166,9 +166,7 @@ async def test_the_service_takes_the_tables_lock_by_an_insert_of_nothing(dsn: st
     await held.close()
 
 
-async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
-    owner_dsn: str, connection: Connection
-) -> None:
+async def test_erasure_removes_the_senders_data_and_is_recorded(owner_dsn: str, connection: Connection) -> None:
     """Erasure removes bodies and addresses of an order. Verdicts, views and immutability stay."""
     body = {"order_no": "KOM1", "status": "Dikirim", "cnote": "AWB1", "buyer": "Siti", "text": '\u0000 "q" é'}
     dsn = await service_dsn(owner_dsn)
@@ -214,7 +212,7 @@ async def test_erasure_takes_out_what_the_sender_wrote_and_is_recorded(
     assert not await wrong(owner_dsn)
 
 
-async def test_a_database_of_one_role_works_and_check_says_what_is_open(empty_dsn: str) -> None:
+async def test_a_database_of_one_role_works_and_check_reports_the_risks(empty_dsn: str) -> None:
     """A single role without the right to create roles can serve and rebuild, and ``check`` reports
     the risks.
     """
@@ -273,9 +271,7 @@ async def test_a_restored_database_gets_its_own_grant_again(owner_dsn: str, conn
     assert not await wrong(owner_dsn)
 
 
-async def test_check_runs_nothing_that_the_service_has_put_in_the_place_of_a_table(
-    owner_dsn: str, connection: Connection
-) -> None:
+async def test_check_does_not_run_a_view_that_replaces_a_table(owner_dsn: str, connection: Connection) -> None:
     """``check`` has more rights than the service, so it reads a view's relations only if they are tables."""
     async with acting(owner_dsn, SERVICE_ROLE) as service:
         await service.execute("""

@@ -82,7 +82,7 @@ async def test_an_order_has_a_stream_of_its_own(client: Client) -> None:
         assert json.loads((await reader.message())["data"])["order_no"] == "NEW"
 
 
-async def test_a_brief_stream_says_how_far_the_log_has_come(client: Client) -> None:
+async def test_a_brief_stream_sends_the_head_of_the_log(client: Client) -> None:
     """A brief stream sends only the head of the log, once for several events."""
     head = await report_many(client, 30)
     async with client.reading("/events/stream?brief=true&after=10") as reader:
@@ -94,7 +94,7 @@ async def test_a_brief_stream_says_how_far_the_log_has_come(client: Client) -> N
     assert position == head + 1
 
 
-async def test_who_is_behind_what_is_kept_reads_the_database(
+async def test_a_reader_behind_the_memory_reads_the_database(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Readers that are behind the memory get every event once, however small the memory is."""
@@ -133,7 +133,7 @@ async def test_a_silent_stream_has_heartbeats(client: Client, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("given", ["x", "-1", "1.5", "9999999999999999999", "9" * 5_000, ""])
-async def test_a_last_event_id_that_is_none(client: Client, given: str) -> None:
+async def test_an_invalid_last_event_id_is_refused(client: Client, given: str) -> None:
     """An invalid Last-Event-ID gets 400 with a problem that names it."""
     problem = await client.get("/events/stream", 400, {"Last-Event-ID": given})
     assert problem["parameter"] == "Last-Event-ID"
@@ -212,7 +212,7 @@ async def test_half_an_answer_that_fails_is_logged(
 
 
 @pytest.mark.parametrize("path", ["/events", "/events/stream"])
-async def test_who_knows_no_chunks_gets_no_endless_answer(client: Client, path: str) -> None:
+async def test_a_client_without_chunked_encoding_gets_no_endless_response(client: Client, path: str) -> None:
     """A client without chunked encoding gets 505, because it could not distinguish a cut response from a whole
     one.
     """
@@ -228,7 +228,7 @@ async def test_an_answer_without_an_end_has_the_callers_id_too(client: Client, p
         assert (response.status, response.headers["X-Request-Id"]) == (200, "ours-1")
 
 
-async def test_what_is_erased_is_not_sent_from_memory(
+async def test_erased_bodies_are_not_sent_from_memory(
     client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Erased bodies disappear from the readers' shared memory after a short time."""

@@ -60,28 +60,28 @@ async def held(work: Work, calls: Batcher[int, int], item: int = 0) -> "asyncio.
     return task
 
 
-async def test_everyone_gets_the_outcome_of_its_own_item() -> None:
+async def test_each_caller_gets_the_outcome_of_its_own_item() -> None:
     """Each of 50 concurrent callers gets the outcome of its own item."""
     work = Work()
     calls = batcher(work, batch_items_max=7)
     assert await asyncio.gather(*(calls.submit(item) for item in range(50))) == [item * 2 for item in range(50)]
 
 
-async def test_what_waits_together_is_one_batch_up_to_its_limit() -> None:
+async def test_waiting_items_form_batches_up_to_the_limit() -> None:
     """Waiting items form batches of at most batch_items_max, in the order of their submission."""
     work = Work()
     await asyncio.gather(*await begin(batcher(work), *range(8)))
     assert work.batches == [[0, 1, 2], [3, 4, 5], [6, 7]]
 
 
-async def test_nobody_waits_for_more_to_come() -> None:
+async def test_a_single_call_is_processed_at_once() -> None:
     """A single call is processed at once, as a batch of one item."""
     work = Work()
     assert await batcher(work).submit(21) == 42
     assert work.batches == [[21]]
 
 
-async def test_what_arrives_during_a_batch_is_the_next_one() -> None:
+async def test_items_that_arrive_during_a_batch_form_the_next_one() -> None:
     """Items that arrive during a batch form the next batch, because only one batch runs at a time."""
     work = Work()
     calls = batcher(work)
@@ -142,7 +142,7 @@ async def test_a_heavy_queue_refuses_at_once() -> None:
     assert await asyncio.gather(first, *waiting) == [0, 2, 6]
 
 
-async def test_what_was_taken_weighs_no_longer() -> None:
+async def test_the_queue_limits_exclude_the_running_batch() -> None:
     """The limits of the queue count only waiting items, not the items of the running batch."""
     work = Work()
     calls = batcher(work, queue_items_max=3, queue_weight_max=9)
@@ -176,7 +176,7 @@ async def test_an_item_whose_time_is_over_before_its_batch_is_not_done(monkeypat
     assert work.batches == [[0], [3]]
 
 
-async def test_a_batch_of_nothing_but_late_items_is_no_work() -> None:
+async def test_a_batch_of_expired_items_does_not_call_the_work() -> None:
     """If every waiting item has expired, the work is not called."""
     work = Work()
     calls = batcher(work, seconds_max=0)
@@ -186,7 +186,7 @@ async def test_a_batch_of_nothing_but_late_items_is_no_work() -> None:
     assert work.batches == []
 
 
-async def test_the_work_is_told_when_the_first_item_is_due() -> None:
+async def test_the_work_receives_the_deadline_of_its_first_item() -> None:
     """The work receives the deadline of its first item, by the loop's clock from the time of submission."""
     work = Work()
     calls = batcher(work)
@@ -226,7 +226,7 @@ async def test_a_caller_that_goes_during_its_batch_cancels_nothing() -> None:
     assert await other == 4
 
 
-async def test_work_that_fails_fails_all_of_its_batch_and_no_other() -> None:
+async def test_failed_work_fails_its_whole_batch_and_no_other() -> None:
     """If a batch fails, each of its callers gets a separate error with the cause, and the next batch is
     processed.
     """
@@ -325,7 +325,7 @@ async def test_a_leader_that_met_a_failure_is_replaced() -> None:
     assert await calls.submit(1) == 1
 
 
-async def test_the_leader_has_nothing_of_its_first_callers_context() -> None:
+async def test_the_leader_does_not_inherit_its_first_callers_context() -> None:
     """The leader does not run in the context of its first caller.
 
     It works for all callers, so it must not inherit one caller's context variables, such as its log context.
@@ -343,7 +343,7 @@ async def test_the_leader_has_nothing_of_its_first_callers_context() -> None:
     assert seen == [None]
 
 
-async def test_finish_waits_for_all_that_waits() -> None:
+async def test_drain_waits_for_all_submitted_items() -> None:
     """``drain`` returns after every submitted item has its outcome."""
     work = Work()
     calls = batcher(work)
@@ -359,12 +359,12 @@ async def test_finish_waits_for_all_that_waits() -> None:
     assert [item for batch in work.batches for item in batch] == list(range(8))
 
 
-async def test_finish_with_nothing_waiting_is_done() -> None:
+async def test_drain_without_calls_returns_at_once() -> None:
     """``drain`` returns at once if there were no calls."""
     await batcher(Work()).drain()
 
 
-async def test_a_leader_that_is_cancelled_leaves_nobody_waiting() -> None:
+async def test_a_cancelled_leader_leaves_no_caller_waiting() -> None:
     """If the leader is cancelled, the callers of its batch get an error and the callers behind it are
     cancelled.
 

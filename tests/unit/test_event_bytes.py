@@ -131,7 +131,7 @@ def test_a_body_that_looks_like_a_typed_value_stays_text() -> None:
         (TOPIC, changed_state(class_version="1")),
     ],
 )
-def test_what_is_not_ours_to_read_raises(topic: str, state: bytes) -> None:
+def test_unreadable_events_raise(topic: str, state: bytes) -> None:
     """Unknown topics, invalid bytes, invalid times and unknown class versions are errors."""
     with pytest.raises(UndecodableEventError):
         decode_event(ORDER_NO, 1, topic, state)
@@ -181,6 +181,6 @@ def test_read_fields() -> None:
 
 
 @pytest.mark.parametrize("state", [b"", b"state4", b"[]", b"null", b'"x"', b"\xff"])
-def test_read_fields_of_what_is_no_json_object(state: bytes) -> None:
+def test_read_fields_of_bytes_that_are_not_a_json_object(state: bytes) -> None:
     """read_fields returns None for bytes that are not a JSON object, and raises no error."""
     assert read_fields(state) is None

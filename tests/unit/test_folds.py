@@ -172,7 +172,7 @@ def logged(events: Sequence[Order.StatusReported], first_position: int) -> list[
     return [(first_position + i, event) for i, event in enumerate(events)]
 
 
-async def test_what_was_just_committed_is_read_from_memory() -> None:
+async def test_recent_commits_are_read_from_memory() -> None:
     """Events of consecutive commits are served from memory, from any position among them and up to
     the limit.
     """
@@ -185,7 +185,7 @@ async def test_what_was_just_committed_is_read_from_memory() -> None:
 
 
 @pytest.mark.parametrize("after", [0, 5, 11, 12, 1_000])
-async def test_what_is_not_in_memory_is_asked_of_the_database(after: int) -> None:
+async def test_events_outside_the_memory_are_read_from_the_database(after: int) -> None:
     """A read from before the memory or from its end goes to the database.
 
     Earlier positions may hold other events, and other processes may have written later ones.
@@ -196,7 +196,7 @@ async def test_what_is_not_in_memory_is_asked_of_the_database(after: int) -> Non
         await log.read_log(after, 100)
 
 
-async def test_a_reader_that_remembers_nothing_asks_the_database() -> None:
+async def test_a_reader_with_an_empty_memory_reads_from_the_database() -> None:
     """A reader with an empty memory reads from the database at every position."""
     for after in (-1, 0, 1):
         with pytest.raises(DatabaseAskedError):
@@ -222,7 +222,7 @@ async def test_a_reader_that_remembers_nothing_asks_the_database() -> None:
         "two gaps",
     ],
 )
-async def test_a_gap_ends_what_is_kept(batches: list[list[int]], kept_from: int) -> None:
+async def test_events_before_a_gap_are_dropped_from_memory(batches: list[list[int]], kept_from: int) -> None:
     """After a gap in the positions, only the events that follow the gap are served from memory.
 
     Another process may have written an event in the gap.
@@ -298,7 +298,7 @@ def test_decode_logged() -> None:
 @pytest.mark.parametrize(
     ("topic", "state"), [("order.status_reported", b"state4"), ("order.unknown", b"{}"), ("", b"")]
 )
-def test_decode_of_what_cannot_be_decoded(topic: str, state: bytes) -> None:
+def test_decode_an_undecodable_event(topic: str, state: bytes) -> None:
     """An undecodable event is returned with its position, its order, its version and the reason, without an
     exception.
     """

@@ -86,7 +86,7 @@ def test_lifecycles(reports: tuple[str, ...], verdicts: tuple[str, ...], status:
     assert folded(events).state.status == status
 
 
-def test_an_order_never_heard_of() -> None:
+def test_a_new_order_is_empty() -> None:
     """An order without reports has version 0, no status and no airway bill."""
     order = Order.new(ORDER_NO)
     assert order.id == ORDER_NO
@@ -119,7 +119,7 @@ def test_the_event_carries_the_report() -> None:
     assert event.recognised == "in_transit"
 
 
-def test_a_retry_that_nothing_overtook() -> None:
+def test_an_immediate_retry() -> None:
     """An immediate retry is repeated if the first report advanced; otherwise it gets the same verdict again."""
     for reports in (("Packed", "Sent"), ("Sent", "Packed"), ("Cancelled", "Sent"), ("Sent", "?")):
         *_, first, again = history(*reports, reports[-1])
@@ -166,7 +166,7 @@ def test_skipped_stages_are_recorded() -> None:
 # The airway bill
 
 
-def test_the_first_cnote_is_kept_whatever_its_verdict() -> None:
+def test_the_first_cnote_is_kept_with_any_verdict() -> None:
     """If an order has no airway bill, a report with any verdict sets it."""
     for status in ("Sent", "?", "Packed"):
         *_, event = history("Delivering", says(status, CNOTE))
@@ -191,7 +191,7 @@ def test_a_new_cnote(status: str, verdict: str, kept: str) -> None:
     assert event.cnote == kept
 
 
-def test_a_missing_cnote_takes_none_away() -> None:
+def test_a_missing_cnote_does_not_remove_the_orders() -> None:
     """A report without a cnote does not remove the order's cnote."""
     assert history(says("Sent", CNOTE), "Delivering", "Delivering")[-1].cnote == CNOTE
 
@@ -230,7 +230,7 @@ def test_received_at_never_goes_back() -> None:
     ]
 
 
-def test_the_senders_time_orders_nothing() -> None:
+def test_the_senders_time_does_not_order_reports() -> None:
     """occurred_at is recorded but does not influence the verdict."""
     old = SENT._replace(occurred_at=datetime(2001, 1, 1, tzinfo=UTC))
     _, event = history("Packed", old)
@@ -326,7 +326,7 @@ def test_the_last_event_sums_up_all_of_them(received: list[Report]) -> None:
 
 @MANY
 @given(RECEIVED)
-def test_what_holds_of_every_event(received: list[Report]) -> None:
+def test_the_invariants_of_every_event(received: list[Report]) -> None:
     """Versions count up, times never go back, previous_status is the status before, and repeats
     name advances.
     """

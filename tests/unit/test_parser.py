@@ -76,7 +76,7 @@ def test_the_same_report_in_other_words(text: str) -> None:
     assert parse(text.encode()) == Report(ARRIVAL, ORDER_NO, "Sent", CNOTE, text)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_text() -> None:
+def test_a_byte_order_mark_is_removed() -> None:
     """A byte order mark before the body is removed, and a second one is not valid JSON."""
     mark = "\ufeff".encode()
     assert parse(mark + SENT_BODY.encode()) == parse(SENT_BODY.encode())
@@ -160,7 +160,7 @@ def test_a_missing_cnote_is_none() -> None:
     assert parse(b'{"order_no":"KOM1","status":"Sent"}').reported_cnote is None
 
 
-def test_what_is_known_of_the_arrival() -> None:
+def test_the_report_contains_the_arrival() -> None:
     """The report contains the given arrival unchanged."""
     assert parser.parse(SENT_BODY.encode(), SENT.arrival) == SENT._replace(occurred_at=None)
 
@@ -209,7 +209,7 @@ def test_what_is_known_of_the_arrival() -> None:
         b'{"x":' * 60_000,
     ],
 )
-def test_what_is_no_json_object_in_utf_8(raw: bytes) -> None:
+def test_a_body_that_is_not_a_json_object_in_utf_8_is_refused(raw: bytes) -> None:
     """A body that is not a JSON object in UTF-8 is refused with a one-line reason that does not contain the
     body.
     """

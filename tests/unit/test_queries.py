@@ -48,7 +48,7 @@ def refused(model: type[Query], query: str) -> ProblemError:
 
 @MANY
 @given(st.integers(0, POSITION_MAX))
-def test_a_cursor_comes_back_as_what_it_was_made_of(key: int) -> None:
+def test_a_cursor_is_decoded_to_its_position(key: int) -> None:
     """Every position survives the way through a link's cursor, which needs no escaping or padding."""
     cursor = encode_cursor(key)
     assert quote(cursor, safe="") == cursor
@@ -73,7 +73,7 @@ def test_a_cursor_comes_back_as_what_it_was_made_of(key: int) -> None:
         ),
     ],
 )
-def test_a_cursor_that_no_answer_gave(cursor: str) -> None:
+def test_an_invalid_cursor_is_refused(cursor: str) -> None:
     """An invalid cursor is a bad parameter, and never selects another page."""
     assert refused(PageQuery, f"cursor={cursor}").members == {"parameter": "cursor"}
 
@@ -90,7 +90,7 @@ def test_another_spelling_of_a_cursor(cursor: str) -> None:
 # Pages
 
 
-def test_the_next_page_asks_the_same_question_further_on() -> None:
+def test_the_next_page_keeps_the_query_and_moves_the_cursor() -> None:
     """The link to the next page keeps the filters, moves the cursor and leaves out after_position."""
     query = read_query(
         TransitionsQuery,
@@ -112,7 +112,7 @@ def test_the_next_page_asks_the_same_question_further_on() -> None:
     }
 
 
-def test_the_next_page_is_understood_as_the_same_question() -> None:
+def test_the_next_page_is_read_as_the_same_query() -> None:
     """read_query reads the link of next_path as the same query with the new cursor."""
     query = read_query(TransitionsQuery, get("/x?from=problem&since=2026-01-31T12:00:00.000001Z&limit=7"))
     followed = read_query(
@@ -180,7 +180,7 @@ def test_times(text: str, time: datetime) -> None:
         "2026-01-31T12:00:00ZT",
     ],
 )
-def test_what_is_no_time(text: str) -> None:
+def test_an_invalid_time_is_refused(text: str) -> None:
     """A time without an offset, with an invalid date or out of range is refused, and the problem names the
     parameter.
     """
@@ -210,13 +210,13 @@ def test_a_duration(text: str, duration: timedelta) -> None:
     "text",
     ["P", "PT", "3D", "P3", "P1M", "P1Y", "-P3D", "P-3D", "P3.5D", "P3DT", "p3d", "P٣D", "P99999W", "P36501D"],
 )
-def test_what_is_no_duration(text: str) -> None:
+def test_an_invalid_duration_is_refused(text: str) -> None:
     """Months and years, which have no fixed length, and malformed durations are refused."""
     query = f"unmoved_for={quote(text)}"
     assert refused(OrdersQuery, query).members == {"parameter": "unmoved_for"}
 
 
-def test_a_time_with_a_tail_is_no_time() -> None:
+def test_a_time_with_a_tail_is_refused() -> None:
     """A text that only begins as a time is refused."""
     assert refused(OrderQuery, "as_of=2026-01-31T12:00:00Z%00junk").members == {"parameter": "as_of"}
 
@@ -224,7 +224,7 @@ def test_a_time_with_a_tail_is_no_time() -> None:
 # Limits and filters
 
 
-def test_what_is_left_out() -> None:
+def test_a_query_without_parameters_has_the_defaults() -> None:
     """A query without parameters has the defaults: the first page, unfiltered."""
     assert read_query(OrdersQuery, get("/orders")).model_dump() == {
         "after_position": None,
@@ -350,7 +350,7 @@ def test_an_order_number_in_the_path_is_decoded_once(segment: str, order_no: str
         "%E9",
     ],
 )
-def test_a_path_that_spells_no_order_number(segment: str) -> None:
+def test_a_path_with_an_invalid_order_number_is_refused(segment: str) -> None:
     """Broken escapes, invalid UTF-8 and control characters are a bad request, not an unknown order."""
     with pytest.raises(ProblemError) as raised:
         parse_order_no(get(f"/orders/{segment}/timeline"))

@@ -33,7 +33,7 @@ def test_the_aliases_are_the_written_ones() -> None:
     assert list(ALIASES.items()) == [(word.status, word.raw_strings) for word in VOCABULARY]
 
 
-def test_what_is_settled_is_the_written() -> None:
+def test_the_settled_statuses_are_the_written_ones() -> None:
     """The settled statuses are those that the page marks as settled."""
     assert {word.status for word in VOCABULARY if word.settled} == SETTLED
 
