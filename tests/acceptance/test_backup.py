@@ -146,7 +146,7 @@ async def test_a_restored_service_has_everything_and_continues(state_dir: Path, 
 
 
 def test_a_dump_goes_through_a_pipe(reported: RunningService, new: Path) -> None:
-    """Standard output and standard input carry a dump. After a restore, a replay makes the views current."""
+    """A dump can be piped from ``backup`` to ``restore``, and a replay then makes the views current."""
     pipe = '"$@" backup - | ORDER_TRACKING_STATE_DIR="$NEW" "$@" restore -'
     result = subprocess.run(
         ["sh", "-c", pipe, "sh", *COMMAND],
@@ -165,7 +165,7 @@ def test_a_dump_goes_through_a_pipe(reported: RunningService, new: Path) -> None
 def test_an_impossible_backup_is_one_line(
     reported: RunningService, new: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failed backup leaves no file, and a backup creates no database."""
+    """A failed backup is a one-line error that leaves no file, and a backup never creates a database."""
     empty = call_command(new, "backup", "dump")
     assert empty.stderr.startswith(f"there is no database in {new} yet: ")
     assert not (new / "postgres").exists()
@@ -178,7 +178,7 @@ def test_an_impossible_backup_is_one_line(
 
 
 async def test_a_damaged_dump_is_refused(reported: RunningService, new: Path, tmp_path: Path) -> None:
-    """The error is one line, and the database stays empty."""
+    """A damaged or missing dump is a one-line error, and the database stays empty."""
     backup = await asyncio.to_thread(run_command, reported.state_dir, "backup", str(tmp_path / "whole"))
     assert backup.returncode == 0, backup.stderr
     dump = (tmp_path / "whole").read_bytes()
@@ -195,7 +195,7 @@ async def test_a_damaged_dump_is_refused(reported: RunningService, new: Path, tm
 
 
 async def test_an_empty_database_is_not_backed_up(empty_dsn: str) -> None:
-    """A restore would refuse the dump of a database without a schema."""
+    """A database without a schema is not backed up, because a restore would refuse the dump."""
     connection = await connect(empty_dsn)
     with pytest.raises(BackupError, match="there is nothing to back up"):
         await make(connection, empty_dsn, None, wheel_bindir())
@@ -203,7 +203,9 @@ async def test_an_empty_database_is_not_backed_up(empty_dsn: str) -> None:
 
 
 def test_missing_tools_are_named(reported: RunningService, tmp_path: Path) -> None:
-    """The error names the folder, the tool and the setting, and the command does nothing."""
+    """Without PostgreSQL's tools, the error names the folder, the tool and the setting, and no file
+    is written.
+    """
     called = call_command(reported.state_dir, "backup", str(tmp_path / "dump"), PG_BINDIR=str(tmp_path))
     assert (called.returncode, called.stderr.count("\n")) == (1, 1)
     assert called.stderr.startswith(f"{tmp_path} has no pg_dump: set ORDER_TRACKING_PG_BINDIR ")
@@ -212,7 +214,9 @@ def test_missing_tools_are_named(reported: RunningService, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("command", ["backup", "restore"])
 def test_your_own_database_is_refused(tmp_path: Path, command: str) -> None:
-    """One line names the tools and the documentation. The command connects to nothing."""
+    """The error names the tools and the documentation in one line, and the command does not connect to the
+    database.
+    """
     url = "postgresql://tracking@192.0.2.1/tracking"
     called = call_command(tmp_path, command, str(tmp_path / "dump"), DATABASE_URL=url)
     assert (called.returncode, called.stderr.count("\n")) == (1, 1)
@@ -279,7 +283,7 @@ def test_a_file_created_in_the_meantime_is_not_overwritten(reported: RunningServ
 
 
 def test_a_terminated_backup_ends_its_tool(reported: RunningService) -> None:
-    """SIGTERM leaves no running pg_dump and no partial file."""
+    """A backup that ends by SIGTERM leaves no running pg_dump and no partial file."""
     old = reported.state_dir
     with psycopg.connect(reported.dsn) as connection:
         # pg_dump waits for this lock.
@@ -295,7 +299,7 @@ def test_a_terminated_backup_ends_its_tool(reported: RunningService) -> None:
 async def test_the_documented_commands_for_your_own_server(
     reported: RunningService, empty_dsn: str, tmp_path: Path
 ) -> None:
-    """The commands of docs/operations.md, as written, move a database to a second PostgreSQL."""
+    """The documented commands of docs/operations.md move a database to a second PostgreSQL unchanged."""
     section = (
         (ROOT / "docs" / "operations.md").read_text(encoding="utf-8").partition("### Your own PostgreSQL")[2]
     )

@@ -84,7 +84,7 @@ def test_wrong_usage_is_exit_2(tmp_path: Path, arguments: tuple[str, ...]) -> No
 def test_send_prints_the_receipt_and_exits_by_the_verdict(
     shared_service: RunningService, send: Send, order_no: str
 ) -> None:
-    """The exit code is 0 for advanced and repeated, and 1 for other verdicts or without a response."""
+    """``send`` exits with 0 for advanced and repeated, and with 1 for other verdicts or without a response."""
     assert [send(order_no, status) for status in ("Batal", "batal", "Diterima", "Antar Ulang")] == [0, 0, 1, 1]
     url = f"{shared_service.url}/webhook"
     sent = run_command(shared_service.state_dir, "send", order_no, "AWB1", "Sent", "--url", url)
@@ -105,7 +105,7 @@ def test_send_prints_the_receipt_and_exits_by_the_verdict(
     ],
 )
 def test_send_never_prints_the_token(tmp_path: Path, url: str, code: int) -> None:
-    """Every error about a URL is one line without its path."""
+    """Every error of ``send`` about a URL is one line that does not contain the URL's path."""
     ended = call_command(tmp_path, "send", "KOM1", "AWB1", "Sent", "--url", url)
     assert ended.returncode == code
     assert ended.stderr.count("\n") == 1

@@ -273,7 +273,7 @@ def test_an_order_is_shown_at_an_earlier_version(opened: Open) -> None:
 
 @pytest.mark.parametrize("path", [f"/track/{ORDER}?version=99", "/track/KOM-0", f"/track/{ORDER}/reports/99"])
 def test_a_missing_order_version_or_report_has_a_page(opened: Open, path: str) -> None:
-    """The page says "Not found" and has a link to the overview."""
+    """A missing order, version or report has a page with the heading "Not found" and a link to the overview."""
     page = opened(path)
     expect(page.get_by_role("heading", level=1)).to_have_text("Not found")
     expect(page.get_by_role("link", name="Go to the overview")).to_be_visible()
@@ -301,7 +301,9 @@ def test_a_hostile_order_is_shown_unchanged_and_does_nothing(opened: Open) -> No
 
 
 def test_reports_appear_without_a_reload(opened: Open, api: APIRequestContext) -> None:
-    """Both pages update. The order's page also announces the report to screen readers and keeps the focus."""
+    """A new report updates both pages, and the order's page announces it to screen readers and
+    keeps the focus.
+    """
     send(api, "KOM-4", "AWB-4", "Diajukan")
     order, overview = opened("/track/KOM-4"), opened("/")
     for page in (order, overview):
@@ -385,7 +387,7 @@ def test_the_quarantine_shows_bodies_and_commands(opened: Open, api: APIRequestC
 
 
 def test_a_long_timeline_is_shown_by_pages(opened: Open, api: APIRequestContext) -> None:
-    """The first page has the newest entries, with links to the earlier ones and back."""
+    """The first page of a long timeline has the newest entries, with links to the earlier ones and back."""
     for number in range(52):
         send(api, "KOM-7", "", ("Dikirim", "Diantar")[number % 2])
     page = opened("/track/KOM-7")
@@ -441,7 +443,9 @@ def test_every_page_can_be_read_on_a_phone_in_light_and_dark(opened: Open, local
 
 
 def test_the_keyboard_reaches_the_content(opened: Open) -> None:
-    """The first stop is a link to the content, the next one is in the content, and the focus is visible."""
+    """The first focus stop is a link to the content, the next one is in the content, and the focus
+    is visible.
+    """
     page = opened(f"/track/{ORDER}")
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to main content")).to_be_focused()

@@ -98,7 +98,7 @@ def test_the_account_agrees_with_every_trouble(state_dir: Path) -> None:
                 f"{service.url} requires an API key"
             )
 
-        # The service reads new keys once a second.
+        # The service checks for new keys once a second.
         until(refused_without_a_key)
         other_key = call_command(state_dir, *run, "--key", "otk_other", **settings)
         assert (other_key.returncode, other_key.stdout) == (1, "")
@@ -116,7 +116,7 @@ def test_the_account_agrees_with_every_trouble(state_dir: Path) -> None:
 
 
 def test_a_killed_service_gets_the_reports_after_its_restart(service: RunningService) -> None:
-    """Retries reach the restarted service, and the account agrees."""
+    """After a kill and a restart of the service, retries reach it, and the account agrees."""
     service.settings["PORT"] = str(service.port)
     arguments = ("simulate", "--orders", "100", "--rate", "400", "--url", f"{service.url}/webhook")
     with background_command(service.state_dir, *arguments) as simulator:
@@ -305,7 +305,7 @@ def test_a_simulation_that_cannot_start_is_one_error(
 
 
 def test_a_port_that_is_taken_is_one_line(shared_service: RunningService) -> None:
-    """The error is one line with the port, and the exit code is 1."""
+    """A taken port is a one-line error that names the port, with exit code 1."""
     port = shared_service.url.rpartition(":")[2]
     ended = call_command(shared_service.state_dir, "simulate", "--listen", port)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)

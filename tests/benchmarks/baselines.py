@@ -78,7 +78,7 @@ class Orders(Application[str]):
 
 
 def library(dsn: str) -> web.Application:
-    """Record each report at once with the library's Application and PostgreSQL recorder, in threads."""
+    """Record each report when it arrives with the library's Application and PostgreSQL recorder, in threads."""
     parts = conninfo_to_dict(dsn)
     orders = Orders(
         env={

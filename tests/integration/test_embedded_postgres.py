@@ -1,4 +1,4 @@
-"""The embedded PostgreSQL, with real servers and real kills."""
+"""The embedded PostgreSQL, tested with real servers that are really killed."""
 
 import asyncio
 import contextlib
@@ -119,7 +119,7 @@ async def test_first_start_makes_a_durable_database_that_asyncpg_reaches(new_sta
 
 
 def test_data_survives_a_stop_and_a_start(state_dir: Path) -> None:
-    """Data survives with the same object and with a new one. A second start and a second stop do nothing."""
+    """Data survives a restart, with the same object or a new one, and a second start or stop has no effect."""
     server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
     server.start()
     pid = server.pid
@@ -145,7 +145,7 @@ def test_a_dropped_database_is_created_again(state_dir: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Zürich 東京 50%+&=?#:", 'it\'s "so" $HOME `x` \\', "a,b"])
 def test_any_folder_name_works(state_dir: Path, name: str) -> None:
-    """Shells, setting lists and DSNs quote the folder's name correctly, for both drivers."""
+    """The server starts in a folder with any name, and both drivers can connect to it."""
     state_dir = state_dir.rename(state_dir.parent / name)
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         assert query(server.dsn, "SELECT 1") == [(1,)]
@@ -154,7 +154,9 @@ def test_any_folder_name_works(state_dir: Path, name: str) -> None:
 
 
 def test_a_path_too_long_for_a_socket_works(state_dir: Path) -> None:
-    """The socket moves to a short private folder. Other processes find it, and a stop removes it."""
+    """With a long path, the socket is in a short private folder, which other processes find and a
+    stop removes.
+    """
     state_dir = state_dir.rename(state_dir.parent / ("a long name " * 20))
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         folder = socket_folder(server.dsn)
@@ -188,7 +190,9 @@ def test_a_foreign_socket_folder_is_refused(new_state_dir: Path, kind: str) -> N
 
 
 def test_a_held_folder_is_refused(state_dir: Path) -> None:
-    """The error is one line with the holder's process id. The holder's server keeps running."""
+    """A start in a held folder fails with one line that names the holder's process, whose server
+    keeps running.
+    """
     with holder(state_dir) as process:
         postmaster = read_postmaster_pid(process)
         server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
@@ -279,7 +283,7 @@ async def test_keep_running_restarts_a_killed_server_each_time(state_dir: Path) 
 
 
 async def test_keep_running_survives_restarts_that_fail(state_dir: Path) -> None:
-    """It keeps trying, reports each error, and succeeds once the cause is gone."""
+    """The watch retries failed restarts, reports each error, and succeeds after the cause is gone."""
     lines: asyncio.Queue[str] = asyncio.Queue()
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         watch = asyncio.create_task(server.keep_running(lines.put_nowait))
@@ -384,7 +388,7 @@ def test_stop_leaves_no_process_and_no_socket(state_dir: Path) -> None:
 
 
 def test_ctrl_c_does_not_reach_the_server(state_dir: Path) -> None:
-    """A terminal signals its process group. The server has its own session."""
+    """The server has its own session, so a terminal's Ctrl-C does not reach it."""
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         assert server.pid is not None
         assert os.getsid(server.pid) == server.pid
@@ -417,7 +421,9 @@ def test_the_callers_environment_does_not_matter(state_dir: Path, monkeypatch: p
 
 
 def test_data_of_another_major_version_is_refused(state_dir: Path) -> None:
-    """The error names the data's version and the setting to change. The data stays unchanged."""
+    """A start with another version's data fails and leaves the data unchanged; the error names version and
+    setting.
+    """
     with EmbeddedPostgres(state_dir, settings=NO_SYNC) as server:
         pass
     (state_dir / "postgres" / "PG_VERSION").write_text("15\n")
@@ -436,20 +442,20 @@ def test_a_folder_without_postgresql_is_refused(new_state_dir: Path) -> None:
 
 
 def test_a_failed_start_has_the_servers_error(state_dir: Path) -> None:
-    """The error has the server's last message, and does not wait for the start's time limit."""
+    """A failed start reports the server's last message at once, without waiting for the start's time limit."""
     with pytest.raises(EmbeddedPostgresError, match=r"unrecognized configuration parameter.*postgres\.log"):
         EmbeddedPostgres(state_dir, settings=NO_SYNC | {"nonsense": "1"}).start()
 
 
 def test_an_impossible_state_folder_is_one_line(new_state_dir: Path) -> None:
-    """A file system error becomes one line for the operator."""
+    """A file system error at the start becomes a one-line error."""
     new_state_dir.write_text("a file")
     with pytest.raises(EmbeddedPostgresError, match="Not a directory"):
         EmbeddedPostgres(new_state_dir).start()
 
 
 def test_a_large_log_is_rotated(state_dir: Path) -> None:
-    """The server's log does not fill the disk over the years."""
+    """The server's log is rotated at a start if it is too large, so that it cannot fill the disk."""
     log = state_dir / "postgres.log"
     with log.open("wb") as file:
         file.truncate(embedded_postgres.LOG_BYTES_MAX + 1)
@@ -474,7 +480,9 @@ def test_root_runs_the_server_as_nobody(new_state_dir: Path) -> None:
 
 @as_root
 def test_a_folder_that_the_user_nobody_cannot_reach_is_refused(new_state_dir: Path) -> None:
-    """For a folder below /root, the error names the setting to change. The parent folder keeps its mode."""
+    """A start in a folder below /root fails, names the setting to change, and keeps the parent
+    folder's mode.
+    """
     new_state_dir.parent.chmod(0o700)
     with pytest.raises(EmbeddedPostgresError, match="ORDER_TRACKING_STATE_DIR"):
         EmbeddedPostgres(new_state_dir).start()

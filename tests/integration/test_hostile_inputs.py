@@ -412,7 +412,7 @@ async def trickle(port: int, at_once: bytes, later: bytes) -> bytes:
 
 
 async def test_slow_senders_are_cut_off_and_others_are_answered(wire: Wire) -> None:
-    """A connection that sends a byte a second, or nothing, is closed or gets 408, while webhooks are recorded.
+    """A connection that sends a byte a second or no bytes is closed or gets 408, while webhooks are recorded.
 
     The test takes about 10 s, which is the time limit for a body. ``make faults`` uses 500 such connections.
     """

@@ -49,7 +49,10 @@ SCANS_ALLOWED: Final = ("Seq Scan on projection",)
 
 @pytest.mark.parametrize("name", HOT)
 async def test_a_hot_statement_scans_no_table_even_if_planned_on_empty_ones(dsn: str, name: str) -> None:
-    """A connection keeps the generic plan that it made on empty tables while the tables grow."""
+    """The generic plan of a hot statement scans no table, even if it was made on empty tables.
+
+    A connection keeps such a plan while the tables grow.
+    """
     statement = HOT[name]
     connection = await connect(dsn, **HOT_SETTINGS, search_path=statement.search_path)
     try:
@@ -136,7 +139,7 @@ async def fill(dsn: str, orders: int) -> None:
 
 @pytest.fixture(scope="module")
 def filled_dsn(server: TestServer) -> Iterator[str]:
-    """A database with 20,000 orders."""
+    """Return the DSN of a database with 20,000 orders."""
     with server.database() as dsn:
         asyncio.run(fill(dsn, ORDERS))
         yield dsn
@@ -178,7 +181,7 @@ async def rows_of_a_page(connection: Connection, name: str) -> tuple[int, list[A
 
 @pytest.mark.parametrize("name", PAGES)
 async def test_a_page_reads_no_more_rows_than_it_needs(filled: Connection, name: str) -> None:
-    """On skewed data, the planner chooses a plan within the limit."""
+    """On skewed data, each statement of a page reads no more than ROWS_READ_MAX rows."""
     read, plan = await rows_of_a_page(filled, name)
     assert 0 < read <= ROWS_READ_MAX, plan
 
@@ -186,7 +189,7 @@ async def test_a_page_reads_no_more_rows_than_it_needs(filled: Connection, name:
 @pytest.mark.long
 @pytest.mark.timeout(1_200)
 async def test_a_page_reads_no_more_rows_of_a_million(owner_dsn: str) -> None:
-    """The same limit holds for fifty times as many orders."""
+    """With fifty times as many orders, the statements stay within the same limit."""
     await fill(owner_dsn, ORDERS_AT_LENGTH)
     connection = await connect(owner_dsn)
     try:

@@ -371,7 +371,9 @@ async def test_an_older_process_does_not_write_a_newer_view(service: Service, co
 async def test_another_definitions_view_is_not_written_to_be_verified(
     service: Service, dsn: str, connection: Connection
 ) -> None:
-    """A verification does not write to a view with another definition; the error says to run a replay."""
+    """A verification refuses to write to a view with another definition, and the error names the command to
+    run.
+    """
     await record(service, report("KOM1"))
     await connection.execute(
         "UPDATE current_status.projection SET definition = 'of a later release', position = 0; "

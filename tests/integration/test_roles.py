@@ -167,7 +167,9 @@ async def test_the_service_can_take_the_append_lock(dsn: str) -> None:
 
 
 async def test_erasure_removes_the_senders_data_and_is_recorded(owner_dsn: str, connection: Connection) -> None:
-    """Erasure removes bodies and addresses of an order. Verdicts, views and immutability stay."""
+    """Erasure removes an order's bodies and addresses, and keeps its verdicts, its views and the log's
+    protection.
+    """
     body = {"order_no": "KOM1", "status": "Dikirim", "cnote": "AWB1", "buyer": "Siti", "text": '\u0000 "q" é'}
     dsn = await service_dsn(owner_dsn)
     async with serving(Settings(port=0), dsn) as (port, _), aiohttp.ClientSession() as session:
@@ -193,7 +195,7 @@ async def test_erasure_removes_the_senders_data_and_is_recorded(owner_dsn: str, 
         assert "Budi" in json.dumps(await client.get("/orders/KOM2/events"))
         entry = await client.get(f"/quarantine/{odd['quarantine_id']}")
         assert (entry["state"], entry["remote"], entry["body_base64"]) == ("retried", None, None)
-        # The next report of the order is judged from the remaining fields.
+        # The next report of the order is decided from the remaining fields.
         assert (await client.webhook("KOM1", "Diterima"))["outcome"] == "repeated"
     everything_left = json.dumps(
         [str(row) for row in await connection.fetch("SELECT state, * FROM order_events")]

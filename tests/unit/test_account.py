@@ -92,7 +92,7 @@ def test_each_kind_of_error_is_counted(
 
 
 def test_it_prints_every_number_and_the_first_details() -> None:
-    """Each number has a line; only the first five lost reports are shown."""
+    """The account prints a line for each number, and shows only the first five lost reports."""
     deliveries = {f"text {number}": Delivery(1, [b"OK"]) for number in range(1_000)}
     lines = list(compare({**deliveries, "a": Delivery(2, [receipt(A)])}, [A], PREFIX).lines())
     assert lines[0].split() == ["sent", "1,001", "reports,", "in", "1,002", "attempts"]
@@ -112,7 +112,7 @@ def test_it_prints_every_number_and_the_first_details() -> None:
     ],
 )
 async def test_an_unreadable_log_is_an_error(status: int, body: str, message: str) -> None:
-    """Anything but a page of the log raises an error that names the response."""
+    """Any response except a page of the log raises an error that names the response."""
 
     async def answer(_request: web.Request) -> web.Response:
         return web.Response(status=status, text=body)

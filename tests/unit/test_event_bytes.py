@@ -92,7 +92,7 @@ def test_every_character_is_written_as_the_library_writes_it() -> None:
 
 @pytest.mark.parametrize("surrogate", [chr(0xD800), chr(0xDFFF), f"a{chr(0xDC80)}b"])
 def test_a_lone_surrogate_is_refused_as_the_library_refuses_it(surrogate: str) -> None:
-    """Neither transcoder encodes an invalid string."""
+    """Neither transcoder encodes a string with a lone surrogate."""
     event = dataclasses.replace(SENT_EVENT, body=surrogate)
     with pytest.raises(UnicodeEncodeError):
         MAPPER.to_stored_event(event)

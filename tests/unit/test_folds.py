@@ -138,7 +138,7 @@ def test_current_status_of_a_journey() -> None:
 @MANY
 @given(logs(), st.data())
 def test_timeline_has_a_row_for_each_event(log: list[DecodedEvent], data: st.DataObject) -> None:
-    """Each event has one row, in the order of the log, and each column is the event's field of that name."""
+    """Each event has one row, in the log's order, and each column equals the event's field of the same name."""
     rows = timeline.fold(log)
     assert [row for page in pages_of(data, log) for row in timeline.fold(page)] == rows
     renamed = {"order_no": "originator_id", "version": "originator_version", "received_at": "timestamp"}

@@ -82,7 +82,7 @@ def test_no_test_module_imports_another() -> None:
 
 
 def test_importing_opens_nothing() -> None:
-    """No import of ours opens a connection, starts a process or a thread, or writes a file."""
+    """Importing the project's modules opens no connection, starts no process or thread, and writes no file."""
     paths = [path for package in ("domain", "projections", "service") for path in sources(package)]
     modules = sorted({module_name(path) for path in paths})
     third_party = sorted(

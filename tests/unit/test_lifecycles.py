@@ -56,7 +56,9 @@ def test_every_word_means_its_status() -> None:
 
 
 def test_without_troubles_every_report_is_sent_once_and_in_order() -> None:
-    """Each turn has one report, which advances the order; times rise and are past; no two bodies are equal."""
+    """Each turn has one report, which advances the order. Times increase, none is in the future, and no two
+    bodies are equal.
+    """
     bodies = []
     for journey in Plan(1, STARTED).journeys(ORDERS):
         assert journey.reports_withheld == 0
@@ -75,7 +77,7 @@ def test_without_troubles_every_report_is_sent_once_and_in_order() -> None:
 
 
 def test_the_airway_bill_comes_with_the_courier_and_may_change_with_a_return() -> None:
-    """It is empty until the courier comes, then stays the same unless a return changes it."""
+    """The airway bill is empty until the courier comes, and then changes only with a return."""
     changed = 0
     for reports in reports_of(Troubles()):
         cnote = ""
@@ -97,13 +99,13 @@ def test_a_seed_determines_the_journeys() -> None:
 
 
 def test_two_runs_never_share_an_order() -> None:
-    """Order numbers contain the start of the run."""
+    """Order numbers contain the start of the run, so two runs never share an order."""
     later = Plan(1, STARTED.replace(microsecond=120_346))
     assert not any(journey.order_no.startswith(Plan(1, STARTED).prefix) for journey in later.journeys(ORDERS))
 
 
 def test_troubles_do_not_change_the_reports_themselves() -> None:
-    """With all troubles but unknown words, a report is that of an undisturbed run, or is missing."""
+    """With all troubles except unknown words, each report equals that of an undisturbed run, or is missing."""
     undisturbed = {report["mark"]: report for order in reports_of(Troubles()) for report in order}
     troubles = Troubles(0.2, 0.2, 0.2, 0.2, 0.2)
     disturbed = [report for order in reports_of(troubles) for report in order]
@@ -144,7 +146,7 @@ def test_copies_come_at_once_or_after_the_next_report() -> None:
 
 
 def test_unknown_words_replace_known_ones() -> None:
-    """Their share equals the configured one."""
+    """The share of unknown words equals the configured share."""
     words = [report["status"] for order in reports_of(Troubles(unknown=0.5)) for report in order]
     assert 0.45 < sum(word in UNKNOWN_WORDS for word in words) / len(words) < 0.55
 

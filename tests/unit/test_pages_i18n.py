@@ -59,12 +59,12 @@ def test_every_text_is_used() -> None:
     ],
 )
 def test_a_duration_has_its_two_largest_units(seconds: float, indonesian: str, english: str) -> None:
-    """The second unit is left out if it is zero."""
+    """A duration has its two largest units, and the second one is left out if it is zero."""
     assert (ID.duration(seconds), EN.duration(seconds)) == (indonesian, english)
 
 
 def test_times_and_numbers_follow_the_language() -> None:
-    """Times are in Western Indonesia Time, whatever their own time zone."""
+    """Times are shown in Western Indonesia Time, even if they have another time zone."""
     time = datetime(2026, 8, 16, 18, 5, 9, tzinfo=UTC)
     assert (ID.time(time), EN.time(time)) == ("17 Agu 2026, 01.05 WIB", "17 Aug 2026, 01:05 WIB")
     assert (ID.clock(time), EN.clock(time)) == ("01.05", "01:05")
@@ -92,7 +92,7 @@ def test_an_unknown_status_is_its_own_label() -> None:
     ],
 )
 def test_reports_that_did_not_count_have_a_reason(verdict: str, reason: str | None) -> None:
-    """The other two verdicts need no explanation."""
+    """Late, refused and unrecognised reports have a reason in words, and the other two verdicts have none."""
     assert EN.reason(verdict, "cancelled", "in_transit") == reason
 
 

@@ -119,7 +119,7 @@ def test_an_order_number_written_as_a_number(number: int) -> None:
     "status", ["PICK_UP", "  dikirim ", "Transit Jakarta", "😀", "a\nb", "x" * 128, "\u202e"]
 )
 def test_any_text_is_a_status(status: str) -> None:
-    """The parser accepts any text as a status, known or not."""
+    """The parser accepts any text as a status, even outside the vocabulary."""
     assert parse(body(status=status)).reported_status == status
 
 
@@ -409,8 +409,8 @@ def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
 @MANY
 @given(PAIRS, st.booleans(), st.booleans())
 def test_any_object_is_read_or_refused(pairs: list[tuple[str, Any]], ascii_only: bool, mark: bool) -> None:  # noqa: FBT001
-    """Objects with known keys, doubled or escaped, and any values are read or refused; a read body is kept as
-    text.
+    """Objects with the parser's keys, doubled or escaped, are read or refused, and a read body is
+    kept as text.
     """
     members = (f'"{key}":{json.dumps(value, ensure_ascii=ascii_only)}' for key, value in pairs)
     text = f"{{{','.join(members)}}}"

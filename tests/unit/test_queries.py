@@ -217,7 +217,7 @@ def test_an_invalid_duration_is_refused(text: str) -> None:
 
 
 def test_a_time_with_a_tail_is_refused() -> None:
-    """A text that only begins as a time is refused."""
+    """A text with a valid time at its beginning and other characters behind it is refused."""
     assert refused(OrderQuery, "as_of=2026-01-31T12:00:00Z%00junk").members == {"parameter": "as_of"}
 
 

@@ -60,14 +60,14 @@ async def answering(handle: Callable[[web.Request], Awaitable[web.StreamResponse
     ],
 )
 def test_an_unusable_url_is_an_error(url: str, message: str) -> None:
-    """The message names the URL's purpose and the problem."""
+    """The error about an unusable URL names its purpose and its fault."""
     with pytest.raises(UnusableUrlError, match=r"^it ") as caught:
         check_url(url, "it", is_insecure=False)
     assert message in str(caught.value)
 
 
 def test_http_is_accepted_only_if_allowed() -> None:
-    """A URL with https is always accepted."""
+    """A URL with https is always accepted, and one with http only if allowed."""
     assert str(check_url(GOOD, "it", is_insecure=False)) == GOOD
     assert check_url("http://127.0.0.1:8080/webhook", "it", is_insecure=True).port == 8080
 
@@ -197,7 +197,7 @@ async def test_the_key_is_sent_to_no_other_server() -> None:
 
 
 async def test_an_unreachable_komerce_is_an_error() -> None:
-    """The message names the server and not the key."""
+    """The error about an unreachable Komerce names the server, and does not contain the key."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
     async with asyncio.timeout(PATIENCE_SECONDS):

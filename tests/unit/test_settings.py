@@ -87,7 +87,7 @@ def test_an_invalid_line_is_named(tmp_path: Path, text: str, message: str) -> No
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting in both has the environment's value. A setting in the file alone also counts."""
+    """The environment overrides the file, and a setting that only the file has also counts."""
     (tmp_path / ".env").write_text("ORDER_TRACKING_PORT=1\nORDER_TRACKING_HOST=localhost\n", encoding="utf-8")
     monkeypatch.setenv("ORDER_TRACKING_PORT", "2")
     settings = read_settings()

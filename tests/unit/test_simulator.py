@@ -1,4 +1,4 @@
-"""How the simulated Komerce pushes, observed by a server that records every request."""
+"""The simulated Komerce pushes reports to a server that records every request."""
 
 import asyncio
 import time

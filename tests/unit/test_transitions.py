@@ -81,7 +81,7 @@ def test_a_cell_is_judged_as_it_is_written(cell: Cell) -> None:
 def test_a_string_outside_the_vocabulary_is_unrecognised_everywhere(
     status: Status | None, leg: Leg | None
 ) -> None:
-    """An unrecognised report changes nothing from any status, skips no stage, and has a reason."""
+    """An unrecognised report has a reason, skips no stage, and never changes the status or the leg."""
     verdict, leg_after, skipped, reason = judge(status, leg, None)
     assert verdict == "unrecognised"
     assert leg_after == leg
