@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from typing import Final, TypeAlias, cast
 from urllib.parse import urlsplit
 
@@ -103,7 +103,7 @@ async def _set_json_codec(connection: Connection) -> None:
 
 
 @contextmanager
-def _as_unavailable() -> Iterator[None]:
+def as_unavailable() -> Iterator[None]:
     """Raise every loss of the connection, and every timeout, as StorageUnavailableError."""
     try:
         yield
@@ -156,7 +156,7 @@ class ConnectionPool:
             StorageUnavailableError: the time is over, or the connection was lost.
         """
         limit = self.seconds_max if seconds_max is None else seconds_max
-        with _as_unavailable():
+        with as_unavailable():
             async with asyncio.timeout(limit), self._pool.acquire() as connection:
                 try:
                     yield cast("Connection", connection)
@@ -198,11 +198,7 @@ class DedicatedConnection:
             StorageUnavailableError: only with a limit: the time is over, or the connection was lost.
         """
         limit = self._seconds_max if seconds_max is None else seconds_max
-        if limit is None:
-            async with self._use() as connection:
-                yield connection
-            return
-        with _as_unavailable():
+        with nullcontext() if limit is None else as_unavailable():
             async with asyncio.timeout(limit), self._use() as connection:
                 yield connection
 
@@ -244,6 +240,5 @@ class DedicatedConnection:
 
     async def close(self) -> None:
         """Close the connection. A later use would open another."""
-        if self._connection is not None and not self._connection.is_closed():
+        if self._connection is not None:
             self._connection.terminate()
-        self._connection = None

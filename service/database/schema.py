@@ -17,7 +17,7 @@ from projections.engine import View
 from projections.postgres_errors import Connection
 from projections.rebuild import CREATE_SCHEMA
 from service.database.catalog import first_difference, read_catalog
-from service.database.connections import RECONNECT_PAUSE_SECONDS, StorageUnavailableError, connect, connected
+from service.database.connections import RECONNECT_PAUSE_SECONDS, StorageUnavailableError, connected
 
 SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 MIGRATIONS_FOLDER: Final = Path(__file__).resolve().parent / "migrations"
@@ -45,8 +45,7 @@ BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES 
 OWNER_ROLE: Final = "order_tracking_owner"
 SERVICE_ROLE: Final = "order_tracking_service"
 IS_SERVICE: Final = "SELECT current_user = 'order_tracking_service'"
-# Roles belong to the server, their rights to a database: in a database of one role, the service's role has
-# none.
+# Roles belong to the server, rights to a database: in a database of one role, the service's role has no rights.
 MAY_ACT_AS_SERVICE: Final = """
     SELECT pg_has_role(session_user, oid, 'MEMBER')
        AND has_column_privilege(oid, 'public.order_events', 'state', 'INSERT')
@@ -67,11 +66,7 @@ GRANT_SCHEMAS: Final = """
     END $$
 """
 
-_IN_EVERY_VIEW: Final = re.compile(r"^-- in every view\n(?P<tables>.*?)^(?=-- view )", re.MULTILINE | re.DOTALL)
-_SECTIONS: Final = re.compile(
-    r"^-- view (?P<name>\w+)\n(?P<tables>.*?)(?:^-- indexes\n(?P<indexes>.*?))?(?=^-- view |^-- end)",
-    re.MULTILINE | re.DOTALL,
-)
+_SECTION: Final = re.compile(r"(?ms)^-- view (\w+)\n(.*?)(?:^-- indexes\n(.*?))?(?=^-- view |^-- end)")
 
 logger = structlog.get_logger()
 
@@ -82,19 +77,14 @@ class SchemaError(Exception):
 
 def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
     """Return the log's part of schema.sql, and every view with its section."""
-    sections = {match["name"]: match for match in _SECTIONS.finditer(text)}
-    shared = _IN_EVERY_VIEW.search(text)
-    if shared is None:
-        raise SchemaError("schema.sql lacks the section of every view")
-    views = tuple(
-        replace(
-            view,
-            tables_sql=shared["tables"] + sections[view.name]["tables"],
-            indexes_sql=sections[view.name]["indexes"] or "",
-        )
-        for view in (current_status.VIEW, timeline.VIEW, statistics.VIEW)
-    )
-    return text[: shared.start()], views
+    log_sql, _, views_sql = text.partition("-- in every view\n")
+    shared_tables = views_sql.partition("-- view ")[0]
+    sections = {name: (shared_tables + tables, indexes) for name, tables, indexes in _SECTION.findall(views_sql)}
+    views = []
+    for view in (current_status.VIEW, timeline.VIEW, statistics.VIEW):
+        tables, indexes = sections[view.name]
+        views.append(replace(view, tables_sql=tables, indexes_sql=indexes))
+    return log_sql, tuple(views)
 
 
 LOG_SQL, VIEWS = read_schema(SCHEMA_FILE.read_text(encoding="utf-8"))
@@ -129,9 +119,7 @@ SCHEMA_VERSION: Final = MIGRATIONS[-1].version
 
 
 async def prepare_database(dsn: str) -> str:
-    """Bring the schema up to date, and return the DSN by which the service connects.
-
-    A database that is not reachable yet is waited for.
+    """Wait for the database, bring its schema up to date, and return the DSN by which the service connects.
 
     Raises:
         StorageUnavailableError: the database is unreachable for START_SECONDS_MAX.
@@ -182,10 +170,7 @@ async def apply_schema(connection: Connection, migrations: Sequence[Migration] =
             if not await connection.fetchval(MAY_CREATE_SCHEMAS):
                 await connection.execute(GRANT_SCHEMAS)
             await connection.execute(ACT_AS, SERVICE_ROLE)
-        # A view that an existing database lacks is created empty and without a definition: start rebuilds it.
-        existing = {name for (name,) in await connection.fetch(SCHEMAS)}
-        missing = [view for view in VIEWS if view.name not in existing]
-        await _create_views(connection, missing, None if is_new else "")
+        await _create_views(connection, is_new=is_new)
 
 
 async def act_as_owner(connection: Connection) -> None:
@@ -230,12 +215,10 @@ async def _service_login(dsn: str) -> str | None:
         return None
     login = re.sub(r"(?<=[?&]user=)[^&]*", SERVICE_ROLE, dsn)
     try:
-        connection = await connect(login)
+        async with connected(login) as connection:
+            return login if await connection.fetchval(IS_SERVICE) else None
     except StorageUnavailableError:
         return None
-    is_service = await connection.fetchval(IS_SERVICE)
-    await connection.close()
-    return login if is_service else None
 
 
 def as_role(dsn: str, role: str) -> str:
@@ -286,12 +269,15 @@ def _unreleased(difference: str) -> SchemaError:
     )
 
 
-async def _create_views(connection: Connection, views: Sequence[View], definition: str | None) -> None:
-    for view in views:
-        await connection.execute(CREATE_SCHEMA, view.name)
-        await connection.execute(SEARCH, view.name)
-        await connection.execute(view.tables_sql)
-        if view.indexes_sql:
-            await connection.execute(view.indexes_sql)
-        await connection.execute(BEGIN_PROJECTION, view.definition if definition is None else definition)
+async def _create_views(connection: Connection, *, is_new: bool) -> None:
+    """Create the missing views. In an existing database they get no definition, so the start rebuilds them."""
+    existing = {name for (name,) in await connection.fetch(SCHEMAS)}
+    for view in VIEWS:
+        if view.name not in existing:
+            await connection.execute(CREATE_SCHEMA, view.name)
+            await connection.execute(SEARCH, view.name)
+            await connection.execute(view.tables_sql)
+            if view.indexes_sql:
+                await connection.execute(view.indexes_sql)
+            await connection.execute(BEGIN_PROJECTION, view.definition if is_new else "")
     await connection.execute(SEARCH, "public")

@@ -8,9 +8,9 @@ import asyncpg
 import structlog
 
 from projections.engine import OutdatedViewError, View, view_state
-from projections.postgres_errors import Connection, is_connection_lost
+from projections.postgres_errors import Connection
 from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
-from service.database.connections import DedicatedConnection, StorageUnavailableError, connect
+from service.database.connections import DedicatedConnection, as_unavailable, connect
 from service.event_log.feed import Feed
 
 # How often an outdated view is checked while another process rebuilds it.
@@ -34,12 +34,8 @@ async def rebuild_views(
         # One view's connection waits in its transaction while another works.
         return await connect(dsn, search_path=search_path, idle_in_transaction_session_timeout="0")
 
-    try:
+    with as_unavailable():
         return await rebuild(views, connect_to, feed, progress, verify=verify)
-    except Exception as error:
-        if is_connection_lost(error):
-            raise StorageUnavailableError(str(error) or type(error).__name__) from error
-        raise
 
 
 class Rebuilder:
@@ -73,18 +69,16 @@ class Rebuilder:
 
     async def rebuild_if_outdated(self, view: View) -> None:
         """Rebuild a view, and all other outdated views with it, if its definition has changed."""
-        if await self.is_outdated(view):
-            async with self._turn:
-                await self._rebuild_outdated()
-
-    async def _rebuild_outdated(self) -> None:
-        logged: list[str] = []
-        while outdated := [view for view in self._views if await self.is_outdated(view)]:
-            names = [view.name for view in outdated]
-            if names != logged:
-                logged = names
-                logger.info("rebuilding views whose definition has changed", views=names)
-            try:
-                await rebuild_views(self._dsn, outdated, self._feed, lambda _done, _total: None)
-            except RebuildRunningError:
-                await asyncio.sleep(CHECK_SECONDS)
+        if not await self.is_outdated(view):
+            return
+        async with self._turn:
+            logged: list[str] = []
+            while outdated := [view for view in self._views if await self.is_outdated(view)]:
+                names = [view.name for view in outdated]
+                if names != logged:
+                    logged = names
+                    logger.info("rebuilding views whose definition has changed", views=names)
+                try:
+                    await rebuild_views(self._dsn, outdated, self._feed, lambda _done, _total: None)
+                except RebuildRunningError:
+                    await asyncio.sleep(CHECK_SECONDS)
