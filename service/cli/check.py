@@ -7,7 +7,7 @@ async def check() -> int | None:
     settings = read_settings()
     async with database(as_service=False) as dsn:
         findings = [
-            *checks.check_settings(settings),
+            checks.check_settings(settings),
             checks.describe_database(settings, dsn),
             *await checks.check_database(dsn),
         ]
