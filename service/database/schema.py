@@ -66,8 +66,6 @@ GRANT_SCHEMAS: Final = """
     END $$
 """
 
-_SECTION: Final = re.compile(r"(?ms)^-- view (\w+)\n(.*?)(?:^-- indexes\n(.*?))?(?=^-- view |^-- end)")
-
 logger = structlog.get_logger()
 
 
@@ -78,12 +76,12 @@ class SchemaError(Exception):
 def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
     """Return the log's part of schema.sql, and every view with its section."""
     log_sql, _, views_sql = text.partition("-- in every view\n")
-    shared_tables = views_sql.partition("-- view ")[0]
-    sections = {name: (shared_tables + tables, indexes) for name, tables, indexes in _SECTION.findall(views_sql)}
+    shared_tables, *sections = re.split(r"(?m)^-- view (\w+)\n", views_sql.partition("-- end of views")[0])
+    by_name = dict(zip(sections[::2], sections[1::2], strict=True))
     views = []
     for view in (current_status.VIEW, timeline.VIEW, statistics.VIEW):
-        tables, indexes = sections[view.name]
-        views.append(replace(view, tables_sql=tables, indexes_sql=indexes))
+        tables, _, indexes = by_name[view.name].partition("-- indexes\n")
+        views.append(replace(view, tables_sql=shared_tables + tables, indexes_sql=indexes))
     return log_sql, tuple(views)
 
 
