@@ -32,7 +32,7 @@ def _new_file(name: str) -> Iterator[Path | None]:
     path = Path(name).absolute()
     _refuse_existing(path, name)
     try:
-        # Only its owner can read it, and nobody can guess its name.
+        # Only its owner can read it, and its name cannot be guessed.
         descriptor, temporary_name = tempfile.mkstemp(dir=path.parent, prefix=".backup-")
     except OSError as error:
         fail(f"cannot write {name}: {error.strerror}")

@@ -49,7 +49,7 @@ async def read_catalog(connection: Connection) -> list[str]:
 def first_difference(expected: Sequence[str], found: Sequence[str]) -> str | None:
     """Return the name of an expected object that is missing or differs, None if there is none.
 
-    Objects that nobody expects do no harm: an operator may add an index or a table.
+    Further objects do no harm: an operator may add an index or a table.
     """
     missing = sorted({*expected} - {*found})
     return missing[0].partition(": ")[0] if missing else None

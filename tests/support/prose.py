@@ -19,19 +19,20 @@ from tests.support.folders import ROOT
 # Each pattern with its replacement.
 HABITS: Final = {
     r"\bwhoever\b": "name the role: the sender, the operator, a client",
-    r"\b(?:some|any|every|no)body\b": "name the role: the sender, the operator, a client",
+    # "nobody" is also a user of the operating system.
+    r"(?<!user )(?<!\")\b(?:some|any|every|no)body\b(?!')": "name the role: the sender, the operator, a client",
     r"\banew\b": "again",
     r"\bbeneath\b": "below",
     r"\bfor ever\b": "permanently",
     r"\bmeanwhile\b": "in the meantime",
     r"\bbelongs? into\b": "belongs in",
-    r"\bis none\b": "unknown; invalid; None",
+    r"(?<!there )\bis none\b": "unknown; invalid; None",
     r"\bas it stands\b": "unchanged",
     r"\bto be had\b": "available",
     r"\bmended\b": "fixed",
     r"\bset aside\b": "parked",
     r"\bthere (?:is|are) \{": "name the values: Known settings: A, B",
-    r"\bis no (?!longer\b|more\b|less\b|different\b)[a-z]+": "is not a; invalid; unknown",
+    r"(?<!there )(?<!There )\bis no (?!longer\b|more\b|less\b|different\b)[a-z]+": "is not a; invalid; unknown",
     r"\b(?:is|are|was) told\b": "receives; returns; is called with",
     r"\bWhat is no\b": "invalid; malformed",
 }
