@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, date, timedelta
+from datetime import UTC, timedelta
 from typing import Any, Final, NamedTuple, cast
 
 from markupsafe import Markup
@@ -57,32 +57,26 @@ class Span(NamedTuple):
 def draw_charts(overview: Overview, locale: Locale) -> dict[str, Any]:
     """Return the charts and the rows of their tables, by the names that the overview's template uses."""
     orders = {count["status"]: count["orders"] for count in overview.statistics["statuses"]}
-    reports: dict[date, Mapping[str, int]] = {
-        day["day"]: cast("Mapping[str, int]", day["reports"]) for day in overview.statistics["days"]
-    }
+    bars = []
     # Statuses that a newer release recorded come last.
-    statuses = [status for status in dict.fromkeys((*STATUSES, None, *orders)) if orders.get(status)]
-    links = [f"/track?status={status}" if status in STATUSES else "" for status in statuses]
-    bars = [
-        Bar(locale.status(status), orders[status], choose_tone(status), link)
-        for status, link in zip(statuses, links, strict=True)
-    ]
+    for status in dict.fromkeys((*STATUSES, None, *orders)):
+        if orders.get(status):
+            link = f"/track?status={status}" if status in STATUSES else ""
+            bars.append(Bar(locale.status(status), orders[status], choose_tone(status), link))
     minutes = [
         Column(locale.clock(minute), counts, minute.minute % TICK_MINUTES == 0)
         for minute, counts in overview.minutes
     ]
+    reports = {day["day"]: cast("Mapping[str, int]", day["reports"]) for day in overview.statistics["days"]}
     today = overview.now.astimezone(UTC).date()
     dates = [(ago, today - timedelta(days=ago)) for ago in reversed(range(DAYS_SHOWN))]
     days = [Column(locale.day(day), reports.get(day, {}), ago % TICK_DAYS == 0) for ago, day in dates]
-    moves = sorted(overview.statistics["moves"], key=lambda move: -move["times"])[:MOVES_SHOWN_MAX]
-    spans = [
-        Span(
-            f"{locale.status(move['from'])} → {locale.status(move['to'])}",
-            move["seconds_p50"],
-            move["seconds_p90"],
-        )
-        for move in moves
-    ]
+    spans, move_rows = [], []
+    for move in sorted(overview.statistics["moves"], key=lambda move: -move["times"])[:MOVES_SHOWN_MAX]:
+        label = f"{locale.status(move['from'])} → {locale.status(move['to'])}"
+        p50, p90 = move["seconds_p50"], move["seconds_p90"]
+        spans.append(Span(label, p50, p90))
+        move_rows.append((label, locale.number(move["times"]), locale.duration(p50), locale.duration(p90)))
     return {
         "verdict_texts": [locale.texts[verdict] for verdict in VERDICTS],
         "by_status": draw_bars("by_status", bars, locale),
@@ -91,10 +85,7 @@ def draw_charts(overview: Overview, locale: Locale) -> dict[str, Any]:
         "per_day": draw_columns("per_day", days, locale),
         "day_rows": _rows(days, locale),
         "moves": draw_spans("time_spent", spans, locale),
-        "move_rows": [
-            (span.label, locale.number(move["times"]), locale.duration(span.start), locale.duration(span.end))
-            for move, span in zip(moves, spans, strict=True)
-        ],
+        "move_rows": move_rows,
     }
 
 
@@ -121,7 +112,7 @@ def draw_bars(name: str, bars: Sequence[Bar], locale: Locale) -> Markup:
         )
         elements.append(_element("a", drawing, href=bar.href) if bar.href else drawing)
     description = ", ".join(f"{bar.label} {locale.number(bar.value)}" for bar in bars)
-    return _svg(locale.texts[name], description, len(bars) * BAR_HEIGHT, elements, name)
+    return _svg(name, locale, description, len(bars) * BAR_HEIGHT, elements)
 
 
 def draw_columns(name: str, columns: Sequence[Column], locale: Locale) -> Markup:
@@ -146,10 +137,10 @@ def draw_columns(name: str, columns: Sequence[Column], locale: Locale) -> Markup
                 hint = _element("title", f"{label}: {locale.number(count)}")
                 elements.append(_element("rect", hint, class_=f"column {verdict}", **place))
         if has_tick:
-            middle, bottom = x + width / 2, COLUMNS_HEIGHT - 6
-            elements.append(_element("text", label, class_="tick middle", x=middle, y=bottom))
+            place = {"x": x + width / 2, "y": COLUMNS_HEIGHT - 6}
+            elements.append(_element("text", label, class_="tick middle", **place))
     description = locale.texts["report_count"].format(reports=locale.number(sum(totals)))
-    return _svg(locale.texts[name], description, COLUMNS_HEIGHT, elements, name)
+    return _svg(name, locale, description, COLUMNS_HEIGHT, elements)
 
 
 def draw_spans(name: str, spans: Sequence[Span], locale: Locale) -> Markup:
@@ -173,7 +164,7 @@ def draw_spans(name: str, spans: Sequence[Span], locale: Locale) -> Markup:
             _element("circle", class_="dot", cx=start, cy=y, r=6),
         ]
     description = ", ".join(f"{span.label} {locale.duration(span.start)}" for span in spans)
-    return _svg(locale.texts[name], description, len(spans) * SPAN_HEIGHT, elements, name)
+    return _svg(name, locale, description, len(spans) * SPAN_HEIGHT, elements)
 
 
 def round_up(value: int) -> int:
@@ -193,13 +184,8 @@ def _element(tag: str, *content: str, **attributes: str | float) -> Markup:
     return Markup("<{0}{1}>{2}</{0}>").format(tag, pairs, Markup("").join(content))
 
 
-def _svg(title: str, description: str, height: int, elements: Iterable[Markup], name: str) -> Markup:
-    ids = f"{name}-title", f"{name}-description"
-    heading = _element("title", title, id=ids[0]) + _element("desc", description, id=ids[1])
-    frame = {
-        "class": "plot",
-        "viewBox": f"0 0 {WIDTH} {height}",
-        "role": "img",
-        "aria-labelledby": " ".join(ids),
-    }
-    return _element("svg", heading, *elements, **frame)
+def _svg(name: str, locale: Locale, description: str, height: int, elements: Iterable[Markup]) -> Markup:
+    title = _element("title", locale.texts[name], id=f"{name}-title")
+    desc = _element("desc", description, id=f"{name}-description")
+    labels = {"role": "img", "aria-labelledby": f"{name}-title {name}-description"}
+    return _element("svg", title, desc, *elements, class_="plot", viewBox=f"0 0 {WIDTH} {height}", **labels)
