@@ -6,7 +6,7 @@ from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
-from domain.statuses import LABELS, Label
+from domain.statuses import status_label
 
 Language = Literal["id", "en"]
 LANGUAGES: Final[tuple[Language, ...]] = get_args(Language)
@@ -19,8 +19,6 @@ MESSAGES: Final[dict[str, list[str]]] = tomllib.loads(
     Path(__file__).with_name("messages.toml").read_text(encoding="utf-8")
 )
 
-# Keyed by any string, because a newer release may have recorded other statuses.
-_LABELS: Final[Mapping[str, Label]] = {str(status): label for status, label in LABELS.items()}
 _MONTHS: Final = {
     "id": ("Jan", "Feb", "Mar", "Apr", "Mei", "Jun", "Jul", "Agu", "Sep", "Okt", "Nov", "Des"),
     "en": ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"),
@@ -43,10 +41,10 @@ class Locale(NamedTuple):
     texts: Mapping[str, str]
 
     def status(self, status: str | None) -> str:
-        """Return the label of a status; an unknown status is its own label."""
+        """Return the label of a status; one that only a newer release has is its own label."""
         if not status:
             return self.texts["no_status"]
-        label: Label | None = _LABELS.get(status)
+        label = status_label(status)
         return status if label is None else label[self.language]
 
     def number(self, number: float) -> str:
