@@ -45,10 +45,8 @@ MEDIA_TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "ima
 IMMUTABLE: Final = "public, max-age=31536000, immutable"
 
 DUMP_LINE_BYTES: Final = 16
-_UNPRINTABLE: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-
-# First strong isolate and its end, for text without an element around it.
-_ISOLATE: Final = "\u2068{}\u2069"
+# Control characters other than tab and line ends.
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 _TONES: Final = {
     "delivered": "good", "completed": "good", "problem": "warn", "returning": "warn",
@@ -101,15 +99,13 @@ def track_path(order_no: str) -> str:
 
 
 def isolate(text: str) -> str:
-    """Return text in directional isolates, so that it cannot reorder the text around it."""
-    return _ISOLATE.format(text)
+    """Return text in a first strong isolate: with no element around it, it could reorder the text beside it."""
+    return f"\u2068{text}\u2069"
 
 
 def spell_out(text: str) -> str:
     """Return text with escapes for characters that are invisible or look like others; quote outer spaces."""
-    ascii_text = "".join(
-        char if char.isascii() and char.isprintable() else f"\\u{{{ord(char):x}}}" for char in text
-    )
+    ascii_text = re.sub(r"[^ -~]", lambda match: f"\\u{{{ord(match[0]):x}}}", text)
     return ascii_text if ascii_text == ascii_text.strip() else f"“{ascii_text}”"
 
 
@@ -119,7 +115,7 @@ def decode_text(body: bytes) -> str | None:
         text = codecs.getincrementaldecoder("utf-8")().decode(body)
     except UnicodeDecodeError:
         return None
-    return None if _UNPRINTABLE.search(text) else text
+    return None if _CONTROL.search(text) else text
 
 
 def hex_dump(body: bytes) -> str:
@@ -127,7 +123,7 @@ def hex_dump(body: bytes) -> str:
     lines = []
     for offset in range(0, len(body), DUMP_LINE_BYTES):
         line = body[offset : offset + DUMP_LINE_BYTES]
-        text = "".join(chr(byte) if chr(byte).isascii() and chr(byte).isprintable() else "." for byte in line)
+        text = re.sub(rb"[^ -~]", b".", line).decode()
         lines.append(f"{offset:06x}  {line.hex(' '):<{3 * DUMP_LINE_BYTES}} {text}")
     return "\n".join(lines)
 
@@ -166,13 +162,7 @@ def accepts_html(request: web.BaseRequest) -> bool:
 
 
 def render_page(
-    request: web.Request,
-    template: str,
-    path: str,
-    *,
-    status: int = 200,
-    stream: str = "",
-    **context: Any,
+    request: web.Request, template: str, path: str, *, status: int = 200, stream: str = "", **context: Any
 ) -> web.Response:
     """Render a page in the language of the request.
 

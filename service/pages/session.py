@@ -40,9 +40,8 @@ async def change_session(access: Access, request: web.Request) -> web.Response:
     if len(key) > KEY_CHARACTERS_MAX or not await access.is_valid(key):
         return render_key_form(request, next_path, is_wrong=True)
     remembering = redirect(next_path)
-    is_https = _is_https(request)
     remembering.set_cookie(
-        KEY_COOKIE, key, max_age=KEY_COOKIE_SECONDS, secure=is_https, httponly=True, samesite="Strict"
+        KEY_COOKIE, key, max_age=KEY_COOKIE_SECONDS, secure=_is_https(request), httponly=True, samesite="Strict"
     )
     return remembering
 
