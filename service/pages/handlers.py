@@ -1,8 +1,8 @@
 """The handlers of the pages: each reads its data, and renders it or a problem."""
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
+from functools import partial, wraps
 from operator import itemgetter
 from typing import Final, Literal, get_args
 from urllib.parse import urlencode
@@ -39,18 +39,14 @@ from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
 from service.pages.charts import draw_charts
 from service.pages.i18n import Language
-from service.pages.order import NoSuchVersionError, read_history
+from service.pages.order import read_history
 from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, read_overview
 from service.pages.render import accepts_html, choose_locale, render_page, serve_asset, track_path
 from service.pages.session import change_session, local_path, redirect, render_key_form
 
 ROWS_SHOWN_MAX: Final = 50
-# The verdicts that need attention.
-FILTERED_VERDICTS: Final[tuple[Verdict, ...]] = ("refused", "unrecognised")
 # A longer body is cut off on its page. The API and the command line return it whole.
 BODY_SHOWN_BYTES_MAX: Final = 65_536
-
-Page = Callable[[web.Request], Awaitable[web.Response]]
 
 
 class CommonQuery(Query):
@@ -100,23 +96,22 @@ class Pages:
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes. Only the static files and the session need no key."""
-        order = "/track/{order_no:[^/]+}"
+        pages: dict[str, Handler] = {
+            "/": self.show_overview,
+            "/track": self.list_orders,
+            "/track/{order_no:[^/]+}": self.show_order,
+            "/track/{order_no:[^/]+}/reports/{version:[^/]+}": self.show_report,
+            "/quarantined": self.list_quarantined,
+            "/quarantined/{quarantine_id:[^/]+}": self.show_quarantined,
+        }
         return [
-            web.get("/", self._guard(self.show_overview)),
-            web.get("/track", self._guard(self.list_orders)),
-            web.get(order, self._guard(self.show_order)),
-            web.get(f"{order}/reports/{{version:[^/]+}}", self._guard(self.show_report)),
-            web.get("/quarantined", self._guard(self.list_quarantined)),
-            web.get("/quarantined/{quarantine_id:[^/]+}", self._guard(self.show_quarantined)),
+            *(
+                web.get(path, _with_problem_pages(self._access.require("read", page)))
+                for path, page in pages.items()
+            ),
             web.get("/static/{name}", serve_asset),
             web.post("/session", _with_problem_pages(partial(change_session, self._access))),
         ]
-
-    def _guard(self, page: Page) -> Handler:
-        """Require a key for reading; without one, a browser gets the key form."""
-        guarded = _with_problem_pages(self._access.require("read", page))
-        guarded.scope = "read"  # type: ignore[attr-defined]  # a test lists the scopes of all routes
-        return guarded
 
     async def show_overview(self, request: web.Request) -> web.Response:
         """Show the overview."""
@@ -152,12 +147,14 @@ class Pages:
             return redirect(track_path(rows[0][1]["order_no"]))
         orders = cut_page(rows, ROWS_SHOWN_MAX, itemgetter(0))
         locale = choose_locale(request)
-        filters: list[tuple[str, dict[str, str]]] = [
-            (locale.texts["all_orders"], {}),
-            (locale.texts["stuck_orders"], {"stuck": "1"}),
-            *((locale.texts[verdict], {"verdict": str(verdict)}) for verdict in FILTERED_VERDICTS),
-            *((locale.status(status), {"status": str(status)}) for status in STATUSES),
+        filters = [
+            ("all_orders", ""),
+            ("stuck_orders", "stuck=1"),
+            ("refused", "verdict=refused"),
+            ("unrecognised", "verdict=unrecognised"),
         ]
+        links = [(locale.texts[name], parameter) for name, parameter in filters]
+        links += [(locale.status(status), f"status={status}") for status in STATUSES]
         return render_page(
             request,
             "orders.html",
@@ -166,7 +163,7 @@ class Pages:
             q=query.q or "",
             orders=[order for _, order in orders.items],
             next_page=orders.next_path("/track", query) if query.q is None else None,
-            filters=_filter_links(request, "/track", filters),
+            filters=_filter_links(request, "/track", links),
         )
 
     async def show_order(self, request: web.Request) -> web.Response:
@@ -175,12 +172,7 @@ class Pages:
         query = read_query(OrderPageQuery, request)
         await wait_for(self._projectors, query.after_position, current_status.VIEW.name, timeline.VIEW.name)
         async with self._pool.connection() as connection:
-            try:
-                history = await read_history(connection, order_no, query.version, query.before)
-            except NoSuchVersionError as error:
-                raise ProblemError(ProblemType.NO_SUCH_VERSION, str(error)) from None
-        if history is None:
-            raise ProblemError(ProblemType.UNKNOWN_ORDER, f"{order_no} has no report")
+            history = await read_history(connection, order_no, query.version, query.before)
         position = history.order["position"]
         path, stream = track_path(order_no), f"{order_path(order_no, 'stream')}?after={position}"
         return render_page(
@@ -211,11 +203,8 @@ class Pages:
             rows = await quarantine.entries_page(connection, query.cursor, query.state, ROWS_SHOWN_MAX + 1)
         entries = cut_page(rows, ROWS_SHOWN_MAX, itemgetter("quarantine_id"))
         texts = choose_locale(request).texts
-        states = get_args(QuarantineState)
-        filters = [
-            (texts["all_entries"], {}),
-            *((texts[f"entry_{state}"], {"state": state}) for state in states),
-        ]
+        filters = [(texts["all_entries"], "")]
+        filters += [(texts[f"entry_{state}"], f"state={state}") for state in get_args(QuarantineState)]
         return render_page(
             request,
             "quarantined.html",
@@ -239,28 +228,29 @@ async def _search(connection: Connection, q: str) -> list[Order]:
         ((by_number, _),) = await current_status.find_orders(connection, [text])
         criteria = OrdersFilter(cnote=text)
         by_cnote = await current_status.orders_page(connection, POSITION_MAX, criteria, ROWS_SHOWN_MAX)
-        found = [*([by_number] if by_number is not None else ()), *(order for _, order in by_cnote)]
-        if orders := {order["order_no"]: order for order in found}:
+        found = [by_number, *(order for _, order in by_cnote)]
+        if orders := {order["order_no"]: order for order in found if order is not None}:
             return [*orders.values()]
     return []
 
 
 def _filter_links(
-    request: web.Request, path: str, filters: Sequence[tuple[str, Mapping[str, str]]]
+    request: web.Request, path: str, filters: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str, bool]]:
-    """Return the label and the URL of each filter, and whether it is the present one."""
-    present = {
-        key: value for key, value in request.query.items() if key in ("status", "verdict", "stuck", "state")
-    }
-    return [
-        (label, f"{path}?{urlencode(parameters)}" if parameters else path, parameters == present)
-        for label, parameters in filters
-    ]
+    """Return the label and the URL of each filter, and whether it is the present one.
+
+    A filter is given by its label and its query string, which is empty for all rows.
+    """
+    names = ("status", "verdict", "stuck", "state")
+    present = urlencode([(name, value) for name, value in request.query.items() if name in names])
+    return [(label, f"{path}?{query}" if query else path, query == present) for label, query in filters]
 
 
 def _with_problem_pages(handler: Handler) -> Handler:
     """Turn errors into pages for browsers; programs get problem details."""
 
+    # This also copies the scope, which tests read.
+    @wraps(handler)
     async def handle(request: web.Request) -> web.StreamResponse:
         try:
             return await handler(request)

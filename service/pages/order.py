@@ -13,7 +13,7 @@ from projections.postgres_errors import Connection
 from projections.timeline import PlacedEntry
 from service.event_log import store
 from service.event_log.codec import decode_event
-from service.http.problems import order_parked
+from service.http.problems import ProblemError, ProblemType, order_parked
 
 # The page shows the newest entries, and links to the earlier ones.
 ENTRIES_SHOWN_MAX: Final = 50
@@ -26,7 +26,6 @@ class Snapshot(NamedTuple):
     status: str | None
     status_since: datetime | None
     cnote: str | None
-    first_reported_at: datetime
     last_reported_at: datetime
 
     @property
@@ -56,14 +55,10 @@ class History(NamedTuple):
     stages: Sequence[Stage]
 
 
-class NoSuchVersionError(Exception):
-    """The order has no such version. ``str()`` names both."""
-
-
 async def read_history(
     connection: Connection, order_no: str, version: int | None, before: int | None
-) -> History | None:
-    """Read an order's state and timeline; return None if the order is unknown.
+) -> History:
+    """Read an order's state and timeline.
 
     Args:
         connection: A connection outside any transaction.
@@ -72,8 +67,7 @@ async def read_history(
         before: Only entries below this version are read; None for the newest ones.
 
     Raises:
-        NoSuchVersionError: The order has no such version.
-        ProblemError: 503, the order is parked from its first event on.
+        ProblemError: 404, the order or version is unknown; 503, the order is parked from its first event on.
     """
     # One snapshot of the database, so that the head of the page and the timeline agree.
     async with connection.transaction(isolation="repeatable_read", readonly=True):
@@ -81,7 +75,7 @@ async def read_history(
         if order is None and parked_position is not None:
             raise order_parked(f"{order_no} is parked from its first event on; see GET /projections")
         if order is None:
-            return None
+            raise ProblemError(ProblemType.UNKNOWN_ORDER, f"{order_no} has no report")
         snapshot = await _read_snapshot(connection, order, version)
         below = snapshot.version + 1 if before is None else min(before, snapshot.version + 1)
         # One entry more than the page shows, to find out if there are earlier ones.
@@ -90,39 +84,24 @@ async def read_history(
         )
         totals = await timeline.reached_statuses(connection, order_no, snapshot.version)
     counts: Counter[str] = Counter()
-    reached_at: dict[str, datetime] = {}
-    for verdict, status, reports, first_at in totals:
-        counts[verdict] += reports
-        if status is not None:
-            reached_at[status] = first_at
+    for total in totals:
+        counts[total.verdict] += total.times
+    reached_at: dict[str, datetime] = {total.status: total.first_at for total in totals if total.status}
     page = entries[-ENTRIES_SHOWN_MAX:]
     earlier = page[0]["version"] if len(entries) > len(page) else None
     return History(order, snapshot, page, earlier, counts, build_stages(snapshot.status, reached_at))
 
 
 async def _read_snapshot(connection: Connection, order: Order, version: int | None) -> Snapshot:
-    current = Snapshot(
-        order["version"],
-        order["status"],
-        order["status_since"],
-        order["cnote"],
-        order["first_reported_at"],
-        order["last_reported_at"],
-    )
-    if version is None or version == order["version"]:
-        return current
+    order_no, head = order["order_no"], order["version"]
+    if version is None or version == head:
+        return Snapshot(head, order["status"], order["status_since"], order["cnote"], order["last_reported_at"])
     # Each event carries the order's state after it. A version above the order's is not in the view yet.
-    events = await store.read_stream(connection, order["order_no"], version - 1, 1)
-    if not events or version > order["version"]:
-        raise NoSuchVersionError(f"{order['order_no']} has no version {version}")
-    state = evolve(NEW_ORDER, decode_event(order["order_no"], version, events[0].topic, events[0].state))
-    return current._replace(
-        version=version,
-        status=state.status,
-        status_since=state.status_since,
-        cnote=state.cnote,
-        last_reported_at=state.received_at,
-    )
+    events = await store.read_stream(connection, order_no, version - 1, 1)
+    if not events or version > head:
+        raise ProblemError(ProblemType.NO_SUCH_VERSION, f"{order_no} has no version {version}")
+    state = evolve(NEW_ORDER, decode_event(order_no, version, events[0].topic, events[0].state))
+    return Snapshot(version, state.status, state.status_since, state.cnote, state.received_at)
 
 
 def build_stages(status: str | None, reached_at: Mapping[str, datetime]) -> list[Stage]:
