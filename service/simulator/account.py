@@ -94,8 +94,7 @@ def compare(deliveries: dict[str, Delivery], events: Iterable[RecordedEvent], pr
         events: the log since the run began. Events of other orders are ignored.
         prefix: what the run's order numbers begin with.
     """
-    bodies: Counter[str] = Counter()
-    verdicts: Counter[str] = Counter()
+    bodies, verdicts = Counter[str](), Counter[str]()
     by_id: dict[str, RecordedEvent] = {}
     lost, doubled, altered = [], [], []
     for event in events:
@@ -176,17 +175,15 @@ class ServiceLog:
             async with self.session.get(
                 url, headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
-                body = await response.read()
+                page = orjson.loads(await response.read())
+        except orjson.JSONDecodeError:
+            page = None
         except (aiohttp.ClientError, OSError) as error:
             cause = error or f"no response within {READ_SECONDS_MAX:g} s"
             raise UnreadableLogError(f"cannot read the log of {self.base}: {cause}") from None
         if response.status in (401, 403):
             problem = "rejects that API key" if self.key else "requires an API key"
             raise UnreadableLogError(f"{self.base} {problem}: pass one of the scope read with --key")
-        try:
-            page = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            page = None
         if response.status != OK or not isinstance(page, dict):
             problem = f"{url.partition('?')[0]} returned {response.status}, not the log"
             raise UnreadableLogError(f"{problem}: check the URL that is read, or set it with --read")

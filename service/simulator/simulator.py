@@ -6,11 +6,10 @@ deactivates the webhook, and pushes nothing until a URL is registered again.
 """
 
 import asyncio
-import contextlib
 import hmac
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -192,16 +191,15 @@ class Simulator:
             await asyncio.sleep(self._due - now)
 
     async def _push(self, push: Push) -> None:
-        patience = push.patience_seconds
         delivery = self.deliveries.setdefault(push.body, Delivery())
-        for pause in (*RETRY_PAUSES_SECONDS, None):
+        patience = push.patience_seconds
+        for pause in (0, *RETRY_PAUSES_SECONDS):
+            await asyncio.sleep(pause)
             url = await self.registration.wait()
             if await self._attempt(delivery, push, url, patience):
                 self.registration.acknowledged()
                 break
             patience = None
-            if pause is not None:
-                await asyncio.sleep(pause)
         else:
             delivery.is_given_up = True
             self.registration.given_up()
@@ -214,7 +212,7 @@ class Simulator:
         if self.secret:
             headers[self.signature_header] = sign(body, self.secret)
         counting = [partial(_count, delivery)]
-        with contextlib.suppress(aiohttp.ClientError, OSError):
+        with suppress(aiohttp.ClientError, OSError):
             async with (
                 asyncio.timeout(ATTEMPT_SECONDS_MAX if patience is None else patience),
                 self.session.request(
