@@ -78,16 +78,16 @@ class Service:
             for view in VIEWS
         }
         self.rebuilder = Rebuilder(dsn, VIEWS, self.projection_connections, self.feed)
+        quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
+        projectors = [*self.projectors.values()]
+        self.metrics = Metrics(self.pool, projectors, quarantine, lambda: self.recorder.waiting)
         self.recorder = Recorder(
             self.append_connection,
             self._on_commit,
             queue_reports_max=settings.queue_reports_max,
             seconds_max=seconds_max,
-            on_batch=self._on_batch,
+            on_batch=self.metrics.measure_batch,
         )
-        quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
-        projectors = [*self.projectors.values()]
-        self.metrics = Metrics(self.pool, projectors, quarantine, lambda: self.recorder.waiting)
         self.access = Access(self.auth_connection, seconds_max, is_open_without_keys=settings.is_local)
         self.webhook = Webhook(make_webhook_auth(settings), self.recorder, quarantine)
         self.events = EventsApi(self.pool, self.access)
@@ -162,9 +162,6 @@ class Service:
         self.feed.remember(events, positions)
         self.metrics.count_commit(events)
         self._wake()
-
-    def _on_batch(self, reports: int, seconds: float) -> None:
-        self.metrics.measure_batch(reports, seconds)
 
     def _wake(self, *_notification: object) -> None:
         self.events.tail.wake.set()
