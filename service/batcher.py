@@ -8,12 +8,8 @@ from typing import Final, Generic, TypeAlias, TypeVar
 
 Item = TypeVar("Item")
 Outcome = TypeVar("Outcome")
-
-
-# An item, its weight, when it is due by the loop's clock, and its caller's future. A plain tuple: one a
-# request.
+# An item, its weight, its due time by the loop's clock, and its caller's future. A plain tuple is cheapest.
 _Call: TypeAlias = tuple[Item, int, float, asyncio.Future[Outcome]]
-
 
 # The weight of the last batch's duration in the expected duration of the next ones.
 BATCH_SECONDS_WEIGHT: Final = 0.1
