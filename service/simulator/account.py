@@ -1,8 +1,8 @@
 """The sender's account: the reports that were sent, compared with the events that the service recorded.
 
-Every report has a body of its own, which is sent again unchanged until the response is 200. A report may be
-recorded several times, because an attempt can arrive although its response does not; the service rightly
-judges all but the first of these events as repeats. Therefore:
+Every report has its own body, which is sent again unchanged until the response is 200. An attempt can arrive
+although its response does not, so a report may be recorded several times; the service rightly judges all but
+the first of these events as repeats. Therefore:
 
 - *lost*: a 200 whose receipt does not match a recorded event (body, position, version, order and verdict), or
   matches one that another 200 has matched already, or is not a receipt at all.
