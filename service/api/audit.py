@@ -16,7 +16,7 @@ from projections.timeline import Transition, TransitionsFilter
 from service.api.freshness import wait_for
 from service.database.connections import ConnectionPool
 from service.http.endpoints import CSV, JSON, Endpoint
-from service.http.pagination import cut_page, table_response
+from service.http.pagination import cut_page, list_response
 from service.http.parameters import Query, TableQuery, Text, Time
 from service.http.responses import json_response
 
@@ -108,15 +108,13 @@ class AuditApi:
     async def list_transitions(self, request: web.Request, query: TransitionsQuery) -> web.Response:
         """A page of every verdict on every report, in the order of the log."""
         await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
-        transitions_filter = TransitionsFilter(
+        filters = TransitionsFilter(
             query.verdict, query.order_no, query.from_, query.to, query.since, query.until
         )
         async with self._pool.connection() as connection:
-            rows = await timeline.transitions_page(
-                connection, query.cursor or 0, transitions_filter, query.limit + 1
-            )
+            rows = await timeline.transitions_page(connection, query.cursor or 0, filters, query.limit + 1)
         page = cut_page(rows, query.limit, itemgetter("position"))
-        return table_response(request, query, Transition, "transitions", page, request.path)
+        return list_response(request, query, "transitions", page, request.path, Transition)
 
     @Endpoint("GET", "/transitions", Rules)
     async def show_rules(self, _request: web.Request, _query: Query) -> web.Response:

@@ -113,7 +113,7 @@ class EventsApi:
             # A page may also end at its bytes.
             has_more = rows and await store.read_log(connection, rows[-1].position, 1)
         page = Page([*map(to_log_event, rows)], {"after": rows[-1].position} if has_more else {})
-        return list_response("events", page, request.path, query)
+        return list_response(request, query, "events", page, request.path)
 
     @Endpoint(
         "GET",

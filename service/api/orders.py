@@ -26,7 +26,7 @@ from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event, read_fields
 from service.event_log.store import RecordedEvent
 from service.http.endpoints import CSV, JSON, Endpoint
-from service.http.pagination import POSITION_MAX, Page, cut_page, list_response, table_response
+from service.http.pagination import POSITION_MAX, Page, cut_page, list_response
 from service.http.parameters import (
     Duration,
     EventsQuery,
@@ -136,19 +136,14 @@ class OrdersApi:
         await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
         before = POSITION_MAX if query.cursor is None else query.cursor
         unmoved_since = datetime.now(UTC) - query.unmoved_for if query.unmoved_for is not None else None
-        orders_filter = OrdersFilter(
-            query.status,
-            query.cnote,
-            query.verdict,
-            query.updated_after,
-            query.updated_before,
-            unmoved_since,
+        filters = OrdersFilter(
+            query.status, query.cnote, query.verdict, query.updated_after, query.updated_before, unmoved_since
         )
         async with self._pool.connection() as connection:
-            rows = await current_status.orders_page(connection, before, orders_filter, query.limit + 1)
+            rows = await current_status.orders_page(connection, before, filters, query.limit + 1)
         page = cut_page(rows, query.limit, itemgetter(0))
         orders = Page([order for _, order in page.items], page.next_place)
-        return table_response(request, query, Order, "orders", orders, request.path)
+        return list_response(request, query, "orders", orders, request.path, Order)
 
     @Endpoint(
         "GET",
@@ -194,17 +189,9 @@ class OrdersApi:
         if not head.is_known:
             raise _missing_order(order_no, head.parked_position)
         page = cut_page(rows, query.limit, itemgetter("version"))
-        return table_response(
-            request,
-            query,
-            TimelineEntry,
-            "entries",
-            page,
-            order_path(order_no, "timeline"),
-            order_no=order_no,
-            status=head.status,
-            parked=head.parked,
-        )
+        path = order_path(order_no, "timeline")
+        members = {"order_no": order_no, "status": head.status, "parked": head.parked}
+        return list_response(request, query, "entries", page, path, TimelineEntry, **members)
 
     @Endpoint(
         "GET",
@@ -224,7 +211,7 @@ class OrdersApi:
             has_more = rows and await store.read_stream(connection, order_no, rows[-1].version, 1)
         events = [_to_order_event(event) for event in rows]
         page = Page(events, {"after": rows[-1].version} if has_more else {})
-        return list_response("events", page, order_path(order_no, "events"), query)
+        return list_response(request, query, "events", page, order_path(order_no, "events"))
 
     @Endpoint("GET", "/statistics", Statistics, query=StatisticsQuery)
     async def show_statistics(self, _request: web.Request, query: StatisticsQuery) -> web.Response:
@@ -241,9 +228,8 @@ class OrdersApi:
     async def _order_as_of(self, order_no: str, query: OrderQuery) -> Order:
         """Fold an order's events up to a version or a time."""
         if query.version is not None and query.as_of is not None:
-            raise ProblemError(
-                ProblemType.BAD_PARAMETER, "give either version or as_of, not both", parameter="as_of"
-            )
+            detail = "give either version or as_of, not both"
+            raise ProblemError(ProblemType.BAD_PARAMETER, detail, parameter="as_of")
         rows: dict[str, current_status.Row] = {}
         version = 0
         async with self._pool.connection() as connection:

@@ -69,7 +69,7 @@ class QuarantineApi:
         async with self._pool.connection() as connection:
             rows = await quarantine.entries_page(connection, before, query.state, query.limit + 1)
         page = cut_page(rows, query.limit, itemgetter("quarantine_id"))
-        return list_response("entries", page, request.path, query)
+        return list_response(request, query, "entries", page, request.path)
 
     @Endpoint("GET", ENTRY_PATH, QuarantinedBytes, problems=(ProblemType.UNKNOWN_ENTRY,))
     async def show_entry(self, request: web.Request, _query: Query) -> web.Response:
@@ -110,12 +110,11 @@ class QuarantineApi:
         entry, _ = await find_entry(request, self._pool)
         try:
             reason = DiscardRequest.model_validate_json(await read_body(request)).reason
-        except ValidationError:
-            raise ProblemError(ProblemType.BAD_BODY, 'the body must be {"reason": "..."}') from None
-        try:
             async with self._pool.connection() as connection:
                 await quarantine.discard(connection, entry["quarantine_id"], reason)
                 discarded = await quarantine.find_entry(connection, entry["quarantine_id"])
+        except ValidationError:
+            raise ProblemError(ProblemType.BAD_BODY, 'the body must be {"reason": "..."}') from None
         except ValueError as error:
             raise ProblemError(ProblemType.BAD_BODY, str(error)) from None
         except NotOpenError as error:
@@ -142,8 +141,6 @@ async def find_entry(request: web.Request, pool: ConnectionPool) -> tuple[Quaran
 
 
 def _entry_response(entry: QuarantinedBody, body: bytes | None) -> web.Response:
-    entry_with_bytes: QuarantinedBytes = {
-        **entry,
-        "body_base64": b64encode(body).decode() if body is not None else None,
-    }
+    body_base64 = b64encode(body).decode() if body is not None else None
+    entry_with_bytes: QuarantinedBytes = {**entry, "body_base64": body_base64}
     return json_response(entry_with_bytes)

@@ -4,7 +4,9 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, get_args
+
+from typing_extensions import is_typeddict  # typing's own misses these before Python 3.12
 
 # A spreadsheet would take a cell with one of these beginnings for a formula, or drop them before one.
 FORMULA_BEGINNINGS: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001 - theirs
@@ -24,15 +26,13 @@ def to_csv(record_type: type, items: Sequence[Mapping[str, Any]]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(columns)
-    for item in items:
-        writer.writerow(_cell(_member(item, column)) for column in columns)
+    writer.writerows([_cell(_member(item, column)) for column in columns] for item in items)
     return (BYTE_ORDER_MARK + text.getvalue()).encode()
 
 
 def _columns(record_type: type, prefix: str) -> Iterator[str]:
     for name, member_type in record_type.__annotations__.items():
-        candidates = (member_type, *getattr(member_type, "__args__", ()))
-        inner = next((one for one in candidates if hasattr(one, "__total__")), None)
+        inner = next((one for one in (member_type, *get_args(member_type)) if is_typeddict(one)), None)
         if inner is None:
             yield prefix + name
         else:

@@ -2,7 +2,6 @@
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
-from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
@@ -14,8 +13,6 @@ from service.http.responses import json_response, response
 
 # Cursors, versions and positions are PostgreSQL's bigint.
 POSITION_MAX: Final = 2**63 - 1
-# The parameters that say where a page begins.
-_PLACE_PARAMETERS: Final = frozenset({"after_position", "cursor", "after"})
 AnyRow = TypeVar("AnyRow")
 
 
@@ -50,9 +47,11 @@ class Page(NamedTuple):
         """Return path and query string of the next page, None if this is the last: the same query, moved on."""
         if not self.next_place:
             return None
-        parameters = query.model_dump(exclude_unset=True, exclude=set(_PLACE_PARAMETERS), by_alias=True)
-        text = {name: _to_parameter(value) for name, value in parameters.items() if value is not None}
-        return f"{path}?{urlencode({**text, **self.next_place})}"
+        place = {"after_position", "cursor", "after"}
+        same = query.model_dump(
+            mode="json", exclude=place, exclude_unset=True, exclude_none=True, by_alias=True
+        )
+        return f"{path}?{urlencode({**same, **self.next_place})}"
 
 
 def cut_page(rows: Sequence[AnyRow], limit: int, key: Callable[[AnyRow], int]) -> Page:
@@ -67,33 +66,31 @@ def cut_page(rows: Sequence[AnyRow], limit: int, key: Callable[[AnyRow], int]) -
     return Page(items, {"cursor": encode_cursor(key(items[-1]))} if len(rows) > len(items) else {})
 
 
-def list_response(name: str, page: Page, path: str, query: BaseModel, **members: Any) -> web.Response:
-    """Return a page of a list; ``next`` and the Link header lead to the next page.
-
-    Args:
-        name: the list's member in the response.
-        page: the page.
-        path: the list's path, percent-encoded.
-        query: the request's query.
-        members: further members of the response.
-    """
-    next_path = page.next_path(path, query)
-    return json_response({**members, name: page.items, "next": next_path}, headers=_link(next_path))
-
-
-def table_response(  # noqa: PLR0913, PLR0917 - the parts of every list
+def list_response(  # noqa: PLR0913, PLR0917 - the parts of every list
     request: web.Request,
     query: BaseModel,
-    record_type: type,
     name: str,
     page: Page,
     path: str,
+    record_type: type | None = None,
     **members: Any,
 ) -> web.Response:
-    """Return a page of a list as JSON, or as CSV if the request prefers it; see ``list_response``."""
-    if not _prefers_csv(request, query):
-        return list_response(name, page, path, query, **members)
-    headers = {"Vary": "Accept", **_link(page.next_path(path, query))}
+    """Return a page of a list; ``next`` and the Link header lead to the next page.
+
+    Args:
+        request: the request.
+        query: the request's query.
+        name: the list's member in the response.
+        page: the page.
+        path: the list's path, percent-encoded.
+        record_type: the type of the items of a list that a request may prefer as CSV, None if it may not.
+        members: further members of the response, which CSV omits.
+    """
+    next_path = page.next_path(path, query)
+    headers = {"Link": f'<{next_path}>; rel="next"'} if next_path is not None else {}
+    if record_type is None or not _prefers_csv(request, query):
+        return json_response({**members, name: page.items, "next": next_path}, headers=headers)
+    headers["Vary"] = hdrs.ACCEPT
     return response(to_csv(record_type, page.items), "text/csv; charset=utf-8", headers=headers)
 
 
@@ -104,15 +101,3 @@ def _prefers_csv(request: web.Request, query: BaseModel) -> bool:
         return list_format == "csv"
     accept = request.headers.get(hdrs.ACCEPT, "")
     return "text/csv" in accept and "application/json" not in accept
-
-
-def _to_parameter(value: Any) -> Any:
-    if isinstance(value, datetime):
-        return value.isoformat().replace("+00:00", "Z")
-    if isinstance(value, timedelta):
-        return f"PT{int(value.total_seconds())}S"
-    return value
-
-
-def _link(next_path: str | None) -> dict[str, str]:
-    return {"Link": f'<{next_path}>; rel="next"'} if next_path is not None else {}

@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     StringConstraints,
     ValidationError,
     WithJsonSchema,
@@ -45,10 +46,7 @@ def parse_order_no(request: web.Request) -> str:
     """
     # aiohttp leaves a broken escape unchanged, so the path is read as it was sent.
     match = _ORDER_PATH.match(request.raw_path)
-    escaped = match["order_no"] if match is not None else ""
-    if "%" not in escaped and escaped.isascii() and escaped.isprintable():
-        return escaped
-    return decode_path(escaped)
+    return decode_path(match["order_no"] if match is not None else "")
 
 
 def parse_number(segment: str) -> int:
@@ -119,7 +117,12 @@ Position = Annotated[int, Field(ge=0, le=POSITION_MAX)]
 Limit = Annotated[int, Field(ge=1, le=PAGE_ROWS_MAX)]
 Version = Annotated[int, Field(ge=1, le=POSITION_MAX)]
 Time = Annotated[datetime, BeforeValidator(_parse_time), _text_schema(format="date-time")]
-Duration = Annotated[timedelta, BeforeValidator(_parse_duration), _text_schema(format="duration")]
+Duration = Annotated[
+    timedelta,
+    BeforeValidator(_parse_duration),
+    PlainSerializer(lambda duration: f"PT{duration.total_seconds():.0f}S"),
+    _text_schema(format="duration"),
+]
 Cursor = Annotated[int, BeforeValidator(decode_cursor), _text_schema()]
 Text = Annotated[
     str, StringConstraints(min_length=1, max_length=TEXT_CHARACTERS_MAX), AfterValidator(_refuse_control)
@@ -180,9 +183,6 @@ def read_query(model: type[AnyQuery], request: web.Request) -> AnyQuery:
         first = error.errors()[0]
         name = str(first["loc"][0])
         if first["type"] == "extra_forbidden":
-            raise bad_parameter(name, f"unknown parameter; known parameters: {_names(model)}") from None
+            known = ", ".join(field.alias or name for name, field in model.model_fields.items()) or "none"
+            raise bad_parameter(name, f"unknown parameter; known parameters: {known}") from None
         raise bad_parameter(name, first["msg"].removeprefix("Value error, ")) from None
-
-
-def _names(model: type[Query]) -> str:
-    return ", ".join(field.alias or name for name, field in model.model_fields.items()) or "none"
