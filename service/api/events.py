@@ -42,14 +42,10 @@ HEARTBEAT: Final = b": heartbeat\n\n"
 LAST_EVENT_ID: Final = "Last-Event-ID"
 # Python refuses to read thousands of digits. A position has at most nineteen.
 _DIGITS: Final = re.compile(r"\d{1,19}", re.ASCII)
-# X-Accel-Buffering: nginx must not buffer.
-NDJSON_HEADERS: Final[dict[str, str]] = {**SERVER, hdrs.CONTENT_TYPE: NDJSON, "X-Accel-Buffering": "no"}
-SSE_HEADERS: Final[dict[str, str]] = {
-    **SERVER,
-    hdrs.CONTENT_TYPE: SSE,
-    hdrs.CACHE_CONTROL: "no-cache",
-    "X-Accel-Buffering": "no",
-}
+# nginx must not buffer a stream.
+STREAM_HEADERS: Final = {**SERVER, "X-Accel-Buffering": "no"}
+NDJSON_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: NDJSON}
+SSE_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: SSE, hdrs.CACHE_CONTROL: "no-cache"}
 
 # Sends the events above a position, and returns the position up to which all are sent.
 Send = Callable[[web.StreamResponse, int], Awaitable[int]]
@@ -96,14 +92,7 @@ class EventsApi:
         self._access = access
         self.tail = Tail(pool, encode_event)
 
-    @Endpoint(
-        "GET",
-        "/events",
-        LogEvents,
-        query=EventsQuery,
-        problems=(ProblemType.HTTP_VERSION,),
-        media=(JSON, NDJSON),
-    )
+    @Endpoint("GET", "/events", LogEvents, query=EventsQuery, media=(JSON, NDJSON))
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
         """A page of the log, by position; as NDJSON, without a limit, the whole log up to its head."""
         if NDJSON in request.headers.get(hdrs.ACCEPT, "") and request.method == hdrs.METH_GET:
@@ -115,26 +104,12 @@ class EventsApi:
         page = Page([*map(to_log_event, rows)], {"after": rows[-1].position} if has_more else {})
         return list_response(request, query, "events", page, request.path)
 
-    @Endpoint(
-        "GET",
-        "/events/stream",
-        str,
-        query=LogStreamQuery,
-        problems=(ProblemType.HTTP_VERSION,),
-        media=(SSE,),
-    )
+    @Endpoint("GET", "/events/stream", str, query=LogStreamQuery, media=(SSE,))
     async def stream_events(self, request: web.Request, query: LogStreamQuery) -> web.StreamResponse:
         """The log as it grows, as server-sent events; `Last-Event-ID` resumes without gaps or duplicates."""
         return await self._stream(request, query, self._send_position if query.brief else self._send)
 
-    @Endpoint(
-        "GET",
-        "/orders/{order_no}/stream",
-        str,
-        query=StreamQuery,
-        problems=(ProblemType.HTTP_VERSION,),
-        media=(SSE,),
-    )
+    @Endpoint("GET", "/orders/{order_no}/stream", str, query=StreamQuery, media=(SSE,))
     async def stream_order(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
         """An order's events as they are recorded, as server-sent events; the order may still be unknown."""
         return await self._stream(request, query, partial(self._send, order_no=parse_order_no(request)))
@@ -234,10 +209,9 @@ class EventsApi:
 
 async def _begin(request: web.Request, headers: dict[str, str]) -> web.StreamResponse:
     """Begin a chunked response, with the caller's own request id if it sent one."""
-    own_id = caller_request_id(request)
-    response = web.StreamResponse(
-        headers={**headers, REQUEST_ID_HEADER: own_id} if own_id is not None else headers
-    )
+    response = web.StreamResponse(headers=headers)
+    if (own_id := caller_request_id(request)) is not None:
+        response.headers[REQUEST_ID_HEADER] = own_id
     response.enable_chunked_encoding()
     await response.prepare(request)
     return response

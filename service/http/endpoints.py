@@ -36,9 +36,9 @@ class Endpoint:
         path: the path, with its parameters in braces.
         response: the type of a 200 response's content.
         query: the model of the query parameters; None if all parameters are ignored.
-        scope: the scope of the API key that is required; None if none is.
+        scope: the scope of the required API key; None if no key is required.
         body: the model of the request body, None if there is none.
-        problems: possible problems, beside those that the path, query, body and scope imply.
+        problems: possible problems, beside those that the path, query, body, scope and media imply.
         media: the media types of the response.
         has_etag: whether the response has an entity tag, and may be 304.
         summary: one line; by default the method's docstring.
@@ -59,6 +59,9 @@ class Endpoint:
     def all_problems(self) -> set[ProblemType | HTTPStatus]:
         """All problems that a request may be answered with."""
         problems = {*self.problems}
+        # A stream requires chunks.
+        if NDJSON in self.media or SSE in self.media:
+            problems.add(ProblemType.HTTP_VERSION)
         if self.query is not None:
             problems.add(ProblemType.BAD_PARAMETER)
             if "{" in self.path:
@@ -91,10 +94,10 @@ def make_routes(api: object, access: Access) -> list[web.RouteDef]:
     routes = []
     for endpoint, method in endpoints(api):
         handler = _with_query(endpoint.query or Query, method.__get__(api))
-        guarded = access.require(endpoint.scope, handler) if endpoint.scope is not None else handler
+        if endpoint.scope is not None:
+            handler = access.require(endpoint.scope, handler)
         # aiohttp's own pattern of a parameter excludes braces, which an order number may have.
-        path = endpoint.path.replace("}", ":[^/]+}")
-        routes.append((web.get if endpoint.method == "GET" else web.post)(path, guarded))
+        routes.append(web.route(endpoint.method, endpoint.path.replace("}", ":[^/]+}"), handler))
     return routes
 
 
