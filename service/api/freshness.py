@@ -75,18 +75,11 @@ async def read_lag(connection: Connection, projector: Projector) -> Lag:
         position: int = await connection.fetchval(POSITION) or 0
         # An outdated view may have other tables.
         parked = 0 if projector.is_outdated else await count_parked(connection)
-    oldest = await store.oldest_after(connection, position)
-    lag: Lag = {
-        "view": projector.view.name,
-        "position": position,
-        "events": 0,
-        "seconds": 0.0,
-        "parked": parked,
-    }
-    if oldest is not None:
-        lag["events"] = await store.count_after(connection, position, LAG_EVENTS_MAX)
-        lag["seconds"] = max(0.0, (datetime.now(UTC) - oldest).total_seconds())
-    return lag
+    events, seconds = 0, 0.0
+    if (oldest := await store.oldest_after(connection, position)) is not None:
+        events = await store.count_after(connection, position, LAG_EVENTS_MAX)
+        seconds = max(0.0, (datetime.now(UTC) - oldest).total_seconds())
+    return Lag(view=projector.view.name, position=position, events=events, seconds=seconds, parked=parked)
 
 
 async def read_projection(connection: Connection, projector: Projector, head: int) -> Projection:

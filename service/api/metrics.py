@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -32,6 +33,9 @@ HTTP_LABELS: Final = ("http_request_method", "http_route", "http_response_status
 # All other methods share one label, since a client may invent any number of them.
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
+_by_state: Final = partial(GaugeMetricFamily, labels=["state"])
+_by_view: Final = partial(GaugeMetricFamily, labels=["view"])
+
 
 class Metrics:
     """Counts and measures. The hot path only adds to plain numbers.
@@ -59,25 +63,21 @@ class Metrics:
         self._lags: list[Lag] = []
         self._entries: dict[str, int] = {}
         self._registry = CollectorRegistry()
-        self._http = Histogram(
+        histogram = partial(Histogram, registry=self._registry)
+        self._http = histogram(
             "http_server_request_duration_seconds",
             "Duration of requests, from their head to their response.",
             HTTP_LABELS,
             buckets=HTTP_SECONDS,
-            registry=self._registry,
         )
         self._http_children: dict[tuple[str, str, int], Histogram] = {}
-        self._commits = Histogram(
+        self._commits = histogram(
             "webhook_commit_seconds",
             "Duration of a batch of reports, from its beginning to its commit.",
             buckets=COMMIT_SECONDS,
-            registry=self._registry,
         )
-        self._batches = Histogram(
-            "webhook_batch_reports",
-            "Reports that shared a commit.",
-            buckets=BATCH_REPORTS,
-            registry=self._registry,
+        self._batches = histogram(
+            "webhook_batch_reports", "Reports that shared a commit.", buckets=BATCH_REPORTS
         )
         ProcessCollector(registry=self._registry)
         self._registry.register(self)
@@ -128,30 +128,26 @@ class Metrics:
         yield CounterMetricFamily(
             "quarantine_turned_away", "Bodies over the hourly cap, answered 503.", self._quarantine.refused
         )
-        yield _gauge("webhook_queue_reports", "Reports that wait for their commit.", self._waiting())
+        yield GaugeMetricFamily("webhook_queue_reports", "Reports that wait for their commit.", self._waiting())
         last = max(self._last_received, self._quarantine.last_kept)
         if last:
-            yield _gauge("webhook_last_received_timestamp_seconds", "Arrival of the last report.", last)
-        pool = _gauge("db_client_connection_count", "Connections of the pool.", label="state")
+            yield GaugeMetricFamily(
+                "webhook_last_received_timestamp_seconds", "Arrival of the last report.", last
+            )
+        pool = _by_state("db_client_connection_count", "Connections of the pool.")
         pool.add_metric(["idle"], self._pool.idle)
         pool.add_metric(["used"], self._pool.used)
         yield pool
-        yield _gauge("asyncio_tasks", "Tasks of the event loop.", len(asyncio.all_tasks()))
-        entries = _gauge("quarantine_entries", "Quarantined bodies.", label="state")
+        yield GaugeMetricFamily("asyncio_tasks", "Tasks of the event loop.", len(asyncio.all_tasks()))
+        entries = _by_state("quarantine_entries", "Quarantined bodies.")
         for state, count in self._entries.items():
             entries.add_metric([state], count)
         yield entries
-        events = _gauge("projection_lag_events", "Events that a view has not applied yet.", label="view")
-        seconds = _gauge("projection_lag_seconds", "Age of the oldest of these events.", label="view")
-        parked = _gauge("projection_parked_orders", "Parked orders.", label="view")
+        events = _by_view("projection_lag_events", "Events that a view has not applied yet.")
+        seconds = _by_view("projection_lag_seconds", "Age of the oldest of these events.")
+        parked = _by_view("projection_parked_orders", "Parked orders.")
         for lag in self._lags:
             events.add_metric([lag["view"]], lag["events"])
             seconds.add_metric([lag["view"]], lag["seconds"])
             parked.add_metric([lag["view"]], lag["parked"])
         yield from (events, seconds, parked)
-
-
-def _gauge(
-    name: str, documentation: str, value: float | None = None, label: str | None = None
-) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, documentation, value, labels=[label] if label is not None else None)

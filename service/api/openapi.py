@@ -1,6 +1,8 @@
 """The contract for machines: the OpenAPI document and the problem types, made from the declarations."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 from http import HTTPStatus
 from itertools import groupby
 from operator import itemgetter
@@ -43,8 +45,6 @@ NOT_JSON: Final = {
     SSE: "`event: status_reported`; its `id` is the position, its `data` an event as in `GET /events`. "
     "With `brief`: `event: log_grown`; its `data` has the position.",
 }
-# Characters that an operation's id must not have.
-_NOT_IN_IDS: Final = str.maketrans("", "", "/{}._-")
 
 
 class ReportBody(BaseModel):
@@ -83,9 +83,8 @@ class OpenApi:
         raise ProblemError(HTTPStatus.NOT_FOUND)
 
 
-def make_document(declared: Iterable[Endpoint]) -> dict[str, Any]:
+def make_document(declared: Collection[Endpoint]) -> dict[str, Any]:
     """Return the OpenAPI 3.1 document of endpoints."""
-    declared = [*declared]
     schemas, references = _schemas(declared)
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in declared:
@@ -106,22 +105,11 @@ def make_document(declared: Iterable[Endpoint]) -> dict[str, Any]:
     }
 
 
-def _webhook_endpoints(path: str) -> Iterator[Endpoint]:
-    problems = (
-        *(ProblemType.BAD_SIGNATURE, ProblemType.FORBIDDEN),
-        *(HTTPStatus.NOT_FOUND, ProblemType.UNAVAILABLE),
-    )
-    for method in ("PUT", "POST"):
-        yield Endpoint(
-            method,
-            path,
-            Receipt,
-            query=None,
-            scope=None,
-            body=ReportBody,
-            problems=problems,
-            summary="Receive a report. 200 means that it is committed.",
-        )
+def _webhook_endpoints(path: str) -> list[Endpoint]:
+    own = (ProblemType.BAD_SIGNATURE, ProblemType.FORBIDDEN, HTTPStatus.NOT_FOUND, ProblemType.UNAVAILABLE)
+    summary = "Receive a report. 200 means that it is committed."
+    declare = partial(Endpoint, query=None, scope=None, body=ReportBody, problems=own, summary=summary)
+    return [declare("PUT", path, Receipt), declare("POST", path, Receipt)]
 
 
 def _schemas(declared: Iterable[Endpoint]) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
@@ -136,7 +124,7 @@ def _schemas(declared: Iterable[Endpoint]) -> tuple[dict[str, Any], dict[Any, di
 
 def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
     operation: dict[str, Any] = {
-        "operationId": f"{endpoint.method.lower()}{endpoint.path.title()}".translate(_NOT_IN_IDS),
+        "operationId": re.sub(r"[\W_]", "", endpoint.method.lower() + endpoint.path.title()),
         "summary": endpoint.summary,
         "parameters": [
             *_path_parameters(endpoint.path),
@@ -159,12 +147,10 @@ def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> 
 
 
 def _path_parameters(path: str) -> Iterator[dict[str, Any]]:
-    for segment in path.split("/"):
-        if segment.startswith("{"):
-            name = segment.strip("{}")
-            text = {"type": "string", "minLength": 1}
-            schema = {"type": "integer", "minimum": 1} if name == "quarantine_id" else text
-            yield {"name": name, "in": "path", "required": True, "schema": schema}
+    for name in re.findall(r"{(\w+)}", path):
+        text = {"type": "string", "minLength": 1}
+        schema = {"type": "integer", "minimum": 1} if name == "quarantine_id" else text
+        yield {"name": name, "in": "path", "required": True, "schema": schema}
 
 
 def _query_parameters(query: type[Query] | None) -> Iterator[dict[str, Any]]:
