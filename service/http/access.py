@@ -31,7 +31,6 @@ SAFE_METHODS: Final = ("GET", "HEAD")
 # A browser sends these values of Sec-Fetch-Site unless a page of another site made the request.
 OWN_SITE: Final = ("same-origin", "none")
 
-_LOCAL_HOSTS: Final = ("localhost", "127.0.0.1")
 _PORT: Final = re.compile(r":\d+$")
 
 
@@ -56,10 +55,7 @@ class Access:
         self._recording: asyncio.Task[None] | None = None
         # Requests that arrive while the keys are being read wait for the same read.
         self._reads: Batcher[None, None] = Batcher(
-            self._read_keys,
-            batch_items_max=WAITING_MAX,
-            queue_items_max=WAITING_MAX,
-            seconds_max=seconds_max,
+            self._read_keys, batch_items_max=WAITING_MAX, queue_items_max=WAITING_MAX, seconds_max=seconds_max
         )
 
     def require(self, scope: Scope, handler: Handler) -> Handler:
@@ -185,7 +181,6 @@ def refuse_other_hosts(request: web.BaseRequest) -> None:
         ProblemError: 403.
     """
     host = request.headers.get(hdrs.HOST, "localhost")
-    if host not in _LOCAL_HOSTS and not is_loopback(_PORT.sub("", host).strip("[]")):
-        raise ProblemError(
-            ProblemType.FORBIDDEN, "until an API key exists, only localhost may be used as the host name"
-        )
+    if not is_loopback(_PORT.sub("", host).strip("[]")):
+        detail = "until an API key exists, only localhost may be used as the host name"
+        raise ProblemError(ProblemType.FORBIDDEN, detail)

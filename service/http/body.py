@@ -25,11 +25,8 @@ async def read_body(request: web.Request) -> bytes:
     """
     coding = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())).strip().lower()
     if coding not in _CODINGS:
-        raise ProblemError(
-            ProblemType.UNKNOWN_CODING,
-            "Supported content codings: gzip, identity.",
-            headers={"Accept-Encoding": "gzip"},
-        )
+        detail = "Supported content codings: gzip, identity."
+        raise ProblemError(ProblemType.UNKNOWN_CODING, detail, headers={"Accept-Encoding": "gzip"})
     if (request.content_length or 0) > request.client_max_size:
         raise _too_large(request)
     try:

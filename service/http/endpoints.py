@@ -37,7 +37,7 @@ class Endpoint:
         response: the type of a 200 response's content.
         query: the model of the query parameters; None if all parameters are ignored.
         scope: the scope of the required API key; None if no key is required.
-        body: the model of the request body, None if there is none.
+        body: the model of the request body, None if the endpoint has none.
         problems: possible problems, beside those that the path, query, body, scope and media imply.
         media: the media types of the response.
         has_etag: whether the response has an entity tag, and may be 304.

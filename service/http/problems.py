@@ -120,9 +120,12 @@ def to_problem(error: Exception, request: web.BaseRequest) -> ProblemError:
     if _is_storage_unavailable(error):
         # The driver's message may name hosts and users. It belongs in the log, not in the response.
         return unavailable("the database did not answer in time")
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        detail = f"supported methods: {', '.join(sorted(error.allowed_methods))}"
+        headers = {"Allow": error.headers["Allow"]}
+        return ProblemError(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers=headers)
     if isinstance(error, web.HTTPException):
-        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        return ProblemError(HTTPStatus(error.status), _detail(error), headers=headers)
+        return ProblemError(HTTPStatus(error.status))
     logger.error("request failed", method=request.method, route=route_pattern(request), exc_info=error)
     return ProblemError(HTTPStatus.INTERNAL_SERVER_ERROR)
 
@@ -131,9 +134,3 @@ def _is_storage_unavailable(error: Exception) -> bool:
     if isinstance(error, BatchFailedError):
         return error.__cause__ is not None and is_connection_lost(error.__cause__)
     return isinstance(error, StorageUnavailableError | TimeoutError)
-
-
-def _detail(error: web.HTTPException) -> str | None:
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        return f"supported methods: {', '.join(sorted(error.allowed_methods))}"
-    return None

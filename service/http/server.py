@@ -7,6 +7,7 @@ import asyncio
 import resource
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from time import monotonic
 from typing import Final, cast
@@ -117,8 +118,7 @@ class Connection(web.RequestHandler):
 
 
 def connection(request: web.BaseRequest) -> Connection:
-    """Return the connection of a request."""
-    # The server makes no others.
+    """Return the connection of a request. The server makes no other kind."""
     return cast("Connection", request.protocol)
 
 
@@ -217,17 +217,15 @@ class HttpServer:
             raise RuntimeError("aiohttp's runner has no server")
         server.request_handler = _guarded(server.request_handler, self._on_response)
         loop = asyncio.get_running_loop()
-
-        def make_connection() -> Connection:
-            return Connection(
-                server,
-                loop=loop,
-                access_log=None,  # type: ignore[arg-type]  # as its own runner passes it
-                keepalive_timeout=KEEP_ALIVE_SECONDS,
-                lingering_time=LINGER_SECONDS_MAX,
-                auto_decompress=False,
-            )
-
+        make_connection = partial(
+            Connection,
+            server,
+            loop=loop,
+            access_log=None,  # type: ignore[arg-type]  # as its own runner passes it
+            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            lingering_time=LINGER_SECONDS_MAX,
+            auto_decompress=False,
+        )
         host, port = self._address
         # None by default, since not every platform has it.
         self._listener = await loop.create_server(
