@@ -187,7 +187,9 @@ def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:
         media: {"schema": reference if media == JSON else {"type": "string", "description": NOT_JSON[media]}}
         for media in endpoint.media
     }
-    return {"description": endpoint.response.__doc__ or "The response.", "content": content}
+    # The docstring of a plain dict or str would describe Python.
+    is_declared = endpoint.response.__module__ != "builtins"
+    return {"description": endpoint.response.__doc__ if is_declared else endpoint.summary, "content": content}
 
 
 def _failures(endpoint: Endpoint) -> dict[str, Any]:

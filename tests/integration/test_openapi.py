@@ -71,6 +71,15 @@ async def test_an_operation_lists_only_its_own_problems(document: dict[str, Any]
     assert "Bad parameter" not in paths["/webhook"]["put"]["responses"]["400"]["description"]
 
 
+async def test_a_success_is_described_by_its_declaration(document: dict[str, Any]) -> None:
+    """Each 200 has the docstring of its type, or the summary if the type is one of Python's own."""
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            description = operation["responses"]["200"]["description"]
+            assert description.endswith("."), path
+            assert not description.startswith(("dict(", "str(")), path
+
+
 def test_the_version_is_that_of_the_project() -> None:
     """The version in pyproject.toml equals that of the package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
