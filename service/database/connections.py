@@ -219,24 +219,19 @@ class DedicatedConnection:
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._connect()
             connection = self._connection
+            is_usable = False
             try:
                 yield connection
+                is_usable = True
             except Exception as error:
-                await self._recover(connection, error)
+                if not is_connection_lost(error) and not connection.is_closed():
+                    if connection.is_in_transaction():
+                        await connection.execute("ROLLBACK")
+                    is_usable = True
                 raise
-            except BaseException:
-                connection.terminate()
-                raise
-
-    async def _recover(self, connection: Connection, error: Exception) -> None:
-        if is_connection_lost(error) or connection.is_closed():
-            connection.terminate()
-        elif connection.is_in_transaction():
-            try:
-                await connection.execute("ROLLBACK")
-            except BaseException:
-                connection.terminate()
-                raise
+            finally:
+                if not is_usable:
+                    connection.terminate()
 
     async def close(self) -> None:
         """Close the connection. A later use would open another."""
