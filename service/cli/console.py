@@ -5,7 +5,7 @@ import gc
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import datetime
 from functools import partial, wraps
 from inspect import iscoroutine
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from projections.engine import OutdatedViewError
 from projections.rebuild import RebuildRunningError
+from service.database.api_keys import InvalidKeyError
 from service.database.connections import (
     DedicatedConnection,
     StorageUnavailableError,
@@ -28,6 +29,7 @@ from service.database.connections import (
 from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
 from service.database.schema import SchemaError, service_dsn
 from service.event_log.codec import UndecodableEventError
+from service.ingest.quarantine import NotOpenError, UnknownEntryError
 from service.maintenance.backup import BackupError
 from service.settings import SettingsError, read_settings
 
@@ -82,6 +84,8 @@ def friendly_errors() -> Iterator[None]:
         fail(f"the log holds an event that cannot be decoded: {error}")
     except (BackupError, SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
         fail(error)
+    except (InvalidKeyError, NotOpenError, UnknownEntryError) as error:
+        fail(error)
 
 
 def runnable(command: Callable[..., Any]) -> Callable[..., None]:
@@ -109,8 +113,7 @@ async def database(*, as_service: bool = True, may_create: bool = False) -> Asyn
         may_create: whether to create an embedded database that does not exist yet.
     """
     settings = read_settings()
-    server = None
-    try:
+    with ExitStack() as stack:
         dsn = settings.database_url or running_dsn(settings.state_dir)
         if not dsn:
             if not may_create and not has_data(settings.state_dir):
@@ -119,13 +122,11 @@ async def database(*, as_service: bool = True, may_create: bool = False) -> Asyn
                     "or set ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL to another"
                 )
             server = EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir)
+            stack.callback(server.stop)
             # In a thread, so that Ctrl-C interrupts the start.
             await asyncio.to_thread(server.start)
             dsn = server.dsn
         yield await service_dsn(dsn) if as_service else dsn
-    finally:
-        if server is not None:
-            server.stop()
 
 
 @asynccontextmanager
@@ -150,13 +151,11 @@ def stop_event(*signals: signal.Signals) -> Iterator[asyncio.Event]:
     """Yield an event that each of the signals sets, in place of what it does otherwise."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
-    for number in signals:
-        loop.add_signal_handler(number, stopped.set)
-    try:
-        yield stopped
-    finally:
+    with ExitStack() as stack:
         for number in signals:
-            loop.remove_signal_handler(number)
+            loop.add_signal_handler(number, stopped.set)
+            stack.callback(loop.remove_signal_handler, number)
+        yield stopped
 
 
 async def completes(work: Awaitable[object], *interruptions: Awaitable[object]) -> bool:

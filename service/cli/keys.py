@@ -24,10 +24,7 @@ async def create_key(
     """Create a key and print its secret, which you cannot print again."""
     expires_at = datetime.now(UTC) + timedelta(days=days) if days is not None else None
     async with database() as dsn, connected(dsn) as connection:
-        try:
-            secret = await api_keys.create_key(connection, name, scope, expires_at)
-        except api_keys.InvalidKeyError as error:
-            fail(error)
+        secret = await api_keys.create_key(connection, name, scope, expires_at)
     show(secret)
     err.print("send it as 'Authorization: Bearer <key>'; it cannot be shown again")
 

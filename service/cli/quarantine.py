@@ -3,13 +3,12 @@ from typing import Annotated, Final
 
 import typer
 
-from projections.postgres_errors import Connection
 from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, show, show_table
 from service.database.connections import connected
 from service.http.pagination import POSITION_MAX
 from service.ingest import quarantine as quarantines
 from service.ingest.parser import UnreadableError
-from service.ingest.quarantine import NotOpenError, QuarantinedBody, QuarantineState, UnknownEntryError
+from service.ingest.quarantine import NotOpenError, QuarantineState, UnknownEntryError
 from service.ingest.recorder import Recorder, RefusedReportError
 
 # The budget of one entry, which competes with the reports that the service records.
@@ -45,20 +44,13 @@ async def show_entry(
 ) -> None:
     """Show an entry and its body."""
     async with database() as dsn, connected(dsn) as connection:
-        entry, body = await _find_entry(connection, quarantine_id)
+        entry, body = await quarantines.find_entry(connection, quarantine_id)
     if raw:
         sys.stdout.buffer.write(body or b"")
         return
     for name, value in {**entry, "body": (body or b"").decode(errors="backslashreplace")}.items():
         if value is not None:
             show(f"{name:<14} {value}")
-
-
-async def _find_entry(connection: Connection, quarantine_id: int) -> tuple[QuarantinedBody, bytes | None]:
-    try:
-        return await quarantines.find_entry(connection, quarantine_id)
-    except UnknownEntryError as error:
-        fail(error)
 
 
 @quarantine.command("retry")
@@ -77,7 +69,7 @@ async def retry_entries(
         if not numbers:
             show("the quarantine has no open entries")
         for number in numbers:
-            entry, body = await _find_entry(connection, number)
+            entry, body = await quarantines.find_entry(connection, number)
             try:
                 receipt = await quarantines.retry(recorder, entry, body)
                 result = f"{receipt['outcome']}, version {receipt['version']} of {receipt['order_no']}"
@@ -94,8 +86,6 @@ async def discard_entry(quarantine_id: Id, reason: Reason) -> None:
     async with database() as dsn, connected(dsn) as connection:
         try:
             await quarantines.discard(connection, quarantine_id, reason)
-        except (UnknownEntryError, NotOpenError) as error:
-            fail(error)
         except ValueError as error:
             fail(error, EXIT_USAGE)
     show("discarded")
