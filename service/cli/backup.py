@@ -40,11 +40,10 @@ def _new_file(name: str) -> Iterator[Path | None]:
     temporary = Path(temporary_name)
     try:
         yield temporary
-        _refuse_existing(path, name)
         try:
             path.hardlink_to(temporary)
         except OSError as error:
-            # Either another process has just created it, or the file system has no hard links.
+            # Either another process has created it in the meantime, or the file system has no hard links.
             _refuse_existing(path, name)
             try:
                 temporary.rename(path)

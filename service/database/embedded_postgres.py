@@ -116,8 +116,7 @@ class EmbeddedPostgres:
             if self._lock is None:
                 self._lock = self._take_lock()
             try:
-                os.ftruncate(self._lock, 0)
-                os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+                (self._state / "lock").write_text(f"{os.getpid()}\n")
                 self._start_server()
             except BaseException:
                 self._stop_and_release()
@@ -144,9 +143,9 @@ class EmbeddedPostgres:
                 continue
             if time.monotonic() - attempted_at > 2 * BACKOFF_SECONDS_MAX:
                 delay = BACKOFF_SECONDS_MIN
+            exit_status = f"PostgreSQL ended with status {self._child.returncode}"
             await asyncio.sleep(delay)
             delay = min(2 * delay, BACKOFF_SECONDS_MAX)
-            exit_status = f"PostgreSQL ended with status {self._child.returncode}"
             try:
                 if await asyncio.to_thread(self._restart):
                     on_restart(f"{exit_status} and was restarted")
@@ -179,8 +178,8 @@ class EmbeddedPostgres:
         lock = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         if any(_locked(lock, fcntl.LOCK_EX) for _ in _poll(LOCK_SECONDS_MAX)):
             return lock
-        holder = os.pread(lock, 20, 0).decode().strip() or "unknown"
         os.close(lock)
+        holder = (self._state / "lock").read_text().strip() or "unknown"
         raise EmbeddedPostgresError(
             f"another service (process {holder}) uses {self._state}: "
             "stop it, or set ORDER_TRACKING_STATE_DIR to another folder"
@@ -196,7 +195,7 @@ class EmbeddedPostgres:
         finally:
             if self._lock is not None:
                 os.close(self._lock)
-            self._lock = None
+                self._lock = None
 
     def _start_server(self) -> None:
         if self.pid is not None:

@@ -7,6 +7,7 @@ roles, which belong to the server. A restore creates the roles first, then every
 import asyncio
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import IO, Final
 
@@ -68,15 +69,14 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
     if not await connection.fetchval(IS_EMPTY):
         raise BackupError("the database is not empty: restore into a new folder, set ORDER_TRACKING_STATE_DIR")
     await connection.execute(ROLES_SQL)
+    pg_restore = partial(_run, bindir / "pg_restore", stdin=file)
     try:
         if file.seekable():  # a pipe cannot be read twice
-            contents = await _run(bindir / "pg_restore", "--list", stdin=file, stdout=subprocess.PIPE)
+            contents = await pg_restore("--list", stdout=subprocess.PIPE)
             file.seek(0)
             if b" TABLE public order_events " not in contents:
                 raise BackupError("the dump is not a backup of this service")  # noqa: TRY301 - caught for its suffix
-        await _run(
-            bindir / "pg_restore", "--exit-on-error", "--single-transaction", f"--dbname={dsn}", stdin=file
-        )
+        await pg_restore("--exit-on-error", "--single-transaction", f"--dbname={dsn}")
     except BackupError as error:
         raise BackupError(f"{error}; nothing was restored") from None
     if not await connection.fetchval(IS_APPLIED):
