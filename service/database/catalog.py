@@ -47,9 +47,9 @@ async def read_catalog(connection: Connection) -> list[str]:
 
 
 def first_difference(expected: Sequence[str], found: Sequence[str]) -> str | None:
-    """Return the name of an expected object that is missing or differs, None if there is none.
+    """Return the name of an expected object that is missing or differs; None if all are there and equal.
 
-    Further objects do no harm: an operator may add an index or a table.
+    Other objects do no harm: an operator may add an index or a table.
     """
     missing = sorted({*expected} - {*found})
     return missing[0].partition(": ")[0] if missing else None

@@ -76,8 +76,8 @@ class EmbeddedPostgres:
     """The PostgreSQL server of a state folder.
 
     Args:
-        state_dir: the state folder, created if missing. If root starts the server, the server runs as the user
-            nobody, who needs access to this folder.
+        state_dir: the state folder, created if missing. If root starts the server, it runs as the user nobody,
+            who needs access to this folder.
         bindir: the folder of `postgres`, `initdb` and `psql`; the wheel's if None.
         settings: server settings that override SERVER_SETTINGS.
     """
