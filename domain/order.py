@@ -1,8 +1,8 @@
 """The order: its state, the decision on each report, and the aggregate that is built from both.
 
-``decide`` and ``evolve`` are the decider pattern: the service runs them on an order's last event alone.
-``Order`` is the same order as an aggregate of the eventsourcing library, which folds all events. Tests hold
-both together.
+``decide`` and ``evolve`` follow the decider pattern: the service judges a report from its order's last event
+alone. ``Order`` is an aggregate of the eventsourcing library and folds all of an order's events. Tests check
+that both give the same results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Arrival(NamedTuple):
     """The arrival of one webhook.
 
     Attributes:
-        report_id: a new UUID; it names the report in its event, its receipt and the logs.
+        report_id: a new UUID; it identifies the report in its event, its receipt and the logs.
         received_at: the time of arrival, in UTC.
         remote: the sender's IP address, None if unknown.
     """
@@ -37,7 +37,7 @@ class Arrival(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The content of one webhook, not judged yet.
+    """The content of one webhook, not yet judged.
 
     Attributes:
         arrival: when and from where it arrived.
@@ -59,14 +59,14 @@ class Report(NamedTuple):
 
 
 class OrderState(NamedTuple):
-    """An order's state after one of its events: all that the decision on its next report needs.
+    """An order's state after one of its events: all values that the decision on the next report needs.
 
     Attributes:
         version: the number of events; 0 before the first.
         received_at: when the last report was received.
-        status: the current status, None until a report advanced.
+        status: the current status, None before the first report that advanced it.
         leg: the leg of the journey on which the order's problem arose, None unless its status is problem.
-        status_version: the version that brought the status.
+        status_version: the version of the event that set the status.
         status_since: when the order reached the status.
         cnote: the current airway bill.
     """
@@ -104,9 +104,9 @@ class Order(BaseAggregate[str]):
         """One report and its verdict: the immutable record.
 
         ``timestamp`` is the time of arrival. ``status``, ``leg``, ``status_version`` and ``cnote`` are the
-        order's after this event. ``recognised`` is the status that the vocabulary gave for the reported string
-        at that time. ``previous_since`` is when the order reached ``previous_status``. ``repeats`` is the
-        version of the timeline entry that this report repeats.
+        order's values after this event. ``recognised`` is the status that the reported string meant when it was
+        judged. ``previous_since`` is when the order reached ``previous_status``. ``repeats`` is the version of
+        the timeline entry that this report repeats.
         """
 
         TOPIC = "order.status_reported"
@@ -132,7 +132,7 @@ class Order(BaseAggregate[str]):
 
         @classmethod
         def from_fields(cls, fields: dict[str, Any]) -> Self:
-            """Return an event with these fields, which must be all of them.
+            """Return an event with these fields. Every field must be present.
 
             The library builds the events that it loads in the same way. A frozen dataclass's own ``__init__``
             takes four times as long.
@@ -142,7 +142,7 @@ class Order(BaseAggregate[str]):
             return event
 
         def apply(self, aggregate: Order) -> None:
-            """Assign the new state. A rule here would run again on every replay."""
+            """Set the state after this event. A rule here would run again on every replay: see ``decide``."""
             aggregate.state = evolve(aggregate.state, self)
 
     @classmethod
@@ -154,7 +154,7 @@ class Order(BaseAggregate[str]):
         return order
 
     def report(self, report: Report) -> Order.StatusReported:
-        """Decide on a report and apply the event, which then waits in ``pending_events``."""
+        """Decide on a report, apply the event, and add it to ``pending_events``."""
         event = decide(self.state, report)
         event.mutate(self)
         self.pending_events.append(event)
@@ -169,7 +169,7 @@ def decide(state: OrderState, report: Report) -> Order.StatusReported:
 
     Args:
         state: the order's state after its last event; NEW_ORDER if it has none.
-        report: the report. An arrival before the order's last one is recorded with that one's time.
+        report: the report. If it arrived before the order's last report, that report's time is recorded.
     """
     recognised = recognise(report.reported_status)
     verdict, leg, skipped, reason = judge(state.status, state.leg, recognised)
@@ -212,8 +212,8 @@ def decide(state: OrderState, report: Report) -> Order.StatusReported:
 def evolve(_state: OrderState, event: Order.StatusReported) -> OrderState:
     """Return an order's state after an event.
 
-    The event alone determines it, whatever the state before: so an order is judged from its last event, and a
-    long history costs nothing.
+    Each event holds the whole state after it, so the state before is ignored. A report is therefore judged from
+    its order's last event alone, and a long history costs nothing.
     """
     return OrderState(
         event.originator_version,

@@ -1,6 +1,6 @@
 """The vocabulary: the statuses, their labels, and the sender's words for each.
 
-Source of every word: ``docs/statuses.md``, with which a test compares this module.
+Every word comes from ``docs/statuses.md``; a test compares it with this module.
 """
 
 import re
@@ -108,6 +108,6 @@ SPELLINGS_MAX: Final = 1_024
 def recognise(reported: str) -> Status | None:
     """Return the status that a reported string means, None if the string is outside the vocabulary.
 
-    Case, surrounding space and the separator of words (``_``, ``-`` or any white space) make no difference.
+    Case, surrounding spaces and the word separator (``_``, ``-`` or any white space) make no difference.
     """
     return _MEANINGS.get(_SEPARATORS.sub(" ", reported.casefold()).strip())

@@ -1,6 +1,6 @@
-"""The transition table, and the judgement of one report by it.
+"""The transition table, and the judgement of a report by it.
 
-Source of every rule: ``docs/statuses.md``, with which a test compares this module cell by cell.
+Every rule comes from ``docs/statuses.md``; a test compares it with this module cell by cell.
 """
 
 from typing import Final, Literal, NamedTuple, get_args
@@ -16,7 +16,7 @@ Leg = Literal["before_transit", "on_the_way_out", "on_the_way_back"]
 # A row of the table: a status, a problem with its leg, or no status yet.
 Origin = tuple[Status | None, Leg | None]
 
-# Columns in the order of STATUSES. A advanced, S advanced with stages skipped, = repeated, L late, R refused.
+# Columns are in the order of STATUSES; "S" is advanced with skipped stages. _VERDICTS explains each cell.
 TABLE: Final[dict[Origin, str]] = {
     #                                sub pack pick trans ofd prob deliv compl retg retd canc lost dmg
     (None, None):                   "A   A    A    A     A   A    A     A     A    A    A    A    A",
@@ -47,7 +47,7 @@ _VERDICTS: Final[dict[str, Verdict]] = {
 
 _BEFORE_TRANSIT: Final = frozenset({None, "submitted", "packed", "picked_up"})
 
-# The rank of an origin beside the happy path.
+# The rank of a status that is not on the happy path.
 _RANK_OFF_PATH: Final = HAPPY_PATH.index("out_for_delivery")
 
 
@@ -58,7 +58,7 @@ class Judgement(NamedTuple):
         verdict: the verdict.
         leg: the order's leg after the report.
         skipped: stages of the happy path that were passed without a report.
-        reason: why the report changed nothing, None if it advanced or repeated.
+        reason: why the report changed nothing, None if the verdict is advanced or repeated.
     """
 
     verdict: Verdict
