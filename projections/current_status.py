@@ -22,7 +22,7 @@ class Counts(TypedDict):
     unrecognised: int
 
 
-class Order(TypedDict):
+class CurrentOrder(TypedDict):
     """One order, now or as of an earlier version or time."""
 
     order_no: str
@@ -40,14 +40,14 @@ class Order(TypedDict):
     parked: Parked | None
 
 
-# The columns of the table orders by name, and the airway bills ("cnotes") that were reported of the order.
+# A row of the table orders by column name, and "cnotes": the airway bills that were reported for the order.
 Row: TypeAlias = dict[str, Any]
 
 
 def fold(events: Iterable[DecodedEvent], rows: dict[str, Row]) -> None:
-    """Fold events into the rows of their orders, by order number.
+    """Fold events into rows, by order number.
 
-    A row that begins here holds only what these events add to the row of all earlier events.
+    A row that this call creates covers these events only; ADD_TO_ORDERS adds it to the row in the table.
     """
     for position, event in events:
         received_at = event.timestamp
@@ -85,9 +85,9 @@ def fold(events: Iterable[DecodedEvent], rows: dict[str, Row]) -> None:
             row["cnotes"].append(event.reported_cnote)
 
 
-# One JSON parameter: asyncpg would search an array for each column for nested arrays, value by value. The sums
-# are computed before the row is proposed: the table's checks see the proposed row even if it conflicts. No
-# other process writes the view in the meantime.
+# One JSON parameter, because asyncpg would check each value of an array parameter for nested arrays. The SELECT
+# computes the sums, because the table's CHECKs test the row to insert even if it conflicts. This is safe: no
+# other process writes the view at the same time.
 ADD_TO_ORDERS: Final = """
     WITH batch AS MATERIALIZED (
         SELECT * FROM json_to_recordset($1) AS batch (
@@ -145,15 +145,15 @@ VIEW: Final = View(
     fold_version=1,
     tables=("orders", "order_cnotes"),
     apply=apply,
-    # Larger batches bring no throughput and delay webhooks: 2,000 took their p99 from 2.3 to 3 times a
-    # handler's.
+    # Larger batches gain no throughput and delay webhooks: with 2,000 events, their p99 rose from 2.3 times
+    # that of a bare handler to 3 times.
     batch_events_max=300,
     idle_seconds=0.01,
 )
 
 
-def to_order(row: Any) -> Order:
-    """Return a row of the table orders, read or folded, as an order."""
+def to_order(row: Any) -> CurrentOrder:
+    """Return the order in a row of the table orders, whether read or folded."""
     parked: Parked | None = None
     if row.get("since_version") is not None:
         parked = {"view": VIEW.name, "since_version": row["since_version"], "reason": row["reason"]}
@@ -180,7 +180,7 @@ def to_order(row: Any) -> Order:
     }
 
 
-# A row for each given number: the order and its parking, each null if absent.
+# One row for each requested number: the columns of orders and of parked_orders, null if absent.
 ORDERS_BY_NUMBER: Final = """
     SELECT *
     FROM unnest($1::text[]) AS requested (order_no)
@@ -190,8 +190,8 @@ ORDERS_BY_NUMBER: Final = """
     ) AS parked USING (order_no)
 """
 
-# Orders first reported below a position, newest first. A filter that is null is planned away: the statement is
-# planned again for each call.
+# Orders first reported below a position, newest first. The statement is planned for each call, so the planner
+# removes a filter that is null.
 ORDERS_PAGE: Final = """
     SELECT *
     FROM current_status.orders
@@ -216,7 +216,7 @@ ORDERS_PAGE: Final = """
     LIMIT $8
 """
 
-# Orders that are not settled and were last reported at or before a time, longest first.
+# Orders that are not settled and were last reported at or before a time, longest unreported first.
 STUCK: Final = """
     SELECT order_no, status, last_reported_at FROM current_status.orders
     WHERE last_reported_at <= $1
@@ -228,9 +228,9 @@ STUCK: Final = """
 
 
 class FoundOrder(NamedTuple):
-    """An order as the view has it, None if it has none, and the position from which on it is parked."""
+    """An order, None if the view lacks it, and the position from which it is parked, None if it is not."""
 
-    order: Order | None
+    order: CurrentOrder | None
     parked_position: int | None
 
 
@@ -248,7 +248,7 @@ class OrdersFilter(NamedTuple):
 
     Args:
         status: the current status.
-        cnote: an airway bill that was ever reported of the order.
+        cnote: an airway bill that was ever reported for the order.
         verdict: a verdict that at least one report of the order has.
         updated_after: the last report was at or after this time.
         updated_before: the last report was before this time.
@@ -265,8 +265,8 @@ class OrdersFilter(NamedTuple):
 
 async def orders_page(
     connection: Connection, before: int, orders_filter: OrdersFilter, limit: int
-) -> list[tuple[int, Order]]:
-    """Return orders first reported below a position, newest first, each after its first position."""
+) -> list[tuple[int, CurrentOrder]]:
+    """Return orders first reported below a position, newest first, as pairs of first position and order."""
     rows = await connection.fetch(ORDERS_PAGE, before, *orders_filter, limit)
     return [(row["first_position"], to_order(row)) for row in rows]
 
@@ -280,5 +280,5 @@ class StuckOrder(NamedTuple):
 
 
 async def stuck_orders(connection: Connection, since: datetime, limit: int) -> list[StuckOrder]:
-    """Return orders that are not settled and were last reported at or before a time, longest first."""
+    """Return orders that are not settled and had no report after ``since``, longest unreported first."""
     return [StuckOrder(*row) for row in await connection.fetch(STUCK, since, limit)]

@@ -1,6 +1,6 @@
-"""The live projection: a view follows the log, exactly once and in one process at a time.
+"""The live projection: it applies each event of the log to a view exactly once, in one process at a time.
 
-No event can stop it: an order whose event cannot be applied is parked, and the view goes on without it.
+No event can stop it: an order whose event cannot be applied is parked, and the view continues without it.
 """
 
 import asyncio
@@ -18,10 +18,10 @@ from projections import parked
 from projections.parked import ParkedOrder
 from projections.postgres_errors import Connection, is_event_at_fault
 
-# Begins a transaction by the given statements, and commits it at the end of the block.
+# Begins a transaction with the given statements, and commits it at the end of the block.
 Transaction: TypeAlias = Callable[[str], AbstractAsyncContextManager[Connection]]
 
-# The time for one batch. A step that takes longer is repeated on a new connection.
+# The time limit for one batch. A step that takes longer is repeated on a new connection.
 STEP_SECONDS_MAX: Final = 10.0
 # Attempts at a whole batch before its orders are applied one by one, to find the order at fault.
 BATCH_ATTEMPTS_MAX: Final = 3
@@ -31,15 +31,15 @@ CHECK_SECONDS: Final = 0.02
 logger = structlog.get_logger()
 
 
-class Undecodable(NamedTuple):
-    """The place of an event that cannot be decoded, and the reason."""
+class FailedEvent(NamedTuple):
+    """An event that cannot be decoded or applied: its order, its version, and the reason."""
 
     originator_id: str
     originator_version: int
     reason: str
 
     def to_parked(self, position: int) -> ParkedOrder:
-        """Return the order, parked because of this event at a position."""
+        """Return the order to park because of this event, which is at ``position``."""
         return {
             "order_no": self.originator_id,
             "since_version": self.originator_version,
@@ -48,28 +48,28 @@ class Undecodable(NamedTuple):
         }
 
 
-# A position and the event there. Plain tuples, since every view handles one for each event.
+# A position and its event. Plain tuples are the cheapest, and every view handles one for each event.
 DecodedEvent: TypeAlias = tuple[int, Order.StatusReported]
-LoggedEvent: TypeAlias = tuple[int, Order.StatusReported | Undecodable]
+LoggedEvent: TypeAlias = tuple[int, Order.StatusReported | FailedEvent]
 
-# Returns the events above a position, at most so many, in the order of the log.
+# Called with a position and a limit. Returns the next events above the position in log order, up to the limit.
 ReadLog: TypeAlias = Callable[[int, int], Awaitable[Sequence[LoggedEvent]]]
 
 
 @dataclass(frozen=True)
 class View:
-    """A view: its tables, and the function that writes events into them.
+    """A view: its tables, and the function that applies events to them.
 
     Args:
         name: the name of the view and of its schema.
-        fold_version: a number to change whenever ``apply`` writes other rows.
+        fold_version: change this number whenever ``apply`` writes different rows for the same events.
         tables: the tables that ``replay --verify`` compares.
-        apply: writes events into tables that hold the rows of these orders' earlier events. The live projection
-            passes events in the order of the log, a rebuild in the order of order numbers and versions.
-        batch_events_max: events that the live projection applies in one transaction.
-        idle_seconds: the pause after a batch that was not full. Under load, the next batch is then larger.
-        tables_sql: creates the tables with their primary keys, by unqualified names; from schema.sql.
-        indexes_sql: creates the other indexes; from schema.sql. A rebuild runs it after the rows are written.
+        apply: adds events to the tables, which already include all earlier events of the same orders. The live
+            projection passes events in log order, a rebuild sorted by order number and version.
+        batch_events_max: the maximum number of events that the live projection applies in one transaction.
+        idle_seconds: the pause after a batch that was not full, so that the next batch is larger under load.
+        tables_sql: SQL from schema.sql that creates the tables and their primary keys, with unqualified names.
+        indexes_sql: SQL from schema.sql that creates the other indexes. A rebuild writes the rows first.
     """
 
     name: str
@@ -83,38 +83,37 @@ class View:
 
     @property
     def definition(self) -> str:
-        """The hash of the view's shape. A view with another hash in the database is rebuilt."""
+        """The hash of the view's definition. A view is rebuilt if the database holds another hash for it."""
         text = f"{self.fold_version}\n{self.tables_sql}\n{self.indexes_sql}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 class OutdatedViewError(Exception):
-    """The view in the database has another definition than this release's, or has lost its position."""
+    """The view in the database was built with another definition, or has lost its position."""
 
 
 class ViewState(NamedTuple):
-    """The position that a view has reached, its definition's hash, and whether any order is parked in it."""
+    """A view's position, the hash of its definition, and whether any order is parked in it."""
 
     position: int
     definition: str
     has_parked: bool
 
 
-# One process at a time writes a view; the others wait for this lock. The position is read after it, in a
-# snapshot that is younger than the lock. A row lock on the position would not do: after a swap, a waiting
-# process would continue with the old tables. The view's name is filled in; the two statements are one round
-# trip for each batch.
+# Only the process that holds this lock writes the view. A later statement reads the position, so that its
+# snapshot is newer than the lock. A row lock on the position would not do: after a swap, a waiting process
+# would continue with the old tables. Both statements take one round trip, so the view's name is filled in.
 BEGIN_WITH_VIEW_LOCK: Final = "BEGIN; SELECT pg_advisory_xact_lock(hashtextextended('view {view}', 0))"
 TAKE_VIEW_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('view ' || $1, 0))"
-# Lets unqualified names mean a view's tables, until the end of the transaction.
+# Makes unqualified names refer to a view's tables until the end of the transaction.
 SELECT_VIEW: Final = "SELECT set_config('search_path', $1, true)"
 VIEW_STATE: Final = "SELECT position, definition, EXISTS (SELECT FROM parked_orders) FROM projection"
-# The condition holds as long as the lock works.
+# The condition fails only if another process moved the view without the lock.
 ADVANCE: Final = "UPDATE projection SET position = $2 WHERE position = $1"
 
 
 async def view_state(connection: Connection) -> ViewState:
-    """Return the state of the view that the connection's search path names.
+    """Return the state of the view whose schema is the connection's search path.
 
     Raises:
         OutdatedViewError: the view has no position.
@@ -126,7 +125,7 @@ async def view_state(connection: Connection) -> ViewState:
 
 
 async def advance(connection: Connection, old: int, new: int) -> None:
-    """Move the view's position, in the transaction that wrote the events between."""
+    """Move the view's position from ``old`` to ``new``, in the transaction that applied the events."""
     if await connection.execute(ADVANCE, old, new) != "UPDATE 1":
         raise RuntimeError("another process moved the view without holding its lock")
 
@@ -139,10 +138,10 @@ async def apply_batch(
     has_parked: bool,
     one_by_one: bool = False,
 ) -> None:
-    """Apply a batch of the log to a view, without the orders that are parked in it.
+    """Apply a batch of the log to a view, except the events of parked orders.
 
     Args:
-        connection: a connection in a transaction, its search path on the view's schema.
+        connection: a connection in a transaction, whose search path is the view's schema.
         view: the view.
         batch: events in the order of the log.
         has_parked: whether any order is parked in the view.
@@ -164,14 +163,14 @@ async def _without_parked(
     connection: Connection, view: View, batch: Sequence[LoggedEvent], *, has_parked: bool
 ) -> Sequence[DecodedEvent]:
     """Return the events of orders that are not parked; park the orders with an undecodable event."""
-    if not has_parked and not any(type(event) is Undecodable for _, event in batch):
+    if not has_parked and not any(type(event) is FailedEvent for _, event in batch):
         return cast("Sequence[DecodedEvent]", batch)
     parked_nos = await parked.find_parked(connection, {event.originator_id for _, event in batch})
     decoded: list[DecodedEvent] = []
     for position, event in batch:
         if event.originator_id in parked_nos:
             continue
-        if isinstance(event, Undecodable):
+        if isinstance(event, FailedEvent):
             await _park(connection, view, position, event)
             parked_nos.add(event.originator_id)
         else:
@@ -189,15 +188,15 @@ async def _apply_order(connection: Connection, view: View, events: Sequence[Deco
             if connection.is_closed() or not is_event_at_fault(error):
                 raise
             await connection.execute("ROLLBACK TO SAVEPOINT event")
-            # Only the first line: PostgreSQL's further lines quote the row.
+            # Only the first line: PostgreSQL's other lines quote the row.
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            failed = Undecodable(event.originator_id, event.originator_version, reason)
+            failed = FailedEvent(event.originator_id, event.originator_version, reason)
             await _park(connection, view, position, failed)
             return
         await connection.execute("RELEASE SAVEPOINT event")
 
 
-async def _park(connection: Connection, view: View, position: int, failed: Undecodable) -> None:
+async def _park(connection: Connection, view: View, position: int, failed: FailedEvent) -> None:
     order = failed.to_parked(position)
     logger.error(
         "order parked",
@@ -210,7 +209,7 @@ async def _park(connection: Connection, view: View, position: int, failed: Undec
 
 
 class Projector:
-    """Keeps one view at the head of the log. ``service.background.follow`` calls its step.
+    """Keeps one view at the head of the log. ``service.background.follow`` calls ``step``.
 
     Args:
         view: the view.
@@ -234,7 +233,7 @@ class Projector:
         """Apply the next batch of events, and return their number.
 
         Raises:
-            OutdatedViewError: another definition made the view, so this code must not write it.
+            OutdatedViewError: the view was built with another definition, so this code must not write to it.
         """
         try:
             # Without a limit, a connection that died unnoticed would block the view forever.
@@ -253,7 +252,7 @@ class Projector:
         async with self._transaction(self._begin) as connection:
             state = await view_state(connection)
             if state.definition != self.view.definition:
-                raise OutdatedViewError(f"another definition made the view {self.view.name}")
+                raise OutdatedViewError(f"the view {self.view.name} was built with another definition")
             position = state.position
             batch = await self._read_log(position, self.view.batch_events_max)
             if batch:
@@ -270,7 +269,7 @@ class Projector:
         return len(batch)
 
     async def wait_for(self, position: int, seconds_max: float) -> bool:
-        """Wait until the view has reached a position; return False if it has not within the time."""
+        """Wait until the view has reached a position, and return True; return False after ``seconds_max``."""
         deadline = asyncio.get_running_loop().time() + seconds_max
         while self.position < position:
             remaining = deadline - asyncio.get_running_loop().time()

@@ -22,7 +22,7 @@ class ParkedOrder(TypedDict):
 
 
 class Parked(TypedDict):
-    """The note on an order that is parked in a view: events from this version on are missing there."""
+    """An order that is parked in a view: the view lacks the order's events from ``since_version`` on."""
 
     view: str
     since_version: int
@@ -38,7 +38,7 @@ COUNT_PARKED: Final = "SELECT count(*) FROM parked_orders"
 
 
 async def park(connection: Connection, orders: Iterable[ParkedOrder]) -> None:
-    """Park orders, none of which is parked yet."""
+    """Park orders that are not parked yet."""
     await connection.executemany(PARK, [tuple(order.values()) for order in orders])
 
 

@@ -1,4 +1,4 @@
-"""The connection type of asyncpg, and the one classification of PostgreSQL's errors."""
+"""asyncpg's connection type, and the classification of PostgreSQL's errors."""
 
 from typing import Final, TypeAlias
 
@@ -6,11 +6,11 @@ import asyncpg
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
-# Errors about values, which every further attempt would meet too: cardinality, data, constraints, server
+# Errors caused by values, so that every further attempt would fail too: cardinality, data, constraints, server
 # limits.
 _VALUE_SQLSTATES: Final = ("21", "22", "23", "54")
 # Errors of the connection, the server, its resources or its settings, and transactions ended by a conflict or a
-# lock. The statement is not at fault: another attempt may succeed, at once or after an operator acted.
+# lock. The statement is not at fault: another attempt may succeed, at once or after an operator has acted.
 _LOST_SQLSTATES: Final = ("08", "25", "28", "3D", "40", "42501", "53", "55", "57", "58", "XX")
 
 
@@ -23,18 +23,18 @@ def is_connection_lost(error: BaseException) -> bool:
 
 
 def is_value_refused(error: BaseException) -> bool:
-    """Return whether a statement failed because of its values, and would fail with them again."""
+    """Return whether a statement failed because of its values, so that every further attempt would fail."""
     if isinstance(error, asyncpg.PostgresError):
         return (error.sqlstate or "").startswith(_VALUE_SQLSTATES)
-    # Only these errors of our own code: they arise before anything is sent. Another attempt after a commit
-    # would record twice.
+    # Of the other errors only these, which arise before anything is sent: after a commit, another attempt would
+    # record twice.
     return isinstance(error, UnicodeError | OverflowError)
 
 
 def is_event_at_fault(error: Exception) -> bool:
     """Return whether applying an event failed because of the event, not of the server or the connection.
 
-    A server that is full or restarting must not make healthy orders look unreadable.
+    A server that is full or restarting must not cause healthy orders to be parked.
     """
     if isinstance(error, asyncpg.PostgresError):
         return is_value_refused(error)

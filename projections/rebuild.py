@@ -1,4 +1,4 @@
-"""Rebuild views from the log beside the live ones, and swap them in while webhooks and reads go on."""
+"""Rebuild views from the log beside the live ones, and swap them in while webhooks and reads continue."""
 
 import asyncio
 import contextlib
@@ -21,24 +21,24 @@ from projections.engine import (
 )
 from projections.postgres_errors import Connection, is_event_at_fault
 
-# Dropping the old schema waits for its last readers, such as a dump, but must not make new readers wait.
+# Dropping an old schema waits for its last readers, such as a dump, but must not block new readers for long.
 DROP_LOCK_TIMEOUT: Final = "SET lock_timeout = '200ms'"
 DROP_ATTEMPTS_MAX: Final = 50
 DROP_PAUSE_SECONDS: Final = 0.2
 
-# Decoded batches that wait for each view: enough to keep every view busy, few for the memory.
+# The number of decoded batches queued for each view: enough to keep every view busy, with little memory.
 BATCHES_AHEAD_MAX: Final = 2
 # Rounds of applying new events before the swap. Each round leaves fewer events for the next.
 CATCH_UP_ROUNDS: Final = 3
 
 TRY_REBUILD_LOCK: Final = "SELECT pg_try_advisory_lock(hashtextextended('rebuild', 0))"
-HOLD_VIEW: Final = "SELECT pg_advisory_lock(hashtextextended('view ' || $1, 0))"
+TAKE_SESSION_VIEW_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('view ' || $1, 0))"
 IS_ALIVE: Final = "SELECT 1"
-BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES ($1, $2)"
+INSERT_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES ($1, $2)"
 
-# Names of schemas and tables cannot be parameters. They are constants of the views, never a caller's text.
+# Schema and table names cannot be parameters. They are constants of the views, never a caller's text.
 DROP_SCHEMA: Final = "DROP SCHEMA IF EXISTS {schema} CASCADE"
-# The service's role may not create schemas. These functions of the owner create and rename those of views.
+# The service's role may not create schemas. These functions create and rename the views' schemas as the owner.
 CREATE_SCHEMA: Final = "SELECT public.make_view_schema($1)"
 SWAP_SCHEMAS: Final = "SELECT public.swap_view_schemas($1)"
 COUNT_DIFFERENCES: Final = """
@@ -65,22 +65,22 @@ class Log(Protocol):
         ...
 
     async def count(self, head: int) -> int:
-        """Return about how many events lie up to a position."""
+        """Return the approximate number of events up to a position."""
         ...
 
     def read_streams(self, head: int) -> AsyncGenerator[Sequence[LoggedEvent]]:
-        """Yield batches of the events up to a position, ordered by order and version."""
+        """Yield the events up to a position in batches, sorted by order number and version."""
         ...
 
 
 # Opens a connection with the given search path.
 ConnectTo = Callable[[str], Awaitable[Connection]]
-# Receives the number of events applied so far, and their total.
+# Called with the number of events processed so far, and the total.
 Progress = Callable[[int, int], None]
 
 
 class RebuiltView(NamedTuple):
-    """The result for one view: its parked orders, and the rows that a verification found different."""
+    """The result for one view: the numbers of parked orders and of rows that a verification found different."""
 
     name: str
     parked: int
@@ -103,12 +103,12 @@ async def rebuild(
         views: the views. The log is read once for all of them.
         connect: opens a connection with the given search path.
         log: the log.
-        progress: called as the work goes on.
+        progress: called after each batch.
         verify: compare instead of swapping.
 
     Raises:
         RebuildRunningError: another rebuild or a backup is running, in this process or another.
-        OutdatedViewError: another definition made the live view that a verification would compare.
+        OutdatedViewError: a live view to be compared was built with another definition.
     """
     async with contextlib.AsyncExitStack() as stack:
 
@@ -135,14 +135,14 @@ async def _create_tables(view: View, connection: Connection, guard: Connection, 
     await _drop(guard, f"{view.name}_next")
     await guard.execute(CREATE_SCHEMA, f"{view.name}_next")
     await connection.execute(view.tables_sql)
-    await connection.execute(BEGIN_PROJECTION, head, view.definition)
+    await connection.execute(INSERT_PROJECTION, head, view.definition)
 
 
 async def _fill(rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: Progress) -> None:
-    """Write the log up to its present head into new tables, order by order, then create their indexes.
+    """Write the log up to its current head into new tables, order by order, then create their indexes.
 
-    The log is read once, and each view writes at its own pace: while the server takes one batch, others are
-    decoded and folded.
+    The log is read once, and each view writes at its own pace: while the server writes one batch, the next ones
+    are decoded and folded.
     """
     head = await log.head()
     total = await log.count(head)
@@ -171,7 +171,7 @@ async def _fill(rebuilt: Sequence[_NextView], guard: Connection, log: Log, progr
 
 
 async def _write(view: View, connection: Connection, queue: asyncio.Queue[Sequence[LoggedEvent]]) -> None:
-    """Apply batches until an empty one comes, then create the view's indexes."""
+    """Apply batches up to an empty one, then create the view's indexes."""
     while batch := await queue.get():
         async with connection.transaction():
             await _apply(connection, view, batch, has_parked=True)
@@ -187,7 +187,7 @@ async def _swap(view: View, connection: Connection, guard: Connection, log: Log)
         # The live view cannot be beyond this head: it does not move while its lock is held.
         await _catch_up(connection, view, log.read_log, await log.head())
         parked_orders = await parked.count_parked(connection)
-        # The guard's connection holds the rebuild lock. Without it, another rebuild could use the same tables.
+        # The guard holds the rebuild lock. If this connection is lost, another rebuild could use these tables.
         await guard.fetchval(IS_ALIVE)
         await connection.execute(SWAP_SCHEMAS, view.name)
     try:
@@ -200,11 +200,11 @@ async def _swap(view: View, connection: Connection, guard: Connection, log: Log)
 async def _compare(
     view: View, rebuilt: Connection, connect: ConnectTo, guard: Connection, read_log: ReadLog
 ) -> RebuiltView:
-    """Bring the rebuilt and the live view to one position, and compare them in one snapshot."""
+    """Bring the rebuilt and the live view to the same position, and compare them in one snapshot."""
     live = await connect(view.name)
     try:
-        await live.execute(HOLD_VIEW, view.name)
-        # Before anything is written: this code must not write a view of another definition.
+        await live.execute(TAKE_SESSION_VIEW_LOCK, view.name)
+        # Checked before any write: this code must not write to a view that was built with another definition.
         if (await view_state(live)).definition != view.definition:
             raise OutdatedViewError(f"the view {view.name} is outdated: run 'replay' to rebuild it")
         await _catch_up(live, view, read_log, (await view_state(rebuilt)).position)

@@ -1,4 +1,4 @@
-"""The view of how orders move in general: counters, none of them about a single order."""
+"""The view of how orders move in general: counters over all orders, none about a single order."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from projections.current_status import Counts
 from projections.engine import DecodedEvent, View
 from projections.postgres_errors import Connection
 
-# Durations are counted in buckets, each a tenth wider than the previous one: percentiles are exact to 5 %.
+# Durations are counted in buckets, each a tenth wider than the previous one: percentiles are accurate to 5 %.
 BUCKET_GROWTH: Final = 1.1
 UNRECOGNISED_LISTED_MAX: Final = 100
 # Stands for an order without a status, since a key cannot be null.
@@ -30,7 +30,7 @@ class StatusCount(TypedDict):
     orders: int
 
 
-# "from" is a keyword of Python.
+# The class syntax does not allow the keyword "from".
 Move = TypedDict(
     "Move",
     {
@@ -46,7 +46,7 @@ Move.__doc__ = "How often orders moved from one status to another, and how long 
 
 
 class Day(TypedDict):
-    """The number of reports of a day in UTC, by verdict."""
+    """The number of reports on one day in UTC, by verdict."""
 
     day: date
     reports: Counts
@@ -163,7 +163,7 @@ VIEW: Final = View(
     fold_version=1,
     tables=("statuses", "moves", "days", "unrecognised"),
     apply=apply,
-    # No reader waits for a counter: large batches and a long pause spare the webhooks.
+    # No reader waits for a counter: large batches and a long pause leave more resources to webhooks.
     batch_events_max=2_000,
     idle_seconds=0.1,
 )
@@ -181,7 +181,7 @@ UNRECOGNISED: Final = """
 
 
 async def read_statistics(connection: Connection, since: date) -> Statistics:
-    """Return every counter in one snapshot; of the days, those from ``since`` on."""
+    """Return all counters in one snapshot. The days begin with ``since``."""
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         position: int = await connection.fetchval(POSITION)
         statuses = await connection.fetch(STATUS_COUNTS)
@@ -230,4 +230,4 @@ def _percentile(buckets: Sequence[tuple[int, int]], share: float) -> float:
         seen += times
         if seen >= rank:
             return round(to_seconds(bucket), 1)
-    raise ValueError("no time was counted")
+    raise ValueError("no durations were counted")

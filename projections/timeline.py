@@ -1,4 +1,4 @@
-"""The view of every report: one row for each event, which serves the timelines and the audit alike."""
+"""The view of all reports: one row for each event, for both the timelines and the audit."""
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -32,13 +32,13 @@ class TimelineEntry(TypedDict):
 
 
 class PlacedEntry(TimelineEntry):
-    """An entry on an order's page: also the recognised status, and when the order left the entry's status."""
+    """An entry on an order's page, with the recognised status and when the order left the entry's status."""
 
     recognised: Status | None
     left_at: datetime | None
 
 
-# "from" is a keyword of Python.
+# The class syntax does not allow the keyword "from".
 Transition = TypedDict(
     "Transition",
     {
@@ -75,7 +75,7 @@ COLUMNS: Final = (
 
 
 def fold(events: Iterable[DecodedEvent]) -> list[tuple[Any, ...]]:
-    """Return the row of each event, in the order of COLUMNS. No event depends on another."""
+    """Return one row for each event, with the values of COLUMNS. No row depends on another event."""
     return [
         (
             event.originator_id,
@@ -107,8 +107,8 @@ VIEW: Final = View(
     fold_version=1,
     tables=("entries",),
     apply=apply,
-    # Larger batches bring no throughput and delay webhooks: 2,000 took their p99 from 2.3 to 3 times a
-    # handler's.
+    # Larger batches gain no throughput and delay webhooks: with 2,000 events, their p99 rose from 2.3 times
+    # that of a bare handler to 3 times.
     batch_events_max=300,
     idle_seconds=0.01,
 )
@@ -118,10 +118,10 @@ class TimelineHead(NamedTuple):
     """The top of an order's timeline.
 
     Attributes:
-        is_known: whether the view has an entry of the order.
+        is_known: whether the view has an entry for the order.
         status: the order's status after its last entry.
-        parked: the note if the order is parked, else None.
-        parked_position: the position from which on it is parked.
+        parked: since which version the order is parked, and why; None if it is not parked.
+        parked_position: the position from which the order is parked, None if it is not parked.
     """
 
     is_known: bool
@@ -140,7 +140,7 @@ HEAD: Final = """
     LEFT JOIN timeline.parked_orders AS parked ON parked.order_no = requested.order_no
 """
 
-# A page of an order's entries, oldest first, with the number and time of their repeats.
+# A page of an order's entries, oldest first, each with its number of repeats and the time of the last one.
 ENTRIES_PAGE: Final = """
     WITH page AS (
         SELECT version, verdict, status, previous_status, reported_status, reported_cnote, skipped, reason,
@@ -187,14 +187,14 @@ NEWEST_ENTRIES: Final = """
     ORDER BY page.version
 """
 
-# How many of an order's reports had a verdict and brought a status, and when the first of them arrived.
+# The number of an order's reports by verdict and, if advanced, by status, and when the first of them arrived.
 COUNTS: Final = """
     SELECT verdict, CASE verdict WHEN 'advanced' THEN status END AS reached, count(*), min(received_at)
     FROM timeline.entries WHERE order_no = $1 AND version <= $2
     GROUP BY verdict, reached
 """
 
-# Reports by minute and verdict, among the last ones of the log.
+# The number of reports by minute and verdict, since a time, among the log's last reports.
 RECENT_BY_MINUTE: Final = """
     WITH recent AS MATERIALIZED (
         SELECT received_at, verdict FROM timeline.entries ORDER BY position DESC LIMIT $2
@@ -216,7 +216,7 @@ LATEST_REFUSED: Final = """
     ORDER BY entry.received_at DESC
 """
 
-# Verdicts above a position, in the order of the log. A filter that is null is planned away.
+# Reports and their verdicts above a position, in log order. The planner removes a filter that is null.
 TRANSITIONS_PAGE: Final = """
     SELECT position, order_no, version, verdict, previous_status AS "from", recognised AS "to", reported_status,
         reason, skipped, received_at
@@ -258,7 +258,7 @@ async def newest_entries(
 
 
 class Reached(NamedTuple):
-    """How many of an order's reports had a verdict and brought a status, and when the first of them arrived."""
+    """The number of an order's reports with a verdict and, if advanced, a status; when the first arrived."""
 
     verdict: Verdict
     status: Status | None
@@ -267,14 +267,14 @@ class Reached(NamedTuple):
 
 
 async def reached_statuses(connection: Connection, order_no: str, version: int) -> list[Reached]:
-    """Return the verdicts on an order's reports and the statuses they brought, up to a version."""
+    """Return the number of an order's reports up to a version, by verdict and, if advanced, by status."""
     return [Reached(*row) for row in await connection.fetch(COUNTS, order_no, version)]
 
 
 class Minute(NamedTuple):
     """The number of reports with one verdict in a minute.
 
-    ``counted_from`` is the time of the earliest report that was counted, None if all were.
+    ``counted_from`` is the time of the earliest report that was counted, None if all reports were counted.
     """
 
     minute: datetime
@@ -284,7 +284,7 @@ class Minute(NamedTuple):
 
 
 async def recent_by_minute(connection: Connection, since: datetime, reports_max: int) -> list[Minute]:
-    """Return the reports since a time by minute and verdict, among the last ``reports_max`` of the log."""
+    """Return the number of reports since a time, by minute and verdict, among the last ``reports_max``."""
     return [Minute(*row) for row in await connection.fetch(RECENT_BY_MINUTE, since, reports_max)]
 
 
@@ -326,6 +326,6 @@ class TransitionsFilter(NamedTuple):
 async def transitions_page(
     connection: Connection, after: int, transitions_filter: TransitionsFilter, limit: int
 ) -> list[Transition]:
-    """Return verdicts at positions above ``after``, in the order of the log."""
+    """Return reports and their verdicts at positions above ``after``, in log order."""
     rows = await connection.fetch(TRANSITIONS_PAGE, after, *transitions_filter, limit)
     return [cast("Transition", dict(row)) for row in rows]

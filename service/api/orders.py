@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.statuses import Status
 from domain.transitions import Verdict
 from projections import current_status, statistics, timeline
-from projections.current_status import FoundOrder, Order, OrdersFilter
+from projections.current_status import CurrentOrder, FoundOrder, OrdersFilter
 from projections.engine import DecodedEvent, Projector
 from projections.parked import Parked
 from projections.statistics import Statistics
@@ -41,17 +41,17 @@ from service.http.parameters import (
 from service.http.problems import ProblemError, ProblemType, order_parked, unavailable
 from service.http.responses import has_etag, json_response, response
 
-# Reads of single orders that share one query, and that may wait for theirs.
+# The maximum number of single-order reads that share one query, and that wait for one.
 READS_BATCH_MAX: Final = 256
 READS_QUEUE_MAX: Final = 16_384
-# Events that are decoded at a time for an order's earlier state.
+# The maximum number of events that are decoded at a time to compute an order's earlier state.
 HISTORY_EVENTS_MAX: Final = 1_000
 
 
 class Orders(TypedDict):
     """A page of orders."""
 
-    orders: list[Order]
+    orders: list[CurrentOrder]
     next: str | None
 
 
@@ -86,8 +86,8 @@ class OrdersQuery(TableQuery):
     """The filters of a list of orders."""
 
     status: Status | None = None
-    cnote: Text | None = Field(default=None, description="an airway bill that was ever reported of the order")
-    verdict: Verdict | None = Field(default=None, description="orders with a report of this verdict")
+    cnote: Text | None = Field(default=None, description="an airway bill that was ever reported for the order")
+    verdict: Verdict | None = Field(default=None, description="orders with at least one report of this verdict")
     updated_after: Time | None = Field(default=None, description="the last report was at or after this time")
     updated_before: Time | None = Field(default=None, description="the last report was before this time")
     unmoved_for: Duration | None = Field(
@@ -112,7 +112,7 @@ class OrdersApi:
     """Serves orders.
 
     Args:
-        pool: for all reads but that of a single order.
+        pool: the connections for all reads except batched ones.
         dedicated: the connection for batched reads of single orders.
         projectors: the projectors by the names of their views.
     """
@@ -143,12 +143,12 @@ class OrdersApi:
             rows = await current_status.orders_page(connection, before, filters, query.limit + 1)
         page = cut_page(rows, query.limit, itemgetter(0))
         orders = Page([order for _, order in page.items], page.next_place)
-        return list_response(request, query, "orders", orders, request.path, Order)
+        return list_response(request, query, "orders", orders, request.path, CurrentOrder)
 
     @Endpoint(
         "GET",
         "/orders/{order_no}",
-        Order,
+        CurrentOrder,
         query=OrderQuery,
         problems=(ProblemType.UNKNOWN_ORDER, ProblemType.NO_SUCH_VERSION, ProblemType.PARKED),
         has_etag=True,
@@ -163,7 +163,7 @@ class OrdersApi:
             found = await self._reads.submit(order_no)
             if found.order is None:
                 raise _missing_order(order_no, found.parked_position)
-            _refuse_beyond(query, found.parked_position)
+            _refuse_beyond_parking(query, found.parked_position)
             order = found.order
         etag = f'"{order["version"]}"'
         if has_etag(request, etag):
@@ -185,7 +185,7 @@ class OrdersApi:
         async with self._pool.connection() as connection:
             head = await timeline.read_head(connection, order_no)
             rows = await timeline.entries_page(connection, order_no, query.cursor or 0, query.limit + 1)
-        _refuse_beyond(query, head.parked_position)
+        _refuse_beyond_parking(query, head.parked_position)
         if not head.is_known:
             raise _missing_order(order_no, head.parked_position)
         page = cut_page(rows, query.limit, itemgetter("version"))
@@ -207,7 +207,7 @@ class OrdersApi:
             rows = await store.read_stream(connection, order_no, query.after, query.limit)
             if not rows and not await store.read_stream(connection, order_no, 0, 1):
                 raise _missing_order(order_no, None)
-            # A page may also end at its bytes.
+            # A page may also end early, at its limit in bytes.
             has_more = rows and await store.read_stream(connection, order_no, rows[-1].version, 1)
         events = [_to_order_event(event) for event in rows]
         page = Page(events, {"after": rows[-1].version} if has_more else {})
@@ -225,7 +225,7 @@ class OrdersApi:
         async with asyncio.timeout_at(due), self._dedicated.connection() as connection:
             return await current_status.find_orders(connection, order_nos)
 
-    async def _order_as_of(self, order_no: str, query: OrderQuery) -> Order:
+    async def _order_as_of(self, order_no: str, query: OrderQuery) -> CurrentOrder:
         """Fold an order's events up to a version or a time."""
         if query.version is not None and query.as_of is not None:
             detail = "give either version or as_of, not both"
@@ -274,15 +274,15 @@ def _to_order_event(event: RecordedEvent) -> OrderEvent:
 
 
 def _missing_order(order_no: str, parked_position: int | None) -> ProblemError:
-    """Return the problem of an order without a row: it has no report, or was parked at its first event."""
+    """Return the problem for an order without a row: it has no report, or was parked at its first event."""
     if parked_position is not None:
         detail = f"{order_no} is parked from its first event on; see GET /projections"
         return order_parked(detail, order_no=order_no)
     return ProblemError(ProblemType.UNKNOWN_ORDER, f"{order_no} has no report", order_no=order_no)
 
 
-def _refuse_beyond(query: ViewQuery, parked_position: int | None) -> None:
-    """Refuse a read after a position that the parked order has not reached in the view.
+def _refuse_beyond_parking(query: ViewQuery, parked_position: int | None) -> None:
+    """Refuse a read after ``parked_position`` or later: the view lacks the order's events from there on.
 
     Raises:
         ProblemError: 503.

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Final
 
 from domain.order import Order
-from projections.engine import DecodedEvent, LoggedEvent, Undecodable
+from projections.engine import DecodedEvent, FailedEvent, LoggedEvent
 from service.database.connections import Connect, DedicatedConnection
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event
@@ -13,16 +13,16 @@ from service.event_log.codec import UndecodableEventError, decode_event
 MEMORY_EVENTS_MAX: Final = 4_096
 MEMORY_CHARACTERS_MAX: Final = 8 * 1024 * 1024
 
-# Batches are small, since the event loop is blocked while one is decoded, and smaller if bodies are large.
+# Batches are small, because decoding one blocks the event loop, and smaller if bodies are large.
 STREAMS_BATCH_EVENTS: Final = 2_000
 STREAMS_BATCH_BYTES: Final = 2 * 1024 * 1024
 FIRST_BATCH_EVENTS: Final = 100
 
-# The reader may take long for a batch.
+# The consumer may take long to process a batch.
 NO_TIMEOUTS: Final = "SET idle_in_transaction_session_timeout = 0"
 
-# In the order of the primary key, by a cursor, so that neither side holds more than a batch. The planner
-# chooses between a scan of the key and a sort of the log, by how much of the log is in memory.
+# In the order of the primary key, through a cursor, so that neither side holds more than a batch. The planner
+# scans the key or sorts the log, depending on how much of the log is in memory.
 STREAMS: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state
     FROM order_events
@@ -33,11 +33,11 @@ COUNT_EVENTS: Final = "SELECT count(*) FROM order_events WHERE notification_id <
 
 
 def decode_logged(position: int, order_no: str, version: int, topic: str, state: bytes) -> LoggedEvent:
-    """Return an event for a projection, or its place and the reason if it cannot be decoded."""
+    """Return a position and its event for a projection, a FailedEvent if the event cannot be decoded."""
     try:
         return position, decode_event(order_no, version, topic, state)
     except UndecodableEventError as error:
-        return position, Undecodable(order_no, version, str(error))
+        return position, FailedEvent(order_no, version, str(error))
 
 
 class Feed:
@@ -51,7 +51,7 @@ class Feed:
     def __init__(self, dedicated: DedicatedConnection, connect: Connect) -> None:
         self._dedicated = dedicated
         self._connect = connect
-        # Events at consecutive positions: no event of another process can lie between them.
+        # Events at consecutive positions, so that no event of another process lies between them.
         self._memory: list[DecodedEvent] = []
         self._memory_characters = 0
 
@@ -85,7 +85,7 @@ class Feed:
             return await store.head_position(connection)
 
     async def count(self, head: int) -> int:
-        """Return how many events lie up to a position. This reads all of them, on a connection of its own."""
+        """Return the number of events up to a position. This reads all of them, on a separate connection."""
         connection = await self._connect()
         try:
             total: int = await connection.fetchval(COUNT_EVENTS, head)
@@ -94,7 +94,7 @@ class Feed:
         return total
 
     async def read_streams(self, head: int) -> AsyncGenerator[Sequence[LoggedEvent]]:
-        """Yield the events up to a position by order and version, in batches limited by rows and bytes."""
+        """Yield the events up to a position by order and version, in batches of limited rows and bytes."""
         connection = await self._connect()
         try:
             await connection.execute(NO_TIMEOUTS)

@@ -1,4 +1,4 @@
-"""The audit: an order's verdicts, and the reports on which today's transition table decides differently."""
+"""The audit: an order's verdicts, and the reports that today's transition table would judge differently."""
 
 from collections.abc import AsyncIterator
 from typing import Final, NamedTuple
@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 from domain.order import NEW_ORDER, Arrival, Order, OrderState, Report, decide, evolve
 from domain.statuses import Status
 from domain.transitions import Verdict
-from projections.engine import Undecodable
+from projections.engine import FailedEvent
 from projections.postgres_errors import Connection
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event
@@ -51,7 +51,7 @@ async def rejudge(feed: Feed) -> AsyncIterator[Change]:
     state: OrderState = NEW_ORDER
     async for batch in feed.read_streams(await feed.head()):
         for _, event in batch:
-            if isinstance(event, Undecodable):
+            if isinstance(event, FailedEvent):
                 place = f"version {event.originator_version} of {event.originator_id}"
                 raise UndecodableEventError(f"{place}: {event.reason}")
             if event.originator_id != order_no:

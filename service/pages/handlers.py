@@ -12,7 +12,7 @@ from aiohttp import web
 from domain.statuses import STATUSES, Status
 from domain.transitions import Verdict
 from projections import current_status, timeline
-from projections.current_status import Order, OrdersFilter
+from projections.current_status import CurrentOrder, OrdersFilter
 from projections.engine import Projector
 from projections.postgres_errors import Connection
 from service.api.freshness import wait_for
@@ -50,7 +50,7 @@ BODY_SHOWN_BYTES_MAX: Final = 65_536
 
 
 class CommonQuery(Query):
-    """The parameters of every page. A page that updates itself passes the last event's ``after_position``."""
+    """The parameters of every page. A page that updates itself sends the last event's position."""
 
     lang: Language | None = None
     after_position: Position | None = None
@@ -74,7 +74,7 @@ class OrderPageQuery(CommonQuery):
 
 
 class QuarantinePageQuery(CommonQuery):
-    """A filter of the quarantine; None for all states."""
+    """The filter of the quarantine; None for all states."""
 
     state: QuarantineState | None = None
     cursor: Cursor = POSITION_MAX
@@ -160,7 +160,7 @@ class Pages:
             "orders.html",
             "/track",
             status=200 if rows or query.q is None else 404,
-            q=query.q or "",
+            search=query.q or "",
             orders=[order for _, order in orders.items],
             next_page=orders.next_path("/track", query) if query.q is None else None,
             filters=_filter_links(request, "/track", links),
@@ -222,7 +222,7 @@ class Pages:
         return render_page(request, "entry.html", path, entry=entry, body=body, bytes_max=BODY_SHOWN_BYTES_MAX)
 
 
-async def _search(connection: Connection, q: str) -> list[Order]:
+async def _search(connection: Connection, q: str) -> list[CurrentOrder]:
     """Return orders by number or airway bill; if there are none, try again without outer spaces."""
     for text in dict.fromkeys((q, q.strip())):
         ((by_number, _),) = await current_status.find_orders(connection, [text])
@@ -237,7 +237,7 @@ async def _search(connection: Connection, q: str) -> list[Order]:
 def _filter_links(
     request: web.Request, path: str, filters: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str, bool]]:
-    """Return the label and the URL of each filter, and whether it is the present one.
+    """Return the label and the URL of each filter, and whether it is active.
 
     A filter is given by its label and its query string, which is empty for all rows.
     """

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from domain.order import NEW_ORDER, evolve
 from domain.statuses import HAPPY_PATH, SETTLED
 from projections import current_status, timeline
-from projections.current_status import Order
+from projections.current_status import CurrentOrder
 from projections.postgres_errors import Connection
 from projections.timeline import PlacedEntry
 from service.event_log import store
@@ -44,10 +44,10 @@ class Stage(NamedTuple):
 class History(NamedTuple):
     """The data of an order's page.
 
-    ``before`` is the version below which the earlier entries begin; ``counts`` are reports by verdict.
+    ``before`` is the version below which earlier entries remain, else None; ``counts`` is reports by verdict.
     """
 
-    order: Order
+    order: CurrentOrder
     snapshot: Snapshot
     entries: Sequence[PlacedEntry]
     before: int | None
@@ -92,7 +92,7 @@ async def read_history(
     return History(order, snapshot, page, earlier, counts, build_stages(snapshot.status, reached_at))
 
 
-async def _read_snapshot(connection: Connection, order: Order, version: int | None) -> Snapshot:
+async def _read_snapshot(connection: Connection, order: CurrentOrder, version: int | None) -> Snapshot:
     order_no, head = order["order_no"], order["version"]
     if version is None or version == head:
         return Snapshot(head, order["status"], order["status_since"], order["cnote"], order["last_reported_at"])

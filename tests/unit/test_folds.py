@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from domain.order import NEW_ORDER, Order, decide, evolve
 from domain.statuses import ALIASES, SETTLED, status_label
 from projections import current_status, timeline
-from projections.engine import DecodedEvent, LoggedEvent, Undecodable
+from projections.engine import DecodedEvent, FailedEvent, LoggedEvent
 from projections.postgres_errors import Connection
 from service.database.connections import DedicatedConnection
 from service.event_log.codec import MAPPER
@@ -303,7 +303,7 @@ def test_decode_an_undecodable_event(topic: str, state: bytes) -> None:
     exception.
     """
     position, found = decode_logged(7, SENT.order_no, 3, topic, state)
-    assert isinstance(found, Undecodable)
+    assert isinstance(found, FailedEvent)
     assert (position, found.originator_id, found.originator_version) == (7, SENT.order_no, 3)
     assert found.reason
 
