@@ -1,7 +1,7 @@
-"""Events as bytes: those of the eventsourcing library, so that each side can read the other's.
+"""Events as bytes, in the format of the eventsourcing library: each side can read the other's events.
 
-The common case is encoded and decoded here in a third of the library's time. Anything else, such as an event of
-an earlier class version, takes the library's own way.
+The common case is encoded and decoded here in a third of the library's time. Everything else, such as an event
+of an earlier class version, is left to the library.
 """
 
 from dataclasses import fields
@@ -15,7 +15,7 @@ from domain.order import Order
 
 _TRANSCODER: Final = JSONTranscoder()
 _TRANSCODER.register(DatetimeAsISO())
-# The library's own way to encode and decode.
+# The library's own encoder and decoder.
 MAPPER: Final[Mapper[str]] = Mapper(_TRANSCODER)
 
 _CLASS_VERSION: Final = getattr(Order.StatusReported, "class_version", 1)
@@ -45,7 +45,7 @@ def _encode_time(time: datetime) -> dict[str, str]:
 
 
 def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order.StatusReported:
-    """Return a recorded event in its present form.
+    """Return a recorded event, in the form of the current class version.
 
     Raises:
         UndecodableEventError: this release cannot read the bytes, the topic, or the class version.
@@ -69,7 +69,7 @@ def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order
 def _decode_by_mapper(stored: StoredEvent, values: dict[str, Any]) -> Order.StatusReported:
     """Decode an event that may be of an earlier class version.
 
-    The mapper would take an event of a later class version for a present one.
+    The mapper would mistake an event of a later class version for a current one.
     """
     if values.get("class_version", 1) > _CLASS_VERSION:
         raise ValueError("it was written by a later release")

@@ -1,7 +1,7 @@
-"""The log in the database: one statement to append events, and pages in the order of commits or of versions.
+"""The log in the database: one statement appends events; reads return batches in commit or in version order.
 
-The table is laid out as the ``eventsourcing`` library's own PostgreSQL recorder lays out the events of an
-application named ``order`` with text ids. Every function takes a connection.
+The table has the layout that the ``eventsourcing`` library's own PostgreSQL recorder uses for an application
+named ``order`` with text ids. Every function takes a connection.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from domain.transitions import TABLE
 from projections.postgres_errors import Connection
 from service.event_log.codec import UndecodableEventError, decode_event, encode_event, read_fields
 
-# The channel of the notifications that the log has grown.
+# The channel on which PostgreSQL notifies listeners of new events.
 CHANNEL: Final = "order_events"
 # Every writer of the log takes this lock, in any process. The number is the word "ORDER" in ASCII.
 APPEND_LOCK: Final = 0x4F52444552
-# A page ends at a number of rows or of bytes, since a body may be a thousand times larger than usual.
-PAGE_BYTES_MAX: Final = 2 * 1024 * 1024
+# A batch is limited by rows and by bytes, since a body may be a thousand times larger than usual.
+BATCH_BYTES_MAX: Final = 2 * 1024 * 1024
 
 
 class VersionTakenError(Exception):
-    """Another writer recorded one of these versions first. Nothing of the append was kept."""
+    """Another writer recorded one of these versions first. The append recorded nothing."""
 
 
 class RecordedEvent(NamedTuple):
@@ -62,8 +62,8 @@ def to_log_event(event: RecordedEvent) -> LogEvent:
     }
 
 
-# The lock is taken within the statement, in one round trip. The identity is drawn only for rows of the join,
-# which has none until the lock is held. So positions are drawn in the order of the commits.
+# The statement itself takes the lock, which saves a round trip. Only rows of the join draw a position, and the
+# join has no rows until the lock is held, so positions increase in the order of the commits.
 APPEND: Final = """
     INSERT INTO order_events (originator_id, originator_version, topic, state)
     SELECT event.*
@@ -72,8 +72,8 @@ APPEND: Final = """
     RETURNING originator_id, originator_version, notification_id
 """
 
-# The insert of no rows takes the table's lock, as the append and the library's recorder do before they take the
-# advisory lock: all writers take both in one order. A grant on columns gives no right to LOCK TABLE.
+# Inserting no rows takes the table's lock before the advisory lock, as the append and the library's recorder
+# do: another order could deadlock. A grant on columns does not allow LOCK TABLE.
 BEGIN_LOCKED: Final = """
     BEGIN;
     INSERT INTO order_events (originator_id, originator_version, topic, state)
@@ -94,7 +94,7 @@ LAST_EVENTS: Final = """
     ) AS last
 """
 
-# The events at these orders and versions.
+# The events with these order numbers and versions.
 EVENTS_AT: Final = """
     SELECT logged.notification_id, logged.originator_id, logged.originator_version, logged.topic, logged.state
     FROM unnest($1::text[], $2::bigint[]) AS requested (order_no, version)
@@ -102,7 +102,7 @@ EVENTS_AT: Final = """
       ON logged.originator_id = requested.order_no AND logged.originator_version = requested.version
 """
 
-# A page of one order's events above a version; it has at least one row.
+# A batch of one order's events above a version. The first event is returned whatever its size.
 STREAM: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
     FROM (
@@ -111,12 +111,12 @@ STREAM: Final = """
         WHERE originator_id = $1 AND originator_version > $2
         ORDER BY originator_version
         LIMIT $3
-    ) AS page
+    ) AS batch
     WHERE bytes_before < $4
     ORDER BY originator_version
 """
 
-# A page of the log above a position; it has at least one row.
+# A batch of the log above a position. The first event is returned whatever its size.
 LOG: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
     FROM (
@@ -125,7 +125,7 @@ LOG: Final = """
         WHERE notification_id > $1
         ORDER BY notification_id
         LIMIT $2
-    ) AS page
+    ) AS batch
     WHERE bytes_before < $3
     ORDER BY notification_id
 """
@@ -156,7 +156,7 @@ async def append(connection: Connection, events: Sequence[Order.StatusReported])
         )
     except asyncpg.UniqueViolationError as error:
         raise VersionTakenError(str(error)) from error
-    # Success is what the server returned for each event, not the absence of an error.
+    # An event is recorded only if the server returned its position; the absence of an error is not enough.
     positions = {(order_no, version): position for order_no, version, position in rows}
     return [positions[event.originator_id, event.originator_version] for event in events]
 
@@ -167,7 +167,7 @@ async def take_append_lock(connection: Connection) -> None:
 
 
 async def order_states(connection: Connection, order_nos: Sequence[str]) -> dict[str, OrderState]:
-    """Return the states of these orders, each from its last event alone; NEW_ORDER if it has none.
+    """Return the states of these orders, each from its last event alone; NEW_ORDER if an order has none.
 
     Raises:
         UndecodableEventError: an order's last event cannot be read, or left the order in a status that the
@@ -185,7 +185,7 @@ async def order_states(connection: Connection, order_nos: Sequence[str]) -> dict
 async def find_positions(connection: Connection, events: Sequence[Order.StatusReported]) -> list[int] | None:
     """Return the positions of events whose append was not confirmed, None if it was not committed.
 
-    Call this under the append lock: the transaction that may have written them has ended then.
+    Call this under the append lock, so that the transaction that may have written them has ended.
     """
     rows = await connection.fetch(
         EVENTS_AT,
@@ -210,15 +210,15 @@ def _report_id(order_no: str, version: int, topic: str, state: bytes) -> str | N
 
 
 async def read_stream(connection: Connection, order_no: str, after: int, limit: int) -> list[RecordedEvent]:
-    """Return one order's events with versions above ``after``, oldest first, at most ``limit``."""
+    """Return one order's next events above version ``after``, at most ``limit`` and about BATCH_BYTES_MAX."""
     return [
-        RecordedEvent(*row) for row in await connection.fetch(STREAM, order_no, after, limit, PAGE_BYTES_MAX)
+        RecordedEvent(*row) for row in await connection.fetch(STREAM, order_no, after, limit, BATCH_BYTES_MAX)
     ]
 
 
 async def read_log(connection: Connection, after: int, limit: int) -> list[RecordedEvent]:
-    """Return the events above a position, in commit order: at most ``limit``, perhaps fewer."""
-    return [RecordedEvent(*row) for row in await connection.fetch(LOG, after, limit, PAGE_BYTES_MAX)]
+    """Return the next events above a position in commit order, at most ``limit`` and about BATCH_BYTES_MAX."""
+    return [RecordedEvent(*row) for row in await connection.fetch(LOG, after, limit, BATCH_BYTES_MAX)]
 
 
 async def head_position(connection: Connection) -> int:

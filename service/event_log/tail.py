@@ -1,4 +1,4 @@
-"""The end of the log for live readers: read once for all of them, as long as there are any."""
+"""The end of the log in memory: while there are live readers, it is read once for all of them."""
 
 import asyncio
 from bisect import bisect_right
@@ -14,12 +14,12 @@ from service.database.connections import ConnectionPool
 from service.event_log import store
 from service.event_log.store import RecordedEvent
 
-# Live readers at once; each has a TCP connection and little else.
+# The maximum number of live readers. Each costs a TCP connection and little else.
 READERS_MAX: Final = 2_000
 # Events kept in memory for all live readers. A reader that is further behind reads the database.
 MEMORY_EVENTS_MAX: Final = 4_096
 MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
-# Not longer: an event that is erased in the log must not be sent from memory.
+# An event that has been erased in the log must not be sent from memory for longer than this.
 MEMORY_SECONDS_MAX: Final = 60.0
 BATCH_EVENTS_MAX: Final = 1_000
 # The pause between two reads while the log grows: all readers share each read, and webhooks get the processor.
@@ -42,7 +42,7 @@ class TailEvent(NamedTuple):
 
 
 class Tail:
-    """The end of the log.
+    """The end of the log in memory.
 
     Args:
         pool: the connections to read with.
@@ -70,7 +70,7 @@ class Tail:
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
-        """Follow the log for the length of the block, together with other readers.
+        """Follow the log until the block ends, together with other readers.
 
         Raises:
             TailClosedError: there are too many readers, or the service is stopping.
@@ -108,7 +108,7 @@ class Tail:
                 self._task = None
 
     def after(self, position: int, order_no: str | None) -> Sequence[TailEvent] | None:
-        """Return the events above a position, None if memory begins above it.
+        """Return the events above a position, None if memory may lack some of them.
 
         Args:
             position: the position.
@@ -120,14 +120,14 @@ class Tail:
         return events[bisect_right(events, position, key=lambda event: event.position) :]
 
     async def wait_beyond(self, position: int, seconds_max: float) -> None:
-        """Wait until the log has grown beyond a position, the tail has ended, or the time is over."""
+        """Wait until the log has grown beyond a position, the tail has ended, or the time limit is reached."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds_max), self._grown:
                 while self.position <= position and not self.is_ended:
                     await self._grown.wait()
 
     async def end(self) -> None:
-        """Let all readers go. They reconnect to the next process that serves."""
+        """End all streams. Their readers reconnect, to the next process if this one is stopping."""
         self.is_ended = True
         async with self._grown:
             self._grown.notify_all()
@@ -143,7 +143,7 @@ class Tail:
             for event in events:
                 self._by_order.setdefault(event.order_no, []).append(event)
             if len(self._memory) > MEMORY_EVENTS_MAX or self._bytes > MEMORY_BYTES_MAX:
-                # Half of it at once, so that dropping is rare; the newest batch stays.
+                # Drop half of the events at once, so that this is rare; the newest batch stays.
                 self._drop(min(len(self._memory) // 2, len(self._memory) - len(events)))
             async with self._grown:
                 self._grown.notify_all()

@@ -459,7 +459,7 @@ async def test_an_idempotency_key_beyond_ascii_is_ignored(client: Client) -> Non
 
 async def test_a_page_is_bounded_by_bytes_as_well(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large bodies shorten a page to as little as one event, and the pages together have every event."""
-    monkeypatch.setattr("service.event_log.store.PAGE_BYTES_MAX", 100_000)
+    monkeypatch.setattr("service.event_log.store.BATCH_BYTES_MAX", 100_000)
     for _ in range(5):
         await client.webhook("KOM1", note="x" * 60_000)
     for path in ("/events", "/orders/KOM1/events"):
