@@ -1,4 +1,4 @@
-"""The table of API keys. It holds only the hash of a key's secret."""
+"""The table of API keys. Of each secret it holds only the hash."""
 
 import hashlib
 import secrets
@@ -18,7 +18,7 @@ SECRET_BYTES: Final = 32
 NAME_CHARACTERS_MAX: Final = 100
 # The service keeps all keys in memory.
 KEYS_MAX: Final = 1_000
-# The last use of a key is written at most once in this time.
+# A key's last use is written at most once in this interval.
 USE_INTERVAL: Final = timedelta(minutes=1)
 
 ALL_KEYS: Final = """
@@ -64,7 +64,7 @@ def hash_secret(secret: str) -> bytes:
 
 
 async def list_keys(connection: Connection) -> list[ApiKey]:
-    """Return every key that was ever created, oldest first."""
+    """Return all keys, including expired and revoked ones, oldest first."""
     return [ApiKey(*row) for row in await connection.fetch(ALL_KEYS, KEYS_MAX)]
 
 

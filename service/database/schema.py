@@ -1,4 +1,4 @@
-"""schema.sql and its migrations: applied to a database, and cut into the log's part and each view's section."""
+"""schema.sql, split into the log's part and each view's section, and its migrations: applied to a database."""
 
 import asyncio
 import hashlib
@@ -39,13 +39,13 @@ RECORD_VERSION: Final = """
     INSERT INTO public.schema_version (version, sha256) VALUES ($1, $2)
     ON CONFLICT (version) DO UPDATE SET sha256 = excluded.sha256
 """
-SEARCH: Final = "SELECT set_config('search_path', $1, true)"
-BEGIN_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
+SET_SEARCH_PATH: Final = "SELECT set_config('search_path', $1, true)"
+INSERT_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
 
 OWNER_ROLE: Final = "order_tracking_owner"
 SERVICE_ROLE: Final = "order_tracking_service"
 IS_SERVICE: Final = "SELECT current_user = 'order_tracking_service'"
-# Roles belong to the server, rights to a database: in a database of one role, the service's role has no rights.
+# Roles belong to the server, rights to a database: the service's role may exist without rights in this one.
 MAY_ACT_AS_SERVICE: Final = """
     SELECT pg_has_role(session_user, oid, 'MEMBER')
        AND has_column_privilege(oid, 'public.order_events', 'state', 'INSERT')
@@ -70,7 +70,7 @@ logger = structlog.get_logger()
 
 
 class SchemaError(Exception):
-    """The database's schema is not one that this release can work with. ``str()`` names the way out."""
+    """This release cannot work with the database's schema. ``str()`` says what to do."""
 
 
 def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
@@ -86,14 +86,14 @@ def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
 
 
 LOG_SQL, VIEWS = read_schema(SCHEMA_FILE.read_text(encoding="utf-8"))
-# The statements that create the roles come first, and may run again.
+# The statements that create the roles come first, and can be repeated.
 ROLES_SQL: Final = LOG_SQL.partition("CREATE TABLE")[0]
 
 
 class Migration(NamedTuple):
     """One version of the schema: its number, its file's name, and the file's text.
 
-    The text of version 1, the baseline, is the catalog of its databases. The text of every later one is SQL.
+    The text of version 1, the baseline, is a database's catalog (see catalog.py); every later text is SQL.
     """
 
     version: int
@@ -102,7 +102,7 @@ class Migration(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        """The hash that a database keeps of an applied migration."""
+        """The hash that a database records for an applied migration."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
@@ -117,11 +117,11 @@ SCHEMA_VERSION: Final = MIGRATIONS[-1].version
 
 
 async def prepare_database(dsn: str) -> str:
-    """Wait for the database, bring its schema up to date, and return the DSN by which the service connects.
+    """Wait for the database, bring its schema up to date, and return the DSN that the service connects with.
 
     Raises:
-        StorageUnavailableError: the database is unreachable for START_SECONDS_MAX.
-        SchemaError: the database's schema is not one for this release.
+        StorageUnavailableError: the database was unreachable for START_SECONDS_MAX.
+        SchemaError: this release cannot work with the database's schema.
     """
     deadline = asyncio.get_running_loop().time() + START_SECONDS_MAX
     is_waiting = False
@@ -143,15 +143,15 @@ async def apply_schema(connection: Connection, migrations: Sequence[Migration] =
     """Bring a database to this release's schema in one transaction: all of it, or the missing migrations.
 
     Args:
-        connection: a connection of a role that may do so; for migrations, of the log's owner.
+        connection: a connection whose role may create the schema or, for migrations, act as the log's owner.
         migrations: every version of the schema, the baseline first.
 
     Raises:
-        SchemaError: the database is newer than this release, or its schema is not that of a release.
+        SchemaError: the database is newer than this release, or its schema does not match any release.
     """
     async with connection.transaction():
         # Unqualified names must mean the schema public, whatever the role's own search path is.
-        await connection.execute(SEARCH, "public")
+        await connection.execute(SET_SEARCH_PATH, "public")
         await connection.execute(TAKE_SCHEMA_LOCK, SCHEMA_LOCK)
         is_new = not await connection.fetchval(IS_APPLIED)
         try:
@@ -164,7 +164,7 @@ async def apply_schema(connection: Connection, migrations: Sequence[Migration] =
             what = "schema.sql" if is_new else "a migration"
             raise SchemaError(f"{what} cannot be applied to this database: {error}") from error
         if await connection.fetchval(MAY_ACT_AS_SERVICE):
-            # This right belongs to the database itself: neither a dump nor a template carries it along.
+            # This right belongs to the database itself: neither a dump nor a template database includes it.
             if not await connection.fetchval(MAY_CREATE_SCHEMAS):
                 await connection.execute(GRANT_SCHEMAS)
             await connection.execute(ACT_AS, SERVICE_ROLE)
@@ -174,7 +174,7 @@ async def apply_schema(connection: Connection, migrations: Sequence[Migration] =
 async def act_as_owner(connection: Connection) -> None:
     """Act as the log's owner until the end of the transaction, if this role may.
 
-    Otherwise this role is the owner itself, or its next statement is refused.
+    Otherwise nothing changes: either this role is the owner itself, or PostgreSQL refuses its next statement.
     """
     await connection.execute(ACT_AS, OWNER_ROLE if await connection.fetchval(MAY_ACT_AS_OWNER) else "none")
 
@@ -195,7 +195,7 @@ async def _record(connection: Connection, migrations: Sequence[Migration]) -> No
 
 
 async def service_dsn(dsn: str) -> str:
-    """Return the DSN by which the service connects: with its own role if this role may act as that.
+    """Return the DSN that the service connects with: as its own role if this role may act as that role.
 
     Raises:
         SchemaError: the database has no schema, or not this release's.
@@ -208,7 +208,7 @@ async def service_dsn(dsn: str) -> str:
 
 
 async def _service_login(dsn: str) -> str | None:
-    """Return the DSN of the service's own login if a socket admits it. A login cannot change back."""
+    """Return a DSN that logs in as the service's role if a socket admits it: unlike SET ROLE, irreversibly."""
     if urlsplit(dsn).hostname is not None:
         return None
     login = re.sub(r"(?<=[?&]user=)[^&]*", SERVICE_ROLE, dsn)
@@ -239,43 +239,43 @@ async def check_version(connection: Connection) -> None:
 
 
 async def _read_version(connection: Connection, migrations: Sequence[Migration]) -> int:
-    """Return the schema version of a database whose schema is that of a release."""
+    """Return the database's schema version. Raise SchemaError if its schema does not match any release."""
     applied: dict[int, str | None] = dict([tuple(row) for row in await connection.fetch(APPLIED)])
     latest = migrations[-1].version
     version = max(applied, default=None)
     if version is None or version > latest:
         raise SchemaError(
-            f"the database has schema version {version}, this release knows up to {latest}: "
-            "use the release that made it, or a newer one"
+            f"the database has schema version {version}, but this release supports at most {latest}: "
+            "use the release that created it, or a newer one"
         )
     baseline = migrations[0]
     if version == baseline.version and applied[version] is None:
         difference = first_difference(baseline.text.splitlines(), await read_catalog(connection))
         if difference is not None:
-            raise _unreleased(f"{difference} is missing or differs from the first release's")
+            raise _unreleased(f"{difference} is missing or differs from the first release")
         return version
     for migration in migrations[:version]:
         if applied.get(migration.version) != migration.sha256:
-            raise _unreleased(f"it was not made by this release's {migration.name}")
+            raise _unreleased(f"{migration.name} is missing or differs from this release's")
     return version
 
 
 def _unreleased(difference: str) -> SchemaError:
     return SchemaError(
-        f"the database's schema belongs to no release ({difference}): run the code that made it, or set "
-        "ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL to another, empty database"
+        f"the database's schema does not match any release ({difference}): run the code that created it, "
+        "or set ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL to another, empty database"
     )
 
 
 async def _create_views(connection: Connection, *, is_new: bool) -> None:
-    """Create the missing views. In an existing database they get no definition, so the start rebuilds them."""
+    """Create the missing views. In an existing database their definition is empty, so 'serve' rebuilds them."""
     existing = {name for (name,) in await connection.fetch(SCHEMAS)}
     for view in VIEWS:
         if view.name not in existing:
             await connection.execute(CREATE_SCHEMA, view.name)
-            await connection.execute(SEARCH, view.name)
+            await connection.execute(SET_SEARCH_PATH, view.name)
             await connection.execute(view.tables_sql)
             if view.indexes_sql:
                 await connection.execute(view.indexes_sql)
-            await connection.execute(BEGIN_PROJECTION, view.definition if is_new else "")
-    await connection.execute(SEARCH, "public")
+            await connection.execute(INSERT_PROJECTION, view.definition if is_new else "")
+    await connection.execute(SET_SEARCH_PATH, "public")
