@@ -18,7 +18,7 @@ from service.http.responses import json_response
 from service.ingest import quarantine
 from service.ingest.parser import UnreadableError
 from service.ingest.quarantine import NotOpenError, QuarantinedBody, QuarantineState, UnknownEntryError
-from service.ingest.recorder import Receipt, Recorder, RefusedReportError
+from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
 
 ENTRY_PATH: Final = "/quarantine/{quarantine_id}"
 
@@ -90,8 +90,8 @@ class QuarantineApi:
             return json_response(await quarantine.retry(self._recorder, entry, body))
         except UnreadableError as error:
             raise ProblemError(ProblemType.NOT_UNDERSTOOD, str(error)) from None
-        except RefusedReportError:
-            raise ProblemError(ProblemType.NOT_UNDERSTOOD, "it cannot be recorded") from None
+        except UnrecordableReportError:
+            raise ProblemError(ProblemType.NOT_UNDERSTOOD, "the report cannot be recorded") from None
         except NotOpenError as error:
             raise ProblemError(ProblemType.NOT_OPEN, str(error)) from None
         except UnknownEntryError as error:

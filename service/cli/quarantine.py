@@ -9,9 +9,9 @@ from service.http.pagination import POSITION_MAX
 from service.ingest import quarantine as quarantines
 from service.ingest.parser import UnreadableError
 from service.ingest.quarantine import NotOpenError, QuarantineState, UnknownEntryError
-from service.ingest.recorder import Recorder, RefusedReportError
+from service.ingest.recorder import Recorder, UnrecordableReportError
 
-# The budget of one entry, which competes with the reports that the service records.
+# The time limit for one entry, which competes with the reports that the service records.
 RETRY_SECONDS_MAX: Final = 10.0
 PAGE_ENTRIES: Final = 1_000
 LISTED: Final = ("quarantine_id", "received_at", "times_seen", "state", "reason")
@@ -73,7 +73,7 @@ async def retry_entries(
             try:
                 receipt = await quarantines.retry(recorder, entry, body)
                 result = f"{receipt['outcome']}, version {receipt['version']} of {receipt['order_no']}"
-            except (UnreadableError, RefusedReportError, NotOpenError, UnknownEntryError) as error:
+            except (UnreadableError, UnrecordableReportError, NotOpenError, UnknownEntryError) as error:
                 failures += 1
                 result = str(error)
             show(f"{number}: {result}")

@@ -9,7 +9,7 @@ from projections.postgres_errors import Connection
 from service.event_log.codec import decode_event
 from service.ingest.recorder import ClaimedEvent
 
-# The headers with a key, the first present one wins: that of Standard Webhooks, then that of the IETF draft.
+# The headers that may hold a key; the first one present wins: from Standard Webhooks, then from the IETF draft.
 KEY_HEADERS: Final = ("webhook-id", "Idempotency-Key")
 KEY_BYTES_MAX: Final = 256
 
@@ -28,7 +28,7 @@ KEEP_KEY: Final = """
 
 
 class IdempotencyKey(NamedTuple):
-    """The sender's key for a report: a claim of the recorder."""
+    """The sender's key for a report: a claim for the recorder."""
 
     key: str
 

@@ -1,4 +1,4 @@
-"""The cache of order states, with which most reports are judged without a read."""
+"""The cache of order states, so that most reports are judged without reading the database."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,12 +13,12 @@ class OrderStates:
     decided from a stale state.
 
     Args:
-        orders_max: the most orders to keep, about 500 bytes each.
+        orders_max: the maximum number of orders to keep, about 500 bytes each.
     """
 
     def __init__(self, orders_max: int) -> None:
         self._generation_max = orders_max // 2
-        # Plain tuples of plain values: the garbage collector does not visit them, as it would named ones.
+        # Plain tuples of plain values: unlike named tuples, they are ignored by the garbage collector.
         self._young: dict[str, tuple[Any, ...]] = {}
         self._old: dict[str, tuple[Any, ...]] = {}
 

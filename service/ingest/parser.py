@@ -1,6 +1,6 @@
-"""The parser: a body becomes a report, or raises the reason why it is unparseable. No I/O.
+"""The parser: it turns a body into a report, or raises the reason why the body is unparseable. No I/O.
 
-The rules are those of ``docs/api.md``: nothing ambiguous is guessed, and nothing is trimmed.
+The rules are those of ``docs/api.md``: it neither guesses at ambiguous values nor trims any.
 """
 
 import json
@@ -16,9 +16,9 @@ from domain.order import Arrival, Report
 ORDER_NO_CHARACTERS_MAX: Final = 128
 STATUS_CHARACTERS_MAX: Final = 128
 CNOTE_CHARACTERS_MAX: Final = 128
-# The digits of an order number that is a JSON number. Some JSON readers on the way keep no more.
+# The maximum digits of an order number that is a JSON number. Some JSON parsers on its way keep no more.
 ORDER_NO_DIGITS_MAX: Final = 18
-# The sender's time is believed within these years. Outside of them it is a placeholder.
+# A sender's time outside these years is a placeholder, so it is ignored.
 YEAR_MIN: Final = 2000
 YEAR_MAX: Final = 2100
 
@@ -66,8 +66,8 @@ def parse(raw: bytes, arrival: Arrival) -> Report:
 
 
 def _refuse_duplicate_keys(raw: bytes, text: str) -> None:
-    # orjson silently takes the last of two equal keys. A body without a backslash that spells each key at most
-    # once has no duplicates, so the slow check is rare.
+    # orjson silently takes the last of two equal keys. A body that has no backslash and contains each key at
+    # most once has no duplicates, so the slow check is rare.
     if b"\\" not in raw and all(raw.count(key) <= 1 for key in _QUOTED_KEYS):
         return
     outermost: list[tuple[str, Any]] = []

@@ -18,13 +18,13 @@ from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
 
 QuarantineState: TypeAlias = Literal["open", "retried", "discarded"]
 
-# The period of the cap on new bodies.
+# The period for which the maximum number of new bodies applies.
 CAP_PERIOD: Final = timedelta(hours=1)
-# Refused bodies are logged at most once in this time.
+# A refused body is logged at most once in this interval.
 LOG_SECONDS: Final = 60.0
 REASON_CHARACTERS_MAX: Final = 500
 
-# Equal bodies share one row: a sender that repeats itself needs no further room.
+# Equal bodies share one row, so that a sender that repeats itself takes no further space.
 KEEP_BODY: Final = """
     WITH seen AS (
         UPDATE quarantine
@@ -60,7 +60,7 @@ ENTRY: Final = """
 
 OPEN_ENTRIES: Final = "SELECT quarantine_id FROM quarantine WHERE state = 'open' ORDER BY quarantine_id"
 
-# The event that a retry of this entry recorded. Two retries of one entry take turns.
+# The event that a retry of this entry recorded. FOR UPDATE makes two retries of one entry take turns.
 FIND_RETRIED: Final = """
     SELECT entry.state, entry.discard_reason, entry.order_no, entry.version,
         recorded.notification_id, recorded.topic, recorded.state
@@ -89,7 +89,7 @@ logger = structlog.get_logger()
 class QuarantinedBody(TypedDict):
     """A quarantined body, without its bytes.
 
-    ``reason`` is why it was not understood, ``order_no`` and ``version`` are the event that a retry recorded.
+    ``reason`` is why it is unparseable; ``order_no`` and ``version`` identify the event that a retry recorded.
     """
 
     quarantine_id: int
@@ -110,7 +110,7 @@ class UnknownEntryError(Exception):
 
 
 class NotOpenError(Exception):
-    """The entry was retried or discarded already. ``str()`` says which."""
+    """The entry has already been retried or discarded. ``str()`` names the entry and which of the two."""
 
 
 async def entries_page(
@@ -150,18 +150,18 @@ async def discard(connection: Connection, quarantine_id: int, reason: str) -> No
 
     Raises:
         UnknownEntryError: there is no entry with this id.
-        NotOpenError: it was retried or discarded already.
+        NotOpenError: the entry has already been retried or discarded.
         ValueError: the reason is empty, not printable, or longer than REASON_CHARACTERS_MAX.
     """
     if not reason.strip() or len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
         raise ValueError(f"the reason must have 1 to {REASON_CHARACTERS_MAX} printable characters")
     if await connection.execute(DISCARD, quarantine_id, datetime.now(UTC), reason) == "UPDATE 0":
         entry, _ = await find_entry(connection, quarantine_id)
-        raise NotOpenError(f"entry {quarantine_id} is {entry['state']} already")
+        raise NotOpenError(f"entry {quarantine_id} has already been {entry['state']}")
 
 
 class _Retry(NamedTuple):
-    """The retry of an entry: a claim of the recorder."""
+    """The retry of an entry: a claim for the recorder."""
 
     quarantine_id: int
 
@@ -190,7 +190,7 @@ async def retry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None) 
         UnreadableError: the body is still unparseable.
         NotOpenError: the entry was discarded.
         UnknownEntryError: the entry was deleted.
-        RefusedReportError: the report cannot be recorded.
+        UnrecordableReportError: the report cannot be recorded.
         OverloadedError, StorageUnavailableError: see ``Recorder.record``.
     """
     quarantine_id = entry["quarantine_id"]
@@ -198,7 +198,7 @@ async def retry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None) 
         raise NotOpenError(f"entry {quarantine_id} was discarded: {entry['discard_reason']}")
     arrival = Arrival(str(uuid4()), datetime.now(UTC), entry["remote"])
     if entry["state"] == "retried":
-        # The claim finds its event. The body is not needed, and may have been erased.
+        # The claim finds the recorded event. The body is not needed, and may have been erased.
         report = Report(arrival, entry["order_no"] or "", "", None, "")
     else:
         report = parse(body or b"", arrival)
@@ -209,8 +209,8 @@ class Quarantine:
     """Keeps unparseable bodies.
 
     Args:
-        dedicated: a connection with a time limit, so that no slow read delays it.
-        hourly_max: the most new bodies within an hour, so that a flood cannot fill the disk.
+        dedicated: a dedicated connection with a time limit, so that slow reads do not delay the quarantine.
+        hourly_max: the maximum number of new bodies within an hour, so that a flood cannot fill the disk.
     """
 
     def __init__(self, dedicated: DedicatedConnection, hourly_max: int) -> None:
@@ -222,7 +222,7 @@ class Quarantine:
         self._next_log_at = 0.0
 
     async def keep(self, body: bytes, reason: str, arrival: Arrival) -> int:
-        """Keep a body and return the id of its entry, which is committed then.
+        """Keep a body, and return the id of its committed entry.
 
         Raises:
             OverloadedError: too many bodies arrived within the hour; this one was not kept.

@@ -1,4 +1,4 @@
-"""The recorder: reports are decided and appended in batches, and get their receipts after the commit."""
+"""The recorder: it decides and appends reports in batches, and returns their receipts after the commit."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,12 +26,12 @@ from service.ingest.order_states import OrderStates
 # A larger batch gains nothing and delays its first report.
 BATCH_REPORTS_MAX: Final = 512
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
-# The bodies in the queue: many large ones must not fill the memory.
+# The maximum size of all waiting bodies, so that large ones cannot fill the memory.
 QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
-# A report that would wait longer is refused. Its retry finds a shorter queue; a queue in which all reports wait
-# until their time is over would answer none of them.
+# A report that would wait longer is refused at once, and its retry finds a shorter queue. Without this limit,
+# all reports in a long queue could reach their time limit, so that none would get a receipt.
 WAIT_SECONDS_MAX: Final = 0.4
-# Reports with a claim use the batches' connection one by one: few, so that batches are not starved.
+# Reports with a claim are recorded one by one on the batches' connection: more of them would starve batches.
 CLAIMED_REPORTS_MAX: Final = 64
 # About 500 bytes each: 50 MB.
 ORDER_STATES_MAX: Final = 100_000
@@ -53,7 +53,7 @@ class Receipt(TypedDict):
 
 
 class ClaimedEvent(NamedTuple):
-    """The event that was recorded with a claim, its position, and whether this report has the same body."""
+    """The event that was recorded with a claim, its position, and whether the new report has the same body."""
 
     event: Order.StatusReported
     position: int
@@ -61,7 +61,7 @@ class ClaimedEvent(NamedTuple):
 
 
 class Claim(Protocol):
-    """A right to be recorded only once, such as an idempotency key. It is kept together with its event."""
+    """A key that at most one event may have, such as an idempotency key. Both are kept in one transaction."""
 
     async def find(self, connection: Connection, report: Report) -> ClaimedEvent | None:
         """Return the event that was recorded with this claim, None if there is none."""
@@ -72,8 +72,8 @@ class Claim(Protocol):
         ...
 
 
-class RefusedReportError(Exception):
-    """The database refuses this report, or its order's last event is unreadable. No retry can succeed."""
+class UnrecordableReportError(Exception):
+    """The database rejects this report, or its order's last event is undecodable. No retry can succeed."""
 
 
 class Recorder:
@@ -82,8 +82,8 @@ class Recorder:
     Args:
         dedicated: the connection to the log.
         on_commit: called with the events and positions of every commit, in the order of the log.
-        queue_reports_max: the most reports that may wait.
-        seconds_max: the time for one report, waiting included.
+        queue_reports_max: the maximum number of waiting reports.
+        seconds_max: the time limit for one report, including its wait.
         on_batch: called with the number of reports in a batch and its duration in seconds.
     """
 
@@ -118,7 +118,7 @@ class Recorder:
         return self._batcher.waiting
 
     async def drain(self) -> None:
-        """Wait until every report is answered."""
+        """Wait until no report is waiting for its receipt."""
         await self._batcher.drain()
 
     async def record(self, report: Report, claim: Claim | None = None) -> Receipt:
@@ -126,13 +126,13 @@ class Recorder:
 
         Args:
             report: the report.
-            claim: lets the report be recorded only once. A second report with the same claim and body gets the
-                first receipt again; with another body, it is an ordinary report.
+            claim: a second report with the same claim and body gets the first receipt again, and no event; with
+                another body, it is recorded as an ordinary report.
 
         Raises:
             OverloadedError: too many reports are waiting; nothing was recorded.
             StorageUnavailableError: no commit was confirmed in time. The report may or may not be recorded.
-            RefusedReportError: this release cannot record the report.
+            UnrecordableReportError: this release cannot record the report.
         """
         if claim is None:
             return await self._record_in_batch(report)
@@ -166,17 +166,17 @@ class Recorder:
         try:
             return await self._record_together(reports)
         except Exception as error:
-            if not _is_refused(error):
+            if not _is_unrecordable(error):
                 raise
             if len(reports) == 1:
-                return [RefusedReportError(str(error))]
-        # One bad report must not fail its neighbours. Halving finds it.
+                return [UnrecordableReportError(str(error))]
+        # One bad report must not fail the others in its batch. Halving the batch isolates it.
         middle = len(reports) // 2
         return [*await self._record(reports[:middle]), *await self._record(reports[middle:])]
 
     async def _record_together(self, reports: list[Report]) -> Sequence[Receipt]:
         order_nos = {report.order_no for report in reports}
-        # The events whose commit is in doubt.
+        # The events that may have been committed.
         sent: list[Order.StatusReported] | None = None
         try:
             sent = _decide_all(reports, await self._known_states(order_nos))
@@ -199,10 +199,10 @@ class Recorder:
     async def _record_locked(
         self, reports: list[Report], order_nos: set[str], sent: list[Order.StatusReported] | None
     ) -> tuple[list[Order.StatusReported], list[int]]:
-        """Record under the append lock, after a first attempt was refused or its outcome is unknown.
+        """Record under the append lock, after a first attempt that was refused or whose outcome is unknown.
 
-        Until the time is over, a lost connection is opened again. Events that may have been committed are
-        searched under the lock, which a transaction in doubt holds until it ends.
+        A lost connection is reopened until the time limit. Under the lock, events that may have been committed
+        are searched for: the transaction that wrote them holds the lock until it ends.
         """
         self._states.forget(order_nos)
         while True:
@@ -210,11 +210,11 @@ class Recorder:
                 async with self._locked() as connection:
                     positions = await store.find_positions(connection, sent) if sent else None
                     if sent is None or positions is None:
-                        # Assigned before the append: a loss between both leaves events to search for.
+                        # Assigned before the append, so that these events are searched for if it fails.
                         sent = _decide_all(reports, await store.order_states(connection, list(order_nos)))
                         positions = await store.append(connection, sent)
             except VersionTakenError:
-                # Even under the lock: a writer that does not take it. Nothing was kept.
+                # Possible if another writer does not take the lock. The append recorded nothing.
                 sent = None
             except Exception as error:
                 if not is_connection_lost(error):
@@ -224,10 +224,10 @@ class Recorder:
                 return sent, positions
 
     async def _record_claimed(self, report: Report, claim: Claim) -> Receipt | None:
-        """Record a report together with its claim, in a transaction of its own.
+        """Record a report together with its claim, in its own transaction.
 
         Returns:
-            The receipt, or the first one again if the claim was used with this body; None if it was used with
+            The receipt; the first receipt again if the claim was used with this body; None if it was used with
             another body.
         """
         while True:
@@ -242,8 +242,8 @@ class Recorder:
             except VersionTakenError:
                 continue
             except Exception as error:
-                if _is_refused(error):
-                    raise RefusedReportError(str(error)) from error
+                if _is_unrecordable(error):
+                    raise UnrecordableReportError(str(error)) from error
                 if not is_connection_lost(error):
                     raise
                 # The next attempt finds the claim if this one was committed.
@@ -282,12 +282,12 @@ async def _time_limit(due: float) -> AsyncIterator[None]:
         raise StorageUnavailableError("the commit was not confirmed in time") from None
 
 
-def _is_refused(error: Exception) -> bool:
+def _is_unrecordable(error: Exception) -> bool:
     return isinstance(error, UndecodableEventError) or is_value_refused(error)
 
 
 def _decide_all(reports: Sequence[Report], states: dict[str, OrderState]) -> list[Order.StatusReported]:
-    """Decide on reports one after the other; ``states`` moves on with them."""
+    """Decide on reports one after the other, and update ``states`` after each."""
     events = []
     for report in reports:
         state = states[report.order_no]

@@ -13,7 +13,7 @@ from service.http.responses import json_response
 from service.ingest.idempotency import read_key
 from service.ingest.parser import UnreadableError, parse
 from service.ingest.quarantine import Quarantine
-from service.ingest.recorder import Receipt, Recorder, RefusedReportError
+from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
 from service.ingest.webhook_auth import WebhookAuth
 
 # The sender documents PUT in its samples and POST in its tips.
@@ -59,9 +59,9 @@ class Webhook:
             return await self._quarantine_body(body, arrival, str(error), error.order_no)
         try:
             receipt = await self._recorder.record(report, read_key(request.headers))
-        except RefusedReportError as error:
+        except UnrecordableReportError as error:
             logger.warning("report cannot be recorded", report_id=arrival.report_id, error=str(error))
-            return await self._quarantine_body(body, arrival, "it cannot be recorded", report.order_no)
+            return await self._quarantine_body(body, arrival, "the report cannot be recorded", report.order_no)
         return json_response(receipt)
 
     async def _quarantine_body(

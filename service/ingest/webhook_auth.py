@@ -79,7 +79,7 @@ class WebhookAuth:
     def _sender_address(self, request: web.Request) -> str | None:
         """Return the rightmost forwarded address that is not a trusted proxy's.
 
-        A proxy appends the address of its caller, so only what trusted proxies appended is believed.
+        Each proxy appends its caller's address, so only addresses that trusted proxies appended are trusted.
         """
         address = request.remote
         if not self._proxies or address is None or not self._is_proxy(address):
@@ -87,12 +87,12 @@ class WebhookAuth:
         forwarded = ",".join(request.headers.getall(hdrs.X_FORWARDED_FOR, ()))[-FORWARDED_CHARACTERS_MAX:]
         for hop in reversed(forwarded.split(",")):
             try:
-                further = str(ip_address(hop.strip()))
+                forwarded_address = str(ip_address(hop.strip()))
             except ValueError:
-                # A proxy appends an address, so nothing to the left of other text is trustworthy.
+                # Trusted proxies append only addresses, so nothing to the left of other text is trustworthy.
                 break
-            address = further
-            if not self._is_proxy(further):
+            address = forwarded_address
+            if not self._is_proxy(forwarded_address):
                 break
         return address
 

@@ -21,7 +21,7 @@ from service.database.schema import SERVICE_ROLE
 from service.event_log import store
 from service.event_log.codec import decode_event
 from service.ingest.idempotency import IdempotencyKey
-from service.ingest.recorder import Receipt, Recorder, RefusedReportError
+from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
 from tests.support.databases import TestServer, wait_for_locked
 from tests.support.reports import NOW, report
 from tests.support.waiting import PATIENCE_SECONDS
@@ -210,8 +210,8 @@ async def test_one_report_that_the_database_refuses_does_not_fail_its_neighbours
     reports = [report(f"KOM{number}") for number in range(9)]
     reports[4] = report("KOM\x00")
     outcomes = await asyncio.gather(*(recorder.record(one) for one in reports), return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes].count(RefusedReportError) == 1
-    assert isinstance(outcomes[4], RefusedReportError)
+    assert [type(outcome) for outcome in outcomes].count(UnrecordableReportError) == 1
+    assert isinstance(outcomes[4], UnrecordableReportError)
     assert len(await logged_events(connection)) == 8
 
 
@@ -243,7 +243,9 @@ async def test_an_order_that_a_later_release_wrote_does_not_fail_the_others(
         *(recorder.record(report(f"KOM{number}")) for number in range(9)),
         return_exceptions=True,
     )
-    refused = [number for number, outcome in enumerate(outcomes) if isinstance(outcome, RefusedReportError)]
+    refused = [
+        number for number, outcome in enumerate(outcomes) if isinstance(outcome, UnrecordableReportError)
+    ]
     assert refused == [3]
     assert sum(isinstance(outcome, dict) for outcome in outcomes) == 8
 
@@ -382,7 +384,7 @@ async def test_a_server_that_cannot_write_is_unavailable_and_nothing_is_refused(
 
 async def test_a_keyed_report_that_the_database_refuses(recorder: Recorder) -> None:
     """A report with a key is refused like any other if the database cannot store it."""
-    with pytest.raises(RefusedReportError):
+    with pytest.raises(UnrecordableReportError):
         await recorder.record(report("KOM\x00"), IdempotencyKey("key-1"))
 
 
