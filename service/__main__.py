@@ -22,7 +22,7 @@ def main() -> None:
 
 
 def _exit(number: int, _frame: FrameType | None) -> NoReturn:
-    """Exit like Ctrl-C does, so that cleanup runs, such as stopping the embedded PostgreSQL."""
+    """Exit as Ctrl-C does, so that cleanup runs, such as stopping the embedded PostgreSQL."""
     raise SystemExit(128 + number)
 
 

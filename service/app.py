@@ -1,4 +1,4 @@
-"""The composition root: every part is created and connected here, and stopped in the opposite order."""
+"""The composition root: every part is created and connected here, and stopped in reverse order."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -40,9 +40,9 @@ from service.maintenance.replay import Rebuilder
 from service.pages.handlers import Pages
 from service.settings import Settings
 
-# The longest that an event goes unnoticed by a projection if its notification is lost.
+# How long a projection may overlook an event whose notification is lost.
 POLL_SECONDS: Final = 1.0
-# The pause after a projection failed, such as while the database is away.
+# The pause after a projection failed, such as while the database is unreachable.
 RETRY_PAUSE_SECONDS: Final = 0.2
 
 logger = structlog.get_logger()
@@ -53,7 +53,7 @@ class Service:
 
     Args:
         settings: the settings.
-        dsn: the database, as the service's own role.
+        dsn: the database's DSN, with the service's own role.
     """
 
     def __init__(self, settings: Settings, dsn: str) -> None:
@@ -66,7 +66,7 @@ class Service:
         self.append_connection = DedicatedConnection(
             partial(connect_hot, idle_in_transaction_session_timeout="5s")
         )
-        # Slow reads may use the whole pool. Keeping a body and checking a key must not wait for them.
+        # Slow reads may use the whole pool. Quarantining a body and checking an API key must not wait for them.
         self.quarantine_connection = DedicatedConnection(connect_timely, seconds_max)
         self.auth_connection = DedicatedConnection(connect_timely, seconds_max)
         self.projection_connections = {
@@ -181,10 +181,10 @@ def make_webhook_auth(settings: Settings) -> WebhookAuth:
 
 @asynccontextmanager
 async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, bool]]:
-    """Serve for the length of the block; yield the port, and whether no API key was ever created.
+    """Serve until the block ends; yield the port, and whether no API key has ever been created.
 
     Raises:
-        OSError: the address cannot be listened on.
+        OSError: the server cannot listen on the address.
     """
     async with AsyncExitStack() as stack:
         service = Service(settings, dsn)
@@ -203,5 +203,5 @@ async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, bool
         yield port, await service.access.has_no_keys()
         server.stop_listening()
         await service.events.tail.end()
-        # Accepted reports are answered first. A body that has arrived only in part is not waited for.
+        # Accepted reports are answered first. The service does not wait for the rest of an incomplete body.
         await service.recorder.drain()

@@ -1,4 +1,4 @@
-"""Background tasks: supervised, so that none can end unnoticed, and the one loop that follows the log."""
+"""Background tasks, supervised so that none ends unnoticed, and the loop that follows the log."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -13,9 +13,9 @@ from projections.postgres_errors import Connection
 
 # The pause before a failed task is restarted.
 RESTART_PAUSE_SECONDS: Final = 1.0
-# A task that ran for so long before it failed was healthy: the same failure is logged again.
+# A task that ran for this long before it failed was healthy, so the same failure is logged again.
 HEALTHY_SECONDS: Final = 60.0
-# How often the listening connection is checked. It would never notice by itself that the server is gone.
+# How often the listening connection is checked. Otherwise it would never notice that the server is gone.
 LISTEN_CHECK_SECONDS: Final = 5.0
 
 IS_ALIVE: Final = "SELECT 1"
@@ -33,7 +33,7 @@ async def supervise(
     Args:
         name: the task's name, for the log.
         work: the work.
-        restart_pause_seconds: the pause before it is restarted.
+        restart_pause_seconds: the pause before each restart.
     """
     last_failure = ""
     while True:
@@ -55,15 +55,15 @@ async def follow(
     poll_seconds: float,
     idle_seconds: float,
 ) -> NoReturn:
-    """Call a step as long as the log has new events, then wait until it may have grown.
+    """Repeat: call ``step`` as long as the log has new events, then wait until it may have grown.
 
     Args:
         step: handles the next batch of events, and returns their number.
         wake: set by others when the log has grown.
         batch_events_max: the size of a full batch, after which the next step follows at once.
         poll_seconds: the longest wait, in case a wake is lost.
-        idle_seconds: the pause after a batch that was not full. Under load, the next batch is then larger. An
-            event that comes alone is handled at once.
+        idle_seconds: the pause after a batch that was not full, so that the next batch is larger under load. It
+            does not delay the first event after a wait.
 
     Raises:
         Exception: whatever the step raises. Run this under ``supervise``.
@@ -86,7 +86,7 @@ async def listen(connect: Callable[[], Awaitable[Connection]], channel: str, wak
     Args:
         connect: opens the connection.
         channel: the channel of LISTEN.
-        wake: called with asyncpg's arguments, and once without any when the connection listens.
+        wake: called with asyncpg's arguments, and once without any when the connection begins to listen.
     """
     connection = await connect()
     try:

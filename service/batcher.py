@@ -11,8 +11,8 @@ Outcome = TypeVar("Outcome")
 # An item, its weight, its due time by the loop's clock, and its caller's future. A plain tuple is cheapest.
 _Call: TypeAlias = tuple[Item, int, float, asyncio.Future[Outcome]]
 
-# The weight of the last batch's duration in the expected duration of the next ones.
-BATCH_SECONDS_WEIGHT: Final = 0.1
+# The share of the last batch's duration in the expected duration of the next one (exponential smoothing).
+BATCH_SECONDS_SMOOTHING: Final = 0.1
 
 
 class OverloadedError(Exception):
@@ -20,22 +20,22 @@ class OverloadedError(Exception):
 
 
 class BatchFailedError(Exception):
-    """The batch with this call failed; ``__cause__`` is its error."""
+    """The batch with this call failed; ``__cause__`` is the batch's error."""
 
 
 class Batcher(Generic[Item, Outcome]):
-    """Gathers calls. The first call starts a leader task, which works on batch after batch until none waits.
+    """Gathers calls into batches. The first call starts a leader task, which runs until no call waits.
 
     Args:
-        work: receives the items of a batch and the loop time at which the first of them is due; returns an
-            outcome for each, in their order. An outcome that is an exception is raised in its caller.
-        batch_items_max: the most items in one batch.
-        queue_items_max: the most waiting items; further ones are refused at once.
-        seconds_max: the time for a call, waiting included.
-        wait_seconds_max: the longest expected wait, estimated from the last batches. A call that would wait
-            longer is refused at once, so that its caller can act.
-        batch_weight_max: the most weight in one batch, as given to ``submit``.
-        queue_weight_max: the most weight that may wait.
+        work: receives a batch's items and the loop time at which the first of them is due; returns an outcome
+            for each item, in the same order. An outcome that is an exception is raised in its caller.
+        batch_items_max: the maximum number of items in a batch.
+        queue_items_max: the maximum number of waiting items; further ones are refused at once.
+        seconds_max: the time limit for a call, including its wait.
+        wait_seconds_max: the maximum wait, estimated from the last batches. A call that would wait longer is
+            refused at once, so that its caller can act.
+        batch_weight_max: the maximum total weight of a batch; ``submit`` takes each item's weight.
+        queue_weight_max: the maximum total weight of the waiting items.
     """
 
     def __init__(  # noqa: PLR0913 - every limit is named by its caller
@@ -59,7 +59,7 @@ class Batcher(Generic[Item, Outcome]):
         self._waiting_weight = 0
         self._wait_seconds_max = wait_seconds_max
         self._batch_seconds = 0.0
-        self._admitted = queue_items_max
+        self._waiting_items_max = queue_items_max
         self._leader: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -70,10 +70,11 @@ class Batcher(Generic[Item, Outcome]):
             OverloadedError: too many items are waiting; this one was not accepted.
 
         The future may raise:
-            TimeoutError: the item's time was over before its batch began; nothing was done.
+            TimeoutError: the time limit was reached before the item's batch began; nothing was done.
             BatchFailedError: the whole batch failed.
         """
-        if len(self._waiting) >= self._admitted or self._waiting_weight + weight > self._queue_weight_max:
+        is_full = len(self._waiting) >= self._waiting_items_max
+        if is_full or self._waiting_weight + weight > self._queue_weight_max:
             raise OverloadedError("too many requests are waiting")
         # Cached: on Python 3.11 this call takes as long as the rest of this method.
         loop = self._loop = self._loop or asyncio.get_running_loop()
@@ -114,10 +115,10 @@ class Batcher(Generic[Item, Outcome]):
             self._waiting_weight = 0
 
     def _expect(self, items_max: int, seconds: float) -> None:
-        """Update how many items may wait, from the expected duration of the next batches."""
-        self._batch_seconds += BATCH_SECONDS_WEIGHT * (seconds - self._batch_seconds)
+        """Update the number of items that may wait, from the expected duration of the next batch."""
+        self._batch_seconds += BATCH_SECONDS_SMOOTHING * (seconds - self._batch_seconds)
         batches = max(1.0, self._wait_seconds_max / max(self._batch_seconds, 1e-9))
-        self._admitted = int(min(self._queue_items_max, batches * items_max))
+        self._waiting_items_max = int(min(self._queue_items_max, batches * items_max))
 
     def _take(self) -> list[_Call[Item, Outcome]]:
         now = asyncio.get_running_loop().time()
@@ -133,7 +134,7 @@ class Batcher(Generic[Item, Outcome]):
             if caller.done():
                 continue
             if due <= now:
-                caller.set_exception(TimeoutError("the time was over before the batch began"))
+                caller.set_exception(TimeoutError("the time limit was reached before the batch began"))
                 continue
             batch.append(call)
             batch_weight += weight

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, Secr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX: Final = "ORDER_TRACKING_"
-# Beside the Makefile, not in the working directory: every command must use the same database.
+# Beside the Makefile, not in the working directory, so that every command uses the same database.
 DEFAULT_FILE: Final = Path(__file__).resolve().parent.parent / ".env"
 FILE_VARIABLE: Final = f"{PREFIX}ENV_FILE"
 
@@ -21,7 +21,7 @@ FILE_VARIABLE: Final = f"{PREFIX}ENV_FILE"
 SECRET_CHARACTERS_MIN: Final = 16
 # Labels of letters, digits, hyphens and underscores. A last label of digits is a malformed IP address.
 _HOST_NAME: Final = re.compile(r"(?!.*\.\d+$)(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
-# Characters that a URL path holds without an escape.
+# Characters that need no escape in a URL path.
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~-]+")
 
 
@@ -39,7 +39,7 @@ def is_loopback(host: str) -> bool:
 
 
 def default_state_dir() -> Path:
-    """Return the user's data folder; for root one below /var/lib, as PostgreSQL's user cannot enter /root."""
+    """Return the user's data folder; for root, one in /var/lib, since PostgreSQL's user cannot enter /root."""
     if os.geteuid() == 0:
         return Path("/var/lib/order-tracking")
     return platformdirs.user_data_path("order-tracking", appauthor=False)
@@ -98,7 +98,7 @@ class SettingsError(Exception):
 
 
 class Settings(BaseSettings):
-    """The operator's settings. The variable of each field is its name in capitals after ORDER_TRACKING_."""
+    """The operator's settings. A field's variable is ORDER_TRACKING_ and the field's name in capitals."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True, use_attribute_docstrings=True
@@ -126,16 +126,16 @@ class Settings(BaseSettings):
     """the header with the body's HMAC-SHA256 in hex"""
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_list)] = ()
     """comma-separated networks whose X-Forwarded-For header is trusted"""
-    # At 64 KiB a body, the quarantine grows by at most 640 MB an hour.
+    # At 64 KiB per body, the quarantine grows by at most 640 MB an hour.
     quarantine_hourly_max: int = Field(default=10_000, ge=1, le=10_000_000)
     """the maximum number of new quarantined bodies in an hour"""
     # A report from Komerce has a few hundred bytes.
     body_bytes_max: int = Field(default=65_536, ge=1_024, le=1_048_576)
     """the maximum size of a webhook body in bytes"""
-    # Komerce does not publish its timeout. 3 s is shorter than any usual one.
+    # Komerce does not publish its timeout. 3 s is shorter than any common one.
     request_seconds_max: float = Field(default=3.0, gt=0, le=60)
-    """the maximum time for one request in seconds, waiting included"""
-    # About one second of work. Behind a longer queue a report would exceed request_seconds_max.
+    """the maximum time in seconds to record a report or run a read, including time in the queue"""
+    # About one second of work, so that the last report of a full queue keeps within request_seconds_max.
     queue_reports_max: int = Field(default=16_384, ge=1, le=1_000_000)
     """the maximum number of reports that wait for their commit"""
     log_format: Literal["human", "json"] = "human"
@@ -157,8 +157,8 @@ def _read_names(file: Path) -> list[str]:
     """Return the names of the variables in a settings file.
 
     Raises:
-        SettingsError: the file cannot be read, or a line is not NAME=value. The library would skip that line,
-            and a mistyped token would leave the webhook open.
+        SettingsError: the file cannot be read, or a line is not NAME=value. The library would skip such a line:
+            a mistyped line with the tokens would leave the webhook open.
     """
     try:
         if not file.exists():
