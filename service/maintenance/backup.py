@@ -62,12 +62,12 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
 
     Raises:
         BackupError: the database is not empty, or pg_restore failed and changed nothing.
-        SchemaError: the dump is restored, but a newer release made it.
+        SchemaError: the dump was restored, but a newer release created it.
     """
     # A service that starts during the restore waits for this lock, and then finds the schema.
     await connection.execute(HOLD_SCHEMA_LOCK, SCHEMA_LOCK)
     if not await connection.fetchval(IS_EMPTY):
-        raise BackupError("the database is not empty: restore into a new folder, set ORDER_TRACKING_STATE_DIR")
+        raise BackupError("the database is not empty: set ORDER_TRACKING_STATE_DIR to a new folder")
     await connection.execute(ROLES_SQL)
     pg_restore = partial(_run, bindir / "pg_restore", stdin=file)
     try:

@@ -19,7 +19,7 @@ TRIGGERS: Final = """
 """
 EXPECTED_TRIGGERS: Final = ("order_events_immutable", "order_events_kept")
 SERVER_VERSION: Final = "SHOW server_version"
-# The rights of the role that the service runs as. A right to insert a position or a time is a right to forge.
+# The rights of the role that the service runs as. A role that may insert a position or a time can forge events.
 ROLE: Final = """
     SELECT current_user::text AS name, session_user = current_user AS is_login,
            (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) AS is_superuser,
@@ -42,11 +42,11 @@ ARE_TABLES: Final = """
 DURABILITY: Final = """
     SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')
 """
-SELECT_VIEW: Final = "SELECT set_config('search_path', $1, false)"
+SELECT_VIEW_FOR_SESSION: Final = "SELECT set_config('search_path', $1, false)"
 
 
 class Finding(NamedTuple):
-    """One result. A note reports something unprotected or missing that may be intended."""
+    """One result. A note reports a missing protection that may be intended."""
 
     kind: Literal["ok", "note", "WRONG"]
     text: str
@@ -58,7 +58,7 @@ _wrong = partial(Finding, "WRONG")
 
 
 def check_settings(settings: Settings) -> Finding:
-    """Check who may send webhooks. Each setting's own value was checked when it was read."""
+    """Check who may send webhooks. The settings' values were checked when they were read."""
     if settings.webhook_tokens:
         return _ok(f"the webhook requires a token; valid tokens: {len(settings.webhook_tokens)}")
     if settings.webhook_hmac_secret:
@@ -71,7 +71,7 @@ def check_settings(settings: Settings) -> Finding:
 def describe_database(settings: Settings, dsn: str) -> Finding:
     """Return which database is checked, and how to open it with psql."""
     if settings.database_url:
-        return _ok("the database is that of ORDER_TRACKING_DATABASE_URL")
+        return _ok("the database is the one at ORDER_TRACKING_DATABASE_URL")
     return _ok(f"the database is the one in {settings.state_dir}; while it runs, open it with: psql '{dsn}'")
 
 
@@ -143,7 +143,7 @@ async def _check_view(connection: Connection, view: View) -> Finding:
     tables = [f"{view.name}.projection", f"{view.name}.parked_orders"]
     if await connection.fetchval(ARE_TABLES, tables) != len(tables):
         return _wrong(f"the view {view.name} is missing or outdated: run 'serve' or 'replay'")
-    await connection.execute(SELECT_VIEW, view.name)
+    await connection.execute(SELECT_VIEW_FOR_SESSION, view.name)
     try:
         state = await view_state(connection)
     except OutdatedViewError:
@@ -151,5 +151,5 @@ async def _check_view(connection: Connection, view: View) -> Finding:
     if state.definition != view.definition:
         return _wrong(f"the view {view.name} is outdated: run 'serve' or 'replay'")
     if state.has_parked:
-        return _wrong(f"the view {view.name} has parked orders: run 'replay'")
+        return _wrong(f"the view {view.name} has parked orders: see GET /projections for the reasons")
     return _ok(f"the view {view.name} is at position {state.position}")

@@ -31,7 +31,7 @@ async def rebuild_views(
     """
 
     async def connect_to(search_path: str) -> Connection:
-        # One view's connection waits in its transaction while another works.
+        # A view's connection may wait in its transaction while another view is written.
         return await connect(dsn, search_path=search_path, idle_in_transaction_session_timeout="0")
 
     with as_unavailable():
@@ -58,12 +58,12 @@ class Rebuilder:
         self._turn = asyncio.Lock()
 
     async def is_outdated(self, view: View) -> bool:
-        """Return whether the view in the database has another definition than this release's."""
+        """Return whether the view in the database was built with another definition, or has no position."""
         try:
             async with self._connections[view.name].connection() as connection:
                 state = await view_state(connection)
         except (OutdatedViewError, asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-            # Its position is lost, or an earlier release made its tables.
+            # The view has lost its position, or an earlier release created its tables.
             return True
         return state.definition != view.definition
 
