@@ -1,4 +1,4 @@
-"""Access: requests are admitted by their API key; without keys, only this machine is admitted."""
+"""Access: requests are admitted by their API keys; until a key exists, only this machine is admitted."""
 
 import asyncio
 import re
@@ -21,9 +21,9 @@ logger = structlog.get_logger()
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-# The age at which cached keys are read again: a revoked key is refused after this time.
+# The age at which cached keys are read again, and so the longest time that a revoked key still works.
 CACHE_SECONDS_MAX: Final = 1.0
-# A refused request has the keys read again if they are older than this, so that a new key works at once.
+# Before a request is refused, cached keys that are older than this are read again: a new key works at once.
 REFRESH_SECONDS: Final = 0.1
 WAITING_MAX: Final = 16_384
 KEY_COOKIE: Final = "order_tracking_key"
@@ -38,9 +38,9 @@ class Access:
     """Admits requests by their API keys, which it reads at most once a second.
 
     Args:
-        dedicated: the connection to read keys with, so that no slow read delays it.
-        seconds_max: the time for reading them.
-        is_open_without_keys: whether every local request is admitted as long as no key was ever created.
+        dedicated: a dedicated connection to read keys with, so that slow reads do not delay it.
+        seconds_max: the time limit for reading them.
+        is_open_without_keys: whether local requests need no key until the first key is created.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Access:
         """Admit a request by its key. An endless response calls this again from time to time.
 
         Raises:
-            ProblemError: 401 or 403, the key is missing, invalid, or of too small a scope.
+            ProblemError: 401, the key is missing or invalid; 403, its scope is too small, or the host is wrong.
             StorageUnavailableError: the keys cannot be read.
         """
         if monotonic() >= self._valid_until:
@@ -86,19 +86,19 @@ class Access:
         try:
             self._admit(request, scope)
         except ProblemError:
-            # Perhaps its key was created just now.
+            # The request's key may be new.
             if self._valid_until - monotonic() > CACHE_SECONDS_MAX - REFRESH_SECONDS:
                 raise
             await self._reads.submit(None)
             self._admit(request, scope)
 
     async def has_no_keys(self) -> bool:
-        """Return whether no key was ever created."""
+        """Return whether no key has ever been created."""
         await self._reads.submit(None)
         return not self._keys
 
     async def is_valid(self, secret: str) -> bool:
-        """Return whether a key may read, now."""
+        """Return whether a key is valid now."""
         await self._reads.submit(None)
         key = self._keys.get(hash_secret(secret))
         return key is not None and key.is_valid(datetime.now(UTC))
@@ -110,7 +110,7 @@ class Access:
             async with asyncio.timeout_at(due), self._dedicated.connection() as connection:
                 self._keys = {key.secret_sha256: key for key in await list_keys(connection)}
         except (StorageUnavailableError, TimeoutError):
-            # Requests that waited for this read have no time left for another.
+            # Requests that waited for this read have no time left for another one.
             self._retry_at = monotonic() + CACHE_SECONDS_MAX
             raise
         self._valid_until = monotonic() + CACHE_SECONDS_MAX
@@ -147,7 +147,7 @@ class Access:
 
 
 def _read_secret(request: web.Request) -> str:
-    """Return the key of a request. Pages in a browser cannot set headers, so they read with a cookie."""
+    """Return a request's key: from its header or, because browsers cannot set that, from a cookie."""
     kind, _, secret = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
     if kind:
         return secret.strip() if kind.lower() == "bearer" else ""
@@ -175,7 +175,7 @@ def refuse_other_sites(request: web.BaseRequest) -> None:
 def refuse_other_hosts(request: web.BaseRequest) -> None:
     """Refuse a host name other than this machine's: without keys, only this machine is admitted.
 
-    Another site may let its own name point to this machine, and would then read everything (DNS rebinding).
+    Another site could point its own host name at this machine, and would then read everything (DNS rebinding).
 
     Raises:
         ProblemError: 403.

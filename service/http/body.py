@@ -1,4 +1,4 @@
-"""Request bodies: read within a time and a size, and decompressed."""
+"""Request bodies: read within a time limit and a size limit, and decompressed."""
 
 import asyncio
 import zlib
@@ -9,7 +9,7 @@ from aiohttp import hdrs, web
 from service.http.problems import ProblemError, ProblemType
 from service.http.server import connection
 
-# The time for a body, from the end of its head: ten seconds at most together with the head and a sweep.
+# The time limit for a body, from the end of its head. Head, sweep and body together take at most ten seconds.
 BODY_SECONDS_MAX: Final = 4.5
 # Compressors write one member. Each further member costs a copy of the rest.
 GZIP_MEMBERS_MAX: Final = 16
@@ -50,7 +50,7 @@ async def read_body(request: web.Request) -> bytes:
 
 
 def _gunzip(body: bytes, request: web.Request) -> bytes:
-    """Decompress up to the end of the last member. aiohttp accepts a truncated stream as a whole one."""
+    """Decompress up to the end of the last member. aiohttp would accept a truncated stream as complete."""
     content = b""
     for _ in range(GZIP_MEMBERS_MAX):
         member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)

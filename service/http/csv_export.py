@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 
 from typing_extensions import is_typeddict  # typing's own misses these before Python 3.12
 
-# A spreadsheet would take a cell with one of these beginnings for a formula, or drop them before one.
+# A spreadsheet would treat a cell that begins with one of these as a formula, or drop white space before one.
 FORMULA_BEGINNINGS: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001 - theirs
 # Spreadsheets recognise UTF-8 by it.
 BYTE_ORDER_MARK: Final = "\ufeff"

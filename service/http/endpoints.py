@@ -1,4 +1,4 @@
-"""Endpoints: a declaration beside each handler makes its route, reads its query and documents it."""
+"""Endpoints: the declaration of each handler defines its route, parses its query and documents it."""
 
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -38,7 +38,7 @@ class Endpoint:
         query: the model of the query parameters; None if all parameters are ignored.
         scope: the scope of the required API key; None if no key is required.
         body: the model of the request body, None if the endpoint has none.
-        problems: possible problems, beside those that the path, query, body, scope and media imply.
+        problems: possible problems, besides those that the path, query, body, scope and media imply.
         media: the media types of the response.
         has_etag: whether the response has an entity tag, and may be 304.
         summary: one line; by default the method's docstring.
@@ -59,7 +59,7 @@ class Endpoint:
     def all_problems(self) -> set[ProblemType | HTTPStatus]:
         """All problems that a request may be answered with."""
         problems = {*self.problems}
-        # A stream requires chunks.
+        # A stream requires chunked encoding, which HTTP/1.0 lacks.
         if NDJSON in self.media or SSE in self.media:
             problems.add(ProblemType.HTTP_VERSION)
         if self.query is not None:

@@ -38,13 +38,13 @@ def decode_cursor(value: Any) -> int:
 
 
 class Page(NamedTuple):
-    """The items of one page, and the parameter with which the next page begins, empty if it is the last."""
+    """The items of one page, and the parameter that selects the next page, empty if this is the last."""
 
     items: Sequence[Any]
     next_place: dict[str, Any]
 
     def next_path(self, path: str, query: BaseModel) -> str | None:
-        """Return path and query string of the next page, None if this is the last: the same query, moved on."""
+        """Return the next page's path and query string, None if this is the last. Other parameters are kept."""
         if not self.next_place:
             return None
         place = {"after_position", "cursor", "after"}
@@ -55,7 +55,7 @@ class Page(NamedTuple):
 
 
 def cut_page(rows: Sequence[AnyRow], limit: int, key: Callable[[AnyRow], int]) -> Page:
-    """Return a page of rows that were read with one more than the page may have.
+    """Return a page of rows that were read with one more than the page's limit.
 
     Args:
         rows: the rows.
@@ -83,7 +83,7 @@ def list_response(  # noqa: PLR0913, PLR0917 - the parts of every list
         name: the list's member in the response.
         page: the page.
         path: the list's path, percent-encoded.
-        record_type: the type of the items of a list that a request may prefer as CSV, None if it may not.
+        record_type: the type of the items if a request may prefer the list as CSV, else None.
         members: further members of the response, which CSV omits.
     """
     next_path = page.next_path(path, query)

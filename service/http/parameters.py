@@ -1,4 +1,4 @@
-"""Paths and query parameters, checked before anything is read. Query models stand beside their endpoints."""
+"""Paths and query parameters, checked before anything is read. Each query model is beside its endpoint."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -24,7 +24,7 @@ from service.http.problems import ProblemError, ProblemType, bad_parameter
 PAGE_ROWS_DEFAULT: Final = 100
 PAGE_ROWS_MAX: Final = 1_000
 TEXT_CHARACTERS_MAX: Final = 128
-# A hundred years: any time so long before now is still a date.
+# A hundred years: that long before now is still a valid time.
 DURATION_MAX: Final = timedelta(days=36_500)
 
 _ORDER_PATH: Final = re.compile(r"(?:https?://[^/?#]*)?/(?:orders|track)/(?P<order_no>[^/?#]+)", re.IGNORECASE)

@@ -1,4 +1,4 @@
-"""Problems (RFC 9457): every type that a response may have, and the one mapping from errors to them."""
+"""Problems (RFC 9457): every type that a response may have, and the mapping from errors to problems."""
 
 from enum import Enum
 from http import HTTPStatus
@@ -21,7 +21,7 @@ logger = structlog.get_logger()
 
 
 class ProblemType(Enum):
-    """Every problem with a type of its own: its status, title and explanation."""
+    """Every problem type that this service defines: its status, title and explanation."""
 
     BAD_PARAMETER = (
         400,
@@ -62,7 +62,7 @@ class ProblemType(Enum):
 
     @property
     def uri(self) -> str:
-        """The type's URI, where it is explained; about:blank if its status says all (RFC 9457, 4.2.1)."""
+        """The type's URI, where it is explained; about:blank if its status is enough (RFC 9457, 4.2.1)."""
         return "about:blank" if self.title == HTTPStatus(self.status).phrase else f"/problems/{self.slug}"
 
 
@@ -70,8 +70,8 @@ class ProblemError(Exception):
     """A request that is answered with a problem.
 
     Args:
-        problem_type: one of our own types, or a status that says all.
-        detail: what was wrong with this request, and what to do.
+        problem_type: one of our own types, or a status that is explanation enough.
+        detail: the fault of this request, and what to do.
         headers: further headers of the response.
         members: further members of the problem.
     """
@@ -95,18 +95,18 @@ class ProblemError(Exception):
 
 
 def bad_parameter(name: str, detail: str) -> ProblemError:
-    """Return the problem of an invalid query parameter."""
+    """Return the problem for an invalid query parameter."""
     return ProblemError(ProblemType.BAD_PARAMETER, f"{name}: {detail}", parameter=name)
 
 
 def unavailable(detail: str, **members: Any) -> ProblemError:
-    """Return the problem of a resource that may be available again in a moment."""
+    """Return the problem for a resource that may be available again in a moment."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return ProblemError(ProblemType.UNAVAILABLE, detail, headers=headers, **members)
 
 
 def order_parked(detail: str, **members: Any) -> ProblemError:
-    """Return the problem of an order that a view cannot show until a replay."""
+    """Return the problem for an order that a view cannot show until a replay."""
     headers = {"Retry-After": str(RETRY_AFTER_REPLAY_SECONDS)}
     return ProblemError(ProblemType.PARKED, detail, headers=headers, **members)
 

@@ -31,7 +31,7 @@ def caller_request_id(request: web.BaseRequest) -> str | None:
 
 
 def request_id(request: web.BaseRequest) -> str:
-    """Return the caller's id of a request, or one that is made at the first call.
+    """Return the caller's id of a request, or one that is generated at the first call.
 
     Few requests need one: a recorded webhook has the id of its report.
     """

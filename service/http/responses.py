@@ -11,12 +11,12 @@ from service.http.problems import ProblemError
 SERVER: Final[dict[str, str]] = {hdrs.SERVER: "order-tracking"}
 JSON_HEADERS: Final[dict[str, str]] = {**SERVER, hdrs.CONTENT_TYPE: "application/json"}
 PROBLEM_HEADERS: Final[dict[str, str]] = {**SERVER, hdrs.CONTENT_TYPE: "application/problem+json"}
-# The newline ends the line in a reader's terminal.
+# The final newline keeps a terminal's prompt on its own line.
 JSON_OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
 
 
 def json_response(value: Any, *, headers: Mapping[str, str] | None = None) -> web.Response:
-    """Return a JSON response. Times are written by RFC 3339, in UTC."""
+    """Return a JSON response. Times are in RFC 3339 format, in UTC."""
     return web.Response(
         body=orjson.dumps(value, option=JSON_OPTIONS),
         headers={**JSON_HEADERS, **headers} if headers else JSON_HEADERS,
@@ -46,7 +46,7 @@ def response(
     status: int = 200,
     headers: Mapping[str, str] | None = None,
 ) -> web.Response:
-    """Return a response of another media type than JSON."""
+    """Return a response of a media type other than JSON."""
     own: dict[str, str] = {hdrs.CONTENT_TYPE: content_type} if content_type is not None else {}
     return web.Response(body=body, status=status, headers={**SERVER, **own, **(headers or {})})
 

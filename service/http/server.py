@@ -1,6 +1,6 @@
-"""The HTTP server on a socket that anyone can open: the one place that corrects aiohttp's defaults.
+"""The HTTP server: the one place that hardens aiohttp's defaults, since any client may connect.
 
-Every response of the service, even to malformed requests, is made here or by a handler below.
+Every response of the service, even to a malformed request, is made here or by a handler that is called here.
 """
 
 import asyncio
@@ -26,17 +26,17 @@ from service.http.request_ids import (
 )
 from service.http.responses import problem_response
 
-# The time for a request's head, from its first byte or from the opening of the connection.
+# The time limit for a request's head, from its first byte or from the opening of the connection.
 HEAD_SECONDS_MAX: Final = 4.0
 # How often slow connections are closed.
 SWEEP_SECONDS: Final = 1.0
-# The pause between two requests on a connection. Longer than a proxy's, which must be the side that closes.
+# How long a connection may be idle between requests. Longer than at a proxy, which must close it first.
 KEEP_ALIVE_SECONDS: Final = 75.0
 # How long the rest of a body is read and dropped after an early response.
 LINGER_SECONDS_MAX: Final = 2.0
-# The time for handlers that still run when the service stops.
+# The time limit for handlers that still run when the service stops.
 SHUTDOWN_SECONDS_MAX: Final = 1.0
-# Connections and all other open files.
+# The maximum number of open files, connections included.
 OPEN_FILES: Final = 20_000
 # Connections that wait to be accepted.
 BACKLOG: Final = 1_024
@@ -61,14 +61,14 @@ def raise_open_files_limit() -> None:
 
 
 class Connection(web.RequestHandler):
-    """One connection, which records how long it has been waiting for a request's whole head."""
+    """One connection, which records since when it has been waiting for a request's complete head."""
 
     __slots__ = ("arriving_since", "has_ended", "has_more", "is_handling")
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.arriving_since: float | None = monotonic()
         self.is_handling = False
-        # Whether the client has closed its side. It may be gone, or wait for its response.
+        # Whether the client has closed its sending side. It may be gone, or still wait for its response.
         self.has_ended = False
         # Whether bytes beyond the body arrived during a request: the beginning of the next one.
         self.has_more = False
@@ -84,7 +84,7 @@ class Connection(web.RequestHandler):
         super().data_received(data)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio defines the meaning of the result
-        """Respond to a client that has closed its side, and only then close."""
+        """Respond to a client that has closed its sending side, and only then close the connection."""
         self.has_ended = True
         if self.is_handling or self.arriving_since is not None:
             self.close()
@@ -92,7 +92,7 @@ class Connection(web.RequestHandler):
         return None
 
     def begin(self) -> None:
-        """Mark that a whole head has arrived and its request is being handled."""
+        """Mark that a complete head has arrived and its request is being handled."""
         self.arriving_since = None
         self.is_handling = True
         self.has_more = False
@@ -111,14 +111,14 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         """Respond to a malformed request, without a log line for each."""
         if request.writer.output_size > 0:
-            raise ConnectionError("a response is on its way already")
+            raise ConnectionError("the response has already begun")
         # The parser's message quotes the request over several lines, token included.
         del exc, message
         return _closing_response(ProblemError(HTTPStatus(status)), request)
 
 
 def connection(request: web.BaseRequest) -> Connection:
-    """Return the connection of a request. The server makes no other kind."""
+    """Return a request's connection, which the server always makes from this class."""
     return cast("Connection", request.protocol)
 
 
@@ -128,7 +128,7 @@ def is_gone(request: web.Request) -> bool:
 
 
 def _guarded(handler: _Handler, on_response: OnResponse) -> _Handler:
-    """Refuse framing that aiohttp's parser accepts, and turn every error into a problem."""
+    """Refuse ambiguous framing that aiohttp's parser accepts, and turn every error into a problem."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         began = monotonic()
@@ -155,14 +155,14 @@ def _guarded(handler: _Handler, on_response: OnResponse) -> _Handler:
 
 
 def _cut_off(request: web.BaseRequest, error: Exception) -> None:
-    """Abort a partial response: anything after it would look like more of it."""
-    # Closing it would wait for a client that reads nothing.
+    """Abort a partial response: anything sent after it would look like a part of it."""
+    # A normal close would wait for a client that reads nothing.
     if request.transport is not None:
         request.transport.abort()
     # A client that has left or reads nothing is not a failure of the service.
     if not isinstance(error, ConnectionResetError):
-        status = to_problem(error, request).status
-        logger.warning("response cut off", method=request.method, route=route_pattern(request), as_if=status)
+        status, route = to_problem(error, request).status, route_pattern(request)
+        logger.warning("response cut off", method=request.method, route=route, error_status=status)
 
 
 def _check_framing(request: web.BaseRequest) -> ProblemError | None:
@@ -170,7 +170,7 @@ def _check_framing(request: web.BaseRequest) -> ProblemError | None:
         # aiohttp would respond in the requested version, and has no public way to choose another.
         request._cache["version"] = HttpVersion11  # noqa: SLF001
         return ProblemError(ProblemType.HTTP_VERSION, "supported versions: HTTP/1.0, HTTP/1.1")
-    # The parser passes on a coding below "chunked" undecoded: two readers would disagree about the message.
+    # The parser decodes only "chunked": with another coding, two readers could disagree about the message.
     coding = request.headers.get(hdrs.TRANSFER_ENCODING)
     if coding is not None and coding.strip().lower() != "chunked":
         return ProblemError(ProblemType.BAD_FRAMING, "the only supported transfer coding is chunked")
@@ -209,7 +209,7 @@ class HttpServer:
         """Listen, and return the port.
 
         Raises:
-            OSError: the address cannot be listened on.
+            OSError: the server cannot listen on the address.
         """
         await self._runner.setup()
         server = self._runner.server
@@ -227,7 +227,7 @@ class HttpServer:
             auto_decompress=False,
         )
         host, port = self._address
-        # None by default, since not every platform has it.
+        # None if not requested, since not every platform supports reuse_port.
         self._listener = await loop.create_server(
             make_connection, host, port, backlog=BACKLOG, reuse_port=self._reuse_port or None
         )
@@ -235,7 +235,7 @@ class HttpServer:
         return name[1]
 
     async def close_slow_connections(self) -> None:
-        """Close, until cancelled, every connection whose head takes longer than HEAD_SECONDS_MAX."""
+        """Until cancelled, close every connection on which a head takes longer than HEAD_SECONDS_MAX."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             server = self._runner.server
