@@ -1,4 +1,4 @@
-"""The log over HTTP: by pages, as one long NDJSON response, and live as server-sent events."""
+"""The log over HTTP: in pages, as one long NDJSON response, and live as server-sent events."""
 
 import asyncio
 import re
@@ -27,27 +27,27 @@ from service.http.responses import JSON_OPTIONS, SERVER
 from service.http.server import is_gone
 
 BATCH_EVENTS_MAX: Final = 1_000
-# A comment in this interval keeps an idle stream open.
+# A comment at this interval keeps an idle stream open.
 HEARTBEAT_SECONDS: Final = 15.0
 # How often a stream's API key is checked again.
 KEY_SECONDS: Final = 10.0
 # How soon a reader's departure is noticed.
 CHECK_SECONDS: Final = 1.0
-# A reader that accepts nothing for so long is cut off. It resumes after the last position that it has seen.
+# A reader that accepts nothing for this long is cut off. It can resume after the last position it received.
 SEND_SECONDS_MAX: Final = 10.0
 # The pause before a reader reconnects, in milliseconds.
 RETRY: Final = b"retry: 2000\n\n"
 HEARTBEAT: Final = b": heartbeat\n\n"
 
 LAST_EVENT_ID: Final = "Last-Event-ID"
-# Python refuses to read thousands of digits. A position has at most nineteen.
+# Python's int() refuses thousands of digits. A position has at most nineteen.
 _DIGITS: Final = re.compile(r"\d{1,19}", re.ASCII)
 # nginx must not buffer a stream.
 STREAM_HEADERS: Final = {**SERVER, "X-Accel-Buffering": "no"}
 NDJSON_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: NDJSON}
 SSE_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: SSE, hdrs.CACHE_CONTROL: "no-cache"}
 
-# Sends the events above a position, and returns the position up to which all are sent.
+# Sends the events above a position, and returns the position up to which all events are sent.
 Send = Callable[[web.StreamResponse, int], Awaitable[int]]
 
 
@@ -63,14 +63,14 @@ class StreamQuery(Query):
 
     after: Position | None = Field(
         default=None,
-        description="the stream begins after this position; by default after Last-Event-ID, or from now on",
+        description="begin after this position, unless Last-Event-ID is sent; by default, with the next event",
     )
 
 
 class LogStreamQuery(StreamQuery):
-    """Where the stream of the log begins, and whether it has events."""
+    """Where the log's stream begins, and whether it sends events or only positions."""
 
-    brief: bool = Field(default=False, description="send only the log's position, each time it has grown")
+    brief: bool = Field(default=False, description="send only the log's position, each time the log grows")
 
 
 def encode_event(event: RecordedEvent) -> bytes:
@@ -84,7 +84,7 @@ class EventsApi:
 
     Args:
         pool: the connections to read with.
-        access: checks again, while a stream goes on, whether its API key is still valid.
+        access: checks repeatedly during a stream whether its API key is still valid.
     """
 
     def __init__(self, pool: ConnectionPool, access: Access) -> None:
@@ -94,12 +94,12 @@ class EventsApi:
 
     @Endpoint("GET", "/events", LogEvents, query=EventsQuery, media=(JSON, NDJSON))
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
-        """A page of the log, by position; as NDJSON, without a limit, the whole log up to its head."""
+        """A page of the log, by position; as NDJSON, all events up to its head unless `limit` is set."""
         if NDJSON in request.headers.get(hdrs.ACCEPT, "") and request.method == hdrs.METH_GET:
             return await self._all_events(request, query)
         async with self._pool.connection() as connection:
             rows = await store.read_log(connection, query.after, query.limit)
-            # A page may also end at its bytes.
+            # A page may also end early, at its limit in bytes.
             has_more = rows and await store.read_log(connection, rows[-1].position, 1)
         page = Page([*map(to_log_event, rows)], {"after": rows[-1].position} if has_more else {})
         return list_response(request, query, "events", page, request.path)
@@ -111,7 +111,7 @@ class EventsApi:
 
     @Endpoint("GET", "/orders/{order_no}/stream", str, query=StreamQuery, media=(SSE,))
     async def stream_order(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
-        """An order's events as they are recorded, as server-sent events; the order may still be unknown."""
+        """An order's events as they are recorded, as server-sent events; the order need not have any yet."""
         return await self._stream(request, query, partial(self._send, order_no=parse_order_no(request)))
 
     async def _all_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
@@ -147,10 +147,10 @@ class EventsApi:
                     await _write(response, [b": the log after position %d\n" % position, RETRY])
                     await self._follow(request, response, position, send)
                 except ProblemError:
-                    # The API key is no longer valid. The reader learns that when it reconnects.
+                    # The API key is no longer valid. The reader gets this problem when it reconnects.
                     return response
                 except ConnectionError:
-                    # The reader has left or accepts nothing: to close normally would wait for it.
+                    # The reader has left or accepts nothing: a normal close would wait for it.
                     if request.transport is not None:
                         request.transport.abort()
         except TailClosedError as error:
@@ -174,7 +174,7 @@ class EventsApi:
                 check_key_at = monotonic() + KEY_SECONDS
 
     async def _send_position(self, response: web.StreamResponse, position: int) -> int:
-        """Send the log's position if it has grown beyond one."""
+        """Send the log's position if it is above ``position``."""
         end = self.tail.position
         if end <= position:
             return position
@@ -233,7 +233,7 @@ async def _write(response: web.StreamResponse, messages: Sequence[bytes]) -> Non
 
 
 def _refuse_old_version(request: web.Request) -> None:
-    # Without chunks, a response that was cut off looks complete.
+    # Without chunked encoding, a response that was cut off looks complete.
     if request.version < HttpVersion11:
         raise ProblemError(ProblemType.HTTP_VERSION, "a stream requires HTTP/1.1")
 
@@ -243,5 +243,5 @@ def _last_event_id(request: web.Request) -> int | None:
     if text is None:
         return None
     if not _DIGITS.fullmatch(text) or int(text) > POSITION_MAX:
-        raise bad_parameter(LAST_EVENT_ID, "it must be a position")
+        raise bad_parameter(LAST_EVENT_ID, f"it must be a position in the log, from 0 to {POSITION_MAX}")
     return int(text)

@@ -50,7 +50,7 @@ async def wait_for(projectors: Mapping[str, Projector], position: int | None, *v
 
     Args:
         projectors: the projectors by the names of their views.
-        position: the position, None to only refuse views that are being rebuilt.
+        position: the position, None to check only that no view is being rebuilt.
         views: the views' names.
 
     Raises:

@@ -23,7 +23,7 @@ from service.http.request_ids import route_pattern
 from service.http.responses import response
 from service.ingest.quarantine import Quarantine, count_entries
 
-# A scrape does not wait long for the database. Without it, the gauges that need it are missing.
+# If the database does not answer a scrape within this time, the gauges that need it are missing.
 SCRAPE_SECONDS_MAX: Final = 2.0
 HTTP_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 COMMIT_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)

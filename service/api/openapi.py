@@ -1,4 +1,4 @@
-"""The contract for machines: the OpenAPI document and the problem types, made from the declarations."""
+"""The machine-readable contract: the OpenAPI document and the problem types, made from the declarations."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -171,7 +171,7 @@ def _header_parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
     text: dict[str, Any] = {"type": "string"}
     headers: list[tuple[str, dict[str, Any], str]] = []
     if endpoint.body is ReportBody:
-        description = f"The same key and body for an order get the first receipt again; {KEY_BYTES_MAX} bytes."
+        description = f"The same key and body for an order get the first receipt; up to {KEY_BYTES_MAX} bytes."
         headers += [(name, text, description) for name in KEY_HEADERS]
     if endpoint.has_etag:
         headers.append((str(hdrs.IF_NONE_MATCH), text, "The `ETag` of the client's copy."))
