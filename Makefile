@@ -29,7 +29,7 @@ demo: $(VENV)/run.stamp ## simulate Komerce against a temporary service; Ctrl-C 
 		$(BIN)/order-tracking serve >"$$dir/log" 2>&1 & pid=$$!; \
 	trap 'trap "" INT TERM HUP; kill $$pid 2>/dev/null; wait $$pid; rm -rf "$$dir"' EXIT; \
 	trap 'exit 0' INT TERM HUP; \
-	until url=$$(sed -n 's/^order-tracking listens on //p' "$$dir/log") && [ -n "$$url" ]; do \
+	until url=$$(sed -n 's/^order-tracking is listening on //p' "$$dir/log") && [ -n "$$url" ]; do \
 		kill -0 $$pid 2>/dev/null || { cat "$$dir/log" >&2; exit 1; }; sleep 0.1; done; \
 	echo "open $$url/ to watch the simulated orders; press Ctrl-C to stop"; \
 	$(BIN)/order-tracking simulate --url "$$url/webhook" --orders 300 --rate 5 --duplicates 0.05 --reorder 0.05 \

@@ -30,14 +30,14 @@ async def audit(
                 async for event in audits.order_events(connection, order_no)
             ]
     if not rows:
-        fail(f"the log has no events of order {order_no}: check the order number")
+        fail(f"the log has no events for order {order_no}: check the order number")
     show_table(("version", "received at", "verdict", "from", "reported", "to", "reason"), rows, order_no)
     return None
 
 
 async def _rejudge(dsn: str) -> int | None:
-    async with dedicated(dsn) as held:
-        changes = [change async for change in audits.rejudge(Feed(held, partial(connect, dsn)))]
+    async with dedicated(dsn) as connection:
+        changes = [change async for change in audits.rejudge(Feed(connection, partial(connect, dsn)))]
     if not changes:
         show("today's table gives every report the verdict that was recorded")
         return None

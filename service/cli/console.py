@@ -37,10 +37,10 @@ EXIT_FAILURE: Final = 1
 EXIT_USAGE: Final = 2
 # The width of a table in a pipe or a file.
 PIPED_COLUMNS: Final = 200
-# New objects between two collections. The default, some hundreds, costs a twentieth of the time under load.
+# New objects between two collections. The default, a few hundred, costs 5 % of the time under load.
 GC_OBJECTS: Final = 50_000
 
-# Senders write much of what is printed, so brackets and colons in it are never markup or emoji.
+# Much of the output comes from senders, so brackets and colons in it are never markup or emoji.
 _PlainConsole = partial(Console, markup=False, emoji=False, highlight=False, soft_wrap=True)
 out = _PlainConsole(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
 err = _PlainConsole(stderr=True)
@@ -67,7 +67,7 @@ def fail(message: object, code: int = EXIT_FAILURE) -> NoReturn:
 
 @contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Exit with one line in place of a traceback for every error that an operator can fix."""
+    """Exit with one line instead of a traceback for every error that an operator can fix."""
     try:
         yield
     except SettingsError as error:
@@ -89,9 +89,9 @@ def friendly_errors() -> Iterator[None]:
 
 
 def runnable(command: Callable[..., Any]) -> Callable[..., None]:
-    """Return a command as a function that runs it, with its coroutine if it has one, and exits.
+    """Return a function that runs a command, or the coroutine that it returns, and then exits.
 
-    The exit code is what the command returns, 0 for None. Errors that an operator can fix are one line.
+    The exit code is the command's result, 0 for None. An error that an operator can fix is printed as one line.
     """
 
     @wraps(command)
@@ -109,7 +109,7 @@ async def database(*, as_service: bool = True, may_create: bool = False) -> Asyn
     """Yield the DSN of the configured database; start the embedded one for the block if no service runs it.
 
     Args:
-        as_service: whether to connect as the service's own role in place of the configured one.
+        as_service: whether to connect as the service's own role instead of the configured one.
         may_create: whether to create an embedded database that does not exist yet.
     """
     settings = read_settings()
@@ -119,7 +119,7 @@ async def database(*, as_service: bool = True, may_create: bool = False) -> Asyn
             if not may_create and not has_data(settings.state_dir):
                 fail(
                     f"there is no database in {settings.state_dir} yet: run 'serve' to create one, "
-                    "or set ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL to another"
+                    "or set ORDER_TRACKING_STATE_DIR or ORDER_TRACKING_DATABASE_URL to an existing one"
                 )
             server = EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir)
             stack.callback(server.stop)
@@ -148,7 +148,7 @@ def tune_gc() -> None:
 
 @contextmanager
 def stop_event(*signals: signal.Signals) -> Iterator[asyncio.Event]:
-    """Yield an event that each of the signals sets, in place of what it does otherwise."""
+    """Yield an event that each of the signals sets instead of its usual effect."""
     loop = asyncio.get_running_loop()
     stopped = asyncio.Event()
     with ExitStack() as stack:
@@ -159,9 +159,9 @@ def stop_event(*signals: signal.Signals) -> Iterator[asyncio.Event]:
 
 
 async def completes(work: Awaitable[object], *interruptions: Awaitable[object]) -> bool:
-    """Await some work until it is done or one of the interruptions is; return whether the work is done.
+    """Wait until the work or one of the interruptions is done; return whether the work is done.
 
-    Everything that is not done by then is cancelled. An error of the work is raised.
+    The others are cancelled. If the work failed, its error is raised.
     """
     tasks = [asyncio.ensure_future(one) for one in (work, *interruptions)]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -175,7 +175,7 @@ async def completes(work: Awaitable[object], *interruptions: Awaitable[object]) 
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
-    """Print a table that folds long cells and never cuts them; None is a dash, times have seconds."""
+    """Print a table. Long cells are wrapped, not cut off; None becomes a dash, and times are to the second."""
     table = Table(title=title and printable(title))
     for column in columns:
         table.add_column(column, overflow="fold")

@@ -45,5 +45,5 @@ async def revoke_key(name: Annotated[str, typer.Argument(help="The name of the k
     """Revoke a key permanently; the service rejects it within a second."""
     async with database() as dsn, connected(dsn) as connection:
         if not await api_keys.revoke_key(connection, name):
-            fail(f"no key that can be revoked has the name {name}: see 'keys list'")
+            fail(f"no key that can be revoked is named {name}: see 'keys list'")
     show("revoked")

@@ -15,7 +15,7 @@ from typer.main import get_command
 from service import VERSION
 
 # A command is a function, a coroutine function or a Typer; its module has the same name. See ``runnable``.
-# Pairs, because bandit takes the summary of a key "token" for a password.
+# Pairs, not a dictionary, because bandit would take the summary of "token" for a password.
 COMMANDS: Final = (
     ("serve", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),
     ("replay", "Rebuild the views from the log beside the live ones, then swap them in."),
@@ -39,7 +39,7 @@ class Commands(TyperGroup):
     """Imports a command's module when that command is called: all modules together take half a second."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the called command as click does, with the real command in place of its summary."""
+        """Find the called command as click does, with the real command instead of its stand-in."""
         if args[0] in SUMMARIES:
             self.commands[args[0]] = _load(args[0])
         return super().resolve_command(ctx, args)

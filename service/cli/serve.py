@@ -33,12 +33,12 @@ def serve() -> None:
 async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) -> None:
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         fail("aiohttp has no C parser here: install an aiohttp wheel that was built for this platform")
-    # Closing the terminal stops the service too, unless nohup has made it ignore that.
+    # Closing the terminal also stops the service, unless it was started with nohup.
     is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     keeper = asyncio.create_task(server.keep_running(logger.warning)) if server is not None else None
     with stop_event(signal.SIGINT, signal.SIGTERM, *(() if is_nohup else (signal.SIGHUP,))) as stopped:
         try:
-            # The database may take a while to come up.
+            # The database may take a while to start.
             preparation = asyncio.ensure_future(prepare_database(dsn))
             if not await completes(preparation, stopped.wait()):
                 return
@@ -64,8 +64,8 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
 def _greet(settings: Settings, port: int) -> None:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     base = f"http://{host}:{port}"
-    greeting = f"order-tracking listens on {base}"
-    data = "the database of ORDER_TRACKING_DATABASE_URL" if settings.database_url else str(settings.state_dir)
+    greeting = f"order-tracking is listening on {base}"
+    data = "the database at ORDER_TRACKING_DATABASE_URL" if settings.database_url else str(settings.state_dir)
     if settings.log_format == "json":
         logger.info(greeting, data=data)
         return
@@ -79,7 +79,7 @@ def _greet(settings: Settings, port: int) -> None:
 
 
 def _warn(settings: Settings, *, is_without_keys: bool) -> None:
-    """Log what is open to strangers, and which command closes it."""
+    """Log what clients can reach without a token or an API key, and the command that changes this."""
     if not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local):
         logger.warning(
             "THE WEBHOOK IS OPEN TO EVERY HOST THAT REACHES THIS ADDRESS: set ORDER_TRACKING_WEBHOOK_TOKENS",
@@ -87,9 +87,9 @@ def _warn(settings: Settings, *, is_without_keys: bool) -> None:
         )
     command = "order-tracking keys create"
     if is_without_keys and settings.is_local:
-        logger.info("reads and operations are open until you create an API key", command=command)
+        logger.info("API and pages are open to this machine until you create an API key", command=command)
     elif is_without_keys:
-        logger.warning("reads and operations are closed until you create an API key", command=command)
+        logger.warning("API and pages are closed until you create an API key", command=command)
 
 
 def _configure_logs(settings: Settings) -> None:
@@ -106,5 +106,5 @@ def _configure_logs(settings: Settings) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    # aiohttp logs a traceback for every malformed request; the response holds all that the sender needs.
+    # aiohttp logs a traceback for every malformed request; the response contains all that the sender needs.
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)

@@ -20,7 +20,7 @@ from service.simulator.simulator import Registration, Simulator
 
 ORDERS_MAX: Final = 1_000_000
 PORT_MAX: Final = 65_535
-# Between two reports of the progress: on a terminal, and in a pipe or a file.
+# The interval between two lines or redraws of the progress: on a terminal, and in a pipe or a file.
 TERMINAL_SECONDS: Final = 0.1
 PIPED_SECONDS: Final = 5.0
 LISTEN_HOST: Final = "127.0.0.1"

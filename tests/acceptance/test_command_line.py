@@ -130,7 +130,7 @@ def test_audit_prints_every_transition_and_its_reason(
     unknown = call_command(shared_service.state_dir, "audit", "ABSENT")
     assert (unknown.returncode, unknown.stderr) == (
         1,
-        "the log has no events of order ABSENT: check the order number\n",
+        "the log has no events for order ABSENT: check the order number\n",
     )
 
 
@@ -365,7 +365,7 @@ def test_a_database_of_a_later_release_is_refused(tmp_path: Path, owner_dsn: str
 def test_the_greeting_has_commands_that_work(shared_service: RunningService) -> None:
     """The greeting names the address and the data folder, and its commands work when pasted into a shell."""
     lines = shared_service.output.splitlines()
-    assert lines[0] == f"order-tracking listens on {shared_service.url}"
+    assert lines[0] == f"order-tracking is listening on {shared_service.url}"
     assert lines[1] == f"  its data is in {shared_service.state_dir}"
     receipt = subprocess.check_output(shlex.split(lines[2].removeprefix("  try: ")), timeout=PATIENCE_SECONDS)
     assert json.loads(receipt)["order_no"] == "TRY1"

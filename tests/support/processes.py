@@ -18,7 +18,7 @@ from service.database.embedded_postgres import running_dsn
 from tests.support.folders import ROOT
 from tests.support.waiting import PATIENCE_SECONDS, until
 
-LISTENS: Final = re.compile(r'order-tracking listens on (?P<url>[^\s"]+)')
+LISTENS: Final = re.compile(r'order-tracking is listening on (?P<url>[^\s"]+)')
 COMMAND: Final = (sys.executable, "-m", "service")
 # This variable makes a child process measure its coverage, which makes it a third slower. Only a few tests need
 # that: ``call_command`` runs the same code in the test process.
