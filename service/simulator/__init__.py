@@ -1,4 +1,4 @@
-"""Komerce, simulated, and the registration of a webhook with the real one.
+"""A simulated Komerce, and the registration of a webhook with the real one.
 
 It may import ``service.ingest``, ``service.http``, ``service.database``, ``service.event_log``,
 ``service.settings`` and ``domain``.

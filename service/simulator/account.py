@@ -6,10 +6,10 @@ the first of these events as repeats. Therefore:
 
 - *lost*: a 200 whose receipt does not match a recorded event (body, position, version, order and verdict), or
   matches one that another 200 has matched already, or is not a receipt at all.
-- *doubled*: events of a report in excess of its attempts, not counting attempts whose connection was refused;
-  and events in excess of one with the same ``report_id``.
+- *doubled*: each event of a report beyond the number of its attempts, not counting those whose connection was
+  refused; and each further event with the same ``report_id``.
 - *altered*: an event of one of the run's orders with a body that was never sent.
-- *given up*: a report that none of its attempts had acknowledged; the log may have it.
+- *given up*: a report of which no attempt was acknowledged; it may still be in the log.
 """
 
 from collections import Counter
@@ -90,9 +90,9 @@ def compare(deliveries: dict[str, Delivery], events: Iterable[RecordedEvent], pr
     """Compare the reports that were sent with the log.
 
     Args:
-        deliveries: what was sent, by body.
+        deliveries: the deliveries, by body.
         events: the log since the run began. Events of other orders are ignored.
-        prefix: what the run's order numbers begin with.
+        prefix: the beginning of the run's order numbers.
     """
     bodies, verdicts = Counter[str](), Counter[str]()
     by_id: dict[str, RecordedEvent] = {}
@@ -145,7 +145,7 @@ class ServiceLog:
     Attributes:
         session: the HTTP client.
         base: the service's URL, without a slash at its end.
-        key: an API key, or an empty text.
+        key: an API key; empty for none.
     """
 
     session: aiohttp.ClientSession
@@ -157,7 +157,7 @@ class ServiceLog:
         return int((await self._get("/projections"))["head"])
 
     async def events(self, after: int) -> AsyncIterator[RecordedEvent]:
-        """Yield the events behind a position, oldest first."""
+        """Yield the events above a position, oldest first."""
         path: str | None = f"/events?after={after}&limit={PAGE_EVENTS}"
         while path is not None:
             page = await self._get(path)

@@ -1,6 +1,6 @@
-"""The reports of simulated orders: seeded random lives, and the troubles on their way, as plain data.
+"""The reports of simulated orders: seeded random lives, and the troubles on the reports' way, as plain data.
 
-NEXT and WORDS define the chance of each next status and the words for it. Tests judge every move by the
+NEXT and WORDS define the probability of each next status and the words for it. Tests judge every move by the
 transition table, so that all of them stay legal.
 """
 
@@ -19,7 +19,7 @@ Method = Literal["PUT", "POST"]
 # Komerce documents PUT in its samples and POST in its tips.
 METHODS: Final[tuple[Method, ...]] = ("PUT", "POST")
 
-# Of 100 orders in a status, how many go to each next one; the rest of them end there. Couriers skip stages.
+# Of 100 orders in a status, how many move to each next one. The others end there. Couriers skip stages.
 NEXT: Final[dict[Origin, dict[Status, int]]] = {
     (None, None): {"submitted": 96, "packed": 3, "in_transit": 1},
     ("submitted", None): {"packed": 60, "picked_up": 25, "in_transit": 5, "cancelled": 10},
@@ -61,10 +61,10 @@ OTHER_LANGUAGE_SHARE: Final = 0.05
 
 STEP_HOURS: Final = (1.0, 30.0)
 LAST_STEP_HOURS_AGO: Final = 48.0
-# How many of its order's reports overtake a report.
+# How many places a reordered or a delayed report moves back among its order's reports.
 REORDERED_BY: Final = 1.5
 DELAYED_BY: Final = (2.0, 6.0)
-# How soon an attempt is cut off: before, during or after the commit of the service.
+# How soon an attempt is cut off: before, during or after the service's commit.
 PATIENCE_SECONDS: Final = (0.0, 0.02)
 # Western Indonesia Time.
 WIB: Final = timezone(timedelta(hours=7))
@@ -92,7 +92,7 @@ class Troubles:
 
 
 class Push(NamedTuple):
-    """A report, identified by its body. ``patience_seconds`` cuts off its first attempt; None never does."""
+    """A report, identified by its body. ``patience_seconds`` limits its first attempt; None for no limit."""
 
     body: str
     method: Method
@@ -161,7 +161,7 @@ class Plan:
         cnote = ""
         for step, status in enumerate(statuses, 1):
             now += timedelta(hours=chance.uniform(*STEP_HOURS))
-            # The courier brings the airway bill, and a return may get a new one.
+            # The courier assigns the airway bill, and a return may get a new one.
             is_new = status == "returning" and chance.random() < 0.5  # noqa: PLR2004 - half of them
             if is_new or (not cnote and status not in ("submitted", "packed", "cancelled")):
                 cnote = f"JX{chance.randrange(10**10):010}"

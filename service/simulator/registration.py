@@ -15,7 +15,7 @@ PATH: Final = "/webhook"
 KEY_HEADER: Final = "x-api-key"
 URL_MEMBER: Final = "webhook_url"
 REGISTER_SECONDS_MAX: Final = 10.0
-# The part of Komerce's own message that is repeated in an error.
+# The length to which Komerce's own message is cut in an error.
 MESSAGE_CHARACTERS_MAX: Final = 200
 OK: Final = frozenset({200, 201, 204})
 HINTS: Final = {
@@ -34,7 +34,7 @@ class UnusableUrlError(RegistrationError):
 
 
 def parse_url(text: str, name: str) -> URL:
-    """Return an http or https URL with a host. For anything else raise UnusableUrlError, which has the name."""
+    """Return an http or https URL with a host. For anything else raise UnusableUrlError, with ``name``."""
     try:
         url = URL(text)
         if url.scheme in ("http", "https") and url.host and url.port is not None:
@@ -45,11 +45,11 @@ def parse_url(text: str, name: str) -> URL:
 
 
 def check_url(text: str, name: str, *, is_insecure: bool) -> URL:
-    """Return a URL that can be registered, or registered at.
+    """Return the URL of a webhook or of Komerce's API, after checking it.
 
     Args:
         text: the URL as a user wrote it.
-        name: names the URL in an error.
+        name: the URL's name in an error.
         is_insecure: whether http is allowed.
 
     Raises:

@@ -1,8 +1,8 @@
 """A simulated Komerce: a webhook is registered with it, and it pushes each report until the response is 200.
 
-Komerce publishes only that it may retry after any other response, and may deactivate the webhook. The simulator
-retries a report after each of RETRY_PAUSES_SECONDS, then gives it up. After GIVEN_UP_MAX reports in a row it
-deactivates the webhook, and pushes nothing until a URL is registered again.
+After any other response, Komerce may retry and may deactivate the webhook; it documents no more than that. The
+simulator retries a report after each of RETRY_PAUSES_SECONDS, then abandons it ("given up"). After GIVEN_UP_MAX
+abandoned reports in a row, it deactivates the webhook and pushes nothing until a URL is registered again.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from service.simulator.account import OK, Delivery
 from service.simulator.lifecycles import Journey, Push
 from service.simulator.registration import KEY_HEADER, PATH, URL_MEMBER, UnusableUrlError, check_url
 
-# Orders with a report in flight; a copy that is sent at the same time is not counted.
+# The maximum number of orders with a report in flight. A copy that is sent at the same time does not count.
 IN_FLIGHT_MAX: Final = 32
-# Orders that have begun and wait for their next report, so that the reports of several orders mix.
+# The maximum number of begun orders that wait for their next report, so that the orders' reports mix.
 ORDERS_OPEN_MAX: Final = 16
 # Komerce's sister product retries after 1, 5 and 15 minutes; the simulated pauses are shorter.
 RETRY_PAUSES_SECONDS: Final = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0)
@@ -39,7 +39,7 @@ class Registration:
 
     Args:
         key: the key that the header x-api-key must have; empty to accept any key.
-        url: the URL that is registered from the start, or an empty text.
+        url: the URL that is registered from the start; empty for none.
     """
 
     def __init__(self, key: str, url: str = "") -> None:
@@ -66,7 +66,7 @@ class Registration:
         self._given_up = 0
 
     def given_up(self) -> None:
-        """Count a report that was given up; GIVEN_UP_MAX in a row deactivate the webhook."""
+        """Count an abandoned report; GIVEN_UP_MAX in a row deactivate the webhook."""
         self._given_up += 1
         if self._given_up >= GIVEN_UP_MAX:
             self._active.clear()
@@ -74,9 +74,9 @@ class Registration:
 
     @asynccontextmanager
     async def listening(self, host: str, port: int) -> AsyncIterator[str]:
-        """Accept registrations for the length of the block; yield the base URL to register at.
+        """Accept registrations until the block ends; yield the base URL to register at.
 
-        Port 0 is any free one.
+        Port 0 selects any free port.
 
         Raises:
             OSError: the address is not available.
@@ -95,7 +95,7 @@ class Registration:
         if (refusal := self._refuse(request)) is not None:
             return refusal
         try:
-            # Komerce is reported to refuse a query string. It recommends https, but does not require it.
+            # Komerce reportedly refuses a query string. It recommends https, but does not require it.
             url = check_url(str(orjson.loads(await request.read())[URL_MEMBER]), URL_MEMBER, is_insecure=True)
         except (orjson.JSONDecodeError, KeyError, TypeError):
             return _enveloped(400, f"the body must be an object with {URL_MEMBER}")
@@ -128,7 +128,7 @@ def _enveloped(code: int, message: str, data: object = None) -> web.Response:
 class Simulator:
     """Pushes the journeys of many orders at once, and the reports of each order in sequence.
 
-    An order has at most one report in flight, unless its journey doubles some.
+    An order has at most one report in flight, except for a copy that is sent at the same time.
 
     Attributes:
         registration: the webhook to push to.
@@ -138,9 +138,9 @@ class Simulator:
         secret: the secret of the signature; empty to send no signature.
         signature_header: the header of the signature.
         deliveries: every report by its body; an attempt is counted before it is sent.
-        orders_done, reports_done: how many were acknowledged or given up.
-        reports_withheld: how many reports are never sent.
-        failures: how many attempts were not answered with 200.
+        orders_done, reports_done: how many have been acknowledged or abandoned.
+        reports_withheld: the number of reports that are never sent.
+        failures: the number of attempts that did not get a 200.
     """
 
     registration: Registration
