@@ -58,7 +58,7 @@ def draw_charts(overview: Overview, locale: Locale) -> dict[str, Any]:
     """Return the charts and the rows of their tables, by the names that the overview's template uses."""
     orders = {count["status"]: count["orders"] for count in overview.statistics["statuses"]}
     bars = []
-    # Statuses that a newer release recorded come last.
+    # Statuses that only a newer release has come last.
     for status in dict.fromkeys((*STATUSES, None, *orders)):
         if orders.get(status):
             link = f"/track?status={status}" if status in STATUSES else ""
@@ -97,7 +97,7 @@ def _rows(columns: Iterable[Column], locale: Locale) -> list[list[str]]:
 
 
 def draw_bars(name: str, bars: Sequence[Bar], locale: Locale) -> Markup:
-    """Draw counts as horizontal bars, each between its label and its number. ``name`` is the title's text."""
+    """Draw counts as horizontal bars, each between its label and its number. ``name`` selects the title."""
     maximum = max((bar.value for bar in bars), default=1)
     room = WIDTH - LABEL_WIDTH - VALUE_WIDTH
     elements = []
@@ -144,7 +144,7 @@ def draw_columns(name: str, columns: Sequence[Column], locale: Locale) -> Markup
 
 
 def draw_spans(name: str, spans: Sequence[Span], locale: Locale) -> Markup:
-    """Draw ranges of time below each other, on a logarithmic scale."""
+    """Draw ranges of time one below the other, on a logarithmic scale."""
 
     def log(seconds: float) -> float:
         return math.log10(max(1.0, seconds))

@@ -41,7 +41,7 @@ class Locale(NamedTuple):
     texts: Mapping[str, str]
 
     def status(self, status: str | None) -> str:
-        """Return the label of a status; one that only a newer release has is its own label."""
+        """Return the label of a status; a status that only a newer release has is its own label."""
         if not status:
             return self.texts["no_status"]
         label = status_label(status)
@@ -97,5 +97,5 @@ def negotiate_language(accept_language: str) -> Language:
 
 
 def to_rfc3339(time: datetime) -> str:
-    """Return a time in UTC by RFC 3339."""
+    """Return a time in RFC 3339 format, in UTC."""
     return time.astimezone(UTC).isoformat().replace("+00:00", "Z")

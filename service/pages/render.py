@@ -21,7 +21,7 @@ FOLDER: Final = Path(__file__).resolve().parent
 LANGUAGE_COOKIE: Final = "order_tracking_language"
 LANGUAGE_COOKIE_SECONDS: Final = 365 * 86_400
 
-# Only files of this service, and no inline code: even unescaped HTML in an order number could run nothing.
+# Only files of this service, and no inline code: even unescaped HTML in an order number could not run a script.
 SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -50,7 +50,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 _TONES: Final = {
     "delivered": "good", "completed": "good", "problem": "warn", "returning": "warn",
-    "lost": "bad", "damaged": "bad", "cancelled": "rest", "returned": "rest", "": "rest", None: "rest",
+    "lost": "bad", "damaged": "bad", "cancelled": "muted", "returned": "muted", "": "muted", None: "muted",
 }  # fmt: skip
 
 
@@ -99,12 +99,12 @@ def track_path(order_no: str) -> str:
 
 
 def isolate(text: str) -> str:
-    """Return text in a first strong isolate: with no element around it, it could reorder the text beside it."""
+    """Return text in bidi isolates, for use outside an element, where it could reorder the text beside it."""
     return f"\u2068{text}\u2069"
 
 
 def spell_out(text: str) -> str:
-    """Return text with escapes for characters that are invisible or look like others; quote outer spaces."""
+    """Return text with every character outside printable ASCII escaped, in quotes if it has outer spaces."""
     ascii_text = re.sub(r"[^ -~]", lambda match: f"\\u{{{ord(match[0]):x}}}", text)
     return ascii_text if ascii_text == ascii_text.strip() else f"“{ascii_text}”"
 
@@ -129,7 +129,7 @@ def hex_dump(body: bytes) -> str:
 
 
 def choose_tone(status: str | None) -> str:
-    """Return the class of a status's colour: go, good, warn, bad or rest."""
+    """Return the class of a status's colour: go, good, warn, bad or muted."""
     return _TONES.get(status, "go")
 
 
@@ -177,14 +177,14 @@ def render_page(
     locale = choose_locale(request)
     parameters = {key: value for key, value in request.query.items() if key not in ("lang", "after_position")}
     variables = {
-        "w": locale,
+        "locale": locale,
         "languages": [
             (language, f"{path}?{urlencode({**parameters, 'lang': language})}") for language in LANGUAGES
         ],
         "stream": stream,
         "status": status,
         "has_key": KEY_COOKIE in request.cookies,
-        "q": "",
+        "search": "",
         "now": datetime.now(UTC),
         **context,
     }

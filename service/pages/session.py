@@ -69,5 +69,5 @@ def local_path(path: str) -> str:
 
 
 def redirect(path: str) -> web.Response:
-    """Return a redirect to a path of this service, to be read with GET."""
+    """Return a redirect to a path of this service, which the browser then opens with GET."""
     return response(status=303, headers={hdrs.LOCATION: path})

@@ -38,7 +38,7 @@ def test_a_larger_value_has_a_longer_bar() -> None:
     bars = [
         Bar("a", 100_000, "go", "/track?a=1&b=2"),
         Bar(HOSTILE, 50_000, "bad", ""),
-        Bar("c", 1, "rest", ""),
+        Bar("c", 1, "muted", ""),
     ]
     chart = parse(draw_bars("by_status", bars, EN))
     first, second, third = numbers(chart, "rect", "width", "bar")

@@ -78,7 +78,7 @@ def test_an_unknown_status_is_its_own_label() -> None:
     assert (ID.status("picked_up"), EN.status("picked_up")) == ("Dijemput", "Picked up")
     assert EN.status("teleported") == "teleported"
     assert EN.status(None) == EN.status("") == "No status yet"
-    assert {choose_tone(status) for status in STATUSES} == {"go", "good", "warn", "bad", "rest"}
+    assert {choose_tone(status) for status in STATUSES} == {"go", "good", "warn", "bad", "muted"}
 
 
 @pytest.mark.parametrize(
