@@ -1,11 +1,11 @@
--- The whole present schema, applied once, in one transaction, to a database that has no table schema_version.
--- Plain CREATEs: IF NOT EXISTS would hide a wrong shape. Every change of the log's part needs a migration in
--- service/database/migrations/; a test requires that both ways give the same schema.
+-- The current schema, applied once, in one transaction, to a database that has no table schema_version. CREATE
+-- without IF NOT EXISTS, which would hide a wrong table. Every change of the log's part needs a migration in
+-- service/database/migrations/; a test checks that schema.sql and the migrations give the same schema.
 
 ------------------------------------------------------------------------------------------------------------
--- Two roles. The owner owns the log, migrates it and erases from it. The service can add to the log and never change
--- it, and owns the views. If the applying role may not create roles, it owns everything, and 'check' reports what
--- that leaves unprotected. Roles belong to the whole server: two databases on it share them.
+-- Two roles. The owner owns the log, migrates it and erases from it. The service owns the views and can only
+-- add to the log. If the role that applies this file may not create roles, it owns everything, and 'check' reports
+-- what that leaves unprotected. Roles belong to the whole server: all of its databases share them.
 
 DO $$
 DECLARE
@@ -20,9 +20,9 @@ BEGIN
             EXECUTE format('CREATE ROLE %I %s', role_name,
                 CASE role_name WHEN 'order_tracking_service' THEN 'LOGIN' ELSE 'NOLOGIN' END);
         EXCEPTION WHEN duplicate_object OR unique_violation THEN
-            NULL;  -- for another database of this server
+            NULL;  -- created for another database of this server
         END;
-        -- A superuser may act as any role. Other roles must be members, which may be refused for a foreign role.
+        -- A superuser may act as any role. Others must be members, which may be refused for an existing role.
         BEGIN
             IF NOT (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
                 EXECUTE format('GRANT %I TO CURRENT_USER', role_name);
@@ -63,7 +63,7 @@ CREATE TABLE order_events (
     CONSTRAINT order_events_pkey PRIMARY KEY (originator_id, originator_version),
     CONSTRAINT order_events_notification_id_idx UNIQUE (notification_id)
 ) WITH (
-    -- Append-only: only refused batches leave rows to vacuum, but the statistics must keep up.
+    -- Append-only: only refused batches leave rows to vacuum, but the planner's statistics must stay current.
     autovacuum_vacuum_scale_factor = 0.5,
     autovacuum_analyze_scale_factor = 0.01
 );
@@ -76,7 +76,7 @@ BEGIN
         USING ERRCODE = 'integrity_constraint_violation';
 END $$;
 
--- Processes of the previous release take the table's lock through this function. A later release drops it.
+-- Processes of the previous release take the table's lock with this function. A later release will drop it.
 
 CREATE FUNCTION lock_order_events() RETURNS void LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp AS $$
@@ -142,7 +142,7 @@ CREATE TABLE quarantine (
     quarantine_id  bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     body           bytea,                               -- null after an erasure
     body_sha256    bytea       GENERATED ALWAYS AS (sha256(body)) STORED UNIQUE,
-    reason         text        NOT NULL,                -- why it was not understood
+    reason         text        NOT NULL,                -- why it is unparseable
     remote         text,
     state          text        NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'retried', 'discarded')),
     received_at    timestamptz NOT NULL,
@@ -161,7 +161,7 @@ CREATE TABLE quarantine (
 -- Before a new body is kept, those of the last hour are counted.
 CREATE INDEX quarantine_received_at_idx ON quarantine (received_at);
 CREATE INDEX quarantine_order_idx ON quarantine (order_no, version);
--- Open bodies are listed and counted among all that were ever kept.
+-- Finds the open bodies among all that were ever kept, to list and count them.
 CREATE INDEX quarantine_state_idx ON quarantine (state, quarantine_id);
 
 ------------------------------------------------------------------------------------------------------------
@@ -191,8 +191,8 @@ CREATE TABLE erasures (
     entries     bigint      NOT NULL                    -- the number of emptied quarantined bodies
 );
 
--- Runs with the rights of its caller, who must own the log to disable the trigger. Its lock lets reads pass and delays
--- webhooks for as long as one order's events take.
+-- Runs with the rights of its caller, who must own the log to disable the trigger. Its lock does not block
+-- reads, but delays webhooks until one order's events are erased.
 CREATE PROCEDURE erase_order(erased_order_no text, erasure_reason text) LANGUAGE plpgsql
     SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
