@@ -5,6 +5,7 @@ roles, which belong to the server. A restore creates the roles first, then every
 """
 
 import asyncio
+import contextlib
 import shutil
 import subprocess
 from functools import partial
@@ -26,6 +27,10 @@ IS_EMPTY: Final = "SELECT count(*) = 0 FROM pg_stat_user_tables"
 # A rebuild holds the same lock: each of the two reads the whole log, so they take turns.
 HOLD_REBUILD_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('rebuild', 0))"
 HOLD_SCHEMA_LOCK: Final = "SELECT pg_advisory_lock($1)"
+# A dump of a database that schema version 5 or an earlier one created has grants to this role, which no part of
+# the service uses any more.
+CREATE_READER: Final = "CREATE ROLE order_tracking_reader"
+DROP_READER: Final = "DROP OWNED BY order_tracking_reader; DROP ROLE order_tracking_reader"
 
 
 class BackupError(Exception):
@@ -69,6 +74,8 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
     if not await connection.fetchval(IS_EMPTY):
         raise BackupError("the database is not empty: set ORDER_TRACKING_STATE_DIR to a new folder")
     await connection.execute(ROLES_SQL)
+    with contextlib.suppress(asyncpg.DuplicateObjectError):
+        await connection.execute(CREATE_READER)
     pg_restore = partial(_run, bindir / "pg_restore", stdin=file)
     try:
         if file.seekable():  # a pipe cannot be read twice
@@ -85,6 +92,7 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
         )
     try:
         await apply_schema(connection)
+        await connection.execute(DROP_READER)
         await connection.execute("ANALYZE")  # a dump holds no statistics for the query planner
         return await store.head_position(connection)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:

