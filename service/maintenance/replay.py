@@ -56,29 +56,47 @@ class Rebuilder:
         self._connections = connections
         self._feed = feed
         self._turn = asyncio.Lock()
+        # The views that have had this release's definition since the start of this process.
+        self._were_current: set[str] = set()
 
     async def is_outdated(self, view: View) -> bool:
         """Return whether the view in the database was built with another definition, or has no position."""
-        try:
-            async with self._connections[view.name].connection() as connection:
-                state = await view_state(connection)
-        except (OutdatedViewError, asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-            # The view has lost its position, or an earlier release created its tables.
-            return True
-        return state.definition != view.definition
+        definition = await self._definition(view)
+        return definition != view.definition
 
     async def rebuild_if_outdated(self, view: View) -> None:
-        """Rebuild a view, and all other outdated views with it, if its definition has changed."""
-        if not await self.is_outdated(view):
-            return
-        async with self._turn:
-            logged: list[str] = []
-            while outdated := [view for view in self._views if await self.is_outdated(view)]:
-                names = [view.name for view in outdated]
-                if names != logged:
-                    logged = names
-                    logger.info("rebuilding views whose definition has changed", views=names)
-                try:
-                    await rebuild_views(self._dsn, outdated, self._feed, lambda _done, _total: None)
-                except RebuildRunningError:
-                    await asyncio.sleep(CHECK_SECONDS)
+        """Rebuild a view, and all other outdated views with it.
+
+        If the view was up to date once and then another release rebuilt it with its own definition, leave it to
+        that release: otherwise the two would rebuild it in turns.
+        """
+        if await self._needs_rebuild(view):
+            async with self._turn:
+                await self._rebuild()
+        self._were_current.add(view.name)
+
+    async def _rebuild(self) -> None:
+        logged: list[str] = []
+        while outdated := [view for view in self._views if await self._needs_rebuild(view)]:
+            names = [view.name for view in outdated]
+            if names != logged:
+                logged = names
+                logger.info("rebuilding views whose definition has changed", views=names)
+            try:
+                await rebuild_views(self._dsn, outdated, self._feed, lambda _done, _total: None)
+            except RebuildRunningError:
+                await asyncio.sleep(CHECK_SECONDS)
+
+    async def _needs_rebuild(self, view: View) -> bool:
+        definition = await self._definition(view)
+        return definition is None or (definition != view.definition and view.name not in self._were_current)
+
+    async def _definition(self, view: View) -> str | None:
+        """Return the definition of the view in the database, None if it has lost its position."""
+        try:
+            async with self._connections[view.name].connection() as connection:
+                return (await view_state(connection)).definition
+        except OutdatedViewError:
+            return None
+        except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+            return "other tables"

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -27,7 +28,7 @@ from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.codec import MAPPER, decode_event
 from service.event_log.feed import Feed
-from service.maintenance.replay import rebuild_views
+from service.maintenance.replay import Rebuilder, rebuild_views
 from service.settings import Settings
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
 from tests.support.reports import NOW, report
@@ -368,6 +369,26 @@ async def test_an_older_process_does_not_write_a_newer_view(service: Service, co
     assert await connection.fetchval("SELECT position FROM current_status.projection") == 0
 
 
+async def test_two_releases_do_not_rebuild_a_view_in_turns(
+    service: Service, dsn: str, connection: Connection
+) -> None:
+    """The process that starts later rebuilds the view; a running one of another release leaves it alone."""
+    await record(service, report("KOM1"))
+    newer = replace(next(view for view in VIEWS if view.name == "timeline"), fold_version=1_000)
+    dedicated = DedicatedConnection(lambda: connect(dsn, search_path="timeline"))
+    await Rebuilder(dsn, [newer], {"timeline": dedicated}, service.feed).rebuild_if_outdated(newer)
+    await dedicated.close()
+    projector = service.projectors["timeline"]
+
+    def is_outdated() -> bool:
+        projector.wake.set()
+        return projector.is_outdated
+
+    await until_async(condition(is_outdated))
+    await service.rebuilder.rebuild_if_outdated(projector.view)
+    assert await connection.fetchval("SELECT definition FROM timeline.projection") == newer.definition
+
+
 async def test_another_definitions_view_is_not_written_to_be_verified(
     service: Service, dsn: str, connection: Connection
 ) -> None:
@@ -520,6 +541,7 @@ async def test_a_view_is_written_by_its_projection_alone(connection: Connection)
     """The schema refuses a row whose counts do not add up to its version."""
     with pytest.raises(asyncpg.CheckViolationError):
         await connection.execute(
-            "INSERT INTO current_status.orders VALUES "
-            "('KOM1', 2, 1, 1, NULL, NULL, NULL, NULL, now(), now(), 0, 0, 0, 0, 1)"
+            "INSERT INTO current_status.orders (order_no, version, position, first_position, "
+            "first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised) "
+            "VALUES ('KOM1', 2, 1, 1, now(), now(), 0, 0, 0, 0, 1)"
         )
