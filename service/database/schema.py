@@ -27,6 +27,9 @@ START_SECONDS_MAX: Final = 30.0
 # Processes that start on one database at once take turns. The number is the word "SCHEMA" in ASCII.
 SCHEMA_LOCK: Final = 0x534348454D41
 
+# A migration that waits longer for a table, such as for a pg_dump, gives way and is tried again: webhooks wait
+# behind it.
+LIMIT_LOCKS: Final = "SET LOCAL lock_timeout = '1s'"
 TAKE_SCHEMA_LOCK: Final = "SELECT pg_advisory_xact_lock($1)"
 IS_APPLIED: Final = "SELECT to_regclass('public.schema_version') IS NOT NULL"
 SCHEMAS: Final = "SELECT nspname FROM pg_namespace"
@@ -148,11 +151,13 @@ async def apply_schema(connection: Connection, migrations: Sequence[Migration] =
 
     Raises:
         SchemaError: the database is newer than this release, or its schema does not match any release.
+        StorageUnavailableError: another session holds a lock that a migration needs. Nothing was changed.
     """
     async with connection.transaction():
         # Unqualified names must mean the schema public, whatever the role's own search path is.
         await connection.execute(SET_SEARCH_PATH, "public")
         await connection.execute(TAKE_SCHEMA_LOCK, SCHEMA_LOCK)
+        await connection.execute(LIMIT_LOCKS)
         is_new = not await connection.fetchval(IS_APPLIED)
         try:
             if is_new:
@@ -160,6 +165,9 @@ async def apply_schema(connection: Connection, migrations: Sequence[Migration] =
                 await _record(connection, migrations)
             else:
                 await _migrate(connection, migrations)
+        except asyncpg.LockNotAvailableError as error:
+            detail = "another session, such as pg_dump or psql, holds a lock that a migration needs"
+            raise StorageUnavailableError(detail) from error
         except asyncpg.PostgresError as error:
             what = "schema.sql" if is_new else "a migration"
             raise SchemaError(f"{what} cannot be applied to this database: {error}") from error

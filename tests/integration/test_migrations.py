@@ -2,16 +2,13 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
 from projections.postgres_errors import Connection
 from service.app import serving
 from service.database.catalog import read_catalog
-from service.database.connections import connect
+from service.database.connections import StorageUnavailableError, connect
 from service.database.schema import (
     MIGRATIONS,
     OWNER_ROLE,
@@ -25,17 +22,19 @@ from service.database.schema import (
 )
 from service.maintenance.check import check_database
 from service.settings import Settings
-from tests.support import databases
+from tests.support.baseline import BASELINE, baseline
 from tests.support.client import Client, serving_client
+from tests.support.databases import wait_for_locked
 from tests.support.waiting import until_async
 
-BASELINE = Path(databases.__file__).with_name("baseline.sql").read_text(encoding="utf-8")
-# The reader's role has no purpose any more, but it may still exist on a server.
-ROLES = """
-    DO $$ BEGIN CREATE ROLE order_tracking_owner; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-    DO $$ BEGIN CREATE ROLE order_tracking_service LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-    DO $$ BEGIN CREATE ROLE order_tracking_reader; EXCEPTION WHEN duplicate_object THEN NULL; END $$;
-"""
+# The beginnings of the hashes of the migrations. Append that of a new one.
+RELEASED = (
+    "cbb48acb78d5a159",
+    "e5816f352a174a59",
+    "2a77035c6d0cced6",
+    "f45c8e35f6de878f",
+    "929040c1ce9e361a",
+)
 # The rights on each object of the schema public, and the triggers that always fire.
 RIGHTS = """
     SELECT format('%s %s', relname, acl) FROM pg_class, unnest(relacl) AS acl
@@ -44,25 +43,14 @@ RIGHTS = """
         FROM pg_attribute, unnest(attacl) AS acl
     UNION ALL SELECT format('%s %s', proname, acl) FROM pg_proc, unnest(proacl) AS acl
         WHERE pronamespace = 'public'::regnamespace
+    UNION ALL SELECT format('schema %s %s', nspname, acl) FROM pg_namespace, unnest(nspacl) AS acl
+        WHERE nspname = 'public'
     UNION ALL SELECT format('%s %s', tgname, tgenabled) FROM pg_trigger WHERE NOT tgisinternal
     UNION ALL SELECT format('default %s %s', defaclrole::regrole, defaclacl) FROM pg_default_acl
     UNION ALL SELECT format('owner of %s %s', relname, relowner::regrole) FROM pg_class
         WHERE relnamespace = 'public'::regnamespace
     ORDER BY 1
 """
-
-
-@asynccontextmanager
-async def baseline(dsn: str, sql: str = BASELINE) -> AsyncIterator[Connection]:
-    """Connect to an empty database after creating the baseline schema in it."""
-    connection = await connect(dsn)
-    try:
-        await connection.execute(ROLES)
-        await connection.execute(sql)
-        await connection.execute("SET search_path = public")
-        yield connection
-    finally:
-        await connection.close()
 
 
 def next_migrations(*texts: str) -> tuple[Migration, ...]:
@@ -190,6 +178,27 @@ async def test_a_migration_of_another_text_is_found(connection: Connection) -> N
         await apply_schema(connection)
     with pytest.raises(SchemaError, match="does not match any release"):
         await check_version(connection)
+
+
+def test_no_migration_is_edited() -> None:
+    """Databases keep the hash of each migration, so even a comment in one must stay as it is."""
+    assert tuple(migration.sha256[:16] for migration in MIGRATIONS[: len(RELEASED)]) == RELEASED
+
+
+async def test_a_migration_gives_way_to_a_lock(empty_dsn: str) -> None:
+    """While another session holds a lock on a table, a migration changes nothing and is tried again later."""
+    async with baseline(empty_dsn) as old:
+        reader = await connect(empty_dsn)
+        await reader.execute("BEGIN; SELECT count(*) FROM public.quarantine")
+        with pytest.raises(StorageUnavailableError, match="holds a lock that a migration needs"):
+            await apply_schema(old)
+        assert await old.fetchval("SELECT max(version) FROM schema_version") == 1
+        starting = asyncio.create_task(prepare_database(empty_dsn))
+        await wait_for_locked(reader)
+        await reader.execute("COMMIT")
+        await starting
+        await reader.close()
+        assert await old.fetchval("SELECT max(version) FROM schema_version") == SCHEMA_VERSION
 
 
 async def test_starts_at_once_migrate_once(empty_dsn: str) -> None:
