@@ -12,6 +12,7 @@ from inspect import iscoroutine
 from typing import Any, Final, NoReturn
 
 import asyncpg
+import structlog
 import typer
 import uvloop
 from rich.console import Console
@@ -113,6 +114,8 @@ async def database(*, as_service: bool = True, may_create: bool = False) -> Asyn
         may_create: whether to create an embedded database that does not exist yet.
     """
     settings = read_settings()
+    # A command's standard output holds its result alone.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     with ExitStack() as stack:
         dsn = settings.database_url or running_dsn(settings.state_dir)
         if not dsn:

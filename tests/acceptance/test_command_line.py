@@ -198,6 +198,20 @@ def test_replay_finds_a_difference_and_another_replay(service: RunningService) -
     assert (second.returncode, second.stderr) == (1, RUNNING)
 
 
+def test_replay_prints_only_its_results(service: RunningService) -> None:
+    """The log lines of a replay go to the standard error, so that the output can be piped."""
+    with psycopg.connect(service.dsn, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO order_events (originator_id, originator_version, topic, state) "
+            "VALUES ('KOM1', 1, 'unknown', 'x')"
+        )
+    replayed = call_command(service.state_dir, "replay")
+    assert replayed.stderr.count("order parked") == 3
+    views = [line.partition(":")[0] for line in replayed.stdout.splitlines() if "parked" in line]
+    assert views == ["current_status", "timeline", "statistics"]
+    assert "order parked" not in replayed.stdout
+
+
 def test_check_finds_a_weakened_trigger(service: RunningService) -> None:
     """``check`` exits with 0 if everything is in order, and with 1 and a line for a weakened trigger."""
     in_order = run_command(service.state_dir, "check")
