@@ -16,6 +16,7 @@ from tests.support.folders import ROOT, temporary_folder
 PAGE: Final = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 SECTIONS: Final = dict(re.findall(r"^##+ (.+)\n((?:(?!##)(?:```[\s\S]*?^```|.*)\n)*)", PAGE, re.MULTILINE))
 PATHS: Final = [title for title in SECTIONS if title.startswith("The path of")]
+PATHS_EXPECTED: Final = 3
 RECIPES: Final = ["Add a status word", "Add a view", "Add an endpoint"]
 # A step of a path, and the files below it that the step uses.
 STEP: Final = re.compile(r"^(\d+)\. `([\w./]+)`|^   - `([\w./]+)`", re.MULTILINE)
@@ -23,6 +24,11 @@ STEP: Final = re.compile(r"^(\d+)\. `([\w./]+)`|^   - `([\w./]+)`", re.MULTILINE
 CHANGE: Final = re.compile(r"^(Create|In) `([\w./]+)`:\n\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND: Final = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RECIPE_SECONDS_MAX: Final = 240
+
+
+def test_the_page_has_every_path() -> None:
+    """The page describes the paths of a report, of an event and of a read."""
+    assert len(PATHS) == PATHS_EXPECTED
 
 
 def module(path: str) -> str:
@@ -70,8 +76,8 @@ def change(folder: Path, verb: str, file: str, language: str, block: str) -> Non
     path.write_text(text.replace(before, after), encoding="utf-8")
 
 
-def run(folder: Path, *command: str) -> None:
-    """Run a command in a folder as if no test called it."""
+def run(folder: Path, *command: str) -> str:
+    """Run a command in a folder as if no test called it, and return its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
     done = subprocess.run(
         [sys.executable, *command],
@@ -83,6 +89,7 @@ def run(folder: Path, *command: str) -> None:
         timeout=RECIPE_SECONDS_MAX,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_the_recipes_work_one_after_the_other() -> None:
@@ -101,7 +108,8 @@ def test_the_recipes_work_one_after_the_other() -> None:
         assert len(commands) == len(RECIPES)
         run(copy, "-m", "ruff", "check", "--no-cache", "domain", "projections", "service", "tests")
         run(copy, "-m", "ruff", "format", "--no-cache", "--check", "domain", "projections", "service")
-        run(copy, "-m", "importlinter.cli", "lint", "--no-cache")
+        lint = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+        assert "0 broken" in run(copy, "-c", lint)
         # One run for all recipes: it starts one server.
         files = [file for command in commands for file in shlex.split(command)[3:]]
         run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files)

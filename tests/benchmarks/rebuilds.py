@@ -234,7 +234,7 @@ async def _rebuild(dsn: str) -> Rebuild:
     seconds = time.perf_counter() - began
     await held.close()
     if any(view.parked for view in rebuilt):
-        raise RuntimeError("orders were set aside")
+        raise RuntimeError("orders were parked")
     return Rebuild(seconds, resident_mb(os.getpid()).most)
 
 

@@ -32,7 +32,7 @@ SEED_SECONDS: Final = 4
 START_SECONDS_MAX: Final = 30.0
 STOP_SECONDS_MAX: Final = 20.0
 CATCH_UP_SECONDS_MAX: Final = 60.0
-LOOK_SECONDS: Final = 0.02
+POLL_SECONDS: Final = 0.02
 
 # A history longer than that of any real order, and the number of reports recorded into it and into a short one.
 LONG_HISTORY_EVENTS: Final = 10_000
@@ -94,7 +94,7 @@ def _process(folder: Path, module: str, *arguments: str, **settings: str) -> Ite
         while not _listens(port):
             if child.poll() is not None or time.monotonic() > due:
                 raise RuntimeError(f"{module} does not listen: {errors.read_text(encoding='utf-8')[-2_000:]}")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         yield Process(child.pid, port)
     finally:
         child.terminate()
@@ -200,7 +200,7 @@ class Contest:
         while self._database.execute(IS_BEHIND).fetchone() == (True,):
             if time.monotonic() > began + CATCH_UP_SECONDS_MAX:
                 raise RuntimeError(f"the views are still behind after {CATCH_UP_SECONDS_MAX} s")
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         return time.monotonic() - began
 
     def fault(self) -> str | None:
