@@ -16,25 +16,24 @@ from eventsourcing.utils import clear_topic_cache, register_topic
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from domain.order import Order, Report
+from domain.order import Order
 from domain.statuses import ALIASES
 from projections import current_status, timeline
 from projections.engine import OutdatedViewError
 from projections.postgres_errors import Connection
-from projections.rebuild import RebuildRunningError, RebuiltView
+from projections.rebuild import RebuildRunningError
 from service.app import Service
 from service.database.connections import DedicatedConnection, connect
 from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.codec import MAPPER, decode_event
 from service.event_log.feed import Feed
-from service.maintenance.replay import Rebuilder, rebuild_views
+from service.maintenance.replay import Rebuilder
 from service.settings import Settings
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
+from tests.support.recording import EQUAL, caught_up, rebuilt, record
 from tests.support.reports import NOW, report
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
-
-EQUAL = [RebuiltView(view.name, 0, 0) for view in VIEWS]
 
 
 @pytest.fixture
@@ -43,28 +42,6 @@ async def service(dsn: str) -> AsyncIterator[Service]:
     await service.start()
     yield service
     await service.stop()
-
-
-async def record(service: Service, *reports: Report) -> int:
-    """Record reports, wait until the views include them, and return the last position."""
-    receipts = await asyncio.gather(*(service.recorder.record(one) for one in reports))
-    position = max(receipt["position"] or 0 for receipt in receipts)
-    await caught_up(service, position)
-    return position
-
-
-async def caught_up(service: Service, position: int) -> None:
-    for projector in service.projectors.values():
-        assert await projector.wait_for(position, PATIENCE_SECONDS)
-
-
-async def rebuilt(dsn: str, *, verify: bool = False, views: Any = VIEWS) -> list[RebuiltView]:
-    held = DedicatedConnection(lambda: connect(dsn))
-    try:
-        reader = Feed(held, lambda: connect(dsn))
-        return await rebuild_views(dsn, views, reader, lambda _done, _total: None, verify=verify)
-    finally:
-        await held.close()
 
 
 async def insert_raw(connection: Connection, order_no: str, version: int, topic: str, state: bytes) -> int:

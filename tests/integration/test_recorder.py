@@ -19,27 +19,18 @@ from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError, connect
 from service.database.schema import SERVICE_ROLE
 from service.event_log import store
-from service.event_log.codec import decode_event
 from service.ingest.idempotency import IdempotencyKey
 from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
 from tests.support.databases import TestServer, wait_for_locked
+from tests.support.recording import locked_log, logged_events, make_recorder
 from tests.support.reports import NOW, report
 from tests.support.waiting import PATIENCE_SECONDS
 
 # The time limit of a report. It is generous: only tests of the limit itself set a short one.
-SECONDS_MAX = PATIENCE_SECONDS
 
 
 async def record(recorder: Recorder, *reports: Report) -> list[Receipt]:
     return list(await asyncio.gather(*(recorder.record(one) for one in reports)))
-
-
-def make_recorder(held: DedicatedConnection, **limits: Any) -> Recorder:
-    return Recorder(
-        held,
-        limits.pop("on_commit", lambda _events, _positions: None),
-        **{"queue_reports_max": 1_000, "seconds_max": SECONDS_MAX, **limits},
-    )
 
 
 @pytest.fixture
@@ -57,11 +48,6 @@ def recorder(held: DedicatedConnection) -> Recorder:
 def arriving_again(one: Report) -> Report:
     """Return the same report with another arrival."""
     return one._replace(arrival=Arrival(str(uuid4()), NOW))
-
-
-async def logged_events(connection: Connection) -> list[tuple[int, Order.StatusReported]]:
-    entries = await store.read_log(connection, 0, 1_000_000)
-    return [(entry.position, decode_event(*entry[1:5])) for entry in entries]
 
 
 def assert_judged_in_order(events: Sequence[Order.StatusReported]) -> None:
@@ -165,18 +151,6 @@ async def terminate_backends(dsn: str, but: "Connection | None" = None) -> None:
         kept,
     )
     await connection.close()
-
-
-@asynccontextmanager
-async def locked_log(dsn: str) -> AsyncIterator[Connection]:
-    """Hold the append lock for the length of the block."""
-    holder = await connect(dsn)
-    try:
-        async with holder.transaction():
-            await holder.execute("SELECT pg_advisory_xact_lock($1)", store.APPEND_LOCK)
-            yield holder
-    finally:
-        await holder.close()
 
 
 async def test_no_database_is_unavailable_within_the_time() -> None:

@@ -1,0 +1,69 @@
+"""Recording reports without HTTP: recorders, services inside the test process, and what their log holds."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from domain.order import Order, Report
+from projections.postgres_errors import Connection
+from projections.rebuild import RebuiltView
+from service.app import Service
+from service.database.connections import DedicatedConnection, connect
+from service.database.schema import VIEWS
+from service.event_log import store
+from service.event_log.codec import decode_event
+from service.event_log.feed import Feed
+from service.ingest.recorder import Recorder
+from service.maintenance.replay import rebuild_views
+from tests.support.waiting import PATIENCE_SECONDS
+
+# The result of a verification that finds every view equal.
+EQUAL: Final = [RebuiltView(view.name, 0, 0) for view in VIEWS]
+
+
+async def record(service: Service, *reports: Report) -> int:
+    """Record reports, wait until the views include them, and return the last position."""
+    receipts = await asyncio.gather(*(service.recorder.record(one) for one in reports))
+    position = max(receipt["position"] or 0 for receipt in receipts)
+    await caught_up(service, position)
+    return position
+
+
+async def caught_up(service: Service, position: int) -> None:
+    for projector in service.projectors.values():
+        assert await projector.wait_for(position, PATIENCE_SECONDS)
+
+
+async def rebuilt(dsn: str, *, verify: bool = False, views: Any = VIEWS) -> list[RebuiltView]:
+    held = DedicatedConnection(lambda: connect(dsn))
+    try:
+        reader = Feed(held, lambda: connect(dsn))
+        return await rebuild_views(dsn, views, reader, lambda _done, _total: None, verify=verify)
+    finally:
+        await held.close()
+
+
+def make_recorder(held: DedicatedConnection, **limits: Any) -> Recorder:
+    return Recorder(
+        held,
+        limits.pop("on_commit", lambda _events, _positions: None),
+        **{"queue_reports_max": 1_000, "seconds_max": PATIENCE_SECONDS, **limits},
+    )
+
+
+async def logged_events(connection: Connection) -> list[tuple[int, Order.StatusReported]]:
+    entries = await store.read_log(connection, 0, 1_000_000)
+    return [(entry.position, decode_event(*entry[1:5])) for entry in entries]
+
+
+@asynccontextmanager
+async def locked_log(dsn: str) -> AsyncIterator[Connection]:
+    """Hold the append lock for the length of the block."""
+    holder = await connect(dsn)
+    try:
+        async with holder.transaction():
+            await holder.execute("SELECT pg_advisory_xact_lock($1)", store.APPEND_LOCK)
+            yield holder
+    finally:
+        await holder.close()
