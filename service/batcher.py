@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
+from itertools import chain
 from typing import Final, Generic, TypeAlias, TypeVar
 
 Item = TypeVar("Item")
@@ -13,6 +14,8 @@ _Call: TypeAlias = tuple[Item, int, float, asyncio.Future[Outcome]]
 
 # The share of the last batch's duration in the expected duration of the next one (exponential smoothing).
 BATCH_SECONDS_SMOOTHING: Final = 0.1
+# Callers whose time limits are this close to each other are answered together.
+EXPIRY_SECONDS: Final = 0.01
 
 
 class OverloadedError(Exception):
@@ -27,8 +30,9 @@ class Batcher(Generic[Item, Outcome]):
     """Gathers calls into batches. The first call starts a leader task, which runs until no call waits.
 
     Args:
-        work: receives a batch's items and the loop time at which the first of them is due; returns an outcome
-            for each item, in the same order. An outcome that is an exception is raised in its caller.
+        work: receives a batch's items and the loop time at which the last of them is due; returns an outcome
+            for each item, in the same order. An outcome that is an exception is raised in its caller. A caller
+            whose time limit is reached earlier is answered then, while the work continues for the others.
         batch_items_max: the maximum number of items in a batch.
         queue_items_max: the maximum number of waiting items; further ones are refused at once.
         seconds_max: the time limit for a call, including its wait.
@@ -61,6 +65,7 @@ class Batcher(Generic[Item, Outcome]):
         self._batch_seconds = 0.0
         self._waiting_items_max = queue_items_max
         self._leader: asyncio.Task[None] | None = None
+        self._expiry: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, item: Item, weight: int = 0) -> "asyncio.Future[Outcome]":
@@ -70,7 +75,7 @@ class Batcher(Generic[Item, Outcome]):
             OverloadedError: too many items are waiting; this one was not accepted.
 
         The future may raise:
-            TimeoutError: the time limit was reached before the item's batch began; nothing was done.
+            TimeoutError: the time limit was reached. If the item's batch had begun, the work may still succeed.
             BatchFailedError: the whole batch failed.
         """
         is_full = len(self._waiting) >= self._waiting_items_max
@@ -142,8 +147,11 @@ class Batcher(Generic[Item, Outcome]):
 
     async def _work_on(self, batch: list[_Call[Item, Outcome]]) -> None:
         _, _, first_due, _ = batch[0]
+        _, _, last_due, _ = batch[-1]
+        loop = asyncio.get_running_loop()
+        self._expiry = loop.call_at(first_due + EXPIRY_SECONDS, self._expire, batch)
         try:
-            outcomes = await self._work([item for item, *_ in batch], first_due)
+            outcomes = await self._work([item for item, *_ in batch], last_due)
             answered = list(zip(batch, outcomes, strict=True))
         except BaseException as error:
             for *_, caller in batch:
@@ -155,6 +163,9 @@ class Batcher(Generic[Item, Outcome]):
             if not isinstance(error, Exception):
                 raise
             return
+        finally:
+            if self._expiry is not None:
+                self._expiry.cancel()
         for (*_, caller), outcome in answered:
             if caller.done():
                 continue
@@ -162,3 +173,13 @@ class Batcher(Generic[Item, Outcome]):
                 caller.set_exception(outcome)
             else:
                 caller.set_result(outcome)
+
+    def _expire(self, batch: list[_Call[Item, Outcome]]) -> None:
+        """Answer the callers whose time limit is reached, in the batch and behind it. Both are sorted by it."""
+        loop = asyncio.get_running_loop()
+        for _, _, due, caller in chain(batch, self._waiting):
+            if due > loop.time():
+                self._expiry = loop.call_at(due + EXPIRY_SECONDS, self._expire, batch)
+                return
+            if not caller.done():
+                caller.set_exception(TimeoutError("the time limit was reached before the batch ended"))

@@ -168,7 +168,7 @@ async def test_an_item_whose_time_is_over_before_its_batch_is_not_done(monkeypat
     monkeypatch.setattr(loop, "time", lambda: began + 0.06)
     in_time = await begin(calls, 3)
     work.gate.set()
-    assert await first == 0
+    await asyncio.wait([first])
     for task in late:
         with pytest.raises(TimeoutError):
             await task
@@ -186,14 +186,37 @@ async def test_a_batch_of_expired_items_does_not_call_the_work() -> None:
     assert work.batches == []
 
 
-async def test_the_work_receives_the_deadline_of_its_first_item() -> None:
-    """The work receives the deadline of its first item, by the loop's clock from the time of submission."""
+async def test_the_work_receives_the_deadline_of_its_last_item() -> None:
+    """The work receives the deadline of its last item, by the loop's clock from the time of submission."""
     work = Work()
     calls = batcher(work)
     loop = asyncio.get_running_loop()
-    before = loop.time()
-    await calls.submit(1)
-    assert before + SECONDS_MAX <= work.dues[0] <= loop.time() + SECONDS_MAX
+    first = await held(work, calls)
+    await begin(calls, 1)
+    await asyncio.sleep(0.05)
+    before_last = loop.time()
+    second = calls.submit(2)
+    work.gate.set()
+    await asyncio.gather(first, second)
+    assert work.batches[1] == [1, 2]
+    assert before_last + SECONDS_MAX <= work.dues[1] <= loop.time() + SECONDS_MAX
+
+
+async def test_each_caller_of_a_stalled_batch_has_its_own_time() -> None:
+    """While a batch stalls, its expired callers get TimeoutError, and so do those behind it; others wait on."""
+    work = Work()
+    calls = batcher(work, batch_items_max=2, seconds_max=0.3)
+    work.gate.clear()
+    early = [calls.submit(1)]
+    await work.begun.wait()
+    early += [calls.submit(2), calls.submit(3)]
+    await asyncio.sleep(0.2)
+    late = calls.submit(4)
+    expired, _ = await asyncio.wait(early)
+    assert all(isinstance(one.exception(), TimeoutError) for one in expired)
+    assert not late.done()
+    work.gate.set()
+    assert await late == 8
 
 
 async def test_a_caller_that_went_before_its_batch_is_left_out() -> None:
