@@ -34,6 +34,7 @@ RELEASED = (
     "2a77035c6d0cced6",
     "f45c8e35f6de878f",
     "929040c1ce9e361a",
+    "265dba0fc3823b06",
 )
 # The rights on each object of the schema public, and the triggers that always fire.
 RIGHTS = """
