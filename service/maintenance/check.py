@@ -6,11 +6,12 @@ from typing import Final, Literal, NamedTuple
 
 import asyncpg
 
-from projections.engine import OutdatedViewError, View, view_state
+from projections.engine import SELECT_VIEW, OutdatedViewError, View, view_state
 from projections.postgres_errors import Connection
 from service.database.api_keys import list_keys
 from service.database.connections import StorageUnavailableError, UnsupportedServerError, connect, connected
 from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
+from service.event_log import store
 from service.settings import Settings
 
 # The log's triggers that are ENABLE ALWAYS.
@@ -42,7 +43,6 @@ ARE_TABLES: Final = """
 DURABILITY: Final = """
     SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')
 """
-SELECT_VIEW_FOR_SESSION: Final = "SELECT set_config('search_path', $1, false)"
 
 
 class Finding(NamedTuple):
@@ -78,7 +78,8 @@ def describe_database(settings: Settings, dsn: str) -> Finding:
 async def check_database(dsn: str) -> list[Finding]:
     """Check the database and its content."""
     try:
-        connection = await connect(dsn)
+        # A policy on a view's table is a function of the service's role; it must not run as the operator.
+        connection = await connect(dsn, row_security="off")
     except (StorageUnavailableError, UnsupportedServerError, asyncpg.PostgresError) as error:
         return [_wrong(f"the database cannot be used: {error}")]
     try:
@@ -143,13 +144,19 @@ async def _check_view(connection: Connection, view: View) -> Finding:
     tables = [f"{view.name}.projection", f"{view.name}.parked_orders"]
     if await connection.fetchval(ARE_TABLES, tables) != len(tables):
         return _wrong(f"the view {view.name} is missing or outdated: run 'serve' or 'replay'")
-    await connection.execute(SELECT_VIEW_FOR_SESSION, view.name)
     try:
-        state = await view_state(connection)
-    except OutdatedViewError:
-        return _wrong(f"the view {view.name} has lost its position: run 'serve' or 'replay'")
+        async with connection.transaction(readonly=True):
+            await connection.execute(SELECT_VIEW, view.name)
+            state = await view_state(connection)
+    except (OutdatedViewError, asyncpg.InsufficientPrivilegeError) as error:
+        return _wrong(f"the view {view.name} cannot be read ({error}): run 'serve' or 'replay'")
+    problem = ""
     if state.definition != view.definition:
-        return _wrong(f"the view {view.name} is outdated: run 'serve' or 'replay'")
-    if state.has_parked:
-        return _wrong(f"the view {view.name} has parked orders: see GET /projections for the reasons")
+        problem = "is outdated: run 'serve' or 'replay'"
+    elif state.position > await store.head_position(connection):
+        problem = "has events that the log has lost: run 'replay'"
+    elif state.has_parked:
+        problem = "has parked orders: see GET /projections for the reasons"
+    if problem:
+        return _wrong(f"the view {view.name} {problem}")
     return _ok(f"the view {view.name} is at position {state.position}")
