@@ -54,6 +54,8 @@ LoggedEvent: TypeAlias = tuple[int, Order.StatusReported | FailedEvent]
 
 # Called with a position and a limit. Returns the next events above the position in log order, up to the limit.
 ReadLog: TypeAlias = Callable[[int, int], Awaitable[Sequence[LoggedEvent]]]
+# Returns the highest position of the log.
+ReadHead: TypeAlias = Callable[[], Awaitable[int]]
 
 
 @dataclass(frozen=True)
@@ -215,9 +217,10 @@ class Projector:
         view: the view.
         transaction: begins a transaction on a connection whose search path is the view's schema.
         read_log: returns the events above a position.
+        read_head: returns the highest position of the log.
     """
 
-    def __init__(self, view: View, transaction: Transaction, read_log: ReadLog) -> None:
+    def __init__(self, view: View, transaction: Transaction, read_log: ReadLog, read_head: ReadHead) -> None:
         self.view = view
         self.position = 0
         self.is_outdated = True  # until the first check
@@ -226,6 +229,7 @@ class Projector:
         self._begin = BEGIN_WITH_VIEW_LOCK.format(view=view.name)
         self._transaction = transaction
         self._read_log = read_log
+        self._read_head = read_head
         self._moved = asyncio.Condition()
         self._failures = 0
 
@@ -233,7 +237,8 @@ class Projector:
         """Apply the next batch of events, and return their number.
 
         Raises:
-            OutdatedViewError: the view was built with another definition, so this code must not write to it.
+            OutdatedViewError: the view was built with another definition, so this code must not write to it, or
+                it has events that the log has lost.
         """
         try:
             # Without a limit, a connection that died unnoticed would block the view forever.
@@ -262,6 +267,8 @@ class Projector:
                     connection, self.view, batch, has_parked=state.has_parked, one_by_one=one_by_one
                 )
                 await advance(connection, state.position, position)
+            elif position > await self._read_head():
+                raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
         if position != self.position:
             async with self._moved:
                 self.position = position

@@ -64,17 +64,23 @@ class Service:
         self.log_connection = DedicatedConnection(connect_hot)
         self.orders_connection = DedicatedConnection(connect_hot)
         self.append_connection = DedicatedConnection(
-            partial(connect_hot, idle_in_transaction_session_timeout="5s")
+            partial(connect_hot, idle_in_transaction_session_timeout="5s"), on_open=self._forget
         )
         # Slow reads may use the whole pool. Quarantining a body and checking an API key must not wait for them.
         self.quarantine_connection = DedicatedConnection(connect_timely, seconds_max)
         self.auth_connection = DedicatedConnection(connect_timely, seconds_max)
         self.projection_connections = {
-            view.name: DedicatedConnection(partial(connect_hot, search_path=view.name)) for view in VIEWS
+            view.name: DedicatedConnection(partial(connect_hot, search_path=view.name), on_open=self._forget)
+            for view in VIEWS
         }
         self.feed = Feed(self.log_connection, partial(connect, dsn))
         self.projectors = {
-            view.name: Projector(view, self.projection_connections[view.name].transaction, self.feed.read_log)
+            view.name: Projector(
+                view,
+                self.projection_connections[view.name].transaction,
+                self.feed.read_log,
+                self.feed.head,
+            )
             for view in VIEWS
         }
         self.rebuilder = Rebuilder(dsn, VIEWS, self.projection_connections, self.feed)
@@ -157,6 +163,10 @@ class Service:
             poll_seconds=POLL_SECONDS,
             idle_seconds=view.idle_seconds,
         )
+
+    def _forget(self) -> None:
+        self.recorder.forget()
+        self.feed.forget()
 
     def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self.feed.remember(events, positions)

@@ -82,7 +82,7 @@ async def read_lag(connection: Connection, projector: Projector) -> Lag:
     return Lag(view=projector.view.name, position=position, events=events, seconds=seconds, parked=parked)
 
 
-async def read_projection(connection: Connection, projector: Projector, head: int) -> Projection:
+async def read_projection(connection: Connection, projector: Projector) -> Projection:
     """Return a view's position, lag and parked orders, the first PARKED_LISTED_MAX of them."""
     lag = await read_lag(connection, projector)
     async with connection.transaction(readonly=True):
@@ -91,7 +91,8 @@ async def read_projection(connection: Connection, projector: Projector, head: in
     return {
         "view": lag["view"],
         "position": lag["position"],
-        "head": max(head, lag["position"]),
+        # Read after the position, so that it is lower only if the log has lost events.
+        "head": await store.head_position(connection),
         "lag_events": lag["events"],
         "lag_seconds": lag["seconds"],
         "is_outdated": projector.is_outdated,

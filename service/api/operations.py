@@ -52,8 +52,8 @@ class OperationsApi:
     async def show_projections(self, _request: web.Request, _query: Query) -> web.Response:
         """The position and lag of every view, and the orders parked in it."""
         async with self._pool.connection() as connection:
+            views = [await read_projection(connection, projector) for projector in self._projectors]
             head = await store.head_position(connection)
-            views = [await read_projection(connection, projector, head) for projector in self._projectors]
         return json_response({"head": head, "projections": views})
 
     @Endpoint("GET", "/livez", Health, scope=None)

@@ -28,6 +28,9 @@ SERVER_SETTINGS: Final = {
     # A cached plan from when the log was empty would stay in use: it took 4.6 ms instead of 0.1 ms.
     "plan_cache_mode": "force_custom_plan",
     "timezone": "UTC",
+    # The database's own defaults must reach neither the append nor a rebuild.
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
     # A process that is suspended in a transaction must not keep the append lock.
     "idle_in_transaction_session_timeout": "10s",
 }
@@ -179,10 +182,16 @@ class DedicatedConnection:
         connect: opens the connection.
         seconds_max: the time limit for one use, including the wait for its turn; None for no limit. With a
             limit, a lost connection is raised as StorageUnavailableError.
+        on_open: called when a connection has been opened. After a failover or a restore, the server may lack
+            commits that this process has seen, so it drops everything that it remembers of them.
     """
 
-    def __init__(self, connect: Connect, seconds_max: float | None = None) -> None:
+    def __init__(
+        self, connect: Connect, seconds_max: float | None = None, on_open: Callable[[], None] = lambda: None
+    ) -> None:
         self._connect = connect
+        self._on_open = on_open
+        self.times_opened = 0
         self._seconds_max = seconds_max
         self._connection: Connection | None = None
         self._turn = asyncio.Lock()
@@ -218,6 +227,8 @@ class DedicatedConnection:
         async with self._turn:
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._connect()
+                self.times_opened += 1
+                self._on_open()
             connection = self._connection
             is_usable = False
             try:

@@ -59,12 +59,16 @@ class Feed:
         """Keep events that were just committed, in the order of the log."""
         for event, position in zip(events, positions, strict=True):
             if self._memory and position != self._memory[-1][0] + 1:
-                self._memory, self._memory_characters = [], 0
+                self.forget()
             self._memory.append((position, event))
             self._memory_characters += len(event.body)
         if len(self._memory) > MEMORY_EVENTS_MAX or self._memory_characters > MEMORY_CHARACTERS_MAX:
             del self._memory[: len(self._memory) // 2]
             self._memory_characters = sum(len(event.body) for _, event in self._memory)
+
+    def forget(self) -> None:
+        """Drop the events in memory, because their commits may have been lost."""
+        self._memory, self._memory_characters = [], 0
 
     async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
         """Return the events above a position, at most ``limit``, in the order of the log."""

@@ -41,6 +41,10 @@ class OrderStates:
         if len(self._young) > self._generation_max:
             self._young, self._old = {}, self._young
 
+    def clear(self) -> None:
+        """Drop every state."""
+        self._young, self._old = {}, {}
+
     def forget(self, order_nos: Iterable[str]) -> None:
         """Drop the states of these orders, because another writer may have changed them."""
         for order_no in order_nos:

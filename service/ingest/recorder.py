@@ -117,6 +117,10 @@ class Recorder:
         """How many reports wait for their commit."""
         return self._batcher.waiting
 
+    def forget(self) -> None:
+        """Drop every cached order state, because commits may have been lost."""
+        self._states.clear()
+
     async def drain(self) -> None:
         """Wait until no report is waiting for its receipt."""
         await self._batcher.drain()
@@ -178,12 +182,12 @@ class Recorder:
         order_nos = {report.order_no for report in reports}
         # The events that may have been committed.
         sent: list[Order.StatusReported] | None = None
+        times_opened = self._dedicated.times_opened
         try:
             sent = _decide_all(reports, await self._known_states(order_nos))
-            async with self._dedicated.connection() as connection:
-                positions = await store.append(connection, sent)
+            positions = await self._append(sent, times_opened)
         except VersionTakenError:
-            # A state was stale. The whole statement was refused.
+            # A state was stale. The whole statement was refused, or not sent.
             sent, positions = await self._record_locked(reports, order_nos, None)
         except Exception as error:
             if not is_connection_lost(error):
@@ -196,6 +200,13 @@ class Recorder:
         self._commit(sent, positions)
         return [_receipt(event, position) for event, position in zip(sent, positions, strict=True)]
 
+    async def _append(self, events: list[Order.StatusReported], times_opened: int) -> list[int]:
+        async with self._dedicated.connection() as connection:
+            if self._dedicated.times_opened != times_opened:
+                # The states may come from commits that this server has lost, and be ahead of its log.
+                raise VersionTakenError
+            return await store.append(connection, events)
+
     async def _record_locked(
         self, reports: list[Report], order_nos: set[str], sent: list[Order.StatusReported] | None
     ) -> tuple[list[Order.StatusReported], list[int]]:
@@ -205,23 +216,28 @@ class Recorder:
         are searched for: the transaction that wrote them holds the lock until it ends.
         """
         self._states.forget(order_nos)
+        doubtful = [sent] if sent else []
         while True:
             try:
                 async with self._locked() as connection:
-                    positions = await store.find_positions(connection, sent) if sent else None
-                    if sent is None or positions is None:
-                        # Assigned before the append, so that these events are searched for if it fails.
-                        sent = _decide_all(reports, await store.order_states(connection, list(order_nos)))
-                        positions = await store.append(connection, sent)
+                    for events in doubtful:
+                        if positions := await store.find_positions(connection, events):
+                            break
+                    else:
+                        events = _decide_all(reports, await store.order_states(connection, list(order_nos)))
+                        # Kept before the append, so that these events are searched for if it fails.
+                        doubtful.append(events)
+                        positions = await store.append(connection, events)
             except VersionTakenError:
-                # Possible if another writer does not take the lock. The append recorded nothing.
-                sent = None
+                # Another writer does not take the lock, or its commit was not visible yet. This append recorded
+                # nothing; the earlier ones are searched for again.
+                doubtful.pop()
             except Exception as error:
                 if not is_connection_lost(error):
                     raise
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
             else:
-                return sent, positions
+                return events, positions
 
     async def _record_claimed(self, report: Report, claim: Claim) -> Receipt | None:
         """Record a report together with its claim, in its own transaction.

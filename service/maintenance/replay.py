@@ -60,9 +60,8 @@ class Rebuilder:
         self._were_current: set[str] = set()
 
     async def is_outdated(self, view: View) -> bool:
-        """Return whether the view in the database was built with another definition, or has no position."""
-        definition = await self._definition(view)
-        return definition != view.definition
+        """Return whether the view in the database must be rebuilt before this release can use it."""
+        return await self._definition(view) != view.definition
 
     async def rebuild_if_outdated(self, view: View) -> None:
         """Rebuild a view, and all other outdated views with it.
@@ -81,7 +80,7 @@ class Rebuilder:
             names = [view.name for view in outdated]
             if names != logged:
                 logged = names
-                logger.info("rebuilding views whose definition has changed", views=names)
+                logger.info("rebuilding outdated views", views=names)
             try:
                 await rebuild_views(self._dsn, outdated, self._feed, lambda _done, _total: None)
             except RebuildRunningError:
@@ -92,11 +91,16 @@ class Rebuilder:
         return definition is None or (definition != view.definition and view.name not in self._were_current)
 
     async def _definition(self, view: View) -> str | None:
-        """Return the definition of the view in the database, None if it has lost its position."""
+        """Return the definition of the view in the database.
+
+        None stands for a view that has lost its position, or that has events that the log has lost.
+        """
         try:
             async with self._connections[view.name].connection() as connection:
-                return (await view_state(connection)).definition
+                state = await view_state(connection)
         except OutdatedViewError:
             return None
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
             return "other tables"
+        is_ahead = state.definition == view.definition and state.position > await self._feed.head()
+        return None if is_ahead else state.definition

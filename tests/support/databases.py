@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 from uuid import uuid4
 
 import psycopg
@@ -92,9 +93,37 @@ class TestServer:
         finally:
             self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
+    def copy(self, dsn: str) -> str:
+        """Copy a database, which accepts no connection for that moment, and return the copy's name."""
+        name, copy = _name_of(dsn), f"test_{uuid4().hex}"
+        with self._closed(name):
+            self._execute(f'CREATE DATABASE "{copy}" TEMPLATE "{name}" STRATEGY FILE_COPY')
+        self._execute(f'GRANT CREATE ON DATABASE "{copy}" TO {OWNER_ROLE}')
+        return copy
+
+    def put_back(self, dsn: str, copy: str) -> None:
+        """Replace a database by its earlier copy, as a failover that loses commits or a restore does."""
+        name = _name_of(dsn)
+        with self._closed(name):
+            self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+            self._execute(f'ALTER DATABASE "{copy}" RENAME TO "{name}"')
+
+    @contextmanager
+    def _closed(self, name: str) -> Iterator[None]:
+        self._execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
+        self._execute(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{name}'")  # noqa: S608
+        try:
+            yield
+        finally:
+            self._execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+
     def _execute(self, statement: str) -> None:
         assert self._admin is not None
         self._admin.execute(statement.encode())
 
     def _dsn_of(self, database: str) -> str:
         return self._postgres.dsn.replace(DATABASE, f"/{database}?")
+
+
+def _name_of(dsn: str) -> str:
+    return urlsplit(dsn).path.removeprefix("/")

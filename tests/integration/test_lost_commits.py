@@ -1,0 +1,110 @@
+"""Commits that are lost, by a failover to an asynchronous standby or a restore, under a running service.
+
+The lost reports are the operator's choice. Everything that the service does afterwards must follow the log that
+is left.
+"""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from projections import current_status
+from projections.postgres_errors import Connection
+from service.app import Service
+from service.database.connections import connect
+from service.event_log import store
+from service.maintenance.check import check_database
+from service.settings import Settings
+from tests.support.databases import TestServer
+from tests.support.recording import EQUAL, rebuilt, record
+from tests.support.reports import report
+from tests.support.waiting import until_async
+
+
+@pytest.fixture
+async def service(dsn: str) -> AsyncIterator[Service]:
+    service = Service(Settings(), dsn)
+    await service.start()
+    yield service
+    await service.stop()
+
+
+async def versions(connection: Connection, order_no: str) -> list[int]:
+    return [event.version for event in await store.read_stream(connection, order_no, 0, 100)]
+
+
+async def test_an_order_goes_on_from_its_last_event_in_the_log(
+    server: TestServer, service: Service, dsn: str
+) -> None:
+    """The next report follows the log's last version and status, not the cached ones."""
+
+    async def is_closed() -> bool:
+        connection = service.append_connection._connection  # noqa: SLF001
+        return connection is None or connection.is_closed()
+
+    await record(service, report("KOM1", "Diajukan"), report("KOM1", "Dipacking"))
+    copy = server.copy(dsn)
+    await record(service, report("KOM1", "Dijemput"), report("KOM1", "Dikirim"), report("KOM1", "Diantar"))
+    server.put_back(dsn, copy)
+    # The recorder opens a connection, without an error that would make it read the order again.
+    await until_async(is_closed)
+    receipt = await service.recorder.record(report("KOM1", "Dijemput"))
+    assert (receipt["outcome"], receipt["version"], receipt["status"]) == ("advanced", 3, "picked_up")
+    connection = await connect(dsn)
+    assert await versions(connection, "KOM1") == [1, 2, 3]
+    await connection.close()
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_lost_events_are_not_applied_to_the_views(server: TestServer, service: Service, dsn: str) -> None:
+    """Lost events in memory do not reach the views, and the next events at their positions do."""
+    await record(service, report("KOM1", "Diajukan"))
+    copy = server.copy(dsn)
+    await record(service, *(report(f"LOST{number}") for number in range(50)))
+    server.put_back(dsn, copy)
+    # A new connection of each projection, before a report makes the recorder open its own.
+    for projector in service.projectors.values():
+        projector.wake.set()
+
+    async def are_back() -> bool:
+        return all(projector.position == 1 for projector in service.projectors.values())
+
+    await until_async(are_back)
+    position = await record(service, report("KOM1", "Dipacking"), report("KOM2", "Dikirim"))
+    assert position <= 4
+    connection = await connect(dsn)
+    found = await current_status.find_orders(connection, ["KOM1", "KOM2", "LOST1"])
+    await connection.close()
+    assert [one.order["status"] if one.order else None for one in found] == ["packed", "in_transit", None]
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_a_view_beyond_the_head_is_rebuilt(service: Service, dsn: str) -> None:
+    """A view with events that the log has lost is outdated: readers get 503 until it is rebuilt."""
+    await record(service, report("KOM1", "Diajukan"))
+    connection = await connect(dsn)
+    await connection.execute("UPDATE timeline.projection SET position = 40")
+    await connection.execute(
+        "UPDATE current_status.projection SET position = 40;"
+        "UPDATE current_status.orders SET version = 7, advanced = 7"
+    )
+    for projector in service.projectors.values():
+        projector.wake.set()
+
+    async def are_rebuilt() -> bool:
+        positions = (
+            "SELECT ARRAY[c.position, t.position] FROM current_status.projection c, timeline.projection t"
+        )
+        return bool(await connection.fetchval(positions) == [1, 1])
+
+    await until_async(are_rebuilt)
+    await connection.close()
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_the_check_reports_a_view_beyond_the_head(dsn: str, connection: Connection) -> None:
+    """The check compares each view's position with the head of the log."""
+    await connection.execute("UPDATE timeline.projection SET position = 40")
+    wrong = [finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"]
+    assert "the view timeline has events that the log has lost: run 'replay'" in wrong
+    assert not any("current_status" in text for text in wrong)
