@@ -6,12 +6,11 @@ import asyncpg
 
 Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
-# Errors caused by values, so that every further attempt would fail too: cardinality, data, constraints, server
-# limits.
-_VALUE_SQLSTATES: Final = ("21", "22", "23", "54")
-# Errors of the connection, the server, its resources or its settings, and transactions ended by a conflict or a
-# lock. The statement is not at fault: another attempt may succeed, at once or after an operator has acted.
-_LOST_SQLSTATES: Final = ("08", "25", "28", "3D", "40", "42501", "53", "55", "57", "58", "XX")
+# Errors caused by values, so that every further attempt would fail too: cardinality, data, constraints.
+_VALUE_SQLSTATES: Final = ("21", "22", "23")
+# Errors of the connection, the server, its resources or limits, and transactions ended by a conflict or
+# a lock. The statement is not at fault: another attempt may succeed, at once or after an operator has acted.
+_LOST_SQLSTATES: Final = ("08", "25", "28", "3D", "40", "42501", "53", "54", "55", "57", "58", "XX")
 
 
 def is_connection_lost(error: BaseException) -> bool:
@@ -37,5 +36,6 @@ def is_event_at_fault(error: Exception) -> bool:
     A server that is full or restarting must not cause healthy orders to be parked.
     """
     if isinstance(error, asyncpg.PostgresError):
-        return is_value_refused(error)
+        # A view's statement meets a limit of the server only through an event's values.
+        return is_value_refused(error) or isinstance(error, asyncpg.ProgramLimitExceededError)
     return not isinstance(error, OSError | asyncpg.InterfaceError | asyncpg.InternalClientError)

@@ -72,6 +72,9 @@ APPEND: Final = """
     RETURNING originator_id, originator_version, notification_id
 """
 
+# The same without the notification, which is only a hint: listeners also poll.
+APPEND_SILENTLY: Final = APPEND.replace(", pg_notify('order_events', '')", "")
+
 # Inserting no rows takes the table's lock before the advisory lock, as the append and the library's recorder
 # do: another order could deadlock. A grant on columns does not allow LOCK TABLE.
 BEGIN_LOCKED: Final = """
@@ -142,18 +145,26 @@ COUNT_AFTER: Final = """
 async def append(connection: Connection, events: Sequence[Order.StatusReported]) -> list[int]:
     """Append events in one statement, all or none, and return their positions.
 
+    In a transaction, listeners are not notified: a full notification queue would fail the commit.
+
     Raises:
         VersionTakenError: another writer recorded one of the versions first.
     """
+    values = (
+        [event.originator_id for event in events],
+        [event.originator_version for event in events],
+        [event.TOPIC for event in events],
+        [encode_event(event) for event in events],
+        APPEND_LOCK,
+    )
     try:
-        rows = await connection.fetch(
-            APPEND,
-            [event.originator_id for event in events],
-            [event.originator_version for event in events],
-            [event.TOPIC for event in events],
-            [encode_event(event) for event in events],
-            APPEND_LOCK,
-        )
+        if connection.is_in_transaction():
+            rows = await connection.fetch(APPEND_SILENTLY, *values)
+        else:
+            try:
+                rows = await connection.fetch(APPEND, *values)
+            except asyncpg.ProgramLimitExceededError:
+                rows = await connection.fetch(APPEND_SILENTLY, *values)
     except asyncpg.UniqueViolationError as error:
         raise VersionTakenError(str(error)) from error
     # An event is recorded only if the server returned its position; the absence of an error is not enough.

@@ -259,7 +259,7 @@ async def test_erase_removes_bodies_and_keeps_verdicts(service: RunningService) 
             assert response.status == 200
         for arguments, code, message in (
             (("KOM1", " "), 2, "the reason is empty"),
-            (("KOM9", "asked for"), 1, "nothing was recorded of the order KOM9"),
+            (("KOM9", "asked for"), 1, "no event was recorded for the order KOM9"),
             (("KOM1", "asked for"), 0, "erased"),
         ):
             done = await asyncio.to_thread(call_command, service.state_dir, "erase", *arguments)

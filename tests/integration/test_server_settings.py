@@ -1,0 +1,129 @@
+"""Legal states and settings of a server that must neither lose, double nor refuse a report."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from projections.postgres_errors import Connection
+from service.database.connections import DedicatedConnection, StorageUnavailableError, connect
+from service.database.embedded_postgres import EmbeddedPostgres
+from service.ingest.recorder import Recorder
+from tests.support.client import serving_client
+from tests.support.databases import FAST_SETTINGS, wait_for_locked
+from tests.support.folders import copied_folder
+from tests.support.recording import locked_log, logged_events, make_recorder
+from tests.support.reports import report
+
+NOTIFY_PAGES_MIN = "64"  # the smallest notification queue: 512 KB
+
+
+@pytest.fixture
+def small_queue_dsn(state_template: Path) -> Iterator[str]:
+    """The DSN of a server with the smallest notification queue."""
+    settings = {**FAST_SETTINGS, "max_notify_queue_pages": NOTIFY_PAGES_MIN}
+    with copied_folder(state_template) as copy, EmbeddedPostgres(copy, settings=settings) as server:
+        yield server.dsn
+
+
+async def fill_notification_queue(connection: Connection) -> None:
+    # A transaction's equal payloads are sent once.
+    fill = "SELECT pg_notify('unrelated', n || repeat('x', 7900)) FROM generate_series(1, 16) AS n"
+    with suppress(asyncpg.ProgramLimitExceededError):
+        while True:
+            await connection.execute(fill)
+
+
+async def test_a_full_notification_queue_refuses_no_report(small_queue_dsn: str) -> None:
+    """A listener that idles in a transaction fills the queue; reports are recorded, judged and projected."""
+    listener, other = await connect(small_queue_dsn), await connect(small_queue_dsn)
+    await listener.add_listener("unrelated", lambda *_: None)
+    await listener.execute("BEGIN; SELECT 1")
+    await fill_notification_queue(other)
+    async with serving_client(small_queue_dsn) as client:
+        receipts = [await client.webhook("KOM1", status) for status in ("Diajukan", "Dikirim")]
+        assert [receipt["outcome"] for receipt in receipts] == ["advanced", "advanced"]
+        order = await client.get(f"/orders/KOM1?after_position={receipts[-1]['position']}")
+        assert (order["status"], order["version"]) == ("in_transit", 2)
+    await listener.close()
+    await other.close()
+
+
+@asynccontextmanager
+async def recorder_with(dsn: str, **settings: str) -> AsyncIterator[Recorder]:
+    dedicated = DedicatedConnection(lambda: connect(dsn, **settings))
+    yield make_recorder(dedicated)
+    await dedicated.close()
+
+
+async def test_a_report_in_doubt_is_recorded_once_in_any_isolation(dsn: str, connection: Connection) -> None:
+    """In repeatable read, the first look for a doubtful commit may miss it. It is recorded once anyway."""
+    async with recorder_with(dsn, default_transaction_isolation="repeatable read") as recorder:
+        await recorder.record(report("KOM0"))
+        async with locked_log(dsn) as holder:
+            recording = asyncio.create_task(recorder.record(report("KOM1")))
+            await wait_for_locked(holder)
+            # The statement stays in the queue for the lock, as behind a TCP connection that was cut.
+            # It is committed when the lock is free, after the recorder has begun its second transaction.
+            await cut_client(recorder)
+            await wait_for_locked(holder, 2)
+        receipt = await recording
+    events = await logged_events(connection)
+    assert [event.report_id for _, event in events].count(receipt["report_id"]) == 1
+    assert len(events) == 2
+
+
+async def cut_client(recorder: Recorder) -> None:
+    """Close the recorder's connection on its own side alone."""
+    connection = recorder._dedicated._connection  # noqa: SLF001
+    assert connection is not None
+    transport = connection._transport  # type: ignore[attr-defined]  # noqa: SLF001
+    transport.abort()
+
+
+async def test_the_operators_defaults_do_not_reach_the_service(owner_dsn: str, dsn: str) -> None:
+    """The service's connections write and read committed rows, whatever the database's defaults are."""
+    connection = await connect(owner_dsn)
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(f"""
+        ALTER DATABASE "{name}" SET default_transaction_isolation = 'serializable';
+        ALTER DATABASE "{name}" SET default_transaction_read_only = on;
+    """)
+    await connection.close()
+    async with recorder_with(dsn) as recorder:
+        receipt = await recorder.record(report("KOM1"))
+    assert receipt["version"] == 1
+    connection = await connect(dsn)
+    assert await connection.fetchval("SHOW transaction_isolation") == "read committed"
+    await connection.close()
+
+
+async def test_a_stall_costs_only_the_reports_whose_own_time_is_over(dsn: str) -> None:
+    """While the append lock is held for longer than a report's time, no report is refused earlier."""
+    seconds_max = 0.5
+    dedicated = DedicatedConnection(lambda: connect(dsn))
+    recorder = make_recorder(dedicated, seconds_max=seconds_max)
+    loop = asyncio.get_running_loop()
+
+    async def wait_of_refused(number: int) -> float | None:
+        began = loop.time()
+        try:
+            await recorder.record(report(f"KOM{number}"))
+        except StorageUnavailableError:
+            return loop.time() - began
+        return None
+
+    tasks = []
+    async with locked_log(dsn):
+        for number in range(60):
+            tasks.append(asyncio.create_task(wait_of_refused(number)))
+            await asyncio.sleep(0.01)
+    waits = await asyncio.gather(*tasks)
+    await dedicated.close()
+    refused = [wait for wait in waits if wait is not None]
+    assert refused
+    assert min(refused) >= seconds_max
+    assert None in waits
