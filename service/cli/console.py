@@ -24,7 +24,6 @@ from service.database.api_keys import InvalidKeyError
 from service.database.connections import (
     DedicatedConnection,
     StorageUnavailableError,
-    UnsupportedServerError,
     connect,
 )
 from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
@@ -75,7 +74,7 @@ def friendly_errors() -> Iterator[None]:
         fail(error, EXIT_USAGE)
     except RebuildRunningError:
         fail("a replay or a backup is already running: try again when it has finished")
-    except (StorageUnavailableError, UnsupportedServerError) as error:
+    except StorageUnavailableError as error:
         fail(f"the database cannot be used: {error}")
     except asyncpg.LockNotAvailableError:
         fail("the old tables are still being read, perhaps by a dump: try again when that has finished")

@@ -1,10 +1,11 @@
 """Connections to PostgreSQL with the service's settings: pooled or dedicated, with time limits."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
+from time import monotonic
 from typing import Final, TypeAlias, cast
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import orjson
@@ -22,18 +23,39 @@ POOL_CONNECTIONS_MAX: Final = 8
 # At its time limit, a caller closes its connection, but the server may continue the statement for this long.
 POOL_STATEMENT_TIMEOUT: Final = "4s"
 SERVER_VERSION_MIN: Final = 15
+# A firewall between may drop an idle connection silently. After this pause it is probed before it is used, and
+# replaced if it does not respond in time. The pool closes connections that are idle for as long.
+IDLE_SECONDS_MAX: Final = 30.0
+PROBE_SECONDS_MAX: Final = 0.3
 
 SERVER_SETTINGS: Final = {
     "application_name": "order-tracking",
     # A cached plan from when the log was empty would stay in use: it took 4.6 ms instead of 0.1 ms.
     "plan_cache_mode": "force_custom_plan",
     "timezone": "UTC",
-    # The database's own defaults must reach neither the append nor a rebuild.
+    # The database's own defaults must reach neither the append nor a rebuild, which takes as long as it takes.
     "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "off",
+    "idle_session_timeout": "0",
+    "lock_timeout": "0",
+    "statement_timeout": "0",
     # A process that is suspended in a transaction must not keep the append lock.
     "idle_in_transaction_session_timeout": "10s",
 }
+
+# The server, too, notices that an idle connection is gone. A local socket ignores these.
+KEEPALIVES: Final = {"tcp_keepalives_idle": "60", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
+
+# The encoding, and the settings that were sent and are not in force. ``transaction_timeout`` cannot be sent,
+# since PostgreSQL before 17 does not have it.
+INSPECT: Final = """
+    SELECT current_setting('server_encoding'),
+        ARRAY(SELECT name FROM unnest($1::text[], $2::text[]) AS sent (name, setting)
+              WHERE current_setting(name, true) IS DISTINCT FROM setting),
+        CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+             THEN set_config('transaction_timeout', '0', false) END
+"""
+IS_ALIVE: Final = "SELECT 1"
 
 # For the few statements that run all the time, each on a dedicated connection: planned once, always with index
 # scans, whatever the tables held at that time. Planning them again would cost more than running them.
@@ -51,8 +73,8 @@ class StorageUnavailableError(ConnectionError):
     """The database cannot be reached, or did not answer in time."""
 
 
-class UnsupportedServerError(Exception):
-    """The database server is older than this service supports."""
+class UnsupportedServerError(StorageUnavailableError):
+    """The database can be reached, but this service cannot use it. ``str()`` says what to do."""
 
 
 async def connect(dsn: str, **settings: str) -> Connection:
@@ -61,24 +83,51 @@ async def connect(dsn: str, **settings: str) -> Connection:
     Raises:
         StorageUnavailableError: the server did not answer within CONNECT_SECONDS_MAX, or refused the
             connection.
-        UnsupportedServerError: the server is older than SERVER_VERSION_MIN.
+        UnsupportedServerError: the server is too old, the database is not in UTF8, or a pooler drops settings.
     """
+    sent = {**SERVER_SETTINGS, **settings}
+    # asyncpg takes every parameter of the DSN that it does not know as a setting.
+    sent |= {name: value for name, value in parse_qsl(urlsplit(dsn).query) if name == "role"}
     try:
         async with asyncio.timeout(CONNECT_SECONDS_MAX):
-            connection = await asyncpg.connect(dsn, server_settings={**SERVER_SETTINGS, **settings})
-            await _set_json_codec(connection)
+            connection = await asyncpg.connect(dsn, server_settings={**KEEPALIVES, **sent})
+            try:
+                await _set_json_codec(connection)
+                await _inspect(connection, sent)
+            except BaseException:
+                connection.terminate()
+                raise
+    except UnsupportedServerError:
+        raise
     except (OSError, asyncpg.InternalClientError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
         # Even a wrong password or an unknown database: an operator may correct it while the service waits.
         parts = urlsplit(dsn)
         server = f"{parts.hostname}:{parts.port or 5432}" if parts.hostname else "its local socket"
         raise StorageUnavailableError(f"cannot connect to {server}: {error or 'no answer in time'}") from error
+    return connection
+
+
+async def _inspect(connection: Connection, sent: Mapping[str, str]) -> None:
+    """Refuse a server that this service cannot use.
+
+    Raises:
+        UnsupportedServerError: see ``connect``.
+    """
     version = connection.get_server_version().major
     if version < SERVER_VERSION_MIN:
-        await connection.close()
         raise UnsupportedServerError(
             f"PostgreSQL {version} is too old: {SERVER_VERSION_MIN} or newer is required"
         )
-    return connection
+    ((encoding, dropped, _),) = await connection.fetch(INSPECT, list(sent), list(sent.values()))
+    if encoding != "UTF8":
+        raise UnsupportedServerError(
+            f"the database has the encoding {encoding}: create one with the encoding UTF8 and use that"
+        )
+    if dropped:
+        raise UnsupportedServerError(
+            f"the connection lacks settings that were sent ({', '.join(dropped)}): connect to PostgreSQL "
+            "itself, not through a pooler such as PgBouncer"
+        )
 
 
 @asynccontextmanager
@@ -92,17 +141,13 @@ async def connected(dsn: str, **settings: str) -> AsyncIterator[Connection]:
 
 
 async def _set_json_codec(connection: Connection) -> None:
-    """Encode parameters of the type json with orjson, and decode such values with it."""
-    try:
-        await connection.set_type_codec(
-            "json",
-            schema="pg_catalog",
-            encoder=lambda value: orjson.dumps(value).decode(),
-            decoder=orjson.loads,
-        )
-    except BaseException:
-        connection.terminate()
-        raise
+    """Let parameters of the type json be any value that orjson can write."""
+    await connection.set_type_codec(
+        "json",
+        schema="pg_catalog",
+        encoder=lambda value: orjson.dumps(value).decode(),
+        decoder=orjson.loads,
+    )
 
 
 @contextmanager
@@ -131,7 +176,11 @@ class ConnectionPool:
             return await connect(dsn, statement_timeout=POOL_STATEMENT_TIMEOUT)
 
         self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
-            dsn, min_size=0, max_size=POOL_CONNECTIONS_MAX, connect=connect_for_pool
+            dsn,
+            min_size=0,
+            max_size=POOL_CONNECTIONS_MAX,
+            max_inactive_connection_lifetime=IDLE_SECONDS_MAX,
+            connect=connect_for_pool,
         )
 
     @property
@@ -184,12 +233,19 @@ class DedicatedConnection:
             limit, a lost connection is raised as StorageUnavailableError.
         on_open: called when a connection has been opened. After a failover or a restore, the server may lack
             commits that this process has seen, so it drops everything that it remembers of them.
+        idle_seconds_max: after a longer pause, the connection is probed before it is used.
     """
 
     def __init__(
-        self, connect: Connect, seconds_max: float | None = None, on_open: Callable[[], None] = lambda: None
+        self,
+        connect: Connect,
+        seconds_max: float | None = None,
+        on_open: Callable[[], None] = lambda: None,
+        idle_seconds_max: float = IDLE_SECONDS_MAX,
     ) -> None:
         self._connect = connect
+        self._idle_seconds_max = idle_seconds_max
+        self._used_at = 0.0
         self._on_open = on_open
         self.times_opened = 0
         self._seconds_max = seconds_max
@@ -225,6 +281,8 @@ class DedicatedConnection:
     @asynccontextmanager
     async def _use(self) -> AsyncIterator[Connection]:
         async with self._turn:
+            if self._connection is not None and monotonic() - self._used_at > self._idle_seconds_max:
+                await _terminate_if_silent(self._connection)
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._connect()
                 self.times_opened += 1
@@ -241,6 +299,7 @@ class DedicatedConnection:
                     is_usable = True
                 raise
             finally:
+                self._used_at = monotonic()
                 if not is_usable:
                     connection.terminate()
 
@@ -248,3 +307,15 @@ class DedicatedConnection:
         """Close the connection. A later use opens a new one."""
         if self._connection is not None:
             self._connection.terminate()
+
+
+async def _terminate_if_silent(connection: Connection) -> None:
+    """Terminate a connection on which the server does not respond at once."""
+    probe = asyncio.ensure_future(connection.execute(IS_ALIVE))
+    try:
+        await asyncio.wait([probe], timeout=PROBE_SECONDS_MAX)
+    finally:
+        if not probe.done() or probe.exception() is not None:
+            # First, so that asyncpg does not wait for the server to confirm a cancellation.
+            connection.terminate()
+            await asyncio.gather(probe, return_exceptions=True)

@@ -17,7 +17,12 @@ from projections.engine import View
 from projections.postgres_errors import Connection
 from projections.rebuild import CREATE_SCHEMA
 from service.database.catalog import first_difference, read_catalog
-from service.database.connections import RECONNECT_PAUSE_SECONDS, StorageUnavailableError, connected
+from service.database.connections import (
+    RECONNECT_PAUSE_SECONDS,
+    StorageUnavailableError,
+    UnsupportedServerError,
+    connected,
+)
 
 SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 MIGRATIONS_FOLDER: Final = Path(__file__).resolve().parent / "migrations"
@@ -133,6 +138,8 @@ async def prepare_database(dsn: str) -> str:
             async with connected(dsn) as connection:
                 await apply_schema(connection)
             return await service_dsn(dsn)
+        except UnsupportedServerError:
+            raise
         except StorageUnavailableError as error:
             if asyncio.get_running_loop().time() > deadline:
                 raise

@@ -9,7 +9,7 @@ import asyncpg
 from projections.engine import SELECT_VIEW, OutdatedViewError, View, view_state
 from projections.postgres_errors import Connection
 from service.database.api_keys import list_keys
-from service.database.connections import StorageUnavailableError, UnsupportedServerError, connect, connected
+from service.database.connections import StorageUnavailableError, connect, connected
 from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
 from service.event_log import store
 from service.settings import Settings
@@ -80,7 +80,7 @@ async def check_database(dsn: str) -> list[Finding]:
     try:
         # A policy on a view's table is a function of the service's role; it must not run as the operator.
         connection = await connect(dsn, row_security="off")
-    except (StorageUnavailableError, UnsupportedServerError, asyncpg.PostgresError) as error:
+    except (StorageUnavailableError, asyncpg.PostgresError) as error:
         return [_wrong(f"the database cannot be used: {error}")]
     try:
         findings = [_ok(f"PostgreSQL {await connection.fetchval(SERVER_VERSION)} responds")]

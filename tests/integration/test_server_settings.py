@@ -4,20 +4,31 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 import asyncpg
 import pytest
 
 from projections.postgres_errors import Connection
-from service.database.connections import DedicatedConnection, StorageUnavailableError, connect
+from service.database.connections import (
+    DedicatedConnection,
+    StorageUnavailableError,
+    UnsupportedServerError,
+    connect,
+)
 from service.database.embedded_postgres import EmbeddedPostgres
+from service.database.schema import prepare_database
 from service.ingest.recorder import Recorder
+from service.maintenance.check import check_database
 from tests.support.client import serving_client
-from tests.support.databases import FAST_SETTINGS, wait_for_locked
+from tests.support.databases import FAST_SETTINGS, TestServer, wait_for_locked
 from tests.support.folders import copied_folder
-from tests.support.recording import locked_log, logged_events, make_recorder
+from tests.support.recording import EQUAL, locked_log, logged_events, make_recorder, rebuilt
+from tests.support.relay import relay_to
 from tests.support.reports import report
+from tests.support.waiting import PATIENCE_SECONDS
 
+TRANSACTION_TIMEOUT_MAJOR = 17  # the first version that has it
 NOTIFY_PAGES_MIN = "64"  # the smallest notification queue: 512 KB
 
 
@@ -127,3 +138,61 @@ async def test_a_stall_costs_only_the_reports_whose_own_time_is_over(dsn: str) -
     assert refused
     assert min(refused) >= seconds_max
     assert None in waits
+
+
+async def test_a_pooler_that_drops_settings_is_refused(dsn: str) -> None:
+    """Without its settings, the service would write to other schemas, so it does not start."""
+    async with relay_to(dsn) as relay:
+        assert await prepare_database(relay.dsn)
+    async with relay_to(dsn, drops_settings=True) as relay:
+        with pytest.raises(UnsupportedServerError, match="connect to PostgreSQL itself") as caught:
+            await prepare_database(relay.dsn)
+        assert "role" in str(caught.value)
+        assert "plan_cache_mode" in str(caught.value)
+        (wrong,) = await check_database(relay.dsn)
+        assert (wrong.kind, "PgBouncer" in wrong.text) == ("WRONG", True)
+
+
+async def test_a_database_of_another_encoding_is_refused(server: TestServer, empty_dsn: str) -> None:
+    """A database in another encoding than UTF8 could not hold every report."""
+    connection = await connect(empty_dsn)
+    name = f"latin_{uuid4().hex}"
+    await connection.execute(f"CREATE DATABASE {name} ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    try:
+        with pytest.raises(UnsupportedServerError, match="has the encoding LATIN1: create one"):
+            await connect(server.dsn_of(name))
+    finally:
+        await connection.execute(f"DROP DATABASE {name}")
+        await connection.close()
+
+
+async def test_a_silently_dropped_connection_delays_no_report(dsn: str) -> None:
+    """A connection that a firewall dropped while it was idle is replaced before the next report uses it."""
+    async with relay_to(dsn) as relay:
+        dedicated = DedicatedConnection(lambda: connect(relay.dsn), idle_seconds_max=0.0)
+        recorder = make_recorder(dedicated, seconds_max=PATIENCE_SECONDS)
+        await recorder.record(report("KOM1"))
+        relay.silence()
+        receipt = await recorder.record(report("KOM1", "Diterima"))
+        assert (receipt["version"], receipt["outcome"]) == (2, "advanced")
+        assert dedicated.times_opened == 2
+        await dedicated.close()
+
+
+async def test_an_operators_timeouts_do_not_end_a_rebuild(owner_dsn: str, dsn: str) -> None:
+    """A rebuild waits for a view's lock for as long as it takes, whatever the database's defaults are."""
+    connection = await connect(owner_dsn)
+    name = await connection.fetchval("SELECT current_database()")
+    version = connection.get_server_version().major
+    newer = ["transaction_timeout"] if version >= TRANSACTION_TIMEOUT_MAJOR else []
+    for setting in ("statement_timeout", "lock_timeout", "idle_session_timeout", *newer):
+        await connection.execute(f"ALTER DATABASE \"{name}\" SET {setting} = '300ms'")
+    async with recorder_with(dsn) as recorder:
+        await recorder.record(report("KOM1"))
+    await connection.execute("SELECT pg_advisory_lock(hashtextextended('view timeline', 0))")
+    rebuilding = asyncio.create_task(rebuilt(dsn))
+    await wait_for_locked(connection)
+    await asyncio.sleep(0.6)
+    await connection.close()
+    assert await rebuilding == EQUAL
+    assert await rebuilt(dsn, verify=True) == EQUAL

@@ -66,7 +66,7 @@ class TestServer:
         self._postgres.start()
         self._admin = psycopg.connect(self._postgres.dsn, autocommit=True)
         self._execute(f'CREATE DATABASE "{TEMPLATE}"')
-        asyncio.run(prepare_database(self._dsn_of(TEMPLATE)))
+        asyncio.run(prepare_database(self.dsn_of(TEMPLATE)))
 
     def stop(self) -> None:
         """Stop the server."""
@@ -89,7 +89,7 @@ class TestServer:
             # PostgreSQL does not copy the grants on a database from its template.
             self._execute(f'GRANT CREATE ON DATABASE "{name}" TO {OWNER_ROLE}')
         try:
-            yield self._dsn_of(name)
+            yield self.dsn_of(name)
         finally:
             self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
 
@@ -121,7 +121,8 @@ class TestServer:
         assert self._admin is not None
         self._admin.execute(statement.encode())
 
-    def _dsn_of(self, database: str) -> str:
+    def dsn_of(self, database: str) -> str:
+        """Return the DSN of a database of this server."""
         return self._postgres.dsn.replace(DATABASE, f"/{database}?")
 
 
