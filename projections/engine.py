@@ -229,7 +229,7 @@ class Projector:
         self._begin = BEGIN_WITH_VIEW_LOCK.format(view=view.name)
         self._transaction = transaction
         self._read_log = read_log
-        self._read_head = read_head
+        self.read_head = read_head
         self._moved = asyncio.Condition()
         self._failures = 0
 
@@ -267,7 +267,7 @@ class Projector:
                     connection, self.view, batch, has_parked=state.has_parked, one_by_one=one_by_one
                 )
                 await advance(connection, state.position, position)
-            elif position > await self._read_head():
+            elif position > await self.read_head():
                 raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
         if position != self.position:
             async with self._moved:

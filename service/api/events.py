@@ -21,7 +21,7 @@ from service.http.access import Access
 from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.http.pagination import POSITION_MAX, Page, list_response
 from service.http.parameters import EventsQuery, Position, Query, parse_order_no
-from service.http.problems import ProblemError, ProblemType, bad_parameter, unavailable
+from service.http.problems import ProblemError, ProblemType, bad_parameter, beyond_head, unavailable
 from service.http.request_ids import REQUEST_ID_HEADER, caller_request_id
 from service.http.responses import JSON_OPTIONS, SERVER
 from service.http.server import is_gone
@@ -101,6 +101,8 @@ class EventsApi:
             rows = await store.read_log(connection, query.after, query.limit)
             # A page may also end early, at its limit in bytes.
             has_more = rows and await store.read_log(connection, rows[-1].position, 1)
+            if not rows and query.after > (head := await store.head_position(connection)):
+                raise beyond_head(query.after, head)
         page = Page([*map(to_log_event, rows)], {"after": rows[-1].position} if has_more else {})
         return list_response(request, query, "events", page, request.path)
 
@@ -119,6 +121,8 @@ class EventsApi:
         _refuse_old_version(request)
         async with self._pool.connection() as connection:
             head = await store.head_position(connection)
+        if position > head:
+            raise beyond_head(position, head)
         response = await _begin(request, NDJSON_HEADERS)
         remaining = query.limit if "limit" in query.model_fields_set else POSITION_MAX
         while position < head and remaining:
@@ -138,6 +142,10 @@ class EventsApi:
         after = query.after if last_seen is None else last_seen
         if request.method == hdrs.METH_HEAD:
             return await _begin(request, SSE_HEADERS)
+        if after is not None:
+            async with self._pool.connection() as connection:
+                if after > (head := await store.head_position(connection)):
+                    raise beyond_head(after, head)
         try:
             async with self.tail.following():
                 position = self.tail.position if after is None else after
@@ -160,10 +168,11 @@ class EventsApi:
     async def _follow(
         self, request: web.Request, response: web.StreamResponse, position: int, send: Send
     ) -> None:
-        """Send events until the reader leaves, its API key is revoked, or the service stops."""
+        """Send events until the reader leaves, its key is revoked, the log loses events, or the service stops."""
+        losses = self.tail.losses
         check_key_at = monotonic() + KEY_SECONDS
         heartbeat_at = monotonic() + HEARTBEAT_SECONDS
-        while not self.tail.is_ended and not is_gone(request):
+        while not self.tail.is_ended and self.tail.losses == losses and not is_gone(request):
             position = await send(response, position)
             await self.tail.wait_beyond(position, min(CHECK_SECONDS, HEARTBEAT_SECONDS))
             if monotonic() >= heartbeat_at:

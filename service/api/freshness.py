@@ -1,7 +1,7 @@
 """View freshness: waiting for a position, and the lag behind the log."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Final
 
@@ -11,10 +11,12 @@ from projections.engine import SELECT_VIEW, Projector
 from projections.parked import ParkedOrder, count_parked, list_parked
 from projections.postgres_errors import Connection
 from service.event_log import store
-from service.http.problems import unavailable
+from service.http.problems import beyond_head, unavailable
 
 # How long a read waits until a view has reached the requested position.
 AFTER_POSITION_SECONDS_MAX: Final = 5.0
+# A view that needs longer is usually not behind: the position lies beyond the log's head.
+HEAD_SECONDS: Final = 0.25
 # Counting the events behind the head stops here: a larger number is no more useful.
 LAG_EVENTS_MAX: Final = 100_000
 PARKED_LISTED_MAX: Final = 100
@@ -54,18 +56,29 @@ async def wait_for(projectors: Mapping[str, Projector], position: int | None, *v
         views: the views' names.
 
     Raises:
-        ProblemError: 503, a view is being rebuilt, or has not reached the position in time.
+        ProblemError: 503, a view is being rebuilt, or has not reached the position in time; 410, the log ends
+            before the position.
     """
     for view in views:
         if projectors[view].is_outdated:
             raise unavailable(f"the view {view} is being rebuilt", view=view)
     if position is None:
         return
-    waits = [projectors[view].wait_for(position, AFTER_POSITION_SECONDS_MAX) for view in views]
-    for view, has_reached in zip(views, await asyncio.gather(*waits), strict=True):
+    if all(await _wait(projectors, position, views, HEAD_SECONDS)):
+        return
+    if position > (head := await projectors[views[0]].read_head()):
+        raise beyond_head(position, head)
+    reached = await _wait(projectors, position, views, AFTER_POSITION_SECONDS_MAX)
+    for view, has_reached in zip(views, reached, strict=True):
         if not has_reached:
             detail = f"the view {view} has not reached position {position} yet"
             raise unavailable(detail, view=view, position=projectors[view].position)
+
+
+async def _wait(
+    projectors: Mapping[str, Projector], position: int, views: Sequence[str], seconds_max: float
+) -> list[bool]:
+    return await asyncio.gather(*(projectors[view].wait_for(position, seconds_max) for view in views))
 
 
 async def read_lag(connection: Connection, projector: Projector) -> Lag:

@@ -165,7 +165,8 @@ class OrdersApi:
                 raise _missing_order(order_no, found.parked_position)
             _refuse_beyond_parking(query, found.parked_position)
             order = found.order
-        etag = f'"{order["version"]}"'
+        # An order is parked and unparked without a new version.
+        etag = f'"{order["version"]}{"-parked" if order["parked"] else ""}"'
         if has_etag(request, etag):
             return response(status=304, headers={"ETag": etag})
         return json_response(order, headers={"ETag": etag})
@@ -236,7 +237,9 @@ class OrdersApi:
             while events := await store.read_stream(connection, order_no, version, HISTORY_EVENTS_MAX):
                 earlier = [*takewhile(lambda item: _is_within(query, item), map(_decode, events))]
                 current_status.fold(earlier, rows)
-                version += len(earlier)
+                if earlier:
+                    _, last = earlier[-1]
+                    version = last.originator_version
                 if len(earlier) < len(events):
                     break
             else:

@@ -62,6 +62,8 @@ class Tail:
         self._task: asyncio.Task[None] | None = None
         self._readers = 0
         self.is_ended = False
+        # How often the log ended before the tail, since a failover or a restore had lost events.
+        self.losses = 0
 
     @property
     def position(self) -> int:
@@ -87,7 +89,7 @@ class Tail:
                     head = await store.head_position(connection)
                 # Another reader may have been first in the meantime.
                 if self._task is None:
-                    self._begins_after, self._memory, self._by_order, self._bytes = head, [], {}, 0
+                    self._begin(head)
                     loop = partial(
                         follow,
                         self._step,
@@ -135,6 +137,9 @@ class Tail:
     async def _step(self) -> int:
         async with self._pool.connection() as connection:
             batch = await store.read_log(connection, self.position, BATCH_EVENTS_MAX)
+            if not batch and (head := await store.head_position(connection)) < self.position:
+                self.losses += 1
+                self._begin(head)
         if batch:
             now = monotonic()
             events = [TailEvent(event.position, event.order_no, self._encode(event), now) for event in batch]
@@ -150,6 +155,9 @@ class Tail:
         oldest = monotonic() - MEMORY_SECONDS_MAX
         self._drop(bisect_right(self._memory, oldest, key=lambda event: event.read_at))
         return len(batch)
+
+    def _begin(self, head: int) -> None:
+        self._begins_after, self._memory, self._by_order, self._bytes = head, [], {}, 0
 
     def _drop(self, count: int) -> None:
         """Drop the oldest events."""

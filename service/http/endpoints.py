@@ -64,6 +64,8 @@ class Endpoint:
             problems.add(ProblemType.HTTP_VERSION)
         if self.query is not None:
             problems.add(ProblemType.BAD_PARAMETER)
+            if {"after", "after_position"} & set(self.query.model_fields):
+                problems.add(ProblemType.BEYOND_HEAD)
             if "{" in self.path:
                 problems.add(ProblemType.BAD_PATH)
         if self.scope is not None:

@@ -43,6 +43,11 @@ class ProblemType(Enum):
     UNKNOWN_ENTRY = 404, "Unknown entry", "The quarantine has no entry with this id."
     BODY_TIMEOUT = 408, "Body timeout", "The body took too long to arrive."
     NOT_OPEN = 409, "Not open", "The quarantined body has been retried or discarded already."
+    BEYOND_HEAD = (
+        410,
+        "Beyond the head",
+        "The log ends before this position: a failover or a restore has lost events. Begin again after `head`.",
+    )
     TOO_LARGE = 413, "Too large", "The body is larger than the limit."
     UNKNOWN_CODING = 415, "Unknown content coding", "Supported content codings: gzip, identity."
     NOT_UNDERSTOOD = 422, "Still not understood", "The quarantined body is still unparseable and stays open."
@@ -103,6 +108,12 @@ def unavailable(detail: str, **members: Any) -> ProblemError:
     """Return the problem for a resource that may be available again in a moment."""
     headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return ProblemError(ProblemType.UNAVAILABLE, detail, headers=headers, **members)
+
+
+def beyond_head(position: int, head: int) -> ProblemError:
+    """Return the problem for a position that the log has lost, or never had."""
+    detail = f"the log ends at position {head}, before {position}: read it again after that position"
+    return ProblemError(ProblemType.BEYOND_HEAD, detail, position=position, head=head)
 
 
 def order_parked(detail: str, **members: Any) -> ProblemError:

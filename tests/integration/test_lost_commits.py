@@ -15,6 +15,7 @@ from service.database.connections import connect
 from service.event_log import store
 from service.maintenance.check import check_database
 from service.settings import Settings
+from tests.support.client import Client
 from tests.support.databases import TestServer
 from tests.support.recording import EQUAL, rebuilt, record
 from tests.support.reports import report
@@ -108,3 +109,67 @@ async def test_the_check_reports_a_view_beyond_the_head(dsn: str, connection: Co
     wrong = [finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"]
     assert "the view timeline has events that the log has lost: run 'replay'" in wrong
     assert not any("current_status" in text for text in wrong)
+
+
+BEYOND = "/problems/beyond-the-head"
+
+
+async def test_a_position_beyond_the_head_is_gone(client: Client) -> None:
+    """A reader whose position the log has lost gets 410 with the head at once, and can begin again there."""
+    receipt = await client.webhook("KOM1")
+    head = receipt["position"]
+    for path in (
+        "/events?after=900",
+        "/events/stream?after=900",
+        "/orders/KOM1/stream?after=900",
+        "/orders/KOM1?after_position=900",
+        "/orders/KOM1/timeline?after_position=900",
+        "/audit/transitions?after_position=900",
+    ):
+        problem = await client.get(path, status=410)
+        assert (problem["type"], problem["head"], problem["position"]) == (BEYOND, head, 900)
+    for headers in ({"Last-Event-ID": "900"}, {"Accept": "application/x-ndjson"}):
+        path = "/events/stream" if "Last-Event-ID" in headers else "/events?after=900"
+        assert (await client.get(path, status=410, headers=headers))["type"] == BEYOND
+    assert (await client.get(f"/events?after={head}"))["events"] == []
+
+
+async def test_a_live_reader_of_lost_events_reconnects_and_learns_of_it(
+    server: TestServer, dsn: str, client: Client
+) -> None:
+    """A stream ends when the log has lost events that it sent; the reader's next request gets 410."""
+    await client.webhook("KOM1")
+    copy = server.copy(dsn)
+    async with client.session.get(client.url("/events/stream?after=0")) as stream:
+        for number in range(3):
+            receipt = await client.webhook(f"LOST{number}")
+        content = b""
+        while b"id: %d\n" % receipt["position"] not in content:
+            content += await stream.content.readany()
+        server.put_back(dsn, copy)
+        await stream.content.read()
+    headers = {"Last-Event-ID": str(receipt["position"])}
+    assert (await client.get("/events/stream", status=410, headers=headers))["head"] == 1
+
+
+async def test_the_etag_changes_when_an_order_is_parked(client: Client, connection: Connection) -> None:
+    """A client that polls with an entity tag learns that its order is parked."""
+    receipt = await client.webhook("KOM1")
+    path = f"/orders/KOM1?after_position={receipt['position']}"
+    _, headers = await client.get_with_headers(path)
+    await connection.execute("INSERT INTO current_status.parked_orders VALUES ('KOM1', 2, 2, 'unreadable')")
+    unchanged = {"If-None-Match": headers["ETag"]}
+    order = await client.get("/orders/KOM1", headers=unchanged)
+    assert order["parked"]["reason"] == "unreadable"
+
+
+async def test_an_earlier_version_of_a_log_with_a_gap(client: Client, connection: Connection) -> None:
+    """Versions are read by their numbers, not by their count."""
+    await client.webhook("KOM1", "Diajukan")
+    await connection.execute(
+        "INSERT INTO order_events (originator_id, originator_version, topic, state) "
+        "SELECT originator_id, 6, topic, convert_to(replace(convert_from(state, 'UTF8'), "
+        "'\"version\":1', '\"version\":6'), 'UTF8') FROM order_events"
+    )
+    assert (await client.get("/orders/KOM1?version=6"))["version"] == 6
+    await client.get("/orders/KOM1?version=3", status=404)

@@ -1,4 +1,4 @@
-"""A relay between the service and PostgreSQL: a pooler that drops settings, a firewall that drops connections."""
+"""A relay to PostgreSQL that drops settings, as a pooler does, or connections, as a firewall does."""
 
 import asyncio
 import contextlib
