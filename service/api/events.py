@@ -168,7 +168,7 @@ class EventsApi:
     async def _follow(
         self, request: web.Request, response: web.StreamResponse, position: int, send: Send
     ) -> None:
-        """Send events until the reader leaves, its key is revoked, the log loses events, or the service stops."""
+        """Send events until the reader leaves, its key is revoked, events are lost, or the service stops."""
         losses = self.tail.losses
         check_key_at = monotonic() + KEY_SECONDS
         heartbeat_at = monotonic() + HEARTBEAT_SECONDS
