@@ -34,6 +34,7 @@ from service.http.request_ids import route_pattern
 from service.http.server import HttpServer
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Recorder
+from service.ingest.refusals import Refusals
 from service.ingest.webhook import Webhook
 from service.ingest.webhook_auth import WebhookAuth
 from service.maintenance.replay import Rebuilder
@@ -86,7 +87,8 @@ class Service:
         self.rebuilder = Rebuilder(dsn, VIEWS, self.projection_connections, self.feed)
         quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
         projectors = [*self.projectors.values()]
-        self.metrics = Metrics(self.pool, projectors, quarantine, lambda: self.recorder.waiting)
+        refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
+        self.metrics = Metrics(self.pool, projectors, quarantine, refusals, lambda: self.recorder.waiting)
         self.recorder = Recorder(
             self.append_connection,
             self._on_commit,
@@ -95,15 +97,15 @@ class Service:
             on_batch=self.metrics.measure_batch,
         )
         self.access = Access(self.auth_connection, seconds_max, is_open_without_keys=settings.is_local)
-        self.webhook = Webhook(make_webhook_auth(settings), self.recorder, quarantine)
+        self.webhook = Webhook(make_webhook_auth(settings), self.recorder, quarantine, refusals)
         self.events = EventsApi(self.pool, self.access)
-        self.pages = Pages(self.pool, self.access, self.projectors)
+        self.pages = Pages(self.pool, self.access, self.projectors, refusals)
         self.apis: list[object] = [
             OrdersApi(self.pool, self.orders_connection, self.projectors),
             self.events,
             AuditApi(self.pool, self.projectors),
             QuarantineApi(self.pool, self.recorder),
-            OperationsApi(self.pool, self.auth_connection, projectors),
+            OperationsApi(self.pool, self.auth_connection, projectors, refusals),
             self.metrics,
         ]
         self.openapi = OpenApi(self.apis, self.webhook.path)

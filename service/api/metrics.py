@@ -22,6 +22,7 @@ from service.http.parameters import Query
 from service.http.request_ids import route_pattern
 from service.http.responses import response
 from service.ingest.quarantine import Quarantine, count_entries
+from service.ingest.refusals import Refusals
 
 # If the database does not answer a scrape within this time, the gauges that need it are missing.
 SCRAPE_SECONDS_MAX: Final = 2.0
@@ -44,6 +45,7 @@ class Metrics:
         pool: the connections to read gauges with; the pool itself is measured too.
         projectors: the views' projectors.
         quarantine: the quarantine, which counts its own bodies.
+        refusals: the webhooks that got 503.
         waiting: returns the number of reports that wait for their commit.
     """
 
@@ -52,11 +54,13 @@ class Metrics:
         pool: ConnectionPool,
         projectors: Sequence[Projector],
         quarantine: Quarantine,
+        refusals: Refusals,
         waiting: Callable[[], int],
     ) -> None:
         self._pool = pool
         self._projectors = projectors
         self._quarantine = quarantine
+        self._refusals = refusals
         self._waiting = waiting
         self._outcomes: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         self._last_received = 0.0
@@ -128,6 +132,10 @@ class Metrics:
         yield CounterMetricFamily(
             "quarantine_turned_away", "Bodies over the hourly cap, answered 503.", self._quarantine.refused
         )
+        refusals = CounterMetricFamily("webhook_refusals", "Webhooks that got 503, by cause.", labels=["cause"])
+        for cause, count in self._refusals.counts.items():
+            refusals.add_metric([cause], count)
+        yield refusals
         yield GaugeMetricFamily("webhook_queue_reports", "Reports that wait for their commit.", self._waiting())
         last = max(self._last_received, self._quarantine.last_kept)
         if last:

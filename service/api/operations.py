@@ -12,11 +12,12 @@ from service.database.connections import ConnectionPool, DedicatedConnection
 from service.event_log import store
 from service.http.endpoints import Endpoint
 from service.http.parameters import Query
-from service.http.problems import ProblemType
+from service.http.problems import ProblemType, unavailable
 from service.http.responses import json_response
+from service.ingest.refusals import Refusals
 
 READY_SECONDS_MAX: Final = 1.0
-IS_ALIVE: Final = "SELECT 1"
+IS_STANDBY: Final = "SELECT pg_is_in_recovery()"
 
 
 class Projections(TypedDict):
@@ -39,14 +40,20 @@ class OperationsApi:
         pool: the connections to read with.
         dedicated: the connection that checks the database, so that no slow read delays it.
         projectors: the views' projectors.
+        refusals: the webhooks that got 503.
     """
 
     def __init__(
-        self, pool: ConnectionPool, dedicated: DedicatedConnection, projectors: Iterable[Projector]
+        self,
+        pool: ConnectionPool,
+        dedicated: DedicatedConnection,
+        projectors: Iterable[Projector],
+        refusals: Refusals,
     ) -> None:
         self._pool = pool
         self._dedicated = dedicated
         self._projectors = projectors
+        self._refusals = refusals
 
     @Endpoint("GET", "/projections", Projections)
     async def show_projections(self, _request: web.Request, _query: Query) -> web.Response:
@@ -63,7 +70,12 @@ class OperationsApi:
 
     @Endpoint("GET", "/readyz", Health, scope=None, problems=(ProblemType.UNAVAILABLE,))
     async def show_readiness(self, _request: web.Request, _query: Query) -> web.Response:
-        """The database responds in time."""
+        """The database responds in time, and webhooks can be recorded."""
         async with self._dedicated.connection(READY_SECONDS_MAX) as connection:
-            await connection.fetchval(IS_ALIVE)
+            if await connection.fetchval(IS_STANDBY):
+                raise unavailable("the database is a standby, which cannot record webhooks", cause="read_only")
+        # A full queue empties by itself, and faster if the load balancer sends nothing else.
+        if (refusal := self._refusals.recent) is not None and refusal.cause != "queue_full":
+            since = refusal.since.isoformat(timespec="seconds")
+            raise unavailable(f"webhooks are refused since {since}: {refusal.cause}", cause=refusal.cause)
         return json_response({"status": "ready"})

@@ -102,6 +102,7 @@ class Recorder:
         self._seconds_max = seconds_max
         self._states = OrderStates(ORDER_STATES_MAX)
         self._claimed_waiting = 0
+        self._trouble: Exception | None = None
         self._batcher: Batcher[Report, Receipt] = Batcher(
             self._record_batch,
             batch_items_max=BATCH_REPORTS_MAX,
@@ -111,6 +112,11 @@ class Recorder:
             seconds_max=seconds_max,
             wait_seconds_max=WAIT_SECONDS_MAX,
         )
+
+    @property
+    def trouble(self) -> Exception | None:
+        """The error of the last attempt to append, None if it was committed."""
+        return self._trouble
 
     @property
     def waiting(self) -> int:
@@ -235,6 +241,7 @@ class Recorder:
             except Exception as error:
                 if not is_connection_lost(error):
                     raise
+                self._trouble = error
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
             else:
                 return events, positions
@@ -262,6 +269,7 @@ class Recorder:
                     raise UnrecordableReportError(str(error)) from error
                 if not is_connection_lost(error):
                     raise
+                self._trouble = error
                 # The next attempt finds the claim if this one was committed.
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
@@ -285,6 +293,7 @@ class Recorder:
             yield connection
 
     def _commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
+        self._trouble = None
         self._states.learn(events)
         self._on_commit(events, positions)
 

@@ -8,12 +8,15 @@ import structlog
 from aiohttp import web
 
 from domain.order import Arrival
+from service.batcher import OverloadedError
+from service.database.connections import StorageUnavailableError
 from service.http.body import read_body
 from service.http.responses import json_response
-from service.ingest.idempotency import read_key
+from service.ingest.idempotency import IdempotencyKey, read_key
 from service.ingest.parser import UnreadableError, parse
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
+from service.ingest.refusals import Refusals
 from service.ingest.webhook_auth import WebhookAuth
 
 # The sender documents PUT in its samples and POST in its tips.
@@ -29,12 +32,16 @@ class Webhook:
         auth: authenticates the sender.
         recorder: records reports.
         quarantine: keeps unparseable bodies.
+        refusals: counts and explains the webhooks that get 503.
     """
 
-    def __init__(self, auth: WebhookAuth, recorder: Recorder, quarantine: Quarantine) -> None:
+    def __init__(
+        self, auth: WebhookAuth, recorder: Recorder, quarantine: Quarantine, refusals: Refusals
+    ) -> None:
         self._auth = auth
         self._recorder = recorder
         self._quarantine = quarantine
+        self._refusals = refusals
 
     @property
     def path(self) -> str:
@@ -54,21 +61,29 @@ class Webhook:
         body = await read_body(request)
         self._auth.check_signature(request, body)
         try:
+            receipt = await self._keep(body, arrival, read_key(request.headers))
+        except (OverloadedError, StorageUnavailableError) as error:
+            await self._refusals.count(error)
+            raise
+        self._refusals.end()
+        return json_response(receipt)
+
+    async def _keep(self, body: bytes, arrival: Arrival, claim: IdempotencyKey | None) -> Receipt:
+        try:
             report = parse(body, arrival)
         except UnreadableError as error:
             return await self._quarantine_body(body, arrival, str(error), error.order_no)
         try:
-            receipt = await self._recorder.record(report, read_key(request.headers))
+            return await self._recorder.record(report, claim)
         except UnrecordableReportError as error:
             logger.warning("report cannot be recorded", report_id=arrival.report_id, error=str(error))
             return await self._quarantine_body(body, arrival, "the report cannot be recorded", report.order_no)
-        return json_response(receipt)
 
     async def _quarantine_body(
         self, body: bytes, arrival: Arrival, reason: str, order_no: str | None
-    ) -> web.Response:
+    ) -> Receipt:
         quarantine_id = await self._quarantine.keep(body, reason, arrival)
-        receipt: Receipt = {
+        return {
             "outcome": "quarantined",
             "report_id": arrival.report_id,
             "order_no": order_no,
@@ -80,4 +95,3 @@ class Webhook:
             "reason": reason,
             "quarantine_id": quarantine_id,
         }
-        return json_response(receipt)

@@ -37,6 +37,7 @@ from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import request_id
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
+from service.ingest.refusals import Refusals
 from service.pages.charts import draw_charts
 from service.pages.i18n import Language
 from service.pages.order import read_history
@@ -87,12 +88,20 @@ class Pages:
         pool: the connection pool for reads.
         access: the guard that requires API keys.
         projectors: the projectors of the views, by view name.
+        refusals: the webhooks that got 503.
     """
 
-    def __init__(self, pool: ConnectionPool, access: Access, projectors: Mapping[str, Projector]) -> None:
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        access: Access,
+        projectors: Mapping[str, Projector],
+        refusals: Refusals,
+    ) -> None:
         self._pool = pool
         self._access = access
         self._projectors = projectors
+        self._refusals = refusals
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes. Only the static files and the session need no key."""
@@ -125,6 +134,7 @@ class Pages:
             "/",
             stream=f"/events/stream?brief=true&after={overview.head}",
             overview=overview,
+            refusal=self._refusals.recent,
             counted_max=COUNTED_MAX,
             listed_max=LISTED_MAX,
             stuck_days=STUCK_DAYS,

@@ -56,6 +56,12 @@ class Client:
             assert response.headers["Server"] == "order-tracking"
             return json.loads(body) if body else None, response.headers
 
+    async def text(self, path: str) -> str:
+        """Read a page or the metrics."""
+        async with self.session.get(self.url(path)) as response:
+            assert response.status == 200
+            return await response.text()
+
     async def post(self, path: str, status: int, body: Any = None) -> Any:
         """Post JSON, and return the parsed response."""
         async with self.session.post(self.url(path), json=body) as response:

@@ -1,0 +1,110 @@
+"""Refused webhooks: the cause of each 503 is counted, logged, measured and shown."""
+
+import asyncio
+from itertools import pairwise
+from pathlib import Path
+
+import asyncpg
+import pytest
+from structlog.testing import capture_logs
+
+from service.batcher import BatchFailedError, OverloadedError
+from service.database.connections import (
+    DedicatedConnection,
+    StorageUnavailableError,
+    UnsupportedServerError,
+    connect,
+)
+from service.database.embedded_postgres import EmbeddedPostgres
+from service.ingest.refusals import CAUSES, LOG_SECONDS, Cause, Refusals, find_cause
+from tests.support.client import serving_client
+from tests.support.databases import FAST_SETTINGS
+from tests.support.folders import copied_folder
+from tests.support.recording import locked_log
+
+
+def chained(*errors: Exception) -> Exception:
+    """Return the first error, each caused by the next."""
+    for error, cause in pairwise(errors):
+        error.__cause__ = cause
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (OverloadedError("too many"), "queue_full"),
+        (asyncpg.DiskFullError(), "disk_full"),
+        (chained(StorageUnavailableError(), BatchFailedError(), asyncpg.DiskFullError()), "disk_full"),
+        (asyncpg.ReadOnlySQLTransactionError(), "read_only"),
+        (chained(StorageUnavailableError(), asyncpg.TooManyConnectionsError()), "too_many_connections"),
+        (asyncpg.LockNotAvailableError(), "lock_held"),
+        (chained(StorageUnavailableError(), ConnectionRefusedError()), "unreachable"),
+        (asyncpg.CannotConnectNowError(), "unreachable"),
+        (UnsupportedServerError("too old"), "unusable"),
+        (chained(StorageUnavailableError(), TimeoutError()), "no_answer"),
+        (asyncpg.QueryCanceledError(), "no_answer"),
+    ],
+)
+def test_the_cause_is_found_in_the_chain_of_errors(error: Exception, cause: Cause) -> None:
+    """The first error with a known cause decides; a loss of the connection comes second."""
+    assert find_cause(error) == cause
+
+
+async def test_a_held_lock_is_named_everywhere(dsn: str) -> None:
+    """While a session holds the append lock, each 503 is explained; the next recorded webhook ends that."""
+    async with serving_client(dsn, request_seconds_max=0.3) as client:
+        with capture_logs() as logs:
+            async with locked_log(dsn):
+                for number in range(2):
+                    body = b'{"order_no":"KOM%d","status":"Dikirim"}' % number
+                    assert await client.status("PUT", "/webhook", body) == 503
+                problem = await client.get("/readyz", status=503)
+                assert problem["cause"] == "lock_held"
+                page = await client.text("/?lang=en")
+                assert "Webhooks are being refused (503): Another session holds a lock on the log." in page
+            assert 'webhook_refusals_total{cause="lock_held"} 2.0' in await client.text("/metrics")
+            assert (await client.webhook("KOM1"))["version"] == 1
+        events = [(log["event"], log["cause"]) for log in logs if "webhooks are" in log["event"]]
+        assert events == [("webhooks are refused", "lock_held"), ("webhooks are recorded again", "lock_held")]
+        assert (await client.get("/readyz"))["status"] == "ready"
+        assert "being refused" not in await client.text("/?lang=en")
+
+
+async def test_every_cause_has_a_series_and_a_text(dsn: str) -> None:
+    """Before the first refusal, each cause has a series at 0, so that an alert can compare it."""
+    async with serving_client(dsn) as client:
+        metrics = await client.text("/metrics")
+        for cause in CAUSES:
+            assert f'webhook_refusals_total{{cause="{cause}"}} 0.0' in metrics
+
+
+async def test_a_lasting_cause_is_logged_again(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cause is logged when it begins, when it changes, and every LOG_SECONDS while it lasts."""
+    dedicated = DedicatedConnection(lambda: connect(dsn))
+    refusals = Refusals(dedicated, lambda: None)
+    now = 1_000_000.0
+    monkeypatch.setattr("service.ingest.refusals.monotonic", lambda: now)
+    with capture_logs() as logs:
+        for error in (OverloadedError("a"), OverloadedError("a"), asyncpg.DiskFullError("b")):
+            await refusals.count(error)
+        assert [(log["cause"], log["refused"]) for log in logs] == [("queue_full", 1), ("disk_full", 1)]
+        now += LOG_SECONDS
+        await refusals.count(asyncpg.DiskFullError("b"))
+    assert [(log["cause"], log["refused"]) for log in logs[2:]] == [("disk_full", 2)]
+    assert [refusals.recent is not None, refusals.current is not None] == [True, True]
+    now += LOG_SECONDS
+    assert [refusals.recent is not None, refusals.current is not None] == [False, True]
+    await dedicated.close()
+
+
+async def test_a_commit_that_waits_for_a_standby_is_named(state_template: Path) -> None:
+    """If no standby confirms a synchronous commit, the webhook gets 503 and the operator learns why."""
+    settings = {**FAST_SETTINGS, "synchronous_standby_names": "missing"}
+    with copied_folder(state_template) as copy, EmbeddedPostgres(copy, settings=settings) as server:
+        async with serving_client(server.dsn, request_seconds_max=0.5) as client:
+            statuses = [
+                client.status("PUT", "/webhook", b'{"order_no":"K","status":"Dikirim"}') for _ in range(3)
+            ]
+            assert await asyncio.gather(*statuses) == [503, 503, 503]
+            assert (await client.get("/readyz", status=503))["cause"] == "replication_wait"
