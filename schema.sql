@@ -302,6 +302,14 @@ CREATE TABLE order_cnotes (
     PRIMARY KEY (cnote, order_no)
 );
 
+-- The earliest first report, and the latest last report, of the orders whose first positions are in a block of positions.
+-- A list that filters by time skips the other blocks. projections/windows.py has the size of a block.
+CREATE TABLE blocks (
+    block     bigint      NOT NULL PRIMARY KEY,
+    earliest  timestamptz NOT NULL,
+    latest    timestamptz NOT NULL                 -- rounded up to the hour
+);
+
 -- indexes
 CREATE INDEX orders_first_position_idx ON orders (first_position);
 -- One index for each filter. The indexes of rare verdicts hold only those orders.
@@ -332,16 +340,23 @@ CREATE TABLE entries (
     received_at      timestamptz NOT NULL,
     occurred_at      timestamptz,
     repeats          bigint,                       -- the version of the entry that this report repeats
+    kind             smallint    NOT NULL,         -- stands for verdict, previous_status and recognised together
     PRIMARY KEY (order_no, version)
+);
+
+-- The earliest and the latest arrival of the reports in a block of positions. The audit by time skips the other blocks.
+CREATE TABLE blocks (
+    block     bigint      NOT NULL PRIMARY KEY,
+    earliest  timestamptz NOT NULL,
+    latest    timestamptz NOT NULL
 );
 
 -- indexes
 CREATE UNIQUE INDEX entries_position_idx ON entries (position);
 -- A page of a timeline counts its repeats with this index. Most orders have none.
 CREATE INDEX entries_repeats_idx ON entries (order_no, repeats) WHERE repeats IS NOT NULL;
--- The audit by rare verdicts, and by time: received_at increases with the position, so block ranges are enough.
-CREATE INDEX entries_verdict_idx ON entries (verdict, position) WHERE verdict <> 'advanced';
-CREATE INDEX entries_received_idx ON entries USING brin (received_at) WITH (pages_per_range = 32);
+-- The audit by verdict, by status before the report and by reported status, in every combination.
+CREATE INDEX entries_kind_idx ON entries (kind, position);
 
 -- view statistics
 

@@ -21,7 +21,12 @@ RECONNECT_PAUSE_SECONDS: Final = 0.05
 # For reads that are not batched: enough for several slow pages, and far below the server's own limit.
 POOL_CONNECTIONS_MAX: Final = 8
 # At its time limit, a caller closes its connection, but the server may continue the statement for this long.
-POOL_STATEMENT_TIMEOUT: Final = "4s"
+POOL_SETTINGS: Final = {
+    "statement_timeout": "4s",
+    # A list reads an index in order, up to the page's limit; a bitmap would read all rows that match. Until the
+    # next ANALYZE, the planner takes the rows of the last hour to be few, and would prefer a bitmap.
+    "enable_bitmapscan": "off",
+}
 SERVER_VERSION_MIN: Final = 15
 # A firewall between may drop an idle connection silently. After this pause it is probed before it is used, and
 # replaced if it does not respond in time. The pool closes connections that are idle for as long.
@@ -174,7 +179,7 @@ class ConnectionPool:
         self.seconds_max = seconds_max
 
         async def connect_for_pool(*_args: object, **_kwargs: object) -> Connection:
-            return await connect(dsn, statement_timeout=POOL_STATEMENT_TIMEOUT)
+            return await connect(dsn, **POOL_SETTINGS)
 
         self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
             dsn,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from projections.postgres_errors import Connection
-from service.database.connections import POOL_CONNECTIONS_MAX
+from service.database.connections import POOL_CONNECTIONS_MAX, POOL_SETTINGS
 from service.event_log import store
 from tests.support.client import Client, serving_client
 from tests.support.commands import call_command
@@ -143,7 +143,7 @@ async def test_bodies_are_kept_and_keys_known_while_readers_have_every_connectio
 ) -> None:
     """Webhooks, the probe and the check of keys do not wait for readers that hold every pooled connection."""
     # The readers keep their connections until the lock is released.
-    monkeypatch.setattr("service.database.connections.POOL_STATEMENT_TIMEOUT", "1min")
+    monkeypatch.setitem(POOL_SETTINGS, "statement_timeout", "1min")
     async with serving_client(dsn, request_seconds_max=PATIENCE_SECONDS) as client:
         async with connection.transaction():
             await connection.execute("LOCK TABLE timeline.entries")
