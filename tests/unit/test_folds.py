@@ -156,7 +156,7 @@ def test_timeline_has_a_row_for_each_event(log: list[DecodedEvent], data: st.Dat
 
 
 def test_kinds_change_only_together_with_the_version_of_the_fold() -> None:
-    """Each combination has a kind of its own. If a kind changes, the view must be rebuilt: raise fold_version."""
+    """Each combination has its own kind. If a kind changes, the view must be rebuilt: raise fold_version."""
     kinds = [*timeline.KINDS.values()]
     assert len({*kinds, timeline.UNKNOWN_KIND}) == len(kinds) + 1
     digest = hashlib.sha256(json.dumps([*timeline.KINDS.items()]).encode()).hexdigest()
