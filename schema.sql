@@ -150,12 +150,12 @@ CREATE TABLE idempotency_keys (
 );
 
 ------------------------------------------------------------------------------------------------------------
--- Unparseable bodies, kept byte for byte until an operator handles them. Equal bodies share one row.
+-- Unparseable bodies, kept byte for byte until an operator handles them.
 
 CREATE TABLE quarantine (
     quarantine_id  bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     body           bytea,                               -- null after an erasure
-    body_sha256    bytea       GENERATED ALWAYS AS (sha256(body)) STORED UNIQUE,
+    body_sha256    bytea       GENERATED ALWAYS AS (sha256(body)) STORED,
     reason         text        NOT NULL,                -- why it is unparseable
     remote         text,
     state          text        NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'retried', 'discarded')),
@@ -164,7 +164,7 @@ CREATE TABLE quarantine (
     last_seen_at   timestamptz NOT NULL,
     resolved_at    timestamptz,
     discard_reason text,
-    order_no       text        COLLATE "C",             -- of the event that a retry recorded
+    order_no       text        COLLATE "C",             -- of the first event that a retry recorded
     version        bigint,
     CHECK (body IS NOT NULL OR state <> 'open'),
     CHECK ((state = 'open') = (resolved_at IS NULL)),
@@ -172,6 +172,8 @@ CREATE TABLE quarantine (
     CHECK ((state = 'retried') = (version IS NOT NULL)),
     FOREIGN KEY (order_no, version) REFERENCES order_events (originator_id, originator_version)
 );
+-- Equal bodies share an open entry, until it has as many as a retry records in one transaction.
+CREATE UNIQUE INDEX quarantine_shared_idx ON quarantine (body_sha256) WHERE state = 'open' AND times_seen < 1000;
 -- Before a new body is kept, those of the last hour are counted.
 CREATE INDEX quarantine_received_at_idx ON quarantine (received_at);
 CREATE INDEX quarantine_order_idx ON quarantine (order_no, version);

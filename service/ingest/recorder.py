@@ -61,14 +61,14 @@ class ClaimedEvent(NamedTuple):
 
 
 class Claim(Protocol):
-    """A key that at most one event may have, such as an idempotency key. Both are kept in one transaction."""
+    """What may be recorded at most once, such as a report with an idempotency key."""
 
-    async def find(self, connection: Connection, report: Report) -> ClaimedEvent | None:
-        """Return the event that was recorded with this claim, None if there is none."""
+    async def find(self, connection: Connection, report: Report) -> ClaimedEvent | Sequence[Report]:
+        """Return the first event that was recorded with this claim, or the reports to record."""
         ...
 
     async def keep(self, connection: Connection, report: Report, event: Order.StatusReported) -> None:
-        """Keep the claim, in the transaction that appends its event."""
+        """Keep the claim with its first event, in the transaction that appends its events."""
         ...
 
 
@@ -247,7 +247,7 @@ class Recorder:
                 return events, positions
 
     async def _record_claimed(self, report: Report, claim: Claim) -> Receipt | None:
-        """Record a report together with its claim, in its own transaction.
+        """Record the reports of a claim together with it, in a transaction of their own.
 
         Returns:
             The receipt; the first receipt again if the claim was used with this body; None if it was used with
@@ -257,11 +257,11 @@ class Recorder:
             try:
                 async with self._locked() as connection:
                     claimed = await claim.find(connection, report)
-                    if claimed is None:
+                    if not isinstance(claimed, ClaimedEvent):
                         states = await store.order_states(connection, [report.order_no])
-                        (event,) = _decide_all([report], states)
-                        (position,) = await store.append(connection, [event])
-                        await claim.keep(connection, report, event)
+                        events = _decide_all(claimed, states)
+                        positions = await store.append(connection, events)
+                        await claim.keep(connection, report, events[0])
             except VersionTakenError:
                 continue
             except Exception as error:
@@ -273,9 +273,9 @@ class Recorder:
                 # The next attempt finds the claim if this one was committed.
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
-            if claimed is None:
-                self._commit([event], [position])
-                return _receipt(event, position)
+            if not isinstance(claimed, ClaimedEvent):
+                self._commit(events, positions)
+                return _receipt(events[0], positions[0])
             return _receipt(claimed.event, claimed.position) if claimed.same_body else None
 
     async def _known_states(self, order_nos: set[str]) -> dict[str, OrderState]:
