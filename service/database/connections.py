@@ -23,9 +23,11 @@ POOL_CONNECTIONS_MAX: Final = 8
 # At its time limit, a caller closes its connection, but the server may continue the statement for this long.
 POOL_SETTINGS: Final = {
     "statement_timeout": "4s",
-    # A list reads an index in order, up to the page's limit; a bitmap would read all rows that match. Until the
-    # next ANALYZE, the planner takes the rows of the last hour to be few, and would prefer a bitmap.
+    # A list reads an index in order, up to the page's limit; a bitmap or a scan would read all rows that match.
+    # Until the next ANALYZE, the planner takes the rows of the last hour to be few, and would prefer a bitmap.
     "enable_bitmapscan": "off",
+    "enable_seqscan": "off",
+    "jit": "off",
 }
 SERVER_VERSION_MIN: Final = 15
 # A firewall between may drop an idle connection silently. After this pause it is probed before it is used, and
