@@ -256,6 +256,8 @@ class DedicatedConnection:
         self._used_at = 0.0
         self._on_open = on_open
         self.times_opened = 0
+        # A commit whose wait for its standby was cancelled succeeds with a warning.
+        self.warnings = 0
         self._seconds_max = seconds_max
         self._connection: Connection | None = None
         self._turn = asyncio.Lock()
@@ -293,6 +295,7 @@ class DedicatedConnection:
                 await _terminate_if_silent(self._connection)
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._connect()
+                self._connection.add_log_listener(self._count_warning)
                 self.times_opened += 1
                 self._on_open()
             connection = self._connection
@@ -310,6 +313,9 @@ class DedicatedConnection:
                 self._used_at = monotonic()
                 if not is_usable:
                     connection.terminate()
+
+    def _count_warning(self, _connection: object, message: asyncpg.PostgresLogMessage) -> None:
+        self.warnings += message.severity_en == "WARNING"
 
     async def close(self) -> None:
         """Close the connection. A later use opens a new one."""

@@ -72,6 +72,10 @@ class Claim(Protocol):
         ...
 
 
+class UnreplicatedCommitError(ConnectionError):
+    """A commit is durable on this server, but its wait for a standby was cancelled."""
+
+
 class UnrecordableReportError(Exception):
     """The database rejects this report, or its order's last event is undecodable. No retry can succeed."""
 
@@ -211,7 +215,11 @@ class Recorder:
             if self._dedicated.times_opened != times_opened:
                 # The states may come from commits that this server has lost, and be ahead of its log.
                 raise VersionTakenError
-            return await store.append(connection, events)
+            warnings = self._dedicated.warnings
+            positions = await store.append(connection, events)
+        if self._dedicated.warnings != warnings:
+            raise UnreplicatedCommitError
+        return positions
 
     async def _record_locked(
         self, reports: list[Report], order_nos: set[str], sent: list[Order.StatusReported] | None
@@ -228,6 +236,7 @@ class Recorder:
                 async with self._locked() as connection:
                     for events in doubtful:
                         if positions := await store.find_positions(connection, events):
+                            await store.await_standby(connection)
                             break
                     else:
                         events = _decide_all(reports, await store.order_states(connection, list(order_nos)))
@@ -257,7 +266,9 @@ class Recorder:
             try:
                 async with self._locked() as connection:
                     claimed = await claim.find(connection, report)
-                    if not isinstance(claimed, ClaimedEvent):
+                    if isinstance(claimed, ClaimedEvent):
+                        await store.await_standby(connection)
+                    else:
                         states = await store.order_states(connection, [report.order_no])
                         events = _decide_all(claimed, states)
                         positions = await store.append(connection, events)
@@ -288,9 +299,12 @@ class Recorder:
     @asynccontextmanager
     async def _locked(self) -> AsyncIterator[Connection]:
         """Keep all other writers from appending until the end of the block, which commits."""
+        warnings = self._dedicated.warnings
         async with self._dedicated.transaction(store.BEGIN_LOCKED) as connection:
             await store.take_append_lock(connection)
             yield connection
+        if self._dedicated.warnings != warnings:
+            raise UnreplicatedCommitError
 
     def _commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self._trouble = None
