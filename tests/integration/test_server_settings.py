@@ -272,3 +272,40 @@ async def test_a_cancelled_wait_for_a_standby_is_no_confirmation(state_template:
         assert (receipt["outcome"], receipt["version"]) == ("advanced", 1)
         assert await operator.fetchval("SELECT count(*) FROM order_events") == 1
         await operator.close()
+
+
+SEQUENCE = "order_events_notification_id_seq"
+
+
+async def test_a_sequence_behind_the_log_appends_nothing(dsn: str, connection: Connection) -> None:
+    """After a cut-over without the sequence, no event gets a position that readers have passed.
+
+    Webhooks get 503 with the statement that ends it, until it is run.
+    """
+    async with serving_client(dsn) as client:
+        for number in range(3):
+            await client.webhook(f"KOM{number}")
+        await connection.execute(f"SELECT setval('{SEQUENCE}', 1)")
+        body = b'{"order_no": "KOM9", "status": "Dikirim"}'
+        assert await client.status("PUT", "/webhook", body) == 503
+        keyed = {"webhook-id": "key-1"}
+        assert await client.status("PUT", "/webhook", body, keyed) == 503
+        assert (await client.get("/readyz", status=503))["cause"] == "unusable"
+        (wrong,) = [finding.text for finding in await check_database(dsn) if "sequence" in finding.text]
+        statement = wrong.partition("as its owner, ")[2]
+        with pytest.raises(UnsupportedServerError, match="at 1, behind the log's head 3"):
+            await prepare_database(dsn)
+        # It gave no position in the meantime.
+        assert await connection.fetchval("SELECT pg_sequence_last_value($1::regclass)", SEQUENCE) == 1
+        await connection.execute(statement)
+        assert (await client.webhook("KOM9", "Dikirim"))["position"] == 4
+        await client.get("/readyz")
+
+
+async def test_a_sequence_that_gives_numbers_in_advance_is_refused(dsn: str, connection: Connection) -> None:
+    """With a cache, each connection has its own numbers, so positions would not rise."""
+    await connection.execute(f"ALTER SEQUENCE {SEQUENCE} CACHE 20 INCREMENT 2")
+    with pytest.raises(UnsupportedServerError, match="increment 2 and cache 20") as refused:
+        await prepare_database(dsn)
+    await connection.execute(str(refused.value).partition("as its owner, ")[2])
+    await prepare_database(dsn)
