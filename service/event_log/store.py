@@ -131,6 +131,13 @@ STREAM: Final = """
     ORDER BY originator_version
 """
 
+# An order's version at a position. A reader that resumes is mostly near the order's end.
+VERSION_AT: Final = """
+    SELECT originator_version FROM order_events
+    WHERE originator_id = $1 AND notification_id <= $2
+    ORDER BY originator_version DESC LIMIT 1
+"""
+
 # A batch of the log above a position. The first event is returned whatever its size.
 LOG: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
@@ -245,6 +252,11 @@ async def read_stream(connection: Connection, order_no: str, after: int, limit: 
     return [
         RecordedEvent(*row) for row in await connection.fetch(STREAM, order_no, after, limit, BATCH_BYTES_MAX)
     ]
+
+
+async def version_at(connection: Connection, order_no: str, position: int) -> int:
+    """Return an order's version at a position of the log, 0 if its first event lies above."""
+    return await connection.fetchval(VERSION_AT, order_no, position) or 0
 
 
 async def read_log(connection: Connection, after: int, limit: int) -> list[RecordedEvent]:
