@@ -11,7 +11,9 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
+from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres_errors import Connection
 from service.database.connections import (
     DedicatedConnection,
@@ -220,7 +222,7 @@ async def test_an_operators_timeouts_do_not_end_a_rebuild(owner_dsn: str, dsn: s
         await connection.execute(f"ALTER DATABASE \"{name}\" SET {setting} = '300ms'")
     async with recorder_with(dsn) as recorder:
         await recorder.record(report("KOM1"))
-    await connection.execute("SELECT pg_advisory_lock(hashtextextended('view timeline', 0))")
+    await connection.execute(HOLD_VIEW_LOCK, "timeline")
     rebuilding = asyncio.create_task(rebuilt(dsn))
     await wait_for_locked(connection)
     await asyncio.sleep(0.6)
@@ -309,3 +311,17 @@ async def test_a_sequence_that_gives_numbers_in_advance_is_refused(dsn: str, con
         await prepare_database(dsn)
     await connection.execute(str(refused.value).partition("as its owner, ")[2])
     await prepare_database(dsn)
+
+
+async def test_a_start_without_durable_commits_says_so(
+    owner_dsn: str, dsn: str, connection: Connection
+) -> None:
+    """If the service's commits do not wait for the disk, its log and the check name the setting."""
+    database = owner_dsn.partition("///")[2].partition("?")[0]
+    await connection.execute(f"ALTER DATABASE {database} SET synchronous_commit = off")
+    with capture_logs() as logs:
+        async with serving_client(dsn):
+            pass
+    assert "synchronous_commit is off" in {log.get("setting") for log in logs if log["log_level"] == "warning"}
+    wrong = {finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"}
+    assert "synchronous_commit is off" in wrong
