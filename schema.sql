@@ -144,7 +144,8 @@ CREATE TABLE idempotency_keys (
     order_no     text   NOT NULL COLLATE "C",
     key          text   NOT NULL COLLATE "C",
     version      bigint NOT NULL,               -- of the event that was recorded with the key
-    body_sha256  bytea  NOT NULL,               -- with another body, the report is an ordinary one
+    body_sha256  bytea  NOT NULL,               -- with another body, the report is an ordinary one; if the body was
+                                                -- erased, of the reported status
     PRIMARY KEY (order_no, key),
     FOREIGN KEY (order_no, version) REFERENCES order_events (originator_id, originator_version)
 );
@@ -221,8 +222,12 @@ BEGIN
     END IF;
     UPDATE quarantine SET body = NULL, remote = NULL WHERE order_no = erased_order_no;
     GET DIAGNOSTICS entries = ROW_COUNT;
-    -- The hash of a body could still confirm a guess at it.
-    UPDATE idempotency_keys SET body_sha256 = '' WHERE order_no = erased_order_no;
+    -- The hash of a body could still confirm a guess at it. That of the reported status recognises a late retry too.
+    UPDATE idempotency_keys AS keys
+    SET body_sha256 = sha256(convert_to(convert_from(event.state, 'UTF8')::jsonb ->> 'reported_status', 'UTF8'))
+    FROM order_events AS event
+    WHERE keys.order_no = erased_order_no
+      AND event.originator_id = keys.order_no AND event.originator_version = keys.version;
     INSERT INTO erasures (order_no, reason, events, entries)
     VALUES (erased_order_no, erasure_reason, events, entries);
 END $$;

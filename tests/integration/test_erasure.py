@@ -64,3 +64,19 @@ async def test_another_role_cannot_erase_by_an_update(client: Client, connection
     with pytest.raises(asyncpg.IntegrityConstraintViolationError, match="events are immutable"):
         await connection.execute("UPDATE order_events SET state = erased(state)")
     await connection.execute("ROLLBACK")
+
+
+async def test_a_late_retry_after_an_erasure_gets_its_receipt(client: Client, connection: Connection) -> None:
+    """The same key and status get the first receipt again, so what was erased is not recorded once more."""
+    body = b'{"order_no": "KOM1", "status": "Dikirim", "buyer": "Budi"}'
+    first = await client.raw(body, **{"webhook-id": "key-1"})
+    await connection.execute(f"SET ROLE order_tracking_owner; {ERASE}; RESET ROLE")
+    assert await client.raw(body, **{"webhook-id": "key-1"}) == first
+    other = await client.raw(body.replace(b"Dikirim", b"Diterima"), **{"webhook-id": "key-1"})
+    assert (other["version"], other["outcome"]) == (2, "advanced")
+    assert (
+        await connection.fetchval(
+            "SELECT count(*) FROM order_events WHERE convert_from(state, 'UTF8') ~ 'Budi'"
+        )
+        == 1
+    )

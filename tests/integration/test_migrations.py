@@ -34,7 +34,7 @@ RELEASED = (
     "2a77035c6d0cced6",
     "f45c8e35f6de878f",
     "929040c1ce9e361a",
-    "265dba0fc3823b06",
+    "b9a49ceed4ade6eb",
     "1a38a4f352ced740",
     "ca628bff63d391c3",
 )

@@ -32,8 +32,12 @@ BEGIN
     END IF;
     UPDATE quarantine SET body = NULL, remote = NULL WHERE order_no = erased_order_no;
     GET DIAGNOSTICS entries = ROW_COUNT;
-    -- The hash of a body could still confirm a guess at it.
-    UPDATE idempotency_keys SET body_sha256 = '' WHERE order_no = erased_order_no;
+    -- The hash of a body could still confirm a guess at it. That of the reported status recognises a late retry too.
+    UPDATE idempotency_keys AS keys
+    SET body_sha256 = sha256(convert_to(convert_from(event.state, 'UTF8')::jsonb ->> 'reported_status', 'UTF8'))
+    FROM order_events AS event
+    WHERE keys.order_no = erased_order_no
+      AND event.originator_id = keys.order_no AND event.originator_version = keys.version;
     INSERT INTO erasures (order_no, reason, events, entries)
     VALUES (erased_order_no, erasure_reason, events, entries);
 END $$;
