@@ -5,7 +5,7 @@ Later events of a parked order wait in the log until a replay rebuilds the view.
 """
 
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, cast
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
@@ -31,6 +31,10 @@ class Parked(TypedDict):
 
 PARK: Final = "INSERT INTO parked_orders (order_no, since_version, position, reason) VALUES ($1, $2, $3, $4)"
 PARKED_AMONG: Final = "SELECT order_no FROM parked_orders WHERE order_no = ANY($1)"
+PARKED_ORDER: Final = """
+    SELECT order_no, since_version, position, reason FROM parked_orders WHERE order_no = $1
+"""
+REMOVE: Final = "DELETE FROM parked_orders WHERE order_no = $1"
 PARKED_ORDERS: Final = """
     SELECT order_no, since_version, position, reason FROM parked_orders ORDER BY position LIMIT $1
 """
@@ -45,6 +49,17 @@ async def park(connection: Connection, orders: Iterable[ParkedOrder]) -> None:
 async def find_parked(connection: Connection, order_nos: Iterable[str]) -> set[str]:
     """Return which of these orders are parked."""
     return {order_no for (order_no,) in await connection.fetch(PARKED_AMONG, list(order_nos))}
+
+
+async def find(connection: Connection, order_no: str) -> ParkedOrder | None:
+    """Return where and why an order is parked, None if it is not."""
+    row = await connection.fetchrow(PARKED_ORDER, order_no)
+    return None if row is None else cast("ParkedOrder", dict(row))
+
+
+async def remove(connection: Connection, order_no: str) -> None:
+    """Forget that an order is parked. Its waiting events must be applied in the same transaction."""
+    await connection.execute(REMOVE, order_no)
 
 
 async def list_parked(connection: Connection, limit: int) -> list[ParkedOrder]:

@@ -68,7 +68,7 @@ def _read_host(item: str) -> Host:
 
 def _host(name: str, port: str) -> Host:
     try:
-        # A socket's folder is no host name.
+        # A socket's folder is not a host name.
         _ = b"" if name.startswith("/") else name.encode("idna")
     except UnicodeError:
         raise ValueError(f"{name!r} is not a valid host name or IP address") from None

@@ -1,15 +1,17 @@
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from projections.engine import View
 from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, out, show, tune_gc
 from service.database.connections import connect
 from service.database.schema import VIEWS
 from service.event_log.feed import Feed
-from service.maintenance.replay import rebuild_views
+from service.maintenance.replay import rebuild_views, resume_parked_order
 
 RATE = "{task.fields[rate]:,.0f}/s"
 
@@ -20,11 +22,18 @@ async def replay(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare with the live views; swap nothing.")
     ] = False,
+    order: Annotated[
+        str | None, typer.Option(help="Apply only the waiting events of this parked order; rebuild nothing.")
+    ] = None,
 ) -> int | None:
     views = [candidate for candidate in VIEWS if view in (None, candidate.name)]
     if not views:
         names = ", ".join(candidate.name for candidate in VIEWS)
         fail(f"unknown view {view}; the views are {names}", EXIT_USAGE)
+    if order is not None:
+        if verify:
+            fail("pass either --order or --verify", EXIT_USAGE)
+        return await _resume(order, views)
     tune_gc()
     columns = ("replaying", BarColumn(), MofNCompleteColumn(), "events", RATE, "left", TimeRemainingColumn())
     async with database() as dsn, dedicated(dsn) as connection:
@@ -44,3 +53,17 @@ async def replay(
         if result.parked:
             show(f"{result.name}: {result.parked} orders are parked; see GET /projections for the reasons")
     return EXIT_FAILURE if any(result.differences or result.parked for result in results) else None
+
+
+async def _resume(order_no: str, views: Sequence[View]) -> int | None:
+    async with database() as dsn, dedicated(dsn) as connection:
+        results = await resume_parked_order(dsn, views, Feed(connection, partial(connect, dsn)), order_no)
+    for result in results:
+        if result.parked is not None:
+            version, reason = result.parked["since_version"], result.parked["reason"]
+            show(f"{result.view}: still parked, from version {version} on: {reason}")
+        elif result.was_parked:
+            show(f"{result.view}: resumed")
+    if not any(result.was_parked for result in results):
+        show(f"{order_no} is parked in no view")
+    return EXIT_FAILURE if any(result.parked for result in results) else None

@@ -78,10 +78,13 @@ class Feed:
                 return self._memory[start : start + limit]
         async with self._dedicated.connection() as connection:
             recorded = await store.read_log(connection, after, limit)
-        return [
-            decode_logged(event.position, event.order_no, event.version, event.topic, event.state)
-            for event in recorded
-        ]
+        return [decode_logged(*event[:5]) for event in recorded]
+
+    async def read_order(self, order_no: str, after: int) -> Sequence[LoggedEvent]:
+        """Return one order's events above a version, at most FIRST_BATCH_EVENTS."""
+        async with self._dedicated.connection() as connection:
+            recorded = await store.read_stream(connection, order_no, after, FIRST_BATCH_EVENTS)
+        return [decode_logged(*event[:5]) for event in recorded]
 
     async def head(self) -> int:
         """Return the highest position, 0 for an empty log."""

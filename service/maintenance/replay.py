@@ -10,7 +10,8 @@ import structlog
 from projections.engine import OutdatedViewError, View, view_state
 from projections.postgres_errors import Connection
 from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
-from service.database.connections import DedicatedConnection, as_unavailable, connect
+from projections.resume import Resumed, resume_order
+from service.database.connections import DedicatedConnection, as_unavailable, connect, connected
 from service.event_log.feed import Feed
 
 # How often an outdated view is checked while another process rebuilds it.
@@ -36,6 +37,21 @@ async def rebuild_views(
 
     with as_unavailable():
         return await rebuild(views, connect_to, feed, progress, verify=verify)
+
+
+async def resume_parked_order(dsn: str, views: Sequence[View], feed: Feed, order_no: str) -> list[Resumed]:
+    """Apply the waiting events of a parked order to each of these views; see ``projections.resume``.
+
+    Raises:
+        StorageUnavailableError: the connection was lost.
+        OutdatedViewError: a view is outdated.
+    """
+    results = []
+    with as_unavailable():
+        for view in views:
+            async with connected(dsn, search_path=view.name) as connection:
+                results.append(await resume_order(connection, view, order_no, feed.read_order))
+    return results
 
 
 class Rebuilder:

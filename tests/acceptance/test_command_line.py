@@ -213,6 +213,23 @@ def test_replay_prints_only_its_results(service: RunningService) -> None:
     assert "order parked" not in replayed.stdout
 
 
+def test_replay_of_one_order_resumes_it(service: RunningService) -> None:
+    """``replay --order`` names the views that could apply the waiting events, and exits with 1 if one could not."""
+    with psycopg.connect(service.dsn, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO order_events (originator_id, originator_version, topic, state) "
+            "VALUES ('KOM1', 1, 'unknown', 'x')"
+        )
+        parked = "SELECT count(*) FROM statistics.parked_orders"
+        until(lambda: connection.execute(parked).fetchone() == (1,))
+    failed = call_command(service.state_dir, "replay", "--order", "KOM1")
+    assert (failed.returncode, failed.stdout.count("still parked, from version 1 on: ")) == (1, 3)
+    other = call_command(service.state_dir, "replay", "--order", "KOM2")
+    assert (other.returncode, other.stdout) == (0, "KOM2 is parked in no view\n")
+    both = call_command(service.state_dir, "replay", "--order", "KOM1", "--verify")
+    assert (both.returncode, both.stderr) == (2, "pass either --order or --verify\n")
+
+
 def test_check_finds_a_weakened_trigger(service: RunningService) -> None:
     """``check`` exits with 0 if everything is in order, and with 1 and a line for a weakened trigger."""
     in_order = run_command(service.state_dir, "check")

@@ -29,7 +29,7 @@ from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.codec import MAPPER, decode_event
 from service.event_log.feed import Feed
-from service.maintenance.replay import Rebuilder
+from service.maintenance.replay import Rebuilder, resume_parked_order
 from service.settings import Settings
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
 from tests.support.recording import EQUAL, caught_up, rebuilt, record
@@ -251,6 +251,44 @@ async def test_an_event_that_a_fold_cannot_handle_parks_its_order(
     assert order["parked"] is not None
     assert (order["version"], order["parked"]["since_version"]) == (1, 2)
     assert await connection.fetchval("SELECT count(*) FROM current_status.orders") == 2
+
+
+async def test_one_parked_order_is_resumed_without_a_rebuild(
+    service: Service, dsn: str, connection: Connection
+) -> None:
+    """A release that can apply the event at fault applies the order's waiting events, and no other order's."""
+    await record(service, report("KOM1", "Diajukan"), report("KOM2", "Diajukan"))
+    alien = Order.new("KOM1").report(report("KOM1", "Dikirim"))
+    state = MAPPER.to_stored_event(alien).state
+    for order_no in ("KOM1", "KOM2"):
+        await insert_raw(connection, order_no, 2, "order.not_known_yet", state)
+    again = MAPPER.to_stored_event(replace(alien, originator_version=3)).state
+    at = await insert_raw(connection, "KOM1", 3, Order.StatusReported.TOPIC, again)
+    await caught_up(service, at)
+
+    async def resumed(order_no: str) -> list[tuple[bool, int | None]]:
+        held = DedicatedConnection(lambda: connect(dsn))
+        results = await resume_parked_order(dsn, VIEWS, Feed(held, lambda: connect(dsn)), order_no)
+        await held.close()
+        return [(one.was_parked, one.parked and one.parked["since_version"]) for one in results]
+
+    assert await resumed("KOM3") == [(False, None)] * len(VIEWS)
+    assert await resumed("KOM1") == [(True, 2)] * len(VIEWS)
+    register_topic("order.not_known_yet", Order.StatusReported)
+    try:
+        assert await resumed("KOM1") == [(True, None)] * len(VIEWS)
+        (order, _), (other, _) = await current_status.find_orders(connection, ["KOM1", "KOM2"])
+        assert order is not None
+        assert other is not None
+        assert (order["version"], order["parked"]) == (3, None)
+        assert other["parked"] is not None
+        later = await record(service, report("KOM1", "Diterima"))
+        await caught_up(service, later)
+        assert await resumed("KOM2") == [(True, None)] * len(VIEWS)
+        assert await rebuilt(dsn, verify=True) == EQUAL
+    finally:
+        clear_topic_cache()
+        register_topic(Order.StatusReported.TOPIC, Order.StatusReported)
 
 
 async def test_a_connection_that_died_in_silence_is_left(
