@@ -38,6 +38,11 @@ class RecordedEvent(NamedTuple):
     state: bytes
     recorded_at: datetime
 
+    @property
+    def report_id(self) -> str | None:
+        """The id of the event's report, None if the event's bytes are unreadable."""
+        return (read_fields(self.state) or {}).get("report_id")
+
 
 class LogEvent(TypedDict):
     """One recorded event in the log of all orders."""
@@ -83,6 +88,9 @@ BEGIN_LOCKED: Final = """
     SELECT '', 0, '', '' WHERE false
 """
 TAKE_APPEND_LOCK: Final = "SELECT pg_advisory_xact_lock($1)"
+
+# A transaction that has written something waits at its end for the standby, and so for all commits before it.
+WRITE_MESSAGE: Final = "SELECT pg_logical_emit_message(true, 'order_tracking', '')"
 
 # The last event of each of these orders.
 LAST_EVENTS: Final = """
@@ -175,6 +183,11 @@ async def append(connection: Connection, events: Sequence[Order.StatusReported])
 async def take_append_lock(connection: Connection) -> None:
     """Keep all other writers from appending until the end of the transaction, which BEGIN_LOCKED began."""
     await connection.fetchval(TAKE_APPEND_LOCK, APPEND_LOCK)
+
+
+async def await_standby(connection: Connection) -> None:
+    """Make the transaction's end wait until a synchronous standby, if there is one, has all earlier commits."""
+    await connection.execute(WRITE_MESSAGE)
 
 
 async def order_states(connection: Connection, order_nos: Sequence[str]) -> dict[str, OrderState]:

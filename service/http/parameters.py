@@ -18,7 +18,8 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from service.http.pagination import POSITION_MAX, decode_cursor
+from projections.windows import POSITION_MAX
+from service.http.pagination import decode_cursor
 from service.http.problems import ProblemError, ProblemType, bad_parameter
 
 PAGE_ROWS_DEFAULT: Final = 100
@@ -160,6 +161,9 @@ class EventsQuery(Query):
     """A page of events after a version or a position."""
 
     after: Position = 0
+    last: Text | None = Field(
+        default=None, description="the `report_id` of the event at `after`; 410 if that is another event by now"
+    )
     limit: Limit = PAGE_ROWS_DEFAULT
 
 
