@@ -10,6 +10,7 @@ from projections.engine import SELECT_VIEW, OutdatedViewError, View, view_state
 from projections.postgres_errors import Connection
 from service.database.api_keys import list_keys
 from service.database.connections import StorageUnavailableError, connect, connected
+from service.database.positions import find_fault
 from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
 from service.event_log import store
 from service.settings import Settings
@@ -96,6 +97,7 @@ async def check_database(dsn: str) -> list[Finding]:
             *findings,
             _ok(f"the schema has version {SCHEMA_VERSION}"),
             *await _check_triggers(connection),
+            await _check_positions(connection),
             *await _check_role(dsn),
             await _check_keys(connection),
             *[await _check_view(connection, view) for view in VIEWS],
@@ -112,6 +114,11 @@ async def _check_triggers(connection: Connection) -> list[Finding]:
         else _wrong(f"trigger {name} is not ENABLE ALWAYS: the log can be changed")
         for name in EXPECTED_TRIGGERS
     ]
+
+
+async def _check_positions(connection: Connection) -> Finding:
+    fault = await find_fault(connection)
+    return _ok("positions rise in the order of the log") if fault is None else _wrong(fault)
 
 
 async def _check_role(dsn: str) -> list[Finding]:

@@ -1,6 +1,8 @@
 """Legal states and settings of a server that must neither lose, double nor refuse a report."""
 
 import asyncio
+import re
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -181,6 +183,33 @@ async def test_a_silently_dropped_connection_delays_no_report(dsn: str) -> None:
         await dedicated.close()
 
 
+async def test_of_several_servers_the_one_that_answered_last_is_asked_first(dsn: str) -> None:
+    """A server that accepts a connection and says nothing costs only its own time, and only once."""
+    (socket_folder,) = re.findall(r"(?<=host=)[^&]+", dsn)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        hosts = f"host=127.0.0.1,{socket_folder}&port={port},5432"
+        with_silent = dsn.replace(f"host={socket_folder}&port=5432", hosts)
+        async with serving_client(with_silent) as client:
+            assert (await client.webhook("KOM1"))["outcome"] == "advanced"
+        silent.settimeout(0)
+        # Connections that were opened at first, at the same time, asked both servers.
+        silent.accept()[0].close()
+        with suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+        await (await connect(with_silent)).close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+async def test_the_error_names_each_server(dsn: str) -> None:
+    """If no server answers, the error says why for each of them."""
+    nowhere = f"postgresql://user@127.0.0.1:1,localhost:2/{dsn.partition('///')[2].partition('?')[0]}"
+    with pytest.raises(StorageUnavailableError, match=r"127\.0\.0\.1:1: .*; localhost:2: "):
+        await connect(nowhere)
+
+
 async def test_an_operators_timeouts_do_not_end_a_rebuild(owner_dsn: str, dsn: str) -> None:
     """A rebuild waits for a view's lock for as long as it takes, whatever the database's defaults are."""
     connection = await connect(owner_dsn)
@@ -243,3 +272,40 @@ async def test_a_cancelled_wait_for_a_standby_is_no_confirmation(state_template:
         assert (receipt["outcome"], receipt["version"]) == ("advanced", 1)
         assert await operator.fetchval("SELECT count(*) FROM order_events") == 1
         await operator.close()
+
+
+SEQUENCE = "order_events_notification_id_seq"
+
+
+async def test_a_sequence_behind_the_log_appends_nothing(dsn: str, connection: Connection) -> None:
+    """After a cut-over without the sequence, no event gets a position that readers have passed.
+
+    Webhooks get 503 with the statement that ends it, until it is run.
+    """
+    async with serving_client(dsn) as client:
+        for number in range(3):
+            await client.webhook(f"KOM{number}")
+        await connection.execute(f"SELECT setval('{SEQUENCE}', 1)")
+        body = b'{"order_no": "KOM9", "status": "Dikirim"}'
+        assert await client.status("PUT", "/webhook", body) == 503
+        keyed = {"webhook-id": "key-1"}
+        assert await client.status("PUT", "/webhook", body, keyed) == 503
+        assert (await client.get("/readyz", status=503))["cause"] == "unusable"
+        (wrong,) = [finding.text for finding in await check_database(dsn) if "sequence" in finding.text]
+        statement = wrong.partition("as its owner, ")[2]
+        with pytest.raises(UnsupportedServerError, match="at 1, behind the log's head 3"):
+            await prepare_database(dsn)
+        # It gave no position in the meantime.
+        assert await connection.fetchval("SELECT pg_sequence_last_value($1::regclass)", SEQUENCE) == 1
+        await connection.execute(statement)
+        assert (await client.webhook("KOM9", "Dikirim"))["position"] == 4
+        await client.get("/readyz")
+
+
+async def test_a_sequence_that_gives_numbers_in_advance_is_refused(dsn: str, connection: Connection) -> None:
+    """With a cache, each connection has its own numbers, so positions would not rise."""
+    await connection.execute(f"ALTER SEQUENCE {SEQUENCE} CACHE 20 INCREMENT 2")
+    with pytest.raises(UnsupportedServerError, match="increment 2 and cache 20") as refused:
+        await prepare_database(dsn)
+    await connection.execute(str(refused.value).partition("as its owner, ")[2])
+    await prepare_database(dsn)
