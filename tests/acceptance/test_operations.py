@@ -8,6 +8,8 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 
 from tests.support.commands import call_command
 from tests.support.folders import ROOT, copied_folder, make_folder
-from tests.support.processes import RunningService, running_service
+from tests.support.processes import RunningService, environment, running_service
 from tests.support.waiting import PATIENCE_SECONDS, until, until_async
 
 OPERATIONS: Final = ROOT / "docs" / "operations"
@@ -219,19 +221,20 @@ async def test_nginx_logs_no_token_while_the_service_is_down(
     assert TOKEN not in "".join(log.read_text() for log in folder.glob("*.log"))
 
 
-def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
-    """The unit is accepted by systemd without a warning about its names or values."""
+@pytest.mark.parametrize(
+    "name", ["order-tracking.service", "order-tracking-backup.service", "order-tracking-backup.timer"]
+)
+def test_the_unit_is_one_that_systemd_takes(name: str, tmp_path: Path) -> None:
+    """The units are accepted by systemd without a warning about their names or values."""
     verify = shutil.which("systemd-analyze")
     if verify is None:
         pytest.skip("this machine has no systemd")
-    documented = (OPERATIONS / "order-tracking.service").read_text(encoding="utf-8")
-    command = re.search(r"(?m)^ExecStart=(\S+) serve$", documented)
-    assert command is not None
-    unit = tmp_path / "order-tracking.service"
-    # Any existing program will do if its path needs no escaping in a unit file.
-    unit.write_text(documented.replace(command[1], "/bin/true"), encoding="utf-8")
+    for file in OPERATIONS.glob("order-tracking*"):
+        # Any existing program will do if its path needs no escaping in a unit file.
+        documented = re.sub(r"(?m)^ExecStart=\S+", "ExecStart=/bin/true", file.read_text(encoding="utf-8"))
+        (tmp_path / file.name).write_text(documented, encoding="utf-8")
     done = subprocess.run(
-        [verify, "verify", "--man=no", str(unit)],
+        [verify, "verify", "--man=no", str(tmp_path / name)],
         capture_output=True,
         text=True,
         check=False,
@@ -239,3 +242,39 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
         env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"},
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_backup_script(service: RunningService, tmp_path: Path) -> None:
+    """The script makes a dump, removes old ones and writes the time for Prometheus, but not after a failure."""
+    program = tmp_path / "order-tracking"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m service "$@"\n', encoding="utf-8")
+    program.chmod(0o755)
+    script = tmp_path / "backup.sh"
+    documented = (OPERATIONS / "backup.sh").read_text(encoding="utf-8")
+    for theirs in ("/var/backups/order-tracking", "/var/lib/node_exporter"):
+        assert theirs in documented
+        documented = documented.replace(theirs, str(tmp_path))
+    script.write_text(documented, encoding="utf-8")
+    expired = tmp_path / "tracking-2026-01-01T030000.dump"
+    expired.touch()
+    os.utime(expired, (0, 0))
+    metric = tmp_path / "order_tracking.prom"
+    names = environment(service.state_dir)
+
+    def run(**changed: str) -> subprocess.CompletedProcess[str]:
+        path = f"{tmp_path}:{os.defpath}"
+        variables = {**names, "PYTHONPATH": str(ROOT), "PATH": path, **changed}
+        return subprocess.run(["sh", script], env=variables, capture_output=True, text=True, check=False)
+
+    failed = run(ORDER_TRACKING_STATE_DIR=str(tmp_path / "none"))
+    assert failed.returncode != 0
+    assert expired.exists()
+    assert not metric.exists()
+    before = int(time.time())
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert [dump.stat().st_size > 0 for dump in tmp_path.glob("*.dump")] == [True]
+    name, seconds = metric.read_text(encoding="utf-8").split()
+    assert name == "order_tracking_backup_timestamp_seconds"
+    assert before <= int(seconds) <= time.time()
+    assert metric.stat().st_mode & 0o777 == 0o644

@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +17,11 @@ OPERATIONS = ROOT / "docs" / "operations"
 # The words of PromQL and the labels of our metrics.
 WORDS = {
     "sum", "by", "rate", "increase", "time", "max", "le", "histogram_quantile", "outcome", "view", "state",
-    "http_route", "http_response_status_code", "d", "h", "m",
+    "http_route", "http_response_status_code", "cause", "or", "absent", "d", "h", "m",
 }  # fmt: skip
+# This metric comes from backup.sh, through node_exporter.
+BACKUP_METRIC = "order_tracking_backup_timestamp_seconds"
+PROMTOOL = shutil.which("promtool")
 
 
 async def scraped(client: Client) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
@@ -88,7 +94,7 @@ async def test_alerts_and_dashboard_use_existing_metrics(client: Client, file: s
     """The alerts and the dashboard use only existing metrics."""
     await client.webhook("KOM1")
     await client.raw(b"not json")
-    exists = set(await scraped(client))
+    exists = {*await scraped(client), BACKUP_METRIC}
     text = (OPERATIONS / file).read_text(encoding="utf-8")
     if file == "grafana.json":
         asked = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
@@ -99,3 +105,49 @@ async def test_alerts_and_dashboard_use_existing_metrics(client: Client, file: s
         names = set(re.findall(r"[a-z_]{1,}", re.sub(r'"[^"]*"', "", expression))) - WORDS
         assert names, expression
         assert names <= exists, (expression, names - exists)
+
+
+# Each alert: its input, one value a minute; the time of the evaluation; the labels of the alerts that fire.
+FIRING: list[tuple[str, dict[str, str], str, list[dict[str, str]]]] = [
+    (
+        "ReportsAreTurnedAway",
+        {'webhook_refusals_total{cause="disk_full"}': "0x5 1+1x9"},
+        "15m",
+        [{"cause": "disk_full"}],
+    ),
+    ("ReportsAreTurnedAway", {'webhook_refusals_total{cause="disk_full"}': "0x15"}, "15m", []),
+    ("BackupIsOld", {BACKUP_METRIC: "0x2880"}, "36h", []),
+    ("BackupIsOld", {BACKUP_METRIC: "0x2880"}, "38h", [{}]),
+    ("BackupIsOld", {BACKUP_METRIC: "0x1439 86400x1440"}, "47h", []),
+    ("BackupIsOld", {}, "50m", []),
+    ("BackupIsOld", {}, "2h", [{}]),
+]
+
+
+@pytest.mark.parametrize(("alert", "series", "time", "labels"), FIRING)
+def test_an_alert_fires_when_it_should(
+    alert: str, series: dict[str, str], time: str, labels: list[dict[str, str]], tmp_path: Path
+) -> None:
+    """Prometheus fires the alert with the cause in its text, and is silent while everything is well."""
+    if PROMTOOL is None:
+        pytest.skip("this machine has no promtool")
+    rules = OPERATIONS / "alerts.yaml"
+    summaries = {
+        "ReportsAreTurnedAway": {
+            "summary": "Webhooks get 503 because of disk_full; Komerce may switch the webhook off.",
+            "description": 'The section "Why webhooks are refused" of docs/operations.md explains disk_full.',
+        },
+        "BackupIsOld": {"summary": "The last backup is older than 36 hours, or its time is unknown."},
+    }
+    expected = [
+        {"exp_labels": {**one, "severity": "critical"}, "exp_annotations": summaries[alert]} for one in labels
+    ]
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    checked = [{"eval_time": time, "alertname": alert, "exp_alerts": expected}]
+    test = {"interval": "1m", "input_series": given, "alert_rule_test": checked}
+    file = tmp_path / "test.yaml"
+    # JSON is YAML.
+    file.write_text(json.dumps({"rule_files": [str(rules)], "tests": [test]}), encoding="utf-8")
+    for command in (["check", "rules", str(rules)], ["test", "rules", str(file)]):
+        done = subprocess.run([PROMTOOL, *command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
