@@ -8,13 +8,13 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from projections.engine import Projector
 from service.api.freshness import Projection, read_projection
-from service.database.connections import ConnectionPool, DedicatedConnection
+from service.database.connections import ConnectionPool, DedicatedConnection, StorageUnavailableError
 from service.event_log import store
 from service.http.endpoints import Endpoint
 from service.http.parameters import Query
 from service.http.problems import ProblemType, unavailable
 from service.http.responses import json_response
-from service.ingest.refusals import Refusals
+from service.ingest.refusals import Refusals, find_cause
 
 READY_SECONDS_MAX: Final = 1.0
 IS_STANDBY: Final = "SELECT pg_is_in_recovery()"
@@ -71,9 +71,13 @@ class OperationsApi:
     @Endpoint("GET", "/readyz", Health, scope=None, problems=(ProblemType.UNAVAILABLE,))
     async def show_readiness(self, _request: web.Request, _query: Query) -> web.Response:
         """The database responds in time, and webhooks can be recorded."""
-        async with self._dedicated.connection(READY_SECONDS_MAX) as connection:
-            if await connection.fetchval(IS_STANDBY):
-                raise unavailable("the database is a standby, which cannot record webhooks", cause="read_only")
+        try:
+            async with self._dedicated.connection(READY_SECONDS_MAX) as connection:
+                is_standby: bool = await connection.fetchval(IS_STANDBY)
+        except StorageUnavailableError as error:
+            raise unavailable("the database does not respond", cause=find_cause(error)) from error
+        if is_standby:
+            raise unavailable("the database is a standby, which cannot record webhooks", cause="read_only")
         # A full queue empties by itself, and faster if the load balancer sends nothing else.
         if (refusal := self._refusals.recent) is not None and refusal.cause != "queue_full":
             since = refusal.since.isoformat(timespec="seconds")

@@ -68,6 +68,7 @@ INSPECT: Final = """
         CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
              THEN set_config('transaction_timeout', '0', false) END
 """
+NO_POOLER: Final = "connect to PostgreSQL itself, not through a pooler such as PgBouncer"
 IS_ALIVE: Final = "SELECT 1"
 
 # For the few statements that run all the time, each on a dedicated connection: planned once, always with index
@@ -109,6 +110,11 @@ async def connect(dsn: str, **settings: str) -> Connection:
                 connection = await _open(dsn, host, sent)
         except UnsupportedServerError:
             raise
+        except asyncpg.ProtocolViolationError as error:
+            # A pooler without ``ignore_startup_parameters``.
+            raise UnsupportedServerError(
+                f"{host or LOCAL_SOCKET} refuses a setting ({error}): {NO_POOLER}"
+            ) from error
         except (OSError, asyncpg.InternalClientError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
             # Even a wrong password or an unknown database: an operator may correct it while the service waits.
             failures.append((host, error))
@@ -155,8 +161,7 @@ async def _inspect(connection: Connection, sent: Mapping[str, str]) -> None:
         )
     if dropped:
         raise UnsupportedServerError(
-            f"the connection lacks settings that were sent ({', '.join(dropped)}): connect to PostgreSQL "
-            "itself, not through a pooler such as PgBouncer"
+            f"the connection lacks settings that were sent ({', '.join(dropped)}): {NO_POOLER}"
         )
 
 

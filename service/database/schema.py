@@ -23,7 +23,7 @@ from service.database.connections import (
     UnsupportedServerError,
     connected,
 )
-from service.database.positions import require_rising_positions
+from service.database.sequences import require_rising_numbers
 
 SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 MIGRATIONS_FOLDER: Final = Path(__file__).resolve().parent / "migrations"
@@ -139,7 +139,7 @@ async def prepare_database(dsn: str) -> str:
         try:
             async with connected(dsn) as connection:
                 await apply_schema(connection)
-                await require_rising_positions(connection)
+                await require_rising_numbers(connection)
             return await service_dsn(dsn)
         except UnsupportedServerError:
             raise

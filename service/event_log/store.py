@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.order import NEW_ORDER, Order, OrderState, evolve
 from domain.transitions import TABLE
 from projections.postgres_errors import Connection
-from service.database.positions import require_rising_positions
+from service.database.sequences import require_rising_numbers
 from service.event_log.codec import UndecodableEventError, decode_event, encode_event, read_fields
 
 # The channel on which PostgreSQL notifies listeners of new events.
@@ -27,6 +27,10 @@ BATCH_BYTES_MAX: Final = 2 * 1024 * 1024
 
 class VersionTakenError(Exception):
     """Another writer recorded one of these versions first. The append recorded nothing."""
+
+
+class UnreplicatedCommitError(ConnectionError):
+    """A commit is durable on this server, but its wait for a standby was cancelled."""
 
 
 class RecordedEvent(NamedTuple):
@@ -188,7 +192,7 @@ async def append(connection: Connection, events: Sequence[Order.StatusReported])
     except asyncpg.UniqueViolationError as error:
         raise VersionTakenError(str(error)) from error
     if not rows:
-        await require_rising_positions(connection)
+        await require_rising_numbers(connection)
     # An event is recorded only if the server returned its position; the absence of an error is not enough.
     positions = {(order_no, version): position for order_no, version, position in rows}
     return [positions[event.originator_id, event.originator_version] for event in events]

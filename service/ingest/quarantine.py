@@ -6,6 +6,7 @@ from time import monotonic
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
+import asyncpg
 import structlog
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
@@ -13,6 +14,7 @@ from domain.order import Arrival, Order, Report
 from projections.postgres_errors import Connection
 from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection
+from service.database.sequences import require_rising_numbers
 from service.event_log.codec import decode_event
 from service.ingest.parser import parse
 from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
@@ -237,12 +239,17 @@ class Quarantine:
         Raises:
             OverloadedError: too many bodies arrived within the hour; this one was not kept.
             StorageUnavailableError: the database did not confirm it in time.
+        UnsupportedServerError: the sequence of the entries is behind their table.
         """
         since = arrival.received_at - CAP_PERIOD
         async with self._dedicated.connection() as connection:
-            quarantine_id: int | None = await connection.fetchval(
-                KEEP_BODY, body, reason, arrival.remote, arrival.received_at, since, self._hourly_max
-            )
+            try:
+                quarantine_id: int | None = await connection.fetchval(
+                    KEEP_BODY, body, reason, arrival.remote, arrival.received_at, since, self._hourly_max
+                )
+            except asyncpg.UniqueViolationError:
+                await require_rising_numbers(connection)
+                raise
         if quarantine_id is None:
             self._refuse()
             raise OverloadedError("the quarantine is full: too many unparseable bodies within an hour")

@@ -21,7 +21,7 @@ from service.database.connections import (
 )
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError
-from service.event_log.store import VersionTakenError
+from service.event_log.store import UnreplicatedCommitError, VersionTakenError
 from service.ingest.order_states import OrderStates
 
 # A larger batch gains nothing and delays its first report.
@@ -71,10 +71,6 @@ class Claim(Protocol):
     async def keep(self, connection: Connection, report: Report, event: Order.StatusReported) -> None:
         """Keep the claim with its first event, in the transaction that appends its events."""
         ...
-
-
-class UnreplicatedCommitError(ConnectionError):
-    """A commit is durable on this server, but its wait for a standby was cancelled."""
 
 
 class UnrecordableReportError(Exception):
@@ -219,7 +215,7 @@ class Recorder:
             warnings = self._dedicated.warnings
             positions = await store.append(connection, events)
         if self._dedicated.warnings != warnings:
-            raise UnreplicatedCommitError
+            raise UnreplicatedCommitError("the commit's wait for a standby was cancelled")
         return positions
 
     async def _record_locked(
@@ -307,7 +303,7 @@ class Recorder:
             await store.take_append_lock(connection)
             yield connection
         if self._dedicated.warnings != warnings:
-            raise UnreplicatedCommitError
+            raise UnreplicatedCommitError("the commit's wait for a standby was cancelled")
 
     def _commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self._trouble = None

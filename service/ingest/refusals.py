@@ -12,7 +12,7 @@ import structlog
 
 from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError, UnsupportedServerError
-from service.event_log.store import APPEND_LOCK
+from service.event_log.store import APPEND_LOCK, UnreplicatedCommitError
 
 Cause: TypeAlias = Literal[
     "disk_full",
@@ -40,11 +40,29 @@ CAUSES_BY_SQLSTATE: Final[dict[str, Cause]] = {
     "53100": "disk_full",
     "53300": "too_many_connections",
     "55P03": "lock_held",
+    # The role's rights were revoked.
+    "42501": "unusable",
+    # The database does not exist.
+    "3D000": "unusable",
+    # The login was rejected.
+    "28000": "unusable",
+    "28P01": "unusable",
 }
-# What an append waits for. Every role can see locks, but not what other roles' sessions wait for: if a standby
-# is required and nothing waits for a lock, the commit waits for the standby.
+CAUSES_BY_TYPE: Final[dict[type[BaseException], Cause]] = {
+    OverloadedError: "queue_full",
+    UnreplicatedCommitError: "replication_wait",
+    UnsupportedServerError: "unusable",
+    # Of several servers, none can be written.
+    asyncpg.TargetServerAttributeNotMatched: "read_only",
+}
+# What an append waits for. A commit that waits for its standby also keeps the append lock, even after its time
+# limit. Every role can see locks, but not what other roles' sessions wait for: if a standby is required and
+# nothing waits for a lock, the commit waits for the standby.
 DIAGNOSE: Final = """
     SELECT CASE
+        WHEN EXISTS (
+            SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'SyncRep')
+            THEN 'replication_wait'
         WHEN EXISTS (
             SELECT FROM pg_locks
             WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
@@ -132,17 +150,12 @@ class Refusals:
 def find_cause(error: BaseException) -> Cause:
     """Return the cause of a refusal; ``no_answer`` if the error and its own causes do not show it."""
     for link in _chain(error):
-        if isinstance(link, OverloadedError):
-            return "queue_full"
-        if isinstance(link, UnsupportedServerError):
-            return "unusable"
         if isinstance(link, asyncpg.PostgresError) and link.sqlstate in CAUSES_BY_SQLSTATE:
             return CAUSES_BY_SQLSTATE[link.sqlstate]
-    if any(isinstance(link, asyncpg.TargetServerAttributeNotMatched) for link in _chain(error)):
-        return "read_only"
-    if any(_is_loss(link) for link in _chain(error)):
-        return "unreachable"
-    return "no_answer"
+        for kind, cause in CAUSES_BY_TYPE.items():
+            if isinstance(link, kind):
+                return cause
+    return "unreachable" if any(_is_loss(link) for link in _chain(error)) else "no_answer"
 
 
 def _is_loss(error: BaseException) -> bool:

@@ -11,8 +11,8 @@ from projections.postgres_errors import Connection
 from service.database.api_keys import list_keys
 from service.database.connections import StorageUnavailableError, connect, connected
 from service.database.durability import read_durability
-from service.database.positions import find_fault
 from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
+from service.database.sequences import find_faults
 from service.event_log import store
 from service.settings import Settings
 
@@ -91,7 +91,7 @@ async def check_database(dsn: str) -> list[Finding]:
             *findings,
             _ok(f"the schema has version {SCHEMA_VERSION}"),
             *await _check_triggers(connection),
-            await _check_positions(connection),
+            *await _check_sequences(connection),
             *await _check_role(dsn),
             await _check_keys(connection),
             *[await _check_view(connection, view) for view in VIEWS],
@@ -110,9 +110,9 @@ async def _check_triggers(connection: Connection) -> list[Finding]:
     ]
 
 
-async def _check_positions(connection: Connection) -> Finding:
-    fault = await find_fault(connection)
-    return _ok("positions rise in the order of the log") if fault is None else _wrong(fault)
+async def _check_sequences(connection: Connection) -> list[Finding]:
+    faults = await find_faults(connection)
+    return [_wrong(fault) for fault in faults] or [_ok("the sequences are not behind their tables")]
 
 
 async def _check_role(dsn: str) -> list[Finding]:

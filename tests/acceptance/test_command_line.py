@@ -214,7 +214,7 @@ def test_replay_prints_only_its_results(service: RunningService) -> None:
 
 
 def test_replay_of_one_order_resumes_it(service: RunningService) -> None:
-    """``replay --order`` names the views that could apply the waiting events, and exits with 1 if one could not."""
+    """``replay --order`` applies the waiting events, and exits with 1 if a view still cannot apply one."""
     with psycopg.connect(service.dsn, autocommit=True) as connection:
         connection.execute(
             "INSERT INTO order_events (originator_id, originator_version, topic, state) "

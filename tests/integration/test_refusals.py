@@ -16,6 +16,7 @@ from service.database.connections import (
     connect,
 )
 from service.database.embedded_postgres import EmbeddedPostgres
+from service.event_log.store import UnreplicatedCommitError
 from service.ingest.refusals import CAUSES, LOG_SECONDS, Cause, Refusals, find_cause
 from tests.support.client import serving_client
 from tests.support.databases import FAST_SETTINGS
@@ -44,6 +45,10 @@ def chained(*errors: Exception) -> Exception:
         (UnsupportedServerError("too old"), "unusable"),
         (chained(StorageUnavailableError(), TimeoutError()), "no_answer"),
         (asyncpg.QueryCanceledError(), "no_answer"),
+        (chained(StorageUnavailableError(), asyncpg.InvalidPasswordError()), "unusable"),
+        (asyncpg.InsufficientPrivilegeError(), "unusable"),
+        (UnreplicatedCommitError("cancelled"), "replication_wait"),
+        (chained(StorageUnavailableError(), asyncpg.TargetServerAttributeNotMatched()), "read_only"),
     ],
 )
 def test_the_cause_is_found_in_the_chain_of_errors(error: Exception, cause: Cause) -> None:

@@ -295,7 +295,7 @@ async def test_a_sequence_behind_the_log_appends_nothing(dsn: str, connection: C
         assert (await client.get("/readyz", status=503))["cause"] == "unusable"
         (wrong,) = [finding.text for finding in await check_database(dsn) if "sequence" in finding.text]
         statement = wrong.partition("as its owner, ")[2]
-        with pytest.raises(UnsupportedServerError, match="at 1, behind the log's head 3"):
+        with pytest.raises(UnsupportedServerError, match="at 1, behind its table's 3"):
             await prepare_database(dsn)
         # It gave no position in the meantime.
         assert await connection.fetchval("SELECT pg_sequence_last_value($1::regclass)", SEQUENCE) == 1
@@ -325,3 +325,16 @@ async def test_a_start_without_durable_commits_says_so(
     assert "synchronous_commit is off" in {log.get("setting") for log in logs if log["log_level"] == "warning"}
     wrong = {finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"}
     assert "synchronous_commit is off" in wrong
+
+
+async def test_a_quarantine_sequence_behind_its_table_is_named(dsn: str, connection: Connection) -> None:
+    """An unparseable body gets 503 and the check names the statement that ends it."""
+    async with serving_client(dsn) as client:
+        for text in (b"one", b"two"):
+            await client.raw(text)
+        await connection.execute("SELECT setval('quarantine_quarantine_id_seq', 1)")
+        assert await client.status("PUT", "/webhook", b"three") == 503
+        assert (await client.get("/readyz", status=503))["cause"] == "unusable"
+        (wrong,) = [finding.text for finding in await check_database(dsn) if "sequence" in finding.text]
+        await connection.execute(wrong.partition("as its owner, ")[2])
+        assert (await client.raw(b"three"))["outcome"] == "quarantined"

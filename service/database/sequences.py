@@ -1,0 +1,62 @@
+"""The sequences that number the log's events and other rows, compared with their tables."""
+
+from typing import Final, NamedTuple
+
+from projections.postgres_errors import Connection
+from service.database.connections import UnsupportedServerError
+
+
+class Numbered(NamedTuple):
+    """A table, and the column that a sequence numbers."""
+
+    table: str
+    column: str
+
+    @property
+    def sequence(self) -> str:
+        """The name that PostgreSQL gives to the sequence of an identity column."""
+        return f"{self.table}_{self.column}_seq"
+
+
+LOG: Final = Numbered("order_events", "notification_id")
+NUMBERED: Final = (LOG, Numbered("quarantine", "quarantine_id"), Numbered("erasures", "erasure_id"))
+
+# The last number that a sequence has given, its two settings, and the highest number in its table.
+SEQUENCE: Final = """
+    SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END, seqincrement, seqcache,
+        coalesce((SELECT max({column}) FROM public.{table}), 0)
+    FROM public.{sequence}, pg_sequence
+    WHERE seqrelid = 'public.{sequence}'::regclass
+"""
+# Logical replication does not copy sequences.
+ADVANCE: Final = "SELECT setval('{sequence}', max({column})) FROM {table}"
+RESET: Final = "ALTER SEQUENCE {sequence} INCREMENT 1 CACHE 1"
+
+
+async def find_faults(connection: Connection) -> list[str]:
+    """Return which sequences would give numbers that do not rise, and what to do about each."""
+    faults = []
+    for numbered in NUMBERED:
+        names = {**numbered._asdict(), "sequence": numbered.sequence}
+        ((last, increment, cache, highest),) = await connection.fetch(SEQUENCE.format(**names))
+        fault = ""
+        if last < highest:
+            fault, statement = f"is at {last}, behind its table's {highest}", ADVANCE
+        # Only the log's positions must rise in the order of the commits.
+        elif numbered == LOG and (increment, cache) != (1, 1):
+            fault, statement = f"has increment {increment} and cache {cache}", RESET
+        if fault:
+            faults.append(
+                f"the sequence {numbered.sequence} {fault}: run, as its owner, {statement.format(**names)}"
+            )
+    return faults
+
+
+async def require_rising_numbers(connection: Connection) -> None:
+    """Check the sequences.
+
+    Raises:
+        UnsupportedServerError: a number would not rise.
+    """
+    if faults := await find_faults(connection):
+        raise UnsupportedServerError("; ".join(faults))
