@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.faults.faults import FAULTS, Fault
+from tests.faults.fault import Fault
+from tests.faults.faults import FAULTS
 from tests.faults.mutations import MUTATIONS
 from tests.faults.run import run
 from tests.faults.world import SHORT, UNTIMED, Effort, ViolatedError

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from service.http.server import raise_open_files_limit
-from tests.faults.faults import FAULTS, Fault
+from tests.faults.fault import Fault
+from tests.faults.faults import FAULTS
 from tests.faults.mutations import MUTATIONS
 from tests.faults.run import Outcome, run
 from tests.faults.world import FULL

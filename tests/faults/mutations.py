@@ -13,7 +13,8 @@ from domain.order import Order, Report
 from service.cli.main import cli
 from service.event_log import store
 from service.ingest.recorder import Receipt, Recorder, _decide_all, _receipt
-from tests.faults.faults import Fault, kill_service, stop_immediately
+from tests.faults.fault import Fault
+from tests.faults.processes import kill_service, stop_immediately
 from tests.faults.world import Layout, World
 
 COMMITTED_AFTER_SECONDS: Final = 0.5

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from tests.faults.faults import Fault
+from tests.faults.fault import Fault
 from tests.faults.world import Effort, SkippedError, ViolatedError, open_world
 from tests.support import account
 from tests.support.account import Count
