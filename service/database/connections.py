@@ -28,6 +28,7 @@ SERVER_VERSION_MIN: Final = 15
 IDLE_SECONDS_MAX: Final = 30.0
 PROBE_SECONDS_MAX: Final = 0.3
 
+# Spelled as the server shows them, because ``_inspect`` compares them.
 SERVER_SETTINGS: Final = {
     "application_name": "order-tracking",
     # A cached plan from when the log was empty would stay in use: it took 4.6 ms instead of 0.1 ms.

@@ -10,6 +10,7 @@ import pytest
 
 from domain.statuses import STATUSES
 from projections.postgres_errors import Connection
+from service.database.schema import VIEWS
 from tests.support.client import Client
 from tests.support.waiting import PATIENCE_SECONDS
 
@@ -329,14 +330,22 @@ async def test_unknown_orders_paths_and_methods_are_problems(client: Client) -> 
     assert (problem["status"], headers["Allow"]) == (405, "POST,PUT")
 
 
+async def recorded_unseen(client: Client, connection: Connection) -> int:
+    """Record a report that no view will show as long as the connection is open, and return its position."""
+    hold = "SELECT pg_advisory_lock(hashtextextended('view ' || name, 0)) FROM unnest($1::text[]) AS name"
+    await connection.execute(hold, [view.name for view in VIEWS])
+    receipt = await client.webhook("KOM1")
+    return int(receipt["position"])
+
+
 async def test_a_position_that_does_not_come_is_waited_for_and_refused(
-    client: Client, monkeypatch: pytest.MonkeyPatch
+    client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A read waits a limited time for its position, and then gets 503 with Retry-After."""
     monkeypatch.setattr("service.api.freshness.AFTER_POSITION_SECONDS_MAX", 0.2)
-    await client.webhook("KOM1")
+    position = await recorded_unseen(client, connection)
     for path in ("/orders/KOM1", "/orders", "/orders/KOM1/timeline", "/audit/transitions"):
-        problem, headers = await client.get_with_headers(f"{path}?after_position=99", 503)
+        problem, headers = await client.get_with_headers(f"{path}?after_position={position}", 503)
         assert problem["view"] in {"current_status", "timeline"}
         assert int(headers["Retry-After"]) > 0
 
@@ -481,13 +490,16 @@ async def test_idempotency_keys_over_http(client: Client, connection: Connection
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 4
 
 
-async def test_a_request_may_take_longer_than_its_head(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_may_take_longer_than_its_head(
+    client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The time limit for a head ends neither a running request nor the one behind it."""
     monkeypatch.setattr("service.http.server.HEAD_SECONDS_MAX", 0.2)
     monkeypatch.setattr("service.http.server.SWEEP_SECONDS", 0.1)
     monkeypatch.setattr("service.api.freshness.AFTER_POSITION_SECONDS_MAX", 1.5)
+    position = await recorded_unseen(client, connection)
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(b"GET /orders?after_position=99 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    writer.write(b"GET /orders?after_position=%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % position)
     # Longer than the limit for a head, while the first request waits for its position.
     await asyncio.sleep(0.3)
     writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")

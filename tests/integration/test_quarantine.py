@@ -143,7 +143,7 @@ async def test_bodies_are_kept_and_keys_known_while_readers_have_every_connectio
 ) -> None:
     """Webhooks, the probe and the check of keys do not wait for readers that hold every pooled connection."""
     # The readers keep their connections until the lock is released.
-    monkeypatch.setattr("service.database.connections.POOL_STATEMENT_TIMEOUT", f"{PATIENCE_SECONDS}s")
+    monkeypatch.setattr("service.database.connections.POOL_STATEMENT_TIMEOUT", "1min")
     async with serving_client(dsn, request_seconds_max=PATIENCE_SECONDS) as client:
         async with connection.transaction():
             await connection.execute("LOCK TABLE timeline.entries")

@@ -3,11 +3,13 @@
 import re
 import string
 from datetime import UTC, datetime
+from typing import get_args
 
 import pytest
 
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
+from service.ingest.refusals import Cause
 from service.pages.i18n import LOCALES, MESSAGES, Language, negotiate_language, to_rfc3339
 from service.pages.render import FOLDER, choose_tone, isolate, spell_out, track_path
 
@@ -19,6 +21,7 @@ COMPOSED_NAMES = {
     *(f"reason_{verdict}" for verdict in ("late", "refused", "unrecognised")),
     *(f"stage_{state}" for state in ("reached", "now", "skipped", "ahead")),
     *(f"problem_{status}" for status in (400, 403, 404, 503)),
+    *(f"cause_{cause}" for cause in get_args(Cause)),
     *(f"entry_{state}" for state in ("open", "retried", "discarded")),
 }
 
