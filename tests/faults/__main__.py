@@ -21,7 +21,7 @@ from tests.faults.mutations import MUTATIONS
 from tests.faults.run import Outcome, run
 from tests.faults.world import FULL
 
-out: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+out: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def _arguments() -> argparse.Namespace:
@@ -68,17 +68,20 @@ def _verdict(outcome: Outcome) -> str:
 
 def _table(outcomes: list[Outcome], seed: int) -> Table:
     table = Table("fault", title=f"faults, seed {seed}")
-    for name in ("times", "acknowledged", "lost", "doubled", "worst outage"):
+    for name in ("times", "acknowledged", "lost", "doubled", "refused", "wrong", "worst outage"):
         table.add_column(name, justify="right")
     table.add_column("promises")
+    table.add_column("the operator is told")
     table.add_column("remarks")
     for outcome in outcomes:
         count = outcome.count
         table.add_row(
             outcome.fault.claim,
-            *(str(outcome.times), f"{count.acknowledged:,}", str(count.lost), str(count.doubled)),
+            str(outcome.times),
+            *(f"{number:,}" for number in count),
             f"{outcome.worst_outage:.2f} s",
             _verdict(outcome),
+            outcome.told,
             outcome.skipped or "; ".join(outcome.remarks),
         )
     return table

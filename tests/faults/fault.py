@@ -2,10 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from projections.postgres_errors import Connection
+from tests.faults.operator import Told
 from tests.faults.world import Layout, World
 from tests.support.connections import UNAVAILABLE, get
 from tests.support.waiting import PATIENCE_SECONDS
@@ -18,13 +19,22 @@ PROXIED: Final = Layout(given_postgres=True, through_proxy=True)
 
 @dataclass(frozen=True)
 class Fault:
-    """A row of the table."""
+    """A row of the table.
+
+    Args:
+        name: its name on the command line.
+        claim: its name in the table.
+        layout: the world that it needs.
+        break_it: breaks something, and returns how often.
+        told: what the operator must learn of it.
+        is_short: whether it is a part of ``make test``.
+    """
 
     name: str
     claim: str
     layout: Layout
-    # Breaks something, and returns how often.
     break_it: Callable[[World], Awaitable[int]]
+    told: Told = field(default_factory=Told)
     is_short: bool = False
 
 

@@ -6,6 +6,7 @@ from typing import Final
 
 from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
 from tests.faults.network import cut, slow_sockets
+from tests.faults.operator import Told
 from tests.faults.processes import (
     crash_before_projection,
     end_postmaster,
@@ -36,11 +37,11 @@ FAULTS: Final = (
     ),
     Fault("stop-immediate", "pg_ctl stop -m immediate", OWN, stop_immediately),
     Fault("still-2s", "SIGSTOP of PostgreSQL for 2 s", OWN, partial(stand_still, 2.0)),
-    Fault("still-10s", "SIGSTOP of PostgreSQL for 10 s", OWN, partial(stand_still, 10.0)),
-    Fault("lock-table", "a table lock held for 10 s", OWN, lock_table),
+    Fault("still-10s", "SIGSTOP of PostgreSQL for 10 s", OWN, partial(stand_still, 10.0), Told(("no_answer",))),
+    Fault("lock-table", "a table lock held for 10 s", OWN, lock_table, Told(("lock_held",))),
     Fault("cut-statement", "connection cut mid-statement", PROXIED, partial(cut, Cut.MID_STATEMENT)),
     Fault("cut-commit", "connection cut after COMMIT", PROXIED, partial(cut, Cut.AFTER_COMMIT), is_short=True),
-    Fault("disk-full", "disk full", Layout(disk_mb=DISK_MB), fill_disk),
+    Fault("disk-full", "disk full", Layout(disk_mb=DISK_MB), fill_disk, Told(("disk_full",))),
     Fault("fdatasync", "fdatasync fails", OWN, fail_fdatasync),
     Fault("kill-listener", "LISTEN connection killed", OWN, kill_listener),
     Fault("before-projection", "crash between append and projection", GIVEN, crash_before_projection),
@@ -49,6 +50,7 @@ FAULTS: Final = (
         "3 times the capacity for 20 s",
         Layout(given_postgres=True, through_proxy=True, has_load=False),
         overload,
+        Told(("queue_full",), is_ready=True),
     ),
     Fault("slow-sockets", "500 slow sockets", OWN, slow_sockets),
     Fault("repeats", "1,000 reports sent 46 times", Layout(has_load=False), repeat_46_times),

@@ -18,10 +18,11 @@ import asyncpg
 
 from projections.postgres_errors import Connection
 from service.database.embedded_postgres import SOCKET_NAME, EmbeddedPostgres, running_dsn
+from tests.faults.operator import Operator, Told
 from tests.faults.proxy import Proxy
 from tests.faults.resources import Resources, children
 from tests.support import account
-from tests.support.account import Count, Violations
+from tests.support.account import Count, Exempt, Violations
 from tests.support.connections import Connections
 from tests.support.folders import make_folder
 from tests.support.load import Acknowledged, Journal, Load, Tail
@@ -93,7 +94,8 @@ class Layout:
         given_postgres: whether the harness runs PostgreSQL instead of the service.
         through_proxy: whether a proxy is between the two; this requires given_postgres.
         services: the number of processes that share one port; more than one requires given_postgres.
-        has_load: whether reports arrive at the effort's rate; if not, the fault sends its own.
+        per_second: the rate of the reports; 0 for the effort's.
+        has_load: whether reports arrive at that rate; if not, the fault sends its own.
         server_settings: the settings of a given PostgreSQL.
         disk_mb: the size of a separate disk for the state folder; 0 for none.
         command: the command that starts the service.
@@ -102,6 +104,7 @@ class Layout:
     given_postgres: bool = False
     through_proxy: bool = False
     services: int = 1
+    per_second: float = 0.0
     has_load: bool = True
     server_settings: Mapping[str, str] = field(default_factory=dict)
     disk_mb: int = 0
@@ -129,10 +132,16 @@ class World:
         self.loads: list[Load] = []
         self.load = self.new_load("KOM")
         self.tail = Tail(self.connections)
-        self._settings: dict[str, str] = {}
+        self.operator = Operator(self.port, self._read_logs)
+        # Reports that an operator's server never had or that an operator erased: see account.Exempt.
+        self.missing: set[str] = set()
+        self.erased: set[str] = set()
+        self._ended_logs: list[str] = []
+        self._settings: dict[str, str] = {"LOG_FORMAT": "json"}
         self._proxy: Proxy | None = None
         self._baseline: list[Resources] = []
         self._tail_task: asyncio.Task[None] | None = None
+        self._operator_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start all parts, and send reports until everything is warm."""
@@ -152,8 +161,9 @@ class World:
             await in_thread(service.start)
         self._stack.callback(self.connections.close)
         self._tail_task = self.background(self.tail.follow())
+        self._operator_task = self.background(self.operator.watch())
         if self.layout.has_load:
-            self.background(self.load.run(self.effort.per_second))
+            self.background(self.load.run(self.layout.per_second or self.effort.per_second))
             await self.load.recovered()
         self._baseline = self.resources()
 
@@ -241,41 +251,67 @@ class World:
         await asyncio.sleep(self.chance.uniform(least, most))
 
     async def start_service(self, number: int = 0) -> None:
+        """Start a service process again, which has ended."""
+        self._ended_logs.append(self.services[number].output)
         await in_thread(self.services[number].start)
+
+    def _read_logs(self) -> str:
+        return "".join([*self._ended_logs, *(service.output for service in self.services)])
+
+    async def command(self, *arguments: str) -> tuple[int, str]:
+        """Run a command of the service on this world's database, and return its exit code and output."""
+        ended = await in_thread(partial(run_command, self.state_dir, *arguments, **self._settings))
+        return ended.returncode, ended.stdout + ended.stderr
 
     def expect_in_time(self, holds: bool, line: str) -> None:  # noqa: FBT001 - read as a sentence
         """Check a time limit if this effort is timed."""
         self.violations.expect(holds or not self.effort.is_timed, line)
 
-    async def settle(self) -> Count:
-        """Wait until all loads have ended, and make the account."""
+    async def settle(self, told: Told) -> Count:
+        """Wait until all loads have ended, and make the account.
+
+        Args:
+            told: what the operator must have learned.
+        """
         for load in self.loads:
             await load.finish()
             self.violations.add("orders whose report was never acknowledged", load.unanswered)
         log = await account.read_log(self.dsn)
         await self._end_tail(len(log))
+        exempt = Exempt(frozenset(self.missing), frozenset(self.erased))
         found = account.compare(
-            log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations
+            log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations, exempt=exempt
         )
-        # If reports are lost, the views cannot reach the head of their log.
-        if not found.lost:
+        # If other reports are lost, the views cannot reach the head of their log.
+        if found.lost <= len(self.missing):
             await account.check_views(log, self.connections, self.violations)
-            verify = partial(run_command, self.state_dir, "replay", "--verify", **self._settings)
-            verified = await in_thread(verify)
-            said = verified.stdout + verified.stderr
-            self.violations.expect(verified.returncode == 0, f"replay --verify: {said}")
-        account.check_answers(self.connections, self.effort.answered_seconds_max, self.violations)
+            await self._verify()
+        account.check_answers(self.connections, self.effort.answered_seconds_max, self.violations, exempt)
         self.connections.close()
+        refused = sum(len(load.refused) for load in self.loads)
+        await self._end(self._operator_task)
+        await self.operator.account(told, refused, self.violations, was_restarted=bool(self._ended_logs))
         await self._check_resources()
-        return found
+        return found._replace(refused=refused, wrong=self.violations.wrong)
+
+    async def _verify(self) -> None:
+        """Compare the views with a replay, and check the installation."""
+        code, output = await self.command("replay", "--verify")
+        if code:
+            self.violations.add_wrong("replay --verify", [output])
+        _, output = await self.command("check")
+        self.violations.add("findings of check", [line for line in output.splitlines() if "WRONG" in line])
 
     async def _end_tail(self, events: int) -> None:
         due = time.monotonic() + PATIENCE_SECONDS
         while len(self.tail.seen) < events and time.monotonic() < due:  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.05)
-        assert self._tail_task is not None
-        self._tail_task.cancel()
-        await asyncio.gather(self._tail_task, return_exceptions=True)
+        await self._end(self._tail_task)
+
+    async def _end(self, task: "asyncio.Task[None] | None") -> None:
+        assert task is not None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     async def _check_resources(self) -> None:
         due = time.monotonic() + PATIENCE_SECONDS
