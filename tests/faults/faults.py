@@ -19,6 +19,7 @@ from tests.faults.processes import (
     terminate_service,
 )
 from tests.faults.proxy import Cut
+from tests.faults.replication import fail_over, fail_over_synchronously, restore_backup
 from tests.faults.stalls import lock_table
 from tests.faults.storage import DISK_MB, fail_fdatasync, fill_disk
 from tests.faults.traffic import overload, repeat_46_times
@@ -54,5 +55,32 @@ FAULTS: Final = (
     ),
     Fault("slow-sockets", "500 slow sockets", OWN, slow_sockets),
     Fault("repeats", "1,000 reports sent 46 times", Layout(has_load=False), repeat_46_times),
+    Fault(
+        "failover",
+        "failover to an asynchronous standby that lacks commits",
+        Layout(given_postgres=True, through_proxy=True, standby="asynchronous"),
+        fail_over,
+        Told(("read_only",)),
+    ),
+    Fault(
+        "failover-hosts",
+        "the same failover, with both hosts in the DSN",
+        Layout(given_postgres=True, standby="asynchronous"),
+        fail_over,
+    ),
+    Fault(
+        "failover-sync",
+        "synchronous standby lost, then the primary",
+        Layout(given_postgres=True, through_proxy=True, standby="synchronous"),
+        fail_over_synchronously,
+        Told(("replication_wait",)),
+    ),
+    Fault(
+        "restore",
+        "an older backup restored under a running service",
+        GIVEN,
+        restore_backup,
+        Told(logged=(LOST,)),
+    ),
     Fault("two-services", "two services killed in turn", Layout(given_postgres=True, services=2), kill_in_turn),
 )

@@ -11,7 +11,7 @@ from typing import Any, Final
 from service.ingest.refusals import Cause
 from tests.support.account import Violations
 from tests.support.connections import OK, UNAVAILABLE, Connections, get
-from tests.support.waiting import until_async
+from tests.support.waiting import condition, until_async
 
 LOOK_SECONDS: Final = 0.1
 # Each look checks the readiness; a scrape costs the service more.
@@ -77,6 +77,10 @@ class Operator:
             for cause, value in COUNTER.findall(response.body):
                 # A killed process loses its counters.
                 self._counted[cause.decode()] = max(self._counted[cause.decode()], int(float(value)))
+
+    async def until_shown(self, cause: Cause) -> None:
+        """Wait until ``/readyz`` has given a cause."""
+        await until_async(condition(lambda: cause in self._shown), lambda: sorted(self._shown))
 
     async def account(self, told: Told, refused: int, violations: Violations, *, was_restarted: bool) -> None:
         """Compare everything that the operator was told with what must be told.

@@ -34,13 +34,19 @@ class _Pair:
 
 
 class Proxy:
-    """Listens on a Unix socket in ``folder``, as PostgreSQL would."""
+    """Listens on a Unix socket in ``folder``, as PostgreSQL would.
+
+    Attributes:
+        dsn: the server's DSN, through the proxy.
+        server_socket: the socket that new connections are forwarded to.
+        append_delay_seconds: how long the response to each append is held back.
+    """
 
     def __init__(self, folder: Path, server_socket: Path) -> None:
         self.dsn = f"postgresql:///{NAME}?host={quote(str(folder), safe='')}&port=5432&user={NAME}"
         self.append_delay_seconds = 0.0
         self._socket = folder / SOCKET_NAME
-        self._server_socket = server_socket
+        self.server_socket = server_socket
         self._next: Cut | None = None
         self._done = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,7 +78,7 @@ class Proxy:
         task.add_done_callback(self._tasks.discard)
         with contextlib.suppress(OSError):
             server_reader, server_writer = await asyncio.open_unix_connection(
-                self._server_socket, limit=CHUNK_BYTES
+                self.server_socket, limit=CHUNK_BYTES
             )
             pair = _Pair()
             ways = [

@@ -12,15 +12,18 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import asyncpg
+from pydantic import ValidationError
 
 from projections.postgres_errors import Connection
-from service.database.embedded_postgres import SOCKET_NAME, EmbeddedPostgres, running_dsn
+from service.database.embedded_postgres import NAME, EmbeddedPostgres, running_dsn
+from service.settings import Settings
 from tests.faults.operator import Operator, Told
 from tests.faults.proxy import Proxy
 from tests.faults.resources import Resources, children
+from tests.faults.standby import PORT, SYNCHRONOUS, free_address, make_standby, socket_of
 from tests.support import account
 from tests.support.account import Count, Exempt, Violations
 from tests.support.connections import Connections
@@ -93,6 +96,8 @@ class Layout:
     Args:
         given_postgres: whether the harness runs PostgreSQL instead of the service.
         through_proxy: whether a proxy is between the two; this requires given_postgres.
+        standby: whether a given PostgreSQL has a standby, and how it replicates. Without a proxy, the DSN has
+            both hosts.
         services: the number of processes that share one port; more than one requires given_postgres.
         per_second: the rate of the reports; 0 for the effort's.
         has_load: whether reports arrive at that rate; if not, the fault sends its own.
@@ -103,6 +108,7 @@ class Layout:
 
     given_postgres: bool = False
     through_proxy: bool = False
+    standby: Literal["", "asynchronous", "synchronous"] = ""
     services: int = 1
     per_second: float = 0.0
     has_load: bool = True
@@ -124,7 +130,9 @@ class World:
         self.violations = Violations()
         self.remarks: list[str] = []
         self.services: list[RunningService] = []
+        # The server that the service must use; after a failover, the standby.
         self.server: EmbeddedPostgres | None = None
+        self._standby: EmbeddedPostgres | None = None
         self.port = _free_port()
         self.connections = Connections(self.port)
         self.journal = Journal(folder / "journal")
@@ -168,19 +176,40 @@ class World:
         self._baseline = self.resources()
 
     async def _start_postgres(self) -> None:
-        self.server = EmbeddedPostgres(self.state_dir, settings=self.layout.server_settings)
+        settings = {**self.layout.server_settings}
+        hosts = [free_address(self.chance), free_address(self.chance)] if self.layout.standby else []
+        if hosts:
+            settings["listen_addresses"] = hosts[0]
+        self.server = EmbeddedPostgres(self.state_dir, settings=settings)
         self._stack.push_async_callback(in_thread, self.server.stop)
         await in_thread(self.server.start)
-        self.background(self.server.keep_running(lambda _line: None))
         dsn = self.server.dsn
+        if hosts:
+            await self._start_standby({**settings, "listen_addresses": hosts[1]})
+            dsn = f"postgresql://{NAME}@{hosts[0]}:{PORT},{hosts[1]}:{PORT}/{NAME}?target_session_attrs=read-write"
+            _skip_if_refused(dsn, is_used=not self.layout.through_proxy)
+        else:
+            self.background(self.server.keep_running(lambda _line: None))
         if self.layout.through_proxy:
-            self._proxy = Proxy(self.folder / "proxy", self.state_dir / "run" / SOCKET_NAME)
+            self._proxy = Proxy(self.folder / "proxy", socket_of(self.state_dir))
             await self._proxy.start()
             self._stack.push_async_callback(self._proxy.stop)
             dsn = self._proxy.dsn
         self._settings["DATABASE_URL"] = dsn
         if self.layout.services > 1:
             self._settings["REUSE_PORT"] = "true"
+
+    async def _start_standby(self, settings: dict[str, str]) -> None:
+        standby_dir = self.folder / "standby"
+        self._standby = await in_thread(make_standby, self.state_dir, standby_dir, settings)
+        self._stack.push_async_callback(in_thread, self._standby.stop)
+        await in_thread(self._standby.start)
+        if self.layout.standby == "synchronous":
+            connection = await self.connect()
+            for name, value in SYNCHRONOUS.items():
+                await connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+            await connection.execute("SELECT pg_reload_conf()")
+            await connection.close()
 
     def background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run a coroutine concurrently, at most until the world ends."""
@@ -212,6 +241,21 @@ class World:
     def proxy(self) -> Proxy:
         assert self._proxy is not None
         return self._proxy
+
+    @property
+    def primary(self) -> EmbeddedPostgres:
+        """The given PostgreSQL that the service began with."""
+        assert self.server is not None
+        return self.server
+
+    @property
+    def standby(self) -> EmbeddedPostgres:
+        assert self._standby is not None
+        return self._standby
+
+    @property
+    def standby_socket(self) -> Path:
+        return socket_of(self.folder / "standby")
 
     @property
     def dsn(self) -> str:
@@ -353,6 +397,14 @@ async def open_world(layout: Layout, effort: Effort, seed: int) -> AsyncIterator
         world = World(layout, effort, seed, stack, folder)
         await world.start()
         yield world
+
+
+def _skip_if_refused(dsn: str, *, is_used: bool) -> None:
+    try:
+        Settings(database_url=dsn)
+    except ValidationError as error:
+        if is_used:
+            raise SkippedError("this release refuses a DSN with two hosts") from error
 
 
 async def _command(*arguments: str) -> None:

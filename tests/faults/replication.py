@@ -1,0 +1,145 @@
+"""Lost commits: a failover to a standby, and a restore of an older backup, under a running service.
+
+The operator who fails over to an asynchronous standby, or restores a backup, loses the reports that it never
+had. Everything else must hold: nothing more is lost, each order continues from its last event in the log that
+is left, and a consumer whose position lies beyond that log gets 410.
+"""
+
+import asyncio
+import re
+from typing import Final
+
+from tests.faults.standby import copy_data, kill_server, promote, replace_data, wait_until_applied
+from tests.faults.world import World, in_thread
+from tests.support.account import read_log
+from tests.support.connections import GONE, get
+from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
+
+# Many more than the reports in flight, so that the log stays below the consumers' positions for a while.
+LOST_MIN: Final = 300
+READ_ONLY_REPORTS: Final = 3
+EVENT_ID: Final = re.compile(rb"(?m)^id: (\d+)\n")
+CHUNK_BYTES: Final = 65_536
+STREAM: Final = b"GET /events/stream?after=0 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+
+
+async def fail_over(world: World) -> int:
+    """Lose the primary while its asynchronous standby is stopped, and promote the standby."""
+    standby = world.standby
+    await in_thread(standby.stop)
+    reader = asyncio.create_task(_read_stream(world.port))
+    try:
+        await world.load.recovered(LOST_MIN)
+        await in_thread(kill_server, world.primary)
+        world.load.pause()
+        await in_thread(standby.start)
+        await wait_until_applied(standby.dsn)
+        _note_missing(world, {event.report_id for _, event in await read_log(standby.dsn)})
+        await _reach_standby(world)
+        await _promote(world)
+        await _expect_gone(world, reader)
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+    world.load.resume()
+    await world.load.recovered()
+    return 1
+
+
+async def fail_over_synchronously(world: World) -> int:
+    """Lose the standby, whose return ends the wait of every commit; then lose the primary."""
+    await in_thread(world.standby.stop)
+    await world.operator.until_shown("replication_wait")
+    await in_thread(world.standby.start)
+    await world.load.recovered()
+    await world.pause()
+    await in_thread(kill_server, world.primary)
+    await wait_until_applied(world.standby.dsn)
+    await _promote(world)
+    await world.load.recovered()
+    return 2
+
+
+async def restore_backup(world: World) -> int:
+    """Put an earlier copy in place of the server's data, under the running service."""
+    copy = world.state_dir / "copy"
+    await world.load.quiet()
+    await in_thread(copy_data, world.state_dir, copy)
+    kept = {event.report_id for _, event in await read_log(world.dsn)}
+    world.load.resume()
+    reader = asyncio.create_task(_read_stream(world.port))
+    try:
+        await world.load.recovered(LOST_MIN)
+        await in_thread(world.primary.stop)
+        world.load.pause()
+        await in_thread(replace_data, world.state_dir, copy)
+        _note_missing(world, kept)
+        await in_thread(world.primary.start)
+        await _expect_gone(world, reader)
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+    world.load.resume()
+    await world.load.recovered()
+    return 1
+
+
+def _note_missing(world: World, kept: set[str]) -> None:
+    """Note the acknowledged reports that the new server lacks. Until it takes reports, there are no others."""
+    world.missing = {one.receipt["report_id"] for one in world.acknowledged()} - kept
+    world.violations.expect(len(world.missing) > 0, "no commit was lost: this broke nothing")
+
+
+async def _reach_standby(world: World) -> None:
+    """Send reports to the standby itself, which cannot record them. Through two hosts, nobody reaches it."""
+    if not world.layout.through_proxy:
+        return
+    world.proxy.server_socket = world.standby_socket
+    await asyncio.gather(*(world.load.attempt(world.load.next_body()[0]) for _ in range(READ_ONLY_REPORTS)))
+    await world.operator.until_shown("read_only")
+
+
+async def _promote(world: World) -> None:
+    world.server = world.standby
+    if world.layout.through_proxy:
+        world.proxy.server_socket = world.standby_socket
+    connection = await world.connect()
+    try:
+        await promote(connection)
+    finally:
+        await connection.close()
+
+
+async def _expect_gone(world: World, reader: "asyncio.Task[int]") -> None:
+    """Expect 410 for each consumer with a position beyond the head: at /events, and after its stream's end."""
+    try:
+        await until_async(condition(lambda: world.tail.times_gone > 0))
+    except AssertionError:
+        world.violations.lines.append("a reader of /events beyond the head of the log gets no 410")
+        return
+    try:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            position = await reader
+    except TimeoutError:
+        world.violations.lines.append("a stream goes on beyond the head of the log")
+        return
+    response = await world.connections.request(get(f"/events/stream?after={position}"))
+    status = response.status if response is not None else None
+    world.violations.expect(status == GONE, f"a stream after the lost position {position} gets {status}")
+    world.operator.findings.append("consumers: 410")
+
+
+async def _read_stream(port: int) -> int:
+    """Read server-sent events until the stream ends, and return the last position."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(STREAM)
+        position, rest = 0, b""
+        while data := await reader.read(CHUNK_BYTES):
+            rest += data
+            for found in EVENT_ID.findall(rest):
+                position = int(found)
+            rest = rest[rest.rfind(b"\n\n") + 1 :] if b"\n\n" in rest else rest
+    finally:
+        writer.close()
+    return position
