@@ -9,7 +9,7 @@ from projections.postgres_errors import Connection
 from tests.faults.operator import Told
 from tests.faults.world import Layout, World
 from tests.support.connections import UNAVAILABLE, get
-from tests.support.waiting import PATIENCE_SECONDS
+from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 
 # PostgreSQL is run by the service, or by the harness, or behind the harness's proxy.
 OWN: Final = Layout()
@@ -47,6 +47,13 @@ async def expect_status(world: World, path: str, status: int) -> None:
 def expect_more_refused(world: World, before: int) -> None:
     refused = world.connections.answers[UNAVAILABLE] - before
     world.violations.expect(refused > 0, "nothing was refused: this broke nothing")
+
+
+async def until_refused(world: World) -> None:
+    """Wait until webhooks get 503 and ``/readyz`` has noticed it."""
+    before = len(world.load.refused)
+    await until_async(condition(lambda: len(world.load.refused) > before))
+    await world.operator.until_refused()
 
 
 async def find_backend(connection: Connection, statement: str, known: list[int]) -> int:

@@ -20,7 +20,16 @@ from tests.faults.processes import (
 )
 from tests.faults.proxy import Cut
 from tests.faults.replication import fail_over, fail_over_synchronously, restore_backup
-from tests.faults.stalls import lock_table
+from tests.faults.server_settings import (
+    FEW_CONNECTIONS,
+    NOTIFY_SETTINGS,
+    change_defaults,
+    fill_notification_queue,
+    revoke_rights,
+    use_all_connections,
+    use_other_encoding,
+)
+from tests.faults.stalls import STALLS_PER_SECOND, hold_append_lock, lock_table
 from tests.faults.storage import DISK_MB, fail_fdatasync, fill_disk
 from tests.faults.traffic import overload, repeat_46_times
 from tests.faults.world import Layout
@@ -40,6 +49,13 @@ FAULTS: Final = (
     Fault("still-2s", "SIGSTOP of PostgreSQL for 2 s", OWN, partial(stand_still, 2.0)),
     Fault("still-10s", "SIGSTOP of PostgreSQL for 10 s", OWN, partial(stand_still, 10.0), Told(("no_answer",))),
     Fault("lock-table", "a table lock held for 10 s", OWN, lock_table, Told(("lock_held",))),
+    Fault(
+        "stalls",
+        "the append lock held for 0.5, 2.9, 3.1 and 10 s",
+        Layout(per_second=STALLS_PER_SECOND),
+        hold_append_lock,
+        Told(("lock_held",)),
+    ),
     Fault("cut-statement", "connection cut mid-statement", PROXIED, partial(cut, Cut.MID_STATEMENT)),
     Fault("cut-commit", "connection cut after COMMIT", PROXIED, partial(cut, Cut.AFTER_COMMIT), is_short=True),
     Fault("disk-full", "disk full", Layout(disk_mb=DISK_MB), fill_disk, Told(("disk_full",))),
@@ -80,7 +96,28 @@ FAULTS: Final = (
         "an older backup restored under a running service",
         GIVEN,
         restore_backup,
-        Told(logged=(LOST,)),
+    ),
+    Fault("defaults", "serializable, read-only and short timeouts by default", OWN, change_defaults),
+    Fault("encoding", "a start on a database not in UTF8", OWN, use_other_encoding),
+    Fault(
+        "notify-queue",
+        "a full notification queue",
+        Layout(given_postgres=True, server_settings=NOTIFY_SETTINGS),
+        fill_notification_queue,
+    ),
+    Fault(
+        "max-connections",
+        "no connection left on the server",
+        Layout(given_postgres=True, server_settings=FEW_CONNECTIONS),
+        use_all_connections,
+        Told(("too_many_connections",)),
+    ),
+    Fault(
+        "rights",
+        "the right to append revoked",
+        OWN,
+        revoke_rights,
+        Told(("no_answer",), logged=("permission denied for table order_events",)),
     ),
     Fault("two-services", "two services killed in turn", Layout(given_postgres=True, services=2), kill_in_turn),
 )

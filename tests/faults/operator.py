@@ -82,6 +82,10 @@ class Operator:
         """Wait until ``/readyz`` has given a cause."""
         await until_async(condition(lambda: cause in self._shown), lambda: sorted(self._shown))
 
+    async def until_refused(self) -> None:
+        """Wait until ``/readyz`` has been 503."""
+        await until_async(condition(lambda: bool(self._shown)))
+
     async def account(self, told: Told, refused: int, violations: Violations, *, was_restarted: bool) -> None:
         """Compare everything that the operator was told with what must be told.
 

@@ -302,9 +302,9 @@ class World:
     def _read_logs(self) -> str:
         return "".join([*self._ended_logs, *(service.output for service in self.services)])
 
-    async def command(self, *arguments: str) -> tuple[int, str]:
+    async def command(self, *arguments: str, **settings: str) -> tuple[int, str]:
         """Run a command of the service on this world's database, and return its exit code and output."""
-        ended = await in_thread(partial(run_command, self.state_dir, *arguments, **self._settings))
+        ended = await in_thread(partial(run_command, self.state_dir, *arguments, **self._settings | settings))
         return ended.returncode, ended.stdout + ended.stderr
 
     def expect_in_time(self, holds: bool, line: str) -> None:  # noqa: FBT001 - read as a sentence
