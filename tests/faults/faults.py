@@ -5,7 +5,8 @@ from functools import partial
 from typing import Final
 
 from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
-from tests.faults.network import cut, slow_sockets
+from tests.faults.maintenance import maintain
+from tests.faults.network import IDLE_SECONDS, cut, drop_idle, slow_sockets
 from tests.faults.operator import Told
 from tests.faults.processes import (
     crash_before_projection,
@@ -29,7 +30,7 @@ from tests.faults.server_settings import (
     use_all_connections,
     use_other_encoding,
 )
-from tests.faults.stalls import STALLS_PER_SECOND, hold_append_lock, lock_table
+from tests.faults.stalls import STALLS_PER_SECOND, STALLS_SECONDS, hold_append_lock, lock_table
 from tests.faults.storage import DISK_MB, fail_fdatasync, fill_disk
 from tests.faults.traffic import overload, repeat_46_times
 from tests.faults.world import Layout
@@ -53,11 +54,12 @@ FAULTS: Final = (
         "stalls",
         "the append lock held for 0.5, 2.9, 3.1 and 10 s",
         Layout(per_second=STALLS_PER_SECOND),
-        hold_append_lock,
+        partial(hold_append_lock, STALLS_SECONDS),
         Told(("lock_held",)),
     ),
     Fault("cut-statement", "connection cut mid-statement", PROXIED, partial(cut, Cut.MID_STATEMENT)),
     Fault("cut-commit", "connection cut after COMMIT", PROXIED, partial(cut, Cut.AFTER_COMMIT), is_short=True),
+    Fault("idle", "idle connections dropped by a firewall", PROXIED, partial(drop_idle, IDLE_SECONDS)),
     Fault("disk-full", "disk full", Layout(disk_mb=DISK_MB), fill_disk, Told(("disk_full",))),
     Fault("fdatasync", "fdatasync fails", OWN, fail_fdatasync),
     Fault("kill-listener", "LISTEN connection killed", OWN, kill_listener),
@@ -119,5 +121,6 @@ FAULTS: Final = (
         revoke_rights,
         Told(("no_answer",), logged=("permission denied for table order_events",)),
     ),
+    Fault("maintenance", "VACUUM, REINDEX, pg_dump, erase and replay at once", OWN, maintain),
     Fault("two-services", "two services killed in turn", Layout(given_postgres=True, services=2), kill_in_turn),
 )

@@ -4,9 +4,16 @@ import asyncio
 import time
 from typing import Final
 
+from service.database.connections import IDLE_SECONDS_MAX
+from tests.faults.fault import expect_status
 from tests.faults.proxy import Cut
 from tests.faults.world import World
+from tests.support.connections import OK, put
 from tests.support.waiting import PATIENCE_SECONDS
+
+# A moment longer than the time after which the service probes a connection before it uses it.
+IDLE_SECONDS: Final = IDLE_SECONDS_MAX + 1.0
+DROPPED_SHARE: Final = 0.6
 
 SLOW_SOCKETS: Final = 500
 # The service's own limit, plus a margin for a busy machine.
@@ -23,6 +30,33 @@ async def cut(where: Cut, world: World) -> int:
         await world.proxy.cut(where, PATIENCE_SECONDS)
         await world.load.recovered()
     return world.effort.times
+
+
+async def drop_idle(idle_seconds: float, world: World) -> int:
+    """Send nothing for a while, in which a firewall drops the idle connections; then every report is recorded.
+
+    Args:
+        idle_seconds: how long nothing is sent; the firewall drops a connection a little earlier.
+        world: the world.
+    """
+    await _quarantine(world)
+    await world.load.quiet()
+    world.proxy.idle_seconds_max = DROPPED_SHARE * idle_seconds
+    await asyncio.sleep(idle_seconds)
+    already = len(world.load.refused)
+    world.load.resume()
+    await _quarantine(world)
+    await expect_status(world, "/orders/KOM-H1", OK)
+    await world.load.recovered()
+    refused = len(world.load.refused) - already
+    world.violations.expect(refused == 0, f"{refused} reports were refused after an idle time")
+    return 1
+
+
+async def _quarantine(world: World) -> None:
+    response = await world.connections.request(put("{}"))
+    status = response.status if response is not None else None
+    world.violations.expect(status == OK, f"an unparseable body gets {status}")
 
 
 async def slow_sockets(world: World) -> int:

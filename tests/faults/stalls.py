@@ -1,6 +1,7 @@
 """Stalls: locks that other sessions hold for longer or shorter than a report's time."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Final
 
 from service.event_log.store import APPEND_LOCK
@@ -33,10 +34,10 @@ async def lock_table(world: World) -> int:
     return 1
 
 
-async def hold_append_lock(world: World) -> int:
+async def hold_append_lock(stalls_seconds: Sequence[float], world: World) -> int:
     """Hold the lock of every append several times. Only reports whose own time is over may be refused."""
     refused = world.load.refused
-    for seconds in STALLS_SECONDS:
+    for seconds in stalls_seconds:
         await world.pause()
         already = len(refused)
         connection = await world.connect()
@@ -53,4 +54,4 @@ async def hold_append_lock(world: World) -> int:
         world.violations.expect(not early, f"a stall of {seconds} s: {len(early)} refused too early{shortest}")
         if seconds < REPORT_SECONDS:
             world.expect_in_time(not waits, f"a stall of {seconds} s: {len(waits)} of the reports were refused")
-    return len(STALLS_SECONDS)
+    return len(stalls_seconds)

@@ -342,7 +342,7 @@ class World:
         """Compare the views with a replay, and check the installation."""
         code, output = await self.command("replay", "--verify")
         if code:
-            self.violations.add_wrong("replay --verify", [output])
+            self.violations.add_wrong("replay --verify", output.strip().splitlines()[-1:])
         _, output = await self.command("check")
         self.violations.add("findings of check", [line for line in output.splitlines() if "WRONG" in line])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from tests.support.connections import GONE, OK, UNAVAILABLE, Answer, Connections, get, put
-from tests.support.waiting import PATIENCE_SECONDS
+from tests.support.waiting import PATIENCE_SECONDS, until_async
 
 # At this limit, due reports are skipped and counted, because the load no longer follows its schedule.
 IN_FLIGHT_MAX: Final = 4_000
@@ -174,6 +174,16 @@ class Load:
             if time.monotonic() > due:
                 raise NotRecoveredError(f"no reports are acknowledged: {dict(self.connections.answers)}")
             await asyncio.sleep(0.02)
+
+    async def proceeds(self, more: int = 100) -> bool:
+        """Wait until the service acknowledges the load; return whether it did so without a refusal."""
+        target, refused = len(self.acknowledged) + more, len(self.refused)
+
+        async def is_decided() -> bool:
+            return len(self.acknowledged) >= target or len(self.refused) > refused
+
+        await until_async(is_decided)
+        return len(self.refused) == refused
 
     def p99_seconds(self, since: float) -> float:
         """Return the 99th percentile of the duration of the 200 responses after a moment."""
