@@ -87,7 +87,7 @@ class Operator:
         await until_async(condition(lambda: bool(self._shown)))
 
     async def account(self, told: Told, refused: int, violations: Violations, *, was_restarted: bool) -> None:
-        """Compare everything that the operator was told with what must be told.
+        """Compare everything that the operator saw with the declaration.
 
         Args:
             told: the declaration of the fault.
@@ -131,7 +131,7 @@ class Operator:
                 yield json.loads(line)
 
     def summary(self, told: Told) -> str:
-        """Return what the operator was told, as a cell of the table."""
+        """Return what the operator saw, as a cell of the table."""
         causes = [f"{cause} {times:,}" for cause, times in self._counted.most_common() if times]
         logged: Sequence[str] = [f"log: {part}" for part in told.logged if part in self._read_logs()]
         return "; ".join([*causes, *logged, *self.findings])

@@ -18,6 +18,11 @@ from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 # Many more than the reports in flight, so that the log stays below the consumers' positions for a while.
 LOST_MIN: Final = 300
 READ_ONLY_REPORTS: Final = 3
+# Waits for commits on the primary alone, and cancels them.
+CANCEL_WAITING: Final = """
+    SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity
+    WHERE wait_event = 'SyncRep' AND application_name = 'order-tracking'
+"""
 EVENT_ID: Final = re.compile(rb"(?m)^id: (\d+)\n")
 CHUNK_BYTES: Final = 65_536
 STREAM: Final = b"GET /events/stream?after=0 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
@@ -60,6 +65,27 @@ async def fail_over_synchronously(world: World) -> int:
     return 2
 
 
+async def cancel_waiting_commits(world: World) -> int:
+    """Cancel commits that wait for the lost synchronous standby, then lose the primary.
+
+    PostgreSQL ends such a wait with a warning, and the commit succeeds on the primary alone. It does the same
+    when the statement's time limit is reached.
+    """
+    await in_thread(world.standby.stop)
+    connection = await world.connect()
+    try:
+        await until_async(lambda: connection.fetchval(CANCEL_WAITING))
+        await world.pause()
+        await in_thread(kill_server, world.primary)
+    finally:
+        connection.terminate()
+    await in_thread(world.standby.start)
+    await wait_until_applied(world.standby.dsn)
+    await _promote(world)
+    await world.load.recovered()
+    return 1
+
+
 async def restore_backup(world: World) -> int:
     """Put an earlier copy in place of the server's data, under the running service."""
     copy = world.state_dir / "copy"
@@ -91,7 +117,7 @@ def _note_missing(world: World, kept: set[str]) -> None:
 
 
 async def _reach_standby(world: World) -> None:
-    """Send reports to the standby itself, which cannot record them. Through two hosts, nobody reaches it."""
+    """Send reports to the standby itself, which cannot record them. A DSN with two hosts does not reach it."""
     if not world.layout.through_proxy:
         return
     world.proxy.server_socket = world.standby_socket

@@ -38,6 +38,8 @@ END_CONNECTIONS: Final = """
 """
 # A transaction's equal payloads are sent once.
 FILL_QUEUE: Final = "SELECT pg_notify('unrelated', n || repeat('x', 7900)) FROM generate_series(1, 16) AS n"
+NOTIFY: Final = "SELECT pg_notify('unrelated', '')"
+RECOVERY_REPORTS: Final = 1_000
 RIGHTS: Final = f"INSERT (originator_id, originator_version, topic, state) ON order_events {{}} {SERVICE_ROLE}"
 
 
@@ -104,6 +106,28 @@ async def fill_notification_queue(world: World) -> int:
         await other.close()
     refused = len(world.load.refused) - already
     world.violations.expect(refused == 0, f"{refused} reports were refused")
+    return 1
+
+
+async def leave_full_queue(world: World) -> int:
+    """Fill the queue, and end the listener that kept it full. Notifications must work again."""
+    listener, other = await world.connect(), await world.connect()
+    try:
+        await listener.add_listener("unrelated", lambda *_: None)
+        await listener.execute("BEGIN; SELECT 1")
+        with suppress(asyncpg.ProgramLimitExceededError):
+            while True:
+                await other.execute(FILL_QUEUE)
+        await world.load.proceeds()
+        await listener.close()
+        await world.load.proceeds(RECOVERY_REPORTS)
+        with suppress(asyncpg.ProgramLimitExceededError):
+            await other.execute(NOTIFY)
+            return 1
+        world.violations.lines.append("the notification queue stays full after its cause has ended")
+    finally:
+        await listener.close()
+        await other.close()
     return 1
 
 
