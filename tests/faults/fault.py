@@ -49,6 +49,13 @@ def expect_more_refused(world: World, before: int) -> None:
     world.violations.expect(refused > 0, "nothing was refused: this broke nothing")
 
 
+async def expect_check_fails(world: World) -> None:
+    """Expect that ``check`` finds something wrong."""
+    code, output = await world.command("check")
+    world.violations.expect(code == 1, "check finds nothing wrong")
+    world.operator.findings += [f"check: {line}" for line in output.splitlines() if "WRONG" in line]
+
+
 async def until_refused(world: World) -> None:
     """Wait until webhooks get 503 and ``/readyz`` has noticed it."""
     before = len(world.load.refused)

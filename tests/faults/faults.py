@@ -22,6 +22,7 @@ from tests.faults.processes import (
 from tests.faults.proxy import Cut
 from tests.faults.replication import (
     cancel_waiting_commits,
+    check_standby,
     fail_over,
     fail_over_synchronously,
     restore_backup,
@@ -30,6 +31,7 @@ from tests.faults.server_settings import (
     FEW_CONNECTIONS,
     NOTIFY_SETTINGS,
     change_defaults,
+    check_without_rights,
     fill_notification_queue,
     leave_full_queue,
     revoke_rights,
@@ -145,4 +147,11 @@ OPEN_FAULTS: Final = (
         Layout(given_postgres=True, server_settings=NOTIFY_SETTINGS),
         leave_full_queue,
     ),
+    Fault(
+        "check-standby",
+        "check on a standby",
+        Layout(given_postgres=True, through_proxy=True, standby="asynchronous"),
+        check_standby,
+    ),
+    Fault("check-rights", "check without the right to append", OWN, check_without_rights),
 )

@@ -9,7 +9,8 @@ import asyncio
 import re
 from typing import Final
 
-from tests.faults.standby import copy_data, kill_server, promote, replace_data, wait_until_applied
+from tests.faults.fault import expect_check_fails
+from tests.faults.standby import copy_data, kill_server, promote, replace_data, socket_of, wait_until_applied
 from tests.faults.world import World, in_thread
 from tests.support.account import read_log
 from tests.support.connections import GONE, get
@@ -83,6 +84,14 @@ async def cancel_waiting_commits(world: World) -> int:
     await wait_until_applied(world.standby.dsn)
     await _promote(world)
     await world.load.recovered()
+    return 1
+
+
+async def check_standby(world: World) -> int:
+    """Check an installation whose address leads to the standby, which can record nothing."""
+    world.proxy.server_socket = world.standby_socket
+    await expect_check_fails(world)
+    world.proxy.server_socket = socket_of(world.state_dir)
     return 1
 
 

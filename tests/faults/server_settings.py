@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final
 
@@ -10,7 +11,7 @@ import asyncpg
 from projections.postgres_errors import Connection
 from service.database.schema import SERVICE_ROLE
 from service.event_log.store import APPEND_LOCK
-from tests.faults.fault import until_refused
+from tests.faults.fault import expect_check_fails, until_refused
 from tests.faults.world import World
 from tests.support.waiting import until_async
 
@@ -168,10 +169,19 @@ async def _take_all(world: World, taken: list[Connection]) -> None:
 
 async def revoke_rights(world: World) -> int:
     """Revoke the service's right to append, and grant it again."""
+    return await _revoke(world, until_refused)
+
+
+async def check_without_rights(world: World) -> int:
+    """Check an installation whose role may not append."""
+    return await _revoke(world, expect_check_fails)
+
+
+async def _revoke(world: World, meanwhile: Callable[[World], Awaitable[None]]) -> int:
     connection = await world.connect()
     try:
         await connection.execute(f"REVOKE {RIGHTS.format('FROM')}")
-        await until_refused(world)
+        await meanwhile(world)
         await connection.execute(f"GRANT {RIGHTS.format('TO')}")
     finally:
         await connection.close()
