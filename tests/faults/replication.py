@@ -16,8 +16,9 @@ from tests.support.account import read_log
 from tests.support.connections import GONE, get
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 
-# Many more than the reports in flight, so that the log stays below the consumers' positions for a while.
-LOST_MIN: Final = 300
+# The reports of this time are lost: many more than those in flight, so that the log stays below the consumers'
+# positions for a while.
+LOST_SECONDS: Final = 2.0
 READ_ONLY_REPORTS: Final = 3
 # Waits for commits on the primary alone, and cancels them.
 CANCEL_WAITING: Final = """
@@ -35,7 +36,7 @@ async def fail_over(world: World) -> int:
     await in_thread(standby.stop)
     reader = asyncio.create_task(_read_stream(world.port))
     try:
-        await world.load.recovered(LOST_MIN)
+        await world.load.recovered(int(LOST_SECONDS * world.per_second))
         await in_thread(kill_server, world.primary)
         world.load.pause()
         await in_thread(standby.start)
@@ -104,7 +105,7 @@ async def restore_backup(world: World) -> int:
     world.load.resume()
     reader = asyncio.create_task(_read_stream(world.port))
     try:
-        await world.load.recovered(LOST_MIN)
+        await world.load.recovered(int(LOST_SECONDS * world.per_second))
         await in_thread(world.primary.stop)
         world.load.pause()
         await in_thread(replace_data, world.state_dir, copy)

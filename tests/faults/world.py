@@ -171,7 +171,7 @@ class World:
         self._tail_task = self.background(self.tail.follow())
         self._operator_task = self.background(self.operator.watch())
         if self.layout.has_load:
-            self.background(self.load.run(self.layout.per_second or self.effort.per_second))
+            self.background(self.load.run(self.per_second))
             await self.load.recovered()
         self._baseline = self.resources()
 
@@ -236,6 +236,11 @@ class World:
         self._stack.push_async_callback(load.drop)
         self.loads.append(load)
         return load
+
+    @property
+    def per_second(self) -> float:
+        """Return the rate of the reports."""
+        return self.layout.per_second or self.effort.per_second
 
     @property
     def proxy(self) -> Proxy:
