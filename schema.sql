@@ -150,12 +150,12 @@ CREATE TABLE idempotency_keys (
 );
 
 ------------------------------------------------------------------------------------------------------------
--- Unparseable bodies, kept byte for byte until an operator handles them. Equal bodies share one row.
+-- Unparseable bodies, kept byte for byte until an operator handles them.
 
 CREATE TABLE quarantine (
     quarantine_id  bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     body           bytea,                               -- null after an erasure
-    body_sha256    bytea       GENERATED ALWAYS AS (sha256(body)) STORED UNIQUE,
+    body_sha256    bytea       GENERATED ALWAYS AS (sha256(body)) STORED,
     reason         text        NOT NULL,                -- why it is unparseable
     remote         text,
     state          text        NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'retried', 'discarded')),
@@ -164,7 +164,7 @@ CREATE TABLE quarantine (
     last_seen_at   timestamptz NOT NULL,
     resolved_at    timestamptz,
     discard_reason text,
-    order_no       text        COLLATE "C",             -- of the event that a retry recorded
+    order_no       text        COLLATE "C",             -- of the first event that a retry recorded
     version        bigint,
     CHECK (body IS NOT NULL OR state <> 'open'),
     CHECK ((state = 'open') = (resolved_at IS NULL)),
@@ -172,6 +172,8 @@ CREATE TABLE quarantine (
     CHECK ((state = 'retried') = (version IS NOT NULL)),
     FOREIGN KEY (order_no, version) REFERENCES order_events (originator_id, originator_version)
 );
+-- Equal bodies share an open entry, until it has as many as a retry records in one transaction.
+CREATE UNIQUE INDEX quarantine_shared_idx ON quarantine (body_sha256) WHERE state = 'open' AND times_seen < 1000;
 -- Before a new body is kept, those of the last hour are counted.
 CREATE INDEX quarantine_received_at_idx ON quarantine (received_at);
 CREATE INDEX quarantine_order_idx ON quarantine (order_no, version);
@@ -302,6 +304,14 @@ CREATE TABLE order_cnotes (
     PRIMARY KEY (cnote, order_no)
 );
 
+-- The earliest first report, and the latest last report, of the orders whose first positions are in a block of positions.
+-- A list that filters by time skips the other blocks. projections/windows.py has the size of a block.
+CREATE TABLE blocks (
+    block     bigint      NOT NULL PRIMARY KEY,
+    earliest  timestamptz NOT NULL,
+    latest    timestamptz NOT NULL                 -- rounded up to the hour
+);
+
 -- indexes
 CREATE INDEX orders_first_position_idx ON orders (first_position);
 -- One index for each filter. The indexes of rare verdicts hold only those orders.
@@ -332,16 +342,23 @@ CREATE TABLE entries (
     received_at      timestamptz NOT NULL,
     occurred_at      timestamptz,
     repeats          bigint,                       -- the version of the entry that this report repeats
+    kind             smallint    NOT NULL,         -- stands for verdict, previous_status and recognised together
     PRIMARY KEY (order_no, version)
+);
+
+-- The earliest and the latest arrival of the reports in a block of positions. The audit by time skips the other blocks.
+CREATE TABLE blocks (
+    block     bigint      NOT NULL PRIMARY KEY,
+    earliest  timestamptz NOT NULL,
+    latest    timestamptz NOT NULL
 );
 
 -- indexes
 CREATE UNIQUE INDEX entries_position_idx ON entries (position);
 -- A page of a timeline counts its repeats with this index. Most orders have none.
 CREATE INDEX entries_repeats_idx ON entries (order_no, repeats) WHERE repeats IS NOT NULL;
--- The audit by rare verdicts, and by time: received_at increases with the position, so block ranges are enough.
-CREATE INDEX entries_verdict_idx ON entries (verdict, position) WHERE verdict <> 'advanced';
-CREATE INDEX entries_received_idx ON entries USING brin (received_at) WITH (pages_per_range = 32);
+-- The audit by verdict, by status before the report and by reported status, in every combination.
+CREATE INDEX entries_kind_idx ON entries (kind, position);
 
 -- view statistics
 

@@ -10,6 +10,7 @@ from domain.statuses import SETTLED, Label, Status, status_label
 from projections.engine import DecodedEvent, View
 from projections.parked import Parked
 from projections.postgres_errors import Connection
+from projections.windows import BLOCK_POSITIONS, WIDEN_BLOCKS
 
 
 class Counts(TypedDict):
@@ -88,7 +89,7 @@ def fold(events: Iterable[DecodedEvent], rows: dict[str, Row]) -> None:
 # One JSON parameter, because asyncpg would check each value of an array parameter for nested arrays. The SELECT
 # computes the sums, because the table's CHECKs test the row to insert even if it conflicts. This is safe: no
 # other process writes the view at the same time.
-ADD_TO_ORDERS: Final = """
+ADD_TO_ORDERS: Final = f"""
     WITH batch AS MATERIALIZED (
         SELECT * FROM json_to_recordset($1) AS batch (
             order_no text, version bigint, position bigint, first_position bigint, status text,
@@ -99,37 +100,45 @@ ADD_TO_ORDERS: Final = """
         INSERT INTO order_cnotes (cnote, order_no)
         SELECT reported.cnote, batch.order_no FROM batch, unnest(batch.cnotes) AS reported (cnote)
         ON CONFLICT DO NOTHING
+    ), added AS (
+        INSERT INTO orders (
+            order_no, version, position, first_position, status, reported_status, status_since, cnote,
+            first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised)
+        SELECT batch.order_no, batch.version, batch.position,
+            coalesce(present.first_position, batch.first_position),
+            batch.status,
+            coalesce(batch.reported_status, present.reported_status),
+            coalesce(batch.status_since, present.status_since),
+            batch.cnote,
+            coalesce(present.first_reported_at, batch.first_reported_at),
+            batch.last_reported_at,
+            batch.advanced + coalesce(present.advanced, 0),
+            batch.repeated + coalesce(present.repeated, 0),
+            batch.late + coalesce(present.late, 0),
+            batch.refused + coalesce(present.refused, 0),
+            batch.unrecognised + coalesce(present.unrecognised, 0)
+        FROM batch LEFT JOIN orders AS present ON present.order_no = batch.order_no
+        ON CONFLICT (order_no) DO UPDATE SET
+            version = excluded.version,
+            position = excluded.position,
+            status = excluded.status,
+            reported_status = excluded.reported_status,
+            status_since = excluded.status_since,
+            cnote = excluded.cnote,
+            last_reported_at = excluded.last_reported_at,
+            advanced = excluded.advanced,
+            repeated = excluded.repeated,
+            late = excluded.late,
+            refused = excluded.refused,
+            unrecognised = excluded.unrecognised
+        RETURNING first_position, first_reported_at, last_reported_at
+    ), seen AS (
+        SELECT first_position / {BLOCK_POSITIONS} AS block, min(first_reported_at) AS earliest,
+            -- Rounded up, so that each new report does not widen its order's block.
+            date_trunc('hour', max(last_reported_at)) + interval '1 hour' AS latest
+        FROM added GROUP BY 1
     )
-    INSERT INTO orders (
-        order_no, version, position, first_position, status, reported_status, status_since, cnote,
-        first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised)
-    SELECT batch.order_no, batch.version, batch.position,
-        coalesce(present.first_position, batch.first_position),
-        batch.status,
-        coalesce(batch.reported_status, present.reported_status),
-        coalesce(batch.status_since, present.status_since),
-        batch.cnote,
-        coalesce(present.first_reported_at, batch.first_reported_at),
-        batch.last_reported_at,
-        batch.advanced + coalesce(present.advanced, 0),
-        batch.repeated + coalesce(present.repeated, 0),
-        batch.late + coalesce(present.late, 0),
-        batch.refused + coalesce(present.refused, 0),
-        batch.unrecognised + coalesce(present.unrecognised, 0)
-    FROM batch LEFT JOIN orders AS present ON present.order_no = batch.order_no
-    ON CONFLICT (order_no) DO UPDATE SET
-        version = excluded.version,
-        position = excluded.position,
-        status = excluded.status,
-        reported_status = excluded.reported_status,
-        status_since = excluded.status_since,
-        cnote = excluded.cnote,
-        last_reported_at = excluded.last_reported_at,
-        advanced = excluded.advanced,
-        repeated = excluded.repeated,
-        late = excluded.late,
-        refused = excluded.refused,
-        unrecognised = excluded.unrecognised
+    {WIDEN_BLOCKS}
 """
 
 
@@ -142,8 +151,8 @@ async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
 
 VIEW: Final = View(
     name="current_status",
-    fold_version=1,
-    tables=("orders", "order_cnotes"),
+    fold_version=2,
+    tables=("orders", "order_cnotes", "blocks"),
     apply=apply,
     # Larger batches gain no throughput and delay webhooks: with 2,000 events, their p99 rose from 2.3 times
     # that of a bare handler to 3 times.
@@ -190,38 +199,14 @@ ORDERS_BY_NUMBER: Final = """
     ) AS parked USING (order_no)
 """
 
-# Orders first reported below a position, newest first. The statement is planned for each call, so the planner
-# removes a filter that is null.
-ORDERS_PAGE: Final = """
-    SELECT *
-    FROM current_status.orders
-    LEFT JOIN (
-        SELECT order_no, since_version, position AS parked_position, reason FROM current_status.parked_orders
-    ) AS parked USING (order_no)
-    WHERE orders.first_position < $1
-      AND ($2::text IS NULL OR status = $2)
-      AND ($3::text IS NULL
-           OR orders.order_no = ANY (ARRAY(SELECT order_no FROM current_status.order_cnotes WHERE cnote = $3)))
-      AND ($4::text IS NULL OR CASE $4
-               WHEN 'advanced' THEN advanced > 0 WHEN 'repeated' THEN repeated > 0
-               WHEN 'late' THEN late > 0 WHEN 'refused' THEN refused > 0
-               WHEN 'unrecognised' THEN unrecognised > 0 END)
-      AND ($5::timestamptz IS NULL OR last_reported_at >= $5)
-      AND ($6::timestamptz IS NULL OR last_reported_at < $6)
-      AND ($7::timestamptz IS NULL
-           OR last_reported_at <= $7
-              AND (status IS NULL OR status NOT IN (
-                  'delivered', 'completed', 'returned', 'cancelled', 'lost', 'damaged')))
-    ORDER BY orders.first_position DESC
-    LIMIT $8
+UNSETTLED: Final = """
+    (status IS NULL OR status NOT IN ('delivered', 'completed', 'returned', 'cancelled', 'lost', 'damaged'))
 """
 
 # Orders that are not settled and were last reported at or before a time, longest unreported first.
-STUCK: Final = """
+STUCK: Final = f"""
     SELECT order_no, status, last_reported_at FROM current_status.orders
-    WHERE last_reported_at <= $1
-      AND (status IS NULL
-           OR status NOT IN ('delivered', 'completed', 'returned', 'cancelled', 'lost', 'damaged'))
+    WHERE last_reported_at <= $1 AND {UNSETTLED}
     ORDER BY last_reported_at
     LIMIT $2
 """
@@ -241,34 +226,6 @@ async def find_orders(connection: Connection, order_nos: Sequence[str]) -> list[
         FoundOrder(to_order(row) if row["version"] is not None else None, row["parked_position"])
         for row in (rows[order_no] for order_no in order_nos)
     ]
-
-
-class OrdersFilter(NamedTuple):
-    """A filter of orders. A member that is None does not filter.
-
-    Args:
-        status: the current status.
-        cnote: an airway bill that was ever reported for the order.
-        verdict: a verdict that at least one report of the order has.
-        updated_after: the last report was at or after this time.
-        updated_before: the last report was before this time.
-        unmoved_since: the order is not settled, and the last report was at or before this time.
-    """
-
-    status: str | None = None
-    cnote: str | None = None
-    verdict: str | None = None
-    updated_after: datetime | None = None
-    updated_before: datetime | None = None
-    unmoved_since: datetime | None = None
-
-
-async def orders_page(
-    connection: Connection, before: int, orders_filter: OrdersFilter, limit: int
-) -> list[tuple[int, CurrentOrder]]:
-    """Return orders first reported below a position, newest first, as pairs of first position and order."""
-    rows = await connection.fetch(ORDERS_PAGE, before, *orders_filter, limit)
-    return [(row["first_position"], to_order(row)) for row in rows]
 
 
 class StuckOrder(NamedTuple):

@@ -20,7 +20,7 @@ from service.api.quarantine import QuarantineApi
 from service.background import BackgroundTasks, follow, listen
 from service.database.connections import (
     HOT_SETTINGS,
-    POOL_STATEMENT_TIMEOUT,
+    POOL_SETTINGS,
     ConnectionPool,
     DedicatedConnection,
     connect,
@@ -61,7 +61,7 @@ class Service:
         seconds_max = settings.request_seconds_max
         self.pool = ConnectionPool(dsn, seconds_max)
         connect_hot = partial(connect, dsn, **HOT_SETTINGS)
-        connect_timely = partial(connect, dsn, statement_timeout=POOL_STATEMENT_TIMEOUT)
+        connect_timely = partial(connect, dsn, **POOL_SETTINGS)
         self.log_connection = DedicatedConnection(connect_hot)
         self.orders_connection = DedicatedConnection(connect_hot)
         self.append_connection = DedicatedConnection(

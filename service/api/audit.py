@@ -10,9 +10,9 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from domain.statuses import ALIASES, HAPPY_PATH, LABELS, SETTLED, STATUSES, Label, Status
 from domain.transitions import TABLE, Leg, Verdict, judge
-from projections import timeline
+from projections import audit, timeline
+from projections.audit import Transition, TransitionsFilter
 from projections.engine import Projector
-from projections.timeline import Transition, TransitionsFilter
 from service.api.freshness import wait_for
 from service.database.connections import ConnectionPool
 from service.http.endpoints import CSV, JSON, Endpoint
@@ -112,8 +112,8 @@ class AuditApi:
             query.verdict, query.order_no, query.from_, query.to, query.since, query.until
         )
         async with self._pool.connection() as connection:
-            rows = await timeline.transitions_page(connection, query.cursor or 0, filters, query.limit + 1)
-        page = cut_page(rows, query.limit, itemgetter("position"))
+            window = await audit.transitions_page(connection, query.cursor or 0, filters, query.limit + 1)
+        page = cut_page(window.rows, query.limit, itemgetter("position"), window.reached)
         return list_response(request, query, "transitions", page, request.path, Transition)
 
     @Endpoint("GET", "/transitions", Rules)

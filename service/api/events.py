@@ -13,13 +13,14 @@ from aiohttp.http import HttpVersion11
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from projections.windows import POSITION_MAX
 from service.database.connections import ConnectionPool
 from service.event_log import store
 from service.event_log.store import LogEvent, RecordedEvent, to_log_event
 from service.event_log.tail import Tail, TailClosedError
 from service.http.access import Access
 from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
-from service.http.pagination import POSITION_MAX, Page, list_response
+from service.http.pagination import Page, list_response
 from service.http.parameters import EventsQuery, Position, Query, parse_order_no
 from service.http.problems import ProblemError, ProblemType, bad_parameter, beyond_head, unavailable
 from service.http.request_ids import REQUEST_ID_HEADER, caller_request_id

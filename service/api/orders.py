@@ -13,12 +13,14 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from domain.statuses import Status
 from domain.transitions import Verdict
-from projections import current_status, statistics, timeline
-from projections.current_status import CurrentOrder, FoundOrder, OrdersFilter
+from projections import current_status, order_list, statistics, timeline
+from projections.current_status import CurrentOrder, FoundOrder
 from projections.engine import DecodedEvent, Projector
+from projections.order_list import OrdersFilter
 from projections.parked import Parked
 from projections.statistics import Statistics
 from projections.timeline import TimelineEntry
+from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.batcher import Batcher
 from service.database.connections import ConnectionPool, DedicatedConnection
@@ -26,7 +28,7 @@ from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event, read_fields
 from service.event_log.store import RecordedEvent
 from service.http.endpoints import CSV, JSON, Endpoint
-from service.http.pagination import POSITION_MAX, Page, cut_page, list_response
+from service.http.pagination import Page, cut_page, list_response
 from service.http.parameters import (
     Duration,
     EventsQuery,
@@ -140,8 +142,8 @@ class OrdersApi:
             query.status, query.cnote, query.verdict, query.updated_after, query.updated_before, unmoved_since
         )
         async with self._pool.connection() as connection:
-            rows = await current_status.orders_page(connection, before, filters, query.limit + 1)
-        page = cut_page(rows, query.limit, itemgetter(0))
+            window = await order_list.orders_page(connection, before, filters, query.limit + 1)
+        page = cut_page(window.rows, query.limit, itemgetter(0), window.reached)
         orders = Page([order for _, order in page.items], page.next_place)
         return list_response(request, query, "orders", orders, request.path, CurrentOrder)
 

@@ -8,10 +8,11 @@ from aiohttp import web
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from projections.windows import POSITION_MAX
 from service.database.connections import ConnectionPool
 from service.http.body import read_body
 from service.http.endpoints import Endpoint
-from service.http.pagination import POSITION_MAX, cut_page, list_response
+from service.http.pagination import cut_page, list_response
 from service.http.parameters import PageQuery, Query, decode_path, parse_number
 from service.http.problems import ProblemError, ProblemType
 from service.http.responses import json_response

@@ -3,9 +3,9 @@ from typing import Annotated, Final
 
 import typer
 
+from projections.windows import POSITION_MAX
 from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, show, show_table
 from service.database.connections import connected
-from service.http.pagination import POSITION_MAX
 from service.ingest import quarantine as quarantines
 from service.ingest.parser import UnreadableError
 from service.ingest.quarantine import NotOpenError, QuarantineState, UnknownEntryError

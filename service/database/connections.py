@@ -21,7 +21,14 @@ RECONNECT_PAUSE_SECONDS: Final = 0.05
 # For reads that are not batched: enough for several slow pages, and far below the server's own limit.
 POOL_CONNECTIONS_MAX: Final = 8
 # At its time limit, a caller closes its connection, but the server may continue the statement for this long.
-POOL_STATEMENT_TIMEOUT: Final = "4s"
+POOL_SETTINGS: Final = {
+    "statement_timeout": "4s",
+    # A list reads an index in order, up to the page's limit; a bitmap or a scan would read all rows that match.
+    # Until the next ANALYZE, the planner takes the rows of the last hour to be few, and would prefer a bitmap.
+    "enable_bitmapscan": "off",
+    "enable_seqscan": "off",
+    "jit": "off",
+}
 SERVER_VERSION_MIN: Final = 15
 # A firewall between may drop an idle connection silently. After this pause it is probed before it is used, and
 # replaced if it does not respond in time. The pool closes connections that are idle for as long.
@@ -174,7 +181,7 @@ class ConnectionPool:
         self.seconds_max = seconds_max
 
         async def connect_for_pool(*_args: object, **_kwargs: object) -> Connection:
-            return await connect(dsn, statement_timeout=POOL_STATEMENT_TIMEOUT)
+            return await connect(dsn, **POOL_SETTINGS)
 
         self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
             dsn,
@@ -249,6 +256,8 @@ class DedicatedConnection:
         self._used_at = 0.0
         self._on_open = on_open
         self.times_opened = 0
+        # A commit whose wait for its standby was cancelled succeeds with a warning.
+        self.warnings = 0
         self._seconds_max = seconds_max
         self._connection: Connection | None = None
         self._turn = asyncio.Lock()
@@ -286,6 +295,7 @@ class DedicatedConnection:
                 await _terminate_if_silent(self._connection)
             if self._connection is None or self._connection.is_closed():
                 self._connection = await self._connect()
+                self._connection.add_log_listener(self._count_warning)
                 self.times_opened += 1
                 self._on_open()
             connection = self._connection
@@ -303,6 +313,9 @@ class DedicatedConnection:
                 self._used_at = monotonic()
                 if not is_usable:
                     connection.terminate()
+
+    def _count_warning(self, _connection: object, message: asyncpg.PostgresLogMessage) -> None:
+        self.warnings += message.severity_en == "WARNING"
 
     async def close(self) -> None:
         """Close the connection. A later use opens a new one."""

@@ -84,6 +84,9 @@ BEGIN_LOCKED: Final = """
 """
 TAKE_APPEND_LOCK: Final = "SELECT pg_advisory_xact_lock($1)"
 
+# A transaction that has written something waits at its end for the standby, and so for all commits before it.
+WRITE_MESSAGE: Final = "SELECT pg_logical_emit_message(true, 'order_tracking', '')"
+
 # The last event of each of these orders.
 LAST_EVENTS: Final = """
     SELECT requested.order_no, last.originator_version, last.topic, last.state
@@ -175,6 +178,11 @@ async def append(connection: Connection, events: Sequence[Order.StatusReported])
 async def take_append_lock(connection: Connection) -> None:
     """Keep all other writers from appending until the end of the transaction, which BEGIN_LOCKED began."""
     await connection.fetchval(TAKE_APPEND_LOCK, APPEND_LOCK)
+
+
+async def await_standby(connection: Connection) -> None:
+    """Make the transaction's end wait until a synchronous standby, if there is one, has all earlier commits."""
+    await connection.execute(WRITE_MESSAGE)
 
 
 async def order_states(connection: Connection, order_nos: Sequence[str]) -> dict[str, OrderState]:

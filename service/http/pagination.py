@@ -2,17 +2,16 @@
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 from aiohttp import hdrs, web
 from pydantic import BaseModel
 
+from projections.windows import POSITION_MAX
 from service.http.csv_export import to_csv
 from service.http.responses import json_response, response
 
-# Cursors, versions and positions are PostgreSQL's bigint.
-POSITION_MAX: Final = 2**63 - 1
 AnyRow = TypeVar("AnyRow")
 
 
@@ -54,16 +53,20 @@ class Page(NamedTuple):
         return f"{path}?{urlencode({**same, **self.next_place})}"
 
 
-def cut_page(rows: Sequence[AnyRow], limit: int, key: Callable[[AnyRow], int]) -> Page:
+def cut_page(
+    rows: Sequence[AnyRow], limit: int, key: Callable[[AnyRow], int], reached: int | None = None
+) -> Page:
     """Return a page of rows that were read with one more than the page's limit.
 
     Args:
         rows: the rows.
         limit: the page's limit.
         key: returns the key by which the rows are ordered.
+        reached: the key up to which the list was read, if that was not its end.
     """
     items = rows[:limit]
-    return Page(items, {"cursor": encode_cursor(key(items[-1]))} if len(rows) > len(items) else {})
+    last = key(items[-1]) if len(rows) > limit else reached
+    return Page(items, {} if last is None else {"cursor": encode_cursor(last)})
 
 
 def list_response(  # noqa: PLR0913, PLR0917 - the parts of every list

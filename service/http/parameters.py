@@ -18,7 +18,8 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from service.http.pagination import POSITION_MAX, decode_cursor
+from projections.windows import POSITION_MAX
+from service.http.pagination import decode_cursor
 from service.http.problems import ProblemError, ProblemType, bad_parameter
 
 PAGE_ROWS_DEFAULT: Final = 100

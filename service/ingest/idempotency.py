@@ -1,7 +1,7 @@
 """Idempotency keys: the same key for the same order gets the first receipt again, and no second event."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from domain.order import Order, Report
@@ -32,11 +32,11 @@ class IdempotencyKey(NamedTuple):
 
     key: str
 
-    async def find(self, connection: Connection, report: Report) -> ClaimedEvent | None:
-        """Return the event that was recorded with this key for the report's order, None if there is none."""
+    async def find(self, connection: Connection, report: Report) -> ClaimedEvent | Sequence[Report]:
+        """Return the event that was recorded with this key for the report's order, or else the report."""
         row = await connection.fetchrow(FIND_KEY, report.order_no, self.key)
         if row is None:
-            return None
+            return [report]
         body_sha256, version, position, topic, state = row
         event = decode_event(report.order_no, version, topic, state)
         return ClaimedEvent(event, position, body_sha256 == _hash_body(report))

@@ -1,5 +1,6 @@
 """The quarantine: unparseable bodies, kept byte for byte until an operator retries or discards them."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
@@ -24,19 +25,24 @@ CAP_PERIOD: Final = timedelta(hours=1)
 LOG_SECONDS: Final = 60.0
 REASON_CHARACTERS_MAX: Final = 500
 
-# Equal bodies share one row, so that a sender that repeats itself takes no further space.
+# A retry records as many events in one transaction.
+SHARED_MAX: Final = 1_000
+
+# Equal bodies share an open entry, so that a sender that repeats itself takes little space. The schema's index
+# quarantine_shared_idx has the same condition.
 KEEP_BODY: Final = """
     WITH seen AS (
         UPDATE quarantine
         SET times_seen = times_seen + 1, last_seen_at = greatest(last_seen_at, $4)
-        WHERE body_sha256 = sha256($1)
+        WHERE body_sha256 = sha256($1) AND state = 'open' AND times_seen < 1000
         RETURNING quarantine_id
     ), added AS (
         INSERT INTO quarantine (body, reason, remote, received_at, last_seen_at)
         SELECT $1, $2, $3, $4, $4
         WHERE NOT EXISTS (SELECT FROM seen)
           AND (SELECT count(*) FROM (SELECT FROM quarantine WHERE received_at > $5 LIMIT $6) AS recent) < $6
-        ON CONFLICT (body_sha256) DO UPDATE SET times_seen = quarantine.times_seen + 1
+        ON CONFLICT (body_sha256) WHERE state = 'open' AND times_seen < 1000
+        DO UPDATE SET times_seen = quarantine.times_seen + 1
         RETURNING quarantine_id
     )
     SELECT quarantine_id FROM seen UNION ALL SELECT quarantine_id FROM added
@@ -60,9 +66,9 @@ ENTRY: Final = """
 
 OPEN_ENTRIES: Final = "SELECT quarantine_id FROM quarantine WHERE state = 'open' ORDER BY quarantine_id"
 
-# The event that a retry of this entry recorded. FOR UPDATE makes two retries of one entry take turns.
+# The first event that a retry of this entry recorded. FOR UPDATE makes two retries of one entry take turns.
 FIND_RETRIED: Final = """
-    SELECT entry.state, entry.discard_reason, entry.order_no, entry.version,
+    SELECT entry.state, entry.discard_reason, entry.times_seen, entry.order_no, entry.version,
         recorded.notification_id, recorded.topic, recorded.state
     FROM quarantine AS entry
     LEFT JOIN order_events AS recorded
@@ -165,26 +171,30 @@ class _Retry(NamedTuple):
 
     quarantine_id: int
 
-    async def find(self, connection: Connection, _report: Report) -> ClaimedEvent | None:
-        """Return the event that an earlier retry recorded, None if the entry is open."""
+    async def find(self, connection: Connection, report: Report) -> ClaimedEvent | Sequence[Report]:
+        """Return the first event that an earlier retry recorded, or a report for each acknowledged body."""
         row = await connection.fetchrow(FIND_RETRIED, self.quarantine_id)
         if row is None:
             raise UnknownEntryError(f"the quarantine has no entry {self.quarantine_id}")
-        state, discard_reason, order_no, version, position, topic, event_state = row
+        state, discard_reason, times_seen, order_no, version, position, topic, event_state = row
         if state == "discarded":
             raise NotOpenError(f"entry {self.quarantine_id} was discarded: {discard_reason}")
         if state == "open":
-            return None
+            arrivals = (report.arrival._replace(report_id=str(uuid4())) for _ in range(times_seen))
+            return [report._replace(arrival=arrival) for arrival in arrivals]
         return ClaimedEvent(decode_event(order_no, version, topic, event_state), position, same_body=True)
 
     async def keep(self, connection: Connection, _report: Report, event: Order.StatusReported) -> None:
-        """Mark the entry as retried, in the transaction that appends its event."""
+        """Mark the entry as retried, in the transaction that appends its events."""
         place = (event.originator_id, event.originator_version)
         await connection.execute(MARK_RETRIED, self.quarantine_id, datetime.now(UTC), *place)
 
 
 async def retry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None) -> Receipt:
-    """Record a quarantined body as a report that arrived now; a second retry gets the first receipt again.
+    """Record a quarantined body as a report that arrived now, as often as it was acknowledged.
+
+    Returns:
+        The receipt of the first event. A second retry gets it again and records nothing.
 
     Raises:
         UnreadableError: the body is still unparseable.

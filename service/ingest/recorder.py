@@ -61,15 +61,19 @@ class ClaimedEvent(NamedTuple):
 
 
 class Claim(Protocol):
-    """A key that at most one event may have, such as an idempotency key. Both are kept in one transaction."""
+    """What may be recorded at most once, such as a report with an idempotency key."""
 
-    async def find(self, connection: Connection, report: Report) -> ClaimedEvent | None:
-        """Return the event that was recorded with this claim, None if there is none."""
+    async def find(self, connection: Connection, report: Report) -> ClaimedEvent | Sequence[Report]:
+        """Return the first event that was recorded with this claim, or the reports to record."""
         ...
 
     async def keep(self, connection: Connection, report: Report, event: Order.StatusReported) -> None:
-        """Keep the claim, in the transaction that appends its event."""
+        """Keep the claim with its first event, in the transaction that appends its events."""
         ...
+
+
+class UnreplicatedCommitError(ConnectionError):
+    """A commit is durable on this server, but its wait for a standby was cancelled."""
 
 
 class UnrecordableReportError(Exception):
@@ -211,7 +215,11 @@ class Recorder:
             if self._dedicated.times_opened != times_opened:
                 # The states may come from commits that this server has lost, and be ahead of its log.
                 raise VersionTakenError
-            return await store.append(connection, events)
+            warnings = self._dedicated.warnings
+            positions = await store.append(connection, events)
+        if self._dedicated.warnings != warnings:
+            raise UnreplicatedCommitError
+        return positions
 
     async def _record_locked(
         self, reports: list[Report], order_nos: set[str], sent: list[Order.StatusReported] | None
@@ -228,6 +236,7 @@ class Recorder:
                 async with self._locked() as connection:
                     for events in doubtful:
                         if positions := await store.find_positions(connection, events):
+                            await store.await_standby(connection)
                             break
                     else:
                         events = _decide_all(reports, await store.order_states(connection, list(order_nos)))
@@ -247,7 +256,7 @@ class Recorder:
                 return events, positions
 
     async def _record_claimed(self, report: Report, claim: Claim) -> Receipt | None:
-        """Record a report together with its claim, in its own transaction.
+        """Record the reports of a claim together with it, in a transaction of their own.
 
         Returns:
             The receipt; the first receipt again if the claim was used with this body; None if it was used with
@@ -257,11 +266,13 @@ class Recorder:
             try:
                 async with self._locked() as connection:
                     claimed = await claim.find(connection, report)
-                    if claimed is None:
+                    if isinstance(claimed, ClaimedEvent):
+                        await store.await_standby(connection)
+                    else:
                         states = await store.order_states(connection, [report.order_no])
-                        (event,) = _decide_all([report], states)
-                        (position,) = await store.append(connection, [event])
-                        await claim.keep(connection, report, event)
+                        events = _decide_all(claimed, states)
+                        positions = await store.append(connection, events)
+                        await claim.keep(connection, report, events[0])
             except VersionTakenError:
                 continue
             except Exception as error:
@@ -273,9 +284,9 @@ class Recorder:
                 # The next attempt finds the claim if this one was committed.
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
-            if claimed is None:
-                self._commit([event], [position])
-                return _receipt(event, position)
+            if not isinstance(claimed, ClaimedEvent):
+                self._commit(events, positions)
+                return _receipt(events[0], positions[0])
             return _receipt(claimed.event, claimed.position) if claimed.same_body else None
 
     async def _known_states(self, order_nos: set[str]) -> dict[str, OrderState]:
@@ -288,9 +299,12 @@ class Recorder:
     @asynccontextmanager
     async def _locked(self) -> AsyncIterator[Connection]:
         """Keep all other writers from appending until the end of the block, which commits."""
+        warnings = self._dedicated.warnings
         async with self._dedicated.transaction(store.BEGIN_LOCKED) as connection:
             await store.take_append_lock(connection)
             yield connection
+        if self._dedicated.warnings != warnings:
+            raise UnreplicatedCommitError
 
     def _commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self._trouble = None

@@ -12,16 +12,18 @@ from aiohttp import web
 from domain.statuses import STATUSES, Status
 from domain.transitions import Verdict
 from projections import current_status, timeline
-from projections.current_status import CurrentOrder, OrdersFilter
+from projections.current_status import CurrentOrder
 from projections.engine import Projector
+from projections.order_list import ListedOrder, OrdersFilter, orders_page
 from projections.postgres_errors import Connection
+from projections.windows import POSITION_MAX, Window
 from service.api.freshness import wait_for
 from service.api.quarantine import find_entry
 from service.database.connections import ConnectionPool
 from service.event_log import store
 from service.event_log.codec import read_fields
 from service.http.access import Access, Handler
-from service.http.pagination import POSITION_MAX, cut_page
+from service.http.pagination import cut_page
 from service.http.parameters import (
     Cursor,
     Position,
@@ -148,14 +150,15 @@ class Pages:
         await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
         async with self._pool.connection() as connection:
             if query.q is not None:
-                rows = [(0, order) for order in await _search(connection, query.q)]
+                window = Window([ListedOrder(0, order) for order in await _search(connection, query.q)], None)
             else:
                 stuck_since = datetime.now(UTC) - timedelta(days=STUCK_DAYS) if query.stuck else None
                 criteria = OrdersFilter(status=query.status, verdict=query.verdict, unmoved_since=stuck_since)
-                rows = await current_status.orders_page(connection, query.cursor, criteria, ROWS_SHOWN_MAX + 1)
+                window = await orders_page(connection, query.cursor, criteria, ROWS_SHOWN_MAX + 1)
+        rows = window.rows
         if query.q is not None and len(rows) == 1:
-            return redirect(track_path(rows[0][1]["order_no"]))
-        orders = cut_page(rows, ROWS_SHOWN_MAX, itemgetter(0))
+            return redirect(track_path(rows[0].order["order_no"]))
+        orders = cut_page(rows, ROWS_SHOWN_MAX, itemgetter(0), window.reached)
         locale = choose_locale(request)
         filters = [
             ("all_orders", ""),
@@ -237,7 +240,7 @@ async def _search(connection: Connection, q: str) -> list[CurrentOrder]:
     for text in dict.fromkeys((q, q.strip())):
         ((by_number, _),) = await current_status.find_orders(connection, [text])
         criteria = OrdersFilter(cnote=text)
-        by_cnote = await current_status.orders_page(connection, POSITION_MAX, criteria, ROWS_SHOWN_MAX)
+        by_cnote, _ = await orders_page(connection, POSITION_MAX, criteria, ROWS_SHOWN_MAX)
         found = [by_number, *(order for _, order in by_cnote)]
         if orders := {order["order_no"]: order for order in found if order is not None}:
             return [*orders.values()]

@@ -6,14 +6,15 @@ from typing import Final, NamedTuple
 
 from domain.statuses import SETTLED
 from projections import current_status, statistics, timeline
-from projections.current_status import OrdersFilter, StuckOrder
+from projections.current_status import StuckOrder
 from projections.engine import Projector
+from projections.order_list import OrdersFilter, orders_page
 from projections.postgres_errors import Connection
 from projections.statistics import Statistics
 from projections.timeline import Contradiction
+from projections.windows import POSITION_MAX
 from service.api.freshness import Lag, read_lag
 from service.event_log import store
-from service.http.pagination import POSITION_MAX
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantinedBody
 
@@ -73,7 +74,7 @@ async def read_overview(connection: Connection, projectors: Mapping[str, Project
     head = await store.head_position(connection)
     stuck = await current_status.stuck_orders(connection, now - timedelta(days=STUCK_DAYS), COUNTED_MAX)
     refused = OrdersFilter(verdict="refused")
-    refused_orders = await current_status.orders_page(connection, POSITION_MAX, refused, LISTED_MAX)
+    refused_orders, _ = await orders_page(connection, POSITION_MAX, refused, LISTED_MAX)
     return Overview(
         now=now,
         head=head,

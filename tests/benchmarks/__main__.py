@@ -19,6 +19,7 @@ from service.database.embedded_postgres import NAME as MAIN_DATABASE
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.database.schema import prepare_database
 from tests.benchmarks import load
+from tests.benchmarks.lists import measure_lists
 from tests.benchmarks.parsing import measure_parsing
 from tests.benchmarks.rebuilds import measure_rebuild
 from tests.benchmarks.report import Row, machine, out, print_table
@@ -28,6 +29,8 @@ from tests.benchmarks.streams import measure_streams
 PARTS: Final = ("ingest", "library", "read", "rebuild", "history", "parse", "streams")
 SECONDS: Final = 4
 EVENTS: Final = 400_000
+# With --large: it takes half an hour, and 20 GB of disk.
+LARGE_EVENTS: Final = 10_000_000
 
 
 class Server:
@@ -58,7 +61,11 @@ class Server:
         return dsn
 
 
-def _measure(server: Server, folder: Path, parts: list[str], seconds: int, events: int) -> Iterator[Row]:
+def _measure(server: Server, folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+    if arguments.large:
+        yield from measure_lists(server.database("lists", with_schema=True), folder, arguments.large_events)
+        return
+    parts, seconds, events = arguments.parts, arguments.seconds, arguments.events
     if "ingest" in parts or "library" in parts:
         library_dsn = server.database("library") if "library" in parts else None
         yield from measure_webhooks(server.database("webhooks"), library_dsn, folder, seconds)
@@ -80,6 +87,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=SECONDS, help="of each load (%(default)s)")
     parser.add_argument("--events", type=int, default=EVENTS, help="in the log of the rebuild (%(default)s)")
     parser.add_argument("--only", default=",".join(PARTS), help="of %(default)s")
+    parser.add_argument(
+        "--large", action="store_true", help="instead, the filtered lists on a log of ten million events"
+    )
+    parser.add_argument("--large-events", type=int, default=LARGE_EVENTS, help="of that log (%(default)s)")
     arguments = parser.parse_args()
     arguments.parts = arguments.only.split(",")
     if unknown := set(arguments.parts) - set(PARTS):
@@ -101,7 +112,7 @@ def main() -> None:
         with Server(folder / "state") as server:
             out.print(machine(server.version(), load.generator()), markup=False)
             rows = []
-            for row in _measure(server, folder, arguments.parts, arguments.seconds, arguments.events):
+            for row in _measure(server, folder, arguments):
                 out.print(f"{row.what}: {row.measured}", markup=False)
                 rows.append(row)
         print_table(rows)

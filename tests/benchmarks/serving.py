@@ -72,7 +72,7 @@ class Process(NamedTuple):
 
 
 @contextmanager
-def _process(folder: Path, module: str, *arguments: str, **settings: str) -> Iterator[Process]:
+def running(folder: Path, module: str, *arguments: str, **settings: str) -> Iterator[Process]:
     """Run a module that listens on the port in its arguments or in ORDER_TRACKING_PORT."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -150,7 +150,7 @@ class Contest:
         self._stack.close()
 
     def _start(self, module: str, *arguments: str, **settings: str) -> Process:
-        return self._stack.enter_context(_process(self._folder, module, *arguments, **settings))
+        return self._stack.enter_context(running(self._folder, module, *arguments, **settings))
 
     def start_nothing(self) -> Process:
         """Start the handler that does nothing, with responses of the same size as the service's."""

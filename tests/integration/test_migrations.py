@@ -35,6 +35,7 @@ RELEASED = (
     "f45c8e35f6de878f",
     "929040c1ce9e361a",
     "265dba0fc3823b06",
+    "1a38a4f352ced740",
 )
 # The rights on each object of the schema public, and the triggers that always fire.
 RIGHTS = """
@@ -105,9 +106,12 @@ async def test_a_filled_baseline_opens_and_answers_as_before(empty_dsn: str) -> 
             "SELECT originator_id, originator_version, state FROM order_events "
             "WHERE notification_id <= 11 ORDER BY notification_id"
         )
-        assert entries == await old.fetch(
-            "SELECT * FROM timeline.entries WHERE position <= 11 ORDER BY position"
-        )
+        after = await old.fetch("SELECT * FROM timeline.entries WHERE position <= 11 ORDER BY position")
+        # Later releases have added columns.
+        assert [dict(entry) for entry in entries] == [
+            {name: entry[name] for name in entries[0].keys()}  # noqa: SIM118 - of a record
+            for entry in after
+        ]
 
 
 async def test_a_database_of_one_role_migrates(empty_dsn: str) -> None:

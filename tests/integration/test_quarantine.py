@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 
 from projections.postgres_errors import Connection
-from service.database.connections import POOL_CONNECTIONS_MAX
+from service.database.connections import POOL_CONNECTIONS_MAX, POOL_SETTINGS
 from service.event_log import store
+from service.ingest.quarantine import SHARED_MAX
 from tests.support.client import Client, serving_client
 from tests.support.commands import call_command
 from tests.support.databases import wait_for_locked
 from tests.support.waiting import PATIENCE_SECONDS
 
 HOURLY_MAX = 5
+KEEP_AGAIN = """
+    INSERT INTO quarantine (body, reason, received_at, last_seen_at) VALUES ($1, 'x', now(), now())
+    RETURNING quarantine_id
+"""
 # A body that an older parser could not read and the current one can.
 LEARNED = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim","more":1.10}'
 
@@ -94,6 +99,47 @@ async def test_an_entry_is_recorded_once_however_often_it_is_retried(
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 1
 
 
+async def test_a_body_that_comes_again_after_its_entry_was_resolved_is_kept_anew(
+    client: Client, connection: Connection
+) -> None:
+    """Equal bodies share an open entry only, so what is acknowledged later can still be retried."""
+    first = (await client.raw(b"junk"))["quarantine_id"]
+    await client.post(f"/quarantine/{first}/discard", 200, {"reason": "a test of ours"})
+    second = (await client.raw(b"junk"))["quarantine_id"]
+    assert second != first
+    assert (await client.get(f"/quarantine/{second}"))["state"] == "open"
+    assert (await client.get(f"/quarantine/{first}"))["times_seen"] == 1
+    entry = await quarantined(client, connection)
+    await client.post(f"/quarantine/{entry}/retry", 200)
+    again = await connection.fetchval(KEEP_AGAIN, LEARNED)
+    await client.post(f"/quarantine/{again}/retry", 200)
+    assert [event["version"] for event in (await client.get("/orders/KOM1/events"))["events"]] == [1, 2]
+
+
+async def test_a_retry_records_each_body_that_shares_the_entry(client: Client, connection: Connection) -> None:
+    """Each of three equal bodies was acknowledged, so a retry of their entry records three events, once."""
+    entry = await quarantined(client, connection)
+    await connection.execute("UPDATE quarantine SET times_seen = 3")
+    receipts = await asyncio.gather(*(client.post(f"/quarantine/{entry}/retry", 200) for _ in range(4)))
+    assert all(receipt == receipts[0] for receipt in receipts)
+    assert (receipts[0]["outcome"], receipts[0]["version"]) == ("advanced", 1)
+    events = (await client.get("/orders/KOM1/events"))["events"]
+    assert [event["data"]["verdict"] for event in events] == ["advanced", "repeated", "repeated"]
+    assert len({event["data"]["report_id"] for event in events}) == 3
+    assert {event["data"]["quarantine_id"] for event in events} == {entry}
+    assert (await client.get(f"/quarantine/{entry}"))["version"] == 1
+
+
+async def test_an_entry_is_shared_by_a_limited_number_of_bodies(client: Client, connection: Connection) -> None:
+    """A retry records at most SHARED_MAX events, so further equal bodies get another entry."""
+    first = (await client.raw(b"junk"))["quarantine_id"]
+    await connection.execute("UPDATE quarantine SET times_seen = $1", SHARED_MAX - 1)
+    assert (await client.raw(b"junk"))["quarantine_id"] == first
+    second = (await client.raw(b"junk"))["quarantine_id"]
+    assert second != first
+    assert (await client.raw(b"junk"))["quarantine_id"] == second
+
+
 async def test_a_still_unparseable_entry_stays_open(client: Client, connection: Connection) -> None:
     """A retry of an unparseable entry gets 422 with the reason, and does not change the entry."""
     entry = (await client.raw(b"not json"))["quarantine_id"]
@@ -143,7 +189,7 @@ async def test_bodies_are_kept_and_keys_known_while_readers_have_every_connectio
 ) -> None:
     """Webhooks, the probe and the check of keys do not wait for readers that hold every pooled connection."""
     # The readers keep their connections until the lock is released.
-    monkeypatch.setattr("service.database.connections.POOL_STATEMENT_TIMEOUT", "1min")
+    monkeypatch.setitem(POOL_SETTINGS, "statement_timeout", "1min")
     async with serving_client(dsn, request_seconds_max=PATIENCE_SECONDS) as client:
         async with connection.transaction():
             await connection.execute("LOCK TABLE timeline.entries")

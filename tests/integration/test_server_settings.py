@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import asyncpg
@@ -18,6 +19,7 @@ from service.database.connections import (
 )
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.database.schema import prepare_database
+from service.ingest.idempotency import IdempotencyKey
 from service.ingest.recorder import Recorder
 from service.maintenance.check import check_database
 from tests.support.client import serving_client
@@ -26,7 +28,7 @@ from tests.support.folders import copied_folder
 from tests.support.recording import EQUAL, locked_log, logged_events, make_recorder, rebuilt
 from tests.support.relay import relay_to
 from tests.support.reports import report
-from tests.support.waiting import PATIENCE_SECONDS
+from tests.support.waiting import PATIENCE_SECONDS, until_async
 
 TRANSACTION_TIMEOUT_MAJOR = 17  # the first version that has it
 NOTIFY_PAGES_MIN = "64"  # the smallest notification queue: 512 KB
@@ -196,3 +198,48 @@ async def test_an_operators_timeouts_do_not_end_a_rebuild(owner_dsn: str, dsn: s
     await connection.close()
     assert await rebuilding == EQUAL
     assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+WAITING_FOR_STANDBY = """
+    SELECT pid, query_start FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND datname = current_database()
+"""
+
+
+async def require_standby(connection: Connection, name: str) -> None:
+    await connection.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{name}'")
+    await connection.execute("SELECT pg_reload_conf()")
+    # Commits wait as soon as the checkpointer has read the setting, which it does before this checkpoint.
+    await connection.execute("CHECKPOINT")
+
+    async def is_in_force() -> bool:
+        return bool(await connection.fetchval("SHOW synchronous_standby_names") == name)
+
+    await until_async(is_in_force)
+
+
+@pytest.mark.parametrize("key", [None, "k1"])
+async def test_a_cancelled_wait_for_a_standby_is_no_confirmation(state_template: Path, key: str | None) -> None:
+    """If an administrator cancels a commit's wait for its standby, the report waits for the standby again."""
+    with copied_folder(state_template) as copy, EmbeddedPostgres(copy, settings=FAST_SETTINGS) as server:
+        operator = await connect(server.dsn, synchronous_commit="local")
+        await require_standby(operator, "missing")
+        async with recorder_with(server.dsn) as recorder:
+            claim = IdempotencyKey(key) if key is not None else None
+            recording = asyncio.create_task(recorder.record(report("KOM1"), claim))
+            seen: set[Any] = set()
+
+            async def waits_anew() -> bool:
+                assert not recording.done()
+                return bool({*await operator.fetch(WAITING_FOR_STANDBY)} - seen)
+
+            for _ in range(2):
+                await until_async(waits_anew)
+                seen |= {*await operator.fetch(WAITING_FOR_STANDBY)}
+                for pid, _ in seen:
+                    await operator.execute("SELECT pg_cancel_backend($1)", pid)
+            await until_async(waits_anew)
+            await require_standby(operator, "")
+            receipt = await recording
+        assert (receipt["outcome"], receipt["version"]) == ("advanced", 1)
+        assert await operator.fetchval("SELECT count(*) FROM order_events") == 1
+        await operator.close()

@@ -1,5 +1,7 @@
 """The result of a view's fold depends neither on the batches of events nor on their source."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -143,10 +145,22 @@ def test_timeline_has_a_row_for_each_event(log: list[DecodedEvent], data: st.Dat
     assert [row for page in pages_of(data, log) for row in timeline.fold(page)] == rows
     renamed = {"order_no": "originator_id", "version": "originator_version", "received_at": "timestamp"}
     for row, (position, event) in zip(rows, log, strict=True):
+        computed = {
+            "position": position,
+            "kind": timeline.KINDS[event.verdict, event.previous_status, event.recognised],
+        }
         assert dict(zip(timeline.COLUMNS, row, strict=True)) == {
-            column: position if column == "position" else getattr(event, renamed.get(column, column))
+            column: computed.get(column, getattr(event, renamed.get(column, column), None))
             for column in timeline.COLUMNS
         }
+
+
+def test_kinds_change_only_together_with_the_version_of_the_fold() -> None:
+    """Each combination has its own kind. If a kind changes, the view must be rebuilt: raise fold_version."""
+    kinds = [*timeline.KINDS.values()]
+    assert len({*kinds, timeline.UNKNOWN_KIND}) == len(kinds) + 1
+    digest = hashlib.sha256(json.dumps([*timeline.KINDS.items()]).encode()).hexdigest()
+    assert (timeline.VIEW.fold_version, digest[:16]) == (2, "fc085ff1d35a47b2")
 
 
 # The tail of the log in memory

@@ -11,9 +11,10 @@ from aiohttp.test_utils import make_mocked_request
 from hypothesis import given
 from hypothesis import strategies as st
 
+from projections.windows import POSITION_MAX
 from service.api.audit import TransitionsQuery
 from service.api.orders import OrderQuery, OrdersQuery
-from service.http.pagination import POSITION_MAX, Page, encode_cursor
+from service.http.pagination import Page, encode_cursor
 from service.http.parameters import (
     PAGE_ROWS_DEFAULT,
     PAGE_ROWS_MAX,

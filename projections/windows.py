@@ -1,0 +1,77 @@
+"""Pages that read a limited number of rows, whatever their filter selects.
+
+A page walks its list from the cursor. If few rows match, that could be the whole list, so a page ends after
+WALKED_ROWS_MAX rows even if it is not full, and the next page continues there. A filter by time first skips
+to the blocks of positions that have reports of that time. Times do not always rise with the position: several
+processes record reports, each with its own clock.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Final, Generic, NamedTuple, TypeVar
+
+from projections.postgres_errors import Connection
+
+# A page walks at most this many rows after a first, short walk. It may try three indexes before, and it looks
+# up each row, and its airway bill: at most 8 times as many rows in all.
+WALKED_ROWS_MAX: Final = 2_000
+# The number of positions in a block. If you change it, raise the fold_version of both views that have blocks.
+BLOCK_POSITIONS: Final = 8_192
+# PostgreSQL's bigint.
+POSITION_MAX: Final = 2**63 - 1
+
+AnyRow = TypeVar("AnyRow")
+
+
+class Window(NamedTuple, Generic[AnyRow]):
+    """The rows of a page, and the position that the walk has reached; None at the end of the list."""
+
+    rows: Sequence[AnyRow]
+    reached: int | None
+
+
+class Span(NamedTuple):
+    """The positions from ``first`` to ``last``."""
+
+    first: int
+    last: int
+
+
+# The end of a statement that computes ``seen``: the earliest and latest times in some blocks. It widens the
+# blocks of the view whose schema is the search path. Most reports widen no block, and must not lock its row.
+WIDEN_BLOCKS: Final = """
+    INSERT INTO blocks (block, earliest, latest)
+    SELECT seen.block, seen.earliest, seen.latest FROM seen LEFT JOIN blocks USING (block)
+    WHERE blocks.block IS NULL OR seen.earliest < blocks.earliest OR seen.latest > blocks.latest
+    ON CONFLICT (block) DO UPDATE SET
+        earliest = least(blocks.earliest, excluded.earliest),
+        latest = greatest(blocks.latest, excluded.latest)
+"""
+
+NARROW: Final = """
+    SELECT min(block), max(block) FROM {view}.blocks
+    WHERE block BETWEEN $1 AND $2
+      AND ($3::timestamptz IS NULL OR latest >= $3)
+      AND ($4::timestamptz IS NULL OR earliest < $4)
+"""
+
+
+async def narrow(
+    connection: Connection, view: str, span: Span, since: datetime | None, until: datetime | None
+) -> Span | None:
+    """Return the part of a span from the first to the last block with a time in a range, None if there is none.
+
+    Args:
+        connection: any connection.
+        view: the view's name.
+        span: the positions.
+        since: the beginning of the range; None for no beginning.
+        until: the end of the range, which is not a part of it; None for no end.
+    """
+    if since is None and until is None:
+        return span
+    blocks = span.first // BLOCK_POSITIONS, span.last // BLOCK_POSITIONS
+    ((first, last),) = await connection.fetch(NARROW.format(view=view), *blocks, since, until)
+    if first is None:
+        return None
+    return Span(max(span.first, first * BLOCK_POSITIONS), min(span.last, (last + 1) * BLOCK_POSITIONS - 1))
