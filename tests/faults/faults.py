@@ -102,6 +102,12 @@ FAULTS: Final = (
         Told(("replication_wait",)),
     ),
     Fault(
+        "sync-cancelled",
+        "a wait for the synchronous standby cancelled, then the primary lost",
+        Layout(given_postgres=True, through_proxy=True, standby="synchronous"),
+        cancel_waiting_commits,
+    ),
+    Fault(
         "restore",
         "an older backup restored under a running service",
         GIVEN,
@@ -135,12 +141,6 @@ FAULTS: Final = (
 
 # Faults that the service does not withstand yet. A full run leaves them out; ``--only NAME`` runs them.
 OPEN_FAULTS: Final = (
-    Fault(
-        "sync-cancelled",
-        "a wait for the synchronous standby cancelled, then the primary lost",
-        Layout(given_postgres=True, through_proxy=True, standby="synchronous"),
-        cancel_waiting_commits,
-    ),
     Fault(
         "notify-queue-left",
         "a notification queue after it was full",

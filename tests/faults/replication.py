@@ -41,7 +41,7 @@ async def fail_over(world: World) -> int:
         world.load.pause()
         await in_thread(standby.start)
         await wait_until_applied(standby.dsn)
-        _note_missing(world, {event.report_id for _, event in await read_log(standby.dsn)})
+        _note_missing(world, await _report_ids(standby.dsn))
         await _reach_standby(world)
         await _promote(world)
         await _expect_gone(world, reader)
@@ -78,11 +78,14 @@ async def cancel_waiting_commits(world: World) -> int:
     try:
         await until_async(lambda: connection.fetchval(CANCEL_WAITING))
         await world.pause()
+        seen = await _report_ids(world.primary.dsn)
         await in_thread(kill_server, world.primary)
     finally:
         connection.terminate()
     await in_thread(world.standby.start)
     await wait_until_applied(world.standby.dsn)
+    # Readers may have seen events that only the primary had. No such event may be acknowledged.
+    world.may_be_gone = not seen <= await _report_ids(world.standby.dsn)
     await _promote(world)
     await world.load.recovered()
     return 1
@@ -101,7 +104,7 @@ async def restore_backup(world: World) -> int:
     copy = world.state_dir / "copy"
     await world.load.quiet()
     await in_thread(copy_data, world.state_dir, copy)
-    kept = {event.report_id for _, event in await read_log(world.dsn)}
+    kept = await _report_ids(world.dsn)
     world.load.resume()
     reader = asyncio.create_task(_read_stream(world.port))
     try:
@@ -120,9 +123,14 @@ async def restore_backup(world: World) -> int:
     return 1
 
 
+async def _report_ids(dsn: str) -> set[str]:
+    return {event.report_id for _, event in await read_log(dsn)}
+
+
 def _note_missing(world: World, kept: set[str]) -> None:
     """Note the acknowledged reports that the new server lacks. Until it takes reports, there are no others."""
     world.missing = {one.receipt["report_id"] for one in world.acknowledged()} - kept
+    world.may_be_gone = True
     world.violations.expect(len(world.missing) > 0, "no commit was lost: this broke nothing")
 
 

@@ -143,6 +143,8 @@ class World:
         self.operator = Operator(self.port, self._read_logs)
         # Reports that an operator's server never had or that an operator erased: see account.Exempt.
         self.missing: set[str] = set()
+        # Whether readers may be at positions that the log has lost.
+        self.may_be_gone = False
         self.erased: set[str] = set()
         self._ended_logs: list[str] = []
         self._settings: dict[str, str] = {"LOG_FORMAT": "json"}
@@ -335,7 +337,9 @@ class World:
         if found.lost <= len(self.missing):
             await account.check_views(log, self.connections, self.violations)
             await self._verify()
-        account.check_answers(self.connections, self.effort.answered_seconds_max, self.violations, exempt)
+        account.check_answers(
+            self.connections, self.effort.answered_seconds_max, self.violations, may_be_gone=self.may_be_gone
+        )
         self.connections.close()
         refused = sum(len(load.refused) for load in self.loads)
         await self._end(self._operator_task)

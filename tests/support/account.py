@@ -270,10 +270,10 @@ async def _every_order(connections: Connections) -> list[dict[str, Any]]:
 
 
 def check_answers(
-    connections: Connections, seconds_max: float, violations: Violations, exempt: Exempt = NOTHING
+    connections: Connections, seconds_max: float, violations: Violations, *, may_be_gone: bool
 ) -> None:
-    """Expect only 200, or 503 with Retry-After, each within ``seconds_max``; 410 if events are missing."""
-    expected = (OK, UNAVAILABLE, GONE) if exempt.missing else (OK, UNAVAILABLE)
+    """Expect only 200, or 503 with Retry-After, each within ``seconds_max``; 410 if readers saw lost events."""
+    expected = (OK, UNAVAILABLE, GONE) if may_be_gone else (OK, UNAVAILABLE)
     unexpected = [f"{times} of {s}" for s, times in connections.answers.items() if s not in expected]
     violations.add_wrong("kinds of responses other than 200 and 503", unexpected)
     violations.expect(
