@@ -13,7 +13,9 @@ from aiohttp.http import HttpVersion11
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from projections.postgres_errors import Connection
 from projections.windows import POSITION_MAX
+from service.api.resumption import place_after, refuse_another_event
 from service.database.connections import ConnectionPool
 from service.event_log import store
 from service.event_log.store import LogEvent, RecordedEvent, to_log_event
@@ -21,8 +23,14 @@ from service.event_log.tail import Tail, TailClosedError
 from service.http.access import Access
 from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.http.pagination import Page, list_response
-from service.http.parameters import EventsQuery, Position, Query, parse_order_no
-from service.http.problems import ProblemError, ProblemType, bad_parameter, beyond_head, unavailable
+from service.http.parameters import EventsQuery, Position, Query, Text, parse_order_no
+from service.http.problems import (
+    ProblemError,
+    ProblemType,
+    bad_parameter,
+    beyond_head,
+    unavailable,
+)
 from service.http.request_ids import REQUEST_ID_HEADER, caller_request_id
 from service.http.responses import JSON_OPTIONS, SERVER
 from service.http.server import is_gone
@@ -66,6 +74,9 @@ class StreamQuery(Query):
         default=None,
         description="begin after this position, unless Last-Event-ID is sent; by default, with the next event",
     )
+    last: Text | None = Field(
+        default=None, description="the `report_id` of the event at `after`; 410 if that is another event by now"
+    )
 
 
 class LogStreamQuery(StreamQuery):
@@ -99,12 +110,14 @@ class EventsApi:
         if NDJSON in request.headers.get(hdrs.ACCEPT, "") and request.method == hdrs.METH_GET:
             return await self._all_events(request, query)
         async with self._pool.connection() as connection:
+            await _refuse_another_event(connection, query)
             rows = await store.read_log(connection, query.after, query.limit)
             # A page may also end early, at its limit in bytes.
             has_more = rows and await store.read_log(connection, rows[-1].position, 1)
             if not rows and query.after > (head := await store.head_position(connection)):
                 raise beyond_head(query.after, head)
-        page = Page([*map(to_log_event, rows)], {"after": rows[-1].position} if has_more else {})
+        place = place_after(rows[-1], rows[-1].position) if has_more else {}
+        page = Page([*map(to_log_event, rows)], place)
         return list_response(request, query, "events", page, request.path)
 
     @Endpoint("GET", "/events/stream", str, query=LogStreamQuery, media=(SSE,))
@@ -122,8 +135,9 @@ class EventsApi:
         _refuse_old_version(request)
         async with self._pool.connection() as connection:
             head = await store.head_position(connection)
-        if position > head:
-            raise beyond_head(position, head)
+            if position > head:
+                raise beyond_head(position, head)
+            await _refuse_another_event(connection, query)
         response = await _begin(request, NDJSON_HEADERS)
         remaining = query.limit if "limit" in query.model_fields_set else POSITION_MAX
         while position < head and remaining:
@@ -147,6 +161,8 @@ class EventsApi:
             async with self._pool.connection() as connection:
                 if after > (head := await store.head_position(connection)):
                     raise beyond_head(after, head)
+                if last_seen is None:
+                    await _refuse_another_event(connection, query)
         try:
             async with self.tail.following():
                 position = self.tail.position if after is None else after
@@ -215,6 +231,19 @@ class EventsApi:
             if not batch:
                 return max(position, end)
             version = batch[-1].version
+
+
+async def _refuse_another_event(connection: Connection, query: EventsQuery | StreamQuery) -> None:
+    """Refuse to continue after an event that the log has lost.
+
+    Raises:
+        ProblemError: 410.
+    """
+    if query.last is None or not query.after:
+        return
+    found = await store.read_log(connection, query.after - 1, 1)
+    is_there = found and found[0].position == query.after
+    refuse_another_event(query.after, query.last, found[0] if is_there else None)
 
 
 async def _begin(request: web.Request, headers: dict[str, str]) -> web.StreamResponse:

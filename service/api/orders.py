@@ -22,6 +22,7 @@ from projections.statistics import Statistics
 from projections.timeline import TimelineEntry
 from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
+from service.api.resumption import place_after, refuse_another_event
 from service.batcher import Batcher
 from service.database.connections import ConnectionPool, DedicatedConnection
 from service.event_log import store
@@ -210,10 +211,15 @@ class OrdersApi:
             rows = await store.read_stream(connection, order_no, query.after, query.limit)
             if not rows and not await store.read_stream(connection, order_no, 0, 1):
                 raise _missing_order(order_no, None)
+            if query.last is not None and query.after:
+                found = await store.read_stream(connection, order_no, query.after - 1, 1)
+                is_there = found and found[0].version == query.after
+                refuse_another_event(query.after, query.last, found[0] if is_there else None)
             # A page may also end early, at its limit in bytes.
             has_more = rows and await store.read_stream(connection, order_no, rows[-1].version, 1)
         events = [_to_order_event(event) for event in rows]
-        page = Page(events, {"after": rows[-1].version} if has_more else {})
+        place = place_after(rows[-1], rows[-1].version) if has_more else {}
+        page = Page(events, place)
         return list_response(request, query, "events", page, order_path(order_no, "events"))
 
     @Endpoint("GET", "/statistics", Statistics, query=StatisticsQuery)

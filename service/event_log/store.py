@@ -38,6 +38,11 @@ class RecordedEvent(NamedTuple):
     state: bytes
     recorded_at: datetime
 
+    @property
+    def report_id(self) -> str | None:
+        """The id of the event's report, None if the event's bytes are unreadable."""
+        return (read_fields(self.state) or {}).get("report_id")
+
 
 class LogEvent(TypedDict):
     """One recorded event in the log of all orders."""

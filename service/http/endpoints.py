@@ -66,6 +66,8 @@ class Endpoint:
             problems.add(ProblemType.BAD_PARAMETER)
             if {"after", "after_position"} & set(self.query.model_fields):
                 problems.add(ProblemType.BEYOND_HEAD)
+            if "last" in self.query.model_fields:
+                problems.add(ProblemType.ANOTHER_EVENT)
             if "{" in self.path:
                 problems.add(ProblemType.BAD_PATH)
         if self.scope is not None:

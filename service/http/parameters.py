@@ -161,6 +161,9 @@ class EventsQuery(Query):
     """A page of events after a version or a position."""
 
     after: Position = 0
+    last: Text | None = Field(
+        default=None, description="the `report_id` of the event at `after`; 410 if that is another event by now"
+    )
     limit: Limit = PAGE_ROWS_DEFAULT
 
 

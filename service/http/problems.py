@@ -48,6 +48,11 @@ class ProblemType(Enum):
         "Beyond the head",
         "The log ends before this position: a failover or a restore has lost events. Begin again after `head`.",
     )
+    ANOTHER_EVENT = (
+        410,
+        "Another event",
+        "A failover or a restore has lost the last event that you read. Begin again before the loss.",
+    )
     TOO_LARGE = 413, "Too large", "The body is larger than the limit."
     UNKNOWN_CODING = 415, "Unknown content coding", "Supported content codings: gzip, identity."
     NOT_UNDERSTOOD = 422, "Still not understood", "The quarantined body is still unparseable and stays open."
@@ -114,6 +119,12 @@ def beyond_head(position: int, head: int) -> ProblemError:
     """Return the problem for a position that the log has lost, or never had."""
     detail = f"the log ends at position {head}, before {position}: read it again after that position"
     return ProblemError(ProblemType.BEYOND_HEAD, detail, position=position, head=head)
+
+
+def another_event(position: int) -> ProblemError:
+    """Return the problem for a page that begins after an event which the log has lost."""
+    detail = f"the event at {position} is not the one that you read last: begin again before the loss of events"
+    return ProblemError(ProblemType.ANOTHER_EVENT, detail, position=position)
 
 
 def order_parked(detail: str, **members: Any) -> ProblemError:

@@ -152,6 +152,28 @@ async def test_a_live_reader_of_lost_events_reconnects_and_learns_of_it(
     assert (await client.get("/events/stream", status=410, headers=headers))["head"] == 1
 
 
+async def test_a_reader_of_a_lost_event_learns_of_it_even_if_another_one_has_its_place(
+    server: TestServer, dsn: str, client: Client
+) -> None:
+    """``next`` names the last report. If the log has another one there by now, the reader gets 410."""
+    await client.webhook("KOM1")
+    copy = server.copy(dsn)
+    for _ in range(4):
+        await client.webhook("KOM1")
+    log = (await client.get("/events?limit=3"))["next"]
+    order = (await client.get("/orders/KOM1/events?limit=3"))["next"]
+    assert (await client.get(log))["events"][0]["position"] == 4
+    assert (await client.get(order))["events"][0]["version"] == 4
+    server.put_back(dsn, copy)
+    for _ in range(4):
+        await client.webhook("KOM1")
+    stream = log.replace("/events?", "/events/stream?").replace("&limit=3", "").replace("limit=3&", "")
+    for path in (log, order, stream):
+        problem = await client.get(path, status=410)
+        assert (problem["type"], problem["position"]) == ("/problems/another-event", 3), path
+    assert (await client.get(log, status=410, headers={"Accept": "application/x-ndjson"}))["position"] == 3
+
+
 async def test_the_etag_changes_when_an_order_is_parked(client: Client, connection: Connection) -> None:
     """A client that polls with an entity tag learns that its order is parked."""
     receipt = await client.webhook("KOM1")
