@@ -42,7 +42,7 @@ FINDINGS = {
     "early-acknowledgement": "recorded less often than acknowledged",
     "asynchronous-standby": "recorded less often than acknowledged",
     "keep-memory": "versions after a gap",
-    "believe-positions": "a reader of /events beyond the head of the log gets no 410",
+    "believe-positions": "a stream after the lost position",
     "retry-blindly": "bodies recorded more often than sent|report_ids in more than one event",
     "use-defaults": "reports were refused",
     "require-notifications": "reports were refused",

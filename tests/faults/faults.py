@@ -25,6 +25,7 @@ from tests.faults.replication import (
     check_standby,
     fail_over,
     fail_over_synchronously,
+    fail_over_under_load,
     restore_backup,
 )
 from tests.faults.server_settings import (
@@ -89,10 +90,16 @@ FAULTS: Final = (
         Told(("read_only",)),
     ),
     Fault(
+        "failover-load",
+        "the same failover, while reports go on",
+        Layout(given_postgres=True, through_proxy=True, standby="asynchronous"),
+        fail_over_under_load,
+    ),
+    Fault(
         "failover-hosts",
         "the same failover, with both hosts in the DSN",
         Layout(given_postgres=True, standby="asynchronous"),
-        fail_over,
+        fail_over_under_load,
     ),
     Fault(
         "failover-sync",

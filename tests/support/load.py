@@ -218,7 +218,7 @@ async def request_all(connections: Connections, requests: Iterator[bytes], calle
 class Tail:
     """A reader that follows the growing log over HTTP and never rereads an event.
 
-    If the log has lost events (410), it begins again.
+    If the log has lost its last event (410), it begins again.
     """
 
     def __init__(self, connections: Connections) -> None:
@@ -229,8 +229,11 @@ class Tail:
     async def follow(self) -> None:
         """Read until cancelled, and try again after an error or a missing response."""
         while True:
-            after = self.seen[-1][0] if self.seen else 0
-            answer = await self._connections.request(get(f"/events?after={after}&limit={TAIL_PAGE_EVENTS}"))
+            place = ""
+            if self.seen:
+                position, _, _, report_id = self.seen[-1]
+                place = f"&after={position}&last={report_id}"
+            answer = await self._connections.request(get(f"/events?limit={TAIL_PAGE_EVENTS}{place}"))
             if answer is not None and answer.status == OK:
                 page = json.loads(answer.body)["events"]
                 self.seen += [
