@@ -5,12 +5,13 @@ import re
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
-from urllib.parse import urlsplit
 
 import platformdirs
 from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from service.dsn import read_hosts, read_target
 
 PREFIX: Final = "ORDER_TRACKING_"
 # Beside the Makefile, not in the working directory, so that every command uses the same database.
@@ -63,15 +64,7 @@ def _check_host(host: str) -> str:
 def _check_database_url(url: str) -> str:
     if url and not url.startswith(("postgresql://", "postgres://")):
         raise ValueError("the URL must begin with postgresql://")
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        raise ValueError("the port must be a number from 0 to 65535") from None
-    try:
-        _ = (parts.hostname or "").encode("idna")
-    except UnicodeError:
-        raise ValueError("the host must be a valid host name or IP address") from None
+    _ = read_hosts(url), read_target(url)
     return url
 
 

@@ -1,7 +1,7 @@
 """Connections to PostgreSQL with the service's settings: pooled or dedicated, with time limits."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from time import monotonic
 from typing import Final, TypeAlias, cast
@@ -9,8 +9,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import orjson
+from asyncpg.connect_utils import SessionAttribute
 
 from projections.postgres_errors import Connection, is_connection_lost
+from service.dsn import LOCAL_SOCKET, Host, read_hosts, read_target
+
+# The server that answered last, by DSN. The next connection begins there.
+_last_host: Final[dict[str, Host]] = {}
 
 Connect: TypeAlias = Callable[[], Awaitable[Connection]]
 
@@ -89,29 +94,46 @@ async def connect(dsn: str, **settings: str) -> Connection:
     """Open a connection with the service's settings and the given ones.
 
     Raises:
-        StorageUnavailableError: the server did not answer within CONNECT_SECONDS_MAX, or refused the
-            connection.
+        StorageUnavailableError: no server of the DSN answered within CONNECT_SECONDS_MAX, was a primary, and
+            accepted the connection.
         UnsupportedServerError: the server is too old, the database is not in UTF8, or a pooler drops settings.
     """
     sent = {**SERVER_SETTINGS, **settings}
     # asyncpg takes every parameter of the DSN that it does not know as a setting.
     sent |= {name: value for name, value in parse_qsl(urlsplit(dsn).query) if name == "role"}
+    failures = []
+    hosts: Sequence[Host | None] = sorted(read_hosts(dsn), key=lambda host: host != _last_host.get(dsn))
+    for host in hosts or [None]:
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS_MAX):
+                connection = await _open(dsn, host, sent)
+        except UnsupportedServerError:
+            raise
+        except (OSError, asyncpg.InternalClientError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
+            # Even a wrong password or an unknown database: an operator may correct it while the service waits.
+            failures.append((host, error))
+        else:
+            if host is not None:
+                _last_host[dsn] = host
+            return connection
+    texts = (f"{host or LOCAL_SOCKET}: {error or 'no answer in time'}" for host, error in failures)
+    raise StorageUnavailableError(f"cannot connect to {'; '.join(texts)}") from failures[-1][1]
+
+
+async def _open(dsn: str, host: Host | None, sent: Mapping[str, str]) -> Connection:
+    connection: Connection = await asyncpg.connect(
+        dsn,
+        host=host and host.name,
+        port=host and host.port,
+        target_session_attrs=SessionAttribute(read_target(dsn)),
+        server_settings={**KEEPALIVES, **sent},
+    )
     try:
-        async with asyncio.timeout(CONNECT_SECONDS_MAX):
-            connection = await asyncpg.connect(dsn, server_settings={**KEEPALIVES, **sent})
-            try:
-                await _set_json_codec(connection)
-                await _inspect(connection, sent)
-            except BaseException:
-                connection.terminate()
-                raise
-    except UnsupportedServerError:
+        await _set_json_codec(connection)
+        await _inspect(connection, sent)
+    except BaseException:
+        connection.terminate()
         raise
-    except (OSError, asyncpg.InternalClientError, asyncpg.InterfaceError, asyncpg.PostgresError) as error:
-        # Even a wrong password or an unknown database: an operator may correct it while the service waits.
-        parts = urlsplit(dsn)
-        server = f"{parts.hostname}:{parts.port or 5432}" if parts.hostname else "its local socket"
-        raise StorageUnavailableError(f"cannot connect to {server}: {error or 'no answer in time'}") from error
     return connection
 
 

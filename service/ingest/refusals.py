@@ -138,6 +138,8 @@ def find_cause(error: BaseException) -> Cause:
             return "unusable"
         if isinstance(link, asyncpg.PostgresError) and link.sqlstate in CAUSES_BY_SQLSTATE:
             return CAUSES_BY_SQLSTATE[link.sqlstate]
+    if any(isinstance(link, asyncpg.TargetServerAttributeNotMatched) for link in _chain(error)):
+        return "read_only"
     if any(_is_loss(link) for link in _chain(error)):
         return "unreachable"
     return "no_answer"

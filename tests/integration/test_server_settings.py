@@ -1,6 +1,8 @@
 """Legal states and settings of a server that must neither lose, double nor refuse a report."""
 
 import asyncio
+import re
+import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -179,6 +181,33 @@ async def test_a_silently_dropped_connection_delays_no_report(dsn: str) -> None:
         assert (receipt["version"], receipt["outcome"]) == (2, "advanced")
         assert dedicated.times_opened == 2
         await dedicated.close()
+
+
+async def test_of_several_servers_the_one_that_answered_last_is_asked_first(dsn: str) -> None:
+    """A server that accepts a connection and says nothing costs only its own time, and only once."""
+    (socket_folder,) = re.findall(r"(?<=host=)[^&]+", dsn)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        hosts = f"host=127.0.0.1,{socket_folder}&port={port},5432"
+        with_silent = dsn.replace(f"host={socket_folder}&port=5432", hosts)
+        async with serving_client(with_silent) as client:
+            assert (await client.webhook("KOM1"))["outcome"] == "advanced"
+        silent.settimeout(0)
+        # Connections that were opened at first, at the same time, asked both servers.
+        silent.accept()[0].close()
+        with suppress(BlockingIOError):
+            while True:
+                silent.accept()[0].close()
+        await (await connect(with_silent)).close()
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+
+
+async def test_the_error_names_each_server(dsn: str) -> None:
+    """If no server answers, the error says why for each of them."""
+    nowhere = f"postgresql://user@127.0.0.1:1,localhost:2/{dsn.partition('///')[2].partition('?')[0]}"
+    with pytest.raises(StorageUnavailableError, match=r"127\.0\.0\.1:1: .*; localhost:2: "):
+        await connect(nowhere)
 
 
 async def test_an_operators_timeouts_do_not_end_a_rebuild(owner_dsn: str, dsn: str) -> None:

@@ -23,6 +23,21 @@ def _no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("PORT", "x", "ORDER_TRACKING_PORT: "),
         ("PORT", "70000", "ORDER_TRACKING_PORT: "),
+        (
+            "DATABASE_URL",
+            "postgresql://u@h1:5432,h2:x/db",
+            "ORDER_TRACKING_DATABASE_URL: the port 'x' of h2 is not a number from 1 to 65535",
+        ),
+        (
+            "DATABASE_URL",
+            "postgresql://u@h1,h2/db?target_session_attrs=master",
+            "ORDER_TRACKING_DATABASE_URL: target_session_attrs is 'master', but must be one of any, ",
+        ),
+        (
+            "DATABASE_URL",
+            "postgresql:///db?host=h1,h2&port=1,2,3",
+            "ORDER_TRACKING_DATABASE_URL: it names 2 hosts and 3 ports: name one port, or one for each host",
+        ),
         ("DATABASE_URL", "mysql://x", "ORDER_TRACKING_DATABASE_URL: the URL must begin with postgresql://"),
         ("BODY_BYTES_MAX", "1", "ORDER_TRACKING_BODY_BYTES_MAX: "),
         (
