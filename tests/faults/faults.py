@@ -26,6 +26,7 @@ from tests.faults.replication import (
     fail_over,
     fail_over_synchronously,
     fail_over_under_load,
+    freeze_primary,
     restore_backup,
 )
 from tests.faults.server_settings import (
@@ -100,6 +101,12 @@ FAULTS: Final = (
         "the same failover, with both hosts in the DSN",
         Layout(given_postgres=True, standby="asynchronous"),
         fail_over_under_load,
+    ),
+    Fault(
+        "failover-frozen",
+        "a suspended primary, with both hosts in the DSN",
+        Layout(given_postgres=True, standby="synchronous"),
+        freeze_primary,
     ),
     Fault(
         "failover-sync",

@@ -60,16 +60,20 @@ async def end_postmaster(number: signal.Signals, world: World) -> int:
     return world.effort.times
 
 
+def suspend(postmaster: int) -> list[int]:
+    """Suspend a server, and return its processes."""
+    # The postmaster stops first, so that it cannot start another process in the meantime.
+    os.kill(postmaster, signal.SIGSTOP)
+    pids = [postmaster, *children(postmaster)]
+    for pid in pids[1:]:
+        os.kill(pid, signal.SIGSTOP)
+    return pids
+
+
 async def stand_still(seconds: float, world: World) -> int:
-    postmaster = world.postmaster_pid
-    stopped = [postmaster]
     began = time.monotonic()
+    stopped = suspend(world.postmaster_pid)
     try:
-        # The postmaster stops first, so that it cannot start another process in the meantime.
-        os.kill(postmaster, signal.SIGSTOP)
-        for pid in children(postmaster):
-            os.kill(pid, signal.SIGSTOP)
-            stopped.append(pid)
         await expect_status(world, "/livez", OK)
         await expect_status(world, "/readyz", UNAVAILABLE)
         if seconds > world.effort.answered_seconds_max:

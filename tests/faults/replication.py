@@ -10,6 +10,7 @@ import re
 from typing import Final
 
 from tests.faults.fault import expect_check_fails
+from tests.faults.processes import suspend
 from tests.faults.standby import copy_data, kill_server, promote, replace_data, socket_of, wait_until_applied
 from tests.faults.world import World, in_thread
 from tests.support.account import read_log
@@ -79,6 +80,23 @@ async def fail_over_synchronously(world: World) -> int:
     await _promote(world)
     await world.load.recovered()
     return 2
+
+
+async def freeze_primary(world: World) -> int:
+    """Suspend the primary, which still accepts connections but answers none, and promote the standby."""
+    await world.pause()
+    postmaster = world.primary.pid
+    assert postmaster is not None
+    primary = world.primary
+    suspend(postmaster)
+    try:
+        await wait_until_applied(world.standby.dsn)
+        await _promote(world)
+        await world.load.recovered()
+    finally:
+        await in_thread(kill_server, primary)
+    await world.load.recovered()
+    return 1
 
 
 async def cancel_waiting_commits(world: World) -> int:

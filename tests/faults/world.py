@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import asyncpg
-from pydantic import ValidationError
 
 from projections.postgres_errors import Connection
 from service.database.embedded_postgres import NAME, EmbeddedPostgres, running_dsn
-from service.settings import Settings
 from tests.faults.operator import Operator, Told
 from tests.faults.proxy import Proxy
 from tests.faults.resources import Resources, children
@@ -189,7 +187,6 @@ class World:
         if hosts:
             await self._start_standby({**settings, "listen_addresses": hosts[1]})
             dsn = f"postgresql://{NAME}@{hosts[0]}:{PORT},{hosts[1]}:{PORT}/{NAME}?target_session_attrs=read-write"
-            _skip_if_refused(dsn, is_used=not self.layout.through_proxy)
         else:
             self.background(self.server.keep_running(lambda _line: None))
         if self.layout.through_proxy:
@@ -406,14 +403,6 @@ async def open_world(layout: Layout, effort: Effort, seed: int) -> AsyncIterator
         world = World(layout, effort, seed, stack, folder)
         await world.start()
         yield world
-
-
-def _skip_if_refused(dsn: str, *, is_used: bool) -> None:
-    try:
-        Settings(database_url=dsn)
-    except ValidationError as error:
-        if is_used:
-            raise SkippedError("this release refuses a DSN with two hosts") from error
 
 
 async def _command(*arguments: str) -> None:
