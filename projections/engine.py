@@ -15,6 +15,7 @@ import structlog
 
 from domain.order import Order
 from projections import parked
+from projections.locks import BEGIN_WITH_VIEW_LOCK
 from projections.parked import ParkedOrder
 from projections.postgres_errors import Connection, is_event_at_fault
 
@@ -102,11 +103,6 @@ class ViewState(NamedTuple):
     has_parked: bool
 
 
-# Only the process that holds this lock writes the view. A later statement reads the position, so that its
-# snapshot is newer than the lock. A row lock on the position would not do: after a swap, a waiting process
-# would continue with the old tables. Both statements take one round trip, so the view's name is filled in.
-BEGIN_WITH_VIEW_LOCK: Final = "BEGIN; SELECT pg_advisory_xact_lock(hashtextextended('view {view}', 0))"
-TAKE_VIEW_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('view ' || $1, 0))"
 # Makes unqualified names refer to a view's tables until the end of the transaction.
 SELECT_VIEW: Final = "SELECT set_config('search_path', $1, true)"
 VIEW_STATE: Final = "SELECT position, definition, EXISTS (SELECT FROM parked_orders) FROM projection"

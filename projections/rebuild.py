@@ -10,7 +10,6 @@ import structlog
 
 from projections import parked
 from projections.engine import (
-    TAKE_VIEW_LOCK,
     LoggedEvent,
     OutdatedViewError,
     ReadLog,
@@ -19,6 +18,7 @@ from projections.engine import (
     apply_batch,
     view_state,
 )
+from projections.locks import HOLD_VIEW_LOCK, TAKE_SWAP_LOCK, TAKE_VIEW_LOCK, TRY_REBUILD_LOCK
 from projections.postgres_errors import Connection, is_event_at_fault
 
 # Dropping an old schema waits for its last readers, such as a dump, but must not block new readers for long.
@@ -31,8 +31,6 @@ BATCHES_AHEAD_MAX: Final = 2
 # Rounds of applying new events before the swap. Each round leaves fewer events for the next.
 CATCH_UP_ROUNDS: Final = 3
 
-TRY_REBUILD_LOCK: Final = "SELECT pg_try_advisory_lock(hashtextextended('rebuild', 0))"
-TAKE_SESSION_VIEW_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('view ' || $1, 0))"
 IS_ALIVE: Final = "SELECT 1"
 INSERT_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES ($1, $2)"
 
@@ -120,6 +118,8 @@ async def rebuild(
         guard = await open_connection("public")
         if not await guard.fetchval(TRY_REBUILD_LOCK):
             raise RebuildRunningError
+        async with guard.transaction():
+            await guard.execute(TAKE_SWAP_LOCK)
         rebuilt = [_NextView(view, await open_connection(f"{view.name}_next")) for view in views]
         await _fill(rebuilt, guard, log, progress)
         for view, connection in rebuilt:
@@ -183,11 +183,12 @@ async def _swap(view: View, connection: Connection, guard: Connection, log: Log)
     """Apply the remaining events and rename the schemas, in one transaction under the live projector's lock."""
     await _drop(guard, f"{view.name}_old")
     async with connection.transaction():
+        await connection.execute(TAKE_SWAP_LOCK)
         await connection.execute(TAKE_VIEW_LOCK, view.name)
         # The live view cannot be beyond this head: it does not move while its lock is held.
         await _catch_up(connection, view, log.read_log, await log.head())
         parked_orders = await parked.count_parked(connection)
-        # The guard holds the rebuild lock. If this connection is lost, another rebuild could use these tables.
+        # The guard holds the rebuild lock. If it was lost, another rebuild may have dropped these tables.
         await guard.fetchval(IS_ALIVE)
         await connection.execute(SWAP_SCHEMAS, view.name)
     try:
@@ -203,7 +204,7 @@ async def _compare(
     """Bring the rebuilt and the live view to the same position, and compare them in one snapshot."""
     live = await connect(view.name)
     try:
-        await live.execute(TAKE_SESSION_VIEW_LOCK, view.name)
+        await live.execute(HOLD_VIEW_LOCK, view.name)
         # Checked before any write: this code must not write to a view that was built with another definition.
         if (await view_state(live)).definition != view.definition:
             raise OutdatedViewError(f"the view {view.name} is outdated: run 'replay' to rebuild it")

@@ -25,6 +25,7 @@ from service.database.connections import (
     DedicatedConnection,
     connect,
 )
+from service.database.durability import read_durability
 from service.database.schema import VIEWS
 from service.event_log.feed import Feed
 from service.event_log.store import CHANNEL
@@ -117,6 +118,10 @@ class Service:
     async def start(self) -> None:
         """Open the pool and begin to follow the log."""
         await self.pool.open()
+        async with self.pool.connection() as connection:
+            for setting, is_safe in (await read_durability(connection)).items():
+                if not is_safe:
+                    logger.warning("a crash of the server can lose acknowledged reports", setting=setting)
         for view in VIEWS:
             self.projectors[view.name].is_outdated = await self.rebuilder.is_outdated(view)
         for view in VIEWS:

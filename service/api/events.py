@@ -1,8 +1,7 @@
 """The log over HTTP: in pages, as one long NDJSON response, and live as server-sent events."""
 
-import asyncio
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from time import monotonic
 from typing import Final
@@ -31,9 +30,9 @@ from service.http.problems import (
     beyond_head,
     unavailable,
 )
-from service.http.request_ids import REQUEST_ID_HEADER, caller_request_id
 from service.http.responses import JSON_OPTIONS, SERVER
 from service.http.server import is_gone
+from service.http.streaming import ResponseStream, begin_stream
 
 BATCH_EVENTS_MAX: Final = 1_000
 # A comment at this interval keeps an idle stream open.
@@ -42,8 +41,8 @@ HEARTBEAT_SECONDS: Final = 15.0
 KEY_SECONDS: Final = 10.0
 # How soon a reader's departure is noticed.
 CHECK_SECONDS: Final = 1.0
-# A reader that accepts nothing for this long is cut off. It can resume after the last position it received.
-SEND_SECONDS_MAX: Final = 10.0
+# A reader that had to be waited for reads so many events at a time, since it will drop most of a larger batch.
+SLOW_BATCH_EVENTS_MAX: Final = 32
 # The pause before a reader reconnects, in milliseconds.
 RETRY: Final = b"retry: 2000\n\n"
 HEARTBEAT: Final = b": heartbeat\n\n"
@@ -56,8 +55,8 @@ STREAM_HEADERS: Final = {**SERVER, "X-Accel-Buffering": "no"}
 NDJSON_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: NDJSON}
 SSE_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: SSE, hdrs.CACHE_CONTROL: "no-cache"}
 
-# Sends the events above a position, and returns the position up to which all events are sent.
-Send = Callable[[web.StreamResponse, int], Awaitable[int]]
+# Sends events above a position, and returns the position up to which all events are sent.
+Send = Callable[[ResponseStream, int], Awaitable[int]]
 
 
 class LogEvents(TypedDict):
@@ -138,25 +137,31 @@ class EventsApi:
             if position > head:
                 raise beyond_head(position, head)
             await _refuse_another_event(connection, query)
-        response = await _begin(request, NDJSON_HEADERS)
+        stream = await begin_stream(request, NDJSON_HEADERS)
         remaining = query.limit if "limit" in query.model_fields_set else POSITION_MAX
         while position < head and remaining:
-            batch = await self._read(position, min(remaining, BATCH_EVENTS_MAX))
-            remaining -= len(batch)
-            await _write(response, [orjson.dumps(to_log_event(event), option=JSON_OPTIONS) for event in batch])
-            position = batch[-1].position if batch else head
-        return response
+            batch = await self._read(stream, position, remaining)
+            lines = ((one.position, orjson.dumps(to_log_event(one), option=JSON_OPTIONS)) for one in batch)
+            reached = await stream.write_some(lines)
+            if reached is None:
+                reached = batch[-1].position if batch else head
+            remaining -= sum(event.position <= reached for event in batch)
+            position = reached
+        return stream.response
 
-    async def _read(self, position: int, limit: int) -> list[RecordedEvent]:
+    async def _read(
+        self, stream: ResponseStream, position: int, limit: int = POSITION_MAX
+    ) -> list[RecordedEvent]:
+        batch_max = SLOW_BATCH_EVENTS_MAX if stream.is_slow else BATCH_EVENTS_MAX
         async with self._pool.connection() as connection:
-            return await store.read_log(connection, position, limit)
+            return await store.read_log(connection, position, min(limit, batch_max))
 
     async def _stream(self, request: web.Request, query: StreamQuery, send: Send) -> web.StreamResponse:
         _refuse_old_version(request)
         last_seen = _last_event_id(request)
         after = query.after if last_seen is None else last_seen
         if request.method == hdrs.METH_HEAD:
-            return await _begin(request, SSE_HEADERS)
+            return (await begin_stream(request, SSE_HEADERS)).response
         if after is not None:
             async with self._pool.connection() as connection:
                 if after > (head := await store.head_position(connection)):
@@ -166,71 +171,73 @@ class EventsApi:
         try:
             async with self.tail.following():
                 position = self.tail.position if after is None else after
-                response = await _begin(request, SSE_HEADERS)
+                stream = await begin_stream(request, SSE_HEADERS)
                 try:
                     # Proxies may hold back a response without a body, so it begins with a comment.
-                    await _write(response, [b": the log after position %d\n" % position, RETRY])
-                    await self._follow(request, response, position, send)
+                    await stream.write(b": the log after position %d\n%b" % (position, RETRY))
+                    await self._follow(request, stream, position, send)
                 except ProblemError:
                     # The API key is no longer valid. The reader gets this problem when it reconnects.
-                    return response
+                    return stream.response
                 except ConnectionError:
                     # The reader has left or accepts nothing: a normal close would wait for it.
                     if request.transport is not None:
                         request.transport.abort()
         except TailClosedError as error:
             raise unavailable(str(error)) from None
-        return response
+        return stream.response
 
-    async def _follow(
-        self, request: web.Request, response: web.StreamResponse, position: int, send: Send
-    ) -> None:
+    async def _follow(self, request: web.Request, stream: ResponseStream, position: int, send: Send) -> None:
         """Send events until the reader leaves, its key is revoked, events are lost, or the service stops."""
         losses = self.tail.losses
         check_key_at = monotonic() + KEY_SECONDS
         heartbeat_at = monotonic() + HEARTBEAT_SECONDS
         while not self.tail.is_ended and self.tail.losses == losses and not is_gone(request):
-            position = await send(response, position)
+            position = await send(stream, position)
             await self.tail.wait_beyond(position, min(CHECK_SECONDS, HEARTBEAT_SECONDS))
             if monotonic() >= heartbeat_at:
-                await _write(response, [HEARTBEAT])
+                await stream.write(HEARTBEAT)
                 heartbeat_at = monotonic() + HEARTBEAT_SECONDS
             if monotonic() >= check_key_at:
                 await self._access.admit(request, "read")
                 check_key_at = monotonic() + KEY_SECONDS
 
-    async def _send_position(self, response: web.StreamResponse, position: int) -> int:
+    async def _send_position(self, stream: ResponseStream, position: int) -> int:
         """Send the log's position if it is above ``position``."""
         end = self.tail.position
         if end <= position:
             return position
-        await _write(response, [b'id: %d\nevent: log_grown\ndata: {"position":%d}\n\n' % (end, end)])
+        await stream.write(b'id: %d\nevent: log_grown\ndata: {"position":%d}\n\n' % (end, end))
         return end
 
-    async def _send(self, response: web.StreamResponse, position: int, order_no: str | None = None) -> int:
-        """Send the events above a position, of one order or of all."""
+    async def _send(self, stream: ResponseStream, position: int, order_no: str | None = None) -> int:
+        """Send events above a position, of one order or of all."""
         end = max(position, self.tail.position)
-        events = self.tail.after(position, order_no)
-        if events is not None:
-            await _write(response, [event.message for event in events])
-            return end
+        in_memory = self.tail.after(position, order_no)
+        if in_memory is not None:
+            reached = await stream.write_some((event.position, event.message) for event in in_memory)
+            return end if reached is None else reached
         # This reader is behind the tail's memory, so it reads the database.
         if order_no is not None:
-            return await self._send_order(response, position, order_no)
-        batch = await self._read(position, BATCH_EVENTS_MAX)
-        await _write(response, [*map(encode_event, batch)])
-        return batch[-1].position if batch else end
+            return await self._send_order(stream, position, order_no)
+        batch = await self._read(stream, position)
+        reached = await stream.write_some((event.position, encode_event(event)) for event in batch)
+        if reached is None:
+            reached = batch[-1].position if batch else end
+        return reached
 
-    async def _send_order(self, response: web.StreamResponse, position: int, order_no: str) -> int:
+    async def _send_order(self, stream: ResponseStream, position: int, order_no: str) -> int:
         """Send an order's events between a position and the tail's end."""
-        end, version = self.tail.position, 0
-        while True:
-            async with self._pool.connection() as connection:
-                batch = await store.read_stream(connection, order_no, version, BATCH_EVENTS_MAX)
-            await _write(response, [encode_event(event) for event in batch if position < event.position <= end])
-            if not batch:
-                return max(position, end)
-            version = batch[-1].version
+        end = self.tail.position
+        batch_max = SLOW_BATCH_EVENTS_MAX if stream.is_slow else BATCH_EVENTS_MAX
+        async with self._pool.connection() as connection:
+            version = await store.version_at(connection, order_no, position)
+            batch = await store.read_stream(connection, order_no, version, batch_max)
+        events = [event for event in batch if position < event.position <= end]
+        reached = await stream.write_some((event.position, encode_event(event)) for event in events)
+        if reached is not None:
+            return reached
+        return events[-1].position if len(events) == len(batch) > 0 else max(position, end)
 
 
 async def _refuse_another_event(connection: Connection, query: EventsQuery | StreamQuery) -> None:
@@ -244,31 +251,6 @@ async def _refuse_another_event(connection: Connection, query: EventsQuery | Str
     found = await store.read_log(connection, query.after - 1, 1)
     is_there = found and found[0].position == query.after
     refuse_another_event(query.after, query.last, found[0] if is_there else None)
-
-
-async def _begin(request: web.Request, headers: dict[str, str]) -> web.StreamResponse:
-    """Begin a chunked response, with the caller's own request id if it sent one."""
-    response = web.StreamResponse(headers=headers)
-    if (own_id := caller_request_id(request)) is not None:
-        response.headers[REQUEST_ID_HEADER] = own_id
-    response.enable_chunked_encoding()
-    await response.prepare(request)
-    return response
-
-
-async def _write(response: web.StreamResponse, messages: Sequence[bytes]) -> None:
-    """Write messages.
-
-    Raises:
-        ConnectionResetError: the reader has left, or accepts nothing.
-    """
-    if not messages:
-        return
-    try:
-        async with asyncio.timeout(SEND_SECONDS_MAX):
-            await response.write(b"".join(messages))
-    except TimeoutError:
-        raise ConnectionResetError("the reader accepts nothing") from None
 
 
 def _refuse_old_version(request: web.Request) -> None:

@@ -23,6 +23,7 @@ from service.database.connections import (
     UnsupportedServerError,
     connected,
 )
+from service.database.positions import require_rising_positions
 
 SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 MIGRATIONS_FOLDER: Final = Path(__file__).resolve().parent / "migrations"
@@ -129,6 +130,7 @@ async def prepare_database(dsn: str) -> str:
 
     Raises:
         StorageUnavailableError: the database was unreachable for START_SECONDS_MAX.
+        UnsupportedServerError: this release cannot use the server, or positions would not rise.
         SchemaError: this release cannot work with the database's schema.
     """
     deadline = asyncio.get_running_loop().time() + START_SECONDS_MAX
@@ -137,6 +139,7 @@ async def prepare_database(dsn: str) -> str:
         try:
             async with connected(dsn) as connection:
                 await apply_schema(connection)
+                await require_rising_positions(connection)
             return await service_dsn(dsn)
         except UnsupportedServerError:
             raise

@@ -14,6 +14,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.order import NEW_ORDER, Order, OrderState, evolve
 from domain.transitions import TABLE
 from projections.postgres_errors import Connection
+from service.database.positions import require_rising_positions
 from service.event_log.codec import UndecodableEventError, decode_event, encode_event, read_fields
 
 # The channel on which PostgreSQL notifies listeners of new events.
@@ -68,12 +69,15 @@ def to_log_event(event: RecordedEvent) -> LogEvent:
 
 
 # The statement itself takes the lock, which saves a round trip. Only rows of the join draw a position, and the
-# join has no rows until the lock is held, so positions increase in the order of the commits.
+# join has no rows until the lock is held, so positions increase in the order of the commits. It appends nothing
+# if the sequence is behind the log, as after a cut-over by logical replication: no reader would see the event.
 APPEND: Final = """
     INSERT INTO order_events (originator_id, originator_version, topic, state)
     SELECT event.*
     FROM (SELECT pg_advisory_xact_lock($5), pg_notify('order_events', '')) AS held,
          unnest($1::text[], $2::bigint[], $3::text[], $4::bytea[]) AS event
+    WHERE (SELECT last_value - 1 + is_called::integer FROM order_events_notification_id_seq)
+        >= coalesce((SELECT max(notification_id) FROM order_events), 0)
     RETURNING originator_id, originator_version, notification_id
 """
 
@@ -127,6 +131,13 @@ STREAM: Final = """
     ORDER BY originator_version
 """
 
+# An order's version at a position. A reader that resumes is mostly near the order's end.
+VERSION_AT: Final = """
+    SELECT originator_version FROM order_events
+    WHERE originator_id = $1 AND notification_id <= $2
+    ORDER BY originator_version DESC LIMIT 1
+"""
+
 # A batch of the log above a position. The first event is returned whatever its size.
 LOG: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
@@ -157,6 +168,7 @@ async def append(connection: Connection, events: Sequence[Order.StatusReported])
 
     Raises:
         VersionTakenError: another writer recorded one of the versions first.
+        UnsupportedServerError: the next position would lie within the log.
     """
     values = (
         [event.originator_id for event in events],
@@ -175,6 +187,8 @@ async def append(connection: Connection, events: Sequence[Order.StatusReported])
                 rows = await connection.fetch(APPEND_SILENTLY, *values)
     except asyncpg.UniqueViolationError as error:
         raise VersionTakenError(str(error)) from error
+    if not rows:
+        await require_rising_positions(connection)
     # An event is recorded only if the server returned its position; the absence of an error is not enough.
     positions = {(order_no, version): position for order_no, version, position in rows}
     return [positions[event.originator_id, event.originator_version] for event in events]
@@ -238,6 +252,11 @@ async def read_stream(connection: Connection, order_no: str, after: int, limit: 
     return [
         RecordedEvent(*row) for row in await connection.fetch(STREAM, order_no, after, limit, BATCH_BYTES_MAX)
     ]
+
+
+async def version_at(connection: Connection, order_no: str, position: int) -> int:
+    """Return an order's version at a position of the log, 0 if its first event lies above."""
+    return await connection.fetchval(VERSION_AT, order_no, position) or 0
 
 
 async def read_log(connection: Connection, after: int, limit: int) -> list[RecordedEvent]:

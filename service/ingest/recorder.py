@@ -17,6 +17,7 @@ from service.database.connections import (
     RECONNECT_PAUSE_SECONDS,
     DedicatedConnection,
     StorageUnavailableError,
+    UnsupportedServerError,
 )
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError
@@ -200,7 +201,7 @@ class Recorder:
             # A state was stale. The whole statement was refused, or not sent.
             sent, positions = await self._record_locked(reports, order_nos, None)
         except Exception as error:
-            if not is_connection_lost(error):
+            if not _may_succeed_at_once(error):
                 self._states.forget(order_nos)
                 raise
             sent, positions = await self._record_locked(reports, order_nos, sent)
@@ -247,10 +248,11 @@ class Recorder:
                 # Another writer does not take the lock, or its commit was not visible yet. This append recorded
                 # nothing; the earlier ones are searched for again.
                 doubtful.pop()
+                await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
             except Exception as error:
-                if not is_connection_lost(error):
-                    raise
                 self._trouble = error
+                if not _may_succeed_at_once(error):
+                    raise
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
             else:
                 return events, positions
@@ -274,11 +276,12 @@ class Recorder:
                         positions = await store.append(connection, events)
                         await claim.keep(connection, report, events[0])
             except VersionTakenError:
+                await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
             except Exception as error:
                 if _is_unrecordable(error):
                     raise UnrecordableReportError(str(error)) from error
-                if not is_connection_lost(error):
+                if not _may_succeed_at_once(error):
                     raise
                 self._trouble = error
                 # The next attempt finds the claim if this one was committed.
@@ -319,6 +322,11 @@ async def _time_limit(due: float) -> AsyncIterator[None]:
             yield
     except TimeoutError:
         raise StorageUnavailableError("the commit was not confirmed in time") from None
+
+
+def _may_succeed_at_once(error: Exception) -> bool:
+    """Return whether another attempt may succeed without an operator. A commit may be in doubt."""
+    return is_connection_lost(error) and not isinstance(error, UnsupportedServerError)
 
 
 def _is_unrecordable(error: Exception) -> bool:

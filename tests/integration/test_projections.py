@@ -20,6 +20,7 @@ from domain.order import Order
 from domain.statuses import ALIASES
 from projections import current_status, timeline
 from projections.engine import OutdatedViewError
+from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres_errors import Connection
 from projections.rebuild import RebuildRunningError
 from service.app import Service
@@ -429,7 +430,7 @@ async def test_a_difference_is_found(service: Service, dsn: str, connection: Con
 
 async def test_only_one_rebuild_runs_at_a_time(dsn: str, connection: Connection) -> None:
     """A second rebuild is refused while another process runs one."""
-    await connection.execute("SELECT pg_advisory_lock(hashtextextended('rebuild', 0))")
+    await connection.execute(HOLD_REBUILD_LOCK)
     with pytest.raises(RebuildRunningError):
         await rebuilt(dsn)
 

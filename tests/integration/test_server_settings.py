@@ -11,7 +11,9 @@ from uuid import uuid4
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
+from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres_errors import Connection
 from service.database.connections import (
     DedicatedConnection,
@@ -220,7 +222,7 @@ async def test_an_operators_timeouts_do_not_end_a_rebuild(owner_dsn: str, dsn: s
         await connection.execute(f"ALTER DATABASE \"{name}\" SET {setting} = '300ms'")
     async with recorder_with(dsn) as recorder:
         await recorder.record(report("KOM1"))
-    await connection.execute("SELECT pg_advisory_lock(hashtextextended('view timeline', 0))")
+    await connection.execute(HOLD_VIEW_LOCK, "timeline")
     rebuilding = asyncio.create_task(rebuilt(dsn))
     await wait_for_locked(connection)
     await asyncio.sleep(0.6)
@@ -272,3 +274,54 @@ async def test_a_cancelled_wait_for_a_standby_is_no_confirmation(state_template:
         assert (receipt["outcome"], receipt["version"]) == ("advanced", 1)
         assert await operator.fetchval("SELECT count(*) FROM order_events") == 1
         await operator.close()
+
+
+SEQUENCE = "order_events_notification_id_seq"
+
+
+async def test_a_sequence_behind_the_log_appends_nothing(dsn: str, connection: Connection) -> None:
+    """After a cut-over without the sequence, no event gets a position that readers have passed.
+
+    Webhooks get 503 with the statement that ends it, until it is run.
+    """
+    async with serving_client(dsn) as client:
+        for number in range(3):
+            await client.webhook(f"KOM{number}")
+        await connection.execute(f"SELECT setval('{SEQUENCE}', 1)")
+        body = b'{"order_no": "KOM9", "status": "Dikirim"}'
+        assert await client.status("PUT", "/webhook", body) == 503
+        keyed = {"webhook-id": "key-1"}
+        assert await client.status("PUT", "/webhook", body, keyed) == 503
+        assert (await client.get("/readyz", status=503))["cause"] == "unusable"
+        (wrong,) = [finding.text for finding in await check_database(dsn) if "sequence" in finding.text]
+        statement = wrong.partition("as its owner, ")[2]
+        with pytest.raises(UnsupportedServerError, match="at 1, behind the log's head 3"):
+            await prepare_database(dsn)
+        # It gave no position in the meantime.
+        assert await connection.fetchval("SELECT pg_sequence_last_value($1::regclass)", SEQUENCE) == 1
+        await connection.execute(statement)
+        assert (await client.webhook("KOM9", "Dikirim"))["position"] == 4
+        await client.get("/readyz")
+
+
+async def test_a_sequence_that_gives_numbers_in_advance_is_refused(dsn: str, connection: Connection) -> None:
+    """With a cache, each connection has its own numbers, so positions would not rise."""
+    await connection.execute(f"ALTER SEQUENCE {SEQUENCE} CACHE 20 INCREMENT 2")
+    with pytest.raises(UnsupportedServerError, match="increment 2 and cache 20") as refused:
+        await prepare_database(dsn)
+    await connection.execute(str(refused.value).partition("as its owner, ")[2])
+    await prepare_database(dsn)
+
+
+async def test_a_start_without_durable_commits_says_so(
+    owner_dsn: str, dsn: str, connection: Connection
+) -> None:
+    """If the service's commits do not wait for the disk, its log and the check name the setting."""
+    database = owner_dsn.partition("///")[2].partition("?")[0]
+    await connection.execute(f"ALTER DATABASE {database} SET synchronous_commit = off")
+    with capture_logs() as logs:
+        async with serving_client(dsn):
+            pass
+    assert "synchronous_commit is off" in {log.get("setting") for log in logs if log["log_level"] == "warning"}
+    wrong = {finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"}
+    assert "synchronous_commit is off" in wrong

@@ -113,7 +113,7 @@ async def test_a_reader_behind_the_memory_reads_the_database(
 
 async def test_a_slow_reader_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that does not read for too long is disconnected, and its place becomes free."""
-    monkeypatch.setattr("service.api.events.SEND_SECONDS_MAX", 0.5)
+    monkeypatch.setattr("service.http.streaming.SEND_SECONDS_MAX", 0.5)
     monkeypatch.setattr("service.event_log.tail.READERS_MAX", 1)
     body = "x" * 30_000
     async with client.session.get(client.url("/events/stream?after=0")) as response:
@@ -168,7 +168,7 @@ async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.M
 
 async def test_half_an_answer_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """A response that is cut off has no proper end, and nothing follows it on the connection."""
-    monkeypatch.setattr("service.api.events.SEND_SECONDS_MAX", 0.3)
+    monkeypatch.setattr("service.http.streaming.SEND_SECONDS_MAX", 0.3)
     for _ in range(8):
         await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=2**16)

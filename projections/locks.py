@@ -1,0 +1,24 @@
+"""The advisory locks of views. Any role that can connect to the database could take them too.
+
+Their keys begin with the service's name, since the other applications of a database share the same keys.
+"""
+
+from typing import Final
+
+# Only the process that holds this lock writes the view. A later statement reads the position, so that its
+# snapshot is newer than the lock. A row lock on the position would not do: after a swap, a waiting process
+# would continue with the old tables. Both statements take one round trip, so the view's name is filled in.
+BEGIN_WITH_VIEW_LOCK: Final = (
+    "BEGIN; SELECT pg_advisory_xact_lock(hashtextextended('order_tracking view {view}', 0))"
+)
+TAKE_VIEW_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('order_tracking view ' || $1, 0))"
+# Until the connection is closed.
+HOLD_VIEW_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('order_tracking view ' || $1, 0))"
+
+# One rebuild or backup at a time, until the connection is closed.
+HOLD_REBUILD_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('order_tracking rebuild', 0))"
+TRY_REBUILD_LOCK: Final = "SELECT pg_try_advisory_lock(hashtextextended('order_tracking rebuild', 0))"
+
+# The transaction that swaps a view holds this lock. A rebuild waits for it before it drops tables, since the
+# connection with the rebuild lock may have been lost while another process was swapping.
+TAKE_SWAP_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('order_tracking swap', 0))"
