@@ -9,6 +9,7 @@ import time
 from functools import partial
 from typing import Final
 
+from projections.locks import HOLD_VIEW_LOCK
 from service.database.schema import VIEWS
 from tests.faults.fault import expect_status, find_backend
 from tests.faults.resources import children
@@ -102,13 +103,12 @@ async def kill_listener(world: World) -> int:
 
 
 async def crash_before_projection(world: World) -> int:
-    hold = "SELECT pg_advisory_lock(hashtextextended('view ' || name, 0)) FROM unnest($1::text[]) AS name"
     head = "SELECT max(notification_id) FROM order_events"
     for _ in range(2):
         await world.pause()
         connection = await world.connect()
         try:
-            await connection.execute(hold, [view.name for view in VIEWS])
+            await connection.executemany(HOLD_VIEW_LOCK, [(view.name,) for view in VIEWS])
             position: int = await connection.fetchval("SELECT position FROM current_status.projection")
             await world.load.recovered()
             behind = await connection.fetchval(head) - position
