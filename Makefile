@@ -62,7 +62,7 @@ lint: $(VENV)/dev.stamp ## check style, types, imports and prose
 		case "$$output" in *"known vulnerabilit"*) echo "$$output" >&2; exit 1;; esac; \
 		echo "pip-audit: its source is unreachable, nothing was audited"; }
 
-faults: $(VENV)/dev.stamp ## break the service in eighteen ways under load, and check that nothing is lost
+faults: $(VENV)/dev.stamp ## break the service in every known way under load, and check that nothing is lost
 	@$(BIN)/python -m tests.faults $(ARGS)
 
 bench: $(VENV)/dev.stamp ## measure against the named baselines and print the ratios

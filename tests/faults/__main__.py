@@ -15,12 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from service.http.server import raise_open_files_limit
-from tests.faults.faults import FAULTS, Fault
+from tests.faults.fault import Fault
+from tests.faults.faults import FAULTS, OPEN_FAULTS
 from tests.faults.mutations import MUTATIONS
 from tests.faults.run import Outcome, run
 from tests.faults.world import FULL
 
-out: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+out: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def _arguments() -> argparse.Namespace:
@@ -33,7 +34,7 @@ def _arguments() -> argparse.Namespace:
         "--mutation", metavar="NAME", help="prove the harness: a service that must turn out red"
     )
     arguments = parser.parse_args()
-    known = {fault.name: fault for fault in (*FAULTS, *MUTATIONS)}
+    known = {fault.name: fault for fault in (*FAULTS, *OPEN_FAULTS, *MUTATIONS)}
     names = [fault.name for fault in FAULTS if fault.is_short or not arguments.short]
     if arguments.only or arguments.mutation:
         names = (arguments.mutation or arguments.only).split(",")
@@ -67,17 +68,20 @@ def _verdict(outcome: Outcome) -> str:
 
 def _table(outcomes: list[Outcome], seed: int) -> Table:
     table = Table("fault", title=f"faults, seed {seed}")
-    for name in ("times", "acknowledged", "lost", "doubled", "worst outage"):
+    for name in ("times", "acknowledged", "lost", "doubled", "refused", "wrong", "worst outage"):
         table.add_column(name, justify="right")
     table.add_column("promises")
+    table.add_column("the operator sees")
     table.add_column("remarks")
     for outcome in outcomes:
         count = outcome.count
         table.add_row(
             outcome.fault.claim,
-            *(str(outcome.times), f"{count.acknowledged:,}", str(count.lost), str(count.doubled)),
+            str(outcome.times),
+            *(f"{number:,}" for number in count),
             f"{outcome.worst_outage:.2f} s",
             _verdict(outcome),
+            outcome.told,
             outcome.skipped or "; ".join(outcome.remarks),
         )
     return table
@@ -87,7 +91,7 @@ def main() -> int:
     """Run the selected faults, and return the exit code."""
     arguments = _arguments()
     if arguments.list:
-        for fault in (*FAULTS, *MUTATIONS):
+        for fault in (*FAULTS, *OPEN_FAULTS, *MUTATIONS):
             out.print(f"{fault.name:22} {fault.claim}{', short' if fault.is_short else ''}")
         return 0
     # Each of thousands of connections is an open file, both here and in the service.

@@ -1,52 +1,32 @@
-"""Deliberate faults of the service, which the harness must find to prove that it works.
+"""The mutations: faults of a mutant, or of a server that breaks its promise. Each must turn out red."""
 
-Run as a program, this module is a service that acknowledges reports before it commits them. It is the only
-place that replaces code of the service, because it tests the harness.
-"""
-
-import asyncio
-import sys
-from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Final
 
-from domain.order import Order, Report
-from service.cli.main import cli
-from service.event_log import store
-from service.ingest.recorder import Receipt, Recorder, _decide_all, _receipt
-from tests.faults.faults import Fault, kill_service, stop_immediately
+from tests.faults import mutants
+from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
+from tests.faults.maintenance import erase_beside_vacuum
+from tests.faults.network import IDLE_SECONDS, cut, drop_idle
+from tests.faults.operator import Told
+from tests.faults.processes import kill_service, stop_immediately
+from tests.faults.proxy import Cut
+from tests.faults.replication import fail_over, restore_backup
+from tests.faults.server_settings import NOTIFY_SETTINGS, change_defaults, fill_notification_queue
+from tests.faults.stalls import STALLS_PER_SECOND, hold_append_lock
 from tests.faults.world import Layout, World
 
-COMMITTED_AFTER_SECONDS: Final = 0.5
-
-
-class EarlyRecorder:
-    """Acknowledges reports at once, with their future positions, and commits them a moment later."""
-
-    def __init__(self) -> None:
-        self._turn = asyncio.Lock()
-        self._position: int | None = None
-        self._commits: set[asyncio.Task[None]] = set()
-
-    async def record(self, recorder: Recorder, reports: list[Report]) -> list[Receipt]:
-        """Replace ``Recorder._record_together``."""
-        order_nos = {report.order_no for report in reports}
-        events = _decide_all(reports, await recorder._known_states(order_nos))  # noqa: SLF001
-        if self._position is None:
-            async with recorder._locked() as connection:  # noqa: SLF001
-                self._position = await store.head_position(connection)
-        first = self._position + 1
-        self._position += len(events)
-        recorder._states.learn(events)  # noqa: SLF001
-        task = asyncio.create_task(self._commit(recorder, events))
-        self._commits.add(task)
-        task.add_done_callback(self._commits.discard)
-        return [_receipt(event, position) for position, event in enumerate(events, first)]
-
-    async def _commit(self, recorder: Recorder, events: Sequence[Order.StatusReported]) -> None:
-        await asyncio.sleep(COMMITTED_AFTER_SECONDS)
-        # The lock is fair, so the commits follow the order of the acknowledgements.
-        async with self._turn, recorder._locked() as connection:  # noqa: SLF001
-            await store.append(connection, events)
+STALLED: Final = Layout(per_second=STALLS_PER_SECOND)
+# Longer than a report's time.
+STALL_SECONDS: Final = (3.1,)
+LOCK_TABLE_TO_ERASE: Final = """
+    ALTER PROCEDURE erase_order RENAME TO erase_order_at_last;
+    CREATE PROCEDURE erase_order(order_no text, reason text) LANGUAGE plpgsql AS $$
+    BEGIN
+        LOCK TABLE order_events IN SHARE ROW EXCLUSIVE MODE;
+        CALL erase_order_at_last(order_no, reason);
+    END $$
+"""
 
 
 async def stop_before_the_log_is_written(world: World) -> int:
@@ -59,32 +39,95 @@ async def stop_before_the_log_is_written(world: World) -> int:
     return await stop_immediately(world)
 
 
+async def excuse_nothing(world: World) -> int:
+    """Fail over to a standby that lacks commits, as if it had been synchronous."""
+    times = await fail_over(world)
+    world.missing.clear()
+    return times
+
+
+async def lock_table_to_erase(world: World) -> int:
+    """Erase with a lock on the table, which waits for VACUUM."""
+    connection = await world.connect()
+    await connection.execute(LOCK_TABLE_TO_ERASE)
+    await connection.close()
+    return await erase_beside_vacuum(world)
+
+
 MUTATIONS: Final = (
     Fault(
         "asynchronous-commit",
         "synchronous_commit=off and an immediate stop",
         Layout(given_postgres=True, server_settings={"synchronous_commit": "off", "wal_writer_delay": "10s"}),
         stop_before_the_log_is_written,
+        is_short=True,
     ),
     Fault(
         "early-acknowledgement",
         "an acknowledgement before the commit, and kill -9",
-        Layout(given_postgres=True, command=(sys.executable, "-m", __name__)),
+        replace(GIVEN, command=mutants.command(mutants.acknowledge_early)),
         kill_service,
+        is_short=True,
     ),
+    Fault(
+        "asynchronous-standby",
+        "a failover that is believed to be synchronous",
+        replace(PROXIED, standby="asynchronous"),
+        excuse_nothing,
+    ),
+    Fault(
+        "keep-memory",
+        "a restore under a service that keeps what it remembers",
+        replace(GIVEN, command=mutants.command(mutants.keep_memory)),
+        restore_backup,
+        is_short=True,
+    ),
+    Fault(
+        "believe-positions",
+        "a restore under a service that believes every position",
+        replace(GIVEN, command=mutants.command(mutants.believe_positions)),
+        restore_backup,
+    ),
+    Fault(
+        "retry-blindly",
+        "a connection cut after COMMIT, and a retry without a search",
+        replace(PROXIED, command=mutants.command(mutants.retry_blindly)),
+        partial(cut, Cut.AFTER_COMMIT),
+    ),
+    Fault(
+        "use-defaults",
+        "other defaults of the database, which reach the service",
+        replace(OWN, command=mutants.command(mutants.use_defaults)),
+        change_defaults,
+    ),
+    Fault(
+        "require-notifications",
+        "a full notification queue, which fails each append",
+        Layout(
+            given_postgres=True,
+            server_settings=NOTIFY_SETTINGS,
+            command=mutants.command(mutants.require_notifications),
+        ),
+        fill_notification_queue,
+    ),
+    Fault(
+        "use-first-time-limit",
+        "a stall, and a batch with the time limit of its first report",
+        replace(STALLED, command=mutants.command(mutants.use_first_time_limit)),
+        partial(hold_append_lock, STALL_SECONDS),
+    ),
+    Fault(
+        "stay-silent",
+        "a stall, and a service that does not report it",
+        replace(STALLED, command=mutants.command(mutants.stay_silent)),
+        partial(hold_append_lock, STALL_SECONDS),
+        Told(("lock_held",), is_ready=True),
+    ),
+    Fault(
+        "trust-connections",
+        "idle connections dropped, and not probed",
+        replace(PROXIED, command=mutants.command(mutants.trust_connections)),
+        partial(drop_idle, IDLE_SECONDS),
+    ),
+    Fault("lock-table-to-erase", "an erasure with a lock on the table", OWN, lock_table_to_erase),
 )
-
-
-def acknowledge_early() -> None:
-    """Make every recorder of this process acknowledge before it commits."""
-    early = EarlyRecorder()
-
-    async def record(recorder: Recorder, reports: list[Report]) -> Sequence[Receipt]:
-        return await early.record(recorder, reports)
-
-    Recorder._record_together = record  # type: ignore[method-assign, assignment]  # noqa: SLF001
-
-
-if __name__ == "__main__":
-    acknowledge_early()
-    cli()

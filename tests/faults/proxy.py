@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from enum import Enum, auto
 from pathlib import Path
 from typing import Final
@@ -31,16 +32,34 @@ class _Pair:
     def __init__(self) -> None:
         self.appends = False
         self.cut_after_commit = False
+        self._is_dropped = False
+        self._used_at = time.monotonic()
+
+    def use(self, idle_seconds_max: float) -> bool:
+        """Note that data arrived, and return whether it may pass."""
+        now = time.monotonic()
+        self._is_dropped = self._is_dropped or now - self._used_at > idle_seconds_max
+        self._used_at = now
+        return not self._is_dropped
 
 
 class Proxy:
-    """Listens on a Unix socket in ``folder``, as PostgreSQL would."""
+    """Listens on a Unix socket in ``folder``, as PostgreSQL would.
+
+    Attributes:
+        dsn: the server's DSN, through the proxy.
+        server_socket: the socket that new connections are forwarded to.
+        idle_seconds_max: connections that were idle for longer are dropped, as a firewall does: everything that
+            either side still sends on them is swallowed.
+        append_delay_seconds: how long the response to each append is held back.
+    """
 
     def __init__(self, folder: Path, server_socket: Path) -> None:
         self.dsn = f"postgresql:///{NAME}?host={quote(str(folder), safe='')}&port=5432&user={NAME}"
         self.append_delay_seconds = 0.0
+        self.idle_seconds_max = float("inf")
         self._socket = folder / SOCKET_NAME
-        self._server_socket = server_socket
+        self.server_socket = server_socket
         self._next: Cut | None = None
         self._done = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -72,7 +91,7 @@ class Proxy:
         task.add_done_callback(self._tasks.discard)
         with contextlib.suppress(OSError):
             server_reader, server_writer = await asyncio.open_unix_connection(
-                self._server_socket, limit=CHUNK_BYTES
+                self.server_socket, limit=CHUNK_BYTES
             )
             pair = _Pair()
             ways = [
@@ -92,6 +111,8 @@ class Proxy:
         self, pair: _Pair, reader: asyncio.StreamReader, server_writer: asyncio.StreamWriter
     ) -> None:
         while data := await reader.read(CHUNK_BYTES):
+            if not pair.use(self.idle_seconds_max):
+                continue
             if APPEND_MARK in data:
                 pair.appends = True
                 if self._next is Cut.MID_STATEMENT:
@@ -109,6 +130,8 @@ class Proxy:
     async def _answer(self, pair: _Pair, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answered = b""
         while data := await reader.read(CHUNK_BYTES):
+            if not pair.use(self.idle_seconds_max):
+                continue
             is_end = data.endswith(READY_IDLE)
             if pair.cut_after_commit:
                 answered += data

@@ -4,12 +4,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
-from tests.faults.faults import Fault
+from tests.faults.fault import Fault
 from tests.faults.world import Effort, SkippedError, ViolatedError, open_world
 from tests.support import account
 from tests.support.account import Count
 from tests.support.load import NotRecoveredError
+
+NO_COUNT: Final = Count()
 
 
 @dataclass
@@ -18,10 +21,11 @@ class Outcome:
 
     fault: Fault
     times: int = 0
-    count: Count = field(default_factory=lambda: Count(0, 0, 0))
+    count: Count = NO_COUNT
     worst_outage: float = 0.0
     seconds: float = 0.0
     skipped: str = ""
+    told: str = ""
     remarks: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
 
@@ -47,7 +51,8 @@ async def run(fault: Fault, effort: Effort, seed: int) -> Outcome:
                 if fault.layout.has_load:
                     await world.load.recovered()
             with _noted(outcome):
-                outcome.count = await world.settle()
+                outcome.count = await world.settle(fault.told)
+            outcome.told = world.operator.summary(fault.told)
             outcome.worst_outage = account.worst_outage(world.acknowledged(), since)
     except SkippedError as error:
         outcome.skipped = str(error)

@@ -12,16 +12,18 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import asyncpg
 
 from projections.postgres_errors import Connection
-from service.database.embedded_postgres import SOCKET_NAME, EmbeddedPostgres, running_dsn
+from service.database.embedded_postgres import NAME, EmbeddedPostgres, running_dsn
+from tests.faults.operator import Operator, Told
 from tests.faults.proxy import Proxy
 from tests.faults.resources import Resources, children
+from tests.faults.standby import PORT, SYNCHRONOUS, free_address, make_standby, socket_of
 from tests.support import account
-from tests.support.account import Count, Violations
+from tests.support.account import Count, Exempt, Violations
 from tests.support.connections import Connections
 from tests.support.folders import make_folder
 from tests.support.load import Acknowledged, Journal, Load, Tail
@@ -92,8 +94,11 @@ class Layout:
     Args:
         given_postgres: whether the harness runs PostgreSQL instead of the service.
         through_proxy: whether a proxy is between the two; this requires given_postgres.
+        standby: whether a given PostgreSQL has a standby, and how it replicates. Without a proxy, the DSN has
+            both hosts.
         services: the number of processes that share one port; more than one requires given_postgres.
-        has_load: whether reports arrive at the effort's rate; if not, the fault sends its own.
+        per_second: the rate of the reports; 0 for the effort's.
+        has_load: whether reports arrive at that rate; if not, the fault sends its own.
         server_settings: the settings of a given PostgreSQL.
         disk_mb: the size of a separate disk for the state folder; 0 for none.
         command: the command that starts the service.
@@ -101,7 +106,9 @@ class Layout:
 
     given_postgres: bool = False
     through_proxy: bool = False
+    standby: Literal["", "asynchronous", "synchronous"] = ""
     services: int = 1
+    per_second: float = 0.0
     has_load: bool = True
     server_settings: Mapping[str, str] = field(default_factory=dict)
     disk_mb: int = 0
@@ -121,7 +128,9 @@ class World:
         self.violations = Violations()
         self.remarks: list[str] = []
         self.services: list[RunningService] = []
+        # The server that the service must use; after a failover, the standby.
         self.server: EmbeddedPostgres | None = None
+        self._standby: EmbeddedPostgres | None = None
         self.port = _free_port()
         self.connections = Connections(self.port)
         self.journal = Journal(folder / "journal")
@@ -129,10 +138,18 @@ class World:
         self.loads: list[Load] = []
         self.load = self.new_load("KOM")
         self.tail = Tail(self.connections)
-        self._settings: dict[str, str] = {}
+        self.operator = Operator(self.port, self._read_logs)
+        # Reports that an operator's server never had or that an operator erased: see account.Exempt.
+        self.missing: set[str] = set()
+        # Whether readers may be at positions that the log has lost.
+        self.may_be_gone = False
+        self.erased: set[str] = set()
+        self._ended_logs: list[str] = []
+        self._settings: dict[str, str] = {"LOG_FORMAT": "json"}
         self._proxy: Proxy | None = None
         self._baseline: list[Resources] = []
         self._tail_task: asyncio.Task[None] | None = None
+        self._operator_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start all parts, and send reports until everything is warm."""
@@ -152,25 +169,46 @@ class World:
             await in_thread(service.start)
         self._stack.callback(self.connections.close)
         self._tail_task = self.background(self.tail.follow())
+        self._operator_task = self.background(self.operator.watch())
         if self.layout.has_load:
-            self.background(self.load.run(self.effort.per_second))
+            self.background(self.load.run(self.per_second))
             await self.load.recovered()
         self._baseline = self.resources()
 
     async def _start_postgres(self) -> None:
-        self.server = EmbeddedPostgres(self.state_dir, settings=self.layout.server_settings)
+        settings = {**self.layout.server_settings}
+        hosts = [free_address(self.chance), free_address(self.chance)] if self.layout.standby else []
+        if hosts:
+            settings["listen_addresses"] = hosts[0]
+        self.server = EmbeddedPostgres(self.state_dir, settings=settings)
         self._stack.push_async_callback(in_thread, self.server.stop)
         await in_thread(self.server.start)
-        self.background(self.server.keep_running(lambda _line: None))
         dsn = self.server.dsn
+        if hosts:
+            await self._start_standby({**settings, "listen_addresses": hosts[1]})
+            dsn = f"postgresql://{NAME}@{hosts[0]}:{PORT},{hosts[1]}:{PORT}/{NAME}?target_session_attrs=read-write"
+        else:
+            self.background(self.server.keep_running(lambda _line: None))
         if self.layout.through_proxy:
-            self._proxy = Proxy(self.folder / "proxy", self.state_dir / "run" / SOCKET_NAME)
+            self._proxy = Proxy(self.folder / "proxy", socket_of(self.state_dir))
             await self._proxy.start()
             self._stack.push_async_callback(self._proxy.stop)
             dsn = self._proxy.dsn
         self._settings["DATABASE_URL"] = dsn
         if self.layout.services > 1:
             self._settings["REUSE_PORT"] = "true"
+
+    async def _start_standby(self, settings: dict[str, str]) -> None:
+        standby_dir = self.folder / "standby"
+        self._standby = await in_thread(make_standby, self.state_dir, standby_dir, settings)
+        self._stack.push_async_callback(in_thread, self._standby.stop)
+        await in_thread(self._standby.start)
+        if self.layout.standby == "synchronous":
+            connection = await self.connect()
+            for name, value in SYNCHRONOUS.items():
+                await connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+            await connection.execute("SELECT pg_reload_conf()")
+            await connection.close()
 
     def background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run a coroutine concurrently, at most until the world ends."""
@@ -199,9 +237,29 @@ class World:
         return load
 
     @property
+    def per_second(self) -> float:
+        """Return the rate of the reports."""
+        return self.layout.per_second or self.effort.per_second
+
+    @property
     def proxy(self) -> Proxy:
         assert self._proxy is not None
         return self._proxy
+
+    @property
+    def primary(self) -> EmbeddedPostgres:
+        """The given PostgreSQL that the service began with."""
+        assert self.server is not None
+        return self.server
+
+    @property
+    def standby(self) -> EmbeddedPostgres:
+        assert self._standby is not None
+        return self._standby
+
+    @property
+    def standby_socket(self) -> Path:
+        return socket_of(self.folder / "standby")
 
     @property
     def dsn(self) -> str:
@@ -241,41 +299,69 @@ class World:
         await asyncio.sleep(self.chance.uniform(least, most))
 
     async def start_service(self, number: int = 0) -> None:
+        """Start a service process again, which has ended."""
+        self._ended_logs.append(self.services[number].output)
         await in_thread(self.services[number].start)
+
+    def _read_logs(self) -> str:
+        return "".join([*self._ended_logs, *(service.output for service in self.services)])
+
+    async def command(self, *arguments: str, **settings: str) -> tuple[int, str]:
+        """Run a command of the service on this world's database, and return its exit code and output."""
+        ended = await in_thread(partial(run_command, self.state_dir, *arguments, **self._settings | settings))
+        return ended.returncode, ended.stdout + ended.stderr
 
     def expect_in_time(self, holds: bool, line: str) -> None:  # noqa: FBT001 - read as a sentence
         """Check a time limit if this effort is timed."""
         self.violations.expect(holds or not self.effort.is_timed, line)
 
-    async def settle(self) -> Count:
-        """Wait until all loads have ended, and make the account."""
+    async def settle(self, told: Told) -> Count:
+        """Wait until all loads have ended, and make the account.
+
+        Args:
+            told: what the operator must have learned.
+        """
         for load in self.loads:
             await load.finish()
             self.violations.add("orders whose report was never acknowledged", load.unanswered)
         log = await account.read_log(self.dsn)
         await self._end_tail(len(log))
+        exempt = Exempt(frozenset(self.missing), frozenset(self.erased))
         found = account.compare(
-            log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations
+            log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations, exempt=exempt
         )
-        # If reports are lost, the views cannot reach the head of their log.
-        if not found.lost:
+        # If other reports are lost, the views cannot reach the head of their log.
+        if found.lost <= len(self.missing):
             await account.check_views(log, self.connections, self.violations)
-            verify = partial(run_command, self.state_dir, "replay", "--verify", **self._settings)
-            verified = await in_thread(verify)
-            said = verified.stdout + verified.stderr
-            self.violations.expect(verified.returncode == 0, f"replay --verify: {said}")
-        account.check_answers(self.connections, self.effort.answered_seconds_max, self.violations)
+            await self._verify()
+        account.check_answers(
+            self.connections, self.effort.answered_seconds_max, self.violations, may_be_gone=self.may_be_gone
+        )
         self.connections.close()
+        refused = sum(len(load.refused) for load in self.loads)
+        await self._end(self._operator_task)
+        await self.operator.account(told, refused, self.violations, was_restarted=bool(self._ended_logs))
         await self._check_resources()
-        return found
+        return found._replace(refused=refused, wrong=self.violations.wrong)
+
+    async def _verify(self) -> None:
+        """Compare the views with a replay, and check the installation."""
+        code, output = await self.command("replay", "--verify")
+        if code:
+            self.violations.add_wrong("replay --verify", output.strip().splitlines()[-1:])
+        _, output = await self.command("check")
+        self.violations.add("findings of check", [line for line in output.splitlines() if "WRONG" in line])
 
     async def _end_tail(self, events: int) -> None:
         due = time.monotonic() + PATIENCE_SECONDS
         while len(self.tail.seen) < events and time.monotonic() < due:  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.05)
-        assert self._tail_task is not None
-        self._tail_task.cancel()
-        await asyncio.gather(self._tail_task, return_exceptions=True)
+        await self._end(self._tail_task)
+
+    async def _end(self, task: "asyncio.Task[None] | None") -> None:
+        assert task is not None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     async def _check_resources(self) -> None:
         due = time.monotonic() + PATIENCE_SECONDS

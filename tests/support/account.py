@@ -12,12 +12,12 @@ from typing import Any, Final, NamedTuple
 import asyncpg
 import orjson
 
-from domain.order import Order
+from domain.order import NEW_ORDER, Arrival, Order, OrderState, Report, decide, evolve
 from projections import current_status
 from projections.current_status import to_order
 from service.event_log.codec import decode_event
 from service.http.responses import JSON_OPTIONS
-from tests.support.connections import OK, UNAVAILABLE, Connections, get
+from tests.support.connections import GONE, OK, UNAVAILABLE, Connections, get
 from tests.support.load import Acknowledged
 from tests.support.waiting import PATIENCE_SECONDS
 
@@ -34,9 +34,10 @@ Logged = tuple[int, Order.StatusReported]
 
 @dataclass
 class Violations:
-    """The violated promises, one line each."""
+    """The violated promises, one line each, and the number of wrong events, views and responses among them."""
 
     lines: list[str] = field(default_factory=list)
+    wrong: int = 0
 
     def expect(self, holds: bool, line: str) -> None:  # noqa: FBT001 - read as a sentence
         if not holds:
@@ -50,13 +51,43 @@ class Violations:
             self.lines.append(f"{len(items)} {kind}: {examples}")
         return len(items)
 
+    def add_wrong(self, kind: str, violations: Iterable[object]) -> None:
+        """Add one line for all wrong events, views or responses of a kind."""
+        self.wrong += self.add(kind, violations)
+
 
 class Count(NamedTuple):
-    """The numbers of an account."""
+    """The numbers of an account.
 
-    acknowledged: int
-    lost: int
-    doubled: int
+    Attributes:
+        acknowledged: responses of 200.
+        lost: acknowledged reports that are not in the log.
+        doubled: events that no report needed.
+        refused: responses of 503 to webhooks.
+        wrong: versions after a gap, verdicts that do not follow from the log, differences between views and
+            log, and unexpected responses.
+    """
+
+    acknowledged: int = 0
+    lost: int = 0
+    doubled: int = 0
+    refused: int = 0
+    wrong: int = 0
+
+
+class Exempt(NamedTuple):
+    """The changes of the log that the operator made.
+
+    Attributes:
+        missing: the report_ids that the server of a failover, or the backup of a restore, never had.
+        erased: the erased orders, whose events have no body.
+    """
+
+    missing: frozenset[str] = frozenset()
+    erased: frozenset[str] = frozenset()
+
+
+NOTHING: Final = Exempt()
 
 
 async def read_log(dsn: str) -> list[Logged]:
@@ -75,6 +106,8 @@ def compare(
     acknowledged: Sequence[Acknowledged],
     tail: Sequence[tuple[int, str, int, str]],
     violations: Violations,
+    *,
+    exempt: Exempt = NOTHING,
 ) -> Count:
     """Compare the log with intents, receipts and the live tail.
 
@@ -84,32 +117,44 @@ def compare(
         acknowledged: every 200 response.
         tail: position, order, version and report_id of every event that the live tail received.
         violations: receives a line for every difference.
+        exempt: the reports that the operator lost or erased; exactly these must be missing.
     """
-    recorded = Counter(event.body for _, event in log)
-    receipts = Counter(one.body for one in acknowledged)
+    recorded = Counter(event.body for _, event in log if event.originator_id not in exempt.erased)
+    attempts = Counter({body: times for body, times in attempts.items() if not _is_erased(body, exempt)})
+    receipts = Counter(
+        one.body
+        for one in acknowledged
+        if one.receipt["report_id"] not in exempt.missing and not _is_erased(one.body, exempt)
+    )
     violations.add("events without an intent", recorded.keys() - attempts.keys())
-    doubled = sum((recorded - attempts).values())
+    doubled = (recorded - attempts).total()
     violations.add("bodies recorded more often than sent", recorded - attempts)
     report_ids = Counter(event.report_id for _, event in log)
     duplicates = [report_id for report_id, times in report_ids.items() if times > 1]
-    doubled += violations.add("report_ids in more than one event", duplicates)
+    # The same event may be both.
+    doubled = max(doubled, violations.add("report_ids in more than one event", duplicates))
     violations.add("bodies recorded less often than acknowledged", receipts - recorded)
     receipt_ids = Counter(one.receipt["report_id"] for one in acknowledged)
     violations.add("receipts for the same event", [key for key, times in receipt_ids.items() if times > 1])
 
     by_id = {event.report_id: (position, event) for position, event in log}
-    lost = [one for one in acknowledged if not _is_recorded(one, by_id)]
-    violations.add("receipts without an event that equals them", [one.receipt for one in lost])
-    violations.add("versions after a gap", _gaps(log))
-    violations.add(
-        "orders with a single report whose verdicts are not advanced, then repeated", _misjudged(log)
+    lost = [one for one in acknowledged if not _is_recorded(one, by_id, exempt)]
+    unexplained = [one.receipt for one in lost if one.receipt["report_id"] not in exempt.missing]
+    violations.add("receipts without an event that equals them", unexplained)
+    violations.add("events that the server never had", exempt.missing & by_id.keys())
+    violations.add("events of erased orders with a body", _unerased(log, exempt))
+    violations.add_wrong("versions after a gap", _gaps(log))
+    violations.add_wrong("events that do not follow from their order's previous event", _misdecided(log))
+    violations.add_wrong(
+        "orders with a single report whose verdicts are not advanced, then repeated",
+        [order_no for order_no in _misjudged(log) if order_no not in exempt.erased],
     )
     expected = [(position, e.originator_id, e.originator_version, e.report_id) for position, e in log]
     if list(tail) != expected:
         differences = [pair for pair in zip(tail, expected, strict=False) if pair[0] != pair[1]]
-        violations.lines.append(
-            f"the live tail received {len(tail)} events, the log has {len(expected)}; "
-            f"first difference: {differences[:1]}"
+        violations.add_wrong(
+            f"difference between the live tail, which received {len(tail)} events, and the log",
+            [differences[:1] or f"{len(expected)} events in the log"],
         )
     return Count(len(acknowledged), len(lost), doubled)
 
@@ -123,9 +168,17 @@ def worst_outage(acknowledged: Sequence[Acknowledged], since: float) -> float:
     )
 
 
-def _is_recorded(one: Acknowledged, by_id: dict[str, Logged]) -> bool:
+def _is_erased(body: str, exempt: Exempt) -> bool:
+    return bool(exempt.erased) and json.loads(body)["order_no"] in exempt.erased
+
+
+def _unerased(log: Sequence[Logged], exempt: Exempt) -> list[str]:
+    return [event.report_id for _, event in log if event.originator_id in exempt.erased and event.body]
+
+
+def _is_recorded(one: Acknowledged, by_id: dict[str, Logged], exempt: Exempt) -> bool:
     position, event = by_id.get(one.receipt["report_id"], (0, None))
-    if event is None or event.body != one.body:
+    if event is None or (event.body != one.body and event.originator_id not in exempt.erased):
         return False
     receipt = (one.receipt["position"], one.receipt["version"], one.receipt["order_no"], one.receipt["outcome"])
     return receipt == (position, event.originator_version, event.originator_id, event.verdict)
@@ -139,6 +192,27 @@ def _gaps(log: Sequence[Logged]) -> list[str]:
         if event.originator_version != versions[event.originator_id]:
             gaps.append(f"{event.originator_id} version {event.originator_version}")
     return gaps
+
+
+def _misdecided(log: Sequence[Logged]) -> list[str]:
+    """Return the events that a decision on the order's previous event in the log does not give."""
+    states: defaultdict[str, OrderState] = defaultdict(lambda: NEW_ORDER)
+    differences = []
+    for _, event in log:
+        report = Report(
+            Arrival(event.report_id, event.timestamp, event.remote),
+            event.originator_id,
+            event.reported_status,
+            event.reported_cnote,
+            event.body,
+            event.occurred_at,
+            event.quarantine_id,
+        )
+        decided = decide(states[event.originator_id], report)
+        if vars(decided) != vars(event):
+            differences.append(f"{event.originator_id} version {event.originator_version}")
+        states[event.originator_id] = evolve(states[event.originator_id], event)
+    return differences
 
 
 def _misjudged(log: Sequence[Logged]) -> list[str]:
@@ -160,7 +234,8 @@ async def check_views(log: Sequence[Logged], connections: Connections, violation
     due = time.monotonic() + PATIENCE_SECONDS
     while (positions := await _view_positions(connections)) != {head}:
         if time.monotonic() > due:
-            violations.lines.append(f"the views are at positions {positions}, the log is at {head}")
+            behind = f"they are at positions {positions}, the log is at {head}"
+            violations.add_wrong("view that does not reach the head", [behind])
             return
         await asyncio.sleep(0.05)
     rows: dict[str, current_status.Row] = {}
@@ -171,7 +246,7 @@ async def check_views(log: Sequence[Logged], connections: Connections, violation
     differences = [
         order_no for order_no in folded.keys() | served.keys() if folded.get(order_no) != served.get(order_no)
     ]
-    violations.add("orders that differ between the API and the log", sorted(differences))
+    violations.add_wrong("orders that differ between the API and the log", sorted(differences))
 
 
 async def _view_positions(connections: Connections) -> set[int]:
@@ -194,10 +269,13 @@ async def _every_order(connections: Connections) -> list[dict[str, Any]]:
     return orders
 
 
-def check_answers(connections: Connections, seconds_max: float, violations: Violations) -> None:
-    """Expect only 200, or 503 with Retry-After, each within ``seconds_max``."""
-    unexpected = {s: n for s, n in connections.answers.items() if s not in (OK, UNAVAILABLE)}
-    violations.expect(not unexpected, f"responses other than 200 and 503: {unexpected}")
+def check_answers(
+    connections: Connections, seconds_max: float, violations: Violations, *, may_be_gone: bool
+) -> None:
+    """Expect only 200, or 503 with Retry-After, each within ``seconds_max``; 410 if readers saw lost events."""
+    expected = (OK, UNAVAILABLE, GONE) if may_be_gone else (OK, UNAVAILABLE)
+    unexpected = [f"{times} of {s}" for s, times in connections.answers.items() if s not in expected]
+    violations.add_wrong("kinds of responses other than 200 and 503", unexpected)
     violations.expect(
         connections.bare_refusals == 0, f"{connections.bare_refusals} responses of 503 without Retry-After"
     )

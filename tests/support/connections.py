@@ -11,6 +11,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 # Far beyond the time limit of a request: a service that is silent for this long has dropped the request.
 ANSWER_SECONDS_MAX: Final = PATIENCE_SECONDS
 OK: Final = 200
+GONE: Final = 410
 UNAVAILABLE: Final = 503
 _LENGTH: Final = re.compile(rb"\r\ncontent-length: (\d+)", re.IGNORECASE)
 _RETRY_AFTER: Final = re.compile(rb"\r\nretry-after: (\d+)", re.IGNORECASE)

@@ -10,8 +10,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from tests.support.connections import OK, UNAVAILABLE, Answer, Connections, get, put
-from tests.support.waiting import PATIENCE_SECONDS
+from tests.support.connections import GONE, OK, UNAVAILABLE, Answer, Connections, get, put
+from tests.support.waiting import PATIENCE_SECONDS, until_async
 
 # At this limit, due reports are skipped and counted, because the load no longer follows its schedule.
 IN_FLIGHT_MAX: Final = 4_000
@@ -70,6 +70,8 @@ class Load:
         self.connections = connections
         self.journal = journal
         self.acknowledged: list[Acknowledged] = []
+        # The duration of each response of 503, in seconds.
+        self.refused: list[float] = []
         self.unanswered: list[str] = []
         self.skipped = 0
         self.retries = True
@@ -77,6 +79,8 @@ class Load:
         self._name = name
         self._numbers = count(1)
         self._stopped = asyncio.Event()
+        self._sending = asyncio.Event()
+        self._sending.set()
         self._given_up = asyncio.Event()
         self._in_flight: set[asyncio.Task[None]] = set()
 
@@ -85,6 +89,10 @@ class Load:
         began = time.monotonic()
         for number in count():
             await asyncio.sleep(max(0.0, began + number / per_second - time.monotonic()))
+            if not self._sending.is_set():
+                paused = time.monotonic()
+                await self._sending.wait()
+                began += time.monotonic() - paused
             if self._stopped.is_set():
                 return
             if len(self._in_flight) >= IN_FLIGHT_MAX:
@@ -93,6 +101,21 @@ class Load:
             task = asyncio.create_task(self._report())
             self._in_flight.add(task)
             task.add_done_callback(self._in_flight.discard)
+
+    def pause(self) -> None:
+        """Send no new reports until ``resume``. Unanswered ones are still sent again."""
+        self._sending.clear()
+
+    def resume(self) -> None:
+        """Continue the schedule."""
+        self._sending.set()
+
+    async def quiet(self) -> None:
+        """Pause, and wait until every report has its final response."""
+        self.pause()
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while self._in_flight:
+                await asyncio.wait({*self._in_flight})
 
     async def finish(self) -> None:
         """End the schedule, and wait for the reports in flight."""
@@ -117,6 +140,8 @@ class Load:
         if answer is not None and answer.status == OK:
             receipt = json.loads(answer.body)
             self.acknowledged.append(Acknowledged(body, receipt, time.monotonic(), answer.seconds))
+        elif answer is not None and answer.status == UNAVAILABLE:
+            self.refused.append(answer.seconds)
         return answer
 
     async def attempt_all(self, bodies: Iterator[str], callers: int) -> None:
@@ -150,6 +175,16 @@ class Load:
                 raise NotRecoveredError(f"no reports are acknowledged: {dict(self.connections.answers)}")
             await asyncio.sleep(0.02)
 
+    async def proceeds(self, more: int = 100) -> bool:
+        """Wait until the service acknowledges the load; return whether it did so without a refusal."""
+        target, refused = len(self.acknowledged) + more, len(self.refused)
+
+        async def is_decided() -> bool:
+            return len(self.acknowledged) >= target or len(self.refused) > refused
+
+        await until_async(is_decided)
+        return len(self.refused) == refused
+
     def p99_seconds(self, since: float) -> float:
         """Return the 99th percentile of the duration of the 200 responses after a moment."""
         took = sorted(one.seconds for one in self.acknowledged if one.at > since)
@@ -181,17 +216,24 @@ async def request_all(connections: Connections, requests: Iterator[bytes], calle
 
 
 class Tail:
-    """A reader that follows the growing log over HTTP and never rereads an event."""
+    """A reader that follows the growing log over HTTP and never rereads an event.
+
+    If the log has lost its last event (410), it begins again.
+    """
 
     def __init__(self, connections: Connections) -> None:
         self.seen: list[tuple[int, str, int, str]] = []
+        self.times_gone = 0
         self._connections = connections
 
     async def follow(self) -> None:
         """Read until cancelled, and try again after an error or a missing response."""
         while True:
-            after = self.seen[-1][0] if self.seen else 0
-            answer = await self._connections.request(get(f"/events?after={after}&limit={TAIL_PAGE_EVENTS}"))
+            place = ""
+            if self.seen:
+                position, _, _, report_id = self.seen[-1]
+                place = f"&after={position}&last={report_id}"
+            answer = await self._connections.request(get(f"/events?limit={TAIL_PAGE_EVENTS}{place}"))
             if answer is not None and answer.status == OK:
                 page = json.loads(answer.body)["events"]
                 self.seen += [
@@ -200,4 +242,7 @@ class Tail:
                 ]
                 if len(page) == TAIL_PAGE_EVENTS:
                     continue
+            elif answer is not None and answer.status == GONE:
+                self.times_gone += 1
+                self.seen.clear()
             await asyncio.sleep(TAIL_PAUSE_SECONDS)

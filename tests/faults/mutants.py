@@ -1,0 +1,171 @@
+"""Mutants: services with one deliberate fault each, which the harness must find to prove that it works.
+
+Run as a program with a mutant's name and a command, this module is that service. It is the only place that
+replaces code of the service, because it tests the harness.
+"""
+
+import asyncio
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Final
+
+from domain.order import Order, Report
+from projections.postgres_errors import Connection
+from service.api import events
+from service.app import Service
+from service.batcher import Batcher
+from service.cli.main import cli
+from service.database import connections
+from service.event_log import store
+from service.ingest.recorder import Receipt, Recorder, _decide_all, _receipt
+from service.ingest.refusals import Refusals
+
+COMMITTED_AFTER_SECONDS: Final = 0.5
+# A position beyond every log.
+FAR: Final = 2**62
+
+
+class EarlyRecorder:
+    """Acknowledges reports at once, with their future positions, and commits them a moment later."""
+
+    def __init__(self) -> None:
+        self._turn = asyncio.Lock()
+        self._position: int | None = None
+        self._commits: set[asyncio.Task[None]] = set()
+
+    async def record(self, recorder: Recorder, reports: list[Report]) -> list[Receipt]:
+        """Replace ``Recorder._record_together``."""
+        order_nos = {report.order_no for report in reports}
+        events = _decide_all(reports, await recorder._known_states(order_nos))  # noqa: SLF001
+        if self._position is None:
+            async with recorder._locked() as connection:  # noqa: SLF001
+                self._position = await store.head_position(connection)
+        first = self._position + 1
+        self._position += len(events)
+        recorder._states.learn(events)  # noqa: SLF001
+        task = asyncio.create_task(self._commit(recorder, events))
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+        return [_receipt(event, position) for position, event in enumerate(events, first)]
+
+    async def _commit(self, recorder: Recorder, events: Sequence[Order.StatusReported]) -> None:
+        await asyncio.sleep(COMMITTED_AFTER_SECONDS)
+        # The lock is fair, so the commits follow the order of the acknowledgements.
+        async with self._turn, recorder._locked() as connection:  # noqa: SLF001
+            await store.append(connection, events)
+
+
+def _replace(owner: object, name: str, code: object) -> None:
+    assert hasattr(owner, name)
+    setattr(owner, name, code)
+
+
+def acknowledge_early() -> None:
+    """Acknowledge reports before they are committed."""
+    early = EarlyRecorder()
+
+    async def record(recorder: Recorder, reports: list[Report]) -> Sequence[Receipt]:
+        return await early.record(recorder, reports)
+
+    _replace(Recorder, "_record_together", record)
+
+
+def keep_memory() -> None:
+    """Keep the order states and the log's tail when a connection is opened again."""
+
+    async def append(recorder: Recorder, sent: list[Order.StatusReported], _times_opened: int) -> list[int]:
+        async with recorder._dedicated.connection() as connection:  # noqa: SLF001
+            return await store.append(connection, sent)
+
+    _replace(Service, "_forget", lambda _service: None)
+    _replace(Recorder, "_append", append)
+
+
+def retry_blindly() -> None:
+    """Record again after a lost connection, without a search for the events that may be committed."""
+
+    async def find_nothing(_connection: Connection, _events: Sequence[Order.StatusReported]) -> None:
+        return None
+
+    _replace(store, "find_positions", find_nothing)
+
+
+def use_defaults() -> None:
+    """Leave isolation, read-only mode and timeouts to the database's defaults."""
+    for name in [*connections.SERVER_SETTINGS]:
+        if name.startswith("default_transaction") or name.endswith("_timeout"):
+            del connections.SERVER_SETTINGS[name]
+
+
+def use_first_time_limit() -> None:
+    """Give every report in a batch the time limit of the first one."""
+    work_on = Batcher._work_on  # noqa: SLF001
+
+    async def work_on_in_time(batcher: Batcher[Any, Any], batch: list[Any]) -> None:
+        work, (_, _, first_due, _) = batcher._work, batch[0]  # noqa: SLF001
+        batcher._work = lambda items, _last_due: work(items, first_due)  # noqa: SLF001
+        try:
+            await work_on(batcher, batch)
+        finally:
+            batcher._work = work  # noqa: SLF001
+
+    _replace(Batcher, "_work_on", work_on_in_time)
+
+
+def trust_connections() -> None:
+    """Use idle connections without a probe."""
+
+    async def trust(_connection: Connection) -> None:
+        pass
+
+    _replace(connections, "_terminate_if_silent", trust)
+
+
+def require_notifications() -> None:
+    """Append no event without its notification."""
+    _replace(store, "APPEND_SILENTLY", store.APPEND)
+
+
+def stay_silent() -> None:
+    """Neither count nor log refused webhooks."""
+
+    async def ignore(_refusals: Refusals, _error: Exception) -> None:
+        pass
+
+    _replace(Refusals, "count", ignore)
+
+
+def believe_positions() -> None:
+    """Take every position of a reader to be within the log."""
+
+    async def far(_connection: Connection) -> int:
+        return FAR
+
+    _replace(events, "store", SimpleNamespace(**{**vars(store), "head_position": far}))
+
+
+MUTANTS: Final[dict[str, Callable[[], None]]] = {
+    mutant.__name__.replace("_", "-"): mutant
+    for mutant in (
+        acknowledge_early,
+        keep_memory,
+        retry_blindly,
+        use_defaults,
+        use_first_time_limit,
+        trust_connections,
+        require_notifications,
+        stay_silent,
+        believe_positions,
+    )
+}
+
+
+def command(mutant: Callable[[], None]) -> tuple[str, ...]:
+    """Return the command that starts a mutant."""
+    return sys.executable, "-m", __name__, mutant.__name__.replace("_", "-")
+
+
+if __name__ == "__main__":
+    MUTANTS[sys.argv.pop(1)]()
+    cli()
