@@ -13,7 +13,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.order import Arrival, Order, Report
 from projections.postgres_errors import Connection
 from service.batcher import OverloadedError
-from service.database.connections import DedicatedConnection
+from service.database.connections import DedicatedConnection, StorageUnavailableError
 from service.database.sequences import require_rising_numbers
 from service.event_log.codec import decode_event
 from service.ingest.parser import parse
@@ -247,9 +247,10 @@ class Quarantine:
                 quarantine_id: int | None = await connection.fetchval(
                     KEEP_BODY, body, reason, arrival.remote, arrival.received_at, since, self._hourly_max
                 )
-            except asyncpg.UniqueViolationError:
+            except asyncpg.UniqueViolationError as error:
                 await require_rising_numbers(connection)
-                raise
+                # The number that was taken was the last one.
+                raise StorageUnavailableError(str(error)) from error
         if quarantine_id is None:
             self._refuse()
             raise OverloadedError("the quarantine is full: too many unparseable bodies within an hour")

@@ -330,7 +330,7 @@ async def test_a_start_without_durable_commits_says_so(
 async def test_a_quarantine_sequence_behind_its_table_is_named(dsn: str, connection: Connection) -> None:
     """An unparseable body gets 503 and the check names the statement that ends it."""
     async with serving_client(dsn) as client:
-        for text in (b"one", b"two"):
+        for text in (b"one", b"two", b"more"):
             await client.raw(text)
         await connection.execute("SELECT setval('quarantine_quarantine_id_seq', 1)")
         assert await client.status("PUT", "/webhook", b"three") == 503
