@@ -89,7 +89,7 @@ class Service:
         quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
         projectors = [*self.projectors.values()]
         refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
-        self.metrics = Metrics(self.pool, projectors, quarantine, refusals, lambda: self.recorder.waiting)
+        self.metrics = Metrics(self.pool, projectors, quarantine, refusals, lambda: self.recorder)
         self.recorder = Recorder(
             self.append_connection,
             self._on_commit,

@@ -22,6 +22,7 @@ from service.http.parameters import Query
 from service.http.request_ids import route_pattern
 from service.http.responses import response
 from service.ingest.quarantine import Quarantine, count_entries
+from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
 
 # If the database does not answer a scrape within this time, the gauges that need it are missing.
@@ -46,7 +47,7 @@ class Metrics:
         projectors: the views' projectors.
         quarantine: the quarantine, which counts its own bodies.
         refusals: the webhooks that got 503.
-        waiting: returns the number of reports that wait for their commit.
+        recorder: returns the recorder, which is made after the metrics that it reports to.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class Metrics:
         projectors: Sequence[Projector],
         quarantine: Quarantine,
         refusals: Refusals,
-        waiting: Callable[[], int],
+        recorder: Callable[[], Recorder],
     ) -> None:
         self._pool = pool
         self._projectors = projectors
         self._quarantine = quarantine
         self._refusals = refusals
-        self._waiting = waiting
+        self._recorder = recorder
         self._outcomes: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         self._last_received = 0.0
         self._lags: list[Lag] = []
@@ -136,7 +137,14 @@ class Metrics:
         for cause, count in self._refusals.counts.items():
             refusals.add_metric([cause], count)
         yield refusals
-        yield GaugeMetricFamily("webhook_queue_reports", "Reports that wait for their commit.", self._waiting())
+        yield GaugeMetricFamily(
+            "webhook_queue_reports", "Reports that wait for their commit.", self._recorder().waiting
+        )
+        yield CounterMetricFamily(
+            "log_losses",
+            "How often the database came back without acknowledged reports.",
+            self._recorder().losses,
+        )
         last = max(self._last_received, self._quarantine.last_kept)
         if last:
             yield GaugeMetricFamily(

@@ -55,11 +55,19 @@ OWNER_ROLE: Final = "order_tracking_owner"
 SERVICE_ROLE: Final = "order_tracking_service"
 IS_SERVICE: Final = "SELECT current_user = 'order_tracking_service'"
 # Roles belong to the server, rights to a database: the service's role may exist without rights in this one.
+# The role may exist for another database of the server, without rights in this one.
 MAY_ACT_AS_SERVICE: Final = """
     SELECT pg_has_role(session_user, oid, 'MEMBER')
-       AND has_column_privilege(oid, 'public.order_events', 'state', 'INSERT')
+       AND has_table_privilege(oid, 'public.order_events', 'SELECT')
     FROM pg_roles WHERE rolname = 'order_tracking_service'
 """
+MAY_APPEND: Final = """
+    SELECT bool_and(has_column_privilege('public.order_events', name, 'INSERT'))
+    FROM unnest(ARRAY['originator_id', 'originator_version', 'topic', 'state']) AS name
+"""
+GRANT_APPEND: Final = (
+    "GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service"
+)
 MAY_ACT_AS_OWNER: Final = """
     SELECT pg_has_role(session_user, roles.oid, 'MEMBER')
     FROM pg_roles AS roles JOIN pg_class ON relowner = roles.oid
@@ -222,7 +230,13 @@ async def service_dsn(dsn: str) -> str:
         await check_version(connection)
         if await connection.fetchval(IS_SERVICE) or not await connection.fetchval(MAY_ACT_AS_SERVICE):
             return dsn
-    return await _service_login(dsn) or as_role(dsn, SERVICE_ROLE)
+    own = await _service_login(dsn) or as_role(dsn, SERVICE_ROLE)
+    async with connected(own) as connection:
+        if not await connection.fetchval(MAY_APPEND):
+            raise SchemaError(
+                f"the service's role may not append to the log: run, as its owner, {GRANT_APPEND}"
+            )
+    return own
 
 
 async def _service_login(dsn: str) -> str | None:

@@ -85,6 +85,7 @@ APPEND: Final = """
     RETURNING originator_id, originator_version, notification_id
 """
 
+CLEAR_NOTIFICATIONS: Final = "SELECT pg_notification_queue_usage()"
 # The same without the notification, which is only a hint: listeners also poll.
 APPEND_SILENTLY: Final = APPEND.replace(", pg_notify('order_events', '')", "")
 
@@ -189,6 +190,8 @@ async def append(connection: Connection, events: Sequence[Order.StatusReported])
                 rows = await connection.fetch(APPEND, *values)
             except asyncpg.ProgramLimitExceededError:
                 rows = await connection.fetch(APPEND_SILENTLY, *values)
+                # PostgreSQL drops what every listener has read only when it is asked.
+                await connection.execute(CLEAR_NOTIFICATIONS)
     except asyncpg.UniqueViolationError as error:
         raise VersionTakenError(str(error)) from error
     if not rows:

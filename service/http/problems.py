@@ -46,7 +46,7 @@ class ProblemType(Enum):
     BEYOND_HEAD = (
         410,
         "Beyond the head",
-        "The log ends before this position: a failover or a restore has lost events. Begin again after `head`.",
+        "The log ends before this position: a failover or a restore lost events. Begin again before the loss.",
     )
     ANOTHER_EVENT = (
         410,
@@ -117,7 +117,7 @@ def unavailable(detail: str, **members: Any) -> ProblemError:
 
 def beyond_head(position: int, head: int) -> ProblemError:
     """Return the problem for a position that the log has lost, or never had."""
-    detail = f"the log ends at position {head}, before {position}: read it again after that position"
+    detail = f"the log ends at position {head}, before {position}: begin again before the loss of events"
     return ProblemError(ProblemType.BEYOND_HEAD, detail, position=position, head=head)
 
 

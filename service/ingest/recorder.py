@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Final, Literal, NamedTuple, NotRequired, Protocol
 
+import structlog
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from domain.order import Order, OrderState, Report, decide, evolve
@@ -36,6 +37,9 @@ WAIT_SECONDS_MAX: Final = 0.4
 CLAIMED_REPORTS_MAX: Final = 64
 # About 500 bytes each: 50 MB.
 ORDER_STATES_MAX: Final = 100_000
+
+
+logger = structlog.get_logger()
 
 
 class Receipt(TypedDict):
@@ -104,6 +108,10 @@ class Recorder:
         self._states = OrderStates(ORDER_STATES_MAX)
         self._claimed_waiting = 0
         self._trouble: Exception | None = None
+        # The last commit, and how often the connection was opened when it was last known to be in the log.
+        self._last: tuple[Order.StatusReported, int] | None = None
+        self._looked_at = 0
+        self.losses = 0
         self._batcher: Batcher[Report, Receipt] = Batcher(
             self._record_batch,
             batch_items_max=BATCH_REPORTS_MAX,
@@ -209,7 +217,7 @@ class Recorder:
 
     async def _append(self, events: list[Order.StatusReported], times_opened: int) -> list[int]:
         async with self._dedicated.connection() as connection:
-            if self._dedicated.times_opened != times_opened:
+            if not times_opened == self._looked_at == self._dedicated.times_opened:
                 # The states may come from commits that this server has lost, and be ahead of its log.
                 raise VersionTakenError
             warnings = self._dedicated.warnings
@@ -301,12 +309,26 @@ class Recorder:
         warnings = self._dedicated.warnings
         async with self._dedicated.transaction(store.BEGIN_LOCKED) as connection:
             await store.take_append_lock(connection)
+            if self._looked_at != self._dedicated.times_opened:
+                await self._look_for_last(connection)
+                self._looked_at = self._dedicated.times_opened
             yield connection
         if self._dedicated.warnings != warnings:
             raise UnreplicatedCommitError("the commit's wait for a standby was cancelled")
 
+    async def _look_for_last(self, connection: Connection) -> None:
+        """Report whether the log still has the last commit: a failover or a restore may have lost it."""
+        if self._last is None:
+            return
+        event, position = self._last
+        if await store.find_positions(connection, [event]) is None:
+            self.losses += 1
+            head = await store.head_position(connection)
+            logger.error("the database has lost acknowledged reports", last_position=position, head=head)
+
     def _commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self._trouble = None
+        self._last = events[-1], positions[-1]
         self._states.learn(events)
         self._on_commit(events, positions)
 

@@ -22,6 +22,7 @@ TRIGGERS: Final = """
 """
 EXPECTED_TRIGGERS: Final = ("order_events_immutable", "order_events_kept")
 SERVER_VERSION: Final = "SHOW server_version"
+IS_STANDBY: Final = "SELECT pg_is_in_recovery()"
 # The rights of the role that the service runs as. A role that may insert a position or a time can forge events.
 ROLE: Final = """
     SELECT current_user::text AS name, session_user = current_user AS is_login,
@@ -83,6 +84,8 @@ async def check_database(dsn: str) -> list[Finding]:
         return [_wrong(f"the database cannot be used: {error}")]
     try:
         findings = [_ok(f"PostgreSQL {await connection.fetchval(SERVER_VERSION)} responds")]
+        if await connection.fetchval(IS_STANDBY):
+            findings.append(_wrong("the database is a standby, which cannot record webhooks"))
         try:
             await check_version(connection)
         except SchemaError as error:

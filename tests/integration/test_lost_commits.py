@@ -7,6 +7,7 @@ is left.
 from collections.abc import AsyncIterator
 
 import pytest
+from structlog.testing import capture_logs
 
 from projections import current_status
 from projections.postgres_errors import Connection
@@ -49,8 +50,11 @@ async def test_an_order_goes_on_from_its_last_event_in_the_log(
     server.put_back(dsn, copy)
     # The recorder opens a connection, without an error that would make it read the order again.
     await until_async(is_closed)
-    receipt = await service.recorder.record(report("KOM1", "Dijemput"))
+    with capture_logs() as logs:
+        receipt = await service.recorder.record(report("KOM1", "Dijemput"))
     assert (receipt["outcome"], receipt["version"], receipt["status"]) == ("advanced", 3, "picked_up")
+    (lost,) = [log for log in logs if log["event"] == "the database has lost acknowledged reports"]
+    assert (lost["last_position"], lost["head"], service.recorder.losses) == (5, 2, 1)
     connection = await connect(dsn)
     assert await versions(connection, "KOM1") == [1, 2, 3]
     await connection.close()
@@ -140,12 +144,19 @@ async def test_a_live_reader_of_lost_events_reconnects_and_learns_of_it(
     """A stream ends when the log has lost events that it sent; the reader's next request gets 410."""
     await client.webhook("KOM1")
     copy = server.copy(dsn)
+
+    async def responds() -> bool:
+        # The copy has closed the service's connections.
+        return await client.status("GET", "/events") == 200
+
+    await until_async(responds)
     async with client.session.get(client.url("/events/stream?after=0")) as stream:
         for number in range(3):
             receipt = await client.webhook(f"LOST{number}")
         content = b""
         while b"id: %d\n" % receipt["position"] not in content:
             content += await stream.content.readany()
+            assert not stream.content.at_eof()
         server.put_back(dsn, copy)
         await stream.content.read()
     headers = {"Last-Event-ID": str(receipt["position"])}
