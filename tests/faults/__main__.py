@@ -16,7 +16,7 @@ from rich.table import Table
 
 from service.http.server import raise_open_files_limit
 from tests.faults.fault import Fault
-from tests.faults.faults import FAULTS, OPEN_FAULTS
+from tests.faults.faults import FAULTS
 from tests.faults.mutations import MUTATIONS
 from tests.faults.run import Outcome, run
 from tests.faults.world import FULL
@@ -34,7 +34,7 @@ def _arguments() -> argparse.Namespace:
         "--mutation", metavar="NAME", help="prove the harness: a service that must turn out red"
     )
     arguments = parser.parse_args()
-    known = {fault.name: fault for fault in (*FAULTS, *OPEN_FAULTS, *MUTATIONS)}
+    known = {fault.name: fault for fault in (*FAULTS, *MUTATIONS)}
     names = [fault.name for fault in FAULTS if fault.is_short or not arguments.short]
     if arguments.only or arguments.mutation:
         names = (arguments.mutation or arguments.only).split(",")
@@ -91,7 +91,7 @@ def main() -> int:
     """Run the selected faults, and return the exit code."""
     arguments = _arguments()
     if arguments.list:
-        for fault in (*FAULTS, *OPEN_FAULTS, *MUTATIONS):
+        for fault in (*FAULTS, *MUTATIONS):
             out.print(f"{fault.name:22} {fault.claim}{', short' if fault.is_short else ''}")
         return 0
     # Each of thousands of connections is an open file, both here and in the service.
