@@ -14,7 +14,7 @@ from service.http.endpoints import Endpoint
 from service.http.parameters import Query
 from service.http.problems import ProblemType, unavailable
 from service.http.responses import json_response
-from service.ingest.refusals import Refusals, find_cause
+from service.ingest.refusals import PASSING, Refusals, find_cause
 
 READY_SECONDS_MAX: Final = 1.0
 IS_STANDBY: Final = "SELECT pg_is_in_recovery()"
@@ -79,7 +79,7 @@ class OperationsApi:
         if is_standby:
             raise unavailable("the database is a standby, which cannot record webhooks", cause="read_only")
         # A full queue empties by itself, and faster if the load balancer sends nothing else.
-        if (refusal := self._refusals.recent) is not None and refusal.cause != "queue_full":
+        if (refusal := self._refusals.recent) is not None and refusal.cause not in PASSING:
             since = refusal.since.isoformat(timespec="seconds")
             raise unavailable(f"webhooks are refused since {since}: {refusal.cause}", cause=refusal.cause)
         return json_response({"status": "ready"})

@@ -12,12 +12,12 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from domain.order import Arrival, Order, Report
 from projections.postgres_errors import Connection
-from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError
 from service.database.sequences import require_rising_numbers
 from service.event_log.codec import decode_event
 from service.ingest.parser import parse
 from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
+from service.ingest.refusals import QuarantineFullError
 
 QuarantineState: TypeAlias = Literal["open", "retried", "discarded"]
 
@@ -237,7 +237,7 @@ class Quarantine:
         """Keep a body, and return the id of its committed entry.
 
         Raises:
-            OverloadedError: too many bodies arrived within the hour; this one was not kept.
+            QuarantineFullError: too many bodies arrived within the hour; this one was not kept.
             StorageUnavailableError: the database did not confirm it in time.
         UnsupportedServerError: the sequence of the entries is behind their table.
         """
@@ -253,7 +253,7 @@ class Quarantine:
                 raise StorageUnavailableError(str(error)) from error
         if quarantine_id is None:
             self._refuse()
-            raise OverloadedError("the quarantine is full: too many unparseable bodies within an hour")
+            raise QuarantineFullError("the quarantine is full: too many unparseable bodies within an hour")
         self.kept += 1
         self.last_kept = arrival.received_at.timestamp()
         return quarantine_id

@@ -14,6 +14,11 @@ from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError, UnsupportedServerError
 from service.event_log.store import APPEND_LOCK, UnreplicatedCommitError
 
+
+class QuarantineFullError(OverloadedError):
+    """The quarantine's hourly cap is reached, so this body was not kept."""
+
+
 Cause: TypeAlias = Literal[
     "disk_full",
     "read_only",
@@ -21,6 +26,7 @@ Cause: TypeAlias = Literal[
     "lock_held",
     "replication_wait",
     "queue_full",
+    "quarantine_full",
     "unreachable",
     "unusable",
     "no_answer",
@@ -48,7 +54,11 @@ CAUSES_BY_SQLSTATE: Final[dict[str, Cause]] = {
     "28000": "unusable",
     "28P01": "unusable",
 }
+# Valid reports are still recorded, or will be in a moment.
+PASSING: Final[frozenset[Cause]] = frozenset({"queue_full", "quarantine_full"})
+# The first that fits decides.
 CAUSES_BY_TYPE: Final[dict[type[BaseException], Cause]] = {
+    QuarantineFullError: "quarantine_full",
     OverloadedError: "queue_full",
     UnreplicatedCommitError: "replication_wait",
     UnsupportedServerError: "unusable",

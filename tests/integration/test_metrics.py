@@ -116,6 +116,8 @@ FIRING: list[tuple[str, dict[str, str], str, list[dict[str, str]]]] = [
         [{"cause": "disk_full"}],
     ),
     ("ReportsAreTurnedAway", {'webhook_refusals_total{cause="disk_full"}': "0x15"}, "15m", []),
+    ("EventsWereLost", {"log_losses_total": "0x5 1+0x9"}, "15m", [{}]),
+    ("EventsWereLost", {"log_losses_total": "1+0x15"}, "15m", []),
     ("BackupIsOld", {BACKUP_METRIC: "0x2880"}, "36h", []),
     ("BackupIsOld", {BACKUP_METRIC: "0x2880"}, "38h", [{}]),
     ("BackupIsOld", {BACKUP_METRIC: "0x1439 86400x1440"}, "47h", []),
@@ -137,6 +139,7 @@ def test_an_alert_fires_when_it_should(
             "summary": "Webhooks get 503 because of disk_full; Komerce may switch the webhook off.",
             "description": 'The section "Why webhooks are refused" of docs/operations.md explains disk_full.',
         },
+        "EventsWereLost": {"summary": "The database came back without acknowledged reports."},
         "BackupIsOld": {"summary": "The last backup is older than 36 hours, or its time is unknown."},
     }
     expected = [

@@ -17,7 +17,7 @@ from service.database.connections import (
 )
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.event_log.store import UnreplicatedCommitError
-from service.ingest.refusals import CAUSES, LOG_SECONDS, Cause, Refusals, find_cause
+from service.ingest.refusals import CAUSES, LOG_SECONDS, Cause, QuarantineFullError, Refusals, find_cause
 from tests.support.client import serving_client
 from tests.support.databases import FAST_SETTINGS
 from tests.support.folders import copied_folder
@@ -35,6 +35,7 @@ def chained(*errors: Exception) -> Exception:
     ("error", "cause"),
     [
         (OverloadedError("too many"), "queue_full"),
+        (QuarantineFullError("too many"), "quarantine_full"),
         (asyncpg.DiskFullError(), "disk_full"),
         (chained(StorageUnavailableError(), BatchFailedError(), asyncpg.DiskFullError()), "disk_full"),
         (asyncpg.ReadOnlySQLTransactionError(), "read_only"),
