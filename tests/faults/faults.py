@@ -6,7 +6,7 @@ from typing import Final
 
 from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
 from tests.faults.maintenance import maintain
-from tests.faults.network import IDLE_SECONDS, cut, drop_idle, slow_sockets
+from tests.faults.network import IDLE_SECONDS, cut, drop_idle, slow_sockets, stall_readers
 from tests.faults.operator import Told
 from tests.faults.processes import (
     crash_before_projection,
@@ -85,6 +85,7 @@ FAULTS: Final = (
         Told(("queue_full",), is_ready=True),
     ),
     Fault("slow-sockets", "500 slow sockets", OWN, slow_sockets),
+    Fault("stalled-readers", "2,000 readers of streams that read nothing", OWN, stall_readers),
     Fault("repeats", "1,000 reports sent 46 times", Layout(has_load=False), repeat_46_times),
     Fault(
         "failover",

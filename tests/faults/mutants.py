@@ -18,10 +18,12 @@ from service.batcher import Batcher
 from service.cli.main import cli
 from service.database import connections
 from service.event_log import store
+from service.http import streaming
 from service.ingest.recorder import Receipt, Recorder, _decide_all, _receipt
 from service.ingest.refusals import Refusals
 
 COMMITTED_AFTER_SECONDS: Final = 0.5
+HELD_BYTES: Final = 512 * 1024
 # A position beyond every log.
 FAR: Final = 2**62
 
@@ -136,6 +138,11 @@ def stay_silent() -> None:
     _replace(Refusals, "count", ignore)
 
 
+def hold_much() -> None:
+    """Keep a large slice in memory for each reader of a stream."""
+    _replace(streaming, "SLICE_BYTES_MAX", HELD_BYTES)
+
+
 def believe_positions() -> None:
     """Take every position of a reader to be within the log."""
 
@@ -157,6 +164,7 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
         require_notifications,
         stay_silent,
         believe_positions,
+        hold_much,
     )
 }
 

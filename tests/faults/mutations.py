@@ -7,7 +7,7 @@ from typing import Final
 from tests.faults import mutants
 from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
 from tests.faults.maintenance import erase_beside_vacuum
-from tests.faults.network import IDLE_SECONDS, cut, drop_idle
+from tests.faults.network import IDLE_SECONDS, cut, drop_idle, stall_readers
 from tests.faults.operator import Told
 from tests.faults.processes import kill_service, stop_immediately
 from tests.faults.proxy import Cut
@@ -128,6 +128,12 @@ MUTATIONS: Final = (
         "idle connections dropped, and not probed",
         replace(PROXIED, command=mutants.command(mutants.trust_connections)),
         partial(drop_idle, IDLE_SECONDS),
+    ),
+    Fault(
+        "hold-much",
+        "readers that read nothing, and large slices for each",
+        replace(OWN, command=mutants.command(mutants.hold_much)),
+        stall_readers,
     ),
     Fault("lock-table-to-erase", "an erasure with a lock on the table", OWN, lock_table_to_erase),
 )

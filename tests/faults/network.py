@@ -1,6 +1,7 @@
 """Faults of connections: cut ones to the database, and slow ones of callers."""
 
 import asyncio
+import socket
 import time
 from typing import Final
 
@@ -22,6 +23,13 @@ QUIET_SECONDS: Final = 3.0
 P99_ROOM: Final = 5.0
 # Below this value, a multiple of a quiet p99 is noise of the scheduler.
 P99_NOISE_SECONDS: Final = 0.1
+
+
+# As many as one process serves at once.
+STALLED_READERS: Final = 2_000
+STALLED_SECONDS: Final = 20.0
+STALLED_MEMORY_MB_MAX: Final = 100.0
+RECEIVE_BUFFER_BYTES: Final = 4_096
 
 
 async def cut(where: Cut, world: World) -> int:
@@ -75,6 +83,44 @@ async def slow_sockets(world: World) -> int:
         f"closed after {max(ended):.1f} s at most, p99 {before * 1e3:.0f} to {p99 * 1e3:.0f} ms"
     )
     return 1
+
+
+async def stall_readers(world: World) -> int:
+    """Open as many streams as the service serves, and read nothing from any of them, until each is cut off."""
+    before = most = world.resources()[0].memory_mb
+    quiet = time.monotonic()
+    await asyncio.sleep(QUIET_SECONDS)
+    usual = world.load.p99_seconds(quiet)
+    began = time.monotonic()
+    readers = [await _stalled_reader(world.port, number) for number in range(STALLED_READERS)]
+    try:
+        while time.monotonic() < began + STALLED_SECONDS:
+            await asyncio.sleep(0.25)
+            most = max(most, world.resources()[0].memory_mb)
+    finally:
+        for reader in readers:
+            reader.close()
+    p99 = world.load.p99_seconds(began)
+    world.violations.expect(
+        most - before <= STALLED_MEMORY_MB_MAX, f"memory grew by {most - before:.0f} MB, to {most:.0f} MB"
+    )
+    world.expect_in_time(
+        p99 <= max(P99_ROOM * usual, P99_NOISE_SECONDS), f"p99 went from {usual:.3f} to {p99:.3f} s"
+    )
+    world.remarks.append(f"memory {before:.0f} to {most:.0f} MB, p99 {usual * 1e3:.0f} to {p99 * 1e3:.0f} ms")
+    return 1
+
+
+async def _stalled_reader(port: int, number: int) -> socket.socket:
+    """Return a socket with a small buffer that has requested a stream, every other from the beginning."""
+    reader = socket.socket()
+    reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+    reader.settimeout(0)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(reader, ("127.0.0.1", port))
+    query = b"?after=0" if number % 2 else b""
+    await loop.sock_sendall(reader, b"GET /events/stream%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % query)
+    return reader
 
 
 async def _trickle(port: int, number: int) -> float:
