@@ -271,6 +271,11 @@ class Projector:
                 self._moved.notify_all()
         return len(batch)
 
+    def forget(self) -> None:
+        """Wait for the next step before a position is believed again, because commits may have been lost."""
+        self.position = 0
+        self.wake.set()
+
     async def wait_for(self, position: int, seconds_max: float) -> bool:
         """Wait until the view has reached a position, and return True; return False after ``seconds_max``."""
         deadline = asyncio.get_running_loop().time() + seconds_max

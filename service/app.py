@@ -174,6 +174,8 @@ class Service:
     def _forget(self) -> None:
         self.recorder.forget()
         self.feed.forget()
+        for projector in self.projectors.values():
+            projector.forget()
 
     def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self.feed.remember(events, positions)

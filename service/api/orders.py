@@ -168,8 +168,9 @@ class OrdersApi:
                 raise _missing_order(order_no, found.parked_position)
             _refuse_beyond_parking(query, found.parked_position)
             order = found.order
-        # An order is parked and unparked without a new version.
-        etag = f'"{order["version"]}{"-parked" if order["parked"] else ""}"'
+        # An order is parked and unparked without a new version. After lost commits, a version may come again.
+        last = order["last_reported_at"].timestamp() * 1e6
+        etag = f'"{order["version"]}-{last:.0f}{"-parked" if order["parked"] else ""}"'
         if has_etag(request, etag):
             return response(status=304, headers={"ETag": etag})
         return json_response(order, headers={"ETag": etag})

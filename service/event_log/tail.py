@@ -9,6 +9,7 @@ from functools import partial
 from time import monotonic
 from typing import Final, NamedTuple
 
+from projections.postgres_errors import Connection
 from service.background import follow, supervise
 from service.database.connections import ConnectionPool
 from service.event_log import store
@@ -41,6 +42,13 @@ class TailEvent(NamedTuple):
     read_at: float
 
 
+class _Last(NamedTuple):
+    """The last event that was read: its position, 0 if there is none, and the id of its report."""
+
+    position: int
+    report_id: str | None
+
+
 class Tail:
     """The end of the log in memory.
 
@@ -56,6 +64,7 @@ class Tail:
         self._by_order: dict[str, list[TailEvent]] = {}
         self._bytes = 0
         self._begins_after = 0
+        self._last = _Last(0, None)
         # Set when the log has grown.
         self.wake = asyncio.Event()
         self._grown = asyncio.Condition()
@@ -68,7 +77,7 @@ class Tail:
     @property
     def position(self) -> int:
         """The last position that was read."""
-        return self._memory[-1].position if self._memory else self._begins_after
+        return self._last.position
 
     @asynccontextmanager
     async def following(self) -> AsyncIterator[None]:
@@ -86,10 +95,10 @@ class Tail:
         try:
             if self._task is None:
                 async with self._pool.connection() as connection:
-                    head = await store.head_position(connection)
+                    last = await _read_last(connection)
                 # Another reader may have been first in the meantime.
                 if self._task is None:
-                    self._begin(head)
+                    self._begin(last)
                     loop = partial(
                         follow,
                         self._step,
@@ -136,11 +145,17 @@ class Tail:
 
     async def _step(self) -> int:
         async with self._pool.connection() as connection:
-            batch = await store.read_log(connection, self.position, BATCH_EVENTS_MAX)
-            if not batch and (head := await store.head_position(connection)) < self.position:
-                self.losses += 1
-                self._begin(head)
+            # The last event is read again: a failover or a restore may have lost it, even if the log has grown.
+            position = self.position
+            batch = await store.read_log(connection, max(0, position - 1), BATCH_EVENTS_MAX + 1)
+            if position > 0:
+                is_kept = bool(batch) and _Last(batch[0].position, batch[0].report_id) == self._last
+                batch = batch[1:] if is_kept else []
+                if not is_kept:
+                    self.losses += 1
+                    self._begin(await _read_last(connection))
         if batch:
+            self._last = _Last(batch[-1].position, batch[-1].report_id)
             now = monotonic()
             events = [TailEvent(event.position, event.order_no, self._encode(event), now) for event in batch]
             self._bytes += sum(len(event.message) for event in events)
@@ -156,8 +171,9 @@ class Tail:
         self._drop(bisect_right(self._memory, oldest, key=lambda event: event.read_at))
         return len(batch)
 
-    def _begin(self, head: int) -> None:
-        self._begins_after, self._memory, self._by_order, self._bytes = head, [], {}, 0
+    def _begin(self, last: _Last) -> None:
+        self._last = last
+        self._begins_after, self._memory, self._by_order, self._bytes = last.position, [], {}, 0
 
     def _drop(self, count: int) -> None:
         """Drop the oldest events."""
@@ -169,3 +185,9 @@ class Tail:
         self._by_order = {}
         for event in self._memory:
             self._by_order.setdefault(event.order_no, []).append(event)
+
+
+async def _read_last(connection: Connection) -> _Last:
+    head = await store.head_position(connection)
+    events = await store.read_log(connection, max(0, head - 1), 1)
+    return _Last(events[-1].position, events[-1].report_id) if events else _Last(0, None)

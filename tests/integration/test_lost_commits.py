@@ -4,6 +4,7 @@ The lost reports are the operator's choice. Everything that the service does aft
 is left.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -206,3 +207,63 @@ async def test_an_earlier_version_of_a_log_with_a_gap(client: Client, connection
     )
     assert (await client.get("/orders/KOM1?version=6"))["version"] == 6
     await client.get("/orders/KOM1?version=3", status=404)
+
+
+async def copied(server: TestServer, dsn: str, client: Client) -> str:
+    """Copy the database under the service, and wait until the service is connected again."""
+    copy = server.copy(dsn)
+
+    async def responds() -> bool:
+        return await client.status("GET", "/events") == 200
+
+    await until_async(responds)
+    return copy
+
+
+async def test_a_stream_ends_even_if_the_log_has_grown_beyond_its_loss(
+    server: TestServer, dsn: str, client: Client
+) -> None:
+    """New events at the positions of lost ones are not sent as if they were the next."""
+    await client.webhook("KOM1")
+    copy = await copied(server, dsn, client)
+    async with client.session.get(client.url("/events/stream?after=0")) as stream:
+        for number in range(3):
+            await client.webhook(f"LOST{number}")
+        content = b""
+        while b"id: 4\n" not in content:
+            content += await stream.content.readany()
+            assert not stream.content.at_eof()
+        server.put_back(dsn, copy)
+        await asyncio.gather(*(client.webhook(f"NEW{number}") for number in range(8)))
+        rest = await stream.content.read()
+    assert b"NEW" not in rest
+
+
+async def test_a_read_after_a_lost_position_waits_for_the_view(
+    server: TestServer, dsn: str, client: Client
+) -> None:
+    """The position that a view had before the loss is not taken for the present one."""
+    await client.webhook("KOM1")
+    copy = await copied(server, dsn, client)
+    for number in range(5):
+        await client.get(f"/orders/X?after_position={(await client.webhook(f'LOST{number}'))['position']}", 404)
+    server.put_back(dsn, copy)
+    receipt = await client.webhook("KOM2")
+    assert receipt["position"] < 6
+    order = await client.get(f"/orders/KOM2?after_position={receipt['position']}")
+    assert order["version"] == 1
+
+
+async def test_the_etag_of_a_lost_version_is_not_that_of_the_next(
+    server: TestServer, dsn: str, client: Client
+) -> None:
+    """A client that has the lost version 2 gets the new one."""
+    receipt = await client.webhook("KOM1", "Diajukan")
+    copy = await copied(server, dsn, client)
+    lost = await client.webhook("KOM1", "Dipacking")
+    _, headers = await client.get_with_headers(f"/orders/KOM1?after_position={lost['position']}")
+    server.put_back(dsn, copy)
+    receipt = await client.webhook("KOM1", "Dibatalkan")
+    path = f"/orders/KOM1?after_position={receipt['position']}"
+    order = await client.get(path, headers={"If-None-Match": headers["ETag"]})
+    assert (order["version"], order["status"]) == (2, "cancelled")
