@@ -52,6 +52,8 @@ SERVER_SETTINGS: Final = {
     "idle_session_timeout": "0",
     "lock_timeout": "0",
     "statement_timeout": "0",
+    # A cancelled wait for a standby is only a warning.
+    "client_min_messages": "notice",
     # A process that is suspended in a transaction must not keep the append lock.
     "idle_in_transaction_session_timeout": "10s",
 }

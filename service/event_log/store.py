@@ -29,6 +29,9 @@ class VersionTakenError(Exception):
     """Another writer recorded one of these versions first. The append recorded nothing."""
 
 
+UNREPLICATED: Final = "the commit's wait for a standby was cancelled"
+
+
 class UnreplicatedCommitError(ConnectionError):
     """A commit is durable on this server, but its wait for a standby was cancelled."""
 

@@ -15,6 +15,7 @@ from projections.postgres_errors import Connection
 from service.database.connections import DedicatedConnection, StorageUnavailableError
 from service.database.sequences import require_rising_numbers
 from service.event_log.codec import decode_event
+from service.event_log.store import UNREPLICATED, UnreplicatedCommitError
 from service.ingest.parser import parse
 from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
 from service.ingest.refusals import QuarantineFullError
@@ -242,15 +243,17 @@ class Quarantine:
         UnsupportedServerError: the sequence of the entries is behind their table.
         """
         since = arrival.received_at - CAP_PERIOD
+        values = (body, reason, arrival.remote, arrival.received_at, since, self._hourly_max)
         async with self._dedicated.connection() as connection:
+            warnings = self._dedicated.warnings
             try:
-                quarantine_id: int | None = await connection.fetchval(
-                    KEEP_BODY, body, reason, arrival.remote, arrival.received_at, since, self._hourly_max
-                )
+                quarantine_id: int | None = await connection.fetchval(KEEP_BODY, *values)
             except asyncpg.UniqueViolationError as error:
                 await require_rising_numbers(connection)
                 # The number that was taken was the last one.
                 raise StorageUnavailableError(str(error)) from error
+        if self._dedicated.warnings != warnings:
+            raise StorageUnavailableError(UNREPLICATED) from UnreplicatedCommitError(UNREPLICATED)
         if quarantine_id is None:
             self._refuse()
             raise QuarantineFullError("the quarantine is full: too many unparseable bodies within an hour")

@@ -223,7 +223,7 @@ class Recorder:
             warnings = self._dedicated.warnings
             positions = await store.append(connection, events)
         if self._dedicated.warnings != warnings:
-            raise UnreplicatedCommitError("the commit's wait for a standby was cancelled")
+            raise UnreplicatedCommitError(store.UNREPLICATED)
         return positions
 
     async def _record_locked(
@@ -314,7 +314,7 @@ class Recorder:
                 self._looked_at = self._dedicated.times_opened
             yield connection
         if self._dedicated.warnings != warnings:
-            raise UnreplicatedCommitError("the commit's wait for a standby was cancelled")
+            raise UnreplicatedCommitError(store.UNREPLICATED)
 
     async def _look_for_last(self, connection: Connection) -> None:
         """Report whether the log still has the last commit: a failover or a restore may have lost it."""

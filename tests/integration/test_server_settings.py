@@ -248,12 +248,15 @@ async def require_standby(connection: Connection, name: str) -> None:
     await until_async(is_in_force)
 
 
-@pytest.mark.parametrize("key", [None, "k1"])
-async def test_a_cancelled_wait_for_a_standby_is_no_confirmation(state_template: Path, key: str | None) -> None:
+@pytest.mark.parametrize(("key", "messages"), [(None, "notice"), ("k1", "notice"), (None, "error")])
+async def test_a_cancelled_wait_for_a_standby_is_no_confirmation(
+    state_template: Path, key: str | None, messages: str
+) -> None:
     """If an administrator cancels a commit's wait for its standby, the report waits for the standby again."""
     with copied_folder(state_template) as copy, EmbeddedPostgres(copy, settings=FAST_SETTINGS) as server:
         operator = await connect(server.dsn, synchronous_commit="local")
         await require_standby(operator, "missing")
+        await operator.execute(f"ALTER DATABASE order_tracking SET client_min_messages = {messages}")
         async with recorder_with(server.dsn) as recorder:
             claim = IdempotencyKey(key) if key is not None else None
             recording = asyncio.create_task(recorder.record(report("KOM1"), claim))
@@ -338,3 +341,24 @@ async def test_a_quarantine_sequence_behind_its_table_is_named(dsn: str, connect
         (wrong,) = [finding.text for finding in await check_database(dsn) if "sequence" in finding.text]
         await connection.execute(wrong.partition("as its owner, ")[2])
         assert (await client.raw(b"three"))["outcome"] == "quarantined"
+
+
+async def test_a_quarantined_body_without_its_standby_is_not_acknowledged(state_template: Path) -> None:
+    """If an administrator cancels the wait for the standby, the sender gets 503 and tries again."""
+    with copied_folder(state_template) as copy, EmbeddedPostgres(copy, settings=FAST_SETTINGS) as server:
+        operator = await connect(server.dsn, synchronous_commit="local")
+        async with serving_client(server.dsn) as client:
+            await client.get("/readyz")
+            await require_standby(operator, "missing")
+            sending = asyncio.create_task(client.status("PUT", "/webhook", b"not json"))
+
+            async def is_cancelled() -> bool:
+                waiting = await operator.fetch(WAITING_FOR_STANDBY)
+                for pid, _ in waiting:
+                    await operator.execute("SELECT pg_cancel_backend($1)", pid)
+                return bool(waiting)
+
+            await until_async(is_cancelled)
+            assert await sending == 503
+            assert (await client.get("/readyz", status=503))["cause"] == "replication_wait"
+        await operator.close()
