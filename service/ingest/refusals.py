@@ -124,6 +124,9 @@ class Refusals:
             cause = await self._diagnose()
         self.counts[cause] += 1
         self._last_at = monotonic()
+        if cause in PASSING and (recent := self.recent) is not None and recent.cause not in PASSING:
+            # The queue is full because of that cause.
+            return
         is_new = self.current is None or self.current.cause != cause
         if is_new:
             # Only the first line: PostgreSQL's further lines may quote a row.

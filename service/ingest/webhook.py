@@ -65,7 +65,9 @@ class Webhook:
         except (OverloadedError, StorageUnavailableError) as error:
             await self._refusals.count(error)
             raise
-        self._refusals.end()
+        # Bodies are quarantined without the append lock, so they may be kept while no report can be recorded.
+        if receipt["outcome"] != "quarantined":
+            self._refusals.end()
         return json_response(receipt)
 
     async def _keep(self, body: bytes, arrival: Arrival, claim: IdempotencyKey | None) -> Receipt:

@@ -1,6 +1,7 @@
 """Refused webhooks: the cause of each 503 is counted, logged, measured and shown."""
 
 import asyncio
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -114,3 +115,20 @@ async def test_a_commit_that_waits_for_a_standby_is_named(state_template: Path) 
             ]
             assert await asyncio.gather(*statuses) == [503, 503, 503]
             assert (await client.get("/readyz", status=503))["cause"] == "replication_wait"
+
+
+async def test_a_full_queue_does_not_hide_its_cause(dsn: str) -> None:
+    """While nothing can be recorded, the queue is full too, and unparseable bodies are still kept."""
+    async with serving_client(dsn, request_seconds_max=0.3, queue_reports_max=2) as client:
+        async with locked_log(dsn):
+            body = b'{"order_no":"KOM1","status":"Dikirim"}'
+            assert await client.status("PUT", "/webhook", body) == 503
+            for _ in range(3):
+                many = await asyncio.gather(*(client.status("PUT", "/webhook", body) for _ in range(10)))
+                assert {*many} == {503}
+                assert (await client.get("/readyz", status=503))["cause"] == "lock_held"
+            assert (await client.raw(b"not json"))["outcome"] == "quarantined"
+            assert (await client.get("/readyz", status=503))["cause"] == "lock_held"
+            assert re.search(r'refusals_total\{cause="queue_full"\} [1-9]', await client.text("/metrics"))
+        await client.webhook("KOM1")
+        await client.get("/readyz")
