@@ -9,7 +9,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.statuses import Status
 from domain.transitions import Verdict
 from projections.postgres_errors import Connection
-from projections.timeline import KINDS, VIEW
+from projections.timeline import KINDS, UNKNOWN_KIND, VIEW
 from projections.windows import POSITION_MAX, WALKED_ROWS_MAX, Span, Window, narrow
 
 # The class syntax does not allow the keyword "from".
@@ -56,11 +56,12 @@ class TransitionsFilter(NamedTuple):
         wanted = (self.verdict, self.previous_status, self.recognised)
         if wanted == (None, None, None):
             return []
-        return [
+        kinds = (
             kind
             for parts, kind in KINDS.items()
             if all(want is None or want == part for want, part in zip(wanted, parts, strict=True))
-        ]
+        )
+        return [*kinds, UNKNOWN_KIND]
 
 
 # The reports at some positions. It is planned for each call, so the planner removes a filter that is null. The
@@ -135,7 +136,7 @@ async def transitions_page(
     rows: list[Transition] = []
     walked = 0
     reached: int | None = after
-    while reached is not None and len(rows) < limit and walked < WALKED_ROWS_MAX:
+    while reached is not None and reached < POSITION_MAX and len(rows) < limit and walked < WALKED_ROWS_MAX:
         span = await narrow(connection, VIEW.name, Span(reached + 1, POSITION_MAX), since, until)
         if span is None:
             return Window(rows, None)
@@ -145,7 +146,7 @@ async def transitions_page(
         found = await connection.fetch(PAGE, positions, *transitions_filter, limit - len(rows))
         rows += [cast("Transition", dict(row)) for row in found]
         walked += read
-    return Window(rows, reached)
+    return Window(rows, None if reached == POSITION_MAX else reached)
 
 
 async def _walk(

@@ -136,6 +136,13 @@ async def orders_page(
     return Window(rows, reached)
 
 
+async def find_by_cnote(connection: Connection, cnote: str, limit: int) -> list[CurrentOrder]:
+    """Return at most ``limit`` orders for which an airway bill was reported, newest first."""
+    positions = _positions(await connection.fetch(WALK_CNOTE, cnote, WALKED_ROWS_MAX))
+    rows = await _fetch(connection, positions, OrdersFilter(cnote=cnote), limit)
+    return [row.order for row in rows]
+
+
 async def _fetch(
     connection: Connection, positions: Sequence[int], orders_filter: OrdersFilter, limit: int
 ) -> list[ListedOrder]:

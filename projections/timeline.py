@@ -70,7 +70,7 @@ KINDS: Final[dict[tuple[Verdict, Status | None, Status | None], int]] = {
     for reported in _PLACES
 }
 
-# Of an event with a verdict or status that this release does not know. No filter can name it either.
+# Of an event with a verdict or status that this release does not know. Every filter looks at these too.
 UNKNOWN_KIND: Final = -1
 
 

@@ -14,7 +14,7 @@ from domain.transitions import Verdict
 from projections import current_status, timeline
 from projections.current_status import CurrentOrder
 from projections.engine import Projector
-from projections.order_list import ListedOrder, OrdersFilter, orders_page
+from projections.order_list import ListedOrder, OrdersFilter, find_by_cnote, orders_page
 from projections.postgres_errors import Connection
 from projections.windows import POSITION_MAX, Window
 from service.api.freshness import wait_for
@@ -239,9 +239,7 @@ async def _search(connection: Connection, q: str) -> list[CurrentOrder]:
     """Return orders by number or airway bill; if there are none, try again without outer spaces."""
     for text in dict.fromkeys((q, q.strip())):
         ((by_number, _),) = await current_status.find_orders(connection, [text])
-        criteria = OrdersFilter(cnote=text)
-        by_cnote, _ = await orders_page(connection, POSITION_MAX, criteria, ROWS_SHOWN_MAX)
-        found = [by_number, *(order for _, order in by_cnote)]
+        found = [by_number, *await find_by_cnote(connection, text, ROWS_SHOWN_MAX)]
         if orders := {order["order_no"]: order for order in found if order is not None}:
             return [*orders.values()]
     return []

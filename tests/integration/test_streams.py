@@ -14,8 +14,10 @@ import structlog
 import structlog.testing
 
 from projections.postgres_errors import Connection
+from projections.windows import POSITION_MAX
 from service.database.api_keys import create_key, revoke_key
 from service.http.endpoints import NDJSON
+from service.http.pagination import encode_cursor
 from tests.support.client import Client, StreamReader, serving_client
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 
@@ -383,3 +385,40 @@ async def test_orders_by_every_filter(client: Client, connection: Connection) ->
     assert await found(f"updated_before={yesterday}&verdict=late&status=delivered") == ["SETTLED"]
     for bad in ("verdict=odd", "unmoved_for=3", "updated_after=yesterday"):
         await client.get(f"/orders?{bad}", 400)
+
+
+async def test_the_last_cursor_of_the_audit_is_an_empty_page(client: Client) -> None:
+    """A cursor at the highest position is valid, for each walk of the audit."""
+    await client.webhook("KOM1")
+    cursor = encode_cursor(POSITION_MAX)
+    for query in ("", "&order_no=KOM1", "&verdict=advanced", "&since=2026-01-01T00:00:00Z"):
+        page = await client.get(f"/audit/transitions?cursor={cursor}{query}")
+        assert (page["transitions"], page["next"]) == ([], None)
+
+
+async def test_the_audit_shows_reports_that_this_release_does_not_know(
+    client: Client, connection: Connection
+) -> None:
+    """A report with a status of a later release is found by its verdict."""
+    receipt = await client.webhook("KOM1", "Dikirim")
+    await connection.execute(
+        "INSERT INTO order_events (originator_id, originator_version, topic, state) "
+        "SELECT 'KOM2', 1, topic, convert_to(replace(convert_from(state, 'UTF8'), 'in_transit', 'teleported'), "
+        "'UTF8') FROM order_events"
+    )
+    path = f"/audit/transitions?verdict=advanced&after_position={receipt['position'] + 1}"
+    assert [row["order_no"] for row in (await client.get(path))["transitions"]] == ["KOM1", "KOM2"]
+
+
+async def test_a_search_finds_an_airway_bill_of_many_orders(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If more orders have an airway bill than a page walks, some of them are shown."""
+    monkeypatch.setattr("projections.order_list.WALKED_ROWS_MAX", 3)
+    monkeypatch.setattr("service.pages.handlers.ROWS_SHOWN_MAX", 2)
+    for number in range(5):
+        receipt = await client.webhook(f"KOM{number}", cnote="SAME")
+    for number in range(5):
+        receipt = await client.webhook(f"OTHER{number}", cnote="OTHER")
+    shown = await client.text(f"/track?q=SAME&after_position={receipt['position']}")
+    assert "KOM1" in shown
