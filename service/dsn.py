@@ -9,7 +9,7 @@ DEFAULT_PORT: Final = 5432
 PORT_MAX: Final = 65_535
 # libpq's parameter and its values.
 TARGET: Final = "target_session_attrs"
-TARGETS: Final = ("any", "primary", "standby", "prefer-standby", "read-write", "read-only")
+TARGETS: Final = ("any", "primary", "standby", "read-write", "read-only")
 # The colons of an IPv6 address are between brackets.
 _HOST: Final = re.compile(r"(?:\[(?P<address>[^\]]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>.*))?")
 

@@ -10,11 +10,14 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from projections.engine import SELECT_VIEW, Projector
 from projections.parked import ParkedOrder, count_parked, list_parked
 from projections.postgres_errors import Connection
+from service.database.connections import as_unavailable
 from service.event_log import store
 from service.http.problems import beyond_head, unavailable
 
 # How long a read waits until a view has reached the requested position.
 AFTER_POSITION_SECONDS_MAX: Final = 5.0
+# The time limit for reading the head of the log.
+HEAD_READ_SECONDS_MAX: Final = 2.0
 # A view that needs longer is usually not behind: the position lies beyond the log's head.
 HEAD_SECONDS: Final = 0.25
 # Counting the events behind the head stops here: a larger number is no more useful.
@@ -66,7 +69,10 @@ async def wait_for(projectors: Mapping[str, Projector], position: int | None, *v
         return
     if all(await _wait(projectors, position, views, HEAD_SECONDS)):
         return
-    if position > (head := await projectors[views[0]].read_head()):
+    with as_unavailable():
+        async with asyncio.timeout(HEAD_READ_SECONDS_MAX):
+            head = await projectors[views[0]].read_head()
+    if position > head:
         raise beyond_head(position, head)
     reached = await _wait(projectors, position, views, AFTER_POSITION_SECONDS_MAX)
     for view, has_reached in zip(views, reached, strict=True):
