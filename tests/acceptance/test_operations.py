@@ -247,7 +247,7 @@ def test_the_unit_is_one_that_systemd_takes(name: str, tmp_path: Path) -> None:
 def test_the_backup_script(service: RunningService, tmp_path: Path) -> None:
     """The script makes a dump, removes old ones and writes the time for Prometheus, but not after a failure."""
     program = tmp_path / "order-tracking"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m service "$@"\n', encoding="utf-8")
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m service "$@"\n', encoding="utf-8")
     program.chmod(0o755)
     script = tmp_path / "backup.sh"
     documented = (OPERATIONS / "backup.sh").read_text(encoding="utf-8")
