@@ -1,5 +1,6 @@
 """The log over HTTP: in pages, as one long NDJSON response, and live as server-sent events."""
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -34,15 +35,14 @@ from service.http.responses import JSON_OPTIONS, SERVER
 from service.http.server import is_gone
 from service.http.streaming import ResponseStream, begin_stream
 
-BATCH_EVENTS_MAX: Final = 1_000
+# Readers that are behind the tail's memory take turns, so that many of them delay no webhook.
+READERS_BEHIND_MAX: Final = 4
 # A comment at this interval keeps an idle stream open.
 HEARTBEAT_SECONDS: Final = 15.0
 # How often a stream's API key is checked again.
 KEY_SECONDS: Final = 10.0
 # How soon a reader's departure is noticed.
 CHECK_SECONDS: Final = 1.0
-# A reader that had to be waited for reads so many events at a time, since it will drop most of a larger batch.
-SLOW_BATCH_EVENTS_MAX: Final = 32
 # The pause before a reader reconnects, in milliseconds.
 RETRY: Final = b"retry: 2000\n\n"
 HEARTBEAT: Final = b": heartbeat\n\n"
@@ -102,6 +102,7 @@ class EventsApi:
         self._pool = pool
         self._access = access
         self.tail = Tail(pool, encode_event)
+        self._behind = asyncio.Semaphore(READERS_BEHIND_MAX)
 
     @Endpoint("GET", "/events", LogEvents, query=EventsQuery, media=(JSON, NDJSON))
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
@@ -140,8 +141,9 @@ class EventsApi:
         stream = await begin_stream(request, NDJSON_HEADERS)
         remaining = query.limit if "limit" in query.model_fields_set else POSITION_MAX
         while position < head and remaining:
-            batch = await self._read(stream, position, remaining)
-            lines = ((one.position, orjson.dumps(to_log_event(one), option=JSON_OPTIONS)) for one in batch)
+            async with self._behind:
+                batch = await self._read(position, min(remaining, stream.batch_max))
+                lines = [(one.position, orjson.dumps(to_log_event(one), option=JSON_OPTIONS)) for one in batch]
             reached = await stream.write_some(lines)
             if reached is None:
                 reached = batch[-1].position if batch else head
@@ -149,12 +151,9 @@ class EventsApi:
             position = reached
         return stream.response
 
-    async def _read(
-        self, stream: ResponseStream, position: int, limit: int = POSITION_MAX
-    ) -> list[RecordedEvent]:
-        batch_max = SLOW_BATCH_EVENTS_MAX if stream.is_slow else BATCH_EVENTS_MAX
+    async def _read(self, position: int, limit: int) -> list[RecordedEvent]:
         async with self._pool.connection() as connection:
-            return await store.read_log(connection, position, min(limit, batch_max))
+            return await store.read_log(connection, position, limit)
 
     async def _stream(self, request: web.Request, query: StreamQuery, send: Send) -> web.StreamResponse:
         _refuse_old_version(request)
@@ -220,8 +219,10 @@ class EventsApi:
         # This reader is behind the tail's memory, so it reads the database.
         if order_no is not None:
             return await self._send_order(stream, position, order_no)
-        batch = await self._read(stream, position)
-        reached = await stream.write_some((event.position, encode_event(event)) for event in batch)
+        async with self._behind:
+            batch = await self._read(position, stream.batch_max)
+            messages = [(event.position, encode_event(event)) for event in batch]
+        reached = await stream.write_some(messages)
         if reached is None:
             reached = batch[-1].position if batch else end
         return reached
@@ -229,12 +230,12 @@ class EventsApi:
     async def _send_order(self, stream: ResponseStream, position: int, order_no: str) -> int:
         """Send an order's events between a position and the tail's end."""
         end = self.tail.position
-        batch_max = SLOW_BATCH_EVENTS_MAX if stream.is_slow else BATCH_EVENTS_MAX
-        async with self._pool.connection() as connection:
+        async with self._behind, self._pool.connection() as connection:
             version = await store.version_at(connection, order_no, position)
-            batch = await store.read_stream(connection, order_no, version, batch_max)
-        events = [event for event in batch if position < event.position <= end]
-        reached = await stream.write_some((event.position, encode_event(event)) for event in events)
+            batch = await store.read_stream(connection, order_no, version, stream.batch_max)
+            events = [event for event in batch if position < event.position <= end]
+            messages = [(event.position, encode_event(event)) for event in events]
+        reached = await stream.write_some(messages)
         if reached is not None:
             return reached
         return events[-1].position if len(events) == len(batch) > 0 else max(position, end)

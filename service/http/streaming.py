@@ -12,6 +12,10 @@ from service.http.request_ids import REQUEST_ID_HEADER, caller_request_id
 
 # What is written at once, and what may wait in memory until the reader accepts it. The kernel holds more.
 SLICE_BYTES_MAX: Final = 16 * 1024
+# How many events are read at a time: a reader that accepts all of them gets more with each read.
+BATCH_EVENTS_MIN: Final = 8
+BATCH_EVENTS_MAX: Final = 1_000
+BATCH_GROWTH: Final = 4
 # A reader that accepts nothing for this long is cut off. It can resume after the last position it received.
 SEND_SECONDS_MAX: Final = 10.0
 
@@ -20,7 +24,8 @@ class ResponseStream:
     """The body of a response that is written in slices.
 
     Attributes:
-        is_slow: whether the reader had to be waited for at the last write.
+        batch_max: how many events to read for the next write: few at first and after a wait, since the reader
+            may accept no more.
     """
 
     def __init__(
@@ -29,7 +34,7 @@ class ResponseStream:
         self.response = response
         self._protocol = request.protocol
         self._writer = writer
-        self.is_slow = False
+        self.batch_max = BATCH_EVENTS_MIN
         if request.transport is not None:
             request.transport.set_write_buffer_limits(high=SLICE_BYTES_MAX)
 
@@ -57,7 +62,6 @@ class ResponseStream:
         Raises:
             ConnectionResetError: the reader has left, or accepts nothing.
         """
-        self.is_slow = False
         pending: list[bytes] = []
         size = 0
         position = 0
@@ -69,14 +73,19 @@ class ResponseStream:
                     if await self._flush(pending):
                         return position
                     pending, size = [], 0
-            return position if pending and await self._flush(pending) else None
+            if pending and await self._flush(pending):
+                return position
+        self.batch_max = min(BATCH_GROWTH * self.batch_max, BATCH_EVENTS_MAX)
+        return None
 
     async def _flush(self, pending: list[bytes]) -> bool:
         """Write a slice, and return whether the reader had to be waited for."""
         await self._writer.write(b"".join(pending))
-        self.is_slow = self._protocol.writing_paused
+        if not self._protocol.writing_paused:
+            return False
+        self.batch_max = BATCH_EVENTS_MIN
         await self._writer.drain()
-        return self.is_slow
+        return True
 
 
 @asynccontextmanager

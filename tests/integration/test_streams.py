@@ -101,7 +101,7 @@ async def test_a_reader_behind_the_memory_reads_the_database(
 ) -> None:
     """Readers that are behind the memory get every event once, however small the memory is."""
     monkeypatch.setattr("service.event_log.tail.MEMORY_EVENTS_MAX", 4)
-    monkeypatch.setattr("service.api.events.BATCH_EVENTS_MAX", 3)
+    monkeypatch.setattr("service.http.streaming.BATCH_EVENTS_MAX", 3)
     monkeypatch.setattr("service.event_log.tail.IDLE_SECONDS", 0.01)
     await report_many(client, 20)
     async with (
@@ -159,7 +159,7 @@ def is_logged(lines: list[Any], event: str) -> bool:
 
 async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """NDJSON has every event up to the head, one a line, equal to the events of the pages."""
-    monkeypatch.setattr("service.api.events.BATCH_EVENTS_MAX", 7)
+    monkeypatch.setattr("service.http.streaming.BATCH_EVENTS_MAX", 7)
     await report_many(client, 30)
     url = client.url("/events?after=2")
     async with client.session.get(url, headers={"Accept": NDJSON}) as response:
@@ -199,7 +199,7 @@ async def test_half_an_answer_that_fails_is_logged(
     client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A response that fails after its 200 status is logged, because its status does not show the failure."""
-    monkeypatch.setattr("service.api.events.BATCH_EVENTS_MAX", 10)
+    monkeypatch.setattr("service.http.streaming.BATCH_EVENTS_MAX", 10)
     for _ in range(8):
         await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
     url = client.url("/events")
