@@ -141,15 +141,21 @@ class EventsApi:
         stream = await begin_stream(request, NDJSON_HEADERS)
         remaining = query.limit if "limit" in query.model_fields_set else POSITION_MAX
         while position < head and remaining:
-            async with self._behind:
-                batch = await self._read(position, min(remaining, stream.batch_max))
-                lines = [(one.position, orjson.dumps(to_log_event(one), option=JSON_OPTIONS)) for one in batch]
-            reached = await stream.write_some(lines)
-            if reached is None:
-                reached = batch[-1].position if batch else head
-            remaining -= sum(event.position <= reached for event in batch)
-            position = reached
+            await stream.wait()
+            position, count = await self._send_lines(stream, position, remaining)
+            remaining -= count
         return stream.response
+
+    async def _send_lines(self, stream: ResponseStream, position: int, limit: int) -> tuple[int, int]:
+        """Send events above a position, each on a line, and return the last position and their number."""
+        async with self._behind:
+            batch = await self._read(position, min(limit, stream.batch_max))
+            lines = [(one.position, orjson.dumps(to_log_event(one), option=JSON_OPTIONS)) for one in batch]
+        reached = await stream.write_some(lines)
+        if reached is None:
+            # Positions may have gaps, but the log ends with an event.
+            reached = batch[-1].position if batch else POSITION_MAX
+        return reached, sum(event.position <= reached for event in batch)
 
     async def _read(self, position: int, limit: int) -> list[RecordedEvent]:
         async with self._pool.connection() as connection:
@@ -192,6 +198,7 @@ class EventsApi:
         check_key_at = monotonic() + KEY_SECONDS
         heartbeat_at = monotonic() + HEARTBEAT_SECONDS
         while not self.tail.is_ended and self.tail.losses == losses and not is_gone(request):
+            await stream.wait()
             position = await send(stream, position)
             await self.tail.wait_beyond(position, min(CHECK_SECONDS, HEARTBEAT_SECONDS))
             if monotonic() >= heartbeat_at:
@@ -212,10 +219,13 @@ class EventsApi:
     async def _send(self, stream: ResponseStream, position: int, order_no: str | None = None) -> int:
         """Send events above a position, of one order or of all."""
         end = max(position, self.tail.position)
-        in_memory = self.tail.after(position, order_no)
+        limit = stream.batch_max
+        in_memory = self.tail.after(position, order_no, limit)
         if in_memory is not None:
             reached = await stream.write_some((event.position, event.message) for event in in_memory)
-            return end if reached is None else reached
+            if reached is None:
+                reached = in_memory[-1].position if len(in_memory) == limit else end
+            return reached
         # This reader is behind the tail's memory, so it reads the database.
         if order_no is not None:
             return await self._send_order(stream, position, order_no)

@@ -118,17 +118,19 @@ class Tail:
                 self._task.cancel()
                 self._task = None
 
-    def after(self, position: int, order_no: str | None) -> Sequence[TailEvent] | None:
-        """Return the events above a position, None if memory may lack some of them.
+    def after(self, position: int, order_no: str | None, limit: int) -> Sequence[TailEvent] | None:
+        """Return the next events above a position, None if memory may lack some of them.
 
         Args:
             position: the position.
             order_no: the one order to read, None for all.
+            limit: the maximum number of events.
         """
         if position < self._begins_after:
             return None
         events = self._memory if order_no is None else self._by_order.get(order_no, ())
-        return events[bisect_right(events, position, key=lambda event: event.position) :]
+        start = bisect_right(events, position, key=lambda event: event.position)
+        return events[start : start + limit]
 
     async def wait_beyond(self, position: int, seconds_max: float) -> None:
         """Wait until the log has grown beyond a position, the tail has ended, or the time limit is reached."""

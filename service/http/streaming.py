@@ -1,21 +1,23 @@
 """Long responses to readers that may be slow: for each of them, memory holds a slice and no more."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+import socket
+from collections.abc import Iterable
 from typing import Final, cast
 
 from aiohttp import web
-from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import StreamWriter
 
 from service.http.request_ids import REQUEST_ID_HEADER, caller_request_id
 
-# What is written at once, and what may wait in memory until the reader accepts it. The kernel holds more.
-SLICE_BYTES_MAX: Final = 16 * 1024
+# What is written at once, and what may wait in memory until the reader accepts it.
+SLICE_BYTES_MAX: Final = 8 * 1024
+# What the kernel holds for a reader. By default, it would accept megabytes for each reader that reads nothing.
+KERNEL_BYTES_MAX: Final = 32 * 1024
 # How many events are read at a time: a reader that accepts all of them gets more with each read.
 BATCH_EVENTS_MIN: Final = 8
 BATCH_EVENTS_MAX: Final = 1_000
-BATCH_GROWTH: Final = 4
+BATCH_GROWTH: Final = 2
 # A reader that accepts nothing for this long is cut off. It can resume after the last position it received.
 SEND_SECONDS_MAX: Final = 10.0
 
@@ -28,73 +30,70 @@ class ResponseStream:
             may accept no more.
     """
 
-    def __init__(
-        self, request: web.Request, response: web.StreamResponse, writer: AbstractStreamWriter
-    ) -> None:
+    def __init__(self, request: web.Request, response: web.StreamResponse, writer: StreamWriter) -> None:
         self.response = response
         self._protocol = request.protocol
         self._writer = writer
         self.batch_max = BATCH_EVENTS_MIN
         if request.transport is not None:
             request.transport.set_write_buffer_limits(high=SLICE_BYTES_MAX)
+            connection = request.transport.get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES_MAX)
 
-    async def write(self, message: bytes) -> None:
-        """Write a short message.
+    async def wait(self) -> None:
+        """Wait until the reader has accepted what was written before. The caller holds no events meanwhile.
 
         Raises:
             ConnectionResetError: the reader has left, or accepts nothing.
         """
-        async with _limited():
-            await self._writer.write(message)
-            await self._writer.drain()
+        try:
+            async with asyncio.timeout(SEND_SECONDS_MAX):
+                await self._writer.drain()
+        except TimeoutError:
+            raise ConnectionResetError("the reader accepts nothing") from None
 
-    async def write_some(self, events: Iterable[tuple[int, bytes]]) -> int | None:
-        """Write messages until the reader must be waited for, and wait.
-
-        The caller then drops the other messages and reads them again, so that a waiting reader holds none.
-
-        Args:
-            events: positions and messages.
-
-        Returns:
-            The position of the last message that was written; None if all were written without a wait.
+    async def write(self, message: bytes) -> None:
+        """Write a short message, after a wait.
 
         Raises:
             ConnectionResetError: the reader has left, or accepts nothing.
+        """
+        await self.wait()
+        await self._writer.write(message, drain=False)
+
+    async def write_some(self, events: Iterable[tuple[int, bytes]]) -> int | None:
+        """Write messages until the reader must be waited for. Call ``wait`` before and after.
+
+        Args:
+            events: positions and messages. Those that are not written must be read again.
+
+        Returns:
+            The position of the last message that was written; None if all were written.
+
+        Raises:
+            ConnectionResetError: the reader has left.
         """
         pending: list[bytes] = []
         size = 0
         position = 0
-        async with _limited():
-            for position, message in events:
-                pending.append(message)
-                size += len(message)
-                if size >= SLICE_BYTES_MAX:
-                    if await self._flush(pending):
-                        return position
-                    pending, size = [], 0
-            if pending and await self._flush(pending):
-                return position
+        for position, message in events:
+            pending.append(message)
+            size += len(message)
+            if size >= SLICE_BYTES_MAX:
+                if await self._must_wait_after(pending):
+                    return position
+                pending, size = [], 0
+        if pending and await self._must_wait_after(pending):
+            return position
         self.batch_max = min(BATCH_GROWTH * self.batch_max, BATCH_EVENTS_MAX)
         return None
 
-    async def _flush(self, pending: list[bytes]) -> bool:
-        """Write a slice, and return whether the reader had to be waited for."""
-        await self._writer.write(b"".join(pending))
-        if not self._protocol.writing_paused:
-            return False
-        self.batch_max = BATCH_EVENTS_MIN
-        await self._writer.drain()
-        return True
-
-
-@asynccontextmanager
-async def _limited() -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(SEND_SECONDS_MAX):
-            yield
-    except TimeoutError:
-        raise ConnectionResetError("the reader accepts nothing") from None
+    async def _must_wait_after(self, pending: list[bytes]) -> bool:
+        """Write a slice, and return whether the reader must be waited for."""
+        await self._writer.write(b"".join(pending), drain=False)
+        if self._protocol.writing_paused:
+            self.batch_max = BATCH_EVENTS_MIN
+        return self._protocol.writing_paused
 
 
 async def begin_stream(request: web.Request, headers: dict[str, str]) -> ResponseStream:
@@ -104,5 +103,5 @@ async def begin_stream(request: web.Request, headers: dict[str, str]) -> Respons
         response.headers[REQUEST_ID_HEADER] = own_id
     response.enable_chunked_encoding()
     # It is None only for a response that has ended.
-    writer = cast("AbstractStreamWriter", await response.prepare(request))
+    writer = cast("StreamWriter", await response.prepare(request))
     return ResponseStream(request, response, writer)

@@ -28,7 +28,8 @@ P99_NOISE_SECONDS: Final = 0.1
 # As many as one process serves at once.
 STALLED_READERS: Final = 2_000
 STALLED_SECONDS: Final = 20.0
-STALLED_MEMORY_MB_MAX: Final = 100.0
+STALLED_MEMORY_MB_MAX: Final = 200.0
+STALLED_P99_SECONDS_MAX: Final = 1.0
 RECEIVE_BUFFER_BYTES: Final = 4_096
 
 
@@ -88,9 +89,6 @@ async def slow_sockets(world: World) -> int:
 async def stall_readers(world: World) -> int:
     """Open as many streams as the service serves, and read nothing from any of them, until each is cut off."""
     before = most = world.resources()[0].memory_mb
-    quiet = time.monotonic()
-    await asyncio.sleep(QUIET_SECONDS)
-    usual = world.load.p99_seconds(quiet)
     began = time.monotonic()
     readers = [await _stalled_reader(world.port, number) for number in range(STALLED_READERS)]
     try:
@@ -101,13 +99,9 @@ async def stall_readers(world: World) -> int:
         for reader in readers:
             reader.close()
     p99 = world.load.p99_seconds(began)
-    world.violations.expect(
-        most - before <= STALLED_MEMORY_MB_MAX, f"memory grew by {most - before:.0f} MB, to {most:.0f} MB"
-    )
-    world.expect_in_time(
-        p99 <= max(P99_ROOM * usual, P99_NOISE_SECONDS), f"p99 went from {usual:.3f} to {p99:.3f} s"
-    )
-    world.remarks.append(f"memory {before:.0f} to {most:.0f} MB, p99 {usual * 1e3:.0f} to {p99 * 1e3:.0f} ms")
+    world.violations.expect(most <= STALLED_MEMORY_MB_MAX, f"memory grew to {most:.0f} MB")
+    world.expect_in_time(p99 <= STALLED_P99_SECONDS_MAX, f"p99 is {p99:.3f} s")
+    world.remarks.append(f"memory {before:.0f} to {most:.0f} MB, p99 {p99 * 1e3:.0f} ms")
     return 1
 
 
