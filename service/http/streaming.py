@@ -41,7 +41,7 @@ class ResponseStream:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES_MAX)
 
     async def wait(self) -> None:
-        """Wait until the reader has accepted what was written before. The caller must hold no events during the wait.
+        """Wait until the reader has accepted what was written before. The caller must hold no events then.
 
         Raises:
             ConnectionResetError: the reader has left, or accepts nothing.
