@@ -169,12 +169,18 @@ COUNT_AFTER: Final = """
 """
 
 
-async def append(connection: Connection, events: Sequence[Order.StatusReported]) -> list[int]:
+async def append(
+    connection: Connection, events: Sequence[Order.StatusReported], *, notify: bool = True
+) -> list[int]:
     """Append events in one statement, all or none, and return their positions.
 
-    In a transaction, listeners are not notified: a full notification queue would fail the commit.
+    Args:
+        connection: a connection to the log.
+        events: the events, each with the next version of its order.
+        notify: notify the listeners. In a transaction they never are: a full queue would fail its commit.
 
     Raises:
+        asyncpg.ProgramLimitExceededError: the notification queue is full. Nothing was appended.
         VersionTakenError: another writer recorded one of the versions first.
         UnsupportedServerError: the next position would lie within the log.
     """
@@ -186,15 +192,8 @@ async def append(connection: Connection, events: Sequence[Order.StatusReported])
         APPEND_LOCK,
     )
     try:
-        if connection.is_in_transaction():
-            rows = await connection.fetch(APPEND_SILENTLY, *values)
-        else:
-            try:
-                rows = await connection.fetch(APPEND, *values)
-            except asyncpg.ProgramLimitExceededError:
-                rows = await connection.fetch(APPEND_SILENTLY, *values)
-                # PostgreSQL drops what every listener has read only when it is asked.
-                await connection.execute(CLEAR_NOTIFICATIONS)
+        statement = APPEND if notify and not connection.is_in_transaction() else APPEND_SILENTLY
+        rows = await connection.fetch(statement, *values)
     except asyncpg.UniqueViolationError as error:
         raise VersionTakenError(str(error)) from error
     if not rows:
@@ -202,6 +201,11 @@ async def append(connection: Connection, events: Sequence[Order.StatusReported])
     # An event is recorded only if the server returned its position; the absence of an error is not enough.
     positions = {(order_no, version): position for order_no, version, position in rows}
     return [positions[event.originator_id, event.originator_version] for event in events]
+
+
+async def clear_notifications(connection: Connection) -> None:
+    """Drop the notifications that every listener has read. PostgreSQL does not, once the queue is full."""
+    await connection.execute(CLEAR_NOTIFICATIONS)
 
 
 async def take_append_lock(connection: Connection) -> None:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from time import monotonic
 from typing import Final, Literal, NamedTuple, NotRequired, Protocol
 
+import asyncpg
 import structlog
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
@@ -35,6 +36,8 @@ QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
 WAIT_SECONDS_MAX: Final = 0.4
 # Reports with a claim are recorded one by one on the batches' connection: more of them would starve batches.
 CLAIMED_REPORTS_MAX: Final = 64
+# A full notification queue is logged at most once in this interval.
+WARN_SECONDS: Final = 300.0
 # About 500 bytes each: 50 MB.
 ORDER_STATES_MAX: Final = 100_000
 
@@ -112,6 +115,7 @@ class Recorder:
         self._last: tuple[Order.StatusReported, int] | None = None
         self._looked_at = 0
         self.losses = 0
+        self._warn_at = 0.0
         self._batcher: Batcher[Report, Receipt] = Batcher(
             self._record_batch,
             batch_items_max=BATCH_REPORTS_MAX,
@@ -221,7 +225,12 @@ class Recorder:
                 # The states may come from commits that this server has lost, and be ahead of its log.
                 raise VersionTakenError
             warnings = self._dedicated.warnings
-            positions = await store.append(connection, events)
+            try:
+                positions = await store.append(connection, events)
+            except asyncpg.ProgramLimitExceededError as error:
+                positions = await store.append(connection, events, notify=False)
+                await store.clear_notifications(connection)
+                self._warn_of_full_queue(error)
         if self._dedicated.warnings != warnings:
             raise UnreplicatedCommitError(store.UNREPLICATED)
         return positions
@@ -254,6 +263,8 @@ class Recorder:
                 doubtful.pop()
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
             except Exception as error:
+                if _is_unrecordable(error):
+                    raise
                 self._trouble = error
                 if not _may_succeed_at_once(error):
                     raise
@@ -285,9 +296,9 @@ class Recorder:
             except Exception as error:
                 if _is_unrecordable(error):
                     raise UnrecordableReportError(str(error)) from error
+                self._trouble = error
                 if not _may_succeed_at_once(error):
                     raise
-                self._trouble = error
                 # The next attempt finds the claim if this one was committed.
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
@@ -315,6 +326,11 @@ class Recorder:
             yield connection
         if self._dedicated.warnings != warnings:
             raise UnreplicatedCommitError(store.UNREPLICATED)
+
+    def _warn_of_full_queue(self, error: Exception) -> None:
+        if monotonic() >= self._warn_at:
+            self._warn_at = monotonic() + WARN_SECONDS
+            logger.warning("the notification queue is full: views and streams are late", error=str(error))
 
     async def _look_for_last(self, connection: Connection) -> None:
         """Report whether the log still has the last commit: a failover or a restore may have lost it."""

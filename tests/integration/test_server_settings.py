@@ -61,10 +61,12 @@ async def test_a_full_notification_queue_refuses_no_report(small_queue_dsn: str)
     await listener.execute("BEGIN; SELECT 1")
     await fill_notification_queue(other)
     async with serving_client(small_queue_dsn) as client:
-        receipts = [await client.webhook("KOM1", status) for status in ("Diajukan", "Dikirim")]
-        assert [receipt["outcome"] for receipt in receipts] == ["advanced", "advanced"]
+        with capture_logs() as logs:
+            receipts = [await client.webhook("KOM1", status) for status in ("Diajukan", "Dikirim", "Diantar")]
+        assert [receipt["outcome"] for receipt in receipts] == ["advanced"] * 3
+        assert [log["event"].startswith("the notification queue is full") for log in logs] == [True]
         order = await client.get(f"/orders/KOM1?after_position={receipts[-1]['position']}")
-        assert (order["status"], order["version"]) == ("in_transit", 2)
+        assert (order["status"], order["version"]) == ("out_for_delivery", 3)
     await listener.close()
     await other.close()
 
