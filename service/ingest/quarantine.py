@@ -33,23 +33,23 @@ SHARED_MAX: Final = 1_000
 
 # Equal bodies share an open entry, so that a sender that repeats itself takes little space. The schema's index
 # quarantine_shared_idx has the same condition.
-KEEP_BODY: Final = """
+KEEP_BODY: Final = f"""
     WITH seen AS (
         UPDATE quarantine
         SET times_seen = times_seen + 1, last_seen_at = greatest(last_seen_at, $4)
-        WHERE body_sha256 = sha256($1) AND state = 'open' AND times_seen < 1000
+        WHERE body_sha256 = sha256($1) AND state = 'open' AND times_seen < {SHARED_MAX}
         RETURNING quarantine_id
     ), added AS (
         INSERT INTO quarantine (body, reason, remote, received_at, last_seen_at)
         SELECT $1, $2, $3, $4, $4
         WHERE NOT EXISTS (SELECT FROM seen)
           AND (SELECT count(*) FROM (SELECT FROM quarantine WHERE received_at > $5 LIMIT $6) AS recent) < $6
-        ON CONFLICT (body_sha256) WHERE state = 'open' AND times_seen < 1000
+        ON CONFLICT (body_sha256) WHERE state = 'open' AND times_seen < {SHARED_MAX}
         DO UPDATE SET times_seen = quarantine.times_seen + 1
         RETURNING quarantine_id
     )
     SELECT quarantine_id FROM seen UNION ALL SELECT quarantine_id FROM added
-"""
+"""  # noqa: S608 - our own number
 
 # Entries below an id, newest first.
 ENTRIES_PAGE: Final = """
