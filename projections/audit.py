@@ -32,7 +32,7 @@ Transition.__doc__ = "One report and its verdict, in the audit."
 
 
 class TransitionsFilter(NamedTuple):
-    """A filter of the audit. A member that is None does not filter.
+    """A filter of the audit. None selects everything.
 
     Args:
         verdict: the verdict.

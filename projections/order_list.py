@@ -12,7 +12,7 @@ from projections.windows import WALKED_ROWS_MAX, Span, Window, narrow
 
 
 class OrdersFilter(NamedTuple):
-    """A filter of orders. A member that is None does not filter.
+    """A filter of orders. None selects everything.
 
     Args:
         status: the current status.

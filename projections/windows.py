@@ -59,7 +59,7 @@ NARROW: Final = """
 async def narrow(
     connection: Connection, view: str, span: Span, since: datetime | None, until: datetime | None
 ) -> Span | None:
-    """Return the part of a span from the first to the last block with a time in a range, None if there is none.
+    """Return the part of a span that can have a time in a range, None if no block of it has one.
 
     Args:
         connection: any connection.
