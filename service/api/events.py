@@ -23,7 +23,7 @@ from service.event_log.tail import Tail, TailClosedError
 from service.http.access import Access
 from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.http.pagination import Page, list_response
-from service.http.parameters import EventsQuery, Position, Query, Text, parse_order_no
+from service.http.parameters import EventsQuery, LastReport, Position, Query, parse_order_no
 from service.http.problems import (
     ProblemError,
     ProblemType,
@@ -73,9 +73,7 @@ class StreamQuery(Query):
         default=None,
         description="begin after this position, unless Last-Event-ID is sent; by default, with the next event",
     )
-    last: Text | None = Field(
-        default=None, description="the `report_id` of the event at `after`; 410 if that is another event by now"
-    )
+    last: LastReport = None
 
 
 class LogStreamQuery(StreamQuery):

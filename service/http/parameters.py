@@ -128,6 +128,10 @@ Cursor = Annotated[int, BeforeValidator(decode_cursor), _text_schema()]
 Text = Annotated[
     str, StringConstraints(min_length=1, max_length=TEXT_CHARACTERS_MAX), AfterValidator(_refuse_control)
 ]
+LastReport = Annotated[
+    Text | None,
+    Field(description="the `report_id` of the event at `after`; 410 if that is another event by now"),
+]
 
 
 class Query(BaseModel):
@@ -161,9 +165,7 @@ class EventsQuery(Query):
     """A page of events after a version or a position."""
 
     after: Position = 0
-    last: Text | None = Field(
-        default=None, description="the `report_id` of the event at `after`; 410 if that is another event by now"
-    )
+    last: LastReport = None
     limit: Limit = PAGE_ROWS_DEFAULT
 
 
