@@ -97,7 +97,7 @@ class Service:
             seconds_max=seconds_max,
             on_batch=self.metrics.measure_batch,
         )
-        self.access = Access(self.auth_connection, seconds_max, is_open_without_keys=settings.is_local)
+        self.access = Access(self.auth_connection, seconds_max, is_open=settings.is_open)
         self.webhook = Webhook(make_webhook_auth(settings), self.recorder, quarantine, refusals)
         self.events = EventsApi(self.pool, self.access)
         self.pages = Pages(self.pool, self.access, self.projectors, refusals)
@@ -195,6 +195,7 @@ def make_webhook_auth(settings: Settings) -> WebhookAuth:
         settings.webhook_hmac_secret.get_secret_value().encode(),
         settings.webhook_hmac_header,
         settings.trusted_proxies,
+        is_open=settings.is_open,
     )
 
 

@@ -145,6 +145,14 @@ class Settings(BaseSettings):
         """Whether only this machine can reach the service: it listens on loopback and trusts no proxy."""
         return not self.trusted_proxies and is_loopback(self.host)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether programs of this machine need no token, and no API key until one exists.
+
+        A token or a secret shows that strangers are expected, perhaps through a proxy on this machine.
+        """
+        return self.is_local and not self.webhook_tokens and not self.webhook_hmac_secret
+
 
 def _read_names(file: Path) -> list[str]:
     """Return the names of the variables in a settings file.

@@ -31,7 +31,7 @@ from service.http.problems import (
     beyond_head,
     unavailable,
 )
-from service.http.responses import JSON_OPTIONS, SERVER
+from service.http.responses import COMMON_HEADERS, JSON_OPTIONS
 from service.http.server import is_gone
 from service.http.streaming import ResponseStream, begin_stream
 
@@ -51,9 +51,9 @@ LAST_EVENT_ID: Final = "Last-Event-ID"
 # Python's int() refuses thousands of digits. A position has at most nineteen.
 _DIGITS: Final = re.compile(r"\d{1,19}", re.ASCII)
 # nginx must not buffer a stream.
-STREAM_HEADERS: Final = {**SERVER, "X-Accel-Buffering": "no"}
+STREAM_HEADERS: Final = {**COMMON_HEADERS, "X-Accel-Buffering": "no"}
 NDJSON_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: NDJSON}
-SSE_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: SSE, hdrs.CACHE_CONTROL: "no-cache"}
+SSE_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: SSE}
 
 # Sends events above a position, and returns the position up to which all events are sent.
 Send = Callable[[ResponseStream, int], Awaitable[int]]

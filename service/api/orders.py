@@ -42,7 +42,7 @@ from service.http.parameters import (
     parse_order_no,
 )
 from service.http.problems import ProblemError, ProblemType, order_parked, unavailable
-from service.http.responses import has_etag, json_response, response
+from service.http.responses import REVALIDATED, has_etag, json_response, response
 
 # The maximum number of single-order reads that share one query, and that wait for one.
 READS_BATCH_MAX: Final = 256
@@ -171,9 +171,10 @@ class OrdersApi:
         # An order is parked and unparked without a new version. After lost commits, a version may come again.
         last = order["last_reported_at"].timestamp() * 1e6
         etag = f'"{order["version"]}-{last:.0f}{"-parked" if order["parked"] else ""}"'
+        headers = {"ETag": etag, "Cache-Control": REVALIDATED}
         if has_etag(request, etag):
-            return response(status=304, headers={"ETag": etag})
-        return json_response(order, headers={"ETag": etag})
+            return response(status=304, headers=headers)
+        return json_response(order, headers=headers)
 
     @Endpoint(
         "GET",

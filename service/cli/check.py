@@ -7,9 +7,9 @@ async def check() -> int | None:
     settings = read_settings()
     async with database(as_service=False) as dsn:
         findings = [
-            checks.check_settings(settings),
+            checks.check_webhook(settings),
             checks.describe_database(settings, dsn),
-            *await checks.check_database(dsn),
+            *await checks.check_database(dsn, is_open=settings.is_open),
         ]
     for finding in findings:
         show(f"{finding.kind:<5}  {finding.text}")

@@ -86,8 +86,13 @@ def _warn(settings: Settings, *, is_without_keys: bool) -> None:
             command="order-tracking token",
         )
     command = "order-tracking keys create"
-    if is_without_keys and settings.is_local:
-        logger.info("API and pages are open to this machine until you create an API key", command=command)
+    if settings.is_open:
+        what = "webhook, API and pages" if is_without_keys else "webhook"
+        logger.warning(
+            f"{what} open to every program of this machine: put no proxy or tunnel in front before you set "
+            "ORDER_TRACKING_WEBHOOK_TOKENS and create an API key",
+            command=command,
+        )
     elif is_without_keys:
         logger.warning("API and pages are closed until you create an API key", command=command)
 

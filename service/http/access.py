@@ -1,4 +1,4 @@
-"""Access: requests are admitted by their API keys; until a key exists, only this machine is admitted."""
+"""Access: requests are admitted by their API keys; in the open mode, this machine needs none."""
 
 import asyncio
 import re
@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 from aiohttp import hdrs, web
+from multidict import istr
 
 from service.batcher import Batcher
 from service.database.api_keys import USE_INTERVAL, ApiKey, Scope, hash_secret, list_keys, record_use
@@ -30,6 +31,11 @@ KEY_COOKIE: Final = "order_tracking_key"
 SAFE_METHODS: Final = ("GET", "HEAD")
 # A browser sends these values of Sec-Fetch-Site unless a page of another site made the request.
 OWN_SITE: Final = ("same-origin", "none")
+# Proxies and tunnels add at least one of these.
+FORWARDING_HEADERS: Final = (
+    *(istr("X-Forwarded-For"), istr("X-Forwarded-Host"), istr("X-Forwarded-Proto"), istr("X-Forwarded-Port")),
+    *(istr("X-Forwarded-Server"), istr("Forwarded"), istr("X-Real-IP"), istr("Via")),
+)
 
 _PORT: Final = re.compile(r":\d+$")
 
@@ -40,14 +46,12 @@ class Access:
     Args:
         dedicated: a dedicated connection to read keys with, so that slow reads do not delay it.
         seconds_max: the time limit for reading them.
-        is_open_without_keys: whether local requests need no key until the first key is created.
+        is_open: whether this machine's requests need no key until the first key is created.
     """
 
-    def __init__(
-        self, dedicated: DedicatedConnection, seconds_max: float, *, is_open_without_keys: bool
-    ) -> None:
+    def __init__(self, dedicated: DedicatedConnection, seconds_max: float, *, is_open: bool) -> None:
         self._dedicated = dedicated
-        self._is_open_without_keys = is_open_without_keys
+        self._is_open = is_open
         self._keys: Mapping[bytes, ApiKey] = {}
         self._valid_until = 0.0
         self._retry_at = 0.0
@@ -64,8 +68,7 @@ class Access:
         @wraps(handler)
         async def guarded(request: web.Request) -> web.StreamResponse:
             await self.admit(request, scope)
-            if request.method not in SAFE_METHODS:
-                refuse_other_sites(request)
+            refuse_other_sites(request)
             return await handler(request)
 
         guarded.scope = scope  # type: ignore[attr-defined]  # for tests that walk all routes
@@ -80,8 +83,8 @@ class Access:
         """
         if monotonic() >= self._valid_until:
             await self._reads.submit(None)
-        if not self._keys and self._is_open_without_keys:
-            refuse_other_hosts(request)
+        if not self._keys and self._is_open:
+            refuse_other_machines(request)
             return
         try:
             self._admit(request, scope)
@@ -160,27 +163,40 @@ def _unauthorized(detail: str, *challenge: str) -> ProblemError:
 
 
 def refuse_other_sites(request: web.BaseRequest) -> None:
-    """Refuse a request that a page of another site made in a browser.
+    """Refuse a request that a page of another site made in a browser, unless the user followed a link.
 
     Raises:
         ProblemError: 403.
     """
     headers = request.headers
-    origin = headers.get(hdrs.ORIGIN)
-    is_own = origin is None or origin.partition("://")[2] == headers.get(hdrs.HOST)
-    if headers.get("Sec-Fetch-Site", "none") not in OWN_SITE or not is_own:
+    is_own = headers.get("Sec-Fetch-Site", "none") in OWN_SITE
+    if request.method in SAFE_METHODS:
+        # A hidden request would reveal to the other site, by its status or its duration, whether an order exists.
+        is_link = headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"
+        is_own = is_own or is_link
+    elif (origin := headers.get(hdrs.ORIGIN) or headers.get(hdrs.REFERER)) is not None:
+        is_own = is_own and origin.partition("://")[2].partition("/")[0] == headers.get(hdrs.HOST)
+    if not is_own:
         raise ProblemError(ProblemType.FORBIDDEN, "pages of other sites may not make this request")
 
 
-def refuse_other_hosts(request: web.BaseRequest) -> None:
-    """Refuse a host name other than this machine's: without keys, only this machine is admitted.
+def refuse_other_machines(request: web.BaseRequest) -> None:
+    """Refuse a request that may come from another machine: in the open mode, only this machine is admitted.
 
-    Another site could point its own host name at this machine, and would then read everything (DNS rebinding).
+    A proxy passes on the requests of strangers. A site could point its own host name at this machine, and
+    would then read everything (DNS rebinding).
 
     Raises:
         ProblemError: 403.
     """
-    host = request.headers.get(hdrs.HOST, "localhost")
-    if not is_loopback(_PORT.sub("", host).strip("[]")):
-        detail = "until an API key exists, only localhost may be used as the host name"
+    headers = request.headers
+    if not is_loopback(_PORT.sub("", headers.get(hdrs.HOST, "localhost")).strip("[]")):
+        detail = "without a webhook token and an API key, only localhost may be used as the host name"
         raise ProblemError(ProblemType.FORBIDDEN, detail)
+    for name in FORWARDING_HEADERS:
+        if name in headers:
+            detail = (
+                f"the request came through a proxy ({name}), but anyone could read and write: "
+                "set ORDER_TRACKING_WEBHOOK_TOKENS and create an API key first (order-tracking keys create)"
+            )
+            raise ProblemError(ProblemType.FORBIDDEN, detail)

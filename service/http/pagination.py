@@ -94,6 +94,7 @@ def list_response(  # noqa: PLR0913, PLR0917 - the parts of every list
     if record_type is None or not _prefers_csv(request, query):
         return json_response({**members, name: page.items, "next": next_path}, headers=headers)
     headers["Vary"] = hdrs.ACCEPT
+    headers[hdrs.CONTENT_DISPOSITION] = f'attachment; filename="{name}.csv"'
     return response(to_csv(record_type, page.items), "text/csv; charset=utf-8", headers=headers)
 
 

@@ -1,4 +1,4 @@
-"""Responses: JSON, problems, and other media, all with the same Server header."""
+"""Responses: JSON, problems, and other media, all with the same headers."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -8,9 +8,18 @@ from aiohttp import hdrs, web
 
 from service.http.problems import ProblemError
 
-SERVER: Final[dict[str, str]] = {hdrs.SERVER: "order-tracking"}
-JSON_HEADERS: Final[dict[str, str]] = {**SERVER, hdrs.CONTENT_TYPE: "application/json"}
-PROBLEM_HEADERS: Final[dict[str, str]] = {**SERVER, hdrs.CONTENT_TYPE: "application/problem+json"}
+# No cache may keep order data. No browser may guess a media type, or let another site use or frame a response.
+COMMON_HEADERS: Final[dict[str, str]] = {
+    hdrs.SERVER: "order-tracking",
+    hdrs.CACHE_CONTROL: "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+}
+JSON_HEADERS: Final[dict[str, str]] = {**COMMON_HEADERS, hdrs.CONTENT_TYPE: "application/json"}
+PROBLEM_HEADERS: Final[dict[str, str]] = {**COMMON_HEADERS, hdrs.CONTENT_TYPE: "application/problem+json"}
+# With an entity tag, a reader may keep the response for itself, and asks each time whether it has changed.
+REVALIDATED: Final = "private, no-cache"
 # The final newline keeps a terminal's prompt on its own line.
 JSON_OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
 
@@ -48,7 +57,7 @@ def response(
 ) -> web.Response:
     """Return a response of a media type other than JSON."""
     own: dict[str, str] = {hdrs.CONTENT_TYPE: content_type} if content_type is not None else {}
-    return web.Response(body=body, status=status, headers={**SERVER, **own, **(headers or {})})
+    return web.Response(body=body, status=status, headers={**COMMON_HEADERS, **own, **(headers or {})})
 
 
 def has_etag(request: web.BaseRequest, etag: str) -> bool:

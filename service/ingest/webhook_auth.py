@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 from aiohttp import hdrs, web
 
-from service.http.access import refuse_other_sites
+from service.http.access import refuse_other_machines, refuse_other_sites
 from service.http.problems import ProblemError, ProblemType
 
 Network: TypeAlias = IPv4Network | IPv6Network
@@ -31,15 +31,23 @@ class WebhookAuth:
         secret: the secret of the signature; empty if no signature is required.
         signature_header: the header with the signature.
         proxies: networks of proxies whose X-Forwarded-For is trusted.
+        is_open: whether only this machine may send, without a token and a signature.
     """
 
     def __init__(
-        self, tokens: Sequence[bytes], secret: bytes, signature_header: str, proxies: Sequence[Network]
+        self,
+        tokens: Sequence[bytes],
+        secret: bytes,
+        signature_header: str,
+        proxies: Sequence[Network],
+        *,
+        is_open: bool = False,
     ) -> None:
         self._tokens = tokens
         self._secret = secret
         self._signature_header = signature_header
         self._proxies = proxies
+        self._is_open = is_open
 
     @property
     def path(self) -> str:
@@ -51,7 +59,8 @@ class WebhookAuth:
 
         Raises:
             HTTPNotFound: the token is wrong. The response equals that for an unknown path.
-            ProblemError: 403, no token is required, and a page of another site made the request.
+            ProblemError: 403, no token is required, and a page of another site made the request; or only this
+                machine may send, and the request may come from another one.
         """
         if self._tokens:
             token = request.match_info["token"].encode(errors="replace")
@@ -60,6 +69,8 @@ class WebhookAuth:
                 raise web.HTTPNotFound
         else:
             refuse_other_sites(request)
+        if self._is_open:
+            refuse_other_machines(request)
         return self._sender_address(request)
 
     def check_signature(self, request: web.Request, body: bytes) -> None:

@@ -57,14 +57,17 @@ _note = partial(Finding, "note")
 _wrong = partial(Finding, "WRONG")
 
 
-def check_settings(settings: Settings) -> Finding:
+def check_webhook(settings: Settings) -> Finding:
     """Check who may send webhooks. The settings' values were checked when they were read."""
     if settings.webhook_tokens:
         return _ok(f"the webhook requires a token; valid tokens: {len(settings.webhook_tokens)}")
     if settings.webhook_hmac_secret:
         return _ok("the webhook requires a signature")
-    if settings.is_local:
-        return _note("the webhook is open to this machine: ORDER_TRACKING_WEBHOOK_TOKENS is not set")
+    if settings.is_open:
+        return _note(
+            "the webhook is open to every program of this machine: put no proxy or tunnel in front before you set "
+            "ORDER_TRACKING_WEBHOOK_TOKENS"
+        )
     return _wrong("the webhook is open to the network: set ORDER_TRACKING_WEBHOOK_TOKENS")
 
 
@@ -75,8 +78,8 @@ def describe_database(settings: Settings, dsn: str) -> Finding:
     return _ok(f"the database is the one in {settings.state_dir}; while it runs, open it with: psql '{dsn}'")
 
 
-async def check_database(dsn: str) -> list[Finding]:
-    """Check the database and its content."""
+async def check_database(dsn: str, *, is_open: bool = True) -> list[Finding]:
+    """Check the database and its content; ``is_open`` is the setting of that name."""
     try:
         # A policy on a view's table is a function of the service's role; it must not run as the operator.
         connection = await connect(dsn, row_security="off")
@@ -96,7 +99,7 @@ async def check_database(dsn: str) -> list[Finding]:
             *await _check_triggers(connection),
             *await _check_sequences(connection),
             *await _check_role(dsn),
-            await _check_keys(connection),
+            await check_keys(connection, is_open=is_open),
             *[await _check_view(connection, view) for view in VIEWS],
         ]
     finally:
@@ -139,10 +142,16 @@ async def _check_role(dsn: str) -> list[Finding]:
     return findings
 
 
-async def _check_keys(connection: Connection) -> Finding:
+async def check_keys(connection: Connection, *, is_open: bool) -> Finding:
+    """Check who may read. Without any key, the open mode lets every program of this machine read."""
     now = datetime.now(UTC)
-    valid = sum(key.is_valid(now) for key in await list_keys(connection))
-    return _ok(f"valid API keys: {valid}") if valid else _note("no API key is valid")
+    keys = await list_keys(connection)
+    if valid := sum(key.is_valid(now) for key in keys):
+        return _ok(f"valid API keys: {valid}")
+    command = "run 'order-tracking keys create NAME'"
+    if is_open and not keys:
+        return _note(f"API and pages are open to every program of this machine: {command} to close them")
+    return _wrong(f"no API key is valid, so nobody can read the API and the pages: {command}")
 
 
 async def _check_view(connection: Connection, view: View) -> Finding:

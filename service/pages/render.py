@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from domain.transitions import VERDICTS
 from service.http.access import KEY_COOKIE
-from service.http.responses import SERVER, has_etag
+from service.http.responses import COMMON_HEADERS, has_etag
 from service.pages.i18n import LANGUAGES, LOCALES, Locale, negotiate_language, to_rfc3339
 
 FOLDER: Final = Path(__file__).resolve().parent
@@ -26,18 +26,15 @@ SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-COMMON_HEADERS: Final = {
-    **SERVER,
+BROWSER_HEADERS: Final = {
+    **COMMON_HEADERS,
     "Content-Security-Policy": SECURITY_POLICY,
-    "X-Content-Type-Options": "nosniff",
     # Other sites never see a page's path. "no-referrer" would also hide the Origin of the service's own forms.
     "Referrer-Policy": "same-origin",
 }
 PAGE_HEADERS: Final = {
-    **COMMON_HEADERS,
+    **BROWSER_HEADERS,
     "Content-Type": "text/html; charset=utf-8",
-    # Caches must not keep order data, nor mix up the languages of one path.
-    "Cache-Control": "no-store",
     "Vary": "Accept, Accept-Language, Cookie",
 }
 MEDIA_TYPES: Final = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -86,7 +83,7 @@ async def serve_asset(request: web.Request) -> web.Response:
         raise web.HTTPNotFound
     etag = f'"{asset.version}"'
     is_versioned = request.query.get("v") == asset.version
-    headers = {**COMMON_HEADERS, "ETag": etag, "Cache-Control": IMMUTABLE if is_versioned else "no-cache"}
+    headers = {**BROWSER_HEADERS, "ETag": etag, "Cache-Control": IMMUTABLE if is_versioned else "no-cache"}
     if has_etag(request, etag):
         return web.Response(status=304, headers=headers)
     headers["Content-Type"] = f"{asset.media_type}; charset=utf-8"

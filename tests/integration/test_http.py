@@ -45,7 +45,7 @@ DOCUMENTED = {
 async def test_every_documented_sender_is_understood(client: Client, sample: str) -> None:
     """Each sample of the sender's documentation becomes an event that keeps the body unchanged."""
     headers, body = DOCUMENTED[sample]
-    request = b"PUT /webhook HTTP/1.1\r\nHost: shop.example\r\n" + headers
+    request = b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\n" + headers
     answer = await client.talk(request + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
     receipt = json.loads(answer.split(b"\r\n\r\n", 1)[1])
@@ -451,7 +451,7 @@ async def test_a_body_that_cannot_be_read_is_the_senders_mistake(
         assert (response.status, response.headers["Content-Type"]) == (400, "application/problem+json")
     for _ in range(5):
         _, writer = await asyncio.open_connection("127.0.0.1", client.port)
-        writer.write(b"PUT /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        writer.write(b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         await writer.drain()
         writer.close()
         await writer.wait_closed()
@@ -462,7 +462,7 @@ async def test_a_body_that_cannot_be_read_is_the_senders_mistake(
 
 async def test_an_idempotency_key_beyond_ascii_is_ignored(client: Client) -> None:
     """A key with bytes beyond ASCII is ignored, and the report is recorded as if it had no key."""
-    request = b"PUT /webhook HTTP/1.1\r\nHost: x\r\nIdempotency-Key: \xff\r\nContent-Length: %d\r\n\r\n"
+    request = b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: \xff\r\nContent-Length: %d\r\n\r\n"
     answer = await client.talk(request % len(COMPACT_BODY) + COMPACT_BODY)
     assert answer.startswith(b"HTTP/1.1 200 OK")
 
