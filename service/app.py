@@ -30,9 +30,10 @@ from service.database.schema import VIEWS
 from service.event_log.feed import Feed
 from service.event_log.store import CHANNEL
 from service.http.access import Access
+from service.http.budgets import BUDGETS, Budgets
 from service.http.endpoints import make_routes
 from service.http.request_ids import route_pattern
-from service.http.server import HttpServer
+from service.http.server import LOOPBACK, HttpServer
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
@@ -60,6 +61,7 @@ class Service:
 
     def __init__(self, settings: Settings, dsn: str) -> None:
         seconds_max = settings.request_seconds_max
+        self.budgets = Budgets()
         self.pool = ConnectionPool(dsn, seconds_max)
         connect_hot = partial(connect, dsn, **HOT_SETTINGS)
         connect_timely = partial(connect, dsn, **POOL_SETTINGS)
@@ -89,7 +91,7 @@ class Service:
         quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
         projectors = [*self.projectors.values()]
         refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
-        self.metrics = Metrics(self.pool, projectors, quarantine, refusals, lambda: self.recorder)
+        self.metrics = Metrics(self.pool, projectors, quarantine, refusals, self.budgets, lambda: self.recorder)
         self.recorder = Recorder(
             self.append_connection,
             self._on_commit,
@@ -99,10 +101,10 @@ class Service:
         )
         self.access = Access(self.auth_connection, seconds_max, is_open=settings.is_open)
         self.webhook = Webhook(make_webhook_auth(settings), self.recorder, quarantine, refusals)
-        self.events = EventsApi(self.pool, self.access)
+        self.events = EventsApi(self.pool, self.access, self.budgets.streams)
         self.pages = Pages(self.pool, self.access, self.projectors, refusals)
         self.apis: list[object] = [
-            OrdersApi(self.pool, self.orders_connection, self.projectors),
+            OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets.folds),
             self.events,
             AuditApi(self.pool, self.projectors),
             QuarantineApi(self.pool, self.recorder),
@@ -147,6 +149,7 @@ class Service:
             body_bytes_max: the size limit of request bodies.
         """
         app = web.Application(client_max_size=body_bytes_max)
+        app[BUDGETS] = self.budgets
         app.add_routes(self.webhook.routes())
         app.add_routes(self.pages.routes())
         for api in self.apis:
@@ -216,6 +219,8 @@ async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, bool
             settings.port,
             reuse_port=settings.reuse_port,
             on_response=service.on_response,
+            budget=service.budgets.connections,
+            exempt=(*LOOPBACK, *settings.trusted_proxies),
         )
         stack.push_async_callback(server.stop)
         port = await server.start()

@@ -16,11 +16,12 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from projections.postgres_errors import Connection
 from projections.windows import POSITION_MAX
 from service.api.resumption import place_after, refuse_another_event
-from service.database.connections import ConnectionPool
+from service.database.connections import READER, ConnectionPool
 from service.event_log import store
 from service.event_log.store import LogEvent, RecordedEvent, to_log_event
 from service.event_log.tail import Tail, TailClosedError
 from service.http.access import Access
+from service.http.budgets import Budget
 from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.http.pagination import Page, list_response
 from service.http.parameters import EventsQuery, LastReport, Position, Query, parse_order_no
@@ -94,11 +95,13 @@ class EventsApi:
     Args:
         pool: the connections to read with.
         access: checks repeatedly during a stream whether its API key is still valid.
+        streams: the budget of long responses.
     """
 
-    def __init__(self, pool: ConnectionPool, access: Access) -> None:
+    def __init__(self, pool: ConnectionPool, access: Access, streams: Budget) -> None:
         self._pool = pool
         self._access = access
+        self._streams = streams
         self.tail = Tail(pool, encode_event)
         self._behind = asyncio.Semaphore(READERS_BEHIND_MAX)
 
@@ -106,7 +109,9 @@ class EventsApi:
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
         """A page of the log, by position; as NDJSON, all events up to its head unless `limit` is set."""
         if NDJSON in request.headers.get(hdrs.ACCEPT, "") and request.method == hdrs.METH_GET:
-            return await self._all_events(request, query)
+            _refuse_old_version(request)
+            with self._streams.hold(READER.get() or None):
+                return await self._all_events(request, query)
         async with self._pool.connection() as connection:
             await _refuse_another_event(connection, query)
             rows = await store.read_log(connection, query.after, query.limit)
@@ -130,7 +135,6 @@ class EventsApi:
 
     async def _all_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
         position = query.after
-        _refuse_old_version(request)
         async with self._pool.connection() as connection:
             head = await store.head_position(connection)
             if position > head:
@@ -172,20 +176,21 @@ class EventsApi:
                 if last_seen is None:
                     await _refuse_another_event(connection, query)
         try:
-            async with self.tail.following():
-                position = self.tail.position if after is None else after
-                stream = await begin_stream(request, SSE_HEADERS)
-                try:
-                    # Proxies may hold back a response without a body, so it begins with a comment.
-                    await stream.write(b": the log after position %d\n%b" % (position, RETRY))
-                    await self._follow(request, stream, position, send)
-                except ProblemError:
-                    # The API key is no longer valid. The reader gets this problem when it reconnects.
-                    return stream.response
-                except ConnectionError:
-                    # The reader has left or accepts nothing: a normal close would wait for it.
-                    if request.transport is not None:
-                        request.transport.abort()
+            with self._streams.hold(READER.get() or None):
+                async with self.tail.following():
+                    position = self.tail.position if after is None else after
+                    stream = await begin_stream(request, SSE_HEADERS)
+                    try:
+                        # Proxies may hold back a response without a body, so it begins with a comment.
+                        await stream.write(b": the log after position %d\n%b" % (position, RETRY))
+                        await self._follow(request, stream, position, send)
+                    except ProblemError:
+                        # The API key is no longer valid. The reader gets this problem when it reconnects.
+                        return stream.response
+                    except ConnectionError:
+                        # The reader has left or accepts nothing: a normal close would wait for it.
+                        if request.transport is not None:
+                            request.transport.abort()
         except TailClosedError as error:
             raise unavailable(str(error)) from None
         return stream.response

@@ -17,6 +17,7 @@ from domain.transitions import VERDICTS
 from projections.engine import Projector
 from service.api.freshness import Lag, read_lag
 from service.database.connections import ConnectionPool, StorageUnavailableError
+from service.http.budgets import Budgets
 from service.http.endpoints import TEXT, Endpoint
 from service.http.parameters import Query
 from service.http.request_ids import route_pattern
@@ -36,6 +37,7 @@ HTTP_LABELS: Final = ("http_request_method", "http_route", "http_response_status
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"})
 
 _by_state: Final = partial(GaugeMetricFamily, labels=["state"])
+_by_budget: Final = partial(GaugeMetricFamily, labels=["budget"])
 _by_view: Final = partial(GaugeMetricFamily, labels=["view"])
 
 
@@ -47,6 +49,7 @@ class Metrics:
         projectors: the views' projectors.
         quarantine: the quarantine, which counts its own bodies.
         refusals: the webhooks that got 503.
+        budgets: what readers and strangers hold.
         recorder: returns the recorder, which is made after the metrics that it reports to.
     """
 
@@ -56,12 +59,14 @@ class Metrics:
         projectors: Sequence[Projector],
         quarantine: Quarantine,
         refusals: Refusals,
+        budgets: Budgets,
         recorder: Callable[[], Recorder],
     ) -> None:
         self._pool = pool
         self._projectors = projectors
         self._quarantine = quarantine
         self._refusals = refusals
+        self._budgets = budgets
         self._recorder = recorder
         self._outcomes: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         self._last_received = 0.0
@@ -137,6 +142,14 @@ class Metrics:
         for cause, count in self._refusals.counts.items():
             refusals.add_metric([cause], count)
         yield refusals
+        held = _by_budget("budget_held", "What is held of a budget.")
+        maximum = _by_budget("budget_max", "What may be held of a budget.")
+        beyond = CounterMetricFamily("budget_refusals", "Attempts to hold more.", labels=["budget"])
+        for budget in self._budgets:
+            held.add_metric([budget.name], budget.held)
+            maximum.add_metric([budget.name], budget.maximum)
+            beyond.add_metric([budget.name], budget.refusals)
+        yield from (held, maximum, beyond)
         yield GaugeMetricFamily(
             "webhook_queue_reports", "Reports that wait for their commit.", self._recorder().waiting
         )

@@ -1,7 +1,8 @@
 """Orders over HTTP: current status, state as of an earlier version or time, timeline, and recorded events."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from operator import itemgetter
@@ -24,10 +25,11 @@ from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.api.resumption import place_after, refuse_another_event
 from service.batcher import Batcher
-from service.database.connections import ConnectionPool, DedicatedConnection
+from service.database.connections import READER, ConnectionPool, DedicatedConnection
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event, read_fields
 from service.event_log.store import RecordedEvent
+from service.http.budgets import Budget
 from service.http.endpoints import CSV, JSON, Endpoint
 from service.http.pagination import Page, cut_page, list_response
 from service.http.parameters import (
@@ -47,8 +49,10 @@ from service.http.responses import REVALIDATED, has_etag, json_response, respons
 # The maximum number of single-order reads that share one query, and that wait for one.
 READS_BATCH_MAX: Final = 256
 READS_QUEUE_MAX: Final = 16_384
-# The maximum number of events that are decoded at a time to compute an order's earlier state.
-HISTORY_EVENTS_MAX: Final = 1_000
+# The maximum number of events that are decoded at a time to compute an order's earlier state: webhooks wait.
+HISTORY_EVENTS_MAX: Final = 500
+# How many such reads run at a time. Each takes a connection, and a share of the processor.
+FOLDS_AT_A_TIME: Final = 2
 
 
 class Orders(TypedDict):
@@ -118,14 +122,21 @@ class OrdersApi:
         pool: the connections for all reads except batched ones.
         dedicated: the connection for batched reads of single orders.
         projectors: the projectors by the names of their views.
+        folds: the budget of reads of earlier states.
     """
 
     def __init__(
-        self, pool: ConnectionPool, dedicated: DedicatedConnection, projectors: Mapping[str, Projector]
+        self,
+        pool: ConnectionPool,
+        dedicated: DedicatedConnection,
+        projectors: Mapping[str, Projector],
+        folds: Budget,
     ) -> None:
         self._pool = pool
         self._dedicated = dedicated
         self._projectors = projectors
+        self._folds = folds
+        self._fold_turns = asyncio.Semaphore(FOLDS_AT_A_TIME)
         self._reads: Batcher[str, FoundOrder] = Batcher(
             self._find_orders,
             batch_items_max=READS_BATCH_MAX,
@@ -153,14 +164,18 @@ class OrdersApi:
         "/orders/{order_no}",
         CurrentOrder,
         query=OrderQuery,
-        problems=(ProblemType.UNKNOWN_ORDER, ProblemType.NO_SUCH_VERSION, ProblemType.PARKED),
+        problems=(
+            *(ProblemType.UNKNOWN_ORDER, ProblemType.NO_SUCH_VERSION),
+            *(ProblemType.PARKED, ProblemType.OVER_BUDGET),
+        ),
         has_etag=True,
     )
     async def show_order(self, request: web.Request, query: OrderQuery) -> web.Response:
         """One order, now or as of an earlier version or time."""
         order_no = parse_order_no(request)
         if query.version is not None or query.as_of is not None:
-            order = await self._order_as_of(order_no, query)
+            with self._folds.hold(READER.get() or None):
+                order = await self._order_as_of(order_no, query)
         else:
             await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
             found = await self._reads.submit(order_no)
@@ -236,6 +251,19 @@ class OrdersApi:
         async with asyncio.timeout_at(due), self._dedicated.connection() as connection:
             return await current_status.find_orders(connection, order_nos)
 
+    @asynccontextmanager
+    async def _fold_turn(self) -> AsyncIterator[None]:
+        """Wait for a turn to read a whole order, which may be long, so that other readers are not delayed."""
+        try:
+            async with asyncio.timeout(self._pool.seconds_max):
+                await self._fold_turns.acquire()
+        except TimeoutError:
+            raise self._folds.refusal("other reads of earlier states are running") from None
+        try:
+            yield
+        finally:
+            self._fold_turns.release()
+
     async def _order_as_of(self, order_no: str, query: OrderQuery) -> CurrentOrder:
         """Fold an order's events up to a version or a time."""
         if query.version is not None and query.as_of is not None:
@@ -243,7 +271,7 @@ class OrdersApi:
             raise ProblemError(ProblemType.BAD_PARAMETER, detail, parameter="as_of")
         rows: dict[str, current_status.Row] = {}
         version = 0
-        async with self._pool.connection() as connection:
+        async with self._fold_turn(), self._pool.connection() as connection:
             while events := await store.read_stream(connection, order_no, version, HISTORY_EVENTS_MAX):
                 earlier = [*takewhile(lambda item: _is_within(query, item), map(_decode, events))]
                 current_status.fold(earlier, rows)

@@ -89,8 +89,8 @@ def _warn(settings: Settings, *, is_without_keys: bool) -> None:
     if settings.is_open:
         what = "webhook, API and pages" if is_without_keys else "webhook"
         logger.warning(
-            f"{what} open to every program of this machine: put no proxy or tunnel in front before you set "
-            "ORDER_TRACKING_WEBHOOK_TOKENS and create an API key",
+            f"{what} open to every program of this machine: set ORDER_TRACKING_WEBHOOK_TOKENS and create an "
+            "API key before you put a proxy or a tunnel in front",
             command=command,
         )
     elif is_without_keys:

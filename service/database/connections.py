@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextvars import ContextVar
 from time import monotonic
 from typing import Final, TypeAlias, cast
 from urllib.parse import parse_qsl, urlsplit
+from weakref import WeakValueDictionary
 
 import asyncpg
 import orjson
@@ -25,6 +27,10 @@ CONNECT_SECONDS_MAX: Final = 2.0
 RECONNECT_PAUSE_SECONDS: Final = 0.05
 # For reads that are not batched: enough for several slow pages, and far below the server's own limit.
 POOL_CONNECTIONS_MAX: Final = 8
+# How many of them the reads of one API key may use, so that slow ones do not delay all others.
+POOL_CONNECTIONS_PER_KEY_MAX: Final = 6
+# The name of the key that the present request was admitted by; None for the service's own reads.
+READER: Final[ContextVar[str | None]] = ContextVar("reader", default=None)
 # At its time limit, a caller closes its connection, but the server may continue the statement for this long.
 POOL_SETTINGS: Final = {
     "statement_timeout": "4s",
@@ -208,6 +214,8 @@ class ConnectionPool:
 
     def __init__(self, dsn: str, seconds_max: float) -> None:
         self.seconds_max = seconds_max
+        # Of the keys whose reads use or await a connection now.
+        self._shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
         async def connect_for_pool(*_args: object, **_kwargs: object) -> Connection:
             return await connect(dsn, **POOL_SETTINGS)
@@ -246,13 +254,22 @@ class ConnectionPool:
         """
         limit = self.seconds_max if seconds_max is None else seconds_max
         with as_unavailable():
-            async with asyncio.timeout(limit), self._pool.acquire() as connection:
+            async with asyncio.timeout(limit), self._share(), self._pool.acquire() as connection:
                 try:
                     yield cast("Connection", connection)
                 except asyncio.CancelledError:
                     # asyncpg would wait until the server, which may be suspended, confirms the cancellation.
                     connection.terminate()
                     raise
+
+    def _share(self) -> AbstractAsyncContextManager[None]:
+        """Return the turns of the reads of one key."""
+        name = READER.get()
+        if name is None:
+            return nullcontext()
+        if (share := self._shares.get(name)) is None:
+            share = self._shares[name] = asyncio.Semaphore(POOL_CONNECTIONS_PER_KEY_MAX)
+        return share
 
     def close(self) -> None:
         """Close every connection."""

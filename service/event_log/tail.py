@@ -15,8 +15,6 @@ from service.database.connections import ConnectionPool
 from service.event_log import store
 from service.event_log.store import RecordedEvent
 
-# The maximum number of live readers. Each costs a TCP connection and little else.
-READERS_MAX: Final = 2_000
 # Events kept in memory for all live readers. A reader that is further behind reads the database.
 MEMORY_EVENTS_MAX: Final = 4_096
 MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
@@ -84,13 +82,11 @@ class Tail:
         """Follow the log until the block ends, together with other readers.
 
         Raises:
-            TailClosedError: there are too many readers, or the service is stopping.
+            TailClosedError: the service is stopping.
             StorageUnavailableError: the log's head cannot be read.
         """
         if self.is_ended:
             raise TailClosedError("the service is stopping")
-        if self._readers >= READERS_MAX:
-            raise TailClosedError(f"at most {READERS_MAX} live readers are served at once")
         self._readers += 1
         try:
             if self._task is None:

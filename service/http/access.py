@@ -14,7 +14,7 @@ from multidict import istr
 
 from service.batcher import Batcher
 from service.database.api_keys import USE_INTERVAL, ApiKey, Scope, hash_secret, list_keys, record_use
-from service.database.connections import DedicatedConnection, StorageUnavailableError
+from service.database.connections import READER, DedicatedConnection, StorageUnavailableError
 from service.http.problems import ProblemError, ProblemType
 from service.settings import is_loopback
 
@@ -36,6 +36,9 @@ FORWARDING_HEADERS: Final = (
     *(istr("X-Forwarded-For"), istr("X-Forwarded-Host"), istr("X-Forwarded-Proto"), istr("X-Forwarded-Port")),
     *(istr("X-Forwarded-Server"), istr("Forwarded"), istr("X-Real-IP"), istr("Via")),
 )
+
+# The one who reads without a key, in the open mode. No key has an empty name.
+OPEN_READER: Final = ""
 
 _PORT: Final = re.compile(r":\d+$")
 
@@ -85,6 +88,7 @@ class Access:
             await self._reads.submit(None)
         if not self._keys and self._is_open:
             refuse_other_machines(request)
+            READER.set(OPEN_READER)
             return
         try:
             self._admit(request, scope)
@@ -134,6 +138,7 @@ class Access:
             raise ProblemError(
                 ProblemType.FORBIDDEN, "an API key with the scope admin is required", headers=headers
             )
+        READER.set(key.name)
         used_at = self._used_at.get(key.name, key.last_used_at)
         is_recording = self._recording is not None and not self._recording.done()
         if not is_recording and (used_at is None or used_at < now - USE_INTERVAL):

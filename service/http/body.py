@@ -4,8 +4,9 @@ import asyncio
 import zlib
 from typing import Final
 
-from aiohttp import hdrs, web
+from aiohttp import StreamReader, hdrs, web
 
+from service.http.budgets import BODY_BYTES_FREE, BUDGETS, Budget
 from service.http.problems import ProblemError, ProblemType
 from service.http.server import connection
 
@@ -17,28 +18,34 @@ GZIP_MEMBERS_MAX: Final = 16
 _CODINGS: Final = ("", "identity", "gzip")
 
 
-async def read_body(request: web.Request) -> bytes:
+async def read_body(request: web.Request, bytes_max: int | None = None) -> bytes:
     """Return the body of a request, decompressed.
+
+    Args:
+        request: the request.
+        bytes_max: the size limit, before and after decompression; None for the application's.
 
     Raises:
         ProblemError: the body is too large (413), too slow (408), broken (400), or in an unknown coding (415).
+        OverBudgetError: too many bytes of bodies are arriving (429).
     """
+    limit = request.client_max_size if bytes_max is None else bytes_max
     coding = ",".join(request.headers.getall(hdrs.CONTENT_ENCODING, ())).strip().lower()
     if coding not in _CODINGS:
         detail = "Supported content codings: gzip, identity."
         raise ProblemError(ProblemType.UNKNOWN_CODING, detail, headers={"Accept-Encoding": "gzip"})
-    if (request.content_length or 0) > request.client_max_size:
-        raise _too_large(request)
+    if (request.content_length or 0) > limit:
+        raise _too_large(limit)
     try:
         if request.content.is_eof():
-            body = await request.read()
+            body = await request.content.readany()
+            if len(body) > limit:
+                raise _too_large(limit)
         else:
             async with asyncio.timeout(BODY_SECONDS_MAX):
-                body = await request.read()
+                body = await _read_arriving(request.content, limit, request.app[BUDGETS].bodies)
             connection(request).has_more = False
-        return body if coding != "gzip" else _gunzip(body, request)
-    except web.HTTPRequestEntityTooLarge:
-        raise _too_large(request) from None
+        return body if coding != "gzip" else _gunzip(body, limit)
     except TimeoutError:
         detail = f"the body took longer than {BODY_SECONDS_MAX:g} s"
         raise ProblemError(ProblemType.BODY_TIMEOUT, detail, headers={hdrs.CONNECTION: "close"}) from None
@@ -49,14 +56,31 @@ async def read_body(request: web.Request) -> bytes:
         raise ProblemError(ProblemType.BAD_BODY, "the body cannot be read to its end") from None
 
 
-def _gunzip(body: bytes, request: web.Request) -> bytes:
+async def _read_arriving(content: StreamReader, limit: int, budget: Budget) -> bytes:
+    """Read a body piece by piece, so that it holds no more of the budget than has arrived."""
+    body = bytearray()
+    held = 0
+    try:
+        while piece := await content.readany():
+            body += piece
+            if len(body) > limit:
+                raise _too_large(limit)
+            if (more := len(body) - BODY_BYTES_FREE - held) > 0:
+                budget.take(amount=more)
+                held += more
+        return bytes(body)
+    finally:
+        budget.give_back(amount=held)
+
+
+def _gunzip(body: bytes, limit: int) -> bytes:
     """Decompress up to the end of the last member. aiohttp would accept a truncated stream as complete."""
     content = b""
     for _ in range(GZIP_MEMBERS_MAX):
         member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-        content += member.decompress(body, request.client_max_size + 1 - len(content))
-        if len(content) > request.client_max_size:
-            raise _too_large(request)
+        content += member.decompress(body, limit + 1 - len(content))
+        if len(content) > limit:
+            raise _too_large(limit)
         if not member.eof:
             raise zlib.error("it is truncated")
         body = member.unused_data
@@ -65,5 +89,5 @@ def _gunzip(body: bytes, request: web.Request) -> bytes:
     raise zlib.error(f"it has more than {GZIP_MEMBERS_MAX} members")
 
 
-def _too_large(request: web.Request) -> ProblemError:
-    return ProblemError(ProblemType.TOO_LARGE, f"a body may have at most {request.client_max_size} bytes")
+def _too_large(limit: int) -> ProblemError:
+    return ProblemError(ProblemType.TOO_LARGE, f"a body may have at most {limit} bytes")

@@ -61,7 +61,7 @@ class Endpoint:
         problems = {*self.problems}
         # A stream requires chunked encoding, which HTTP/1.0 lacks.
         if NDJSON in self.media or SSE in self.media:
-            problems.add(ProblemType.HTTP_VERSION)
+            problems |= {ProblemType.HTTP_VERSION, ProblemType.OVER_BUDGET}
         if self.query is not None:
             problems.add(ProblemType.BAD_PARAMETER)
             if {"after", "after_position"} & set(self.query.model_fields):
@@ -75,7 +75,7 @@ class Endpoint:
         if self.body is not None:
             problems |= {
                 *(ProblemType.BAD_BODY, ProblemType.BODY_TIMEOUT),
-                *(ProblemType.TOO_LARGE, ProblemType.UNKNOWN_CODING),
+                *(ProblemType.TOO_LARGE, ProblemType.UNKNOWN_CODING, ProblemType.OVER_BUDGET),
             }
         return problems
 

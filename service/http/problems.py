@@ -56,6 +56,12 @@ class ProblemType(Enum):
     TOO_LARGE = 413, "Too large", "The body is larger than the limit."
     UNKNOWN_CODING = 415, "Unknown content coding", "Supported content codings: gzip, identity."
     NOT_UNDERSTOOD = 422, "Still not understood", "The quarantined body is still unparseable and stays open."
+    OVER_BUDGET = (
+        429,
+        "Over budget",
+        "You hold as many streams, reads or bodies as you may, or all readers together do; `budget` names which. "
+        "Retry after `Retry-After` seconds.",
+    )
     UNAVAILABLE = 503, "Temporarily unavailable", "Retry after `Retry-After` seconds."
     PARKED = 503, "Order parked", "A view could not apply an event of this order. A replay rebuilds the view."
     HTTP_VERSION = 505, "HTTP version not supported", "Supported versions: HTTP/1.0, HTTP/1.1."

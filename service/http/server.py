@@ -5,17 +5,20 @@ Every response of the service, even to a malformed request, is made here or by a
 
 import asyncio
 import resource
-from collections.abc import Awaitable, Callable
+import socket
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from time import monotonic
-from typing import Final, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion10, HttpVersion11
 
+from service.http.budgets import Budget, OverBudgetError
 from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import (
     REQUEST_ID_HEADER,
@@ -40,6 +43,19 @@ SHUTDOWN_SECONDS_MAX: Final = 1.0
 OPEN_FILES: Final = 20_000
 # Connections that wait to be accepted.
 BACKLOG: Final = 1_024
+# What the kernel holds of a connection until it is read. By default, it would take the bodies of thousands of
+# connections, and the event loop would read all of them before any handler runs.
+RECEIVE_BYTES_MAX: Final = 4 * 1024
+# After a larger piece, a connection is read on in the next turn of the event loop, when handlers have run.
+PIECE_BYTES_MAX: Final = 2 * 1024
+# Closed connections are logged at most once in this interval.
+LOG_SECONDS: Final = 300.0
+# If there are too many connections, one in this number is closed at once.
+CLOSED_PART: Final = 50
+# The network of one IPv6 subscriber.
+IPV6_PREFIX: Final = 64
+Network: TypeAlias = IPv4Network | IPv6Network
+LOOPBACK: Final[tuple[Network, ...]] = (ip_network("127.0.0.0/8"), ip_network("::1"))
 
 _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 
@@ -61,18 +77,40 @@ def raise_open_files_limit() -> None:
 
 
 class Connection(web.RequestHandler):
-    """One connection, which records since when it has been waiting for a request's complete head."""
+    """One connection, which records since when it has been waiting for a request, or for its complete head.
 
-    __slots__ = ("arriving_since", "has_ended", "has_more", "is_handling")
+    Args:
+        crowd: the open connections.
+    """
+
+    __slots__ = (
+        *("arriving_since", "crowd", "has_ended", "has_more", "idle_since", "is_full", "is_handling", "loop"),
+        "place",
+    )
+
+    def __init__(self, crowd: "Crowd", *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.loop = asyncio.get_running_loop()
+        self.crowd = crowd
+        # Whether aiohttp holds as much of a body as it may.
+        self.is_full = False
+        # Whom the connection counts for; None unless it is admitted and open.
+        self.place: Place | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.arriving_since: float | None = monotonic()
+        self.idle_since = self.arriving_since
         self.is_handling = False
         # Whether the client has closed its sending side. It may be gone, or still wait for its response.
         self.has_ended = False
         # Whether bytes beyond the body arrived during a request: the beginning of the next one.
         self.has_more = False
         super().connection_made(transport)
+        self.crowd.admit(self, cast("asyncio.Transport", transport))
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.crowd.leave(self)
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         # aiohttp calls this without data to continue with buffered bytes.
@@ -81,7 +119,22 @@ class Connection(web.RequestHandler):
                 self.has_more = True
             elif self.arriving_since is None:
                 self.arriving_since = monotonic()
+            if len(data) > PIECE_BYTES_MAX and self.transport is not None:
+                self.transport.pause_reading()
+                self.loop.call_soon(self._read_on)
         super().data_received(data)
+
+    def pause_reading(self) -> None:
+        self.is_full = True
+        super().pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's
+        self.is_full = False
+        super().resume_reading(resume_parser)
+
+    def _read_on(self) -> None:
+        if self.transport is not None and not self.is_full:
+            self.transport.resume_reading()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio defines the meaning of the result
         """Respond to a client that has closed its sending side, and only then close the connection."""
@@ -97,10 +150,11 @@ class Connection(web.RequestHandler):
         self.is_handling = True
         self.has_more = False
 
-    def end(self) -> None:
+    def end(self, now: float) -> None:
         """Mark that the request is answered. Bytes that arrived during it begin the next one."""
         self.is_handling = False
-        self.arriving_since = monotonic() if self.has_more else None
+        self.idle_since = now
+        self.arriving_since = now if self.has_more else None
 
     def handle_error(
         self,
@@ -115,6 +169,71 @@ class Connection(web.RequestHandler):
         # The parser's message quotes the request over several lines, token included.
         del exc, message
         return _closing_response(ProblemError(HTTPStatus(status)), request)
+
+
+class Place(NamedTuple):
+    """Whom a connection counts for: its address; None for this machine and for proxies, which serve others."""
+
+    holder: str | None
+
+
+class Crowd:
+    """The open connections, and their budget.
+
+    Args:
+        budget: the budget of connections.
+        exempt: the networks whose connections have no share of the budget.
+    """
+
+    def __init__(self, budget: Budget, exempt: Sequence[Network]) -> None:
+        self._budget = budget
+        self._exempt = exempt
+        self._open: set[Connection] = set()
+        self._log_at = 0.0
+
+    def admit(self, connection: Connection, transport: asyncio.Transport) -> None:
+        """Count a new connection. If there are too many, close the longest idle ones, or else the new one."""
+        place = Place(self._holder(transport.get_extra_info("peername")[0]))
+        if self._budget.held >= self._budget.maximum:
+            self._warn("the longest idle connections are closed: there are too many connections")
+            self._close_idle()
+        try:
+            self._budget.take(place.holder)
+        except OverBudgetError:
+            self._warn("new connections are closed: too many are busy, or of one address", address=place.holder)
+            transport.abort()
+            return
+        self._open.add(connection)
+        connection.place = place
+
+    def leave(self, connection: Connection) -> None:
+        """Note that a connection is closed."""
+        if connection.place is not None:
+            self._open.discard(connection)
+            self._budget.give_back(connection.place.holder)
+            connection.place = None
+
+    def _close_idle(self) -> None:
+        """Close several at once, because all must be looked at to find them."""
+        idle = [(one.place, one.idle_since, one) for one in self._open if one.place and not one.is_handling]
+        # This machine's and the proxies' last: they bring the requests of others.
+        idle.sort(key=lambda entry: (entry[0].holder is None, entry[1]))
+        for _, _, one in idle[: max(1, self._budget.maximum // CLOSED_PART)]:
+            self._budget.refusals += 1
+            self.leave(one)
+            if one.transport is not None:
+                one.transport.abort()
+
+    def _holder(self, address: str) -> str | None:
+        ip = ip_address(address.partition("%")[0])
+        if any(ip in network for network in self._exempt):
+            return None
+        return str(ip_network((ip, IPV6_PREFIX), strict=False)) if isinstance(ip, IPv6Address) else str(ip)
+
+    def _warn(self, message: str, **values: object) -> None:
+        if monotonic() >= self._log_at:
+            self._log_at = monotonic() + LOG_SECONDS
+            logger.warning(message, open=self._budget.held, **values)
 
 
 def connection(request: web.BaseRequest) -> Connection:
@@ -145,10 +264,11 @@ def _guarded(handler: _Handler, on_response: OnResponse) -> _Handler:
                 raise
             response = problem_response(to_problem(error, request))
         finally:
-            connection(request).end()
+            now = monotonic()
+            connection(request).end(now)
         if not response.prepared and (response.status >= HTTPStatus.BAD_REQUEST or caller_request_id(request)):
             response.headers[REQUEST_ID_HEADER] = request_id(request)
-        on_response(request, response.status, monotonic() - began)
+        on_response(request, response.status, now - began)
         return response
 
     return handle
@@ -194,11 +314,22 @@ class HttpServer:
         port: the port, 0 for any free one.
         reuse_port: whether other processes may listen on it too (SO_REUSEPORT).
         on_response: called for every response.
+        budget: the budget of connections.
+        exempt: the networks whose connections have no share of the budget.
     """
 
-    def __init__(
-        self, app: web.Application, host: str, port: int, *, reuse_port: bool, on_response: OnResponse
+    def __init__(  # noqa: PLR0913 - each is named by its caller
+        self,
+        app: web.Application,
+        host: str,
+        port: int,
+        *,
+        reuse_port: bool,
+        on_response: OnResponse,
+        budget: Budget,
+        exempt: Sequence[Network] = LOOPBACK,
     ) -> None:
+        self._crowd = Crowd(budget, exempt)
         self._on_response = on_response
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS_MAX)
         self._address = (host, port)
@@ -219,9 +350,10 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         make_connection = partial(
             Connection,
+            self._crowd,
             server,
             loop=loop,
-            access_log=None,  # type: ignore[arg-type]  # as its own runner passes it
+            access_log=None,
             keepalive_timeout=KEEP_ALIVE_SECONDS,
             lingering_time=LINGER_SECONDS_MAX,
             auto_decompress=False,
@@ -231,6 +363,8 @@ class HttpServer:
         self._listener = await loop.create_server(
             make_connection, host, port, backlog=BACKLOG, reuse_port=self._reuse_port or None
         )
+        for listening in self._listener.sockets:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES_MAX)
         name: tuple[str, int] = self._listener.sockets[0].getsockname()
         return name[1]
 

@@ -29,8 +29,9 @@ from service.ingest.order_states import OrderStates
 # A larger batch gains nothing and delays its first report.
 BATCH_REPORTS_MAX: Final = 512
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
-# The maximum size of all waiting bodies, so that large ones cannot fill the memory.
-QUEUE_BYTES_MAX: Final = 64 * 1024 * 1024
+# The maximum size of all waiting bodies, so that large ones cannot fill the memory. Bodies that are still
+# arriving have a budget of their own.
+QUEUE_BYTES_MAX: Final = 32 * 1024 * 1024
 # A report that would wait longer is refused at once, and its retry finds a shorter queue. Without this limit,
 # all reports in a long queue could reach their time limit, so that none would get a receipt.
 WAIT_SECONDS_MAX: Final = 0.4

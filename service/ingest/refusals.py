@@ -13,6 +13,7 @@ import structlog
 from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError, UnsupportedServerError
 from service.event_log.store import APPEND_LOCK, UnreplicatedCommitError
+from service.http.budgets import OverBudgetError
 
 
 class QuarantineFullError(OverloadedError):
@@ -26,6 +27,7 @@ Cause: TypeAlias = Literal[
     "lock_held",
     "replication_wait",
     "queue_full",
+    "bodies_full",
     "quarantine_full",
     "unreachable",
     "unusable",
@@ -55,10 +57,11 @@ CAUSES_BY_SQLSTATE: Final[dict[str, Cause]] = {
     "28P01": "unusable",
 }
 # Valid reports are still recorded, or will be in a moment.
-PASSING: Final[frozenset[Cause]] = frozenset({"queue_full", "quarantine_full"})
+PASSING: Final[frozenset[Cause]] = frozenset({"queue_full", "bodies_full", "quarantine_full"})
 # The first that fits decides.
 CAUSES_BY_TYPE: Final[dict[type[BaseException], Cause]] = {
     QuarantineFullError: "quarantine_full",
+    OverBudgetError: "bodies_full",
     OverloadedError: "queue_full",
     UnreplicatedCommitError: "replication_wait",
     UnsupportedServerError: "unusable",
@@ -118,7 +121,8 @@ class Refusals:
 
     async def count(self, error: Exception) -> None:
         """Count a refused webhook, and log its cause if it is new or has lasted."""
-        reason = error if isinstance(error, OverloadedError) else self._trouble() or error
+        is_full = isinstance(error, OverloadedError | OverBudgetError)
+        reason = error if is_full else self._trouble() or error
         cause = find_cause(reason)
         if cause == "no_answer":
             cause = await self._diagnose()

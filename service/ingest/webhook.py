@@ -11,6 +11,8 @@ from domain.order import Arrival
 from service.batcher import OverloadedError
 from service.database.connections import StorageUnavailableError
 from service.http.body import read_body
+from service.http.budgets import OverBudgetError
+from service.http.problems import unavailable
 from service.http.responses import json_response
 from service.ingest.idempotency import IdempotencyKey, read_key
 from service.ingest.parser import UnreadableError, parse
@@ -58,7 +60,11 @@ class Webhook:
         if request.method not in METHODS:
             raise web.HTTPMethodNotAllowed(request.method, METHODS)
         arrival = Arrival(str(uuid4()), datetime.now(UTC), remote)
-        body = await read_body(request)
+        try:
+            body = await read_body(request)
+        except OverBudgetError as error:
+            await self._refusals.count(error)
+            raise unavailable("too many large bodies are arriving") from None
         self._auth.check_signature(request, body)
         try:
             receipt = await self._keep(body, arrival, read_key(request.headers))

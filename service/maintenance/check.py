@@ -65,8 +65,8 @@ def check_webhook(settings: Settings) -> Finding:
         return _ok("the webhook requires a signature")
     if settings.is_open:
         return _note(
-            "the webhook is open to every program of this machine: put no proxy or tunnel in front before you set "
-            "ORDER_TRACKING_WEBHOOK_TOKENS"
+            "the webhook is open to every program of this machine: set ORDER_TRACKING_WEBHOOK_TOKENS before you "
+            "put a proxy or a tunnel in front"
         )
     return _wrong("the webhook is open to the network: set ORDER_TRACKING_WEBHOOK_TOKENS")
 

@@ -8,6 +8,7 @@ from aiohttp import hdrs, web
 
 from service.http.access import KEY_COOKIE, Access, refuse_other_sites
 from service.http.body import read_body
+from service.http.budgets import FORM_BYTES_MAX
 from service.http.problems import ProblemError, ProblemType
 from service.http.responses import response
 from service.pages.render import render_page
@@ -28,7 +29,7 @@ async def change_session(access: Access, request: web.Request) -> web.Response:
     """
     refuse_other_sites(request)
     try:
-        form = parse_qs((await read_body(request)).decode(), max_num_fields=FORM_FIELDS_MAX)
+        form = parse_qs((await read_body(request, FORM_BYTES_MAX)).decode(), max_num_fields=FORM_FIELDS_MAX)
     except ValueError:
         raise ProblemError(ProblemType.BAD_BODY, "the body is not a valid form") from None
     if "forget" in form:

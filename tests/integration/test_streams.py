@@ -113,12 +113,15 @@ async def test_a_reader_behind_the_memory_reads_the_database(
         assert len(await other.positions(2)) == 2
 
 
-async def test_a_slow_reader_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_reader_is_cut_off(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that does not read for too long is disconnected, and its place becomes free."""
     monkeypatch.setattr("service.http.streaming.SEND_SECONDS_MAX", 0.5)
-    monkeypatch.setattr("service.event_log.tail.READERS_MAX", 1)
+    monkeypatch.setattr("service.http.budgets.STREAMS_MAX", 1)
     body = "x" * 30_000
-    async with client.session.get(client.url("/events/stream?after=0")) as response:
+    async with (
+        serving_client(dsn) as client,
+        client.session.get(client.url("/events/stream?after=0")) as response,
+    ):
         for _ in range(12):
             await asyncio.gather(*(client.webhook(f"KOM{number}", more=body) for number in range(40)))
         await until_async(lambda: takes_another_reader(client))
@@ -141,12 +144,13 @@ async def test_an_invalid_last_event_id_is_refused(client: Client, given: str) -
     assert problem["parameter"] == "Last-Event-ID"
 
 
-async def test_only_so_many_live_readers(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader above the limit gets 503, until another reader leaves."""
-    monkeypatch.setattr("service.event_log.tail.READERS_MAX", 1)
-    async with client.reading("/events/stream"):
-        await client.get("/events/stream", 503)
-    await until_async(lambda: takes_another_reader(client))
+async def test_only_so_many_live_readers(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader above the limit gets 429, until another reader leaves."""
+    monkeypatch.setattr("service.http.budgets.STREAMS_MAX", 1)
+    async with serving_client(dsn) as client:
+        async with client.reading("/events/stream"):
+            await client.get("/events/stream", 429)
+        await until_async(lambda: takes_another_reader(client))
 
 
 async def takes_another_reader(client: Client) -> bool:

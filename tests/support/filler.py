@@ -150,3 +150,16 @@ def fill_log(dsn: str, orders: int, seed: int = 0) -> int:
         # Do what autovacuum does.
         connection.execute("VACUUM (ANALYZE) order_events")
     return number
+
+
+def long_order(connection: psycopg.Connection, order_no: str, events: int) -> None:
+    """Append one order that is reported again and again, as a sender that repeats itself would do."""
+    state, began = NEW_ORDER, datetime.now(UTC) - timedelta(days=1)
+    with connection.cursor().copy(COPY_EVENTS) as copy:
+        copy.set_types(["text", "bigint", "text", "bytea"])
+        for number in range(events):
+            arrival = Arrival(str(UUID(int=number)), began + timedelta(seconds=number))
+            word = ("Dikirim", "Bermasalah")[number % 2]
+            event = decide(state, Report(arrival, order_no, word, None, "{}"))
+            state = evolve(state, event)
+            copy.write_row((order_no, event.originator_version, TOPIC, encode_event(event)))
