@@ -191,7 +191,44 @@ CREATE TABLE api_keys (
     created_at     timestamptz NOT NULL DEFAULT now(),
     expires_at     timestamptz,
     last_used_at   timestamptz,                         -- to the minute
-    revoked_at     timestamptz
+    revoked_at     timestamptz                          -- permanent
+);
+
+-- The service may set revoked_at, but a stolen service role must not bring a key back.
+
+CREATE FUNCTION refuse_unrevoking() RETURNS trigger LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    IF NEW.revoked_at IS DISTINCT FROM OLD.revoked_at AND OLD.revoked_at IS NOT NULL THEN
+        RAISE EXCEPTION 'the key % is revoked, which is permanent', OLD.name
+            USING ERRCODE = 'integrity_constraint_violation';
+    END IF;
+    RETURN NEW;
+END $$;
+CREATE TRIGGER api_keys_stay_revoked BEFORE UPDATE ON api_keys
+    FOR EACH ROW EXECUTE FUNCTION refuse_unrevoking();
+ALTER TABLE api_keys ENABLE ALWAYS TRIGGER api_keys_stay_revoked;
+
+-- Browser sessions. Only the hash of a session's id is kept, and a session is only as valid as its key.
+
+CREATE TABLE sessions (
+    session_sha256  bytea       NOT NULL PRIMARY KEY CHECK (length(session_sha256) = 32),
+    key_name        text        NOT NULL COLLATE "C" REFERENCES api_keys (name),
+    opened_at       timestamptz NOT NULL DEFAULT now(),
+    used_at         timestamptz NOT NULL DEFAULT now()  -- to the minute
+);
+
+------------------------------------------------------------------------------------------------------------
+-- What operators did. The service can add rows, but neither change nor remove any.
+
+CREATE TABLE operations (
+    operation_id  bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    performed_at  timestamptz NOT NULL DEFAULT now(),
+    via           text        NOT NULL,                 -- api, page, cli or service
+    actor         text,                                 -- the API key's name, or the user of the operating system
+    action        text        NOT NULL,
+    subject       text        NOT NULL,                 -- the key, entry, order or setting
+    reason        text
 );
 
 ------------------------------------------------------------------------------------------------------------
@@ -241,8 +278,8 @@ BEGIN
     IF current_user <> 'order_tracking_owner' THEN
         RETURN;
     END IF;
-    GRANT SELECT ON schema_version, view_names, order_events, idempotency_keys, quarantine, api_keys, erasures
-        TO order_tracking_service;
+    GRANT SELECT ON schema_version, view_names, order_events, idempotency_keys, quarantine, api_keys, sessions,
+        operations, erasures TO order_tracking_service;
     GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
     GRANT EXECUTE ON FUNCTION lock_order_events(), make_view_schema(text), swap_view_schemas(text)
         TO order_tracking_service;
@@ -251,6 +288,8 @@ BEGIN
     GRANT UPDATE (times_seen, last_seen_at, state, resolved_at, discard_reason, order_no, version) ON quarantine
         TO order_tracking_service;
     GRANT INSERT, UPDATE (last_used_at, revoked_at) ON api_keys TO order_tracking_service;
+    GRANT INSERT, DELETE, UPDATE (used_at) ON sessions TO order_tracking_service;
+    GRANT INSERT (via, actor, action, subject, reason) ON operations TO order_tracking_service;
     -- For a backup.
     GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO order_tracking_service;
 END $$;

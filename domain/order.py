@@ -7,7 +7,7 @@ that both give the same results.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
@@ -29,11 +29,13 @@ class Arrival(NamedTuple):
         report_id: a new UUID; it identifies the report in its event, its receipt and the logs.
         received_at: the time of arrival, in UTC.
         remote: the sender's IP address, None if unknown.
+        token_name: the name of the token that the sender used, None if it has none.
     """
 
     report_id: str
     received_at: datetime
     remote: str | None = None
+    token_name: str | None = None
 
 
 class Report(NamedTuple):
@@ -107,6 +109,9 @@ class Order(BaseAggregate[str]):
         order's values after this event. ``recognised`` is the status that the reported string meant when it was
         judged. ``previous_since`` is when the order reached ``previous_status``. ``repeats`` is the version of
         the timeline entry that this report repeats.
+
+        A member with a default was added after the first release. An event has it only if its value differs, so
+        that events of every release have the same bytes.
         """
 
         TOPIC = "order.status_reported"
@@ -129,10 +134,11 @@ class Order(BaseAggregate[str]):
         skipped: list[Status]
         repeats: int | None
         reason: str | None
+        token_name: str | None = field(default=None, kw_only=True)
 
         @classmethod
         def from_fields(cls, fields: dict[str, Any]) -> Self:
-            """Return an event with these fields. Every field must be present.
+            """Return an event with these fields. Every field without a default must be present.
 
             The library builds the events that it loads in the same way. A frozen dataclass's own ``__init__``
             takes four times as long.
@@ -182,31 +188,32 @@ def decide(state: OrderState, report: Report) -> Order.StatusReported:
         repeats = state.status_version
     if is_new_cnote and (state.cnote is None or verdict in ("advanced", "repeated")):
         cnote = report.reported_cnote
-    return Order.StatusReported.from_fields(
-        {
-            "originator_id": report.order_no,
-            "originator_version": version,
-            "timestamp": max(report.arrival.received_at, state.received_at),
-            "report_id": report.arrival.report_id,
-            "body": report.body,
-            "reported_status": report.reported_status,
-            "reported_cnote": report.reported_cnote,
-            "occurred_at": report.occurred_at,
-            "remote": report.arrival.remote,
-            "quarantine_id": report.quarantine_id,
-            "verdict": verdict,
-            "recognised": recognised,
-            "previous_status": state.status,
-            "previous_since": state.status_since,
-            "status": status,
-            "status_version": status_version,
-            "leg": leg,
-            "cnote": cnote,
-            "skipped": list(skipped),
-            "repeats": repeats,
-            "reason": reason,
-        }
-    )
+    fields: dict[str, Any] = {
+        "originator_id": report.order_no,
+        "originator_version": version,
+        "timestamp": max(report.arrival.received_at, state.received_at),
+        "report_id": report.arrival.report_id,
+        "body": report.body,
+        "reported_status": report.reported_status,
+        "reported_cnote": report.reported_cnote,
+        "occurred_at": report.occurred_at,
+        "remote": report.arrival.remote,
+        "quarantine_id": report.quarantine_id,
+        "verdict": verdict,
+        "recognised": recognised,
+        "previous_status": state.status,
+        "previous_since": state.status_since,
+        "status": status,
+        "status_version": status_version,
+        "leg": leg,
+        "cnote": cnote,
+        "skipped": list(skipped),
+        "repeats": repeats,
+        "reason": reason,
+    }
+    if report.arrival.token_name is not None:
+        fields["token_name"] = report.arrival.token_name
+    return Order.StatusReported.from_fields(fields)
 
 
 def evolve(_state: OrderState, event: Order.StatusReported) -> OrderState:

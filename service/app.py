@@ -30,10 +30,12 @@ from service.database.schema import VIEWS
 from service.event_log.feed import Feed
 from service.event_log.store import CHANNEL
 from service.http.access import Access
+from service.http.addresses import LOOPBACK
+from service.http.auth_refusals import AuthRefusals
 from service.http.budgets import BUDGETS, Budgets
 from service.http.endpoints import make_routes
 from service.http.request_ids import route_pattern
-from service.http.server import LOOPBACK, HttpServer
+from service.http.server import HttpServer
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
@@ -90,8 +92,11 @@ class Service:
         self.rebuilder = Rebuilder(dsn, VIEWS, self.projection_connections, self.feed)
         quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
         projectors = [*self.projectors.values()]
+        auth_refusals = AuthRefusals(settings.trusted_proxies)
         refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
-        self.metrics = Metrics(self.pool, projectors, quarantine, refusals, self.budgets, lambda: self.recorder)
+        self.metrics = Metrics(
+            self.pool, projectors, quarantine, refusals, auth_refusals, self.budgets, lambda: self.recorder
+        )
         self.recorder = Recorder(
             self.append_connection,
             self._on_commit,
@@ -99,10 +104,11 @@ class Service:
             seconds_max=seconds_max,
             on_batch=self.metrics.measure_batch,
         )
-        self.access = Access(self.auth_connection, seconds_max, is_open=settings.is_open)
-        self.webhook = Webhook(make_webhook_auth(settings), self.recorder, quarantine, refusals)
+        self.access = Access(self.auth_connection, seconds_max, auth_refusals, is_open=settings.is_open)
+        self.webhook_auth = make_webhook_auth(settings, auth_refusals)
+        self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, refusals)
         self.events = EventsApi(self.pool, self.access, self.budgets.streams)
-        self.pages = Pages(self.pool, self.access, self.projectors, refusals)
+        self.pages = Pages(self.pool, self.access, self.projectors, self.recorder, refusals)
         self.apis: list[object] = [
             OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets.folds),
             self.events,
@@ -191,13 +197,14 @@ class Service:
             projector.wake.set()
 
 
-def make_webhook_auth(settings: Settings) -> WebhookAuth:
+def make_webhook_auth(settings: Settings, refusals: AuthRefusals) -> WebhookAuth:
     """Return the authentication of the webhook's sender."""
     return WebhookAuth(
-        [token.get_secret_value().encode() for token in settings.webhook_tokens],
+        {token.encode(): name for token, name in settings.tokens.items()},
         settings.webhook_hmac_secret.get_secret_value().encode(),
         settings.webhook_hmac_header,
         settings.trusted_proxies,
+        refusals,
         is_open=settings.is_open,
     )
 

@@ -24,6 +24,7 @@ SECRET_CHARACTERS_MIN: Final = 16
 _HOST_NAME: Final = re.compile(r"(?!.*\.\d+$)(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 # Characters that need no escape in a URL path.
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~-]+")
+_TOKEN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,32}")
 
 
 def _parse_address(host: str) -> IPv4Address | IPv6Address | None:
@@ -68,8 +69,19 @@ def _check_database_url(url: str) -> str:
     return url
 
 
+def _split_token(token: SecretStr) -> tuple[str | None, str]:
+    """Return the name of a token, None if it has none, and the token itself."""
+    before, colon, after = token.get_secret_value().partition(":")
+    return (before, after) if colon else (None, before)
+
+
 def _check_token(token: SecretStr) -> SecretStr:
-    if len(token) < SECRET_CHARACTERS_MIN or not _TOKEN.fullmatch(token.get_secret_value()):
+    name, secret = _split_token(token)
+    if name is not None and not _TOKEN_NAME.fullmatch(name):
+        raise ValueError(
+            "a token's name must have 1 to 32 of the characters A-Z a-z 0-9 . _ -, as in shop:TOKEN"
+        )
+    if len(secret) < SECRET_CHARACTERS_MIN or not _TOKEN.fullmatch(secret):
         raise ValueError(
             f"a token must have {SECRET_CHARACTERS_MIN} or more of the characters A-Z a-z 0-9 . _ ~ - "
             "('order-tracking token' generates one)"
@@ -112,7 +124,7 @@ class Settings(BaseSettings):
     pg_bindir: Path | None = None
     """the folder of PostgreSQL's programs; empty for the embedded ones"""
     webhook_tokens: Annotated[tuple[Token, ...], NoDecode, BeforeValidator(_split_list)] = ()
-    """comma-separated tokens; the webhook's path must end with one of them; empty for no token"""
+    """comma-separated tokens, each alone or as name:token; the webhook's path must end with one; empty for none"""
     webhook_hmac_secret: Annotated[SecretStr, AfterValidator(_check_secret)] = SecretStr("")
     """the secret that signs webhook bodies; empty for no signature"""
     webhook_hmac_header: str = Field(default="X-Callback-Api-Key", pattern=r"^[A-Za-z0-9-]+$")
@@ -144,6 +156,11 @@ class Settings(BaseSettings):
     def is_local(self) -> bool:
         """Whether only this machine can reach the service: it listens on loopback and trusts no proxy."""
         return not self.trusted_proxies and is_loopback(self.host)
+
+    @property
+    def tokens(self) -> dict[str, str | None]:
+        """The webhook's tokens, each with its name, None if it has none."""
+        return {token: name for name, token in map(_split_token, self.webhook_tokens)}
 
     @property
     def is_open(self) -> bool:

@@ -13,8 +13,10 @@ from domain.transitions import TABLE, Leg, Verdict, judge
 from projections import audit, timeline
 from projections.audit import Transition, TransitionsFilter
 from projections.engine import Projector
+from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.database.connections import ConnectionPool
+from service.database.operations import Action, Operation, operations_page
 from service.http.endpoints import CSV, JSON, Endpoint
 from service.http.pagination import cut_page, list_response
 from service.http.parameters import Query, TableQuery, Text, Time
@@ -68,6 +70,19 @@ class TransitionsQuery(TableQuery):
     until: Time | None = Field(default=None, description="the report arrived before this time")
 
 
+class Operations(TypedDict):
+    """A page of operators' actions."""
+
+    operations: list[Operation]
+    next: str | None
+
+
+class OperationsQuery(TableQuery):
+    """The filter of operators' actions."""
+
+    action: Action | None = None
+
+
 def _rows() -> Iterator[RowRule]:
     for status, leg in TABLE:
         row: dict[str, CellRule] = {}
@@ -115,6 +130,15 @@ class AuditApi:
             window = await audit.transitions_page(connection, query.cursor or 0, filters, query.limit + 1)
         page = cut_page(window.rows, query.limit, itemgetter("position"), window.reached)
         return list_response(request, query, "transitions", page, request.path, Transition)
+
+    @Endpoint("GET", "/audit/operations", Operations, query=OperationsQuery, scope="admin", media=(JSON, CSV))
+    async def list_operations(self, request: web.Request, query: OperationsQuery) -> web.Response:
+        """A page of operators' actions, newest first: who did what, when and why."""
+        before = POSITION_MAX if query.cursor is None else query.cursor
+        async with self._pool.connection() as connection:
+            rows = await operations_page(connection, before, query.action, query.limit + 1)
+        page = cut_page(rows, query.limit, itemgetter("operation_id"))
+        return list_response(request, query, "operations", page, request.path, Operation)
 
     @Endpoint("GET", "/transitions", Rules)
     async def show_rules(self, _request: web.Request, _query: Query) -> web.Response:

@@ -110,7 +110,7 @@ class EventsApi:
         """A page of the log, by position; as NDJSON, all events up to its head unless `limit` is set."""
         if NDJSON in request.headers.get(hdrs.ACCEPT, "") and request.method == hdrs.METH_GET:
             _refuse_old_version(request)
-            with self._streams.hold(READER.get() or None):
+            with self._streams.hold(READER.get()):
                 return await self._all_events(request, query)
         async with self._pool.connection() as connection:
             await _refuse_another_event(connection, query)
@@ -176,7 +176,7 @@ class EventsApi:
                 if last_seen is None:
                     await _refuse_another_event(connection, query)
         try:
-            with self._streams.hold(READER.get() or None):
+            with self._streams.hold(READER.get()):
                 async with self.tail.following():
                     position = self.tail.position if after is None else after
                     stream = await begin_stream(request, SSE_HEADERS)

@@ -17,6 +17,7 @@ from domain.transitions import VERDICTS
 from projections.engine import Projector
 from service.api.freshness import Lag, read_lag
 from service.database.connections import ConnectionPool, StorageUnavailableError
+from service.http.auth_refusals import AuthRefusals
 from service.http.budgets import Budgets
 from service.http.endpoints import TEXT, Endpoint
 from service.http.parameters import Query
@@ -49,6 +50,7 @@ class Metrics:
         projectors: the views' projectors.
         quarantine: the quarantine, which counts its own bodies.
         refusals: the webhooks that got 503.
+        auth_refusals: the requests that were not admitted.
         budgets: what readers and strangers hold.
         recorder: returns the recorder, which is made after the metrics that it reports to.
     """
@@ -59,6 +61,7 @@ class Metrics:
         projectors: Sequence[Projector],
         quarantine: Quarantine,
         refusals: Refusals,
+        auth_refusals: AuthRefusals,
         budgets: Budgets,
         recorder: Callable[[], Recorder],
     ) -> None:
@@ -66,6 +69,7 @@ class Metrics:
         self._projectors = projectors
         self._quarantine = quarantine
         self._refusals = refusals
+        self._auth_refusals = auth_refusals
         self._budgets = budgets
         self._recorder = recorder
         self._outcomes: dict[str, int] = dict.fromkeys(VERDICTS, 0)
@@ -142,6 +146,10 @@ class Metrics:
         for cause, count in self._refusals.counts.items():
             refusals.add_metric([cause], count)
         yield refusals
+        unadmitted = CounterMetricFamily("auth_refusals", "Requests that were not admitted.", labels=["cause"])
+        for auth_cause, count in self._auth_refusals.counts.items():
+            unadmitted.add_metric([auth_cause], count)
+        yield unadmitted
         held = _by_budget("budget_held", "What is held of a budget.")
         maximum = _by_budget("budget_max", "What may be held of a budget.")
         beyond = CounterMetricFamily("budget_refusals", "Attempts to hold more.", labels=["budget"])

@@ -174,7 +174,7 @@ class OrdersApi:
         """One order, now or as of an earlier version or time."""
         order_no = parse_order_no(request)
         if query.version is not None or query.as_of is not None:
-            with self._folds.hold(READER.get() or None):
+            with self._folds.hold(READER.get()):
                 order = await self._order_as_of(order_no, query)
         else:
             await wait_for(self._projectors, query.after_position, current_status.VIEW.name)

@@ -10,6 +10,8 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from projections.windows import POSITION_MAX
 from service.database.connections import ConnectionPool
+from service.database.operations import Actor
+from service.http.access import admission
 from service.http.body import read_body
 from service.http.endpoints import Endpoint
 from service.http.pagination import cut_page, list_response
@@ -87,16 +89,7 @@ class QuarantineApi:
     async def retry(self, request: web.Request, _query: Query) -> web.Response:
         """Record a quarantined body as a report; a second retry gets the same receipt."""
         entry, body = await find_entry(request, self._pool)
-        try:
-            return json_response(await quarantine.retry(self._recorder, entry, body))
-        except UnreadableError as error:
-            raise ProblemError(ProblemType.NOT_UNDERSTOOD, str(error)) from None
-        except UnrecordableReportError:
-            raise ProblemError(ProblemType.NOT_UNDERSTOOD, "the report cannot be recorded") from None
-        except NotOpenError as error:
-            raise ProblemError(ProblemType.NOT_OPEN, str(error)) from None
-        except UnknownEntryError as error:
-            raise ProblemError(ProblemType.UNKNOWN_ENTRY, str(error)) from None
+        return json_response(await retry_entry(self._recorder, entry, body, admission(request).actor))
 
     @Endpoint(
         "POST",
@@ -111,16 +104,45 @@ class QuarantineApi:
         entry, _ = await find_entry(request, self._pool)
         try:
             reason = DiscardRequest.model_validate_json(await read_body(request)).reason
-            async with self._pool.connection() as connection:
-                await quarantine.discard(connection, entry["quarantine_id"], reason)
-                discarded = await quarantine.find_entry(connection, entry["quarantine_id"])
         except ValidationError:
             raise ProblemError(ProblemType.BAD_BODY, 'the body must be {"reason": "..."}') from None
-        except ValueError as error:
-            raise ProblemError(ProblemType.BAD_BODY, str(error)) from None
-        except NotOpenError as error:
-            raise ProblemError(ProblemType.NOT_OPEN, str(error)) from None
-        return _entry_response(*discarded)
+        return _entry_response(*await discard_entry(self._pool, entry, reason, admission(request).actor))
+
+
+async def retry_entry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None, actor: Actor) -> Receipt:
+    """Record a quarantined body as a report, and return the receipt; see ``quarantine.retry``.
+
+    Raises:
+        ProblemError: 422, it is still unparseable; 409, it was discarded; 404, there is no such entry.
+    """
+    try:
+        return await quarantine.retry(recorder, entry, body, actor)
+    except UnreadableError as error:
+        raise ProblemError(ProblemType.NOT_UNDERSTOOD, str(error)) from None
+    except UnrecordableReportError:
+        raise ProblemError(ProblemType.NOT_UNDERSTOOD, "the report cannot be recorded") from None
+    except NotOpenError as error:
+        raise ProblemError(ProblemType.NOT_OPEN, str(error)) from None
+    except UnknownEntryError as error:
+        raise ProblemError(ProblemType.UNKNOWN_ENTRY, str(error)) from None
+
+
+async def discard_entry(
+    pool: ConnectionPool, entry: QuarantinedBody, reason: str, actor: Actor
+) -> tuple[QuarantinedBody, bytes | None]:
+    """Discard an open entry, and return it with its body; see ``quarantine.discard``.
+
+    Raises:
+        ProblemError: 400, the reason is invalid; 409, the entry is not open.
+    """
+    try:
+        async with pool.connection() as connection:
+            await quarantine.discard(connection, entry["quarantine_id"], reason, actor)
+            return await quarantine.find_entry(connection, entry["quarantine_id"])
+    except ValueError as error:
+        raise ProblemError(ProblemType.BAD_BODY, str(error)) from None
+    except NotOpenError as error:
+        raise ProblemError(ProblemType.NOT_OPEN, str(error)) from None
 
 
 async def find_entry(request: web.Request, pool: ConnectionPool) -> tuple[QuarantinedBody, bytes | None]:

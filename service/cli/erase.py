@@ -5,6 +5,7 @@ import typer
 
 from service.cli.console import EXIT_USAGE, database, fail, show
 from service.database.connections import connected
+from service.database.operations import record_operation, system_user
 from service.database.schema import act_as_owner, check_version
 
 ERASE_ORDER: Final = "CALL erase_order($1, $2)"
@@ -22,6 +23,7 @@ async def erase(
             async with connection.transaction():
                 await act_as_owner(connection)
                 await connection.execute(ERASE_ORDER, order_no, reason)
+                await record_operation(connection, system_user(), "order_erased", order_no, reason)
         except asyncpg.NoDataFoundError as error:
             fail(error)
     show("erased bodies and addresses; the status, the times and the verdicts remain")

@@ -6,6 +6,7 @@ import typer
 from projections.windows import POSITION_MAX
 from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, show, show_table
 from service.database.connections import connected
+from service.database.operations import system_user
 from service.ingest import quarantine as quarantines
 from service.ingest.parser import UnreadableError
 from service.ingest.quarantine import NotOpenError, QuarantineState, UnknownEntryError
@@ -71,7 +72,7 @@ async def retry_entries(
         for number in numbers:
             entry, body = await quarantines.find_entry(connection, number)
             try:
-                receipt = await quarantines.retry(recorder, entry, body)
+                receipt = await quarantines.retry(recorder, entry, body, system_user())
                 result = f"{receipt['outcome']}, version {receipt['version']} of {receipt['order_no']}"
             except (UnreadableError, UnrecordableReportError, NotOpenError, UnknownEntryError) as error:
                 failures += 1
@@ -85,7 +86,7 @@ async def discard_entry(quarantine_id: Id, reason: Reason) -> None:
     """Close an entry that you do not want recorded; its body stays."""
     async with database() as dsn, connected(dsn) as connection:
         try:
-            await quarantines.discard(connection, quarantine_id, reason)
+            await quarantines.discard(connection, quarantine_id, reason, system_user())
         except ValueError as error:
             fail(error, EXIT_USAGE)
     show("discarded")

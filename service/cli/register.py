@@ -23,7 +23,7 @@ async def register(
         await registration.register(settings.komerce_base_url, key, url, is_insecure=insecure)
     except RegistrationError as error:
         fail(error, EXIT_USAGE if isinstance(error, UnusableUrlError) else EXIT_FAILURE)
-    if not has_token(URL(url), [token.get_secret_value() for token in settings.webhook_tokens]):
+    if not has_token(URL(url), [*settings.tokens]):
         err.print(
             "warning: the URL does not end in a token of ORDER_TRACKING_WEBHOOK_TOKENS, "
             "so your service may answer Komerce with 404"

@@ -47,5 +47,5 @@ async def send(
 
 def webhook_url(settings: Settings) -> URL:
     """Return the webhook's URL on the configured host and port, with the first token if there are tokens."""
-    token = "".join(f"/{token.get_secret_value()}" for token in settings.webhook_tokens[:1])
+    token = next((f"/{token}" for token in settings.tokens), "")
     return URL.build(scheme="http", host=settings.host, port=settings.port, path=f"/webhook{token}")

@@ -19,7 +19,12 @@ class Numbered(NamedTuple):
 
 
 LOG: Final = Numbered("order_events", "notification_id")
-NUMBERED: Final = (LOG, Numbered("quarantine", "quarantine_id"), Numbered("erasures", "erasure_id"))
+NUMBERED: Final = (
+    LOG,
+    Numbered("quarantine", "quarantine_id"),
+    Numbered("operations", "operation_id"),
+    Numbered("erasures", "erasure_id"),
+)
 
 # The last number that a sequence has given, its two settings, and the highest number in its table.
 SEQUENCE: Final = """

@@ -4,7 +4,7 @@ The common case is encoded and decoded here in a third of the library's time. Ev
 of an earlier class version, is left to the library.
 """
 
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from datetime import datetime
 from typing import Any, Final
 
@@ -20,7 +20,10 @@ MAPPER: Final[Mapper[str]] = Mapper(_TRANSCODER)
 
 _CLASS_VERSION: Final = getattr(Order.StatusReported, "class_version", 1)
 _FIELDS: Final = frozenset(field.name for field in fields(Order.StatusReported))
-_STATE_FIELDS: Final = _FIELDS - {"originator_id", "originator_version"}
+# Members that a later release has added: events lack them if they have their default.
+_ADDED: Final = frozenset(field.name for field in fields(Order.StatusReported) if field.default is not MISSING)
+_REQUIRED: Final = _FIELDS - _ADDED
+_STATE_FIELDS: Final = _REQUIRED - {"originator_id", "originator_version"}
 # Times that may be null; ``timestamp`` never is.
 _TIMES: Final = ("occurred_at", "previous_since")
 
@@ -52,7 +55,7 @@ def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order
     """
     try:
         values = orjson.loads(state)
-        if topic == Order.StatusReported.TOPIC and values.keys() == _STATE_FIELDS:
+        if topic == Order.StatusReported.TOPIC and values.keys() - _ADDED == _STATE_FIELDS:
             values["timestamp"] = datetime.fromisoformat(values["timestamp"]["_data_"])
             for name in _TIMES:
                 if values[name] is not None:
@@ -74,9 +77,11 @@ def _decode_by_mapper(stored: StoredEvent, values: dict[str, Any]) -> Order.Stat
     if values.get("class_version", 1) > _CLASS_VERSION:
         raise ValueError("it was written by a later release")
     event = MAPPER.to_domain_event(stored)
-    if not isinstance(event, Order.StatusReported) or vars(event).keys() != _FIELDS:
+    if not isinstance(event, Order.StatusReported) or not vars(event).keys() >= _REQUIRED:
         raise TypeError(f"{stored.topic} with these fields is not an event of an order")
-    return event
+    # A later release may have added members of which this one knows nothing.
+    known = {name: value for name, value in vars(event).items() if name in _FIELDS}
+    return event if len(known) == len(vars(event)) else Order.StatusReported.from_fields(known)
 
 
 def read_fields(state: bytes) -> dict[str, Any] | None:

@@ -6,16 +6,20 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import wraps
 from time import monotonic
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 from aiohttp import hdrs, web
 from multidict import istr
 
 from service.batcher import Batcher
+from service.database import sessions
 from service.database.api_keys import USE_INTERVAL, ApiKey, Scope, hash_secret, list_keys, record_use
 from service.database.connections import READER, DedicatedConnection, StorageUnavailableError
-from service.http.problems import ProblemError, ProblemType
+from service.database.operations import Actor, record_operation
+from service.database.sessions import Session
+from service.http.auth_refusals import AuthCause, AuthRefusals, RefusedError
+from service.http.problems import ProblemType
 from service.settings import is_loopback
 
 logger = structlog.get_logger()
@@ -27,7 +31,9 @@ CACHE_SECONDS_MAX: Final = 1.0
 # Before a request is refused, cached keys that are older than this are read again: a new key works at once.
 REFRESH_SECONDS: Final = 0.1
 WAITING_MAX: Final = 16_384
-KEY_COOKIE: Final = "order_tracking_key"
+SESSION_COOKIE: Final = "order_tracking_session"
+# A browser takes a cookie with this prefix only from the host itself, over https.
+HOST_PREFIX: Final = "__Host-"
 SAFE_METHODS: Final = ("GET", "HEAD")
 # A browser sends these values of Sec-Fetch-Site unless a page of another site made the request.
 OWN_SITE: Final = ("same-origin", "none")
@@ -37,10 +43,29 @@ FORWARDING_HEADERS: Final = (
     *(istr("X-Forwarded-Server"), istr("Forwarded"), istr("X-Real-IP"), istr("Via")),
 )
 
-# The one who reads without a key, in the open mode. No key has an empty name.
-OPEN_READER: Final = ""
-
 _PORT: Final = re.compile(r":\d+$")
+
+
+class Admission(NamedTuple):
+    """Who was admitted, and with which scope."""
+
+    actor: Actor
+    scope: Scope
+
+
+# Without a key, in the open mode.
+OPEN_ADMISSION: Final = Admission(Actor("api", None), "admin")
+_ADMISSION: Final = web.RequestKey("admission", Admission)
+
+
+def admission(request: web.Request) -> Admission:
+    """Return who was admitted with a request, which a guard must have admitted before."""
+    return request[_ADMISSION]
+
+
+def may_operate(request: web.Request) -> bool:
+    """Return whether a request was admitted with the scope admin; False if no guard has admitted it."""
+    return _ADMISSION in request and request[_ADMISSION].scope == "admin"
 
 
 class Access:
@@ -49,16 +74,23 @@ class Access:
     Args:
         dedicated: a dedicated connection to read keys with, so that slow reads do not delay it.
         seconds_max: the time limit for reading them.
+        refusals: counts the requests that are not admitted.
         is_open: whether this machine's requests need no key until the first key is created.
     """
 
-    def __init__(self, dedicated: DedicatedConnection, seconds_max: float, *, is_open: bool) -> None:
+    def __init__(
+        self, dedicated: DedicatedConnection, seconds_max: float, refusals: AuthRefusals, *, is_open: bool
+    ) -> None:
         self._dedicated = dedicated
+        self._refusals = refusals
         self._is_open = is_open
         self._keys: Mapping[bytes, ApiKey] = {}
+        self._keys_by_name: Mapping[str, ApiKey] = {}
+        self._sessions: Mapping[bytes, Session] = {}
         self._valid_until = 0.0
         self._retry_at = 0.0
-        self._used_at: dict[str, datetime] = {}
+        # When a use of a key or a session was recorded last, by its name or its hash.
+        self._used_at: dict[str | bytes, datetime] = {}
         self._recording: asyncio.Task[None] | None = None
         # Requests that arrive while the keys are being read wait for the same read.
         self._reads: Batcher[None, None] = Batcher(
@@ -71,7 +103,6 @@ class Access:
         @wraps(handler)
         async def guarded(request: web.Request) -> web.StreamResponse:
             await self.admit(request, scope)
-            refuse_other_sites(request)
             return await handler(request)
 
         guarded.scope = scope  # type: ignore[attr-defined]  # for tests that walk all routes
@@ -81,97 +112,164 @@ class Access:
         """Admit a request by its key. An endless response calls this again from time to time.
 
         Raises:
-            ProblemError: 401, the key is missing or invalid; 403, its scope is too small, or the host is wrong.
+            RefusedError: 401, the key is missing or invalid; 403, its scope is too small, or a page of another site
+                made the request; in the open mode, it may come from another machine.
             StorageUnavailableError: the keys cannot be read.
         """
         if monotonic() >= self._valid_until:
             await self._reads.submit(None)
-        if not self._keys and self._is_open:
-            refuse_other_machines(request)
-            READER.set(OPEN_READER)
-            return
         try:
-            self._admit(request, scope)
-        except ProblemError:
-            # The request's key may be new.
-            if self._valid_until - monotonic() > CACHE_SECONDS_MAX - REFRESH_SECONDS:
-                raise
-            await self._reads.submit(None)
-            self._admit(request, scope)
+            if not self._keys and self._is_open:
+                refuse_other_machines(request)
+                admitted = OPEN_ADMISSION
+            else:
+                admitted = await self._admit_by_key(request, scope)
+            refuse_other_sites(request)
+        except RefusedError as error:
+            self._refusals.count(error.cause, request)
+            raise
+        request[_ADMISSION] = admitted
+        READER.set(admitted.actor.name)
+
+    def refuse_other_sites(self, request: web.BaseRequest) -> None:
+        """Refuse a request that a page of another site made, and count it; see the function of this name."""
+        try:
+            refuse_other_sites(request)
+        except RefusedError as error:
+            self._refusals.count(error.cause, request)
+            raise
 
     async def has_no_keys(self) -> bool:
         """Return whether no key has ever been created."""
         await self._reads.submit(None)
         return not self._keys
 
-    async def is_valid(self, secret: str) -> bool:
-        """Return whether a key is valid now."""
+    async def open_session(self, request: web.Request, secret: str) -> str | None:
+        """Open a session for a key, and return its id; None if the key is not valid."""
         await self._reads.submit(None)
         key = self._keys.get(hash_secret(secret))
-        return key is not None and key.is_valid(datetime.now(UTC))
+        if key is None or not key.is_valid(datetime.now(UTC)):
+            self._refusals.count("unknown_key", request)
+            return None
+        async with self._dedicated.transaction() as connection:
+            session_id = await sessions.open_session(connection, key.name)
+            await record_operation(connection, Actor("page", key.name), "session_opened", key.name)
+        await self._reads.submit(None)
+        return session_id
+
+    async def end_session(self, request: web.Request) -> None:
+        """End the session that a request's cookie names, if there is one."""
+        async with self._dedicated.transaction() as connection:
+            name = await sessions.end_session(connection, request.cookies.get(session_cookie(request), ""))
+            if name is not None:
+                await record_operation(connection, Actor("page", name), "session_ended", name)
+        await self._reads.submit(None)
 
     async def _read_keys(self, callers: Sequence[None], due: float) -> Sequence[None]:
         if monotonic() < self._retry_at:
             raise StorageUnavailableError("the API keys could not be read a moment ago")
         try:
             async with asyncio.timeout_at(due), self._dedicated.connection() as connection:
-                self._keys = {key.secret_sha256: key for key in await list_keys(connection)}
+                keys = await list_keys(connection)
+                live = await sessions.list_sessions(connection)
         except (StorageUnavailableError, TimeoutError):
             # Requests that waited for this read have no time left for another one.
             self._retry_at = monotonic() + CACHE_SECONDS_MAX
             raise
+        self._keys = {key.secret_sha256: key for key in keys}
+        self._keys_by_name = {key.name: key for key in keys}
+        self._sessions = {session.session_sha256: session for session in live}
         self._valid_until = monotonic() + CACHE_SECONDS_MAX
         return callers
 
-    def _admit(self, request: web.Request, scope: Scope) -> None:
+    async def _admit_by_key(self, request: web.Request, scope: Scope) -> Admission:
+        try:
+            return self._find_key(request, scope)
+        except RefusedError:
+            # The request's key may be new.
+            if self._valid_until - monotonic() > CACHE_SECONDS_MAX - REFRESH_SECONDS:
+                raise
+            await self._reads.submit(None)
+            return self._find_key(request, scope)
+
+    def _find_key(self, request: web.Request, scope: Scope) -> Admission:
         if not self._keys:
-            raise _unauthorized("create an API key first: order-tracking keys create")
-        secret = _read_secret(request)
-        if not secret:
-            raise _unauthorized("an API key is required: Authorization: Bearer ...")
+            raise _unauthorized("no_key", "create an API key first: order-tracking keys create NAME")
         now = datetime.now(UTC)
-        key = self._keys.get(hash_secret(secret))
+        session: Session | None = None
+        kind, _, secret = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        if kind:
+            key = self._keys.get(hash_secret(secret.strip())) if kind.lower() == "bearer" else None
+        elif session_id := request.cookies.get(session_cookie(request)):
+            if (session := self._sessions.get(hash_secret(session_id))) is None:
+                raise _unauthorized("ended_session", "the session has ended: sign in again")
+            key = self._keys_by_name.get(session.key_name)
+            _require_own_page(request)
+        else:
+            raise _unauthorized("no_key", "an API key is required: Authorization: Bearer ...")
         if key is None or not key.is_valid(now):
-            raise _unauthorized("the API key is unknown, revoked or expired", 'error="invalid_token"')
+            detail = "the API key is unknown, revoked or expired"
+            raise _unauthorized("unknown_key", detail, 'error="invalid_token"')
         if scope == "admin" and key.scope != "admin":
             headers = {"WWW-Authenticate": 'Bearer error="insufficient_scope", scope="admin"'}
-            raise ProblemError(
-                ProblemType.FORBIDDEN, "an API key with the scope admin is required", headers=headers
-            )
-        READER.set(key.name)
-        used_at = self._used_at.get(key.name, key.last_used_at)
-        is_recording = self._recording is not None and not self._recording.done()
-        if not is_recording and (used_at is None or used_at < now - USE_INTERVAL):
-            self._used_at[key.name] = now
-            self._recording = asyncio.create_task(self._record_use(key.name, now), name="record a key's use")
+            detail = "an API key with the scope admin is required"
+            raise RefusedError("scope", ProblemType.FORBIDDEN, detail, headers=headers)
+        self._note_use(key, session, now)
+        return Admission(Actor("api" if session is None else "page", key.name), key.scope)
 
-    async def _record_use(self, name: str, now: datetime) -> None:
-        """Record that a key was used. No request waits for it or fails with it."""
+    def _note_use(self, key: ApiKey, session: Session | None, now: datetime) -> None:
+        if self._recording is not None and not self._recording.done():
+            return
+        latest = now - USE_INTERVAL
+        key_at = self._used_at.get(key.name, key.last_used_at)
+        session_at = now if session is None else self._used_at.get(session.session_sha256, session.used_at)
+        if key_at is None or min(key_at, session_at) < latest:
+            self._used_at[key.name] = now
+            if session is not None:
+                self._used_at[session.session_sha256] = now
+            use = self._record_use(key.name, session, now)
+            self._recording = asyncio.create_task(use, name="record a key's use")
+
+    async def _record_use(self, name: str, session: Session | None, now: datetime) -> None:
+        """Record that a key and a session were used. No request waits for it or fails with it."""
         try:
             async with self._dedicated.connection() as connection:
                 await record_use(connection, name, now)
+                if session is not None:
+                    await sessions.record_use(connection, session.session_sha256, now)
         except Exception as error:  # noqa: BLE001 - the next use is recorded instead
             logger.warning("the use of a key could not be recorded", error=repr(error))
 
 
-def _read_secret(request: web.Request) -> str:
-    """Return a request's key: from its header or, because browsers cannot set that, from a cookie."""
-    kind, _, secret = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    if kind:
-        return secret.strip() if kind.lower() == "bearer" else ""
-    return request.cookies.get(KEY_COOKIE, "") if request.method in SAFE_METHODS else ""
+def session_cookie(request: web.BaseRequest) -> str:
+    """Return the name of the cookie with a session's id, which depends on the host of the request."""
+    return SESSION_COOKIE if is_local_host(request) else HOST_PREFIX + SESSION_COOKIE
 
 
-def _unauthorized(detail: str, *challenge: str) -> ProblemError:
+def is_local_host(request: web.BaseRequest) -> bool:
+    """Return whether a request names this machine as its host."""
+    host = request.headers.get(hdrs.HOST, "localhost")
+    return is_loopback(_PORT.sub("", host).strip("[]"))
+
+
+def _require_own_page(request: web.BaseRequest) -> None:
+    """Require proof that a page of this service made a writing request: a browser sends a session by itself."""
+    headers = request.headers
+    if request.method not in SAFE_METHODS and not (hdrs.ORIGIN in headers or hdrs.REFERER in headers):
+        detail = "with a session, only this service's own pages may make this request"
+        raise RefusedError("other_site", ProblemType.FORBIDDEN, detail)
+
+
+def _unauthorized(cause: AuthCause, detail: str, *challenge: str) -> RefusedError:
     headers = {"WWW-Authenticate": ", ".join(('Bearer realm="order-tracking"', *challenge))}
-    return ProblemError(ProblemType.UNAUTHORIZED, detail, headers=headers)
+    return RefusedError(cause, ProblemType.UNAUTHORIZED, detail, headers=headers)
 
 
 def refuse_other_sites(request: web.BaseRequest) -> None:
     """Refuse a request that a page of another site made in a browser, unless the user followed a link.
 
     Raises:
-        ProblemError: 403.
+        RefusedError: 403.
     """
     headers = request.headers
     is_own = headers.get("Sec-Fetch-Site", "none") in OWN_SITE
@@ -182,7 +280,8 @@ def refuse_other_sites(request: web.BaseRequest) -> None:
     elif (origin := headers.get(hdrs.ORIGIN) or headers.get(hdrs.REFERER)) is not None:
         is_own = is_own and origin.partition("://")[2].partition("/")[0] == headers.get(hdrs.HOST)
     if not is_own:
-        raise ProblemError(ProblemType.FORBIDDEN, "pages of other sites may not make this request")
+        detail = "pages of other sites may not make this request"
+        raise RefusedError("other_site", ProblemType.FORBIDDEN, detail)
 
 
 def refuse_other_machines(request: web.BaseRequest) -> None:
@@ -192,16 +291,15 @@ def refuse_other_machines(request: web.BaseRequest) -> None:
     would then read everything (DNS rebinding).
 
     Raises:
-        ProblemError: 403.
+        RefusedError: 403.
     """
-    headers = request.headers
-    if not is_loopback(_PORT.sub("", headers.get(hdrs.HOST, "localhost")).strip("[]")):
+    if not is_local_host(request):
         detail = "without a webhook token and an API key, only localhost may be used as the host name"
-        raise ProblemError(ProblemType.FORBIDDEN, detail)
+        raise RefusedError("other_machine", ProblemType.FORBIDDEN, detail)
     for name in FORWARDING_HEADERS:
-        if name in headers:
+        if name in request.headers:
             detail = (
                 f"the request came through a proxy ({name}), but anyone could read and write: "
                 "set ORDER_TRACKING_WEBHOOK_TOKENS and create an API key first (order-tracking keys create)"
             )
-            raise ProblemError(ProblemType.FORBIDDEN, detail)
+            raise RefusedError("other_machine", ProblemType.FORBIDDEN, detail)

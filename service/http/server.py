@@ -10,14 +10,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv6Address, ip_network
 from time import monotonic
-from typing import Any, Final, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, cast
 
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion10, HttpVersion11
 
+from service.http.addresses import LOOPBACK, Network, is_within, parse_address
 from service.http.budgets import Budget, OverBudgetError
 from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import (
@@ -54,8 +55,6 @@ LOG_SECONDS: Final = 300.0
 CLOSED_PART: Final = 50
 # The network of one IPv6 subscriber.
 IPV6_PREFIX: Final = 64
-Network: TypeAlias = IPv4Network | IPv6Network
-LOOPBACK: Final[tuple[Network, ...]] = (ip_network("127.0.0.0/8"), ip_network("::1"))
 
 _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 
@@ -225,8 +224,8 @@ class Crowd:
                 one.transport.abort()
 
     def _holder(self, address: str) -> str | None:
-        ip = ip_address(address.partition("%")[0])
-        if any(ip in network for network in self._exempt):
+        ip = parse_address(address)
+        if ip is None or is_within(ip, self._exempt):
             return None
         return str(ip_network((ip, IPV6_PREFIX), strict=False)) if isinstance(ip, IPv6Address) else str(ip)
 

@@ -13,6 +13,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.order import Arrival, Order, Report
 from projections.postgres_errors import Connection
 from service.database.connections import DedicatedConnection, StorageUnavailableError
+from service.database.operations import Actor, record_operation
 from service.database.sequences import require_rising_numbers
 from service.event_log.codec import decode_event
 from service.event_log.store import UNREPLICATED, UnreplicatedCommitError
@@ -154,8 +155,14 @@ async def count_entries(connection: Connection) -> dict[str, int]:
     return dict([tuple(row) for row in await connection.fetch(COUNT_ENTRIES)])
 
 
-async def discard(connection: Connection, quarantine_id: int, reason: str) -> None:
+async def discard(connection: Connection, quarantine_id: int, reason: str, actor: Actor) -> None:
     """Discard an open entry. It stays in the quarantine, with the reason.
+
+    Args:
+        connection: a connection that is not in a transaction.
+        quarantine_id: the entry.
+        reason: why it is discarded.
+        actor: who discards it.
 
     Raises:
         UnknownEntryError: there is no entry with this id.
@@ -164,15 +171,18 @@ async def discard(connection: Connection, quarantine_id: int, reason: str) -> No
     """
     if not reason.strip() or len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
         raise ValueError(f"the reason must have 1 to {REASON_CHARACTERS_MAX} printable characters")
-    if await connection.execute(DISCARD, quarantine_id, datetime.now(UTC), reason) == "UPDATE 0":
-        entry, _ = await find_entry(connection, quarantine_id)
-        raise NotOpenError(f"entry {quarantine_id} has already been {entry['state']}")
+    async with connection.transaction():
+        if await connection.execute(DISCARD, quarantine_id, datetime.now(UTC), reason) == "UPDATE 0":
+            entry, _ = await find_entry(connection, quarantine_id)
+            raise NotOpenError(f"entry {quarantine_id} has already been {entry['state']}")
+        await record_operation(connection, actor, "entry_discarded", str(quarantine_id), reason)
 
 
 class _Retry(NamedTuple):
     """The retry of an entry: a claim for the recorder."""
 
     quarantine_id: int
+    actor: Actor
 
     async def find(self, connection: Connection, report: Report) -> ClaimedEvent | Sequence[Report]:
         """Return the first event that an earlier retry recorded, or a report for each acknowledged body."""
@@ -191,10 +201,17 @@ class _Retry(NamedTuple):
         """Mark the entry as retried, in the transaction that appends its events."""
         place = (event.originator_id, event.originator_version)
         await connection.execute(MARK_RETRIED, self.quarantine_id, datetime.now(UTC), *place)
+        await record_operation(connection, self.actor, "entry_retried", str(self.quarantine_id))
 
 
-async def retry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None) -> Receipt:
+async def retry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None, actor: Actor) -> Receipt:
     """Record a quarantined body as a report that arrived now, as often as it was acknowledged.
+
+    Args:
+        recorder: records the reports.
+        entry: the entry.
+        body: its body; None after an erasure.
+        actor: who retries it.
 
     Returns:
         The receipt of the first event. A second retry gets it again and records nothing.
@@ -215,7 +232,7 @@ async def retry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None) 
         report = Report(arrival, entry["order_no"] or "", "", None, "")
     else:
         report = parse(body or b"", arrival)
-    return await recorder.record(report._replace(quarantine_id=quarantine_id), _Retry(quarantine_id))
+    return await recorder.record(report._replace(quarantine_id=quarantine_id), _Retry(quarantine_id, actor))
 
 
 class Quarantine:

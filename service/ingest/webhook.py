@@ -56,10 +56,10 @@ class Webhook:
 
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or quarantine its body, and respond after the commit."""
-        remote = self._auth.check_request(request)
+        sender = self._auth.check_request(request)
         if request.method not in METHODS:
             raise web.HTTPMethodNotAllowed(request.method, METHODS)
-        arrival = Arrival(str(uuid4()), datetime.now(UTC), remote)
+        arrival = Arrival(str(uuid4()), datetime.now(UTC), sender.address, sender.token_name)
         try:
             body = await read_body(request)
         except OverBudgetError as error:

@@ -2,20 +2,17 @@
 
 import hashlib
 import hmac
-from collections.abc import Sequence
-from ipaddress import IPv4Network, IPv6Network, ip_address
-from typing import Final, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Final, NamedTuple
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from service.http.access import refuse_other_machines, refuse_other_sites
-from service.http.problems import ProblemError, ProblemType
-
-Network: TypeAlias = IPv4Network | IPv6Network
+from service.http.addresses import Network, client_address
+from service.http.auth_refusals import AuthRefusals, RefusedError
+from service.http.problems import ProblemType
 
 PATH: Final = "/webhook"
-# Each proxy adds one address. A longer header is an attack.
-FORWARDED_CHARACTERS_MAX: Final = 2_048
 
 
 def sign(body: bytes, secret: bytes) -> str:
@@ -23,23 +20,33 @@ def sign(body: bytes, secret: bytes) -> str:
     return hmac.new(secret, body, hashlib.sha256).hexdigest()
 
 
+class Sender(NamedTuple):
+    """Who sent a webhook: the address, and the name of the token, None if it has no name."""
+
+    address: str | None
+    token_name: str | None
+
+
 class WebhookAuth:
     """Authenticates webhooks: once before the body is read, and once after it.
 
     Args:
-        tokens: the valid tokens at the end of the path; empty if no token is required.
+        tokens: the valid tokens at the end of the path, and the name of each, None for a token without one; empty if
+            no token is required.
         secret: the secret of the signature; empty if no signature is required.
         signature_header: the header with the signature.
         proxies: networks of proxies whose X-Forwarded-For is trusted.
+        refusals: counts the webhooks that are not admitted.
         is_open: whether only this machine may send, without a token and a signature.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is named by its caller
         self,
-        tokens: Sequence[bytes],
+        tokens: Mapping[bytes, str | None],
         secret: bytes,
         signature_header: str,
         proxies: Sequence[Network],
+        refusals: AuthRefusals,
         *,
         is_open: bool = False,
     ) -> None:
@@ -47,6 +54,7 @@ class WebhookAuth:
         self._secret = secret
         self._signature_header = signature_header
         self._proxies = proxies
+        self._refusals = refusals
         self._is_open = is_open
 
     @property
@@ -54,62 +62,48 @@ class WebhookAuth:
         """The pattern of the webhook's path."""
         return f"{PATH}/{{token}}" if self._tokens else PATH
 
-    def check_request(self, request: web.Request) -> str | None:
-        """Check a request before its body is read, and return the sender's address.
+    def replace_tokens(self, tokens: Mapping[bytes, str | None]) -> None:
+        """Accept these tokens from now on. There must be one if there was one, since the path depends on it."""
+        self._tokens = tokens
+
+    def check_request(self, request: web.Request) -> Sender:
+        """Check a request before its body is read, and return its sender.
 
         Raises:
             HTTPNotFound: the token is wrong. The response equals that for an unknown path.
-            ProblemError: 403, no token is required, and a page of another site made the request; or only this
+            RefusedError: 403, no token is required, and a page of another site made the request; or only this
                 machine may send, and the request may come from another one.
         """
+        token_name = None
         if self._tokens:
             token = request.match_info["token"].encode(errors="replace")
             # All tokens are compared, each in constant time, so that the duration reveals nothing.
-            if not sum(hmac.compare_digest(token, valid) for valid in self._tokens):
+            matches = [name for valid, name in self._tokens.items() if hmac.compare_digest(token, valid)]
+            if not matches:
+                self._refusals.count("wrong_token", request)
                 raise web.HTTPNotFound
+            (token_name,) = matches
         else:
-            refuse_other_sites(request)
-        if self._is_open:
-            refuse_other_machines(request)
-        return self._sender_address(request)
+            try:
+                refuse_other_sites(request)
+                if self._is_open:
+                    refuse_other_machines(request)
+            except RefusedError as error:
+                self._refusals.count(error.cause, request)
+                raise
+        return Sender(client_address(request, self._proxies), token_name)
 
     def check_signature(self, request: web.Request, body: bytes) -> None:
         """Check the signature of a decompressed body.
 
         Raises:
-            ProblemError: 401, the signature is missing or wrong.
+            RefusedError: 401, the signature is missing or wrong.
         """
         if not self._secret:
             return
         expected = sign(body, self._secret).encode()
         signature = request.headers.get(self._signature_header, "").strip().lower().encode(errors="replace")
         if not hmac.compare_digest(signature, expected):
+            self._refusals.count("wrong_signature", request)
             detail = f"{self._signature_header} must be the hex HMAC-SHA256 of the body"
-            raise ProblemError(ProblemType.BAD_SIGNATURE, detail)
-
-    def _sender_address(self, request: web.Request) -> str | None:
-        """Return the rightmost forwarded address that is not a trusted proxy's.
-
-        Each proxy appends its caller's address, so only addresses that trusted proxies appended are trusted.
-        """
-        address = request.remote
-        if not self._proxies or address is None or not self._is_proxy(address):
-            return address
-        forwarded = ",".join(request.headers.getall(hdrs.X_FORWARDED_FOR, ()))[-FORWARDED_CHARACTERS_MAX:]
-        for hop in reversed(forwarded.split(",")):
-            try:
-                forwarded_address = str(ip_address(hop.strip()))
-            except ValueError:
-                # Trusted proxies append only addresses, so nothing to the left of other text is trustworthy.
-                break
-            address = forwarded_address
-            if not self._is_proxy(forwarded_address):
-                break
-        return address
-
-    def _is_proxy(self, address: str) -> bool:
-        try:
-            ip = ip_address(address)
-        except ValueError:
-            return False
-        return any(ip in network for network in self._proxies)
+            raise RefusedError("wrong_signature", ProblemType.BAD_SIGNATURE, detail)

@@ -18,11 +18,12 @@ from projections.order_list import ListedOrder, OrdersFilter, find_by_cnote, ord
 from projections.postgres_errors import Connection
 from projections.windows import POSITION_MAX, Window
 from service.api.freshness import wait_for
-from service.api.quarantine import find_entry
+from service.api.quarantine import discard_entry, find_entry, retry_entry
 from service.database.connections import ConnectionPool
+from service.database.operations import Action, operations_page
 from service.event_log import store
 from service.event_log.codec import read_fields
-from service.http.access import Access, Handler
+from service.http.access import Access, Handler, admission
 from service.http.pagination import cut_page
 from service.http.parameters import (
     Cursor,
@@ -39,13 +40,14 @@ from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import request_id
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
+from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
 from service.pages.charts import draw_charts
 from service.pages.i18n import Language
 from service.pages.order import read_history
 from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, read_overview
 from service.pages.render import accepts_html, choose_locale, render_page, serve_asset, track_path
-from service.pages.session import change_session, local_path, redirect, render_key_form
+from service.pages.session import change_session, local_path, read_form, redirect, render_key_form
 
 ROWS_SHOWN_MAX: Final = 50
 # A longer body is cut off on its page. The API and the command line return it whole.
@@ -83,6 +85,13 @@ class QuarantinePageQuery(CommonQuery):
     cursor: Cursor = POSITION_MAX
 
 
+class OperationsPageQuery(CommonQuery):
+    """The filter of operators' actions; None for all."""
+
+    action: Action | None = None
+    cursor: Cursor = POSITION_MAX
+
+
 class Pages:
     """The web pages.
 
@@ -90,6 +99,7 @@ class Pages:
         pool: the connection pool for reads.
         access: the guard that requires API keys.
         projectors: the projectors of the views, by view name.
+        recorder: records retried bodies.
         refusals: the webhooks that got 503.
     """
 
@@ -98,11 +108,13 @@ class Pages:
         pool: ConnectionPool,
         access: Access,
         projectors: Mapping[str, Projector],
+        recorder: Recorder,
         refusals: Refusals,
     ) -> None:
         self._pool = pool
         self._access = access
         self._projectors = projectors
+        self._recorder = recorder
         self._refusals = refusals
 
     def routes(self) -> list[web.RouteDef]:
@@ -115,10 +127,19 @@ class Pages:
             "/quarantined": self.list_quarantined,
             "/quarantined/{quarantine_id:[^/]+}": self.show_quarantined,
         }
+        operating: list[tuple[str, str, Handler]] = [
+            ("GET", "/operations", self.list_operations),
+            ("POST", "/quarantined/{quarantine_id:[^/]+}/retry", self.retry_quarantined),
+            ("POST", "/quarantined/{quarantine_id:[^/]+}/discard", self.discard_quarantined),
+        ]
         return [
             *(
                 web.get(path, _with_problem_pages(self._access.require("read", page)))
                 for path, page in pages.items()
+            ),
+            *(
+                web.route(method, path, _with_problem_pages(self._access.require("admin", handler)))
+                for method, path, handler in operating
             ),
             web.get("/static/{name}", serve_asset),
             web.post("/session", _with_problem_pages(partial(change_session, self._access))),
@@ -234,6 +255,37 @@ class Pages:
         path = f"/quarantined/{entry['quarantine_id']}"
         return render_page(request, "entry.html", path, entry=entry, body=body, bytes_max=BODY_SHOWN_BYTES_MAX)
 
+    async def retry_quarantined(self, request: web.Request) -> web.Response:
+        """Record a quarantined body as a report, and show its order."""
+        entry, body = await find_entry(request, self._pool)
+        receipt = await retry_entry(self._recorder, entry, body, admission(request).actor)
+        return redirect(f"{track_path(receipt['order_no'] or '')}?after_position={receipt['position']}")
+
+    async def discard_quarantined(self, request: web.Request) -> web.Response:
+        """Discard a quarantined body with the submitted reason, and show its entry."""
+        entry, _ = await find_entry(request, self._pool)
+        reason = (await read_form(request)).get("reason", "")
+        await discard_entry(self._pool, entry, reason, admission(request).actor)
+        return redirect(f"/quarantined/{entry['quarantine_id']}")
+
+    async def list_operations(self, request: web.Request) -> web.Response:
+        """Show a list of operators' actions, newest first."""
+        query = read_query(OperationsPageQuery, request)
+        async with self._pool.connection() as connection:
+            rows = await operations_page(connection, query.cursor, query.action, ROWS_SHOWN_MAX + 1)
+        shown = cut_page(rows, ROWS_SHOWN_MAX, itemgetter("operation_id"))
+        texts = choose_locale(request).texts
+        filters = [(texts["all_operations"], "")]
+        filters += [(texts[f"operation_{action}"], f"action={action}") for action in get_args(Action)]
+        return render_page(
+            request,
+            "operations.html",
+            "/operations",
+            operations=shown.items,
+            next_page=shown.next_path("/operations", query),
+            filters=_filter_links(request, "/operations", filters),
+        )
+
 
 async def _search(connection: Connection, q: str) -> list[CurrentOrder]:
     """Return orders by number or airway bill; if there are none, try again without outer spaces."""
@@ -252,7 +304,7 @@ def _filter_links(
 
     A filter is given by its label and its query string, which is empty for all rows.
     """
-    names = ("status", "verdict", "stuck", "state")
+    names = ("status", "verdict", "stuck", "state", "action")
     present = urlencode([(name, value) for name, value in request.query.items() if name in names])
     return [(label, f"{path}?{query}" if query else path, query == present) for label, query in filters]
 

@@ -1,4 +1,4 @@
-"""Browser sessions: the API key in a cookie that scripts cannot read."""
+"""Browser sessions: an API key opens one, and its random id is in a cookie that scripts cannot read."""
 
 import re
 from typing import Final
@@ -6,15 +6,14 @@ from urllib.parse import parse_qs
 
 from aiohttp import hdrs, web
 
-from service.http.access import KEY_COOKIE, Access, refuse_other_sites
+from service.database.sessions import DURATION_MAX
+from service.http.access import Access, is_local_host, session_cookie
 from service.http.body import read_body
 from service.http.budgets import FORM_BYTES_MAX
 from service.http.problems import ProblemError, ProblemType
 from service.http.responses import response
 from service.pages.render import render_page
 
-# A revoked or expired key is refused even if a cookie still holds it.
-KEY_COOKIE_SECONDS: Final = 90 * 86_400
 KEY_CHARACTERS_MAX: Final = 200
 FORM_FIELDS_MAX: Final = 8
 # A second slash or backslash would begin the name of another host.
@@ -22,35 +21,48 @@ _LOCAL_PATH: Final = re.compile(r"/(?![/\\])[\x21-\x7e]*", re.ASCII)
 
 
 async def change_session(access: Access, request: web.Request) -> web.Response:
-    """Store the submitted key in a cookie, or delete the cookie; then redirect to the page that needs the key.
+    """Open a session for the submitted key, or end the session; then redirect to the page that needs it.
 
     Raises:
         ProblemError: 400, the body is not a form; 403, another site sent the request.
     """
-    refuse_other_sites(request)
+    access.refuse_other_sites(request)
+    form = await read_form(request)
+    name, is_local = session_cookie(request), is_local_host(request)
+    if "forget" in form:
+        await access.end_session(request)
+        ending = redirect("/")
+        ending.del_cookie(name, secure=not is_local, httponly=True, samesite="Strict")
+        return ending
+    key = form.get("key", "").strip()
+    next_path = local_path(form.get("next", "/"))
+    session_id = await access.open_session(request, key) if len(key) <= KEY_CHARACTERS_MAX else None
+    if session_id is None:
+        return render_key_form(request, next_path, is_wrong=True)
+    opening = redirect(next_path)
+    # Without https, a browser keeps the cookie only for its own machine.
+    opening.set_cookie(
+        name,
+        session_id,
+        max_age=int(DURATION_MAX.total_seconds()),
+        secure=not is_local,
+        httponly=True,
+        samesite="Strict",
+    )
+    return opening
+
+
+async def read_form(request: web.Request) -> dict[str, str]:
+    """Return the fields of a form, each with its first value.
+
+    Raises:
+        ProblemError: 400, the body is not a form; 413, it is too large.
+    """
     try:
         form = parse_qs((await read_body(request, FORM_BYTES_MAX)).decode(), max_num_fields=FORM_FIELDS_MAX)
     except ValueError:
         raise ProblemError(ProblemType.BAD_BODY, "the body is not a valid form") from None
-    if "forget" in form:
-        forgetting = redirect("/")
-        forgetting.del_cookie(KEY_COOKIE, httponly=True, samesite="Strict")
-        return forgetting
-    key = form.get("key", [""])[0].strip()
-    next_path = local_path(form.get("next", ["/"])[0])
-    if len(key) > KEY_CHARACTERS_MAX or not await access.is_valid(key):
-        return render_key_form(request, next_path, is_wrong=True)
-    remembering = redirect(next_path)
-    remembering.set_cookie(
-        KEY_COOKIE, key, max_age=KEY_COOKIE_SECONDS, secure=_is_https(request), httponly=True, samesite="Strict"
-    )
-    return remembering
-
-
-def _is_https(request: web.Request) -> bool:
-    # Any client may set this header. A false value only changes the attributes of the client's own cookie.
-    protocol = request.headers.get("X-Forwarded-Proto", request.scheme)
-    return protocol.partition(",")[0].strip().lower() == "https"
+    return {name: values[0] for name, values in form.items()}
 
 
 def render_key_form(request: web.Request, next_path: str, *, is_wrong: bool) -> web.Response:
@@ -61,7 +73,16 @@ def render_key_form(request: web.Request, next_path: str, *, is_wrong: bool) -> 
         next_path: The path and query to open after the form.
         is_wrong: Whether a submitted key was invalid.
     """
-    return render_page(request, "key.html", "/", status=401, next=next_path, is_wrong=is_wrong)
+    is_secure = is_local_host(request) or is_https(request)
+    return render_page(
+        request, "key.html", "/", status=401, next=next_path, is_wrong=is_wrong, is_secure=is_secure
+    )
+
+
+def is_https(request: web.Request) -> bool:
+    """Return whether the browser uses https. Any client may set the header; it changes only a hint."""
+    protocol = request.headers.get("X-Forwarded-Proto", request.scheme)
+    return protocol.partition(",")[0].strip().lower() == "https"
 
 
 def local_path(path: str) -> str:

@@ -14,8 +14,9 @@ from projections.postgres_errors import Connection
 from service.database import api_keys
 from service.database.connections import POOL_CONNECTIONS_PER_KEY_MAX
 from service.http import budgets
+from service.http.addresses import Network
 from service.http.budgets import BUDGETS, Budget, Budgets, OverBudgetError
-from service.http.server import HttpServer, Network
+from service.http.server import HttpServer
 from tests.support.client import Client, serving_client
 from tests.support.databases import wait_for_locked
 from tests.support.waiting import until_async

@@ -48,7 +48,7 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any]) -> None:
 
 
 # HTML pages are not a part of the contract.
-PAGES = r"/$|/(static|track|quarantined|session|overview|metrics)\b"
+PAGES = r"/$|/(static|track|quarantined|operations|session|overview|metrics)\b"
 
 
 async def test_every_problem_belongs_to_an_operation(document: dict[str, Any]) -> None:

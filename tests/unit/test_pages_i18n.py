@@ -9,6 +9,7 @@ import pytest
 
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
+from service.database.operations import Action, Via
 from service.ingest.refusals import Cause
 from service.pages.i18n import LOCALES, MESSAGES, Language, negotiate_language, to_rfc3339
 from service.pages.render import FOLDER, choose_tone, isolate, spell_out, track_path
@@ -20,8 +21,10 @@ COMPOSED_NAMES = {
     *(f"{verdict}_meaning" for verdict in VERDICTS),
     *(f"reason_{verdict}" for verdict in ("late", "refused", "unrecognised")),
     *(f"stage_{state}" for state in ("reached", "now", "skipped", "ahead")),
-    *(f"problem_{status}" for status in (400, 403, 404, 503)),
+    *(f"problem_{status}" for status in (400, 403, 404, 409, 422, 503)),
     *(f"cause_{cause}" for cause in get_args(Cause)),
+    *(f"operation_{action}" for action in get_args(Action)),
+    *(f"via_{via}" for via in get_args(Via)),
     *(f"entry_{state}" for state in ("open", "retried", "discarded")),
 }
 

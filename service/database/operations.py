@@ -1,0 +1,101 @@
+"""The record of operators' actions: who did what, when and why."""
+
+import getpass
+import os
+from datetime import datetime
+from typing import Final, Literal, NamedTuple, TypeAlias, cast
+
+import structlog
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
+
+from projections.postgres_errors import Connection
+
+Via: TypeAlias = Literal["api", "page", "cli", "service"]
+Action: TypeAlias = Literal[
+    "key_created",
+    "key_revoked",
+    "session_opened",
+    "session_ended",
+    "entry_retried",
+    "entry_discarded",
+    "order_erased",
+    "setting_opened",
+]
+
+RECORD: Final = """
+    INSERT INTO public.operations (via, actor, action, subject, reason) VALUES ($1, $2, $3, $4, $5)
+"""
+# Actions below an id, newest first.
+PAGE: Final = """
+    SELECT operation_id, performed_at, via, actor, action, subject, reason
+    FROM public.operations WHERE operation_id < $1 AND ($2::text IS NULL OR action = $2)
+    ORDER BY operation_id DESC LIMIT $3
+"""
+LAST_OPENED: Final = """
+    SELECT subject, reason FROM public.operations WHERE action = 'setting_opened'
+    ORDER BY operation_id DESC LIMIT 1
+"""
+
+logger = structlog.get_logger()
+
+
+class Operation(TypedDict):
+    """An operator's action. ``actor`` is the name of an API key or, for ``cli``, a user of the system.
+
+    ``actor`` is null without a key, in the open mode.
+    """
+
+    operation_id: int
+    performed_at: datetime
+    via: Via
+    actor: str | None
+    action: Action
+    subject: str
+    reason: str | None
+
+
+class Actor(NamedTuple):
+    """Who acts, and by which way."""
+
+    via: Via
+    name: str | None
+
+
+def system_user() -> Actor:
+    """Return the user of the operating system who runs this process."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):
+        # The user has no name, as in some containers.
+        name = f"uid {os.getuid()}"
+    return Actor("cli", name)
+
+
+async def record_operation(
+    connection: Connection, actor: Actor, action: Action, subject: str, reason: str | None = None
+) -> None:
+    """Record an action, in the transaction that performs it if there is one, and log it.
+
+    Args:
+        connection: the connection.
+        actor: who acts.
+        action: what is done.
+        subject: to which key, entry, order or setting.
+        reason: why, if the operator gave a reason.
+    """
+    await connection.execute(RECORD, *actor, action, subject, reason)
+    logger.info("operator's action", action=action, subject=subject, via=actor.via, actor=actor.name)
+
+
+async def operations_page(
+    connection: Connection, before: int, action: Action | None, limit: int
+) -> list[Operation]:
+    """Return actions with ids below ``before``, newest first."""
+    return [cast("Operation", dict(row)) for row in await connection.fetch(PAGE, before, action, limit)]
+
+
+async def record_opened_setting(connection: Connection, actor: Actor, subject: str, reason: str) -> None:
+    """Record that a setting opens something to the network, unless the last start recorded the same."""
+    last = await connection.fetchrow(LAST_OPENED)
+    if last is None or (last["subject"], last["reason"]) != (subject, reason):
+        await record_operation(connection, actor, "setting_opened", subject, reason)
