@@ -29,12 +29,15 @@ SENDER: Final = "127.0.0.2"
 PROXY: Final = "127.0.0.1"
 TOKEN: Final = "tokentokentokentokentokentoken01"  # noqa: S105 - of a service that lives for one test
 NGINX: Final = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+# How many webhooks and other requests an address may have in progress. The file allows more webhooks.
+WEBHOOKS_MAX: Final = 20
+READS_MAX: Final = 64
 # The main configuration around the documented file, which belongs in /etc/nginx/conf.d.
 MAIN: Final = """\
 daemon off;
 pid {folder}/nginx.pid;
 error_log {folder}/error.log;
-events {{ }}
+events {{ worker_connections 4096; }}
 http {{
     access_log {folder}/access.log;
     client_body_temp_path {folder}/body;
@@ -55,10 +58,12 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def service(state_template: Path) -> Iterator[RunningService]:
-    """Run the service as it runs behind a proxy."""
+    """Run the service as it runs behind a proxy, which finds it again after a restart."""
     with (
         copied_folder(state_template) as copy,
-        running_service(copy, WEBHOOK_TOKENS=TOKEN, TRUSTED_PROXIES=f"{PROXY}/32") as running,
+        running_service(
+            copy, WEBHOOK_TOKENS=TOKEN, TRUSTED_PROXIES=f"{PROXY}/32", PORT=str(free_port())
+        ) as running,
     ):
         yield running
 
@@ -83,6 +88,10 @@ def proxy(service: RunningService) -> Iterator[tuple[str, Path]]:
         "listen 443 ssl": f"listen {PROXY}:{port} ssl",
         "/etc/ssl/tracking.example": str(folder),
         "/var/log/nginx": str(folder),
+        # Shorter and lower, for a quick test.
+        "client_header_timeout 10s": "client_header_timeout 2s",
+        "client_body_timeout 10s": "client_body_timeout 60s",
+        "limit_conn order_tracking_webhooks 1024": f"limit_conn order_tracking_webhooks {WEBHOOKS_MAX}",
     }.items():
         assert theirs in documented
         documented = documented.replace(theirs, ours)
@@ -113,8 +122,7 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
     arrive.
     """
     url, folder = proxy
-    tls = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
-    tls.check_hostname = False
+    tls = client_tls(folder)
     from_sender = aiohttp.TCPConnector(ssl=tls, local_addr=(SENDER, 0))
     created = await asyncio.to_thread(call_command, service.state_dir, "keys", "create", "people")
     key = created.stdout.split()[-1]
@@ -208,8 +216,7 @@ async def test_nginx_logs_no_token_while_the_service_is_down(
     url, folder = proxy
     service.terminate()
     try:
-        tls = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
-        tls.check_hostname = False
+        tls = client_tls(folder)
         async with (
             port_held(service.url),
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls)) as session,
@@ -219,6 +226,139 @@ async def test_nginx_logs_no_token_while_the_service_is_down(
     finally:
         service.start()
     assert TOKEN not in "".join(log.read_text() for log in folder.glob("*.log"))
+
+
+def client_tls(folder: Path) -> ssl.SSLContext:
+    """Return a client's settings for TLS, which trust the test's certificate."""
+    tls = ssl.create_default_context(cafile=str(folder / "fullchain.pem"))
+    tls.check_hostname = False
+    return tls
+
+
+@contextlib.contextmanager
+def slow_requests(url: str, tls: ssl.SSLContext, source: str, path: str, number: int) -> Iterator[None]:
+    """Hold requests whose bodies never arrive, from one address, for the length of the block."""
+    host, port = url.removeprefix("https://").split(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(number):
+            connection = stack.enter_context(
+                socket.create_connection((host, int(port)), PATIENCE_SECONDS, source_address=(source, 0))
+            )
+            connection = stack.enter_context(tls.wrap_socket(connection))
+            connection.sendall(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n".encode())
+        yield
+
+
+async def test_one_address_cannot_use_up_nginx(proxy: tuple[str, Path]) -> None:
+    """A stranger with many unfinished requests gets 429, but other addresses do not. Webhooks count apart."""
+    url, folder = proxy
+    tls = client_tls(folder)
+    stranger = "127.0.0.3"
+
+    async def status(source: str, path: str, method: str = "GET") -> int:
+        connector = aiohttp.TCPConnector(ssl=tls, local_addr=(source, 0))
+        report = {"order_no": "KOM3", "status": "Dikirim"} if method == "PUT" else None
+        async with (
+            aiohttp.ClientSession(connector=connector) as session,
+            session.request(method, f"{url}{path}", json=report) as answer,
+        ):
+            assert answer.headers["Server"] == "nginx"
+            return answer.status
+
+    async def is_limited(path: str, method: str) -> bool:
+        return await status(stranger, path, method) == 429
+
+    webhook = f"/webhook/{TOKEN}"
+    with slow_requests(url, tls, stranger, "/orders", READS_MAX):
+        await until_async(lambda: is_limited("/livez", "GET"))
+        assert await status(stranger, webhook, "PUT") == 200
+        assert await status(SENDER, "/livez") == 200
+    with slow_requests(url, tls, stranger, webhook, WEBHOOKS_MAX):
+        await until_async(lambda: is_limited(webhook, "PUT"))
+        assert await status(stranger, "/livez") == 200
+        assert await status(SENDER, webhook, "PUT") == 200
+    logs = "".join(log.read_text() for log in folder.glob("*.log"))
+    assert TOKEN not in logs
+    assert re.search(
+        rf"^{stranger} \[[^]]+\] PUT 429 ", (folder / "webhook-access.log").read_text(), re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("sent", ["", "GET /livez HTTP/1.1\r\nHost: x\r\nX-Slow: "])
+def test_nginx_closes_slow_connections(proxy: tuple[str, Path], sent: str) -> None:
+    """A connection without a request's complete head is closed, after 2 s instead of the documented 10 s."""
+    url, folder = proxy
+    host, port = url.removeprefix("https://").split(":")
+    with (
+        socket.create_connection((host, int(port)), PATIENCE_SECONDS) as connection,
+        client_tls(folder).wrap_socket(connection) as tls,
+    ):
+        tls.sendall(sent.encode())
+        # Parts of a head do not prolong its time.
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        tls.settimeout(0.5)
+        while time.monotonic() < deadline:
+            try:
+                if not tls.recv(65_536):
+                    return
+            except TimeoutError:
+                tls.sendall(b"x" if sent else b"")
+            except OSError:
+                return
+    pytest.fail("the connection is still open")
+
+
+async def test_nginx_forwards_no_forged_header(service: RunningService, proxy: tuple[str, Path]) -> None:
+    """Of the headers that describe a proxy's client, the service receives only those that nginx sets."""
+    url, folder = proxy
+    heads: list[str] = []
+
+    async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append((await reader.readuntil(b"\r\n\r\n")).decode())
+        writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    names = (
+        "Forwarded",
+        "X-Forwarded-For",
+        "X-Forwarded-Host",
+        "X-Forwarded-Port",
+        "X-Forwarded-Proto",
+        "X-Real-IP",
+    )
+    host, port = service.url.removeprefix("http://").split(":")
+    service.terminate()
+    try:
+        async with (
+            await asyncio.start_server(respond, host, int(port)),
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=client_tls(folder))) as session,
+            session.get(f"{url}/orders", headers=dict.fromkeys(names, "203.0.113.7")) as answer,
+        ):
+            assert answer.status == 204
+    finally:
+        service.start()
+    (head,) = heads
+    received = dict(line.split(": ", 1) for line in head.splitlines()[1:] if line)
+    assert {name: value for name, value in received.items() if "orward" in name or "Real" in name} == {
+        "X-Forwarded-For": f"203.0.113.7, {PROXY}",
+        "X-Forwarded-Proto": "https",
+    }
+
+
+def test_nginx_refuses_weak_tls(proxy: tuple[str, Path]) -> None:
+    """No cipher without forward secrecy is accepted."""
+    url, folder = proxy
+    host, port = url.removeprefix("https://").split(":")
+    tls = client_tls(folder)
+    tls.maximum_version = ssl.TLSVersion.TLSv1_2
+    tls.set_ciphers("AES256-GCM-SHA384")
+    with (
+        socket.create_connection((host, int(port)), PATIENCE_SECONDS) as connection,
+        pytest.raises(ssl.SSLError, match="HANDSHAKE_FAILURE"),
+    ):
+        tls.wrap_socket(connection)
 
 
 @pytest.mark.parametrize(
