@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 AUDIT_SECONDS := 15
 # Processes of a test run: more than two cores have, since tests also wait.
 WORKERS := 4
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
 # The newest suitable Python on the PATH, unless you set PYTHON.
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -76,9 +77,9 @@ screenshots: $(VENV)/dev.stamp ## make the README's pictures again (needs Chromi
 
 lock: ## pin the newest versions that pyproject.toml allows, with hashes (needs uv)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-		-o requirements.lock pyproject.toml
+		--group installer -o requirements.lock pyproject.toml
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-		-c requirements.lock --group dev -o requirements-dev.lock pyproject.toml
+		-c requirements.lock --group installer --group dev -o requirements-dev.lock pyproject.toml
 
 clean: ## remove the virtual environment and caches; never your data
 	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .schemathesis
@@ -105,7 +106,9 @@ venv:
 	@if [ -d $(VENV) ] && ! $(BIN)/python -c pass 2>/dev/null; then rm -rf $(VENV); fi
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@echo "installing the packages of $(LOCK)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r $(LOCK) || { \
+	@# First the lock's pip, by the one that came with Python; then it installs everything else.
+	@sed -n '/^pip==/,/[^\]$$/p' $(LOCK) >$(VENV)/pip.lock
+	@$(PIP_INSTALL) -r $(VENV)/pip.lock && $(PIP_INSTALL) -r $(LOCK) || { \
 		echo "the packages of $(LOCK) could not be installed, see above; on a platform without their wheels, use" >&2; \
 		echo "pip without --only-binary, and set ORDER_TRACKING_DATABASE_URL to your own PostgreSQL" >&2; exit 1; }
 	@# It finds the clone by its own path, and imports nothing from the current folder.
