@@ -5,7 +5,6 @@ SHELL := /bin/sh
 
 VENV := .venv
 BIN := $(VENV)/bin
-AUDIT_SECONDS := 15
 # Processes of a test run: more than two cores have, since tests also wait.
 WORKERS := 4
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all:
@@ -49,19 +48,14 @@ test-long: $(VENV)/dev.stamp ## run the long tests: every fault, a million order
 	$(BIN)/python -m pytest -m long --durations=0 $(ARGS)
 	@[ -n "$(ARGS)" ] || TEST_EXAMPLES=5000 $(BIN)/python -m pytest --numprocesses=2 tests/unit
 
-lint: $(VENV)/dev.stamp ## check style, types, imports and prose
+lint: $(VENV)/dev.stamp ## check style, types, imports, prose and known vulnerabilities
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy
 	$(BIN)/python -c 'from importlinter.cli import lint_imports_command; lint_imports_command()'
 	$(BIN)/python -m tests.support.prose
 	$(BIN)/python -m bandit --quiet --configfile pyproject.toml --recursive domain projections service
-	@# An unreachable source of vulnerabilities is not a fault of this project.
-	@output=$$($(BIN)/python -m pip_audit --requirement requirements.lock --disable-pip --progress-spinner off \
-		--timeout $(AUDIT_SECONDS) 2>&1) && echo "pip-audit: $$(echo "$$output" | head -n 1);" \
-		"$$(echo "$$output" | grep -c 'could not be audited') packages are unknown to its source" || { \
-		case "$$output" in *"known vulnerabilit"*) echo "$$output" >&2; exit 1;; esac; \
-		echo "pip-audit: its source is unreachable, nothing was audited"; }
+	$(BIN)/python -m tests.support.audit
 
 faults: $(VENV)/dev.stamp ## break the service in every known way under load, and check that nothing is lost
 	@$(BIN)/python -m tests.faults $(ARGS)

@@ -1,16 +1,25 @@
-"""The environment that make creates, as a developer and CI use it."""
+"""The environment's pip and the audit of ``make lint``, as a developer and CI run them."""
 
+import json
+import os
 import re
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 
+from tests.support.audit import VULNERABLE
 from tests.support.folders import ROOT
 from tests.support.processes import environment
+from tests.support.waiting import PATIENCE_SECONDS
 
 LOCKS: Final = ("requirements.lock", "requirements-dev.lock")
 # The lock's entry of pip: its version and hashes.
@@ -62,3 +71,76 @@ def test_make_installs_the_lock_with_the_pinned_pip(tmp_path: Path) -> None:
     assert "HASHES" in done.stderr
     assert done.returncode != 0
     assert installed.stdout.split()[1] == pip["version"]
+
+
+# For each case, the packages that the source reports as vulnerable, the value of CI, and the expected result.
+NOTHING: Final = r"osv responds, but audits nothing\naudit: NOTHING WAS AUDITED\n"
+CASES: Final = {
+    "audited": ((VULNERABLE,), "true", 0, r"audited \d\d packages .* 0 are unknown to it; 0 are vulnerable\n"),
+    "vulnerable": ((VULNERABLE, "aiohttp"), "", 1, r"aiohttp \S+ has known vulnerabilities: TEST-1\n"),
+    "nothing audited on CI": ((), "true", 1, NOTHING),
+    "nothing audited": ((), "", 0, NOTHING),
+}
+
+
+@contextmanager
+def osv(vulnerable: tuple[str, ...]) -> Iterator[str]:
+    """Serve the query API of OSV for the length of the block, and yield its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            query = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            affected = [{"package": query["package"], "ranges": []}]
+            is_vulnerable = query["package"]["name"] in vulnerable
+            body = {"vulns": [{"id": "TEST-1", "affected": affected}]} if is_vulnerable else {}
+            content = json.dumps(body).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            """Print nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/v1/query"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def audit(url: str, ci: str) -> "subprocess.CompletedProcess[str]":
+    """Run the audit of ``make lint`` with another OSV service."""
+    return subprocess.run(
+        [sys.executable, "-m", "tests.support.audit", url],
+        cwd=ROOT,
+        env={**os.environ, "CI": ci},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(("vulnerable", "ci", "returncode", "output"), CASES.values(), ids=CASES)
+def test_the_audit_reports_what_it_audited(
+    vulnerable: tuple[str, ...], ci: str, returncode: int, output: str
+) -> None:
+    """The audit prints its numbers. It fails for a vulnerable package, and on CI if a source audits nothing."""
+    with osv(vulnerable) as url:
+        done = audit(url, ci)
+    assert re.search(output, done.stdout), done.stdout + done.stderr
+    assert done.returncode == returncode
+
+
+def test_the_audit_without_a_source() -> None:
+    """If no source is reachable, the audit prints that and succeeds, on CI too."""
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    done = audit(f"http://127.0.0.1:{port}/v1/query", "true")
+    assert "audit: osv is unreachable: " in done.stdout
+    assert done.stdout.endswith("\naudit: NOTHING WAS AUDITED\n")
+    assert done.returncode == 0
