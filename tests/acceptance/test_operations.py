@@ -384,6 +384,14 @@ def test_the_unit_is_one_that_systemd_takes(name: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_image_has_a_fixed_base() -> None:
+    """The base image is named by its digest, because a tag may be moved to another image."""
+    containerfile = (OPERATIONS / "Containerfile").read_text(encoding="utf-8")
+    bases = re.findall(r"(?m)^FROM (\S+)", containerfile)
+    assert bases
+    assert [base for base in bases if not re.search(r"@sha256:[0-9a-f]{64}$", base)] == []
+
+
 def test_the_backup_script(service: RunningService, tmp_path: Path) -> None:
     """The script makes a dump, removes old ones and writes the time for Prometheus, but not after a failure."""
     program = tmp_path / "order-tracking"
