@@ -84,7 +84,7 @@ ExecStart=/bin/sh -c "sh /etc/test.sh; echo $$? >/host/status"
 ExecStopPost=systemctl exit --force --force
 StandardOutput=file:/host/output
 StandardError=inherit
-TimeoutStartSec=120
+TimeoutStartSec=240
 UNIT
 printf '[Unit]\nDefaultDependencies=no\nWants=test.service\n' >"$root/etc/systemd/system/test.target"
 echo 1 >"$folder/status"
