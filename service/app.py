@@ -39,6 +39,8 @@ from service.http.server import HttpServer
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
+from service.ingest.signatures import make_scheme
+from service.ingest.volume import Volume
 from service.ingest.webhook import Webhook
 from service.ingest.webhook_auth import WebhookAuth
 from service.maintenance.replay import Rebuilder
@@ -92,10 +94,18 @@ class Service:
         self.rebuilder = Rebuilder(dsn, VIEWS, self.projection_connections, self.feed)
         quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
         projectors = [*self.projectors.values()]
+        volume = Volume(settings.body_bytes_hourly_max)
         auth_refusals = AuthRefusals(settings.trusted_proxies)
         refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
         self.metrics = Metrics(
-            self.pool, projectors, quarantine, refusals, auth_refusals, self.budgets, lambda: self.recorder
+            self.pool,
+            projectors,
+            quarantine,
+            volume,
+            refusals,
+            auth_refusals,
+            self.budgets,
+            lambda: self.recorder,
         )
         self.recorder = Recorder(
             self.append_connection,
@@ -106,7 +116,7 @@ class Service:
         )
         self.access = Access(self.auth_connection, seconds_max, auth_refusals, is_open=settings.is_open)
         self.webhook_auth = make_webhook_auth(settings, auth_refusals)
-        self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, refusals)
+        self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, volume, refusals)
         self.events = EventsApi(self.pool, self.access, self.budgets.streams)
         self.pages = Pages(self.pool, self.access, self.projectors, self.recorder, refusals)
         self.apis: list[object] = [
@@ -197,12 +207,16 @@ class Service:
             projector.wake.set()
 
 
+def make_tokens(settings: Settings) -> dict[bytes, str | None]:
+    """Return the webhook's tokens, as they stand in a path, each with its name."""
+    return {token.encode(): name for token, name in settings.tokens.items()}
+
+
 def make_webhook_auth(settings: Settings, refusals: AuthRefusals) -> WebhookAuth:
     """Return the authentication of the webhook's sender."""
     return WebhookAuth(
-        {token.encode(): name for token, name in settings.tokens.items()},
-        settings.webhook_hmac_secret.get_secret_value().encode(),
-        settings.webhook_hmac_header,
+        make_tokens(settings),
+        make_scheme(settings.webhook_hmac_secret.get_secret_value(), settings.webhook_hmac_header),
         settings.trusted_proxies,
         refusals,
         is_open=settings.is_open,
@@ -210,8 +224,8 @@ def make_webhook_auth(settings: Settings, refusals: AuthRefusals) -> WebhookAuth
 
 
 @asynccontextmanager
-async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, bool]]:
-    """Serve until the block ends; yield the port, and whether no API key has ever been created.
+async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, Service]]:
+    """Serve until the block ends; yield the port and the running parts.
 
     Raises:
         OSError: the server cannot listen on the address.
@@ -232,7 +246,7 @@ async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, bool
         stack.push_async_callback(server.stop)
         port = await server.start()
         service.background.start("close slow connections", server.close_slow_connections)
-        yield port, await service.access.has_no_keys()
+        yield port, service
         server.stop_listening()
         await service.events.tail.end()
         # Accepted reports are answered first. The service does not wait for the rest of an incomplete body.

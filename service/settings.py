@@ -24,6 +24,9 @@ SECRET_CHARACTERS_MIN: Final = 16
 _HOST_NAME: Final = re.compile(r"(?!.*\.\d+$)(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 # Characters that need no escape in a URL path.
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~-]+")
+# A secret with this prefix is one of Standard Webhooks.
+STANDARD_PREFIX: Final = "whsec_"
+_BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 _TOKEN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,32}")
 
 
@@ -93,8 +96,11 @@ Token: TypeAlias = Annotated[SecretStr, AfterValidator(_check_token)]
 
 
 def _check_secret(secret: SecretStr) -> SecretStr:
-    if 0 < len(secret) < SECRET_CHARACTERS_MIN:
+    text = secret.get_secret_value()
+    if 0 < len(text.removeprefix(STANDARD_PREFIX)) < SECRET_CHARACTERS_MIN or text == STANDARD_PREFIX:
         raise ValueError(f"the secret must have {SECRET_CHARACTERS_MIN} or more characters")
+    if text.startswith(STANDARD_PREFIX) and not _BASE64.fullmatch(text.removeprefix(STANDARD_PREFIX)):
+        raise ValueError(f"after {STANDARD_PREFIX}, the secret must be base64")
     return secret
 
 
@@ -126,14 +132,17 @@ class Settings(BaseSettings):
     webhook_tokens: Annotated[tuple[Token, ...], NoDecode, BeforeValidator(_split_list)] = ()
     """comma-separated tokens, each alone or as name:token; the webhook's path must end with one; empty for none"""
     webhook_hmac_secret: Annotated[SecretStr, AfterValidator(_check_secret)] = SecretStr("")
-    """the secret that signs webhook bodies; empty for no signature"""
+    """the secret that signs webhook bodies, whsec_... for Standard Webhooks; empty for no signature"""
     webhook_hmac_header: str = Field(default="X-Callback-Api-Key", pattern=r"^[A-Za-z0-9-]+$")
-    """the header with the body's HMAC-SHA256 in hex"""
+    """the header with the body's HMAC-SHA256 in hex, unless the secret is whsec_..."""
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_list)] = ()
     """comma-separated networks whose X-Forwarded-For header is trusted"""
     # At 64 KiB per body, the quarantine grows by at most 640 MB an hour.
     quarantine_hourly_max: int = Field(default=10_000, ge=1, le=10_000_000)
     """the maximum number of new quarantined bodies in an hour"""
+    # At 500 bytes per body, twenty million reports an hour. Without a limit, a stolen token fills any disk.
+    body_bytes_hourly_max: int = Field(default=10 * 1024**3, ge=1024**2)
+    """the maximum size of all webhook bodies of an hour in bytes; further ones get 503"""
     # A report from Komerce has a few hundred bytes.
     body_bytes_max: int = Field(default=65_536, ge=1_024, le=1_048_576)
     """the maximum size of a webhook body in bytes"""

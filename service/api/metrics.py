@@ -26,6 +26,7 @@ from service.http.responses import response
 from service.ingest.quarantine import Quarantine, count_entries
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
+from service.ingest.volume import Volume
 
 # If the database does not answer a scrape within this time, the gauges that need it are missing.
 SCRAPE_SECONDS_MAX: Final = 2.0
@@ -49,6 +50,7 @@ class Metrics:
         pool: the connections to read gauges with; the pool itself is measured too.
         projectors: the views' projectors.
         quarantine: the quarantine, which counts its own bodies.
+        volume: counts the bytes of bodies.
         refusals: the webhooks that got 503.
         auth_refusals: the requests that were not admitted.
         budgets: what readers and strangers hold.
@@ -60,6 +62,7 @@ class Metrics:
         pool: ConnectionPool,
         projectors: Sequence[Projector],
         quarantine: Quarantine,
+        volume: Volume,
         refusals: Refusals,
         auth_refusals: AuthRefusals,
         budgets: Budgets,
@@ -68,6 +71,7 @@ class Metrics:
         self._pool = pool
         self._projectors = projectors
         self._quarantine = quarantine
+        self._volume = volume
         self._refusals = refusals
         self._auth_refusals = auth_refusals
         self._budgets = budgets
@@ -146,6 +150,9 @@ class Metrics:
         for cause, count in self._refusals.counts.items():
             refusals.add_metric([cause], count)
         yield refusals
+        yield CounterMetricFamily(
+            "webhook_body_bytes", "Bytes of webhook bodies, decompressed.", self._volume.bytes_total
+        )
         unadmitted = CounterMetricFamily("auth_refusals", "Requests that were not admitted.", labels=["cause"])
         for auth_cause, count in self._auth_refusals.counts.items():
             unadmitted.add_metric([auth_cause], count)

@@ -6,7 +6,7 @@ import typer
 from yarl import URL
 
 from service.cli.console import EXIT_FAILURE, EXIT_USAGE, fail, out
-from service.ingest.webhook_auth import sign
+from service.ingest.signatures import make_scheme
 from service.settings import Settings, read_settings
 from service.simulator.registration import UnusableUrlError, parse_url
 
@@ -27,8 +27,9 @@ async def send(
         fail(error, EXIT_USAGE)
     body = orjson.dumps({"order_no": order_no, "cnote": cnote, "status": status})
     headers = {"Content-Type": "application/json"}
-    if secret := settings.webhook_hmac_secret.get_secret_value():
-        headers[settings.webhook_hmac_header] = sign(body, secret.encode())
+    scheme = make_scheme(settings.webhook_hmac_secret.get_secret_value(), settings.webhook_hmac_header)
+    if scheme is not None:
+        headers |= scheme.sign(body)
     timeout = aiohttp.ClientTimeout(total=SEND_SECONDS_MAX)
     try:
         async with (

@@ -7,14 +7,16 @@ import structlog
 import uvloop
 from aiohttp import http_parser
 
-from service.app import serving
+from service.app import Service, make_tokens, serving
 from service.cli.console import completes, fail, show, stop_event, tune_gc
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import EmbeddedPostgres
+from service.database.operations import record_opened_setting, system_user
 from service.database.schema import prepare_database
 from service.http.request_ids import add_request_id
 from service.http.server import raise_open_files_limit
-from service.settings import Settings, read_settings
+from service.ingest.webhook_auth import WebhookAuth
+from service.settings import Settings, SettingsError, read_settings
 
 logger = structlog.get_logger()
 
@@ -33,18 +35,25 @@ def serve() -> None:
 async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) -> None:
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         fail("aiohttp has no C parser here: install an aiohttp wheel that was built for this platform")
-    # Closing the terminal also stops the service, unless it was started with nohup.
-    is_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    # Closing the terminal also stops the service, unless it was started with nohup. Elsewhere SIGHUP means: read
+    # the tokens again.
+    ends_with_terminal = sys.stdin.isatty() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     keeper = asyncio.create_task(server.keep_running(logger.warning)) if server is not None else None
-    with stop_event(signal.SIGINT, signal.SIGTERM, *(() if is_nohup else (signal.SIGHUP,))) as stopped:
+    with stop_event(
+        signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if ends_with_terminal else ())
+    ) as stopped:
         try:
             # The database may take a while to start.
             preparation = asyncio.ensure_future(prepare_database(dsn))
             if not await completes(preparation, stopped.wait()):
                 return
-            async with serving(settings, preparation.result()) as (port, is_without_keys):
+            async with serving(settings, preparation.result()) as (port, service):
+                if not ends_with_terminal:
+                    loop = asyncio.get_running_loop()
+                    loop.add_signal_handler(signal.SIGHUP, _reload_tokens, service.webhook_auth)
                 _greet(settings, port)
-                _warn(settings, is_without_keys=is_without_keys)
+                _warn(settings, is_without_keys=await service.access.has_no_keys())
+                await _record_opened(settings, service)
                 tune_gc()
                 await stopped.wait()
                 logger.info("stopping")
@@ -76,6 +85,30 @@ def _greet(settings: Settings, port: int) -> None:
     show(f"  try: curl -X PUT {base}/{path} -d '{body}'")
     show(f"       curl {base}/orders/TRY1/timeline")
     sys.stdout.flush()
+
+
+def _reload_tokens(auth: WebhookAuth) -> None:
+    """Read the webhook's tokens again, so that a rotation or a leak needs no restart."""
+    try:
+        tokens = make_tokens(read_settings())
+    except SettingsError as error:
+        logger.error("the tokens stay as they were", error=str(error))  # noqa: TRY400 - the message is enough
+        return
+    if not tokens or not auth.has_tokens:
+        logger.error(
+            "the tokens stay as they were: restart the service to set the first token or remove the last"
+        )
+        return
+    auth.replace_tokens(tokens)
+    logger.info("the tokens were read again", tokens=len(tokens), names=sorted(filter(None, tokens.values())))
+
+
+async def _record_opened(settings: Settings, service: Service) -> None:
+    """Record that the webhook is open to the network, which only the settings can cause."""
+    if not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local):
+        reason = f"host {settings.host}, without ORDER_TRACKING_WEBHOOK_TOKENS"
+        async with service.pool.connection() as connection:
+            await record_opened_setting(connection, system_user()._replace(via="service"), "webhook", reason)
 
 
 def _warn(settings: Settings, *, is_without_keys: bool) -> None:

@@ -12,6 +12,7 @@ from yarl import URL
 
 from service.cli.console import EXIT_FAILURE, EXIT_USAGE, completes, fail, out, show, stop_event
 from service.cli.send import webhook_url
+from service.ingest.signatures import make_scheme
 from service.settings import read_settings
 from service.simulator.account import ServiceLog, UnreadableLogError, compare
 from service.simulator.lifecycles import METHODS, Plan, Troubles
@@ -73,8 +74,9 @@ async def simulate(  # noqa: PLR0913 - the options of the command
                 session = await stack.enter_async_context(aiohttp.ClientSession())
                 log = ServiceLog(session, read.rstrip("/") or origin, key)
                 start = await log.head()
-                secret = settings.webhook_hmac_secret.get_secret_value().encode()
-                simulator = Simulator(registration, session, rate, seed, secret, settings.webhook_hmac_header)
+                secret = settings.webhook_hmac_secret.get_secret_value()
+                scheme = make_scheme(secret, settings.webhook_hmac_header)
+                simulator = Simulator(registration, session, rate, seed, scheme)
                 show(f"pushing {orders:,} orders to {origin}; their numbers begin with {plan.prefix}")
                 interruptions = [stopped.wait()]
                 if listen is None:

@@ -14,6 +14,7 @@ from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError, UnsupportedServerError
 from service.event_log.store import APPEND_LOCK, UnreplicatedCommitError
 from service.http.budgets import OverBudgetError
+from service.ingest.volume import VolumeFullError
 
 
 class QuarantineFullError(OverloadedError):
@@ -29,6 +30,7 @@ Cause: TypeAlias = Literal[
     "queue_full",
     "bodies_full",
     "quarantine_full",
+    "volume_full",
     "unreachable",
     "unusable",
     "no_answer",
@@ -61,6 +63,7 @@ PASSING: Final[frozenset[Cause]] = frozenset({"queue_full", "bodies_full", "quar
 # The first that fits decides.
 CAUSES_BY_TYPE: Final[dict[type[BaseException], Cause]] = {
     QuarantineFullError: "quarantine_full",
+    VolumeFullError: "volume_full",
     OverBudgetError: "bodies_full",
     OverloadedError: "queue_full",
     UnreplicatedCommitError: "replication_wait",

@@ -19,6 +19,7 @@ from service.ingest.parser import UnreadableError, parse
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
 from service.ingest.refusals import Refusals
+from service.ingest.volume import Volume
 from service.ingest.webhook_auth import WebhookAuth
 
 # The sender documents PUT in its samples and POST in its tips.
@@ -34,15 +35,22 @@ class Webhook:
         auth: authenticates the sender.
         recorder: records reports.
         quarantine: keeps unparseable bodies.
+        volume: counts the bytes of bodies, and limits them.
         refusals: counts and explains the webhooks that get 503.
     """
 
     def __init__(
-        self, auth: WebhookAuth, recorder: Recorder, quarantine: Quarantine, refusals: Refusals
+        self,
+        auth: WebhookAuth,
+        recorder: Recorder,
+        quarantine: Quarantine,
+        volume: Volume,
+        refusals: Refusals,
     ) -> None:
         self._auth = auth
         self._recorder = recorder
         self._quarantine = quarantine
+        self._volume = volume
         self._refusals = refusals
 
     @property
@@ -67,6 +75,7 @@ class Webhook:
             raise unavailable("too many large bodies are arriving") from None
         self._auth.check_signature(request, body)
         try:
+            self._volume.accept(len(body))
             receipt = await self._keep(body, arrival, read_key(request.headers))
         except (OverloadedError, StorageUnavailableError) as error:
             await self._refusals.count(error)

@@ -19,7 +19,7 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from service.ingest.webhook_auth import sign
+from service.ingest.signatures import Scheme
 from service.simulator.account import OK, Delivery
 from service.simulator.lifecycles import Journey, Push
 from service.simulator.registration import KEY_HEADER, PATH, URL_MEMBER, UnusableUrlError, check_url
@@ -135,8 +135,7 @@ class Simulator:
         session: the HTTP client.
         rate: reports per second, not counting retries; 0 for no limit.
         seed: the random seed of the sequence in which orders take turns.
-        secret: the secret of the signature; empty to send no signature.
-        signature_header: the header of the signature.
+        scheme: signs the bodies; None to send no signature.
         deliveries: every report by its body; an attempt is counted before it is sent.
         orders_done, reports_done: how many have been acknowledged or abandoned.
         reports_withheld: the number of reports that are never sent.
@@ -147,8 +146,7 @@ class Simulator:
     session: aiohttp.ClientSession
     rate: float = 0.0
     seed: int = 0
-    secret: bytes = b""
-    signature_header: str = ""
+    scheme: Scheme | None = None
     deliveries: dict[str, Delivery] = field(default_factory=dict, init=False)
     orders_done: int = field(default=0, init=False)
     reports_done: int = field(default=0, init=False)
@@ -209,8 +207,8 @@ class Simulator:
         """Send a report once; return whether it was acknowledged."""
         body = push.body.encode()
         headers = {"Accept": "application/json", "Content-Type": "application/json"}
-        if self.secret:
-            headers[self.signature_header] = sign(body, self.secret)
+        if self.scheme is not None:
+            headers |= self.scheme.sign(body)
         counting = [partial(_count, delivery)]
         with suppress(aiohttp.ClientError, OSError):
             async with (

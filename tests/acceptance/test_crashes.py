@@ -3,6 +3,9 @@
 import asyncio
 import os
 import signal
+import urllib.error
+import urllib.request
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -105,3 +108,39 @@ def test_it_ends_cleanly_and_its_data_is_there_again(state_dir: Path, number: si
     with pytest.raises(ProcessLookupError):
         os.kill(postmaster, 0)
     assert "Dikirim" in call_command(state_dir, "audit", "KOM1").stdout
+
+
+def test_a_token_is_replaced_without_a_restart(state_dir: Path, tmp_path: Path) -> None:
+    """SIGHUP reads the tokens again; a bad file changes nothing, and names of tokens may be logged."""
+    old, new = "old-token-of-16-characters", "new-token-of-16-characters"
+    file = tmp_path / "settings"
+    file.write_text(f"ORDER_TRACKING_WEBHOOK_TOKENS={old}\n", encoding="utf-8")
+    file.chmod(0o600)
+    with running_service(state_dir, ENV_FILE=str(file)) as service:
+
+        def status(token: str) -> int:
+            body = b'{"order_no":"KOM1","status":"Dikirim"}'
+            request = urllib.request.Request(f"{service.url}/webhook/{token}", body, method="PUT")  # noqa: S310
+            try:
+                with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:  # noqa: S310
+                    return int(answer.status)
+            except urllib.error.HTTPError as error:
+                return error.code
+
+        def is_kept_again(times: int) -> bool:
+            return service.output.count("the tokens stay as they were") > times
+
+        assert (status(old), status(new)) == (200, 404)
+        file.write_text(f"ORDER_TRACKING_WEBHOOK_TOKENS=shop:{new}\n", encoding="utf-8")
+        service.process.send_signal(signal.SIGHUP)
+        until(lambda: "the tokens were read again" in service.output)
+        assert (status(old), status(new)) == (404, 200)
+        for content in ("ORDER_TRACKING_WEBHOOK_TOKENS=short\n", "ORDER_TRACKING_WEBHOOK_TOKENS=\n"):
+            kept = service.output.count("the tokens stay as they were")
+            file.write_text(content, encoding="utf-8")
+            service.process.send_signal(signal.SIGHUP)
+            until(partial(is_kept_again, kept))
+            assert (status(old), status(new)) == (404, 200)
+        assert old not in service.output
+        assert new not in service.output
+        assert "shop" in service.output

@@ -326,7 +326,7 @@ def test_the_address_is_the_rightmost_untrusted_one(
     """Addresses from untrusted proxies are ignored, and the search ends at the first invalid address."""
     headers = CIMultiDict([("X-Forwarded-For", value) for value in forwarded])
     request = make_mocked_request("PUT", "/webhook", headers).clone(remote=peer or "")
-    sender = WebhookAuth({}, b"", "X", PROXIES, AuthRefusals(PROXIES))
+    sender = WebhookAuth({}, None, PROXIES, AuthRefusals(PROXIES))
     assert sender.check_request(request).address == (address or "")
 
 

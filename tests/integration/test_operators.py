@@ -160,7 +160,7 @@ async def test_a_session_operates_from_the_own_pages_alone(
         number = await quarantined(client)
         headers = {**session_of((await signed_in(client, key))[1]), **FORM}
         form = f"/quarantined/{number}/discard"
-        foreign = (
+        foreign: tuple[dict[str, str], ...] = (
             {},
             {"Origin": "http://evil.example"},
             {"Origin": "null"},
