@@ -69,11 +69,15 @@ CREATE TABLE order_events (
 );
 
 -- An event is never changed and never removed, not even during a restore (ENABLE ALWAYS), except that an erasure
--- empties its body and its address.
+-- empties its body, its address and a status word outside the vocabulary, which may be any text.
 
 CREATE FUNCTION erased(state bytea) RETURNS bytea IMMUTABLE LANGUAGE sql
     SET search_path = pg_catalog, pg_temp
-    RETURN convert_to((convert_from(state, 'UTF8')::jsonb || '{"body": "", "remote": null}')::text, 'UTF8');
+    RETURN convert_to((
+        convert_from(state, 'UTF8')::jsonb || '{"body": "", "remote": null}'
+        || CASE WHEN convert_from(state, 'UTF8')::jsonb ->> 'verdict' = 'unrecognised'
+            THEN '{"reported_status": ""}' ELSE '{}' END::jsonb
+    )::text, 'UTF8');
 
 CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql
     SET search_path = pg_catalog, public, pg_temp AS $$
@@ -242,33 +246,42 @@ CREATE TABLE erasures (
     erased_by   text        NOT NULL DEFAULT session_user,
     reason      text        NOT NULL CHECK (reason <> ''),
     events      bigint      NOT NULL,                   -- the number of emptied events
-    entries     bigint      NOT NULL                    -- the number of emptied quarantined bodies
+    entries     bigint      NOT NULL,                   -- the number of emptied quarantined bodies
+    version     bigint                                  -- of the last emptied event
 );
+-- The retention looks up whether an order's reports were erased.
+CREATE INDEX erasures_order_no_idx ON erasures (order_no, erased_at);
 
 -- Runs with the rights of its caller, who must be a member of the log's owner. It locks one order's events and no table.
-CREATE PROCEDURE erase_order(erased_order_no text, erasure_reason text) LANGUAGE plpgsql
-    SET search_path = pg_catalog, public, pg_temp AS $$
+CREATE PROCEDURE erase_order(erased_order_no text, erasure_reason text, last_version bigint DEFAULT NULL)
+    LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     events bigint;
     entries bigint;
 BEGIN
-    UPDATE order_events SET state = erased(state) WHERE originator_id = erased_order_no;
+    -- Erasures take turns, so that their ids rise in the order of their commits.
+    PERFORM pg_advisory_xact_lock(hashtextextended('order_tracking erasure', 0));
+    last_version := coalesce(last_version, (
+        SELECT max(originator_version) FROM order_events WHERE originator_id = erased_order_no));
+    UPDATE order_events SET state = erased(state)
+    WHERE originator_id = erased_order_no AND originator_version <= last_version;
     GET DIAGNOSTICS events = ROW_COUNT;
     IF events = 0 THEN
         RAISE EXCEPTION 'no event was recorded for the order %', erased_order_no USING ERRCODE = 'no_data_found';
     END IF;
-    UPDATE quarantine SET body = NULL, remote = NULL WHERE order_no = erased_order_no;
+    UPDATE quarantine SET body = NULL, remote = NULL
+    WHERE order_no = erased_order_no AND version <= last_version AND body IS NOT NULL;
     GET DIAGNOSTICS entries = ROW_COUNT;
     -- The hash of a body could still confirm a guess at it. That of the reported status recognises a late retry too.
     UPDATE idempotency_keys AS keys
     SET body_sha256 = sha256(convert_to(convert_from(event.state, 'UTF8')::jsonb ->> 'reported_status', 'UTF8'))
     FROM order_events AS event
-    WHERE keys.order_no = erased_order_no
+    WHERE keys.order_no = erased_order_no AND keys.version <= last_version
       AND event.originator_id = keys.order_no AND event.originator_version = keys.version;
-    INSERT INTO erasures (order_no, reason, events, entries)
-    VALUES (erased_order_no, erasure_reason, events, entries);
+    INSERT INTO erasures (order_no, reason, events, entries, version)
+    VALUES (erased_order_no, erasure_reason, events, entries, last_version);
 END $$;
-REVOKE EXECUTE ON PROCEDURE erase_order(text, text) FROM PUBLIC;
+REVOKE EXECUTE ON PROCEDURE erase_order(text, text, bigint) FROM PUBLIC;
 
 ------------------------------------------------------------------------------------------------------------
 -- The service's rights. It may choose neither an event's position nor recorded_at.

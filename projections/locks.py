@@ -17,6 +17,7 @@ HOLD_VIEW_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('order_trackin
 
 # One rebuild or backup at a time, until the connection is closed.
 HOLD_REBUILD_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('order_tracking rebuild', 0))"
+RELEASE_REBUILD_LOCK: Final = "SELECT pg_advisory_unlock(hashtextextended('order_tracking rebuild', 0))"
 TRY_REBUILD_LOCK: Final = "SELECT pg_try_advisory_lock(hashtextextended('order_tracking rebuild', 0))"
 
 # The transaction that swaps a view holds this lock. A rebuild waits for it before it drops tables, since the

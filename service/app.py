@@ -43,7 +43,9 @@ from service.ingest.signatures import make_scheme
 from service.ingest.volume import Volume
 from service.ingest.webhook import Webhook
 from service.ingest.webhook_auth import WebhookAuth
+from service.maintenance import retention
 from service.maintenance.replay import Rebuilder
+from service.maintenance.retention import Retention
 from service.pages.handlers import Pages
 from service.settings import Settings
 
@@ -61,9 +63,10 @@ class Service:
     Args:
         settings: the settings.
         dsn: the database's DSN, with the service's own role.
+        owner_dsn: the configured DSN, whose role may erase; None for the same.
     """
 
-    def __init__(self, settings: Settings, dsn: str) -> None:
+    def __init__(self, settings: Settings, dsn: str, owner_dsn: str | None = None) -> None:
         seconds_max = settings.request_seconds_max
         self.budgets = Budgets()
         self.pool = ConnectionPool(dsn, seconds_max)
@@ -97,6 +100,9 @@ class Service:
         volume = Volume(settings.body_bytes_hourly_max)
         auth_refusals = AuthRefusals(settings.trusted_proxies)
         refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
+        self.retention: Retention | None = None
+        if settings.body_retention_days:
+            self.retention = Retention(self.pool, owner_dsn or dsn, dsn, settings.body_retention_days)
         self.metrics = Metrics(
             self.pool,
             projectors,
@@ -105,6 +111,7 @@ class Service:
             refusals,
             auth_refusals,
             self.budgets,
+            self.retention,
             lambda: self.recorder,
         )
         self.recorder = Recorder(
@@ -145,6 +152,10 @@ class Service:
         for view in VIEWS:
             project = partial(self._project, view)
             self.background.start(f"project {view.name}", project, restart_pause_seconds=RETRY_PAUSE_SECONDS)
+        if self.retention is not None:
+            self.background.start(
+                "erase old bodies", self.retention.run, restart_pause_seconds=retention.PASS_SECONDS
+            )
         self.background.start("listen", partial(listen, self._connect, CHANNEL, self._wake))
 
     async def stop(self) -> None:
@@ -224,14 +235,16 @@ def make_webhook_auth(settings: Settings, refusals: AuthRefusals) -> WebhookAuth
 
 
 @asynccontextmanager
-async def serving(settings: Settings, dsn: str) -> AsyncIterator[tuple[int, Service]]:
+async def serving(
+    settings: Settings, dsn: str, owner_dsn: str | None = None
+) -> AsyncIterator[tuple[int, Service]]:
     """Serve until the block ends; yield the port and the running parts.
 
     Raises:
         OSError: the server cannot listen on the address.
     """
     async with AsyncExitStack() as stack:
-        service = Service(settings, dsn)
+        service = Service(settings, dsn, owner_dsn)
         stack.push_async_callback(service.stop)
         await service.start()
         server = HttpServer(

@@ -152,6 +152,8 @@ class Settings(BaseSettings):
     # About one second of work, so that the last report of a full queue keeps within request_seconds_max.
     queue_reports_max: int = Field(default=16_384, ge=1, le=1_000_000)
     """the maximum number of reports that wait for their commit"""
+    body_retention_days: int = Field(default=0, ge=0, le=36_500)
+    """the days after which bodies of settled orders are erased; 0 for never"""
     log_format: Literal["human", "json"] = "human"
     """the format of log lines, human or json"""
     log_requests: bool = False

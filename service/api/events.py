@@ -18,13 +18,14 @@ from projections.windows import POSITION_MAX
 from service.api.resumption import place_after, refuse_another_event
 from service.database.connections import READER, ConnectionPool
 from service.event_log import store
+from service.event_log.erasures import Erasure, erasures_page, last_erasure_id
 from service.event_log.store import LogEvent, RecordedEvent, to_log_event
 from service.event_log.tail import Tail, TailClosedError
 from service.http.access import Access
 from service.http.budgets import Budget
 from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.http.pagination import Page, list_response
-from service.http.parameters import EventsQuery, LastReport, Position, Query, parse_order_no
+from service.http.parameters import EventsQuery, LastReport, Limit, Position, Query, parse_order_no
 from service.http.problems import (
     ProblemError,
     ProblemType,
@@ -89,6 +90,25 @@ def encode_event(event: RecordedEvent) -> bytes:
     return b"id: %d\nevent: status_reported\ndata: %b\n\n" % (event.position, data)
 
 
+def encode_erasure(erasure: Erasure) -> bytes:
+    """Return an erasure as a server-sent event. It has no id, since it has no place in the log."""
+    return b"event: order_erased\ndata: %b\n\n" % orjson.dumps(erasure, option=orjson.OPT_UTC_Z)
+
+
+class ErasuresQuery(Query):
+    """Where a page of erasures begins."""
+
+    after: Position = Field(default=0, description="begin after the erasure with this id")
+    limit: Limit = 100
+
+
+class Erasures(TypedDict):
+    """A page of erasures."""
+
+    erasures: list[Erasure]
+    next: str | None
+
+
 class EventsApi:
     """Serves the log.
 
@@ -102,7 +122,7 @@ class EventsApi:
         self._pool = pool
         self._access = access
         self._streams = streams
-        self.tail = Tail(pool, encode_event)
+        self.tail = Tail(pool, encode_event, encode_erasure)
         self._behind = asyncio.Semaphore(READERS_BEHIND_MAX)
 
     @Endpoint("GET", "/events", LogEvents, query=EventsQuery, media=(JSON, NDJSON))
@@ -123,6 +143,17 @@ class EventsApi:
         page = Page([*map(to_log_event, rows)], place)
         return list_response(request, query, "events", page, request.path)
 
+    @Endpoint("GET", "/erasures", Erasures, query=ErasuresQuery)
+    async def list_erasures(self, request: web.Request, query: ErasuresQuery) -> web.Response:
+        """A page of the erasures, oldest first: what your copies of the log must lose too."""
+        async with self._pool.connection() as connection:
+            rows = await erasures_page(connection, query.after, query.limit + 1)
+            if not rows and query.after > (last := await last_erasure_id(connection)):
+                raise beyond_head(query.after, last)
+        items = rows[: query.limit]
+        place = {"after": items[-1]["erasure_id"]} if len(rows) > query.limit else {}
+        return list_response(request, query, "erasures", Page(items, place), request.path)
+
     @Endpoint("GET", "/events/stream", str, query=LogStreamQuery, media=(SSE,))
     async def stream_events(self, request: web.Request, query: LogStreamQuery) -> web.StreamResponse:
         """The log as it grows, as server-sent events; `Last-Event-ID` resumes without gaps or duplicates."""
@@ -131,7 +162,9 @@ class EventsApi:
     @Endpoint("GET", "/orders/{order_no}/stream", str, query=StreamQuery, media=(SSE,))
     async def stream_order(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
         """An order's events as they are recorded, as server-sent events; the order need not have any yet."""
-        return await self._stream(request, query, partial(self._send, order_no=parse_order_no(request)))
+        order_no = parse_order_no(request)
+        send = partial(self._send, order_no=order_no)
+        return await self._stream(request, query, send, order_no)
 
     async def _all_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
         position = query.after
@@ -163,7 +196,9 @@ class EventsApi:
         async with self._pool.connection() as connection:
             return await store.read_log(connection, position, limit)
 
-    async def _stream(self, request: web.Request, query: StreamQuery, send: Send) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, query: StreamQuery, send: Send, order_no: str | None = None
+    ) -> web.StreamResponse:
         _refuse_old_version(request)
         last_seen = _last_event_id(request)
         after = query.after if last_seen is None else last_seen
@@ -183,7 +218,7 @@ class EventsApi:
                     try:
                         # Proxies may hold back a response without a body, so it begins with a comment.
                         await stream.write(b": the log after position %d\n%b" % (position, RETRY))
-                        await self._follow(request, stream, position, send)
+                        await self._follow(request, stream, position, send, order_no)
                     except ProblemError:
                         # The API key is no longer valid. The reader gets this problem when it reconnects.
                         return stream.response
@@ -195,14 +230,19 @@ class EventsApi:
             raise unavailable(str(error)) from None
         return stream.response
 
-    async def _follow(self, request: web.Request, stream: ResponseStream, position: int, send: Send) -> None:
+    async def _follow(
+        self, request: web.Request, stream: ResponseStream, position: int, send: Send, order_no: str | None
+    ) -> None:
         """Send events until the reader leaves, its key is revoked, events are lost, or the service stops."""
-        losses = self.tail.losses
+        losses, erasure_id = self.tail.losses, self.tail.last_erasure_id
         check_key_at = monotonic() + KEY_SECONDS
         heartbeat_at = monotonic() + HEARTBEAT_SECONDS
         while not self.tail.is_ended and self.tail.losses == losses and not is_gone(request):
             await stream.wait()
             position = await send(stream, position)
+            for erasure in self.tail.erasures_after(erasure_id, order_no):
+                await stream.write(erasure.message)
+                erasure_id = erasure.erasure_id
             await self.tail.wait_beyond(position, min(CHECK_SECONDS, HEARTBEAT_SECONDS))
             if monotonic() >= heartbeat_at:
                 await stream.write(HEARTBEAT)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
@@ -43,6 +43,13 @@ _by_budget: Final = partial(GaugeMetricFamily, labels=["budget"])
 _by_view: Final = partial(GaugeMetricFamily, labels=["view"])
 
 
+class ErasesByAge(Protocol):
+    """What erases old bodies."""
+
+    erased_orders: int
+    last_pass_at: float
+
+
 class Metrics:
     """Counts and measures. The hot path only adds to plain numbers.
 
@@ -54,6 +61,7 @@ class Metrics:
         refusals: the webhooks that got 503.
         auth_refusals: the requests that were not admitted.
         budgets: what readers and strangers hold.
+        retention: erases old bodies; None if it is off.
         recorder: returns the recorder, which is made after the metrics that it reports to.
     """
 
@@ -66,6 +74,7 @@ class Metrics:
         refusals: Refusals,
         auth_refusals: AuthRefusals,
         budgets: Budgets,
+        retention: ErasesByAge | None,
         recorder: Callable[[], Recorder],
     ) -> None:
         self._pool = pool
@@ -75,6 +84,7 @@ class Metrics:
         self._refusals = refusals
         self._auth_refusals = auth_refusals
         self._budgets = budgets
+        self._retention = retention
         self._recorder = recorder
         self._outcomes: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         self._last_received = 0.0
@@ -177,6 +187,17 @@ class Metrics:
         if last:
             yield GaugeMetricFamily(
                 "webhook_last_received_timestamp_seconds", "Arrival of the last report.", last
+            )
+        if self._retention is not None:
+            yield CounterMetricFamily(
+                "retention_erased_orders",
+                "Orders whose bodies were erased by age.",
+                self._retention.erased_orders,
+            )
+            yield GaugeMetricFamily(
+                "retention_last_pass_timestamp_seconds",
+                "End of the last pass over the orders; 0 if none has ended.",
+                self._retention.last_pass_at,
             )
         pool = _by_state("db_client_connection_count", "Connections of the pool.")
         pool.add_metric(["idle"], self._pool.idle)

@@ -11,7 +11,9 @@ async def check() -> int | None:
         findings = [
             checks.check_webhook(settings),
             checks.describe_database(settings, dsn),
-            *await checks.check_database(dsn, is_open=settings.is_open),
+            *await checks.check_database(
+                dsn, is_open=settings.is_open, retention_days=settings.body_retention_days
+            ),
         ]
     findings += checks.check_embedded(settings, datetime.now(UTC).date())
     for finding in findings:

@@ -1,14 +1,13 @@
-from typing import Annotated, Final
+from typing import Annotated
 
 import asyncpg
 import typer
 
-from service.cli.console import EXIT_USAGE, database, fail, show
+from service.cli.console import EXIT_USAGE, database, err, fail, show
 from service.database.connections import connected
-from service.database.operations import record_operation, system_user
-from service.database.schema import act_as_owner, check_version
-
-ERASE_ORDER: Final = "CALL erase_order($1, $2)"
+from service.database.operations import system_user
+from service.database.schema import check_version, service_dsn
+from service.maintenance import erasure
 
 
 async def erase(
@@ -17,13 +16,20 @@ async def erase(
 ) -> None:
     if not reason.strip():
         fail("the reason is empty: state why you erase this order", EXIT_USAGE)
-    async with database(as_service=False) as dsn, connected(dsn) as connection:
-        await check_version(connection)
-        try:
-            async with connection.transaction():
-                await act_as_owner(connection)
-                await connection.execute(ERASE_ORDER, order_no, reason)
-                await record_operation(connection, system_user(), "order_erased", order_no, reason)
-        except asyncpg.NoDataFoundError as error:
-            fail(error)
-    show("erased bodies and addresses; the status, the times and the verdicts remain")
+    async with database(as_service=False) as dsn, connected(dsn) as owner:
+        await check_version(owner)
+        async with connected(await service_dsn(dsn)) as service:
+            try:
+                erased = await erasure.erase_order(owner, service, order_no, reason, system_user())
+            except asyncpg.NoDataFoundError as error:
+                fail(error)
+        show("erased bodies, addresses and unknown words; the status, the times and the verdicts remain")
+        show(f"events: {erased.events}, quarantine entries: {erased.entries}")
+        if erased.has_old_views:
+            err.print("the views are behind the log and may keep unknown words: run 'order-tracking replay'")
+        if erased.left:
+            entries = ", ".join(map(str, erased.left))
+            err.print(f"left: entries that contain the order number, but are not its reports: {entries}")
+            err.print("read them with 'quarantine show', and delete them as docs/operations.md shows")
+        # Until PostgreSQL uses the space again, the old bytes stay in its files.
+        await owner.execute(erasure.VACUUM)

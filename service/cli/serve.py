@@ -47,7 +47,7 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
             preparation = asyncio.ensure_future(prepare_database(dsn))
             if not await completes(preparation, stopped.wait()):
                 return
-            async with serving(settings, preparation.result()) as (port, service):
+            async with serving(settings, preparation.result(), dsn) as (port, service):
                 if not ends_with_terminal:
                     loop = asyncio.get_running_loop()
                     loop.add_signal_handler(signal.SIGHUP, _reload_tokens, service.webhook_auth)

@@ -2,6 +2,7 @@
 
 import asyncio
 from bisect import bisect_right
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
@@ -13,10 +14,12 @@ from projections.postgres_errors import Connection
 from service.background import follow, supervise
 from service.database.connections import ConnectionPool
 from service.event_log import store
+from service.event_log.erasures import Erasure, erasures_page, last_erasure_id
 from service.event_log.store import RecordedEvent
 
 # Events kept in memory for all live readers. A reader that is further behind reads the database.
 MEMORY_EVENTS_MAX: Final = 4_096
+MEMORY_ERASURES_MAX: Final = 1_024
 MEMORY_BYTES_MAX: Final = 16 * 1024 * 1024
 # An event that has been erased in the log must not be sent from memory for longer than this.
 MEMORY_SECONDS_MAX: Final = 60.0
@@ -40,6 +43,14 @@ class TailEvent(NamedTuple):
     read_at: float
 
 
+class TailErasure(NamedTuple):
+    """An erasure, and its message to live readers."""
+
+    erasure_id: int
+    order_no: str
+    message: bytes
+
+
 class _Last(NamedTuple):
     """The last event that was read: its position, 0 if there is none, and the id of its report."""
 
@@ -53,11 +64,20 @@ class Tail:
     Args:
         pool: the connections to read with.
         encode: returns the message for an event.
+        encode_erasure: returns the message for an erasure.
     """
 
-    def __init__(self, pool: ConnectionPool, encode: Callable[[RecordedEvent], bytes]) -> None:
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        encode: Callable[[RecordedEvent], bytes],
+        encode_erasure: Callable[[Erasure], bytes],
+    ) -> None:
         self._pool = pool
         self._encode = encode
+        self._encode_erasure = encode_erasure
+        self.last_erasure_id = 0
+        self._erasures: deque[TailErasure] = deque(maxlen=MEMORY_ERASURES_MAX)
         self._memory: list[TailEvent] = []
         self._by_order: dict[str, list[TailEvent]] = {}
         self._bytes = 0
@@ -92,9 +112,11 @@ class Tail:
             if self._task is None:
                 async with self._pool.connection() as connection:
                     last = await _read_last(connection)
+                    erasure_id = await last_erasure_id(connection)
                 # Another reader may have been first in the meantime.
                 if self._task is None:
                     self._begin(last)
+                    self.last_erasure_id = erasure_id
                     loop = partial(
                         follow,
                         self._step,
@@ -128,6 +150,12 @@ class Tail:
         start = bisect_right(events, position, key=lambda event: event.position)
         return events[start : start + limit]
 
+    def erasures_after(self, erasure_id: int, order_no: str | None) -> list[TailErasure]:
+        """Return the erasures above an id, of one order or of all."""
+        return [
+            one for one in self._erasures if one.erasure_id > erasure_id and order_no in (None, one.order_no)
+        ]
+
     async def wait_beyond(self, position: int, seconds_max: float) -> None:
         """Wait until the log has grown beyond a position, the tail has ended, or the time limit is reached."""
         with suppress(TimeoutError):
@@ -152,6 +180,12 @@ class Tail:
                 if not is_kept:
                     self.losses += 1
                     self._begin(await _read_last(connection))
+            for erasure in await erasures_page(connection, self.last_erasure_id, BATCH_EVENTS_MAX):
+                # Memory may have the events as they were.
+                self._begin(self._last)
+                self.last_erasure_id = erasure["erasure_id"]
+                message = self._encode_erasure(erasure)
+                self._erasures.append(TailErasure(self.last_erasure_id, erasure["order_no"], message))
         if batch:
             self._last = _Last(batch[-1].position, batch[-1].report_id)
             now = monotonic()

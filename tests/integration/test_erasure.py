@@ -1,15 +1,26 @@
 """Erasure: it empties bodies and addresses, changes nothing else, and holds up no webhook."""
 
 import asyncio
+import json
+from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import pytest
 
 from projections.postgres_errors import Connection
-from service.database.connections import connect
+from service.app import Service
+from service.database.connections import ConnectionPool, connect, connected
+from service.database.operations import Actor
+from service.maintenance.check import check_database
+from service.maintenance.erasure import erase_order
+from service.maintenance.retention import Retention
+from service.settings import Settings
 from tests.support.client import Client
+from tests.support.recording import EQUAL, rebuilt, record
+from tests.support.reports import report
 
 AS_OWNER = "SET ROLE order_tracking_owner"
+BY = Actor("cli", "tester")
 ERASE = "CALL erase_order('KOM1', 'asked for')"
 
 
@@ -80,3 +91,153 @@ async def test_a_late_retry_after_an_erasure_gets_its_receipt(client: Client, co
         )
         == 1
     )
+
+
+WORD = "Kurir: rumah Budi, 0812-3456"
+IS_CLEAN = """
+    SELECT NOT EXISTS (
+        SELECT FROM order_events WHERE convert_from(state, 'UTF8') ~ 'Budi'
+        UNION ALL SELECT FROM quarantine WHERE convert_from(body, 'UTF8') ~ 'Budi'
+        UNION ALL SELECT FROM timeline.entries WHERE reported_status ~ 'Budi'
+        UNION ALL SELECT FROM statistics.unrecognised WHERE reported_status ~ 'Budi')
+"""
+
+
+async def test_an_unknown_word_is_erased_everywhere(
+    client: Client, connection: Connection, dsn: str, owner_dsn: str
+) -> None:
+    """A word outside the vocabulary may be any text: it leaves the log and the views, which still match the log."""
+    for order_no in ("KOM1", "KOM1", "KOM2"):
+        await client.webhook(order_no, WORD)
+    await client.webhook("KOM1", "Kata lain")
+    last = (await client.webhook("KOM1", "Dikirim"))["position"]
+    await client.get(f"/statistics?after_position={last}")
+    await client.get(f"/orders/KOM1/timeline?after_position={last}")
+    async with connected(owner_dsn) as owner, connected(dsn) as service:
+        erased = await erase_order(owner, service, "KOM1", "asked for", BY)
+        assert (erased.events, erased.has_old_views) == (4, False)
+        entries = (await client.get("/orders/KOM1/timeline"))["entries"]
+        assert [entry["reported_status"] for entry in entries] == ["", "", "", "Dikirim"]
+        words = (await client.get("/statistics"))["unrecognised"]
+        assert {(word["reported_status"], word["reports"]) for word in words} == {("", 3), (WORD, 1)}
+        assert await rebuilt(dsn, verify=True) == EQUAL
+        await erase_order(owner, service, "KOM2", "asked for", BY)
+        assert await connection.fetchval(IS_CLEAN)
+        assert await rebuilt(dsn, verify=True) == EQUAL
+        # A second erasure changes nothing.
+        await erase_order(owner, service, "KOM2", "asked again", BY)
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_open_entries_of_the_order_are_erased(
+    client: Client, connection: Connection, dsn: str, owner_dsn: str
+) -> None:
+    """Unparseable bodies that name the order are emptied; others with its number in them are named to the operator."""
+    await client.webhook("KOM1")
+    bodies = (
+        b'{"order_no":"KOM1","state":"x","buyer":"Budi"}',
+        b'{"order_no":"KOM11","state":"x"}',
+        b"KOM1 not JSON",
+        b'{"order_no":"KOM2"}',
+    )
+    ids = [(await client.raw(body))["quarantine_id"] for body in bodies]
+    async with connected(owner_dsn) as owner, connected(dsn) as service:
+        erased = await erase_order(owner, service, "KOM1", "asked for", BY)
+    assert (erased.entries, erased.left) == (1, ids[1:3])
+    entry = await client.get(f"/quarantine/{ids[0]}")
+    assert (entry["state"], entry["body_base64"], entry["remote"]) == ("discarded", None, None)
+    assert await connection.fetchval("SELECT entries FROM erasures") == 1
+    (operation, *_) = (await client.get("/audit/operations"))["operations"]
+    assert (operation["action"], operation["subject"], operation["actor"]) == ("order_erased", "KOM1", "tester")
+
+
+async def test_followers_learn_of_an_erasure(client: Client, dsn: str, owner_dsn: str) -> None:
+    """Erasures have a feed of their own, and a live stream gets an event without an id."""
+    for order_no in ("KOM1", "KOM2", "KOM3"):
+        await client.webhook(order_no)
+    async with (
+        connected(owner_dsn) as owner,
+        connected(dsn) as service,
+        client.reading("/events/stream?after=0") as log,
+        client.reading("/orders/KOM2/stream?after=0") as order,
+    ):
+        assert await log.positions(3) == [1, 2, 3]
+        assert await order.positions(1) == [2]
+        for order_no in ("KOM1", "KOM2"):
+            await erase_order(owner, service, order_no, "asked for", BY)
+        for reader, order_nos in ((log, ["KOM1", "KOM2"]), (order, ["KOM2"])):
+            for order_no in order_nos:
+                message = await reader.message()
+                assert (message["event"], "id" in message) == ("order_erased", False)
+                erasure = json.loads(message["data"])
+                assert (erasure["order_no"], erasure["version"], erasure["events"]) == (order_no, 1, 1)
+        # Memory does not have the erased bodies any more.
+        async with client.reading("/events/stream?after=0") as later:
+            data = [json.loads((await later.message())["data"])["data"] for _ in range(3)]
+        assert [bool(one["body"]) for one in data] == [False, False, True]
+    page = await client.get("/erasures?limit=1")
+    assert [one["order_no"] for one in page["erasures"]] == ["KOM1"]
+    rest = await client.get(page["next"])
+    assert ([one["order_no"] for one in rest["erasures"]], rest["next"]) == (["KOM2"], None)
+    last = rest["erasures"][0]["erasure_id"]
+    assert await client.get(f"/erasures?after={last}") == {"erasures": [], "next": None}
+    assert (await client.get(f"/erasures?after={last + 1}", 410))["type"] == "/problems/beyond-the-head"
+
+
+async def test_old_bodies_of_settled_orders_are_erased(
+    dsn: str, owner_dsn: str, connection: Connection
+) -> None:
+    """The retention erases by the log's own times, counts, and leaves what is unsettled or newer."""
+    now = datetime.now(UTC)
+    service = Service(Settings(port=0, body_retention_days=30), dsn, owner_dsn)
+    await service.start()
+    try:
+        assert service.retention is not None
+        old, recent = now - timedelta(days=31), now - timedelta(days=29)
+        reports = [
+            report(order_no, status, received_at=at)
+            for order_no, at, statuses in (
+                ("SETTLED", old, ("Dikirim", "Diterima")),
+                ("UNSETTLED", old, ("Dikirim",)),
+                ("RECENT", recent, ("Dikirim", "Diterima")),
+            )
+            for status in statuses
+        ]
+        for one in reports:
+            await record(service, one)
+        assert await service.retention.erase_due(now) == 1
+        assert await bodies(connection) == {"SETTLED": False, "UNSETTLED": True, "RECENT": True}
+        assert await service.retention.erase_due(now) == 0
+        # A report that comes later has its own time; an order that is settled later is found then.
+        await record(service, report("UNSETTLED", "Diterima", received_at=old + timedelta(hours=1)))
+        assert await service.retention.erase_due(now + timedelta(days=2)) == 2
+        assert await bodies(connection) == {"SETTLED": False, "UNSETTLED": False, "RECENT": False}
+        assert service.retention.erased_orders == 3
+    finally:
+        await service.stop()
+    # A new process does not erase again.
+    again = Retention(service.pool, owner_dsn, dsn, 30)
+    await service.pool.open()
+    reasons = await connection.fetch("SELECT DISTINCT actor, via, reason FROM operations")
+    assert [tuple(row) for row in reasons] == [
+        ("retention", "service", "ORDER_TRACKING_BODY_RETENTION_DAYS is 30")
+    ]
+    assert again.erased_orders == 0
+
+
+async def bodies(connection: Connection) -> dict[str, bool]:
+    """Return whether the events of each order have bodies."""
+    rows = await connection.fetch(
+        """SELECT originator_id, bool_and(convert_from(state, 'UTF8')::jsonb ->> 'body' <> '')
+        FROM order_events GROUP BY originator_id"""
+    )
+    return {order_no: has_bodies for order_no, has_bodies in rows}
+
+
+async def test_the_retention_says_that_it_may_not_erase(dsn: str) -> None:
+    """With the service's own role, nothing is erased, and the error names the setting and the grant."""
+    pool = ConnectionPool(dsn, 3.0)
+    with pytest.raises(PermissionError, match="GRANT order_tracking_owner"):
+        await Retention(pool, dsn, dsn, 30).erase_due(datetime.now(UTC))
+    findings = [finding.text for finding in await check_database(dsn, retention_days=30)]
+    assert any("may not erase" in text for text in findings)
