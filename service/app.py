@@ -97,7 +97,7 @@ class Service:
         self.rebuilder = Rebuilder(dsn, VIEWS, self.projection_connections, self.feed)
         quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
         projectors = [*self.projectors.values()]
-        volume = Volume(settings.body_bytes_hourly_max)
+        volume = Volume(settings.webhook_bytes_hourly_max)
         auth_refusals = AuthRefusals(settings.trusted_proxies)
         refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
         self.retention: Retention | None = None

@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     pg_bindir: Path | None = None
     """the folder of PostgreSQL's programs; empty for the embedded ones"""
     webhook_tokens: Annotated[tuple[Token, ...], NoDecode, BeforeValidator(_split_list)] = ()
-    """comma-separated tokens, each alone or as name:token; the webhook's path must end with one; empty for none"""
+    """comma-separated tokens, alone or as name:token; the webhook's path must end with one; empty for no token"""
     webhook_hmac_secret: Annotated[SecretStr, AfterValidator(_check_secret)] = SecretStr("")
     """the secret that signs webhook bodies, whsec_... for Standard Webhooks; empty for no signature"""
     webhook_hmac_header: str = Field(default="X-Callback-Api-Key", pattern=r"^[A-Za-z0-9-]+$")
@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     quarantine_hourly_max: int = Field(default=10_000, ge=1, le=10_000_000)
     """the maximum number of new quarantined bodies in an hour"""
     # At 500 bytes per body, twenty million reports an hour. Without a limit, a stolen token fills any disk.
-    body_bytes_hourly_max: int = Field(default=10 * 1024**3, ge=1024**2)
+    webhook_bytes_hourly_max: int = Field(default=10 * 1024**3, ge=1024**2)
     """the maximum size of all webhook bodies of an hour in bytes; further ones get 503"""
     # A report from Komerce has a few hundred bytes.
     body_bytes_max: int = Field(default=65_536, ge=1_024, le=1_048_576)

@@ -65,7 +65,7 @@ class Metrics:
         recorder: returns the recorder, which is made after the metrics that it reports to.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - everything that is measured
         self,
         pool: ConnectionPool,
         projectors: Sequence[Projector],

@@ -25,10 +25,9 @@ async def create_key(
 ) -> None:
     """Create a key and print its secret, which you cannot print again."""
     expires_at = datetime.now(UTC) + timedelta(days=days) if days is not None else None
-    async with database() as dsn, connected(dsn) as connection:
-        async with connection.transaction():
-            secret = await api_keys.create_key(connection, name, scope, expires_at)
-            await record_operation(connection, system_user(), "key_created", name, f"scope {scope}")
+    async with database() as dsn, connected(dsn) as connection, connection.transaction():
+        secret = await api_keys.create_key(connection, name, scope, expires_at)
+        await record_operation(connection, system_user(), "key_created", name, f"scope {scope}")
     show(secret)
     err.print("send it as 'Authorization: Bearer <key>'; it cannot be shown again")
 
@@ -47,10 +46,9 @@ async def list_keys() -> None:
 @keys.command("revoke")
 async def revoke_key(name: Annotated[str, typer.Argument(help="The name of the key.")]) -> None:
     """Revoke a key permanently; the service rejects it within a second."""
-    async with database() as dsn, connected(dsn) as connection:
-        async with connection.transaction():
-            if not await api_keys.revoke_key(connection, name):
-                fail(f"no key that can be revoked is named {name}: see 'keys list'")
-            await end_sessions_of(connection, name)
-            await record_operation(connection, system_user(), "key_revoked", name)
+    async with database() as dsn, connected(dsn) as connection, connection.transaction():
+        if not await api_keys.revoke_key(connection, name):
+            fail(f"no key that can be revoked is named {name}: see 'keys list'")
+        await end_sessions_of(connection, name)
+        await record_operation(connection, system_user(), "key_revoked", name)
     show("revoked")

@@ -35,8 +35,8 @@ def serve() -> None:
 async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) -> None:
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         fail("aiohttp has no C parser here: install an aiohttp wheel that was built for this platform")
-    # Closing the terminal also stops the service, unless it was started with nohup. Elsewhere SIGHUP means: read
-    # the tokens again.
+    # Closing the terminal also stops the service, unless it was started with nohup. Elsewhere SIGHUP means that
+    # the tokens are to be read again.
     ends_with_terminal = sys.stdin.isatty() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     keeper = asyncio.create_task(server.keep_running(logger.warning)) if server is not None else None
     with stop_event(
@@ -51,9 +51,10 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
                 if not ends_with_terminal:
                     loop = asyncio.get_running_loop()
                     loop.add_signal_handler(signal.SIGHUP, _reload_tokens, service.webhook_auth)
-                _greet(settings, port)
-                _warn(settings, is_without_keys=await service.access.has_no_keys())
+                is_without_keys = await service.access.has_no_keys()
                 await _record_opened(settings, service)
+                _greet(settings, port)
+                _warn(settings, is_without_keys=is_without_keys)
                 tune_gc()
                 await stopped.wait()
                 logger.info("stopping")
@@ -120,10 +121,10 @@ def _warn(settings: Settings, *, is_without_keys: bool) -> None:
         )
     command = "order-tracking keys create"
     if settings.is_open:
-        what = "webhook, API and pages" if is_without_keys else "webhook"
         logger.warning(
-            f"{what} open to every program of this machine: set ORDER_TRACKING_WEBHOOK_TOKENS and create an "
-            "API key before you put a proxy or a tunnel in front",
+            "open to every program of this machine: set ORDER_TRACKING_WEBHOOK_TOKENS and create an API key "
+            "before you put a proxy or a tunnel in front",
+            open="webhook, API and pages" if is_without_keys else "webhook",
             command=command,
         )
     elif is_without_keys:

@@ -74,7 +74,7 @@ def system_user() -> Actor:
 async def record_operation(
     connection: Connection, actor: Actor, action: Action, subject: str, reason: str | None = None
 ) -> None:
-    """Record an action, in the transaction that performs it if there is one, and log it.
+    """Record an action, in the transaction that performs it if there is one. Those over HTTP are logged too.
 
     Args:
         connection: the connection.
@@ -84,7 +84,8 @@ async def record_operation(
         reason: why, if the operator gave a reason.
     """
     await connection.execute(RECORD, *actor, action, subject, reason)
-    logger.info("operator's action", action=action, subject=subject, via=actor.via, actor=actor.name)
+    if actor.via in {"api", "page"}:
+        logger.info("operator's action", action=action, subject=subject, via=actor.via, actor=actor.name)
 
 
 async def operations_page(

@@ -112,8 +112,8 @@ class Access:
         """Admit a request by its key. An endless response calls this again from time to time.
 
         Raises:
-            RefusedError: 401, the key is missing or invalid; 403, its scope is too small, or a page of another site
-                made the request; in the open mode, it may come from another machine.
+            RefusedError: 401, the key is missing or invalid; 403, its scope is too small, or a page of another
+                site made the request, or, in the open mode, it may come from another machine.
             StorageUnavailableError: the keys cannot be read.
         """
         if monotonic() >= self._valid_until:
@@ -274,7 +274,7 @@ def refuse_other_sites(request: web.BaseRequest) -> None:
     headers = request.headers
     is_own = headers.get("Sec-Fetch-Site", "none") in OWN_SITE
     if request.method in SAFE_METHODS:
-        # A hidden request would reveal to the other site, by its status or its duration, whether an order exists.
+        # The status or the duration of a hidden request would reveal to the other site whether an order exists.
         is_link = headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"
         is_own = is_own or is_link
     elif (origin := headers.get(hdrs.ORIGIN) or headers.get(hdrs.REFERER)) is not None:

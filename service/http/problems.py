@@ -59,8 +59,7 @@ class ProblemType(Enum):
     OVER_BUDGET = (
         429,
         "Over budget",
-        "You hold as many streams, reads or bodies as you may, or all readers together do; `budget` names which. "
-        "Retry after `Retry-After` seconds.",
+        "You, or all clients together, hold as many streams, reads or bytes as allowed; `budget` names which.",
     )
     UNAVAILABLE = 503, "Temporarily unavailable", "Retry after `Retry-After` seconds."
     PARKED = 503, "Order parked", "A view could not apply an event of this order. A replay rebuilds the view."

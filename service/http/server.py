@@ -192,7 +192,9 @@ class Crowd:
 
     def admit(self, connection: Connection, transport: asyncio.Transport) -> None:
         """Count a new connection. If there are too many, close the longest idle ones, or else the new one."""
-        place = Place(self._holder(transport.get_extra_info("peername")[0]))
+        # A client that has left already has no name any more.
+        host, *_ = transport.get_extra_info("peername") or ("",)
+        place = Place(self._holder(host))
         if self._budget.held >= self._budget.maximum:
             self._warn("the longest idle connections are closed: there are too many connections")
             self._close_idle()

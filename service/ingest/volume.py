@@ -44,7 +44,7 @@ class Volume:
         if now >= self._step_ends:
             self._begin_step(now)
         if self._recent + size > self._hourly_bytes_max:
-            raise VolumeFullError("the bodies of the last hour reach ORDER_TRACKING_BODY_BYTES_HOURLY_MAX")
+            raise VolumeFullError("the bodies of the last hour reach ORDER_TRACKING_WEBHOOK_BYTES_HOURLY_MAX")
         self.bytes_total += size
         self._recent += size
         self._step_bytes += size

@@ -25,8 +25,8 @@ class WebhookAuth:
     """Authenticates webhooks: once before the body is read, and once after it.
 
     Args:
-        tokens: the valid tokens at the end of the path, and the name of each, None for a token without one; empty if
-            no token is required.
+        tokens: the valid tokens at the end of the path, and the name of each, None for a token without one;
+            empty if no token is required.
         scheme: checks the signature of bodies; None if no signature is required.
         proxies: networks of proxies whose X-Forwarded-For is trusted.
         refusals: counts the webhooks that are not admitted.

@@ -78,8 +78,8 @@ def check_webhook(settings: Settings) -> Finding:
         return _ok("the webhook requires a signature")
     if settings.is_open:
         return _note(
-            "the webhook is open to every program of this machine: set ORDER_TRACKING_WEBHOOK_TOKENS before you "
-            "put a proxy or a tunnel in front"
+            "the webhook is open to every program of this machine: set ORDER_TRACKING_WEBHOOK_TOKENS before "
+            "you put a proxy or a tunnel in front"
         )
     return _wrong("the webhook is open to the network: set ORDER_TRACKING_WEBHOOK_TOKENS")
 
@@ -184,7 +184,7 @@ async def check_keys(connection: Connection, *, is_open: bool) -> Finding:
     command = "run 'order-tracking keys create NAME'"
     if is_open and not keys:
         return _note(f"API and pages are open to every program of this machine: {command} to close them")
-    return _wrong(f"no API key is valid, so nobody can read the API and the pages: {command}")
+    return _wrong(f"no API key is valid, so the API and the pages are closed: {command}")
 
 
 async def _check_view(connection: Connection, view: View) -> Finding:

@@ -1,4 +1,4 @@
-"""Erasure of an order's personal data: from the log, the quarantine and the views, by one path for every caller."""
+"""Erasure of an order's personal data from the log, the quarantine and the views: one path for every caller."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -49,7 +49,8 @@ class Erased(NamedTuple):
         events: the number of emptied events.
         entries: the number of emptied quarantine entries.
         left: entries that contain the order number, but were not read as a report of this order.
-        has_old_views: whether the views still have the order's words outside the vocabulary: a replay removes them.
+        has_old_views: whether the views still have the order's words outside the vocabulary, which a replay
+            removes.
     """
 
     events: int
@@ -65,8 +66,8 @@ async def erase_order(  # noqa: PLR0913, PLR0917 - what is erased, why, by whom,
 
     Args:
         owner: a connection whose role may act as the log's owner.
-        service: a connection as the service's role, which owns the views. A trigger of that role must not run with
-            the owner's rights, so the views are not written through ``owner``.
+        service: a connection as the service's role, which owns the views. A trigger of that role must not run
+            with the owner's rights, so the views are not written through ``owner``.
         order_no: the order.
         reason: why it is erased.
         actor: who erases it.

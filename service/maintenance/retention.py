@@ -75,8 +75,8 @@ class Retention:
         async with connected(self._dsn) as owner, connected(self._service_dsn) as service:
             if not await owner.fetchval(MAY_ERASE):
                 raise PermissionError(
-                    "ORDER_TRACKING_BODY_RETENTION_DAYS is set, but the role in ORDER_TRACKING_DATABASE_URL may not "
-                    "erase: run GRANT order_tracking_owner TO that role, or unset it and erase by hand"
+                    "ORDER_TRACKING_BODY_RETENTION_DAYS is set, but the configured role may not erase: "
+                    "run GRANT order_tracking_owner TO that role"
                 )
             while candidates := await self._candidates(now - self._kept):
                 for order_no, last_reported_at in candidates:

@@ -158,9 +158,12 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
         async with session.put(webhook, data=b"x" * 65_537) as answer:
             assert answer.status == 413
             assert answer.content_type == "application/problem+json"
-        async with session.post(f"{url}/session", data={"key": key}, allow_redirects=False) as answer:
+        named = {"Host": "tracking.example"}
+        async with session.post(
+            f"{url}/session", data={"key": key}, headers=named, allow_redirects=False
+        ) as answer:
             assert answer.status == 303
-            assert answer.cookies["order_tracking_key"]["secure"]
+            assert answer.cookies["__Host-order_tracking_session"]["secure"]
             assert "Strict-Transport-Security" in answer.headers
     host, port = url.removeprefix("https://").split(":")
     for broken in (
@@ -250,7 +253,7 @@ def slow_requests(url: str, tls: ssl.SSLContext, source: str, path: str, number:
 
 
 async def test_one_address_cannot_use_up_nginx(proxy: tuple[str, Path]) -> None:
-    """A stranger with many unfinished requests is refused, but other addresses are not. Webhooks count apart."""
+    """A stranger with many unfinished requests is refused; other addresses are not. Webhooks count apart."""
     url, folder = proxy
     tls = client_tls(folder)
     stranger = "127.0.0.3"

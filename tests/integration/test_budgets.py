@@ -86,7 +86,7 @@ async def _holds(budget: Budget, count: int) -> bool:
 
 
 async def test_this_machine_and_the_proxies_have_no_share() -> None:
-    """A proxy brings the connections of all its callers, so its own are limited only together with all others."""
+    """A proxy brings the connections of all its callers, so only the total limits its own."""
     async with server_of_strangers(100, ip_network("127.0.0.0/30")) as (port, _):
         streams = [await connected_from("127.0.0.2", port) for _ in range(10)]
         assert all([await is_served(stream) for stream in streams])
@@ -200,9 +200,7 @@ async def test_a_key_has_a_share_of_the_streams(
         assert await client.status("GET", "/events", headers=ndjson) == 429
 
 
-async def test_a_key_has_a_share_of_the_connections_to_the_database(
-    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_key_has_a_share_of_the_connections_to_the_database(dsn: str, connection: Connection) -> None:
     """Reads of one key that wait for a lock do not keep another key's reads from a connection."""
     keys = [await api_keys.create_key(connection, name, "read", None) for name in ("one", "two")]
     first, second = ({"Authorization": f"Bearer {key}"} for key in keys)

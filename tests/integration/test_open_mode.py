@@ -1,4 +1,6 @@
-"""The open mode: without a token, a secret and a key, a service is open to programs of its own machine alone."""
+"""The open mode: without a token, a secret and a key, a service is open to its own machine alone."""
+
+from typing import Any
 
 import pytest
 
@@ -75,7 +77,7 @@ async def test_an_open_webhook_refuses_a_foreign_host_name(dsn: str, connection:
 
 
 async def test_another_site_learns_nothing_of_an_order(dsn: str) -> None:
-    """A page of another site cannot tell by a hidden request whether an order exists; a link may be followed."""
+    """A page of another site cannot tell by a hidden request whether an order exists; a link works."""
     site, page = "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate"
     async with serving_client(dsn) as client:
         for order_no in ("KOM1", "KOM2"):
@@ -102,7 +104,7 @@ async def test_another_site_learns_nothing_of_an_order(dsn: str) -> None:
     ],
 )
 async def test_check_names_what_is_open(
-    connection: Connection, settings: dict[str, str], has_key: bool, kinds: set[str]
+    connection: Connection, settings: dict[str, str], has_key: Any, kinds: set[str]
 ) -> None:
     """Whatever is open against the settings is WRONG, with the command or the setting that closes it."""
     if has_key:

@@ -79,7 +79,7 @@ async def test_a_copy_of_a_signed_webhook_adds_nothing(
                 assert answer.status == 200
                 receipts.append(await answer.json())
         assert receipts[0] == receipts[1]
-        now = time.time()
+        now = int(headers["webhook-timestamp"])
         for seconds, status in ((299, 200), (-299, 200), (301, 401), (-301, 401)):
             with monkeypatch.context() as clock:
                 clock.setattr("service.ingest.signatures.time.time", lambda seconds=seconds: now + seconds)
@@ -99,7 +99,7 @@ def test_a_malformed_secret_is_refused(secret: str) -> None:
 async def test_the_volume_of_an_hour_is_limited(dsn: str, connection: Connection) -> None:
     """Beyond the limit, webhooks get 503 with their cause; the bytes are measured."""
     body = json.dumps({"order_no": "KOM1", "status": "Dikirim", "note": "x" * 60_000}).encode()
-    async with serving_client(dsn, body_bytes_hourly_max=1024**2) as client:
+    async with serving_client(dsn, webhook_bytes_hourly_max=1024**2) as client:
         statuses = [await client.status("PUT", "/webhook", body) for _ in range(20)]
         fitting = 1024**2 // len(body)
         assert statuses == [200] * fitting + [503] * (20 - fitting)

@@ -12,6 +12,7 @@ import orjson
 import pytest
 from aiohttp import web
 
+from service.ingest.signatures import HexScheme, Scheme
 from service.simulator.lifecycles import Journey, Plan, Push
 from service.simulator.simulator import IN_FLIGHT_MAX, Registration, Simulator
 from tests.support.waiting import PATIENCE_SECONDS
@@ -49,9 +50,7 @@ class Receiver:
 
 
 @asynccontextmanager
-async def pushing(
-    respond: Respond, **options: float | bytes | str
-) -> AsyncIterator[tuple[Simulator, Receiver]]:
+async def pushing(respond: Respond, **options: float | Scheme) -> AsyncIterator[tuple[Simulator, Receiver]]:
     receiver = Receiver(respond)
     app = web.Application()
     app.router.add_route("*", "/webhook", receiver.receive)
@@ -160,8 +159,7 @@ async def test_the_rate_is_not_exceeded() -> None:
 async def test_a_push_is_signed_if_a_secret_is_set() -> None:
     """The signature is the hex HMAC-SHA256 of the body, here computed by another program."""
     push = Push('{"order_no":"KOM1"}', "PUT")
-    options: dict[str, bytes | str] = {"secret": b"key", "signature_header": "X-Signature"}
-    async with pushing(acknowledge, **options) as (simulator, receiver):
+    async with pushing(acknowledge, scheme=HexScheme(b"key", "X-Signature")) as (simulator, receiver):
         await simulator.run(iter([journey_of(push)]))
     assert [signature for _, _, signature in receiver.requests] == [
         "53266accbe263586c1cc9c644e29591b476aafdc6d984e8ca747473952cb910a"
