@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     pg_bindir: Path | None = None
     """the folder of PostgreSQL's programs; empty for the embedded ones"""
     webhook_tokens: Annotated[tuple[Token, ...], NoDecode, BeforeValidator(_split_list)] = ()
-    """comma-separated tokens, alone or as name:token; the webhook's path must end with one; empty for no token"""
+    """comma-separated tokens, alone or as name:token; the webhook's path must end with one; empty for none"""
     webhook_hmac_secret: Annotated[SecretStr, AfterValidator(_check_secret)] = SecretStr("")
     """the secret that signs webhook bodies, whsec_... for Standard Webhooks; empty for no signature"""
     webhook_hmac_header: str = Field(default="X-Callback-Api-Key", pattern=r"^[A-Za-z0-9-]+$")
