@@ -13,10 +13,11 @@ from service.settings import read_settings
 async def restore(
     file: Annotated[str, typer.Argument(help="The dump file; - is standard input.", show_default=False)],
 ) -> None:
-    tools = backups.find_tools(read_settings())
+    settings = read_settings()
+    tools = backups.find_tools(settings)
     async with database(as_service=False, may_create=True) as dsn, connected(dsn) as connection:
         with _open(file) as dump:
-            head = await backups.restore(connection, dsn, dump, tools)
+            head = await backups.restore(connection, dsn, dump, tools, settings.state_dir)
     err.print(f"restored: the log ends at position {head}")
     err.print("the next 'serve' or 'replay' rebuilds the views; then run 'check' to check the database")
 

