@@ -11,6 +11,7 @@ async def check() -> int | None:
         findings = [
             checks.check_webhook(settings),
             checks.describe_database(settings, dsn),
+            *checks.check_account(settings),
             *await checks.check_database(
                 dsn, is_open=settings.is_open, retention_days=settings.body_retention_days
             ),

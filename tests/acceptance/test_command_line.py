@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import json
+import os
+import pwd
 import resource
 import shlex
 import signal
@@ -20,6 +22,7 @@ from domain.order import Order
 from projections.locks import HOLD_REBUILD_LOCK
 from service import VERSION
 from service.database.connections import connect
+from service.database.embedded_postgres import ACCOUNT
 from service.event_log import store
 from tests.support.commands import call_command
 from tests.support.databases import TestServer
@@ -27,6 +30,8 @@ from tests.support.processes import RunningService, background_command, run_comm
 from tests.support.reports import report
 from tests.support.waiting import PATIENCE_SECONDS, until
 
+# The server's user if root runs the tests.
+IS_NOBODYS = os.geteuid() == 0 and not any(user.pw_name == ACCOUNT for user in pwd.getpwall())
 NOBODY = "http://127.0.0.1:9"
 AGREED = "today's table gives every report the verdict that was recorded\n"
 RUNNING = "a replay or a backup is already running: try again when it has finished\n"
@@ -255,6 +260,20 @@ def test_commands_start_the_database_if_no_service_runs(state_dir: Path) -> None
     assert empty.returncode == 1
     assert empty.stderr.startswith(f"there is no database in {elsewhere} yet: run 'serve' to create one, ")
     assert not elsewhere.exists()
+
+
+@pytest.mark.skipif(not IS_NOBODYS, reason="only root without the account runs the server as nobody")
+def test_a_database_of_nobody_is_noticed(shared_service: RunningService, tmp_path: Path, dsn: str) -> None:
+    """The start and ``check`` name the command that creates the account, unless the database is your own."""
+    command = "useradd --system --home-dir /var/lib/order-tracking order-tracking"
+    assert shared_service.output.count(command) == 1
+    notes = [
+        line
+        for line in call_command(shared_service.state_dir, "check").stdout.splitlines()
+        if "user nobody" in line
+    ]
+    assert [(line.startswith("note "), command in line) for line in notes] == [(True, True)]
+    assert "user nobody" not in call_command(tmp_path, "check", DATABASE_URL=dsn).stdout
 
 
 def test_a_signature_also_closes_the_webhook(state_dir: Path) -> None:

@@ -22,8 +22,10 @@ import pytest
 
 from service.database import embedded_postgres
 from service.database.embedded_postgres import (
+    ACCOUNT,
     EmbeddedPostgres,
     EmbeddedPostgresError,
+    belongs_to_nobody,
     running_dsn,
 )
 from tests.support.folders import ROOT, temporary_folder
@@ -40,6 +42,9 @@ server.start()
 print(server.pid, flush=True)
 time.sleep(600)
 """
+
+# An account that no system has.
+MISSING = "order-tracking-of-a-test"
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root runs the server as another user")
 
@@ -66,6 +71,11 @@ def holder(state_dir: Path) -> Iterator[subprocess.Popen[bytes]]:
 def read_postmaster_pid(process: subprocess.Popen[bytes]) -> int:
     assert process.stdout is not None
     return int(process.stdout.readline())
+
+
+def owners(folder: Path) -> set[tuple[int, int]]:
+    """Return the users and groups that own a folder and everything in it."""
+    return {(one.lstat().st_uid, one.lstat().st_gid) for one in (folder, *folder.rglob("*"))}
 
 
 def query(dsn: str, sql: str) -> list[tuple[Any, ...]]:
@@ -96,7 +106,8 @@ def gone(pid: int) -> bool:
 
 
 def server_user() -> pwd.struct_passwd:
-    return pwd.getpwnam("nobody") if os.geteuid() == 0 else pwd.getpwuid(os.geteuid())
+    """Return the user that this process's servers run as."""
+    return pwd.getpwuid(embedded_postgres._server_user(ACCOUNT)[0])  # noqa: SLF001 - as the server itself
 
 
 async def test_first_start_makes_a_durable_database_that_asyncpg_reaches(new_state_dir: Path) -> None:
@@ -466,16 +477,76 @@ def test_a_large_log_is_rotated(state_dir: Path) -> None:
 
 @as_root
 def test_root_runs_the_server_as_nobody(new_state_dir: Path) -> None:
-    """If root runs the service, the data belongs to an unprivileged user and the parent folder
-    keeps its mode.
+    """If root runs the service and its account is missing, the data belongs to an unprivileged user, and the
+    parent folder keeps its mode.
     """
     parent_mode = new_state_dir.parent.stat().st_mode
-    with EmbeddedPostgres(new_state_dir, settings=NO_SYNC):
+    with EmbeddedPostgres(new_state_dir, settings=NO_SYNC, account=MISSING):
         nobody = pwd.getpwnam("nobody")
         data = (new_state_dir / "postgres").stat()
         assert (data.st_uid, stat.S_IMODE(data.st_mode)) == (nobody.pw_uid, 0o700)
         assert stat.S_IMODE(new_state_dir.stat().st_mode) == 0o711
     assert new_state_dir.parent.stat().st_mode == parent_mode
+
+
+@as_root
+def test_the_data_of_nobody_gets_its_own_account(new_state_dir: Path) -> None:
+    """If the account appears after the first start, the next start gives it all of the data, and every row
+    stays.
+
+    The test passes an account that every system has, in place of one that it would have to create.
+    """
+    nobody, daemon = pwd.getpwnam("nobody"), pwd.getpwnam("daemon")
+    with EmbeddedPostgres(new_state_dir, settings=NO_SYNC, account=MISSING) as server:
+        query(server.dsn, "CREATE TABLE facts AS SELECT 42 AS answer")
+        assert owners(new_state_dir / "postgres") == {(nobody.pw_uid, nobody.pw_gid)}
+        assert belongs_to_nobody(new_state_dir)
+    # Links to a file of root, as another process of that user could prepare them.
+    victim = new_state_dir.parent / "victim"
+    victim.touch()
+    for name in ("link", "base/link"):
+        (new_state_dir / "postgres" / name).symlink_to(victim)
+        os.chown(new_state_dir / "postgres" / name, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
+    (new_state_dir / "postgres" / "hard").hardlink_to(victim)
+    (new_state_dir / "run").mkdir(mode=0o700)  # a killed start leaves it
+    os.chown(new_state_dir / "run", nobody.pw_uid, nobody.pw_gid)
+    with EmbeddedPostgres(new_state_dir, settings=NO_SYNC, account="daemon") as server:
+        assert (new_state_dir / "postgres" / "postmaster.pid").stat().st_uid == daemon.pw_uid
+        assert query(server.dsn, "SELECT answer FROM facts") == [(42,)]
+        assert not belongs_to_nobody(new_state_dir)
+        assert (victim.stat().st_uid, victim.stat().st_gid) == (0, 0)
+        (new_state_dir / "postgres" / "hard").unlink()
+        assert owners(new_state_dir / "postgres") == {(daemon.pw_uid, daemon.pw_gid)}
+
+
+@as_root
+def test_root_refuses_the_state_folder_of_its_account(state_dir: Path) -> None:
+    """If the account owns the state folder, root is refused before it creates a file there."""
+    (state_dir / "lock").unlink()
+    os.chown(state_dir, pwd.getpwnam("daemon").pw_uid, -1)
+    message = f"{state_dir} belongs to the user daemon: run the command as that user"
+    with pytest.raises(EmbeddedPostgresError, match=message):
+        EmbeddedPostgres(state_dir, account="daemon").start()
+    assert not (state_dir / "lock").exists()
+
+
+@as_root
+def test_another_user_cannot_hold_the_lock(state_dir: Path) -> None:
+    """A start makes an existing lock private, so another user cannot open it, and the error names the owner."""
+    (state_dir / "lock").chmod(0o644)
+    state_dir.chmod(0o711)
+    nobody = pwd.getpwnam("nobody").pw_uid
+    hold = ("sh", "-c", 'exec 9<"$0"', str(state_dir / "lock"))
+    assert subprocess.run(hold, check=False, user=nobody, capture_output=True).returncode == 0
+    with EmbeddedPostgres(state_dir, settings=NO_SYNC):
+        assert stat.S_IMODE((state_dir / "lock").stat().st_mode) == 0o600
+        assert subprocess.run(hold, check=False, user=nobody, capture_output=True).returncode != 0
+    os.seteuid(nobody)
+    try:
+        with pytest.raises(EmbeddedPostgresError, match=f"{state_dir} belongs to the user root: run the "):
+            EmbeddedPostgres(state_dir).start()
+    finally:
+        os.seteuid(0)
 
 
 @as_root
