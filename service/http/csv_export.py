@@ -8,8 +8,9 @@ from typing import Any, Final, get_args
 
 from typing_extensions import is_typeddict  # typing's own misses these before Python 3.12
 
-# A spreadsheet would treat a cell that begins with one of these as a formula, or drop white space before one.
-FORMULA_BEGINNINGS: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")  # noqa: RUF001 - theirs
+# A spreadsheet would treat a cell that begins with one of these as a formula, even after white space.
+FORMULA_BEGINNINGS: Final = ("=", "+", "-", "@", "|", "＝", "＋", "－", "＠", "｜")  # noqa: RUF001 - theirs
+CONTROLS: Final = ("\t", "\r", "\n")
 # Spreadsheets recognise UTF-8 by it.
 BYTE_ORDER_MARK: Final = "\ufeff"
 
@@ -56,4 +57,5 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     text = str(value)
-    return f"'{text}" if isinstance(value, str) and text.startswith(FORMULA_BEGINNINGS) else text
+    is_formula = text.startswith(CONTROLS) or text.lstrip().startswith(FORMULA_BEGINNINGS)
+    return f"'{text}" if isinstance(value, str) and is_formula else text
