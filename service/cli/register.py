@@ -6,11 +6,23 @@ from yarl import URL
 from service.cli.console import EXIT_FAILURE, EXIT_USAGE, err, fail, show
 from service.settings import read_settings
 from service.simulator import registration
-from service.simulator.registration import RegistrationError, UnusableUrlError, has_token
+from service.simulator.registration import (
+    RegistrationError,
+    UnusableUrlError,
+    append_token,
+    has_token,
+    is_token_visible,
+    plain_token,
+)
 
 
 async def register(
-    url: Annotated[str, typer.Argument(help="Your webhook's URL, with the token in its path.")],
+    url: Annotated[
+        str,
+        typer.Argument(
+            help="Your webhook's URL. One that ends in /webhook gets the last token of the setting."
+        ),
+    ],
     *,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow http, for a test.")] = False,
 ) -> None:
@@ -19,11 +31,21 @@ async def register(
         if not getattr(settings, name):
             fail(f"ORDER_TRACKING_{name.upper()} is not set: set it to register a webhook", EXIT_USAGE)
     key = settings.komerce_api_key.get_secret_value()
+    tokens = [*settings.tokens]
+    webhook = append_token(url, tokens)
     try:
-        await registration.register(settings.komerce_base_url, key, url, is_insecure=insecure)
+        await registration.register(settings.komerce_base_url, key, webhook, is_insecure=insecure)
     except RegistrationError as error:
-        fail(error, EXIT_USAGE if isinstance(error, UnusableUrlError) else EXIT_FAILURE)
-    if not has_token(URL(url), [*settings.tokens]):
+        message = str(error)  # Komerce's own message may repeat the URL
+        for token in tokens:
+            message = message.replace(token, "<token>")
+        fail(message, EXIT_USAGE if isinstance(error, UnusableUrlError) else EXIT_FAILURE)
+    if webhook == url and is_token_visible(URL(url), tokens):
+        err.print(
+            "warning: other users can see the token on your command line, in the process list: set "
+            "ORDER_TRACKING_WEBHOOK_TOKENS, and let the URL end in /webhook"
+        )
+    if not has_token(URL(webhook), tokens):
         err.print(
             "warning: the URL does not end in a token of ORDER_TRACKING_WEBHOOK_TOKENS, "
             "so your service may answer Komerce with 404"

@@ -4,7 +4,7 @@ The documentation puts the URL in the request's body, but names neither its JSON
 Both are constants of this module, with the names that Komerce's other interfaces use.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Final
 
 import aiohttp
@@ -65,9 +65,25 @@ def check_url(text: str, name: str, *, is_insecure: bool) -> URL:
     return url
 
 
+def plain_token(setting: str) -> str:
+    """Return the token of an item of the setting, which may have the form name:token."""
+    return setting.split(":", 1)[-1]
+
+
+def append_token(url: str, tokens: Sequence[str]) -> str:
+    """Return a webhook's URL with the last token, the newest one, if the URL ends in /webhook."""
+    webhook = url.removesuffix("/")
+    return f"{webhook}/{tokens[-1]}" if tokens and webhook.endswith(PATH) else url
+
+
 def has_token(url: URL, tokens: Collection[str]) -> bool:
     """Return whether a webhook's URL ends in one of the tokens, or no tokens are configured."""
     return not tokens or url.name in tokens
+
+
+def is_token_visible(url: URL, tokens: Collection[str]) -> bool:
+    """Return whether a webhook's URL, as a user wrote it, ends in a token."""
+    return url.name in tokens or (url.name != "" and url.parent.path.endswith(PATH))
 
 
 async def register(base: str, key: str, url: str, *, is_insecure: bool = False) -> None:

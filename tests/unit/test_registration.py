@@ -18,12 +18,15 @@ from service.simulator.registration import (
     URL_MEMBER,
     RegistrationError,
     UnusableUrlError,
+    append_token,
     check_url,
     has_token,
+    plain_token,
     register,
 )
 from service.simulator.simulator import GIVEN_UP_MAX, Registration
-from tests.support.commands import call_command
+from tests.support.commands import Completed, call_command
+from tests.support.processes import run_command
 from tests.support.waiting import PATIENCE_SECONDS
 
 KEY = "a-key"
@@ -77,6 +80,61 @@ def test_a_path_without_a_required_token_is_noticed() -> None:
     assert has_token(URL(GOOD), ["other", "token"])
     assert not has_token(URL(GOOD), ["other"])
     assert has_token(URL(GOOD), [])
+
+
+@pytest.mark.parametrize(
+    ("url", "token"),
+    [
+        ("https://shop.example/webhook", "the-newest-token-of-two"),
+        ("https://shop.example/webhook/", "the-newest-token-of-two"),
+        ("https://shop.example/hooks/webhook", "the-newest-token-of-two"),
+        (GOOD, None),
+        ("https://shop.example/webhook?", None),
+        ("https://shop.example/other", None),
+    ],
+)
+def test_the_last_token_is_appended(url: str, token: str | None) -> None:
+    """A URL that ends in /webhook gets the last token, and every other URL stays."""
+    expected = f"{url.rstrip('/')}/{token}" if token else url
+    assert append_token(url, ["the-older-token-of-two", "the-newest-token-of-two"]) == expected
+    assert append_token(url, []) == url
+
+
+def test_a_named_token_loses_its_name() -> None:
+    """An item of the setting is a token, or a name and a token."""
+    assert [plain_token(item) for item in ("a-token", "shop:a-token")] == ["a-token", "a-token"]
+
+
+async def test_a_token_is_read_from_the_settings(tmp_path: Path) -> None:
+    """Komerce gets the last token of the settings, and no output contains a token.
+
+    A token on the command line is also registered, with a warning.
+    """
+    old, new = "the-older-token-of-two", "the-newest-token-of-two"
+    registered: list[str] = []
+
+    async def accept_or_echo(request: web.Request) -> web.Response:
+        url = (await request.json())[URL_MEMBER]
+        registered.append(url)
+        echo = {"meta": {"message": f"{url} is not reachable"}}
+        return web.json_response(echo, status=200 if len(registered) < 4 else 422)
+
+    async with answering(accept_or_echo) as base:
+        settings = {"KOMERCE_BASE_URL": base, "KOMERCE_API_KEY": KEY, "WEBHOOK_TOKENS": f"{old},{new}"}
+
+        async def call(url: str) -> Completed:
+            return await asyncio.to_thread(call_command, tmp_path, "register", url, "--insecure", **settings)
+
+        site = "https://shop.example/webhook"
+        ended = [await call(url) for url in (site, f"{site}/", f"{site}/{old}", site)]
+        own_process = await asyncio.to_thread(run_command, tmp_path, "register", site, "--insecure", **settings)
+    assert registered == [f"{site}/{token}" for token in (new, new, old, new, new)]
+    assert [one.returncode for one in ended] == [0, 0, 0, 1]
+    assert ["process list" in one.stderr for one in ended] == [False, False, True, False]
+    assert f"{site}/<token> is not reachable" in ended[3].stderr
+    printed = "".join([*(one.stdout + one.stderr for one in ended), own_process.stdout, own_process.stderr])
+    assert old not in printed
+    assert new not in printed
 
 
 async def test_a_url_can_be_set_and_changed_at_any_time() -> None:
