@@ -5,6 +5,7 @@ import re
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
+from urllib.parse import parse_qs, urlsplit
 
 import platformdirs
 from dotenv.parser import parse_stream
@@ -17,6 +18,11 @@ PREFIX: Final = "ORDER_TRACKING_"
 # Beside the Makefile, not in the working directory, so that every command uses the same database.
 DEFAULT_FILE: Final = Path(__file__).resolve().parent.parent / ".env"
 FILE_VARIABLE: Final = f"{PREFIX}ENV_FILE"
+
+# The settings that hold a secret. A database URL may also hold one.
+SECRETS: Final = ("webhook_tokens", "webhook_hmac_secret", "komerce_api_key")
+# The permissions of a file's group and of all other users.
+OTHER_USERS: Final = 0o077
 
 # A shorter secret can be guessed.
 SECRET_CHARACTERS_MIN: Final = 16
@@ -182,8 +188,12 @@ class Settings(BaseSettings):
         return self.is_local and not self.webhook_tokens and not self.webhook_hmac_secret
 
 
-def _read_names(file: Path) -> list[str]:
-    """Return the names of the variables in a settings file.
+def _settings_file() -> Path:
+    return Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE))
+
+
+def _read_file(file: Path) -> dict[str, str]:
+    """Return the variables in a settings file, with their names in capitals.
 
     Raises:
         SettingsError: the file cannot be read, or a line is not NAME=value. The library would skip such a line:
@@ -191,7 +201,7 @@ def _read_names(file: Path) -> list[str]:
     """
     try:
         if not file.exists():
-            return []
+            return {}
         with file.open(encoding="utf-8") as lines:
             bindings = [*parse_stream(lines)]
     except (OSError, UnicodeError) as error:
@@ -200,7 +210,25 @@ def _read_names(file: Path) -> list[str]:
         # Comments and empty lines have no key.
         if binding.error or (binding.key is not None and binding.value is None):
             raise SettingsError(f"{file}, line {binding.original.line}: expected NAME=value")
-    return [binding.key for binding in bindings if binding.key is not None]
+    return {binding.key.upper(): binding.value or "" for binding in bindings if binding.key is not None}
+
+
+def find_exposed_file() -> Path | None:
+    """Return the settings file if other users can read it and it holds a secret.
+
+    Raises:
+        SettingsError: the file cannot be read.
+    """
+    file = _settings_file()
+    values = _read_file(file)
+    secrets = [values.get(f"{PREFIX}{name}".upper()) for name in SECRETS]
+    is_secret = any(secrets) or _has_password(values.get(f"{PREFIX}DATABASE_URL", ""))
+    return file if is_secret and file.stat().st_mode & OTHER_USERS else None
+
+
+def _has_password(url: str) -> bool:
+    parts = urlsplit(url)
+    return bool(parts.password) or "password" in parse_qs(parts.query)
 
 
 def read_settings() -> Settings:
@@ -209,10 +237,10 @@ def read_settings() -> Settings:
     Raises:
         SettingsError: a setting is invalid, or a variable with the prefix ORDER_TRACKING_ is unknown.
     """
-    file = Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE))
+    file = _settings_file()
     if FILE_VARIABLE in os.environ and (not file.exists() or file.is_dir()):
         raise SettingsError(f"{FILE_VARIABLE}: {file} is not a file. Expected the path of a settings file")
-    names = {name.upper() for name in (*os.environ, *_read_names(file))} - {FILE_VARIABLE}
+    names = {name.upper() for name in (*os.environ, *_read_file(file))} - {FILE_VARIABLE}
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
     unknown = sorted(name for name in names if name.startswith(PREFIX) and name not in known)
     if unknown:

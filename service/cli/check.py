@@ -10,6 +10,7 @@ async def check() -> int | None:
     async with database(as_service=False) as dsn:
         findings = [
             checks.check_webhook(settings),
+            *checks.check_settings_file(),
             checks.describe_database(settings, dsn),
             *checks.check_account(settings),
             *await checks.check_database(

@@ -2,6 +2,7 @@ import asyncio
 import logging
 import signal
 import sys
+from shlex import quote
 
 import structlog
 import uvloop
@@ -16,7 +17,7 @@ from service.database.schema import prepare_database
 from service.http.request_ids import add_request_id
 from service.http.server import raise_open_files_limit
 from service.ingest.webhook_auth import WebhookAuth
-from service.settings import Settings, SettingsError, read_settings
+from service.settings import Settings, SettingsError, find_exposed_file, read_settings
 
 logger = structlog.get_logger()
 
@@ -134,6 +135,10 @@ def _warn(settings: Settings, *, is_without_keys: bool) -> None:
             "the database is open to every process of the user nobody: create the service's own account and "
             "restart",
             command=CREATE_ACCOUNT,
+        )
+    if file := find_exposed_file():
+        logger.warning(
+            "other users can read the secrets in the settings file", command=f"chmod 600 {quote(str(file))}"
         )
 
 

@@ -4,6 +4,7 @@ import subprocess
 from datetime import UTC, date, datetime
 from functools import partial
 from importlib.metadata import version
+from shlex import quote
 from typing import Final, Literal, NamedTuple
 
 import asyncpg
@@ -18,7 +19,7 @@ from service.database.schema import SCHEMA_VERSION, SERVICE_ROLE, VIEWS, SchemaE
 from service.database.sequences import find_faults
 from service.event_log import store
 from service.maintenance.retention import MAY_ERASE
-from service.settings import Settings
+from service.settings import Settings, find_exposed_file
 
 # The log's triggers that are ENABLE ALWAYS.
 TRIGGERS: Final = """
@@ -82,6 +83,19 @@ def check_webhook(settings: Settings) -> Finding:
             "you put a proxy or a tunnel in front"
         )
     return _wrong("the webhook is open to the network: set ORDER_TRACKING_WEBHOOK_TOKENS")
+
+
+def check_settings_file() -> list[Finding]:
+    """Check that only one user can read the secrets in the settings file."""
+    file = find_exposed_file()
+    if file is None:
+        return []
+    return [
+        _wrong(
+            f"other users can read the secrets in {file}: let the service's user own the file, and run "
+            f"'chmod 600 {quote(str(file))}'"
+        )
+    ]
 
 
 def describe_database(settings: Settings, dsn: str) -> Finding:

@@ -276,6 +276,23 @@ def test_a_database_of_nobody_is_noticed(shared_service: RunningService, tmp_pat
     assert "user nobody" not in call_command(tmp_path, "check", DATABASE_URL=dsn).stdout
 
 
+def test_a_readable_settings_file_is_noticed(state_dir: Path) -> None:
+    """The start and ``check`` name the command that makes a file with secrets private, and never a secret."""
+    secret = "a-secret-of-16-characters"  # noqa: S105 - not a real secret
+    file = state_dir / "the settings.env"
+    file.write_text(f"ORDER_TRACKING_WEBHOOK_HMAC_SECRET={secret}\n", encoding="utf-8")
+    file.chmod(0o644)
+    command = f"chmod 600 '{file}'"
+    with running_service(state_dir, ENV_FILE=str(file)) as service:
+        checked = call_command(state_dir, "check", ENV_FILE=str(file))
+        (wrong,) = [line for line in checked.stdout.splitlines() if str(file) in line]
+        assert (checked.returncode, wrong.startswith("WRONG  "), command in wrong) == (1, True, True)
+        subprocess.run(["sh", "-c", command], check=True)
+        assert str(file) not in call_command(state_dir, "check", ENV_FILE=str(file)).stdout
+        assert service.output.count(command) == 1
+        assert secret not in service.output + checked.stdout
+
+
 def test_a_signature_also_closes_the_webhook(state_dir: Path) -> None:
     """With a secret, neither the start nor ``check`` warns about an open webhook, and ``send`` signs its
     reports.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service.cli.send import webhook_url
-from service.settings import Settings, SettingsError, default_state_dir, read_settings
+from service.settings import Settings, SettingsError, default_state_dir, find_exposed_file, read_settings
 
 TOKEN = "a-token-of-16-characters"  # noqa: S105 - not a real token
 
@@ -107,6 +107,39 @@ def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("ORDER_TRACKING_PORT", "2")
     settings = read_settings()
     assert (settings.port, settings.host) == (2, "localhost")
+
+
+@pytest.mark.parametrize(
+    ("line", "holds_secret"),
+    [
+        (f"ORDER_TRACKING_WEBHOOK_TOKENS={TOKEN}", True),
+        (f"export order_tracking_webhook_tokens='{TOKEN}'", True),
+        (f"ORDER_TRACKING_WEBHOOK_HMAC_SECRET={TOKEN}", True),
+        ("ORDER_TRACKING_KOMERCE_API_KEY=a-key", True),
+        ("ORDER_TRACKING_DATABASE_URL=postgresql://tracking:hunter2@db1,db2/tracking", True),
+        ("ORDER_TRACKING_DATABASE_URL=postgresql://db/tracking?user=tracking&password=hunter2", True),
+        ("ORDER_TRACKING_DATABASE_URL=postgresql://tracking@db/tracking", False),
+        ("ORDER_TRACKING_WEBHOOK_TOKENS=", False),
+        ("#ORDER_TRACKING_KOMERCE_API_KEY=a-key\nORDER_TRACKING_PORT=8080", False),
+    ],
+)
+def test_a_file_with_secrets_must_be_private(tmp_path: Path, line: str, *, holds_secret: bool) -> None:
+    """A file that other users can read is found only if it holds a secret."""
+    file = tmp_path / ".env"
+    file.write_text(f"{line}\n", encoding="utf-8")
+    found = {}
+    for mode in (0o600, 0o400, 0o640, 0o604):
+        file.chmod(mode)
+        found[mode] = find_exposed_file()
+    exposed = file if holds_secret else None
+    assert found == {0o600: None, 0o400: None, 0o640: exposed, 0o604: exposed}
+
+
+def test_a_missing_file_is_not_exposed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without a settings file, there is nothing to protect."""
+    monkeypatch.setattr("service.settings.DEFAULT_FILE", tmp_path / "absent")
+    monkeypatch.delenv("ORDER_TRACKING_ENV_FILE")
+    assert find_exposed_file() is None
 
 
 def test_the_webhook_url_comes_from_the_settings() -> None:
