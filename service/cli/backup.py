@@ -1,16 +1,20 @@
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from service.cli.console import EXIT_USAGE, database, err, fail
 from service.database.connections import connected
 from service.maintenance import backup as backups
-from service.settings import read_settings
+from service.settings import OTHER_USERS, read_settings
+
+# The file descriptor that pg_dump inherits.
+STANDARD_OUTPUT: Final = 1
 
 
 async def backup(
@@ -27,6 +31,12 @@ async def backup(
 def _new_file(name: str) -> Iterator[Path | None]:
     """Yield a temporary file that gets its name when the block is done; never overwrite another file."""
     if name == "-":
+        output = os.fstat(STANDARD_OUTPUT)
+        if stat.S_ISREG(output.st_mode) and output.st_mode & OTHER_USERS:
+            err.print(
+                "warning: other users can read the file that holds this dump: run 'chmod 600' on it now, and "
+                "'umask 077' before your next backup"
+            )
         yield None
         return
     path = Path(name).absolute()
