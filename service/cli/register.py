@@ -12,7 +12,6 @@ from service.simulator.registration import (
     append_token,
     has_token,
     is_token_visible,
-    plain_token,
 )
 
 
