@@ -140,7 +140,7 @@ class Settings(BaseSettings):
     webhook_hmac_secret: Annotated[SecretStr, AfterValidator(_check_secret)] = SecretStr("")
     """the secret that signs webhook bodies, whsec_... for Standard Webhooks; empty for no signature"""
     webhook_hmac_header: str = Field(default="X-Callback-Api-Key", pattern=r"^[A-Za-z0-9-]+$")
-    """the header with the body's HMAC-SHA256 in hex, unless the secret is whsec_..."""
+    """the header with the body's HMAC-SHA256 in hex"""
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_list)] = ()
     """comma-separated networks whose X-Forwarded-For header is trusted"""
     # At 64 KiB per body, the quarantine grows by at most 640 MB an hour.
@@ -148,13 +148,13 @@ class Settings(BaseSettings):
     """the maximum number of new quarantined bodies in an hour"""
     # At 500 bytes per body, twenty million reports an hour. Without a limit, a stolen token fills any disk.
     webhook_bytes_hourly_max: int = Field(default=10 * 1024**3, ge=1024**2)
-    """the maximum size of all webhook bodies of an hour in bytes; further ones get 503"""
+    """the maximum bytes of all bodies within an hour; further ones get 503"""
     # A report from Komerce has a few hundred bytes.
     body_bytes_max: int = Field(default=65_536, ge=1_024, le=1_048_576)
     """the maximum size of a webhook body in bytes"""
     # Komerce does not publish its timeout. 3 s is shorter than any common one.
     request_seconds_max: float = Field(default=3.0, gt=0, le=60)
-    """the maximum time in seconds to record a report or run a read, including time in the queue"""
+    """the maximum seconds to record a report or run a read, queue included"""
     # About one second of work, so that the last report of a full queue keeps within request_seconds_max.
     queue_reports_max: int = Field(default=16_384, ge=1, le=1_000_000)
     """the maximum number of reports that wait for their commit"""
