@@ -65,11 +65,6 @@ def check_url(text: str, name: str, *, is_insecure: bool) -> URL:
     return url
 
 
-def plain_token(setting: str) -> str:
-    """Return the token of an item of the setting, which may have the form name:token."""
-    return setting.split(":", 1)[-1]
-
-
 def append_token(url: str, tokens: Sequence[str]) -> str:
     """Return a webhook's URL with the last token, the newest one, if the URL ends in /webhook."""
     webhook = url.removesuffix("/")

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.support.client import Client
+from tests.support.client import Client, serving_client
 from tests.support.folders import ROOT
 
 OPERATIONS = ROOT / "docs" / "operations"
 # The words of PromQL and the labels of our metrics.
 WORDS = {
     "sum", "by", "rate", "increase", "time", "max", "le", "histogram_quantile", "outcome", "view", "state",
-    "http_route", "http_response_status_code", "cause", "or", "absent", "d", "h", "m",
+    "http_route", "http_response_status_code", "cause", "budget", "or", "absent", "d", "h", "m",
 }  # fmt: skip
 # This metric comes from backup.sh, through node_exporter.
 BACKUP_METRIC = "order_tracking_backup_timestamp_seconds"
@@ -90,11 +90,12 @@ async def test_requests_cannot_add_labels(client: Client) -> None:
 
 
 @pytest.mark.parametrize("file", ["alerts.yaml", "grafana.json"])
-async def test_alerts_and_dashboard_use_existing_metrics(client: Client, file: str) -> None:
+async def test_alerts_and_dashboard_use_existing_metrics(dsn: str, file: str) -> None:
     """The alerts and the dashboard use only existing metrics."""
-    await client.webhook("KOM1")
-    await client.raw(b"not json")
-    exists = {*await scraped(client), BACKUP_METRIC}
+    async with serving_client(dsn, body_retention_days=30) as client:
+        await client.webhook("KOM1")
+        await client.raw(b"not json")
+        exists = {*await scraped(client), BACKUP_METRIC}
     text = (OPERATIONS / file).read_text(encoding="utf-8")
     if file == "grafana.json":
         asked = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
@@ -122,8 +123,30 @@ FIRING: list[tuple[str, dict[str, str], str, list[dict[str, str]]]] = [
     ("BackupIsOld", {BACKUP_METRIC: "0x2880"}, "38h", [{}]),
     ("BackupIsOld", {BACKUP_METRIC: "0x1439 86400x1440"}, "47h", []),
     ("BackupIsOld", {}, "50m", []),
+    ("VolumeIsUnusual", {"webhook_body_bytes_total": "0+120000000x40"}, "35m", [{}]),
+    ("VolumeIsUnusual", {"webhook_body_bytes_total": "0+30000000x40"}, "35m", []),
+    (
+        "StrangersAreRefused",
+        {'auth_refusals_total{cause="wrong_token"}': "0+20x20"},
+        "15m",
+        [{"cause": "wrong_token"}],
+    ),
+    ("StrangersAreRefused", {'auth_refusals_total{cause="wrong_token"}': "0+5x20"}, "15m", []),
+    (
+        "BudgetIsExhausted",
+        {'budget_refusals_total{budget="streams"}': "0+1x30"},
+        "25m",
+        [{"budget": "streams"}],
+    ),
+    ("BudgetIsExhausted", {'budget_refusals_total{budget="streams"}': "0x5 1x30"}, "25m", []),
+    ("RetentionStands", {"retention_last_pass_timestamp_seconds": "0x600"}, "7h", [{}]),
+    ("RetentionStands", {"retention_last_pass_timestamp_seconds": "0+60x600"}, "7h", []),
+    ("RetentionStands", {}, "7h", []),
     ("BackupIsOld", {}, "2h", [{}]),
 ]
+
+
+CRITICAL = ("ReportsAreTurnedAway", "EventsWereLost", "BackupIsOld")
 
 
 @pytest.mark.parametrize(("alert", "series", "time", "labels"), FIRING)
@@ -141,9 +164,14 @@ def test_an_alert_fires_when_it_should(
         },
         "EventsWereLost": {"summary": "The database came back without acknowledged reports."},
         "BackupIsOld": {"summary": "The last backup is older than 36 hours, or its time is unknown."},
+        "VolumeIsUnusual": {"summary": "Webhook bodies take more than 1 MB a second; a token may have leaked."},
+        "StrangersAreRefused": {"summary": "Requests are refused because of wrong_token."},
+        "BudgetIsExhausted": {"summary": "The budget streams is exhausted."},
+        "RetentionStands": {"summary": "Old bodies are not erased."},
     }
+    severity = "critical" if alert in CRITICAL else "warning"
     expected = [
-        {"exp_labels": {**one, "severity": "critical"}, "exp_annotations": summaries[alert]} for one in labels
+        {"exp_labels": {**one, "severity": severity}, "exp_annotations": summaries[alert]} for one in labels
     ]
     given = [{"series": name, "values": values} for name, values in series.items()]
     checked = [{"eval_time": time, "alertname": alert, "exp_alerts": expected}]

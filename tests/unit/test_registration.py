@@ -21,7 +21,6 @@ from service.simulator.registration import (
     append_token,
     check_url,
     has_token,
-    plain_token,
     register,
 )
 from service.simulator.simulator import GIVEN_UP_MAX, Registration
@@ -98,11 +97,6 @@ def test_the_last_token_is_appended(url: str, token: str | None) -> None:
     expected = f"{url.rstrip('/')}/{token}" if token else url
     assert append_token(url, ["the-older-token-of-two", "the-newest-token-of-two"]) == expected
     assert append_token(url, []) == url
-
-
-def test_a_named_token_loses_its_name() -> None:
-    """An item of the setting is a token, or a name and a token."""
-    assert [plain_token(item) for item in ("a-token", "shop:a-token")] == ["a-token", "a-token"]
 
 
 async def test_a_token_is_read_from_the_settings(tmp_path: Path) -> None:
