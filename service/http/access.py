@@ -4,7 +4,7 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import wraps
+from functools import lru_cache, wraps
 from time import monotonic
 from typing import Final, NamedTuple
 
@@ -37,6 +37,7 @@ HOST_PREFIX: Final = "__Host-"
 SAFE_METHODS: Final = ("GET", "HEAD")
 # A browser sends these values of Sec-Fetch-Site unless a page of another site made the request.
 OWN_SITE: Final = ("same-origin", "none")
+HOSTS_CACHED_MAX: Final = 64
 # Proxies and tunnels add at least one of these.
 FORWARDING_HEADERS: Final = (
     *(istr("X-Forwarded-For"), istr("X-Forwarded-Host"), istr("X-Forwarded-Proto"), istr("X-Forwarded-Port")),
@@ -248,7 +249,11 @@ def session_cookie(request: web.BaseRequest) -> str:
 
 def is_local_host(request: web.BaseRequest) -> bool:
     """Return whether a request names this machine as its host."""
-    host = request.headers.get(hdrs.HOST, "localhost")
+    return _is_local(request.headers.get(hdrs.HOST, "localhost"))
+
+
+@lru_cache(HOSTS_CACHED_MAX)
+def _is_local(host: str) -> bool:
     return is_loopback(_PORT.sub("", host).strip("[]"))
 
 

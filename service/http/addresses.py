@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, TypeAlias
 
@@ -12,10 +13,13 @@ Network: TypeAlias = IPv4Network | IPv6Network
 LOOPBACK: Final[tuple[Network, ...]] = (ip_network("127.0.0.0/8"), ip_network("::1"))
 # Each proxy adds one address. A longer header is an attack.
 FORWARDED_CHARACTERS_MAX: Final = 2_048
+# Most requests come from a few addresses, and to parse one takes longer than to route a request.
+CACHED_MAX: Final = 1_024
 # Some proxies write the port too: 198.51.100.1:443 or [2001:db8::1]:443.
 _WITH_PORT: Final = re.compile(r"\[(?P<v6>[^\]]*)\](:\d+)?|(?P<v4>[\d.]+):\d+")
 
 
+@lru_cache(CACHED_MAX)
 def parse_address(text: str) -> IPv4Address | IPv6Address | None:
     """Return an address, None for other text.
 
