@@ -28,7 +28,7 @@ from service.database.connections import (
 from service.database.durability import read_durability
 from service.database.schema import VIEWS
 from service.event_log.feed import Feed
-from service.event_log.store import CHANNEL
+from service.event_log.store import CHANNEL, last_arrival
 from service.http.access import Access
 from service.http.addresses import LOOPBACK
 from service.http.auth_refusals import AuthRefusals
@@ -144,6 +144,7 @@ class Service:
         """Open the pool and begin to follow the log."""
         await self.pool.open()
         async with self.pool.connection() as connection:
+            self.metrics.start_from(await last_arrival(connection))
             for setting, is_safe in (await read_durability(connection)).items():
                 if not is_safe:
                     logger.warning("a crash of the server can lose acknowledged reports", setting=setting)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from difflib import get_close_matches
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
@@ -235,16 +236,23 @@ def read_settings() -> Settings:
     """Read the settings.
 
     Raises:
-        SettingsError: a setting is invalid, or a variable with the prefix ORDER_TRACKING_ is unknown.
+        SettingsError: a setting is invalid, a variable with the prefix ORDER_TRACKING_ is unknown, or a setting
+            in the file lacks the prefix.
     """
     file = _settings_file()
     if FILE_VARIABLE in os.environ and (not file.exists() or file.is_dir()):
         raise SettingsError(f"{FILE_VARIABLE}: {file} is not a file. Expected the path of a settings file")
-    names = {name.upper() for name in (*os.environ, *_read_file(file))} - {FILE_VARIABLE}
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    in_file = _read_file(file)
+    # In the environment, other programs use such names. In this file, a token would silently have no effect.
+    if unprefixed := [name for name in in_file if f"{PREFIX}{name}".upper() in known]:
+        raise SettingsError(f"{file}: {unprefixed[0]} has no effect: write {PREFIX}{unprefixed[0].upper()}")
+    names = {name.upper() for name in (*os.environ, *in_file)} - {FILE_VARIABLE}
     unknown = sorted(name for name in names if name.startswith(PREFIX) and name not in known)
     if unknown:
-        raise SettingsError(f"Unknown setting {unknown[0]}. Known settings: {', '.join(sorted(known))}")
+        similar = get_close_matches(unknown[0], sorted(known), 1)
+        hint = f". Did you mean {similar[0]}?" if similar else ""
+        raise SettingsError(f"Unknown setting {unknown[0]}. Known settings: {', '.join(sorted(known))}{hint}")
     try:
         return Settings(_env_file=file)  # type: ignore[call-arg]  # an argument that mypy sees only with a plugin
     except ValidationError as error:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 from typing import Final, Protocol
 
@@ -109,6 +110,10 @@ class Metrics:
         )
         ProcessCollector(registry=self._registry)
         self._registry.register(self)
+
+    def start_from(self, received_at: datetime) -> None:
+        """Begin with the last arrival before the start, so that a silence does not end with a restart."""
+        self._last_received = received_at.timestamp()
 
     def count_commit(self, events: Sequence[Order.StatusReported]) -> None:
         """Count the verdicts of a commit."""

@@ -24,6 +24,9 @@ async def register(
     ],
     *,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow http, for a test.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Register a URL without a token that this service accepts.")
+    ] = False,
 ) -> None:
     settings = read_settings()
     for name in ("komerce_base_url", "komerce_api_key"):
@@ -32,6 +35,12 @@ async def register(
     key = settings.komerce_api_key.get_secret_value()
     tokens = [*settings.tokens]
     webhook = append_token(url, tokens)
+    if not has_token(URL(webhook), tokens) and not force:
+        fail(
+            "the URL does not end in a token of ORDER_TRACKING_WEBHOOK_TOKENS, so this service would answer "
+            "Komerce with 404: let it end in /webhook, or pass --force if it leads to another service",
+            EXIT_USAGE,
+        )
     try:
         await registration.register(settings.komerce_base_url, key, webhook, is_insecure=insecure)
     except RegistrationError as error:
@@ -43,11 +52,6 @@ async def register(
         err.print(
             "warning: other users can see the token on your command line, in the process list: set "
             "ORDER_TRACKING_WEBHOOK_TOKENS, and let the URL end in /webhook"
-        )
-    if not has_token(URL(webhook), tokens):
-        err.print(
-            "warning: the URL does not end in a token of ORDER_TRACKING_WEBHOOK_TOKENS, "
-            "so your service may answer Komerce with 404"
         )
     # The path is not printed, because it may hold a token.
     show(f"registered: Komerce now pushes to {URL(url).origin()}")

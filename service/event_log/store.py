@@ -104,6 +104,13 @@ TAKE_APPEND_LOCK: Final = "SELECT pg_advisory_xact_lock($1)"
 # A transaction that has written something waits at its end for the standby, and so for all commits before it.
 WRITE_MESSAGE: Final = "SELECT pg_logical_emit_message(true, 'order_tracking', '')"
 
+# When the last report arrived or, before the first one, when the schema was created.
+LAST_ARRIVAL: Final = """
+    SELECT coalesce(
+        (SELECT recorded_at FROM order_events ORDER BY notification_id DESC LIMIT 1),
+        (SELECT min(applied_at) FROM public.schema_version))
+"""
+
 # The last event of each of these orders.
 LAST_EVENTS: Final = """
     SELECT requested.order_no, last.originator_version, last.topic, last.state
@@ -276,6 +283,12 @@ async def version_at(connection: Connection, order_no: str, position: int) -> in
 async def read_log(connection: Connection, after: int, limit: int) -> list[RecordedEvent]:
     """Return the next events above a position in commit order, at most ``limit`` and about BATCH_BYTES_MAX."""
     return [RecordedEvent(*row) for row in await connection.fetch(LOG, after, limit, BATCH_BYTES_MAX)]
+
+
+async def last_arrival(connection: Connection) -> datetime:
+    """Return when the last event was recorded; before the first one, when the log was created."""
+    last: datetime = await connection.fetchval(LAST_ARRIVAL)
+    return last
 
 
 async def head_position(connection: Connection) -> int:

@@ -59,8 +59,11 @@ class Webhook:
         return self._auth.path
 
     def routes(self) -> list[web.RouteDef]:
-        """Return the route, for every method: a wrong token must look like an unknown path."""
-        return [web.route("*", self.path, self.receive)]
+        """Return the routes, for every method: a wrong token must look like an unknown path.
+
+        An operator may have registered the URL with a slash at its end.
+        """
+        return [web.route("*", f"{self.path}{slash}", self.receive) for slash in ("", "/")]
 
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or quarantine its body, and respond after the commit."""

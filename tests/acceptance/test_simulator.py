@@ -216,9 +216,10 @@ async def test_a_run_from_the_registration_to_the_account(shared_service: Runnin
         assert refused[2].stderr.startswith("ORDER_TRACKING_KOMERCE_BASE_URL is not set: ")
         assert "returned 401" in refused[3].stderr
 
-        nowhere = await register(f"{NOBODY}/other", "--insecure", WEBHOOK_TOKENS=TOKEN)
+        foreign = await register(f"{NOBODY}/other", "--insecure", WEBHOOK_TOKENS=TOKEN)
+        assert (foreign.returncode, "pass --force" in foreign.stderr) == (2, True)
+        nowhere = await register(f"{NOBODY}/other", "--insecure", "--force", WEBHOOK_TOKENS=TOKEN)
         assert nowhere.stdout == f"registered: Komerce now pushes to {NOBODY}\n"
-        assert "does not end in a token" in nowhere.stderr
         async with aiohttp.ClientSession(headers={"x-api-key": settings["KOMERCE_API_KEY"]}) as session:
 
             async def is_deactivated() -> bool:

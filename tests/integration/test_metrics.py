@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from projections.postgres_errors import Connection
 from tests.support.client import Client, serving_client
 from tests.support.folders import ROOT
 
@@ -182,3 +183,22 @@ def test_an_alert_fires_when_it_should(
     for command in (["check", "rules", str(rules)], ["test", "rules", str(file)]):
         done = subprocess.run([PROMTOOL, *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+async def test_a_silence_does_not_end_with_a_restart(dsn: str, connection: Connection) -> None:
+    """From the start on, the time of the last report is that of the log, or else that of the database."""
+    name = "webhook_last_received_timestamp_seconds"
+
+    async def shown() -> float:
+        async with serving_client(dsn) as client:
+            (line,) = [
+                line for line in (await client.text("/metrics")).splitlines() if line.startswith(f"{name} ")
+            ]
+            return float(line.split()[1])
+
+    created = await connection.fetchval("SELECT min(applied_at) FROM schema_version")
+    assert await shown() == pytest.approx(created.timestamp())
+    async with serving_client(dsn) as client:
+        await client.webhook("KOM1")
+    recorded = await connection.fetchval("SELECT recorded_at FROM order_events")
+    assert await shown() == pytest.approx(recorded.timestamp())

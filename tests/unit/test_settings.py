@@ -87,6 +87,11 @@ def test_an_invalid_setting_is_named(
             "ORDER_TRACKING_PROT=8091",
             "Unknown setting ORDER_TRACKING_PROT. Known settings: ORDER_TRACKING_BODY_BYTES_MAX, ",
         ),
+        (
+            "WEBHOOK_TOKENS=abcdefghijklmnopqrst",
+            "{file}: WEBHOOK_TOKENS has no effect: write ORDER_TRACKING_WEBH",
+        ),
+        ("port=8091", "{file}: PORT has no effect: write ORDER_TRACKING_PORT"),
         # The dotenv library skips these lines, which would leave the webhook open.
         ("#\nORDER_TRACKING_WEBHOOK_TOKENS='abcdefghijklmnopqrst", "{file}, line 2: expected NAME=value"),
         ("ORDER_TRACKING_WEBHOOK_TOKENS", "{file}, line 1: expected NAME=value"),
@@ -99,6 +104,16 @@ def test_an_invalid_line_is_named(tmp_path: Path, text: str, message: str) -> No
     with pytest.raises(SettingsError) as raised:
         read_settings()
     assert str(raised.value).startswith(message.format(file=file))
+
+
+def test_a_similar_setting_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped name is answered with the one that was meant; other programs' settings are ignored."""
+    monkeypatch.setenv("ORDER_TRACKING_WEBHOOK_TOKEN", "abcdefghijklmnopqrst")
+    with pytest.raises(SettingsError, match=r"Did you mean ORDER_TRACKING_WEBHOOK_TOKENS\?$"):
+        read_settings()
+    monkeypatch.delenv("ORDER_TRACKING_WEBHOOK_TOKEN")
+    monkeypatch.setenv("WEBHOOK_TOKENS", "of another program")
+    assert read_settings().webhook_tokens == ()
 
 
 def test_the_environment_overrides_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
