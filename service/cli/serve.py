@@ -38,7 +38,8 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
         fail("aiohttp has no C parser here: install an aiohttp wheel that was built for this platform")
     # Closing the terminal also stops the service, unless it was started with nohup. Elsewhere SIGHUP means that
     # the tokens are to be read again.
-    ends_with_terminal = sys.stdin.isatty() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    ends_with_terminal = is_terminal and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     keeper = asyncio.create_task(server.keep_running(logger.warning)) if server is not None else None
     with stop_event(
         signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if ends_with_terminal else ())
