@@ -122,7 +122,10 @@ def test_a_killed_service_gets_the_reports_after_its_restart(service: RunningSer
     with background_command(service.state_dir, *arguments) as simulator:
         wait_for_events(service, 50)
         service.kill()
+        # The simulator gives up after some seconds, and a start may take longer on a busy machine.
+        simulator.send_signal(signal.SIGSTOP)
         service.start()
+        simulator.send_signal(signal.SIGCONT)
         output, _ = simulator.communicate(timeout=PATIENCE_SECONDS)
     assert simulator.returncode == 0, output
     assert "the account agrees" in output

@@ -322,7 +322,7 @@ BODIES: Final = st.one_of(reports(), reports(), objects(), mutants(), nests(), s
 
 # Paths that only path resolution would turn into the webhook's path, or away from it.
 BESIDE_THE_WEBHOOK: Final = (
-    "//webhook", "/webhook/", "/webhook/../x", "/x/../webhook", "/./webhook",
+    "//webhook", "/webhook//", "/webhook/../x", "/x/../webhook", "/./webhook",
     "/webhook/.", "/webhook/%2e", "/webhook/%2e%2e/x", "/x/%2e%2e/webhook", "/%2e/webhook",
     "/%2E%2E/webhook", "/%2fwebhook", "/webhook%2f", "/webhook%00", "/webhook;x=1",
     "/WEBHOOK",
