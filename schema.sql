@@ -171,6 +171,7 @@ CREATE TABLE quarantine (
     discard_reason text,
     order_no       text        COLLATE "C",             -- of the first event that a retry recorded
     version        bigint,
+    named_order_no text        COLLATE "C",             -- that the body names, if it could be read
     CHECK (body IS NOT NULL OR state <> 'open'),
     CHECK ((state = 'open') = (resolved_at IS NULL)),
     CHECK ((state = 'discarded') = (discard_reason IS NOT NULL)),
@@ -182,6 +183,7 @@ CREATE UNIQUE INDEX quarantine_shared_idx ON quarantine (body_sha256) WHERE stat
 -- Before a new body is kept, those of the last hour are counted.
 CREATE INDEX quarantine_received_at_idx ON quarantine (received_at);
 CREATE INDEX quarantine_order_idx ON quarantine (order_no, version);
+CREATE INDEX quarantine_named_idx ON quarantine (named_order_no);
 -- Finds the open bodies among all that were ever kept, to list and count them.
 CREATE INDEX quarantine_state_idx ON quarantine (state, quarantine_id);
 
@@ -297,7 +299,8 @@ BEGIN
     GRANT EXECUTE ON FUNCTION lock_order_events(), make_view_schema(text), swap_view_schemas(text)
         TO order_tracking_service;
     GRANT INSERT ON idempotency_keys TO order_tracking_service;
-    GRANT INSERT (body, reason, remote, received_at, last_seen_at) ON quarantine TO order_tracking_service;
+    GRANT INSERT (body, reason, remote, received_at, last_seen_at, named_order_no) ON quarantine
+        TO order_tracking_service;
     GRANT UPDATE (times_seen, last_seen_at, state, resolved_at, discard_reason, order_no, version) ON quarantine
         TO order_tracking_service;
     GRANT INSERT, UPDATE (last_used_at, revoked_at) ON api_keys TO order_tracking_service;

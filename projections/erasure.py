@@ -15,11 +15,11 @@ ERASE_WORDS: Final = """
         SELECT reported_status, count(*) AS reports, max(received_at) AS last_received_at
         FROM timeline.entries
         WHERE order_no = $1 AND verdict = 'unrecognised' AND reported_status <> ''
-          AND ($2::bigint IS NULL OR version <= $2)
+          AND version <= $2
         GROUP BY reported_status
     ), emptied AS (
         UPDATE timeline.entries SET reported_status = ''
-        WHERE order_no = $1 AND verdict = 'unrecognised' AND ($2::bigint IS NULL OR version <= $2)
+        WHERE order_no = $1 AND verdict = 'unrecognised' AND version <= $2
     ), added AS (
         INSERT INTO statistics.unrecognised AS counted
         SELECT '', sum(reports), max(last_received_at) FROM words HAVING count(*) > 0
@@ -34,21 +34,21 @@ ERASE_WORDS: Final = """
 REMOVE_UNUSED: Final = "DELETE FROM statistics.unrecognised WHERE reports <= 0"
 RENEW_TIMES: Final = """
     UPDATE statistics.unrecognised AS counted
-    SET last_received_at = (
+    SET last_received_at = coalesce((
         SELECT max(received_at) FROM timeline.entries
-        WHERE kind = ANY($2::smallint[]) AND reported_status = counted.reported_status)
+        WHERE kind = ANY($2::smallint[]) AND reported_status = counted.reported_status), last_received_at)
     WHERE reported_status = ANY($1::text[])
 """
 UNRECOGNISED_KINDS: Final = [kind for (verdict, _, _), kind in KINDS.items() if verdict == "unrecognised"]
 
 
-async def erase_words(connection: Connection, order_no: str, version: int | None, head: int) -> bool:
+async def erase_words(connection: Connection, order_no: str, version: int, head: int) -> bool:
     """Empty an order's words outside the vocabulary in the views, in one transaction.
 
     Args:
         connection: a connection as the role that owns the views.
         order_no: the order.
-        version: the last version to erase; None for all.
+        version: the last erased version; a word that was recorded later stays.
         head: a position that the views must have reached: they would add words that were recorded before it.
 
     Returns:

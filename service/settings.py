@@ -47,7 +47,7 @@ def _parse_address(host: str) -> IPv4Address | IPv6Address | None:
 def is_loopback(host: str) -> bool:
     """Return whether a host is a loopback address, which only this machine can reach."""
     address = _parse_address(host)
-    return address.is_loopback if address else host == "localhost"
+    return address.is_loopback if address else host.lower() == "localhost"
 
 
 def default_state_dir() -> Path:
@@ -102,6 +102,12 @@ def _check_token(token: SecretStr) -> SecretStr:
 Token: TypeAlias = Annotated[SecretStr, AfterValidator(_check_token)]
 
 
+def _check_tokens(tokens: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    if len({_split_token(token)[1] for token in tokens}) < len(tokens):
+        raise ValueError("a token occurs twice, perhaps with two names: keep one of them")
+    return tokens
+
+
 def _check_secret(secret: SecretStr) -> SecretStr:
     text = secret.get_secret_value()
     if 0 < len(text.removeprefix(STANDARD_PREFIX)) < SECRET_CHARACTERS_MIN or text == STANDARD_PREFIX:
@@ -136,7 +142,9 @@ class Settings(BaseSettings):
     """the embedded PostgreSQL's data folder"""
     pg_bindir: Path | None = None
     """the folder of PostgreSQL's programs; empty for the embedded ones"""
-    webhook_tokens: Annotated[tuple[Token, ...], NoDecode, BeforeValidator(_split_list)] = ()
+    webhook_tokens: Annotated[
+        tuple[Token, ...], NoDecode, BeforeValidator(_split_list), AfterValidator(_check_tokens)
+    ] = ()
     """comma-separated tokens, alone or as name:token; the webhook's path must end with one; empty for none"""
     webhook_hmac_secret: Annotated[SecretStr, AfterValidator(_check_secret)] = SecretStr("")
     """the secret that signs webhook bodies, whsec_... for Standard Webhooks; empty for no signature"""

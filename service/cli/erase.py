@@ -27,9 +27,11 @@ async def erase(
         show(f"events: {erased.events}, quarantine entries: {erased.entries}")
         if erased.has_old_views:
             err.print("the views are behind the log and may keep unknown words: run 'order-tracking replay'")
-        if erased.left:
-            entries = ", ".join(map(str, erased.left))
-            err.print(f"left: entries that contain the order number, but are not its reports: {entries}")
+        if left := await erasure.find_left(owner, order_no):
+            entries = ", ".join(map(str, left))
+            err.print(
+                f"left: entries in which the order number occurs, but which do not name the order: {entries}"
+            )
             err.print("read them with 'quarantine show', and delete them as docs/operations.md shows")
         # Until PostgreSQL uses the space again, the old bytes stay in its files.
         await owner.execute(erasure.VACUUM)

@@ -12,7 +12,7 @@ from service.app import Service, make_tokens, serving
 from service.cli.console import completes, fail, show, stop_event, tune_gc
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import CREATE_ACCOUNT, EmbeddedPostgres, belongs_to_nobody
-from service.database.operations import record_opened_setting, system_user
+from service.database.operations import record_openness, system_user
 from service.database.schema import prepare_database
 from service.http.request_ids import add_request_id
 from service.http.server import raise_open_files_limit
@@ -26,6 +26,10 @@ def serve() -> None:
     settings = read_settings()
     _configure_logs(settings)
     raise_open_files_limit()
+    # Closing the terminal also stops the service, unless it was started with nohup. Elsewhere SIGHUP means that
+    # the tokens are to be read again, which they are at start anyway.
+    if sys.stdin is None or not sys.stdin.isatty():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if settings.database_url:
         uvloop.run(_serve(settings, settings.database_url, None))
     else:
@@ -36,10 +40,7 @@ def serve() -> None:
 async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) -> None:
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         fail("aiohttp has no C parser here: install an aiohttp wheel that was built for this platform")
-    # Closing the terminal also stops the service, unless it was started with nohup. Elsewhere SIGHUP means that
-    # the tokens are to be read again.
-    is_terminal = sys.stdin is not None and sys.stdin.isatty()
-    ends_with_terminal = is_terminal and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    ends_with_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     keeper = asyncio.create_task(server.keep_running(logger.warning)) if server is not None else None
     with stop_event(
         signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if ends_with_terminal else ())
@@ -107,11 +108,11 @@ def _reload_tokens(auth: WebhookAuth) -> None:
 
 
 async def _record_opened(settings: Settings, service: Service) -> None:
-    """Record that the webhook is open to the network, which only the settings can cause."""
-    if not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local):
-        reason = f"host {settings.host}, without ORDER_TRACKING_WEBHOOK_TOKENS"
-        async with service.pool.connection() as connection:
-            await record_opened_setting(connection, system_user()._replace(via="service"), "webhook", reason)
+    """Record whether the webhook is open to the network, if that has changed since the last start."""
+    is_open = not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local)
+    reason = f"host {settings.host}, without ORDER_TRACKING_WEBHOOK_TOKENS" if is_open else None
+    async with service.pool.connection() as connection:
+        await record_openness(connection, system_user()._replace(via="service"), "webhook", reason)
 
 
 def _warn(settings: Settings, *, is_without_keys: bool) -> None:

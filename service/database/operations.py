@@ -20,6 +20,7 @@ Action: TypeAlias = Literal[
     "entry_discarded",
     "order_erased",
     "setting_opened",
+    "setting_closed",
 ]
 
 RECORD: Final = """
@@ -31,8 +32,8 @@ PAGE: Final = """
     FROM public.operations WHERE operation_id < $1 AND ($2::text IS NULL OR action = $2)
     ORDER BY operation_id DESC LIMIT $3
 """
-LAST_OPENED: Final = """
-    SELECT subject, reason FROM public.operations WHERE action = 'setting_opened'
+LAST_OPENNESS: Final = """
+    SELECT reason FROM public.operations WHERE action IN ('setting_opened', 'setting_closed') AND subject = $1
     ORDER BY operation_id DESC LIMIT 1
 """
 
@@ -95,8 +96,15 @@ async def operations_page(
     return [cast("Operation", dict(row)) for row in await connection.fetch(PAGE, before, action, limit)]
 
 
-async def record_opened_setting(connection: Connection, actor: Actor, subject: str, reason: str) -> None:
-    """Record that a setting opens something to the network, unless the last start recorded the same."""
-    last = await connection.fetchrow(LAST_OPENED)
-    if last is None or (last["subject"], last["reason"]) != (subject, reason):
-        await record_operation(connection, actor, "setting_opened", subject, reason)
+async def record_openness(connection: Connection, actor: Actor, subject: str, reason: str | None) -> None:
+    """Record that something is open to the network, or no longer, unless the last start recorded the same.
+
+    Args:
+        connection: the connection.
+        actor: who started the service.
+        subject: what is open.
+        reason: by which settings it is open; None if it is closed.
+    """
+    if await connection.fetchval(LAST_OPENNESS, subject) != reason:
+        action: Action = "setting_closed" if reason is None else "setting_opened"
+        await record_operation(connection, actor, action, subject, reason)

@@ -5,13 +5,15 @@ from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
 from projections.postgres_errors import Connection
-from service.database.api_keys import SECRET_BYTES, USE_INTERVAL, hash_secret
+from service.database.api_keys import KEYS_MAX, SECRET_BYTES, USE_INTERVAL, hash_secret
 
 # A session ends when it was not used for this long, and at the latest after its whole duration.
 IDLE_MAX: Final = timedelta(hours=12)
 DURATION_MAX: Final = timedelta(days=7)
-# The service keeps all sessions in memory. A further one ends the oldest.
-SESSIONS_MAX: Final = 1_000
+# A further session of a key ends the oldest one of that key.
+SESSIONS_PER_KEY_MAX: Final = 20
+# The service keeps all sessions in memory.
+SESSIONS_MAX: Final = KEYS_MAX * SESSIONS_PER_KEY_MAX
 
 LIVE: Final = """
     SELECT session_sha256, key_name, used_at FROM public.sessions
@@ -19,11 +21,12 @@ LIVE: Final = """
     ORDER BY opened_at DESC LIMIT $3
 """
 OPEN: Final = "INSERT INTO public.sessions (session_sha256, key_name) VALUES ($1, $2)"
-# Those that have ended by time, and the oldest beyond the maximum.
+# Those that have ended by time, and the oldest of one key beyond the maximum.
 REMOVE_ENDED: Final = """
     DELETE FROM public.sessions
     WHERE used_at <= now() - $1::interval OR opened_at <= now() - $2::interval
-       OR session_sha256 IN (SELECT session_sha256 FROM public.sessions ORDER BY opened_at DESC OFFSET $3)
+       OR session_sha256 IN (
+           SELECT session_sha256 FROM public.sessions WHERE key_name = $3 ORDER BY opened_at DESC OFFSET $4)
 """
 END: Final = "DELETE FROM public.sessions WHERE session_sha256 = $1 RETURNING key_name"
 END_OF_KEY: Final = "DELETE FROM public.sessions WHERE key_name = $1"
@@ -47,7 +50,7 @@ async def list_sessions(connection: Connection) -> list[Session]:
 
 async def open_session(connection: Connection, key_name: str) -> str:
     """Open a session of a key, and return its id, which cannot be read again."""
-    await connection.execute(REMOVE_ENDED, IDLE_MAX, DURATION_MAX, SESSIONS_MAX - 1)
+    await connection.execute(REMOVE_ENDED, IDLE_MAX, DURATION_MAX, key_name, SESSIONS_PER_KEY_MAX - 1)
     session_id = secrets.token_urlsafe(SECRET_BYTES)
     await connection.execute(OPEN, hash_secret(session_id), key_name)
     return session_id

@@ -171,6 +171,13 @@ class Tail:
 
     async def _step(self) -> int:
         async with self._pool.connection() as connection:
+            # Before the events, so that none is in memory as it was before an erasure.
+            for erasure in await erasures_page(connection, self.last_erasure_id, BATCH_EVENTS_MAX):
+                # Memory may have the events as they were.
+                self._begin(self._last)
+                self.last_erasure_id = erasure["erasure_id"]
+                message = self._encode_erasure(erasure)
+                self._erasures.append(TailErasure(self.last_erasure_id, erasure["order_no"], message))
             # The last event is read again: a failover or a restore may have lost it, even if the log has grown.
             position = self.position
             batch = await store.read_log(connection, max(0, position - 1), BATCH_EVENTS_MAX + 1)
@@ -180,12 +187,6 @@ class Tail:
                 if not is_kept:
                     self.losses += 1
                     self._begin(await _read_last(connection))
-            for erasure in await erasures_page(connection, self.last_erasure_id, BATCH_EVENTS_MAX):
-                # Memory may have the events as they were.
-                self._begin(self._last)
-                self.last_erasure_id = erasure["erasure_id"]
-                message = self._encode_erasure(erasure)
-                self._erasures.append(TailErasure(self.last_erasure_id, erasure["order_no"], message))
         if batch:
             self._last = _Last(batch[-1].position, batch[-1].report_id)
             now = monotonic()

@@ -10,7 +10,6 @@ from typing import Final, NamedTuple
 
 import structlog
 from aiohttp import hdrs, web
-from multidict import istr
 
 from service.batcher import Batcher
 from service.database import sessions
@@ -38,10 +37,12 @@ SAFE_METHODS: Final = ("GET", "HEAD")
 # A browser sends these values of Sec-Fetch-Site unless a page of another site made the request.
 OWN_SITE: Final = ("same-origin", "none")
 HOSTS_CACHED_MAX: Final = 64
-# Proxies and tunnels add at least one of these.
-FORWARDING_HEADERS: Final = (
-    *(istr("X-Forwarded-For"), istr("X-Forwarded-Host"), istr("X-Forwarded-Proto"), istr("X-Forwarded-Port")),
-    *(istr("X-Forwarded-Server"), istr("Forwarded"), istr("X-Real-IP"), istr("Via")),
+# Most proxies and tunnels add at least one of these, or one that begins with X-Forwarded.
+FORWARDING_HEADERS: Final = frozenset(
+    {
+        *("forwarded", "via", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip"),
+        *("cf-connecting-ip", "cdn-loop", "x-original-forwarded-for", "x-envoy-external-address"),
+    }
 )
 
 _PORT: Final = re.compile(r":\d+$")
@@ -283,7 +284,8 @@ def refuse_other_sites(request: web.BaseRequest) -> None:
         is_link = headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"
         is_own = is_own or is_link
     elif (origin := headers.get(hdrs.ORIGIN) or headers.get(hdrs.REFERER)) is not None:
-        is_own = is_own and origin.partition("://")[2].partition("/")[0] == headers.get(hdrs.HOST)
+        host = origin.partition("://")[2].partition("/")[0]
+        is_own = is_own and host != "" and host.lower() == headers.get(hdrs.HOST, "").lower()
     if not is_own:
         detail = "pages of other sites may not make this request"
         raise RefusedError("other_site", ProblemType.FORBIDDEN, detail)
@@ -301,8 +303,9 @@ def refuse_other_machines(request: web.BaseRequest) -> None:
     if not is_local_host(request):
         detail = "without a webhook token and an API key, only localhost may be used as the host name"
         raise RefusedError("other_machine", ProblemType.FORBIDDEN, detail)
-    for name in FORWARDING_HEADERS:
-        if name in request.headers:
+    for name in request.headers:
+        lower = name.lower()
+        if lower.startswith("x-forwarded") or lower in FORWARDING_HEADERS:
             detail = (
                 f"the request came through a proxy ({name}), but anyone could read and write: "
                 "set ORDER_TRACKING_WEBHOOK_TOKENS and create an API key first (order-tracking keys create)"

@@ -59,6 +59,18 @@ class Budget:
         self._maximum_each = maximum_each
         self._held_by: Counter[str] = Counter()
 
+    def is_full(self) -> bool:
+        """Return whether all holders together hold the maximum."""
+        return self.held >= self.maximum
+
+    def is_full_for(self, holder: str | None) -> bool:
+        """Return whether a holder has its whole share."""
+        return (
+            holder is not None
+            and self._maximum_each is not None
+            and (self._held_by[holder] >= self._maximum_each)
+        )
+
     def take(self, holder: str | None = None, amount: int = 1) -> None:
         """Hold more.
 

@@ -6,7 +6,7 @@ Every response of the service, even to a malformed request, is made here or by a
 import asyncio
 import resource
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -46,9 +46,9 @@ OPEN_FILES: Final = 20_000
 BACKLOG: Final = 1_024
 # What the kernel holds of a connection until it is read. By default, it would take the bodies of thousands of
 # connections, and the event loop would read all of them before any handler runs.
-RECEIVE_BYTES_MAX: Final = 4 * 1024
+RECEIVE_BYTES_MAX: Final = 16 * 1024
 # After a larger piece, a connection is read on in the next turn of the event loop, when handlers have run.
-PIECE_BYTES_MAX: Final = 2 * 1024
+PIECE_BYTES_MAX: Final = 4 * 1024
 # Closed connections are logged at most once in this interval.
 LOG_SECONDS: Final = 300.0
 # If there are too many connections, one in this number is closed at once.
@@ -83,7 +83,7 @@ class Connection(web.RequestHandler):
     """
 
     __slots__ = (
-        *("arriving_since", "crowd", "has_ended", "has_more", "idle_since", "is_full", "is_handling", "loop"),
+        *("arriving_since", "crowd", "has_ended", "has_more", "idle_since", "is_handling", "loop"),
         "place",
     )
 
@@ -91,8 +91,6 @@ class Connection(web.RequestHandler):
         super().__init__(*args, **options)
         self.loop = asyncio.get_running_loop()
         self.crowd = crowd
-        # Whether aiohttp holds as much of a body as it may.
-        self.is_full = False
         # Whom the connection counts for; None unless it is admitted and open.
         self.place: Place | None = None
 
@@ -123,16 +121,9 @@ class Connection(web.RequestHandler):
                 self.loop.call_soon(self._read_on)
         super().data_received(data)
 
-    def pause_reading(self) -> None:
-        self.is_full = True
-        super().pause_reading()
-
-    def resume_reading(self, resume_parser: bool = True) -> None:  # noqa: FBT001, FBT002 - aiohttp's
-        self.is_full = False
-        super().resume_reading(resume_parser)
-
     def _read_on(self) -> None:
-        if self.transport is not None and not self.is_full:
+        # aiohttp pauses too: if it holds as much of a body, or as many pipelined requests, as it may.
+        if self.transport is not None and not (self._reading_paused or self._buffer_paused):
             self.transport.resume_reading()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio defines the meaning of the result
@@ -195,9 +186,12 @@ class Crowd:
         # A client that has left already has no name any more.
         host, *_ = transport.get_extra_info("peername") or ("",)
         place = Place(self._holder(host))
-        if self._budget.held >= self._budget.maximum:
+        if self._budget.is_full():
             self._warn("the longest idle connections are closed: there are too many connections")
-            self._close_idle()
+            self._close_idle(self._open, max(1, self._budget.maximum // CLOSED_PART))
+        elif self._budget.is_full_for(place.holder):
+            self._warn("idle connections of an address are closed: it has too many", address=place.holder)
+            self._close_idle((one for one in self._open if one.place == place), 1)
         try:
             self._budget.take(place.holder)
         except OverBudgetError:
@@ -214,12 +208,12 @@ class Crowd:
             self._budget.give_back(connection.place.holder)
             connection.place = None
 
-    def _close_idle(self) -> None:
-        """Close several at once, because all must be looked at to find them."""
-        idle = [(one.place, one.idle_since, one) for one in self._open if one.place and not one.is_handling]
+    def _close_idle(self, candidates: Iterable[Connection], count: int) -> None:
+        """Close the longest idle of some connections."""
+        idle = [(one.place, one.idle_since, one) for one in candidates if one.place and not one.is_handling]
         # This machine's and the proxies' last: they bring the requests of others.
         idle.sort(key=lambda entry: (entry[0].holder is None, entry[1]))
-        for _, _, one in idle[: max(1, self._budget.maximum // CLOSED_PART)]:
+        for _, _, one in idle[:count]:
             self._budget.refusals += 1
             self.leave(one)
             if one.transport is not None:

@@ -40,7 +40,7 @@ class IdempotencyKey(NamedTuple):
         body_sha256, version, position, topic, state = row
         event = decode_event(report.order_no, version, topic, state)
         # An erasure keeps the hash of the reported status in place of the body's.
-        hashes = (_hash(report.body), _hash(report.reported_status))
+        hashes = {_hash(report.body), _hash("" if _is_erased(event) else report.reported_status)}
         return ClaimedEvent(event, position, body_sha256 in hashes)
 
     async def keep(self, connection: Connection, report: Report, event: Order.StatusReported) -> None:
@@ -56,6 +56,11 @@ def read_key(headers: Mapping[str, str]) -> IdempotencyKey | None:
         if key := headers.get(name):
             return IdempotencyKey(key) if key.isascii() and len(key) <= KEY_BYTES_MAX else None
     return None
+
+
+def _is_erased(event: Order.StatusReported) -> bool:
+    """Return whether an erasure has emptied a word outside the vocabulary: any report may be the same one."""
+    return event.verdict == "unrecognised" and not event.reported_status
 
 
 def _hash(text: str) -> bytes:

@@ -41,8 +41,8 @@ KEEP_BODY: Final = f"""
         WHERE body_sha256 = sha256($1) AND state = 'open' AND times_seen < {SHARED_MAX}
         RETURNING quarantine_id
     ), added AS (
-        INSERT INTO quarantine (body, reason, remote, received_at, last_seen_at)
-        SELECT $1, $2, $3, $4, $4
+        INSERT INTO quarantine (body, reason, remote, received_at, last_seen_at, named_order_no)
+        SELECT $1, $2, $3, $4, $4, $7
         WHERE NOT EXISTS (SELECT FROM seen)
           AND (SELECT count(*) FROM (SELECT FROM quarantine WHERE received_at > $5 LIMIT $6) AS recent) < $6
         ON CONFLICT (body_sha256) WHERE state = 'open' AND times_seen < {SHARED_MAX}
@@ -251,8 +251,14 @@ class Quarantine:
         self.refused = 0
         self._next_log_at = 0.0
 
-    async def keep(self, body: bytes, reason: str, arrival: Arrival) -> int:
+    async def keep(self, body: bytes, reason: str, arrival: Arrival, order_no: str | None = None) -> int:
         """Keep a body, and return the id of its committed entry.
+
+        Args:
+            body: the body.
+            reason: why it is unparseable.
+            arrival: when and from where it arrived.
+            order_no: the order that it names, if that could be read.
 
         Raises:
             QuarantineFullError: too many bodies arrived within the hour; this one was not kept.
@@ -260,7 +266,7 @@ class Quarantine:
         UnsupportedServerError: the sequence of the entries is behind their table.
         """
         since = arrival.received_at - CAP_PERIOD
-        values = (body, reason, arrival.remote, arrival.received_at, since, self._hourly_max)
+        values = (body, reason, arrival.remote, arrival.received_at, since, self._hourly_max, order_no)
         async with self._dedicated.connection() as connection:
             warnings = self._dedicated.warnings
             try:

@@ -102,7 +102,7 @@ class Webhook:
     async def _quarantine_body(
         self, body: bytes, arrival: Arrival, reason: str, order_no: str | None
     ) -> Receipt:
-        quarantine_id = await self._quarantine.keep(body, reason, arrival)
+        quarantine_id = await self._quarantine.keep(body, reason, arrival, order_no)
         return {
             "outcome": "quarantined",
             "report_id": arrival.report_id,

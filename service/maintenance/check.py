@@ -140,7 +140,7 @@ async def check_database(dsn: str, *, is_open: bool = True, retention_days: int 
             *await _check_role(dsn),
             *await _check_role_settings(connection),
             *([await _check_retention(connection, retention_days)] if retention_days else []),
-            await check_keys(connection, is_open=is_open),
+            *await check_keys(connection, is_open=is_open),
             *[await _check_view(connection, view) for view in VIEWS],
         ]
     finally:
@@ -201,16 +201,24 @@ async def _check_retention(connection: Connection, days: int) -> Finding:
     )
 
 
-async def check_keys(connection: Connection, *, is_open: bool) -> Finding:
+async def check_keys(connection: Connection, *, is_open: bool) -> list[Finding]:
     """Check who may read. Without any key, the open mode lets every program of this machine read."""
     now = datetime.now(UTC)
     keys = await list_keys(connection)
     if valid := sum(key.is_valid(now) for key in keys):
-        return _ok(f"valid API keys: {valid}")
+        findings = [_ok(f"valid API keys: {valid}")]
+        if is_open:
+            findings.append(
+                _wrong(
+                    "an API key exists, but every program of this machine, a proxy included, can still send "
+                    "webhooks: set ORDER_TRACKING_WEBHOOK_TOKENS"
+                )
+            )
+        return findings
     command = "run 'order-tracking keys create NAME'"
     if is_open and not keys:
-        return _note(f"API and pages are open to every program of this machine: {command} to close them")
-    return _wrong(f"no API key is valid, so the API and the pages are closed: {command}")
+        return [_note(f"API and pages are open to every program of this machine: {command} to close them")]
+    return [_wrong(f"no API key is valid, so the API and the pages are closed: {command}")]
 
 
 async def _check_view(connection: Connection, view: View) -> Finding:

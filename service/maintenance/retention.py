@@ -97,7 +97,7 @@ class Retention:
         state = (await store.order_states(owner, [order_no]))[order_no]
         if state.status not in SETTLED or state.received_at >= before:
             return 0
-        await erase_order(owner, service, order_no, self.reason, ACTOR, state.version)
+        await erase_order(owner, service, order_no, self.reason, ACTOR, state.version, before)
         self.erased_orders += 1
         await asyncio.sleep(ORDER_PAUSE_SECONDS)
         return 1

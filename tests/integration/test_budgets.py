@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,6 +22,8 @@ from tests.support.client import Client, serving_client
 from tests.support.databases import wait_for_locked
 from tests.support.waiting import until_async
 
+# More than the kernel's buffers and aiohttp's queue of one connection hold.
+PIPELINED_BYTES_MAX = 32 * 1024 * 1024
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -66,14 +69,17 @@ async def is_served(stream: Stream) -> bool:
 async def test_an_address_has_a_share_of_the_connections() -> None:
     """One address can neither hold more than its share, nor keep another address out."""
     async with server_of_strangers(100) as (port, budget):
-        greedy = [await connected_from("127.0.0.2", port) for _ in range(5)]
-        served = [await is_served(stream) for stream in greedy]
-        assert served == [True, True, True, False, False]
+        greedy = [await connected_from("127.0.0.2", port) for _ in range(3)]
+        assert all([await is_served(stream) for stream in greedy])
+        # Its longest idle connections give way to its own new ones.
+        greedy += [await connected_from("127.0.0.2", port) for _ in range(2)]
+        served = [await is_served(stream) for stream in (*greedy[3:], *greedy[:3])]
+        assert served == [True, True, False, False, True]
         assert budget.refusals == 2
         other = await connected_from("127.0.0.3", port)
         assert await is_served(other)
         # A place that was left is free again.
-        greedy[0][1].close()
+        greedy[4][1].close()
         await until_async(partial(_holds, budget, 3))
         again = await connected_from("127.0.0.2", port)
         assert await is_served(again)
@@ -134,6 +140,45 @@ async def test_a_busy_connection_does_not_give_way() -> None:
     for _, writer in (busy, refused):
         writer.close()
     await server.stop()
+
+
+async def test_pipelined_requests_without_a_reader_fill_no_memory(client: Client) -> None:
+    """A client that sends requests and reads no response is soon stopped by full buffers."""
+    sender = socket.socket()
+    sender.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+    sender.settimeout(0)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(sender, ("127.0.0.1", client.port))
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 4_000 + b"\r\n\r\n"
+    sent = 0
+    try:
+        # Until nothing more is accepted for a while.
+        while sent < PIPELINED_BYTES_MAX:
+            async with asyncio.timeout(3.0):
+                await loop.sock_sendall(sender, request)
+            sent += len(request)
+    except TimeoutError:
+        pass
+    finally:
+        sender.close()
+    assert sent < PIPELINED_BYTES_MAX
+
+
+async def test_pipelined_reports_are_all_recorded(client: Client) -> None:
+    """Large pieces of many requests on one connection are all handled, in their order."""
+    body = json.dumps({"order_no": "KOM1", "status": "Dikirim", "note": "x" * 3_000}).encode()
+    request = b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+    sending = asyncio.create_task(_send(writer, request * 100))
+    for version in range(1, 101):
+        await reader.readuntil(b'"version":%d,' % version)
+    await sending
+    writer.close()
+
+
+async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(data)
+    await writer.drain()
 
 
 async def test_a_large_body_that_does_not_fit_gets_503(

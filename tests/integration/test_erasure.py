@@ -3,16 +3,19 @@
 import asyncio
 import json
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import asyncpg
 import pytest
 
+import projections.erasure
 from projections.postgres_errors import Connection
 from service.app import Service
 from service.database.connections import ConnectionPool, connect, connected
 from service.database.operations import Actor
+from service.maintenance import erasure
 from service.maintenance.check import check_database
-from service.maintenance.erasure import erase_order
+from service.maintenance.erasure import erase_order, find_left
 from service.maintenance.retention import Retention
 from service.settings import Settings
 from tests.support.client import Client
@@ -132,23 +135,67 @@ async def test_an_unknown_word_is_erased_everywhere(
 async def test_open_entries_of_the_order_are_erased(
     client: Client, connection: Connection, dsn: str, owner_dsn: str
 ) -> None:
-    """Unparseable bodies that name the order are emptied; others that contain its number are listed."""
-    await client.webhook("KOM1")
+    """Unparseable bodies that name the order are emptied, however they spell it; others with it are found."""
+    await client.webhook("KOM/1")
     bodies = (
-        b'{"order_no":"KOM1","state":"x","buyer":"Budi"}',
-        b'{"order_no":"KOM11","state":"x"}',
-        b"KOM1 not JSON",
+        b'{"order_no":"KOM/1","state":"x","buyer":"Budi"}',
+        rb'{"order_no":"KOM\/1","state":"x","buyer":"Budi"}',
+        rb'{"order_no":"\u004bOM/1","state":"x","buyer":"Budi"}',
+        b'{"order_no":"KOM/11","state":"x"}',
+        b"KOM/1 not JSON",
         b'{"order_no":"KOM2"}',
     )
     ids = [(await client.raw(body))["quarantine_id"] for body in bodies]
     async with connected(owner_dsn) as owner, connected(dsn) as service:
-        erased = await erase_order(owner, service, "KOM1", "asked for", BY)
-    assert (erased.entries, erased.left) == (1, ids[1:3])
-    entry = await client.get(f"/quarantine/{ids[0]}")
+        erased = await erase_order(owner, service, "KOM/1", "asked for", BY)
+        assert erased.entries == 3
+        assert await find_left(owner, "KOM/1") == ids[3:5]
+    entry = await client.get(f"/quarantine/{ids[1]}")
     assert (entry["state"], entry["body_base64"], entry["remote"]) == ("discarded", None, None)
-    assert await connection.fetchval("SELECT entries FROM erasures") == 1
+    assert await connection.fetchval("SELECT entries FROM erasures") == 3
     (operation, *_) = (await client.get("/audit/operations"))["operations"]
-    assert (operation["action"], operation["subject"], operation["actor"]) == ("order_erased", "KOM1", "tester")
+    assert (operation["action"], operation["subject"], operation["actor"]) == (
+        "order_erased",
+        "KOM/1",
+        "tester",
+    )
+
+
+async def test_reports_that_arrive_during_an_erasure_stay(
+    client: Client, dsn: str, owner_dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word that is recorded after the erasure of the log, and before that of the views, is in both."""
+    await client.webhook("KOM1", WORD)
+    between = projections.erasure.erase_words
+
+    async def later(*arguments: Any) -> bool:
+        last = (await client.webhook("KOM1", WORD))["position"]
+        await client.get(f"/statistics?after_position={last}")
+        await client.get(f"/orders/KOM1/timeline?after_position={last}")
+        return await between(*arguments)
+
+    monkeypatch.setattr(erasure, "erase_words", later)
+    async with connected(owner_dsn) as owner, connected(dsn) as service:
+        await erase_order(owner, service, "KOM1", "asked for", BY)
+        entries = (await client.get("/orders/KOM1/timeline"))["entries"]
+        assert [entry["reported_status"] for entry in entries] == ["", WORD]
+        assert await rebuilt(dsn, verify=True) == EQUAL
+        monkeypatch.undo()
+        await erase_order(owner, service, "KOM1", "asked for", BY)
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_a_late_retry_of_an_erased_word_adds_nothing(
+    client: Client, connection: Connection, dsn: str, owner_dsn: str
+) -> None:
+    """The key of a report whose word is erased gets the first receipt again, so that the word stays erased."""
+    body = f'{{"order_no":"KOM1","status":"{WORD}"}}'.encode()
+    first = await client.raw(body, **{"webhook-id": "key-1"})
+    async with connected(owner_dsn) as owner, connected(dsn) as service:
+        await erase_order(owner, service, "KOM1", "asked for", BY)
+    again = await client.raw(body, **{"webhook-id": "key-1"})
+    assert (again["version"], again["reported_status"]) == (first["version"], "")
+    assert await connection.fetchval("SELECT count(*) FROM order_events") == 1
 
 
 async def test_followers_learn_of_an_erasure(client: Client, dsn: str, owner_dsn: str) -> None:
@@ -205,8 +252,16 @@ async def test_old_bodies_of_settled_orders_are_erased(
         ]
         for one in reports:
             await record(service, one)
+        # A new entry that names an old order waits for an operator.
+        entry = "INSERT INTO quarantine (body, reason, received_at, last_seen_at, named_order_no)"
+        values = "VALUES ('x', 'not JSON', $1, $1, 'SETTLED')"
+        for seen_at in (old, now):
+            await connection.execute(f"{entry} {values}", seen_at)
+            await connection.execute("UPDATE quarantine SET times_seen = 1000")
         assert await service.retention.erase_due(now) == 1
         assert await bodies(connection) == {"SETTLED": False, "UNSETTLED": True, "RECENT": True}
+        states = await connection.fetch("SELECT state, body IS NULL FROM quarantine ORDER BY quarantine_id")
+        assert [tuple(row) for row in states] == [("discarded", True), ("open", False)]
         assert await service.retention.erase_due(now) == 0
         # A report that comes later has its own time; an order that is settled later is found then.
         await record(service, report("UNSETTLED", "Diterima", received_at=old + timedelta(hours=1)))

@@ -21,6 +21,8 @@ FORWARDING = (
     "Forwarded: for=198.51.100.1",
     "X-Real-IP: 198.51.100.1",
     "Via: 1.1 proxy",
+    "X-Forwarded-Ssl: on",
+    "CF-Connecting-IP: 198.51.100.1",
 )
 READS = ("/", "/orders", "/events", "/quarantine", "/metrics", "/orders/KOM1/timeline")
 
@@ -94,7 +96,7 @@ async def test_another_site_learns_nothing_of_an_order(dsn: str) -> None:
     ("settings", "has_key", "kinds"),
     [
         ({}, False, {"note"}),
-        ({}, True, {"note", "ok"}),
+        ({}, True, {"note", "ok", "WRONG"}),
         ({"webhook_tokens": TOKEN}, False, {"ok", "WRONG"}),
         ({"webhook_hmac_secret": SECRET}, False, {"ok", "WRONG"}),
         ({"webhook_tokens": TOKEN}, True, {"ok"}),
@@ -110,7 +112,7 @@ async def test_check_names_what_is_open(
     if has_key:
         await api_keys.create_key(connection, "one", "read", None)
     chosen = Settings(**settings)  # type: ignore[arg-type]
-    findings = [check_webhook(chosen), await check_keys(connection, is_open=chosen.is_open)]
+    findings = [check_webhook(chosen), *await check_keys(connection, is_open=chosen.is_open)]
     assert {finding.kind for finding in findings} == kinds, findings
     for finding in findings:
         if finding.kind == "WRONG":

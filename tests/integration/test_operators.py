@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 
 from projections.postgres_errors import Connection
 from service.database import api_keys, sessions
-from service.database.operations import Actor, operations_page, record_opened_setting
+from service.database.operations import Actor, operations_page, record_openness
 from service.http.access import HOST_PREFIX, SESSION_COOKIE
 from tests.support.client import Client, serving_client
 from tests.support.waiting import until_async
@@ -130,16 +130,19 @@ async def test_a_revoked_key_ends_its_sessions(
         await client.get("/orders", 401, session_of(cookie))
 
 
-async def test_a_further_session_ends_the_oldest(
+async def test_a_further_session_ends_the_oldest_of_its_key(
     connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of sessions is limited, so that one key cannot fill the table."""
-    monkeypatch.setattr(sessions, "SESSIONS_MAX", 2)
-    await api_keys.create_key(connection, "dashboard", "read", None)
+    """The number of sessions of a key is limited, so that one key can neither fill the table nor end others."""
+    monkeypatch.setattr(sessions, "SESSIONS_PER_KEY_MAX", 2)
+    for name in ("dashboard", "other"):
+        await api_keys.create_key(connection, name, "read", None)
+    other = await sessions.open_session(connection, "other")
     ids = [await sessions.open_session(connection, "dashboard") for _ in range(3)]
-    assert len(await sessions.list_sessions(connection)) == 2
+    assert len(await sessions.list_sessions(connection)) == 3
     assert await sessions.end_session(connection, ids[0]) is None
     assert await sessions.end_session(connection, ids[2]) == "dashboard"
+    assert await sessions.end_session(connection, other) == "other"
 
 
 async def quarantined(client: Client, path: str = "/webhook") -> int:
@@ -159,6 +162,8 @@ async def test_a_session_operates_from_the_own_pages_alone(
         number = await quarantined(client)
         headers = {**session_of((await signed_in(client, key))[1]), **FORM}
         form = f"/quarantined/{number}/discard"
+        upper = {**headers, "Host": "LOCALHOST", "Origin": "http://localhost"}
+        assert await client.status("POST", form, b"reason=+", upper) == (400 if scope == "admin" else 403)
         foreign: tuple[dict[str, str], ...] = (
             {},
             {"Origin": "http://evil.example"},
@@ -234,7 +239,7 @@ async def test_the_service_cannot_change_the_record(connection: Connection) -> N
     """The role of the service can neither change nor remove an operator's action, nor bring a key back."""
     await api_keys.create_key(connection, "one", "read", None)
     await api_keys.revoke_key(connection, "one")
-    await record_opened_setting(connection, Actor("cli", "root"), "webhook", "why")
+    await record_openness(connection, Actor("cli", "root"), "webhook", "why")
     await connection.execute("SET ROLE order_tracking_service")
     for statement in (
         "UPDATE operations SET reason = NULL",
@@ -250,10 +255,11 @@ async def test_the_service_cannot_change_the_record(connection: Connection) -> N
 
 
 async def test_an_opened_setting_is_recorded_when_it_changes(connection: Connection) -> None:
-    """A start with the same open setting as the last one adds nothing."""
-    for reason in ("a", "a", "b", "a"):
-        await record_opened_setting(connection, Actor("service", "root"), "webhook", reason)
-    assert len(await operations_page(connection, 2**63 - 1, "setting_opened", 10)) == 3
+    """A start with the same open setting as the last one adds nothing; closing and opening it again does."""
+    for reason in (None, "a", "a", "b", None, None, "b"):
+        await record_openness(connection, Actor("service", "root"), "webhook", reason)
+    actions = [one["action"] for one in await operations_page(connection, 2**63 - 1, None, 10)]
+    assert actions == ["setting_opened", "setting_closed", "setting_opened", "setting_opened"]
 
 
 async def test_refused_requests_are_counted_and_logged_once(dsn: str, connection: Connection) -> None:

@@ -46,6 +46,8 @@ WRONG: dict[str, dict[str, str]] = {
     "no time": signed(webhook_timestamp=""),
     "no number": signed(webhook_timestamp="1e9"),
     "a long number": signed(webhook_timestamp="9" * 400),
+    "a long id": signed(webhook_id="x" * 257),
+    "an id beyond ASCII": signed(webhook_id="msg_ü"),
     "no signature": signed(webhook_signature=""),
     "another version": {**signed(), "webhook-signature": signed()["webhook-signature"].replace("v1,", "v2,")},
 }

@@ -59,6 +59,8 @@ def _no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "ORDER_TRACKING_WEBHOOK_TOKENS: a token must have 16 or more ",
         ),
         ("WEBHOOK_TOKENS", ",", "ORDER_TRACKING_WEBHOOK_TOKENS: the list is empty: "),
+        ("WEBHOOK_TOKENS", f"a:{TOKEN},{TOKEN}", "ORDER_TRACKING_WEBHOOK_TOKENS: a token occurs twice, "),
+        ("WEBHOOK_TOKENS", f"a b:{TOKEN}", "ORDER_TRACKING_WEBHOOK_TOKENS: a token's name must have "),
         (
             "WEBHOOK_HMAC_SECRET",
             "short",

@@ -15,6 +15,16 @@ UPDATE erasures SET version = (
 );
 CREATE INDEX erasures_order_no_idx ON erasures (order_no, erased_at);
 
+-- The order that an unparseable body names.
+ALTER TABLE quarantine ADD COLUMN named_order_no text COLLATE "C";
+CREATE INDEX quarantine_named_idx ON quarantine (named_order_no);
+DO $$
+BEGIN
+    IF current_user = 'order_tracking_owner' THEN
+        GRANT INSERT (named_order_no) ON quarantine TO order_tracking_service;
+    END IF;
+END $$;
+
 DROP PROCEDURE erase_order(text, text);
 CREATE PROCEDURE erase_order(erased_order_no text, erasure_reason text, last_version bigint DEFAULT NULL)
     LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
