@@ -46,7 +46,7 @@ OPEN_FILES: Final = 20_000
 BACKLOG: Final = 1_024
 # What the kernel holds of a connection until it is read. By default, it would take the bodies of thousands of
 # connections, and the event loop would read all of them before any handler runs.
-RECEIVE_BYTES_MAX: Final = 16 * 1024
+RECEIVE_BYTES_MAX: Final = 8 * 1024
 # After a larger piece, a connection is read on in the next turn of the event loop, when handlers have run.
 PIECE_BYTES_MAX: Final = 4 * 1024
 # Closed connections are logged at most once in this interval.

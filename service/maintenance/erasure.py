@@ -104,7 +104,7 @@ async def erase_order(  # noqa: PLR0913, PLR0917 - what is erased, why, by whom,
 
 
 async def find_left(owner: Connection, order_no: str) -> list[int]:
-    """Return at most LISTED_MAX entries in which an order number occurs, but which an erasure does not reach."""
+    """Return at most LISTED_MAX entries with an order number in them that an erasure does not reach."""
     return [number for (number,) in await owner.fetch(ENTRIES_WITH, order_no, LISTED_MAX)]
 
 

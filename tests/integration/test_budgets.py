@@ -23,7 +23,7 @@ from tests.support.databases import wait_for_locked
 from tests.support.waiting import until_async
 
 # More than the kernel's buffers and aiohttp's queue of one connection hold.
-PIPELINED_BYTES_MAX = 32 * 1024 * 1024
+PIPELINED_BYTES_MAX = 8 * 1024 * 1024
 REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
