@@ -50,6 +50,8 @@ from service.pages.render import accepts_html, choose_locale, render_page, serve
 from service.pages.session import change_session, local_path, read_form, redirect, render_key_form
 
 ROWS_SHOWN_MAX: Final = 50
+# A reason of emoji has twelve bytes for each character in a form.
+REASON_FORM_BYTES_MAX: Final = 16 * 1024
 # A longer body is cut off on its page. The API and the command line return it whole.
 BODY_SHOWN_BYTES_MAX: Final = 65_536
 
@@ -264,7 +266,7 @@ class Pages:
     async def discard_quarantined(self, request: web.Request) -> web.Response:
         """Discard a quarantined body with the submitted reason, and show its entry."""
         entry, _ = await find_entry(request, self._pool)
-        reason = (await read_form(request)).get("reason", "")
+        reason = (await read_form(request, REASON_FORM_BYTES_MAX)).get("reason", "")
         await discard_entry(self._pool, entry, reason, admission(request).actor)
         return redirect(f"/quarantined/{entry['quarantine_id']}")
 

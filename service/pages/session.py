@@ -52,14 +52,18 @@ async def change_session(access: Access, request: web.Request) -> web.Response:
     return opening
 
 
-async def read_form(request: web.Request) -> dict[str, str]:
+async def read_form(request: web.Request, bytes_max: int = FORM_BYTES_MAX) -> dict[str, str]:
     """Return the fields of a form, each with its first value.
+
+    Args:
+        request: the request.
+        bytes_max: the size limit. Only an admitted operator may have more than the default.
 
     Raises:
         ProblemError: 400, the body is not a form; 413, it is too large.
     """
     try:
-        form = parse_qs((await read_body(request, FORM_BYTES_MAX)).decode(), max_num_fields=FORM_FIELDS_MAX)
+        form = parse_qs((await read_body(request, bytes_max)).decode(), max_num_fields=FORM_FIELDS_MAX)
     except ValueError:
         raise ProblemError(ProblemType.BAD_BODY, "the body is not a valid form") from None
     return {name: values[0] for name, values in form.items()}
