@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from projections.postgres_errors import Connection
-from service.ingest.signatures import StandardScheme, make_scheme
+from service.ingest.idempotency import KEY_BYTES_MAX
+from service.ingest.signatures import ID_BYTES_MAX, StandardScheme, make_scheme
 from service.ingest.volume import STEP_SECONDS, Volume, VolumeFullError
 from service.settings import Settings
 from tests.support.client import serving_client
@@ -29,6 +30,11 @@ def test_the_signature_is_that_of_the_specification(monkeypatch: pytest.MonkeyPa
     scheme = make_scheme(EXAMPLE_SECRET, "X")
     assert isinstance(scheme, StandardScheme)
     scheme.check(EXAMPLE, b'{"test": 2432232314}')
+
+
+def test_each_id_that_is_accepted_is_an_idempotency_key() -> None:
+    """The signed id is what makes a copy the same report, so no id may be too long for a key."""
+    assert ID_BYTES_MAX == KEY_BYTES_MAX
 
 
 def signed(body: bytes = BODY, **changes: str) -> dict[str, str]:
