@@ -181,6 +181,10 @@ class Access:
         self._keys = {key.secret_sha256: key for key in keys}
         self._keys_by_name = {key.name: key for key in keys}
         self._sessions = {session.session_sha256: session for session in live}
+        # Ended sessions leave their times behind.
+        if len(self._used_at) > len(keys) + len(live):
+            known = self._keys_by_name.keys() | self._sessions.keys()
+            self._used_at = {who: at for who, at in self._used_at.items() if who in known}
         self._valid_until = monotonic() + CACHE_SECONDS_MAX
         return callers
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import asyncpg
 import pytest
+from structlog.testing import capture_logs
 
 import projections.erasure
 from projections.postgres_errors import Connection
@@ -278,6 +279,28 @@ async def test_old_bodies_of_settled_orders_are_erased(
         ("retention", "service", "ORDER_TRACKING_BODY_RETENTION_DAYS is 30")
     ]
     assert again.erased_orders == 0
+
+
+async def test_an_unreadable_order_does_not_stop_the_retention(
+    dsn: str, owner_dsn: str, connection: Connection
+) -> None:
+    """An order whose last event cannot be decoded is logged, and the next one is erased."""
+    now = datetime.now(UTC)
+    service = Service(Settings(port=0), dsn)
+    await service.start()
+    try:
+        for order_no, days in (("KOM1", 33), ("KOM2", 32)):
+            await record(service, report(order_no, "Diterima", received_at=now - timedelta(days=days)))
+        await connection.execute(
+            """INSERT INTO order_events (originator_id, originator_version, topic, state)
+            VALUES ('KOM1', 2, 'order.future', '{}')"""
+        )
+        with capture_logs() as lines:
+            assert await Retention(service.pool, owner_dsn, dsn, 30).erase_due(now) == 1
+    finally:
+        await service.stop()
+    (line,) = [line for line in lines if line["event"] == "an order could not be erased"]
+    assert line["order_no"] == "KOM1"
 
 
 async def bodies(connection: Connection) -> dict[str, bool]:
