@@ -46,8 +46,8 @@ HAS_WORDS: Final = """
 # How long the views may take to apply events that were recorded before the erasure.
 VIEWS_SECONDS_MAX: Final = 10.0
 POLL_SECONDS: Final = 0.05
-# The old versions of the rows keep their bytes until then. If another session is vacuuming a table, or creates an
-# index on it, the erasure does not wait: that VACUUM, or the next automatic one, has the same effect.
+# Until then, the old versions of the rows keep their bytes. If another session is vacuuming a table or creating
+# an index on it, the erasure does not wait: that VACUUM, or the next automatic one, does the same.
 VACUUM: Final = "VACUUM (SKIP_LOCKED) order_events, quarantine, idempotency_keys"
 
 
