@@ -204,7 +204,7 @@ class Metrics:
                 "End of the last pass over the orders; 0 if none has ended.",
                 self._retention.last_pass_at,
             )
-        pool = _by_state("db_client_connection_count", "Connections of the pool.")
+        pool = _by_state("db_client_connections", "Connections of the pool.")
         pool.add_metric(["idle"], self._pool.idle)
         pool.add_metric(["used"], self._pool.used)
         yield pool

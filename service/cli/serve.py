@@ -122,7 +122,7 @@ def _warn(settings: Settings, *, is_without_keys: bool) -> None:
             "THE WEBHOOK IS OPEN TO EVERY HOST THAT REACHES THIS ADDRESS: set ORDER_TRACKING_WEBHOOK_TOKENS",
             command="order-tracking token",
         )
-    command = "order-tracking keys create"
+    command = "order-tracking keys create NAME"
     if settings.is_open:
         logger.warning(
             "open to every program of this machine: set ORDER_TRACKING_WEBHOOK_TOKENS and create an API key "

@@ -311,7 +311,7 @@ def refuse_other_machines(request: web.BaseRequest) -> None:
         lower = name.lower()
         if lower.startswith("x-forwarded") or lower in FORWARDING_HEADERS:
             detail = (
-                f"the request came through a proxy ({name}), but anyone could read and write: "
-                "set ORDER_TRACKING_WEBHOOK_TOKENS and create an API key first (order-tracking keys create)"
+                f"the request came through a proxy ({name}), but anyone could read and write: first set "
+                "ORDER_TRACKING_WEBHOOK_TOKENS and create an API key (order-tracking keys create NAME)"
             )
             raise RefusedError("other_machine", ProblemType.FORBIDDEN, detail)

@@ -1,5 +1,6 @@
 """Metrics have the right values and bounded labels, and the alerts and the dashboard use only existing ones."""
 
+import asyncio
 import json
 import re
 import shutil
@@ -202,3 +203,14 @@ async def test_a_silence_does_not_end_with_a_restart(dsn: str, connection: Conne
         await client.webhook("KOM1")
     recorded = await connection.fetchval("SELECT recorded_at FROM order_events")
     assert await shown() == pytest.approx(recorded.timestamp())
+
+
+async def test_prometheus_finds_no_fault_in_the_metrics(client: Client) -> None:
+    """Names, types and help texts follow the conventions that promtool checks."""
+    if PROMTOOL is None:
+        pytest.skip("this machine has no promtool")
+    await client.webhook("KOM1")
+    metrics = (await client.text("/metrics")).encode()
+    command = [PROMTOOL, "check", "metrics"]
+    done = await asyncio.to_thread(subprocess.run, command, input=metrics, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
