@@ -43,9 +43,8 @@ from service.ingest.signatures import make_scheme
 from service.ingest.volume import Volume
 from service.ingest.webhook import Webhook
 from service.ingest.webhook_auth import WebhookAuth
-from service.maintenance import retention
 from service.maintenance.replay import Rebuilder
-from service.maintenance.retention import Retention
+from service.maintenance.retention import PASS_SECONDS, Retention
 from service.pages.handlers import Pages
 from service.settings import Settings
 
@@ -154,9 +153,7 @@ class Service:
             project = partial(self._project, view)
             self.background.start(f"project {view.name}", project, restart_pause_seconds=RETRY_PAUSE_SECONDS)
         if self.retention is not None:
-            self.background.start(
-                "erase old bodies", self.retention.run, restart_pause_seconds=retention.PASS_SECONDS
-            )
+            self.background.start("erase old bodies", self.retention.run, restart_pause_seconds=PASS_SECONDS)
         self.background.start("listen", partial(listen, self._connect, CHANNEL, self._wake))
 
     async def stop(self) -> None:
@@ -219,15 +216,10 @@ class Service:
             projector.wake.set()
 
 
-def make_tokens(settings: Settings) -> dict[bytes, str | None]:
-    """Return the webhook's tokens, as they stand in a path, each with its name."""
-    return {token.encode(): name for token, name in settings.tokens.items()}
-
-
 def make_webhook_auth(settings: Settings, refusals: AuthRefusals) -> WebhookAuth:
     """Return the authentication of the webhook's sender."""
     return WebhookAuth(
-        make_tokens(settings),
+        settings.tokens,
         make_scheme(settings.webhook_hmac_secret.get_secret_value(), settings.webhook_hmac_header),
         settings.trusted_proxies,
         refusals,

@@ -19,7 +19,7 @@ from service.database.connections import ConnectionPool
 from service.database.operations import Action, Operation, operations_page
 from service.http.endpoints import CSV, JSON, Endpoint
 from service.http.pagination import cut_page, list_response
-from service.http.parameters import Query, TableQuery, Text, Time
+from service.http.parameters import CsvQuery, Query, TableQuery, Text, Time
 from service.http.responses import json_response
 
 
@@ -77,7 +77,7 @@ class Operations(TypedDict):
     next: str | None
 
 
-class OperationsQuery(TableQuery):
+class OperationsQuery(CsvQuery):
     """The filter of operators' actions."""
 
     action: Action | None = None

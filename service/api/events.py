@@ -25,7 +25,15 @@ from service.http.access import Access
 from service.http.budgets import Budget
 from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
 from service.http.pagination import Page, list_response
-from service.http.parameters import EventsQuery, LastReport, Limit, Position, Query, parse_order_no
+from service.http.parameters import (
+    PAGE_ROWS_DEFAULT,
+    EventsQuery,
+    LastReport,
+    Limit,
+    Position,
+    Query,
+    parse_order_no,
+)
 from service.http.problems import (
     ProblemError,
     ProblemType,
@@ -99,7 +107,7 @@ class ErasuresQuery(Query):
     """Where a page of erasures begins."""
 
     after: Position = Field(default=0, description="begin after the erasure with this id")
-    limit: Limit = 100
+    limit: Limit = PAGE_ROWS_DEFAULT
 
 
 class Erasures(TypedDict):

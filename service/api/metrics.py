@@ -172,8 +172,8 @@ class Metrics:
         for auth_cause, count in self._auth_refusals.counts.items():
             unadmitted.add_metric([auth_cause], count)
         yield unadmitted
-        held = _by_budget("budget_held", "What is held of a budget.")
-        maximum = _by_budget("budget_max", "What may be held of a budget.")
+        held = _by_budget("budget_held", "Amount in use, by budget.")
+        maximum = _by_budget("budget_max", "Limit, by budget.")
         beyond = CounterMetricFamily("budget_refusals", "Attempts to hold more.", labels=["budget"])
         for budget in self._budgets:
             held.add_metric([budget.name], budget.held)

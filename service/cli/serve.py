@@ -8,7 +8,7 @@ import structlog
 import uvloop
 from aiohttp import http_parser
 
-from service.app import Service, make_tokens, serving
+from service.app import Service, serving
 from service.cli.console import completes, fail, show, stop_event, tune_gc
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import CREATE_ACCOUNT, EmbeddedPostgres, belongs_to_nobody
@@ -94,7 +94,7 @@ def _greet(settings: Settings, port: int) -> None:
 def _reload_tokens(auth: WebhookAuth) -> None:
     """Read the webhook's tokens again, so that a rotation or a leak needs no restart."""
     try:
-        tokens = make_tokens(read_settings())
+        tokens = read_settings().tokens
     except SettingsError as error:
         logger.error("the tokens stay as they were", error=str(error))  # noqa: TRY400 - the message is enough
         return

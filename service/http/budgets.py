@@ -7,8 +7,10 @@ import resource
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import Final
 
+import structlog
 from aiohttp import web
 
 from service.http.problems import RETRY_AFTER_SECONDS, ProblemError, ProblemType
@@ -30,6 +32,10 @@ STREAMS_PER_KEY_MAX: Final = 1_000
 # Reads of an order as of an earlier version or time that are waiting for their turn, or have it.
 FOLDS_MAX: Final = 128
 FOLDS_PER_KEY_MAX: Final = 64
+# An exhausted budget is logged at most once in this interval.
+LOG_SECONDS: Final = 300.0
+
+logger = structlog.get_logger()
 
 
 class OverBudgetError(ProblemError):
@@ -58,6 +64,7 @@ class Budget:
         self._what = what
         self._maximum_each = maximum_each
         self._held_by: Counter[str] = Counter()
+        self._log_at = 0.0
 
     def is_full(self) -> bool:
         """Return whether all holders together hold the maximum."""
@@ -107,8 +114,11 @@ class Budget:
             self.give_back(holder)
 
     def refusal(self, detail: str) -> OverBudgetError:
-        """Count a refusal, and return its error."""
+        """Count a refusal, log it if none was logged lately, and return its error."""
         self.refusals += 1
+        if monotonic() >= self._log_at:
+            self._log_at = monotonic() + LOG_SECONDS
+            logger.warning("a budget is exhausted", budget=self.name, refusals=self.refusals, detail=detail)
         headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
         return OverBudgetError(ProblemType.OVER_BUDGET, detail, headers=headers, budget=self.name)
 

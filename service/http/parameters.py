@@ -155,10 +155,14 @@ class PageQuery(Query):
     limit: Limit = PAGE_ROWS_DEFAULT
 
 
-class TableQuery(ViewQuery, PageQuery):
-    """A page of a view's list, as JSON or as CSV."""
+class CsvQuery(PageQuery):
+    """A page of a list, as JSON or as CSV."""
 
     format: Literal["json", "csv"] | None = Field(default=None, description="overrides the Accept header")
+
+
+class TableQuery(ViewQuery, CsvQuery):
+    """A page of a view's list, as JSON or as CSV."""
 
 
 class EventsQuery(Query):

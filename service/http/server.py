@@ -12,7 +12,7 @@ from functools import partial
 from http import HTTPStatus
 from ipaddress import IPv6Address, ip_network
 from time import monotonic
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, cast
 
 import structlog
 from aiohttp import hdrs, web
@@ -79,20 +79,16 @@ class Connection(web.RequestHandler):
     """One connection, which records since when it has been waiting for a request, or for its complete head.
 
     Args:
-        crowd: the open connections.
+        all_open: the open connections.
     """
 
-    __slots__ = (
-        *("arriving_since", "crowd", "has_ended", "has_more", "idle_since", "is_handling", "loop"),
-        "place",
-    )
+    __slots__ = ("all_open", "arriving_since", "has_ended", "has_more", "holder", "idle_since", "is_handling")
 
-    def __init__(self, crowd: "Crowd", *args: Any, **options: Any) -> None:
+    def __init__(self, all_open: "OpenConnections", *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.loop = asyncio.get_running_loop()
-        self.crowd = crowd
-        # Whom the connection counts for; None unless it is admitted and open.
-        self.place: Place | None = None
+        self.all_open = all_open
+        # The address that the connection counts for; None for this machine and for proxies, which serve others.
+        self.holder: str | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.arriving_since: float | None = monotonic()
@@ -103,10 +99,10 @@ class Connection(web.RequestHandler):
         # Whether bytes beyond the body arrived during a request: the beginning of the next one.
         self.has_more = False
         super().connection_made(transport)
-        self.crowd.admit(self, cast("asyncio.Transport", transport))
+        self.all_open.admit(self, cast("asyncio.Transport", transport))
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self.crowd.leave(self)
+        self.all_open.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -118,7 +114,7 @@ class Connection(web.RequestHandler):
                 self.arriving_since = monotonic()
             if len(data) > PIECE_BYTES_MAX and self.transport is not None:
                 self.transport.pause_reading()
-                self.loop.call_soon(self._read_on)
+                self._loop.call_soon(self._read_on)
         super().data_received(data)
 
     def _read_on(self) -> None:
@@ -161,13 +157,7 @@ class Connection(web.RequestHandler):
         return _closing_response(ProblemError(HTTPStatus(status)), request)
 
 
-class Place(NamedTuple):
-    """Whom a connection counts for: its address; None for this machine and for proxies, which serve others."""
-
-    holder: str | None
-
-
-class Crowd:
+class OpenConnections:
     """The open connections, and their budget.
 
     Args:
@@ -185,35 +175,35 @@ class Crowd:
         """Count a new connection. If there are too many, close the longest idle ones, or else the new one."""
         # A client that has left already has no name any more.
         host, *_ = transport.get_extra_info("peername") or ("",)
-        place = Place(self._holder(host))
+        connection.holder = self._holder(host)
         if self._budget.is_full():
             self._warn("the longest idle connections are closed: there are too many connections")
             self._close_idle(self._open, max(1, self._budget.maximum // CLOSED_PART))
-        elif self._budget.is_full_for(place.holder):
-            self._warn("idle connections of an address are closed: it has too many", address=place.holder)
-            self._close_idle((one for one in self._open if one.place == place), 1)
+        elif self._budget.is_full_for(connection.holder):
+            self._warn("idle connections of an address are closed: it has too many", address=connection.holder)
+            self._close_idle([one for one in self._open if one.holder == connection.holder], 1)
         try:
-            self._budget.take(place.holder)
+            self._budget.take(connection.holder)
         except OverBudgetError:
-            self._warn("new connections are closed: too many are busy, or of one address", address=place.holder)
+            # The budget has logged it.
             transport.abort()
-            return
-        self._open.add(connection)
-        connection.place = place
+        else:
+            self._open.add(connection)
 
     def leave(self, connection: Connection) -> None:
         """Note that a connection is closed."""
-        if connection.place is not None:
+        if connection in self._open:
             self._open.discard(connection)
-            self._budget.give_back(connection.place.holder)
-            connection.place = None
+            self._budget.give_back(connection.holder)
 
     def _close_idle(self, candidates: Iterable[Connection], count: int) -> None:
         """Close the longest idle of some connections."""
-        idle = [(one.place, one.idle_since, one) for one in candidates if one.place and not one.is_handling]
         # This machine's and the proxies' last: they bring the requests of others.
-        idle.sort(key=lambda entry: (entry[0].holder is None, entry[1]))
-        for _, _, one in idle[:count]:
+        idle = sorted(
+            (one for one in candidates if not one.is_handling),
+            key=lambda one: (one.holder is None, one.idle_since),
+        )
+        for one in idle[:count]:
             self._budget.refusals += 1
             self.leave(one)
             if one.transport is not None:
@@ -324,7 +314,7 @@ class HttpServer:
         budget: Budget,
         exempt: Sequence[Network] = LOOPBACK,
     ) -> None:
-        self._crowd = Crowd(budget, exempt)
+        self._connections = OpenConnections(budget, exempt)
         self._on_response = on_response
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS_MAX)
         self._address = (host, port)
@@ -345,7 +335,7 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         make_connection = partial(
             Connection,
-            self._crowd,
+            self._connections,
             server,
             loop=loop,
             access_log=None,

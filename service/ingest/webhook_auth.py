@@ -35,14 +35,14 @@ class WebhookAuth:
 
     def __init__(
         self,
-        tokens: Mapping[bytes, str | None],
+        tokens: Mapping[str, str | None],
         scheme: Scheme | None,
         proxies: Sequence[Network],
         refusals: AuthRefusals,
         *,
         is_open: bool = False,
     ) -> None:
-        self._tokens = tokens
+        self.replace_tokens(tokens)
         self._scheme = scheme
         self._proxies = proxies
         self._refusals = refusals
@@ -58,9 +58,9 @@ class WebhookAuth:
         """Whether a token is required."""
         return bool(self._tokens)
 
-    def replace_tokens(self, tokens: Mapping[bytes, str | None]) -> None:
+    def replace_tokens(self, tokens: Mapping[str, str | None]) -> None:
         """Accept these tokens from now on. There must be one if there was one, since the path depends on it."""
-        self._tokens = tokens
+        self._tokens = {token.encode(): name for token, name in tokens.items()}
 
     def check_request(self, request: web.Request) -> Sender:
         """Check a request before its body is read, and return its sender.

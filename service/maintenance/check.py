@@ -21,11 +21,17 @@ from service.event_log import store
 from service.maintenance.retention import MAY_ERASE
 from service.settings import Settings, find_exposed_file
 
-# The log's triggers that are ENABLE ALWAYS.
+# The triggers that are ENABLE ALWAYS.
 TRIGGERS: Final = """
-    SELECT tgname FROM pg_trigger WHERE tgrelid = 'public.order_events'::regclass AND tgenabled = 'A'
+    SELECT tgname FROM pg_trigger
+    WHERE tgrelid IN ('public.order_events'::regclass, 'public.api_keys'::regclass) AND tgenabled = 'A'
 """
-EXPECTED_TRIGGERS: Final = ("order_events_immutable", "order_events_kept")
+# Each with its protection, and what is possible without it.
+EXPECTED_TRIGGERS: Final = (
+    ("order_events_immutable", "keeps the log immutable", "the log can be changed"),
+    ("order_events_kept", "keeps the log immutable", "the log can be changed"),
+    ("api_keys_stay_revoked", "keeps revoked keys revoked", "the service can bring a revoked key back"),
+)
 SERVER_VERSION: Final = "SHOW server_version"
 IS_STANDBY: Final = "SELECT pg_is_in_recovery()"
 # The rights of the role that the service runs as. A role that may insert a position or a time can forge events.
@@ -150,10 +156,10 @@ async def check_database(dsn: str, *, is_open: bool = True, retention_days: int 
 async def _check_triggers(connection: Connection) -> list[Finding]:
     always_enabled = {name for (name,) in await connection.fetch(TRIGGERS)}
     return [
-        _ok(f"trigger {name} keeps the log immutable")
+        _ok(f"trigger {name} {protection}")
         if name in always_enabled
-        else _wrong(f"trigger {name} is not ENABLE ALWAYS: the log can be changed")
-        for name in EXPECTED_TRIGGERS
+        else _wrong(f"trigger {name} is not ENABLE ALWAYS: {danger}")
+        for name, protection, danger in EXPECTED_TRIGGERS
     ]
 
 

@@ -10,6 +10,7 @@ from ipaddress import ip_network
 
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from projections.postgres_errors import Connection
 from service.database import api_keys
@@ -233,6 +234,13 @@ async def test_a_key_has_a_share_of_the_streams(
     monkeypatch.setattr(budgets, "STREAMS_PER_KEY_MAX", 1)
     keys = [await api_keys.create_key(connection, name, "read", None) for name in ("one", "two")]
     first, second = ({"Authorization": f"Bearer {key}"} for key in keys)
+    with capture_logs() as lines:
+        await _open_streams(dsn, first, second)
+    (line,) = [line for line in lines if line["event"] == "a budget is exhausted"]
+    assert line["budget"] == "streams"
+
+
+async def _open_streams(dsn: str, first: dict[str, str], second: dict[str, str]) -> None:
     async with serving_client(dsn) as client, client.reading("/events/stream", **first):
         for headers, status in ((first, 429), (second, 200)):
             async with client.session.get(client.url("/orders/KOM1/stream"), headers=headers) as answer:

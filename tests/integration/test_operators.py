@@ -11,6 +11,7 @@ from projections.postgres_errors import Connection
 from service.database import api_keys, sessions
 from service.database.operations import Actor, operations_page, record_openness
 from service.http.access import HOST_PREFIX, SESSION_COOKIE
+from service.maintenance.check import check_database
 from tests.support.client import Client, serving_client
 from tests.support.waiting import until_async
 
@@ -226,6 +227,8 @@ async def test_what_operators_did_is_recorded(dsn: str, connection: Connection) 
         ]
         filtered = await client.get("/audit/operations?action=entry_retried&limit=1", 200, bearer)
         assert [one["subject"] for one in filtered["operations"]] == [str(second)]
+        # The record is not a view, so a position of the log means nothing to it.
+        await client.get("/audit/operations?after_position=1", 400, bearer)
         html = {**bearer, "Accept": "text/html"}
         async with client.session.get(client.url("/operations?lang=en"), headers=html) as answer:
             text = await answer.text()
@@ -252,6 +255,13 @@ async def test_the_service_cannot_change_the_record(connection: Connection) -> N
         with pytest.raises(Exception, match=r"permission denied|is revoked, which is permanent"):
             await connection.execute(statement)
     await connection.execute("RESET ROLE")
+
+
+async def test_check_finds_that_a_revoked_key_could_come_back(dsn: str, connection: Connection) -> None:
+    """A trigger that was disabled by hand is WRONG."""
+    await connection.execute("ALTER TABLE api_keys DISABLE TRIGGER api_keys_stay_revoked")
+    wrong = [finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"]
+    assert [text for text in wrong if text.endswith("the service can bring a revoked key back")]
 
 
 async def test_an_opened_setting_is_recorded_when_it_changes(connection: Connection) -> None:
