@@ -37,6 +37,8 @@ RELEASED = (
     "b9a49ceed4ade6eb",
     "1a38a4f352ced740",
     "ca628bff63d391c3",
+    "315d30e9101a76ba",
+    "096087648a7622bd",
 )
 # The rights on each object of the schema public, and the triggers that always fire.
 RIGHTS = """
