@@ -351,9 +351,12 @@ CREATE TABLE orders (
     late               bigint      NOT NULL,
     refused            bigint      NOT NULL,
     unrecognised       bigint      NOT NULL,
-    -- One report, one event: the version is the number of reports.
-    CHECK (version = advanced + repeated + late + refused + unrecognised),
-    CHECK ((status IS NULL) = (advanced = 0)),
+    rejudgements       bigint      NOT NULL,       -- unrecognised reports that were judged again
+    -- One report, one event: the version is the number of reports and of rejudgements.
+    CHECK (version = advanced + repeated + late + refused + unrecognised + rejudgements),
+    CHECK (rejudgements <= unrecognised),
+    CHECK (status IS NOT NULL OR advanced = 0),
+    CHECK (status IS NULL OR advanced + rejudgements > 0),
     PRIMARY KEY (order_no)
 ) WITH (
     -- Each report updates its order's row. By default, a fifth of a large table would be dead before it is cleaned.
@@ -382,7 +385,7 @@ CREATE INDEX orders_status_idx ON orders (status, first_position);
 CREATE INDEX orders_repeated_idx ON orders (first_position) WHERE repeated > 0;
 CREATE INDEX orders_late_idx ON orders (first_position) WHERE late > 0;
 CREATE INDEX orders_refused_idx ON orders (first_position) WHERE refused > 0;
-CREATE INDEX orders_unrecognised_idx ON orders (first_position) WHERE unrecognised > 0;
+CREATE INDEX orders_unrecognised_idx ON orders (first_position) WHERE unrecognised > rejudgements;
 CREATE INDEX orders_last_reported_idx ON orders (last_reported_at);
 CREATE INDEX orders_unsettled_idx ON orders (last_reported_at)
     WHERE status IS NULL OR status NOT IN ('delivered', 'completed', 'returned', 'cancelled', 'lost', 'damaged');
@@ -405,6 +408,7 @@ CREATE TABLE entries (
     received_at      timestamptz NOT NULL,
     occurred_at      timestamptz,
     repeats          bigint,                       -- the version of the entry that this report repeats
+    rejudges         bigint,                       -- the version of the report that this one judges again
     kind             smallint    NOT NULL,         -- stands for verdict, previous_status and recognised together
     PRIMARY KEY (order_no, version)
 );
@@ -453,7 +457,8 @@ CREATE TABLE days (
 CREATE TABLE unrecognised (
     reported_status   text        NOT NULL COLLATE "C" PRIMARY KEY,
     reports           bigint      NOT NULL,
-    last_received_at  timestamptz NOT NULL
+    rejudged          bigint      NOT NULL,        -- how many of these reports were judged again
+    last_received_at  timestamptz                  -- null if an erasure has emptied the word in all reports
 );
 
 -- end of views

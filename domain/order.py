@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 from eventsourcing.domain import BaseAggregate, CanMutateAggregate, MetaDomainEvent
 from eventsourcing.utils import register_topic
 
-from domain.statuses import recognise
+from domain.statuses import STANDARD_VOCABULARY
 from domain.transitions import judge
 
 if TYPE_CHECKING:
-    from domain.statuses import Status
+    from domain.statuses import Recognise, Status
     from domain.transitions import Leg, Verdict
 
 
@@ -30,12 +30,15 @@ class Arrival(NamedTuple):
         received_at: the time of arrival, in UTC.
         remote: the sender's IP address, None if unknown.
         token_name: the name of the token that the sender used, None if it has none.
+        imported_at: when an operator imported the report; then ``received_at`` is the time that the operator
+            gave. None for a webhook.
     """
 
     report_id: str
     received_at: datetime
     remote: str | None = None
     token_name: str | None = None
+    imported_at: datetime | None = None
 
 
 class Report(NamedTuple):
@@ -49,6 +52,7 @@ class Report(NamedTuple):
         body: the whole body as decoded text.
         occurred_at: the sender's own time, None if absent or invalid.
         quarantine_id: the quarantined body that this report was retried from, else None.
+        rejudges: the version of the unrecognised report that is judged again by this one, else None.
     """
 
     arrival: Arrival
@@ -58,6 +62,7 @@ class Report(NamedTuple):
     body: str
     occurred_at: datetime | None = None
     quarantine_id: int | None = None
+    rejudges: int | None = None
 
 
 class OrderState(NamedTuple):
@@ -108,7 +113,8 @@ class Order(BaseAggregate[str]):
         ``timestamp`` is the time of arrival. ``status``, ``leg``, ``status_version`` and ``cnote`` are the
         order's values after this event. ``recognised`` is the status that the reported string meant when it was
         judged. ``previous_since`` is when the order reached ``previous_status``. ``repeats`` is the version of
-        the timeline entry that this report repeats.
+        the timeline entry that this report repeats. ``rejudges`` is the version of the report that an operator
+        had judged again, after its word had become known; such an event is not a report of its own.
 
         A member with a default was added after the first release. An event has it only if its value differs, so
         that events of every release have the same bytes.
@@ -135,6 +141,8 @@ class Order(BaseAggregate[str]):
         repeats: int | None
         reason: str | None
         token_name: str | None = field(default=None, kw_only=True)
+        rejudges: int | None = field(default=None, kw_only=True)
+        imported_at: datetime | None = field(default=None, kw_only=True)
 
         @classmethod
         def from_fields(cls, fields: dict[str, Any]) -> Self:
@@ -159,9 +167,11 @@ class Order(BaseAggregate[str]):
         order.state = NEW_ORDER
         return order
 
-    def report(self, report: Report) -> Order.StatusReported:
+    def report(
+        self, report: Report, recognise: Recognise = STANDARD_VOCABULARY.recognise
+    ) -> Order.StatusReported:
         """Decide on a report, apply the event, and add it to ``pending_events``."""
-        event = decide(self.state, report)
+        event = decide(self.state, report, recognise)
         event.mutate(self)
         self.pending_events.append(event)
         return event
@@ -170,12 +180,15 @@ class Order(BaseAggregate[str]):
 register_topic(Order.StatusReported.TOPIC, Order.StatusReported)
 
 
-def decide(state: OrderState, report: Report) -> Order.StatusReported:
+def decide(
+    state: OrderState, report: Report, recognise: Recognise = STANDARD_VOCABULARY.recognise
+) -> Order.StatusReported:
     """Judge one report by the transition table and return the event that records it.
 
     Args:
         state: the order's state after its last event; NEW_ORDER if it has none.
         report: the report. If it arrived before the order's last report, that report's time is recorded.
+        recognise: the vocabulary; by default the words of this release alone.
     """
     recognised = recognise(report.reported_status)
     verdict, leg, skipped, reason = judge(state.status, state.leg, recognised)
@@ -184,7 +197,7 @@ def decide(state: OrderState, report: Report) -> Order.StatusReported:
     status, status_version, repeats, cnote = state.status, state.status_version, None, state.cnote
     if verdict == "advanced":
         status, status_version = recognised, version
-    elif verdict == "repeated" and not is_new_cnote:
+    elif verdict == "repeated" and not is_new_cnote and report.rejudges is None:
         repeats = state.status_version
     if is_new_cnote and (state.cnote is None or verdict in ("advanced", "repeated")):
         cnote = report.reported_cnote
@@ -213,6 +226,10 @@ def decide(state: OrderState, report: Report) -> Order.StatusReported:
     }
     if report.arrival.token_name is not None:
         fields["token_name"] = report.arrival.token_name
+    if report.rejudges is not None:
+        fields["rejudges"] = report.rejudges
+    if report.arrival.imported_at is not None:
+        fields["imported_at"] = report.arrival.imported_at
     return Order.StatusReported.from_fields(fields)
 
 

@@ -4,13 +4,11 @@ Every word comes from ``docs/statuses.md``; a test compares it with this module.
 """
 
 import re
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, Literal, cast, get_args
+from typing import Final, Literal, TypeAlias, cast, get_args
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 Status = Literal[
     "submitted",
@@ -95,19 +93,58 @@ ALIASES: Final[dict[Status, tuple[str, ...]]] = {
     "damaged": ("rusak", "damaged"),
 }
 
-_MEANINGS: Final[dict[str, Status]] = {
-    alias: status for status, aliases in ALIASES.items() for alias in aliases
-}
 _SEPARATORS: Final = re.compile(r"[\s_-]+")
 
 # The sender has a few dozen spellings; a larger cache would only serve an attacker.
 SPELLINGS_MAX: Final = 1_024
 
+# Returns the status that a reported string means, None if it is outside the vocabulary.
+Recognise: TypeAlias = Callable[[str], Status | None]
 
-@lru_cache(maxsize=SPELLINGS_MAX)
-def recognise(reported: str) -> Status | None:
-    """Return the status that a reported string means, None if the string is outside the vocabulary.
+
+def normalise(word: str) -> str:
+    """Return a word without the differences that have no meaning.
 
     Case, surrounding spaces and the word separator (``_``, ``-`` or any white space) make no difference.
     """
-    return _MEANINGS.get(_SEPARATORS.sub(" ", reported.casefold()).strip())
+    return _SEPARATORS.sub(" ", word.casefold()).strip()
+
+
+class Vocabulary:
+    """The sender's words and their meanings: those of this release, and further ones.
+
+    Args:
+        own_words: further words and their meanings.
+
+    Attributes:
+        own_words: the further words, normalised.
+
+    Raises:
+        ValueError: a further word is blank, or has two meanings. ``str()`` names it.
+    """
+
+    def __init__(self, own_words: Mapping[str, Status] | None = None) -> None:
+        meanings: dict[str, Status] = {alias: status for status, words in ALIASES.items() for alias in words}
+        self.own_words: dict[str, Status] = {}
+        for spelling, status in (own_words or {}).items():
+            word = normalise(spelling)
+            if not word:
+                raise ValueError(f"{spelling!r} is blank: expected a status word of the sender")
+            if meanings.setdefault(word, status) != status:
+                raise ValueError(f"{spelling!r} already means {meanings[word]}, so it cannot mean {status}")
+            if word not in ALIASES[status]:
+                self.own_words[word] = status
+
+        @lru_cache(maxsize=SPELLINGS_MAX)
+        def recognise(reported: str) -> Status | None:
+            return meanings.get(normalise(reported))
+
+        self.recognise: Recognise = recognise
+
+    def words(self, status: Status) -> list[str]:
+        """Return all words that mean a status, this release's first."""
+        return [*ALIASES[status], *(word for word, meaning in self.own_words.items() if meaning == status)]
+
+
+# The words of this release alone.
+STANDARD_VOCABULARY: Final = Vocabulary()

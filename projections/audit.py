@@ -26,9 +26,13 @@ Transition = TypedDict(
         "reason": str | None,
         "skipped": list[Status],
         "received_at": datetime,
+        "rejudges": int | None,
     },
 )
-Transition.__doc__ = "One report and its verdict, in the audit."
+Transition.__doc__ = """One report and its verdict, in the audit.
+
+``rejudges`` is the version of the report that this verdict judges again, null if this is a report.
+"""
 
 
 class TransitionsFilter(NamedTuple):
@@ -68,7 +72,7 @@ class TransitionsFilter(NamedTuple):
 # limited subquery keeps it from replacing the look-up of each walked row by a scan for the filter.
 PAGE: Final = """
     SELECT position, order_no, version, verdict, previous_status AS "from", recognised AS "to", reported_status,
-        reason, skipped, received_at
+        reason, skipped, received_at, rejudges
     FROM unnest($1::bigint[]) AS walked (at)
     CROSS JOIN LATERAL (SELECT * FROM timeline.entries WHERE position = walked.at LIMIT 1) AS entry
     WHERE ($2::text IS NULL OR verdict = $2)

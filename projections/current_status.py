@@ -24,7 +24,10 @@ class Counts(TypedDict):
 
 
 class CurrentOrder(TypedDict):
-    """One order, now or as of an earlier version or time."""
+    """One order, now or as of an earlier version or time.
+
+    ``rejudgements`` is the number of its unrecognised reports that were judged again; ``counts`` excludes them.
+    """
 
     order_no: str
     cnote: str | None
@@ -38,6 +41,7 @@ class CurrentOrder(TypedDict):
     first_reported_at: datetime
     last_reported_at: datetime
     counts: Counts
+    rejudgements: int
     parked: Parked | None
 
 
@@ -64,21 +68,25 @@ def fold(events: Iterable[DecodedEvent], rows: dict[str, Row]) -> None:
                 "status_since": None,
                 "cnote": None,
                 "first_reported_at": received_at,
-                "last_reported_at": received_at,
+                "last_reported_at": None,
                 "advanced": 0,
                 "repeated": 0,
                 "late": 0,
                 "refused": 0,
                 "unrecognised": 0,
+                "rejudgements": 0,
                 "cnotes": [],
             }
         row["version"] = event.originator_version
         row["position"] = position
         row["status"] = event.status
         row["cnote"] = event.cnote
-        row["last_reported_at"] = received_at
         verdict = event.verdict
-        row[verdict] += 1
+        if event.rejudges is None:
+            row["last_reported_at"] = received_at
+            row[verdict] += 1
+        else:
+            row["rejudgements"] += 1
         if verdict == "advanced":
             row["reported_status"] = event.reported_status
             row["status_since"] = received_at
@@ -95,7 +103,7 @@ ADD_TO_ORDERS: Final = f"""
             order_no text, version bigint, position bigint, first_position bigint, status text,
             reported_status text, status_since timestamptz, cnote text, first_reported_at timestamptz,
             last_reported_at timestamptz, advanced bigint, repeated bigint, late bigint, refused bigint,
-            unrecognised bigint, cnotes text[])
+            unrecognised bigint, rejudgements bigint, cnotes text[])
     ), added_cnotes AS (
         INSERT INTO order_cnotes (cnote, order_no)
         SELECT reported.cnote, batch.order_no FROM batch, unnest(batch.cnotes) AS reported (cnote)
@@ -103,7 +111,7 @@ ADD_TO_ORDERS: Final = f"""
     ), added AS (
         INSERT INTO orders (
             order_no, version, position, first_position, status, reported_status, status_since, cnote,
-            first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised)
+            first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised, rejudgements)
         SELECT batch.order_no, batch.version, batch.position,
             coalesce(present.first_position, batch.first_position),
             batch.status,
@@ -111,12 +119,14 @@ ADD_TO_ORDERS: Final = f"""
             coalesce(batch.status_since, present.status_since),
             batch.cnote,
             coalesce(present.first_reported_at, batch.first_reported_at),
-            batch.last_reported_at,
+            -- A batch may have only a rejudgement, which is not a report.
+            coalesce(batch.last_reported_at, present.last_reported_at),
             batch.advanced + coalesce(present.advanced, 0),
             batch.repeated + coalesce(present.repeated, 0),
             batch.late + coalesce(present.late, 0),
             batch.refused + coalesce(present.refused, 0),
-            batch.unrecognised + coalesce(present.unrecognised, 0)
+            batch.unrecognised + coalesce(present.unrecognised, 0),
+            batch.rejudgements + coalesce(present.rejudgements, 0)
         FROM batch LEFT JOIN orders AS present ON present.order_no = batch.order_no
         ON CONFLICT (order_no) DO UPDATE SET
             version = excluded.version,
@@ -130,7 +140,8 @@ ADD_TO_ORDERS: Final = f"""
             repeated = excluded.repeated,
             late = excluded.late,
             refused = excluded.refused,
-            unrecognised = excluded.unrecognised
+            unrecognised = excluded.unrecognised,
+            rejudgements = excluded.rejudgements
         RETURNING first_position, first_reported_at, last_reported_at
     ), seen AS (
         SELECT first_position / {BLOCK_POSITIONS} AS block, min(first_reported_at) AS earliest,
@@ -151,7 +162,7 @@ async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
 
 VIEW: Final = View(
     name="current_status",
-    fold_version=2,
+    fold_version=3,
     tables=("orders", "order_cnotes", "blocks"),
     apply=apply,
     # Larger batches gain no throughput and delay webhooks: with 2,000 events, their p99 rose from 2.3 times
@@ -185,6 +196,7 @@ def to_order(row: Any) -> CurrentOrder:
             "refused": row["refused"],
             "unrecognised": row["unrecognised"],
         },
+        "rejudgements": row["rejudgements"],
         "parked": parked,
     }
 

@@ -21,8 +21,8 @@ ERASE_WORDS: Final = """
         UPDATE timeline.entries SET reported_status = ''
         WHERE order_no = $1 AND verdict = 'unrecognised' AND version <= $2
     ), added AS (
-        INSERT INTO statistics.unrecognised AS counted
-        SELECT '', sum(reports), max(last_received_at) FROM words HAVING count(*) > 0
+        INSERT INTO statistics.unrecognised AS counted (reported_status, reports, rejudged, last_received_at)
+        SELECT '', sum(reports), 0, max(last_received_at) FROM words HAVING count(*) > 0
         ON CONFLICT (reported_status) DO UPDATE
         SET reports = counted.reports + excluded.reports,
             last_received_at = greatest(counted.last_received_at, excluded.last_received_at)
@@ -31,12 +31,12 @@ ERASE_WORDS: Final = """
     FROM words WHERE counted.reported_status = words.reported_status
     RETURNING counted.reported_status
 """
-REMOVE_UNUSED: Final = "DELETE FROM statistics.unrecognised WHERE reports <= 0"
+REMOVE_UNUSED: Final = "DELETE FROM statistics.unrecognised WHERE reports <= 0 AND rejudged = 0"
 RENEW_TIMES: Final = """
     UPDATE statistics.unrecognised AS counted
-    SET last_received_at = coalesce((
+    SET last_received_at = (
         SELECT max(received_at) FROM timeline.entries
-        WHERE kind = ANY($2::smallint[]) AND reported_status = counted.reported_status), last_received_at)
+        WHERE kind = ANY($2::smallint[]) AND reported_status = counted.reported_status)
     WHERE reported_status = ANY($1::text[])
 """
 UNRECOGNISED_KINDS: Final = [kind for (verdict, _, _), kind in KINDS.items() if verdict == "unrecognised"]

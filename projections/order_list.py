@@ -17,7 +17,8 @@ class OrdersFilter(NamedTuple):
     Args:
         status: the current status.
         cnote: an airway bill that was ever reported for the order.
-        verdict: a verdict that at least one report of the order has.
+        verdict: a verdict that at least one report of the order has; of the unrecognised reports, only those
+            count that were not judged again.
         updated_after: the last report was at or after this time.
         updated_before: the last report was before this time.
         unmoved_since: the order is not settled, and the last report was at or before this time.
@@ -64,7 +65,7 @@ PAGE: Final = f"""
       AND ($4::text IS NULL OR CASE $4
                WHEN 'advanced' THEN advanced > 0 WHEN 'repeated' THEN repeated > 0
                WHEN 'late' THEN late > 0 WHEN 'refused' THEN refused > 0
-               WHEN 'unrecognised' THEN unrecognised > 0 END)
+               WHEN 'unrecognised' THEN unrecognised > rejudgements END)
       AND ($5::timestamptz IS NULL OR last_reported_at >= $5)
       AND ($6::timestamptz IS NULL OR last_reported_at < $6)
       AND ($7::timestamptz IS NULL OR last_reported_at <= $7 AND {UNSETTLED})
@@ -81,13 +82,19 @@ WALK_STATUS: Final = """
     SELECT first_position FROM current_status.orders
     WHERE status = $4 AND first_position BETWEEN $1 AND $2 ORDER BY first_position DESC LIMIT $3
 """
-# The verdicts that few orders have, each with an index of these orders.
+# The verdicts that few orders have, each with an index of the orders that fit its condition.
+RARE_VERDICTS: Final[dict[Verdict, str]] = {
+    "repeated": "repeated > 0",
+    "late": "late > 0",
+    "refused": "refused > 0",
+    "unrecognised": "unrecognised > rejudgements",
+}
 WALK_VERDICTS: Final[dict[Verdict, str]] = {
     verdict: f"""
         SELECT first_position FROM current_status.orders
-        WHERE {verdict} > 0 AND first_position BETWEEN $1 AND $2 ORDER BY first_position DESC LIMIT $3
+        WHERE {condition} AND first_position BETWEEN $1 AND $2 ORDER BY first_position DESC LIMIT $3
     """
-    for verdict in ("repeated", "late", "refused", "unrecognised")
+    for verdict, condition in RARE_VERDICTS.items()
 }
 # The other walks are of use if they come to their end.
 WALK_CNOTE: Final = """

@@ -9,7 +9,7 @@ from typing import Final, cast
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from domain.statuses import STATUSES, Label, Status, status_label
+from domain.statuses import STATUSES, Label, Recognise, Status, status_label
 from domain.transitions import VERDICTS
 from projections.current_status import Counts
 from projections.engine import DecodedEvent, View
@@ -53,10 +53,16 @@ class Day(TypedDict):
 
 
 class UnrecognisedString(TypedDict):
-    """A status string outside the vocabulary."""
+    """A status string that was outside the vocabulary when it was reported, in some reports until now.
+
+    ``rejudged`` is the number of its reports that were judged again. ``recognised`` is the status that the
+    string means by now, null if it is still outside the vocabulary.
+    """
 
     reported_status: str
     reports: int
+    rejudged: int
+    recognised: Status | None
     last_received_at: datetime
 
 
@@ -71,13 +77,27 @@ class Statistics(TypedDict):
 
 
 @dataclass
+class Word:
+    """The numbers that some events add to a word outside the vocabulary."""
+
+    reports: int = 0
+    rejudged: int = 0
+    last_received_at: datetime | None = None
+
+    def add_report(self, received_at: datetime) -> None:
+        """Count a report with this word."""
+        self.reports += 1
+        self.last_received_at = max(self.last_received_at or received_at, received_at)
+
+
+@dataclass
 class Additions:
     """The numbers that some events add to the counters."""
 
     statuses: dict[str, int] = field(default_factory=dict)
     moves: dict[tuple[str, str, int], int] = field(default_factory=dict)
     days: dict[tuple[date, str], int] = field(default_factory=dict)
-    unrecognised: dict[str, tuple[int, datetime]] = field(default_factory=dict)
+    unrecognised: dict[str, Word] = field(default_factory=dict)
 
 
 def to_bucket(duration: timedelta) -> int:
@@ -102,14 +122,17 @@ def fold(events: Iterable[DecodedEvent], additions: Additions) -> None:
         elif before != after:
             statuses[before] = statuses.get(before, 0) - 1
             statuses[after] = statuses.get(after, 0) + 1
+        if event.rejudges is not None:
+            # It is not a report, and its order had reached the status at some earlier time.
+            unrecognised.setdefault(event.reported_status, Word()).rejudged += 1
+            continue
         if event.verdict == "advanced" and event.previous_since is not None:
             move = (before, after, to_bucket(event.timestamp - event.previous_since))
             moves[move] = moves.get(move, 0) + 1
         day = (event.timestamp.date(), event.verdict)
         days[day] = days.get(day, 0) + 1
         if event.verdict == "unrecognised":
-            reports, last = unrecognised.get(event.reported_status, (0, event.timestamp))
-            unrecognised[event.reported_status] = (reports + 1, max(last, event.timestamp))
+            unrecognised.setdefault(event.reported_status, Word()).add_report(event.timestamp)
 
 
 ADD_TO_COUNTERS: Final = """
@@ -127,11 +150,12 @@ ADD_TO_COUNTERS: Final = """
         SELECT * FROM json_to_recordset($3) AS added (day date, verdict text, reports bigint)
         ON CONFLICT (day, verdict) DO UPDATE SET reports = present.reports + excluded.reports
     )
-    INSERT INTO unrecognised AS present (reported_status, reports, last_received_at)
+    INSERT INTO unrecognised AS present (reported_status, reports, rejudged, last_received_at)
     SELECT * FROM json_to_recordset($4)
-        AS added (reported_status text, reports bigint, last_received_at timestamptz)
+        AS added (reported_status text, reports bigint, rejudged bigint, last_received_at timestamptz)
     ON CONFLICT (reported_status) DO UPDATE SET
         reports = present.reports + excluded.reports,
+        rejudged = present.rejudged + excluded.rejudged,
         last_received_at = greatest(present.last_received_at, excluded.last_received_at)
 """
 
@@ -151,16 +175,13 @@ async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
             {"day": day, "verdict": verdict, "reports": reports}
             for (day, verdict), reports in additions.days.items()
         ],
-        [
-            {"reported_status": reported, "reports": reports, "last_received_at": last}
-            for reported, (reports, last) in additions.unrecognised.items()
-        ],
+        [{"reported_status": reported, **vars(word)} for reported, word in additions.unrecognised.items()],
     )
 
 
 VIEW: Final = View(
     name="statistics",
-    fold_version=1,
+    fold_version=2,
     tables=("statuses", "moves", "days", "unrecognised"),
     apply=apply,
     # No reader waits for a counter: large batches and a long pause leave more resources to webhooks.
@@ -175,13 +196,20 @@ MOVES: Final = """
 """
 DAYS: Final = "SELECT day, verdict, reports FROM statistics.days WHERE day >= $1 ORDER BY day, verdict"
 UNRECOGNISED: Final = """
-    SELECT reported_status, reports, last_received_at FROM statistics.unrecognised
-    ORDER BY reports DESC, reported_status LIMIT $1
+    SELECT reported_status, reports, rejudged, last_received_at FROM statistics.unrecognised
+    WHERE reports > rejudged AND reported_status <> ''
+    ORDER BY reports - rejudged DESC, reported_status LIMIT $1
 """
 
 
-async def read_statistics(connection: Connection, since: date) -> Statistics:
-    """Return all counters in one snapshot. The days begin with ``since``."""
+async def read_statistics(connection: Connection, since: date, recognise: Recognise) -> Statistics:
+    """Return all counters in one snapshot.
+
+    Args:
+        connection: a connection.
+        since: the first day.
+        recognise: the present vocabulary.
+    """
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         position: int = await connection.fetchval(POSITION)
         statuses = await connection.fetch(STATUS_COUNTS)
@@ -204,7 +232,10 @@ async def read_statistics(connection: Connection, since: date) -> Statistics:
             {"day": day, "reports": _to_counts({row["verdict"]: row["reports"] for row in rows})}
             for day, rows in groupby(days, key=lambda row: row["day"])
         ],
-        "unrecognised": [cast("UnrecognisedString", dict(row)) for row in unrecognised],
+        "unrecognised": [
+            cast("UnrecognisedString", {**row, "recognised": recognise(row["reported_status"])})
+            for row in unrecognised
+        ],
     }
 
 

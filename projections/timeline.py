@@ -15,7 +15,10 @@ from projections.windows import BLOCK_POSITIONS, WIDEN_BLOCKS
 
 
 class TimelineEntry(TypedDict):
-    """One entry of a timeline, with the reports that only repeated it."""
+    """One entry of a timeline, with the reports that only repeated it.
+
+    ``rejudges`` is the version of the report that this entry judges again, null if the entry is a report.
+    """
 
     version: int
     verdict: Verdict
@@ -30,6 +33,7 @@ class TimelineEntry(TypedDict):
     occurred_at: datetime | None
     repeats: int
     last_repeated_at: datetime | None
+    rejudges: int | None
 
 
 class PlacedEntry(TimelineEntry):
@@ -54,6 +58,7 @@ COLUMNS: Final = (
     "received_at",
     "occurred_at",
     "repeats",
+    "rejudges",
     "kind",
 )
 
@@ -92,6 +97,7 @@ def fold(events: Iterable[DecodedEvent]) -> list[tuple[Any, ...]]:
             event.timestamp,
             event.occurred_at,
             event.repeats,
+            event.rejudges,
             KINDS.get((event.verdict, event.previous_status, event.recognised), UNKNOWN_KIND),
         )
         for position, event in events
@@ -129,7 +135,7 @@ async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
 
 VIEW: Final = View(
     name="timeline",
-    fold_version=2,
+    fold_version=3,
     tables=("entries", "blocks"),
     apply=apply,
     # Larger batches gain no throughput and delay webhooks: with 2,000 events, their p99 rose from 2.3 times
@@ -169,7 +175,7 @@ HEAD: Final = """
 ENTRIES_PAGE: Final = """
     WITH page AS (
         SELECT version, verdict, status, previous_status, reported_status, reported_cnote, skipped, reason,
-            received_at, occurred_at
+            received_at, occurred_at, rejudges
         FROM timeline.entries
         WHERE order_no = $1 AND version > $2 AND repeats IS NULL
         ORDER BY version
@@ -189,7 +195,7 @@ ENTRIES_PAGE: Final = """
 NEWEST_ENTRIES: Final = """
     WITH page AS (
         SELECT version, verdict, status, previous_status, recognised, reported_status, reported_cnote, skipped,
-            reason, received_at, occurred_at
+            reason, received_at, occurred_at, rejudges
         FROM timeline.entries
         WHERE order_no = $1 AND version < $2 AND repeats IS NULL
         ORDER BY version DESC
@@ -212,9 +218,11 @@ NEWEST_ENTRIES: Final = """
     ORDER BY page.version
 """
 
-# The number of an order's reports by verdict and, if advanced, by status, and when the first of them arrived.
+# The number of an order's reports by verdict and, if advanced, by status, and when the first of them arrived. A
+# rejudgement reaches a status too, but is not a report.
 COUNTS: Final = """
-    SELECT verdict, CASE verdict WHEN 'advanced' THEN status END AS reached, count(*), min(received_at)
+    SELECT verdict, CASE verdict WHEN 'advanced' THEN status END AS reached,
+        count(*) FILTER (WHERE rejudges IS NULL), min(received_at)
     FROM timeline.entries WHERE order_no = $1 AND version <= $2
     GROUP BY verdict, reached
 """

@@ -67,6 +67,7 @@ class Service:
 
     def __init__(self, settings: Settings, dsn: str, owner_dsn: str | None = None) -> None:
         seconds_max = settings.request_seconds_max
+        self.vocabulary = settings.vocabulary
         self.budgets = Budgets()
         self.pool = ConnectionPool(dsn, seconds_max)
         connect_hot = partial(connect, dsn, **HOT_SETTINGS)
@@ -118,17 +119,24 @@ class Service:
             self._on_commit,
             queue_reports_max=settings.queue_reports_max,
             seconds_max=seconds_max,
+            recognise=self.vocabulary.recognise,
             on_batch=self.metrics.measure_batch,
         )
         self.access = Access(self.auth_connection, seconds_max, auth_refusals, is_open=settings.is_open)
         self.webhook_auth = make_webhook_auth(settings, auth_refusals)
         self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, volume, refusals)
         self.events = EventsApi(self.pool, self.access, self.budgets.streams)
-        self.pages = Pages(self.pool, self.access, self.projectors, self.recorder, refusals)
+        self.pages = Pages(self.pool, self.access, self.projectors, self.recorder, refusals, self.vocabulary)
         self.apis: list[object] = [
-            OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets.folds),
+            OrdersApi(
+                self.pool,
+                self.orders_connection,
+                self.projectors,
+                self.budgets.folds,
+                self.vocabulary.recognise,
+            ),
             self.events,
-            AuditApi(self.pool, self.projectors),
+            AuditApi(self.pool, self.projectors, self.vocabulary),
             QuarantineApi(self.pool, self.recorder),
             OperationsApi(self.pool, self.auth_connection, projectors, refusals),
             self.metrics,

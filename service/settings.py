@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, Secr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.dsn import read_hosts, read_target
+from service.vocabulary import VocabularyFile, read_vocabulary
 
 PREFIX: Final = "ORDER_TRACKING_"
 # Beside the Makefile, not in the working directory, so that every command uses the same database.
@@ -70,6 +71,10 @@ def _check_host(host: str) -> str:
     if not _parse_address(host) and not _HOST_NAME.fullmatch(host):
         raise ValueError(f"{host!r} is not an IP address or a host name")
     return host
+
+
+def _check_vocabulary_file(path: Path | None) -> Path | None:
+    return read_vocabulary(path and path.expanduser().absolute()).path
 
 
 def _check_database_url(url: str) -> str:
@@ -173,6 +178,8 @@ class Settings(BaseSettings):
     """the format of log lines, human or json"""
     log_requests: bool = False
     """whether to log each request: method, route, status, time and id"""
+    vocabulary_file: Annotated[Path | None, AfterValidator(_check_vocabulary_file)] = None
+    """a TOML file of further status words, such as "antar ulang" = "problem"; empty for none"""
     komerce_base_url: str = ""
     """the URL of Komerce's API; register sends PUT /webhook to it"""
     komerce_api_key: SecretStr = SecretStr("")
@@ -182,6 +189,15 @@ class Settings(BaseSettings):
     def is_local(self) -> bool:
         """Whether only this machine can reach the service: it listens on loopback and trusts no proxy."""
         return not self.trusted_proxies and is_loopback(self.host)
+
+    @property
+    def vocabulary(self) -> VocabularyFile:
+        """The vocabulary, with the words of the file.
+
+        Raises:
+            ValueError: the file has become invalid since the settings were read.
+        """
+        return read_vocabulary(self.vocabulary_file)
 
     @property
     def tokens(self) -> dict[str, str | None]:

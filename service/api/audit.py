@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from operator import itemgetter
-from typing import Final
 
 from aiohttp import web
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from domain.statuses import ALIASES, HAPPY_PATH, LABELS, SETTLED, STATUSES, Label, Status
+from domain.statuses import HAPPY_PATH, LABELS, SETTLED, STATUSES, Label, Status
 from domain.transitions import TABLE, Leg, Verdict, judge
 from projections import audit, timeline
 from projections.audit import Transition, TransitionsFilter
@@ -21,6 +20,7 @@ from service.http.endpoints import CSV, JSON, Endpoint
 from service.http.pagination import cut_page, list_response
 from service.http.parameters import CsvQuery, Query, TableQuery, Text, Time
 from service.http.responses import json_response
+from service.vocabulary import VocabularyFile
 
 
 class Transitions(TypedDict):
@@ -52,11 +52,22 @@ RowRule = TypedDict("RowRule", {"from": Status | None, "leg": Leg | None, "to": 
 RowRule.__doc__ = "A row of the transition table: the verdicts on every report about an order in this status."
 
 
+class OwnWords(TypedDict):
+    """The words of the operator's vocabulary file, normalised, and the file's SHA-256 in hex."""
+
+    words: dict[str, Status]
+    sha256: str
+
+
 class Rules(TypedDict):
-    """The vocabulary and the transition table."""
+    """The vocabulary and the transition table.
+
+    ``aliases`` of the statuses include the words of the vocabulary file, which is null if there is none.
+    """
 
     statuses: list[StatusRule]
     table: list[RowRule]
+    vocabulary_file: OwnWords | None
 
 
 class TransitionsQuery(TableQuery):
@@ -92,19 +103,24 @@ def _rows() -> Iterator[RowRule]:
         yield {"from": status, "leg": leg, "to": row}
 
 
-RULES: Final[Rules] = {
-    "statuses": [
-        {
-            "status": status,
-            "label": LABELS[status],
-            "aliases": [*ALIASES[status]],
-            "settled": status in SETTLED,
-            "rank": HAPPY_PATH.index(status) if status in HAPPY_PATH else None,
-        }
-        for status in STATUSES
-    ],
-    "table": [*_rows()],
-}
+def make_rules(vocabulary: VocabularyFile) -> Rules:
+    """Return the rules by which reports are judged with a vocabulary."""
+    words = vocabulary.vocabulary
+    own = None if vocabulary.sha256 is None else OwnWords(words=words.own_words, sha256=vocabulary.sha256)
+    return {
+        "statuses": [
+            {
+                "status": status,
+                "label": LABELS[status],
+                "aliases": words.words(status),
+                "settled": status in SETTLED,
+                "rank": HAPPY_PATH.index(status) if status in HAPPY_PATH else None,
+            }
+            for status in STATUSES
+        ],
+        "table": [*_rows()],
+        "vocabulary_file": own,
+    }
 
 
 class AuditApi:
@@ -113,11 +129,15 @@ class AuditApi:
     Args:
         pool: the connections to read with.
         projectors: the projectors by the names of their views.
+        vocabulary: the vocabulary.
     """
 
-    def __init__(self, pool: ConnectionPool, projectors: Mapping[str, Projector]) -> None:
+    def __init__(
+        self, pool: ConnectionPool, projectors: Mapping[str, Projector], vocabulary: VocabularyFile
+    ) -> None:
         self._pool = pool
         self._projectors = projectors
+        self._rules = make_rules(vocabulary)
 
     @Endpoint("GET", "/audit/transitions", Transitions, query=TransitionsQuery, media=(JSON, CSV))
     async def list_transitions(self, request: web.Request, query: TransitionsQuery) -> web.Response:
@@ -143,4 +163,4 @@ class AuditApi:
     @Endpoint("GET", "/transitions", Rules)
     async def show_rules(self, _request: web.Request, _query: Query) -> web.Response:
         """The vocabulary and the transition table."""
-        return json_response(RULES)
+        return json_response(self._rules)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from http import HTTPStatus
+from inspect import getdoc
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, Final
@@ -189,7 +190,7 @@ def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:
     }
     # The docstring of a plain dict or str would describe Python.
     is_declared = endpoint.response.__module__ != "builtins"
-    return {"description": endpoint.response.__doc__ if is_declared else endpoint.summary, "content": content}
+    return {"description": getdoc(endpoint.response) if is_declared else endpoint.summary, "content": content}
 
 
 def _failures(endpoint: Endpoint) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from aiohttp import web
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from domain.statuses import Status
+from domain.statuses import Recognise, Status
 from domain.transitions import Verdict
 from projections import current_status, order_list, statistics, timeline
 from projections.current_status import CurrentOrder, FoundOrder
@@ -123,6 +123,7 @@ class OrdersApi:
         dedicated: the connection for batched reads of single orders.
         projectors: the projectors by the names of their views.
         folds: the budget of reads of earlier states.
+        recognise: the present vocabulary.
     """
 
     def __init__(
@@ -131,11 +132,13 @@ class OrdersApi:
         dedicated: DedicatedConnection,
         projectors: Mapping[str, Projector],
         folds: Budget,
+        recognise: Recognise,
     ) -> None:
         self._pool = pool
         self._dedicated = dedicated
         self._projectors = projectors
         self._folds = folds
+        self._recognise = recognise
         self._fold_turns = asyncio.Semaphore(FOLDS_AT_A_TIME)
         self._reads: Batcher[str, FoundOrder] = Batcher(
             self._find_orders,
@@ -245,7 +248,7 @@ class OrdersApi:
         await wait_for(self._projectors, query.after_position, statistics.VIEW.name)
         since = datetime.now(UTC).date() - timedelta(days=query.days - 1)
         async with self._pool.connection() as connection:
-            return json_response(await statistics.read_statistics(connection, since))
+            return json_response(await statistics.read_statistics(connection, since, self._recognise))
 
     async def _find_orders(self, order_nos: list[str], due: float) -> Sequence[FoundOrder]:
         async with asyncio.timeout_at(due), self._dedicated.connection() as connection:

@@ -19,7 +19,8 @@ from service import VERSION
 COMMANDS: Final = (
     ("serve", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),
     ("replay", "Rebuild the views from the log beside the live ones, then swap them in."),
-    ("audit", "Print an order's transitions, or the verdicts that today's table changes."),
+    ("audit", "Print an order's transitions."),
+    ("rejudge", "Judge unrecognised reports again whose word has become known."),
     ("send", "Send one webhook as Komerce would, and print the receipt."),
     ("token", "Generate a webhook token for ORDER_TRACKING_WEBHOOK_TOKENS."),
     ("simulate", "Simulate Komerce, then compare the reports sent with those recorded."),

@@ -11,6 +11,7 @@ from service.ingest import quarantine as quarantines
 from service.ingest.parser import UnreadableError
 from service.ingest.quarantine import NotOpenError, QuarantineState, UnknownEntryError
 from service.ingest.recorder import Recorder, UnrecordableReportError
+from service.settings import read_settings
 
 # The time limit for one entry, which competes with the reports that the service records.
 RETRY_SECONDS_MAX: Final = 10.0
@@ -65,7 +66,13 @@ async def retry_entries(
         fail("pass either the numbers of entries or --all", EXIT_USAGE)
     failures = 0
     async with database() as dsn, connected(dsn) as connection, dedicated(dsn) as to_log:
-        recorder = Recorder(to_log, lambda *_: None, queue_reports_max=1, seconds_max=RETRY_SECONDS_MAX)
+        recorder = Recorder(
+            to_log,
+            lambda *_: None,
+            queue_reports_max=1,
+            seconds_max=RETRY_SECONDS_MAX,
+            recognise=read_settings().vocabulary.recognise,
+        )
         numbers = quarantine_ids or await quarantines.open_entries(connection)
         if not numbers:
             show("the quarantine has no open entries")

@@ -18,6 +18,7 @@ from service.http.request_ids import add_request_id
 from service.http.server import raise_open_files_limit
 from service.ingest.webhook_auth import WebhookAuth
 from service.settings import Settings, SettingsError, find_exposed_file, read_settings
+from service.vocabulary import VocabularyFile
 
 logger = structlog.get_logger()
 
@@ -57,6 +58,7 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
                 is_without_keys = await service.access.has_no_keys()
                 await _record_opened(settings, service)
                 _greet(settings, port)
+                _log_vocabulary(service.vocabulary)
                 _warn(settings, is_without_keys=is_without_keys)
                 tune_gc()
                 await stopped.wait()
@@ -113,6 +115,12 @@ async def _record_opened(settings: Settings, service: Service) -> None:
     reason = f"host {settings.host}, without ORDER_TRACKING_WEBHOOK_TOKENS" if is_open else None
     async with service.pool.connection() as connection:
         await record_openness(connection, system_user()._replace(via="service"), "webhook", reason)
+
+
+def _log_vocabulary(vocabulary: VocabularyFile) -> None:
+    if vocabulary.path is not None:
+        words = len(vocabulary.vocabulary.own_words)
+        logger.info("vocabulary file", file=str(vocabulary.path), words=words, sha256=vocabulary.sha256)
 
 
 def _warn(settings: Settings, *, is_without_keys: bool) -> None:

@@ -19,6 +19,9 @@ Action: TypeAlias = Literal[
     "entry_retried",
     "entry_discarded",
     "order_erased",
+    "reports_rejudged",
+    "reports_imported",
+    "contradiction_handled",
     "setting_opened",
     "setting_closed",
 ]

@@ -24,8 +24,8 @@ _FIELDS: Final = frozenset(field.name for field in fields(Order.StatusReported))
 _ADDED: Final = frozenset(field.name for field in fields(Order.StatusReported) if field.default is not MISSING)
 _REQUIRED: Final = _FIELDS - _ADDED
 _STATE_FIELDS: Final = _REQUIRED - {"originator_id", "originator_version"}
-# Times that may be null; ``timestamp`` never is.
-_TIMES: Final = ("occurred_at", "previous_since")
+# Times that may be null or absent; ``timestamp`` never is.
+_TIMES: Final = ("occurred_at", "previous_since", "imported_at")
 
 
 class UndecodableEventError(Exception):
@@ -38,7 +38,7 @@ def encode_event(event: Order.StatusReported) -> bytes:
     del state["originator_id"], state["originator_version"]
     state["timestamp"] = _encode_time(event.timestamp)
     for name in _TIMES:
-        if state[name] is not None:
+        if state.get(name) is not None:
             state[name] = _encode_time(state[name])
     return orjson.dumps(state)
 
@@ -58,7 +58,7 @@ def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order
         if topic == Order.StatusReported.TOPIC and values.keys() - _ADDED == _STATE_FIELDS:
             values["timestamp"] = datetime.fromisoformat(values["timestamp"]["_data_"])
             for name in _TIMES:
-                if values[name] is not None:
+                if values.get(name) is not None:
                     values[name] = datetime.fromisoformat(values[name]["_data_"])
             values["originator_id"] = order_no
             values["originator_version"] = version

@@ -11,7 +11,7 @@ import structlog
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from domain.order import Order, OrderState, Report, decide, evolve
-from domain.statuses import Status
+from domain.statuses import STANDARD_VOCABULARY, Recognise, Status
 from domain.transitions import Verdict
 from projections.postgres_errors import Connection, is_connection_lost, is_value_refused
 from service.batcher import Batcher, BatchFailedError, OverloadedError
@@ -93,19 +93,22 @@ class Recorder:
         on_commit: called with the events and positions of every commit, in the order of the log.
         queue_reports_max: the maximum number of waiting reports.
         seconds_max: the time limit for one report, including its wait.
+        recognise: the vocabulary.
         on_batch: called with the number of reports in a batch and its duration in seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each is named by its caller
         self,
         dedicated: DedicatedConnection,
         on_commit: Callable[[Sequence[Order.StatusReported], Sequence[int]], None],
         *,
         queue_reports_max: int,
         seconds_max: float,
+        recognise: Recognise = STANDARD_VOCABULARY.recognise,
         on_batch: Callable[[int, float], None] = lambda _reports, _seconds: None,
     ) -> None:
         self._dedicated = dedicated
+        self._recognise = recognise
         self._on_batch = on_batch
         self._on_commit = on_commit
         self._seconds_max = seconds_max
@@ -204,7 +207,7 @@ class Recorder:
         sent: list[Order.StatusReported] | None = None
         times_opened = self._dedicated.times_opened
         try:
-            sent = _decide_all(reports, await self._known_states(order_nos))
+            sent = self._decide_all(reports, await self._known_states(order_nos))
             positions = await self._append(sent, times_opened)
         except VersionTakenError:
             # A state was stale. The whole statement was refused, or not sent.
@@ -254,7 +257,9 @@ class Recorder:
                             await store.await_standby(connection)
                             break
                     else:
-                        events = _decide_all(reports, await store.order_states(connection, list(order_nos)))
+                        events = self._decide_all(
+                            reports, await store.order_states(connection, list(order_nos))
+                        )
                         # Kept before the append, so that these events are searched for if it fails.
                         doubtful.append(events)
                         positions = await store.append(connection, events)
@@ -288,7 +293,7 @@ class Recorder:
                         await store.await_standby(connection)
                     else:
                         states = await store.order_states(connection, [report.order_no])
-                        events = _decide_all(claimed, states)
+                        events = self._decide_all(claimed, states)
                         positions = await store.append(connection, events)
                         await claim.keep(connection, report, events[0])
             except VersionTakenError:
@@ -307,6 +312,18 @@ class Recorder:
                 self._commit(events, positions)
                 return _receipt(events[0], positions[0])
             return _receipt(claimed.event, claimed.position) if claimed.same_body else None
+
+    def _decide_all(
+        self, reports: Sequence[Report], states: dict[str, OrderState]
+    ) -> list[Order.StatusReported]:
+        """Decide on reports one after the other, and update ``states`` after each."""
+        events = []
+        for report in reports:
+            state = states[report.order_no]
+            event = decide(state, report, self._recognise)
+            states[report.order_no] = evolve(state, event)
+            events.append(event)
+        return events
 
     async def _known_states(self, order_nos: set[str]) -> dict[str, OrderState]:
         known, missing = self._states.look_up(order_nos)
@@ -366,17 +383,6 @@ def _may_succeed_at_once(error: Exception) -> bool:
 
 def _is_unrecordable(error: Exception) -> bool:
     return isinstance(error, UndecodableEventError) or is_value_refused(error)
-
-
-def _decide_all(reports: Sequence[Report], states: dict[str, OrderState]) -> list[Order.StatusReported]:
-    """Decide on reports one after the other, and update ``states`` after each."""
-    events = []
-    for report in reports:
-        state = states[report.order_no]
-        event = decide(state, report)
-        states[report.order_no] = evolve(state, event)
-        events.append(event)
-    return events
 
 
 def _receipt(event: Order.StatusReported, position: int) -> Receipt:

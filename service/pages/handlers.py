@@ -48,6 +48,7 @@ from service.pages.order import read_history
 from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, read_overview
 from service.pages.render import accepts_html, choose_locale, render_page, serve_asset, track_path
 from service.pages.session import change_session, local_path, read_form, redirect, render_key_form
+from service.vocabulary import VocabularyFile
 
 ROWS_SHOWN_MAX: Final = 50
 # A reason of emoji has twelve bytes for each character in a form.
@@ -103,21 +104,24 @@ class Pages:
         projectors: the projectors of the views, by view name.
         recorder: records retried bodies.
         refusals: the webhooks that got 503.
+        vocabulary: the vocabulary.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts that the pages show
         self,
         pool: ConnectionPool,
         access: Access,
         projectors: Mapping[str, Projector],
         recorder: Recorder,
         refusals: Refusals,
+        vocabulary: VocabularyFile,
     ) -> None:
         self._pool = pool
         self._access = access
         self._projectors = projectors
         self._recorder = recorder
         self._refusals = refusals
+        self._vocabulary = vocabulary
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes. Only the static files and the session need no key."""
@@ -152,7 +156,9 @@ class Pages:
         query = read_query(CommonQuery, request)
         await wait_for(self._projectors, query.after_position, *self._projectors)
         async with self._pool.connection() as connection:
-            overview = await read_overview(connection, self._projectors, datetime.now(UTC))
+            overview = await read_overview(
+                connection, self._projectors, datetime.now(UTC), self._vocabulary.recognise
+            )
         return render_page(
             request,
             "overview.html",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 
-from domain.statuses import SETTLED
+from domain.statuses import SETTLED, Recognise
 from projections import current_status, statistics, timeline
 from projections.current_status import StuckOrder
 from projections.engine import Projector
@@ -69,8 +69,18 @@ class Overview(NamedTuple):
         return max(view["seconds"] for view in self.views)
 
 
-async def read_overview(connection: Connection, projectors: Mapping[str, Projector], now: datetime) -> Overview:
-    """Read the data of the overview."""
+async def read_overview(
+    connection: Connection, projectors: Mapping[str, Projector], now: datetime, recognise: Recognise
+) -> Overview:
+    """Read the data of the overview.
+
+    Args:
+        connection: a connection.
+        projectors: the projectors by the names of their views.
+        now: the present time.
+        recognise: the present vocabulary.
+    """
+    since = (now - timedelta(days=DAYS_SHOWN - 1)).date()
     head = await store.head_position(connection)
     stuck = await current_status.stuck_orders(connection, now - timedelta(days=STUCK_DAYS), COUNTED_MAX)
     refused = OrdersFilter(verdict="refused")
@@ -78,7 +88,7 @@ async def read_overview(connection: Connection, projectors: Mapping[str, Project
     return Overview(
         now=now,
         head=head,
-        statistics=await statistics.read_statistics(connection, (now - timedelta(days=DAYS_SHOWN - 1)).date()),
+        statistics=await statistics.read_statistics(connection, since, recognise),
         minutes=await _read_minutes(connection, now),
         stuck=stuck[:LISTED_MAX],
         stuck_count=len(stuck),

@@ -163,6 +163,9 @@ class ServiceLog:
             page = await self._get(path)
             for event in page["events"]:
                 data = event["data"]
+                if data.get("rejudges") is not None:
+                    # An operator has judged a report again; nothing was sent.
+                    continue
                 place = (event["order_no"], event["version"], event["position"])
                 yield RecordedEvent(data["report_id"], *place, data["verdict"], data["body"])
             path = page["next"]

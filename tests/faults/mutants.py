@@ -19,7 +19,7 @@ from service.cli.main import cli
 from service.database import connections
 from service.event_log import store
 from service.http import streaming
-from service.ingest.recorder import Receipt, Recorder, _decide_all, _receipt
+from service.ingest.recorder import Receipt, Recorder, _receipt
 from service.ingest.refusals import Refusals
 
 COMMITTED_AFTER_SECONDS: Final = 0.5
@@ -39,7 +39,7 @@ class EarlyRecorder:
     async def record(self, recorder: Recorder, reports: list[Report]) -> list[Receipt]:
         """Replace ``Recorder._record_together``."""
         order_nos = {report.order_no for report in reports}
-        events = _decide_all(reports, await recorder._known_states(order_nos))  # noqa: SLF001
+        events = recorder._decide_all(reports, await recorder._known_states(order_nos))  # noqa: SLF001
         if self._position is None:
             async with recorder._locked() as connection:  # noqa: SLF001
                 self._position = await store.head_position(connection)

@@ -137,6 +137,7 @@ async def test_an_order_as_it_is_now(client: Client) -> None:
         "version": 2,
         "position": 2,
         "counts": {"advanced": 2, "repeated": 0, "late": 0, "refused": 0, "unrecognised": 0},
+        "rejudgements": 0,
         "parked": None,
     }
     tag = headers["ETag"]
@@ -203,7 +204,7 @@ async def test_a_timeline_folds_repeats_and_shows_contradictions(client: Client)
     assert refused["reason"] == "delivered contradicts cancelled, which was reported before it"
     assert set(first) == {
         "version", "verdict", "status", "previous_status", "reported_status", "status_label", "reported_cnote",
-        "skipped", "reason", "received_at", "occurred_at", "repeats", "last_repeated_at",
+        "skipped", "reason", "received_at", "occurred_at", "repeats", "last_repeated_at", "rejudges",
     }  # fmt: skip
 
 
@@ -235,7 +236,7 @@ async def test_every_list_is_paged_completely(client: Client) -> None:
     assert [transition["position"] for transition in transitions] == list(range(1, 11))
     assert set(transitions[0]) == {
         "position", "order_no", "version", "verdict", "from", "to", "reported_status", "reason", "skipped",
-        "received_at",
+        "received_at", "rejudges",
     }  # fmt: skip
     moved = await client.walk("/audit/transitions?from=submitted&to=in_transit", "transitions")
     assert [(one["order_no"], one["skipped"]) for one in moved] == [("KOM 3", ["packed", "picked_up"])]

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from domain.order import Order
-from domain.statuses import ALIASES
+from domain.statuses import ALIASES, Vocabulary
 from projections import current_status, timeline
 from projections.engine import OutdatedViewError
 from projections.locks import HOLD_REBUILD_LOCK
@@ -29,10 +29,11 @@ from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.codec import MAPPER, decode_event
 from service.event_log.feed import Feed
+from service.maintenance.rejudgement import PendingReports, find_pending, log_batches, rejudge
 from service.maintenance.replay import Rebuilder, resume_parked_order
 from service.settings import Settings
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
-from tests.support.recording import EQUAL, caught_up, rebuilt, record
+from tests.support.recording import EQUAL, caught_up, dedicated_connection, make_recorder, rebuilt, record
 from tests.support.reports import NOW, report
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 
@@ -88,6 +89,7 @@ async def test_the_views_follow_the_log_behind_the_commit(service: Service, conn
         "first_reported_at": NOW,
         "last_reported_at": NOW,
         "counts": {"advanced": 2, "repeated": 1, "late": 1, "refused": 1, "unrecognised": 1},
+        "rejudgements": 0,
         "parked": None,
     }
     assert await rows_of(connection, "current_status.order_cnotes") == [("A1", "KOM1"), ("A2", "KOM1")]
@@ -142,6 +144,7 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
             for order, status, cnote, seconds in reports
         ]
         await caught_up(service, positions[-1] or 0)
+        await rejudge_all()
         assert await rebuilt(dsn, verify=True) == EQUAL
         for order_no in {f"{prefix}/{order}" for order, *_ in reports}:
             stream = await store.read_stream(connection, order_no, 0, 1_000)
@@ -150,6 +153,17 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
             current_status.fold(events, folded)
             ((live, _),) = await current_status.find_orders(connection, [order_no])
             assert live == current_status.to_order(folded[order_no])
+
+    async def rejudge_all() -> None:
+        """Judge every report with the unknown word again, by another process."""
+        async with dedicated_connection(dsn) as to_read, dedicated_connection(dsn) as to_append:
+            feed = Feed(to_read, lambda: connect(dsn))
+            recorder = make_recorder(to_append, recognise=Vocabulary({"mystery": "in_transit"}).recognise)
+            pending = PendingReports(Vocabulary({"mystery": "in_transit"}).recognise)
+            batches = log_batches(feed, await feed.head(), lambda _count: None)
+            async for one in find_pending(batches, pending):
+                await rejudge(recorder, one)
+            await caught_up(service, await feed.head())
 
     loop = asyncio.get_running_loop()
 
@@ -560,6 +574,6 @@ async def test_a_view_is_written_by_its_projection_alone(connection: Connection)
     with pytest.raises(asyncpg.CheckViolationError):
         await connection.execute(
             "INSERT INTO current_status.orders (order_no, version, position, first_position, "
-            "first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised) "
-            "VALUES ('KOM1', 2, 1, 1, now(), now(), 0, 0, 0, 0, 1)"
+            "first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised, "
+            "rejudgements) VALUES ('KOM1', 2, 1, 1, now(), now(), 0, 0, 0, 0, 1, 0)"
         )

@@ -200,13 +200,14 @@ def _misdecided(log: Sequence[Logged]) -> list[str]:
     differences = []
     for _, event in log:
         report = Report(
-            Arrival(event.report_id, event.timestamp, event.remote),
+            Arrival(event.report_id, event.timestamp, event.remote, event.token_name, event.imported_at),
             event.originator_id,
             event.reported_status,
             event.reported_cnote,
             event.body,
             event.occurred_at,
             event.quarantine_id,
+            event.rejudges,
         )
         decided = decide(states[event.originator_id], report)
         if vars(decided) != vars(event):

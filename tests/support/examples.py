@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Final
 
 from domain.order import NEW_ORDER, Arrival, Order, Report, decide, evolve
@@ -38,6 +39,10 @@ SENT_STATE: Final = (
     b'"previous_status":null,"previous_since":null,"status":"in_transit","status_version":1,"leg":null,"cnote":"JX1234567890",'
     b'"skipped":[],"repeats":null,"reason":null}'
 )
+
+# One order's history, with an event of every shape that a release has ever written: the first release's, one
+# with the name of a token, an unrecognised word, its rejudgement, and an imported report. Only add lines.
+GOLDEN_EVENTS: Final = (Path(__file__).parent / "golden_events.ndjson").read_bytes().splitlines()
 
 
 def says(status: str, cnote: str | None = None, received_at: datetime = RECEIVED_AT) -> Report:

@@ -35,13 +35,19 @@ async def caught_up(service: Service, position: int) -> None:
         assert await projector.wait_for(position, PATIENCE_SECONDS)
 
 
-async def rebuilt(dsn: str, *, verify: bool = False, views: Any = VIEWS) -> list[RebuiltView]:
+@asynccontextmanager
+async def dedicated_connection(dsn: str) -> AsyncIterator[DedicatedConnection]:
     held = DedicatedConnection(lambda: connect(dsn))
     try:
-        reader = Feed(held, lambda: connect(dsn))
-        return await rebuild_views(dsn, views, reader, lambda _done, _total: None, verify=verify)
+        yield held
     finally:
         await held.close()
+
+
+async def rebuilt(dsn: str, *, verify: bool = False, views: Any = VIEWS) -> list[RebuiltView]:
+    async with dedicated_connection(dsn) as held:
+        reader = Feed(held, lambda: connect(dsn))
+        return await rebuild_views(dsn, views, reader, lambda _done, _total: None, verify=verify)
 
 
 def make_recorder(held: DedicatedConnection, **limits: Any) -> Recorder:

@@ -14,7 +14,7 @@ from domain.order import Order
 from domain.statuses import STATUSES
 from domain.transitions import Leg, Verdict
 from service.event_log.codec import MAPPER, UndecodableEventError, decode_event, encode_event, read_fields
-from tests.support.examples import ORDER_NO, SENT_EVENT, SENT_STATE
+from tests.support.examples import GOLDEN_EVENTS, ORDER_NO, SENT_EVENT, SENT_STATE
 from tests.support.properties import MANY
 
 # Characters that JSON writers encode differently: controls, quotes, line separators, DEL, byte order marks, and
@@ -55,6 +55,9 @@ EVENTS = st.builds(
     skipped=st.lists(st.sampled_from(STATUSES), max_size=4),
     repeats=st.none() | BIGINT,
     reason=st.none() | TEXT,
+    token_name=st.none() | TEXT,
+    rejudges=st.none() | BIGINT,
+    imported_at=st.none() | TIMES,
 )
 TOPIC = "order.status_reported"
 
@@ -68,6 +71,31 @@ def test_the_bytes_of_the_first_release() -> None:
     """The example event still has the bytes of the first release."""
     assert encode_event(SENT_EVENT) == SENT_STATE
     assert MAPPER.to_stored_event(SENT_EVENT) == StoredEvent(ORDER_NO, 1, TOPIC, SENT_STATE)
+
+
+@pytest.mark.parametrize("version", range(1, len(GOLDEN_EVENTS) + 1))
+def test_the_bytes_of_every_shape(version: int) -> None:
+    """Each shape of an event that a release has ever written decodes, and encodes to the same bytes."""
+    state = GOLDEN_EVENTS[version - 1]
+    event = decode_event(ORDER_NO, version, TOPIC, state)
+    assert encode_event(event) == state
+    assert vars(MAPPER.to_domain_event(StoredEvent(ORDER_NO, version, TOPIC, state))) == vars(event)
+    fields = read_fields(state)
+    assert fields is not None
+    assert fields.keys() == vars(event).keys() - {"originator_id", "originator_version"}
+
+
+def test_every_member_has_a_golden_event() -> None:
+    """A member that a release adds gets a golden event, so that its bytes stay readable."""
+    members = {name for state in GOLDEN_EVENTS for name in orjson.loads(state)}
+    declared = {field.name for field in dataclasses.fields(Order.StatusReported)}
+    assert members == declared - {"originator_id", "originator_version"}
+
+
+def test_an_older_reader_ignores_members() -> None:
+    """A member that this release does not know is ignored, so that an older process can read a newer log."""
+    event = decode_event(ORDER_NO, 1, TOPIC, changed_state(added_later={"a": 1}))
+    assert vars(event) == vars(SENT_EVENT)
 
 
 @MANY

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from domain.order import NEW_ORDER, Order, decide, evolve
-from domain.statuses import ALIASES, SETTLED, status_label
+from domain.statuses import ALIASES, SETTLED, Vocabulary, status_label
 from projections import current_status, timeline
 from projections.engine import DecodedEvent, FailedEvent, LoggedEvent
 from projections.postgres_errors import Connection
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 ORDER_NOS = ("KOM1", "KOM2", "KOM3")
+# A vocabulary that has become known later.
+LATER_WORDS = Vocabulary({"Transit Jakarta": "in_transit"})
 STRINGS = [raws[0] for raws in ALIASES.values()] + ["Transit Jakarta"]
 REPORTS = st.lists(
     st.builds(
@@ -57,9 +59,16 @@ def logs(draw: st.DrawFn) -> list[DecodedEvent]:
     position = 0
     for number, report in enumerate(draw(REPORTS)):
         position += draw(st.integers(1, 3))
-        event = decide(states[report.order_no], arriving(report, RECEIVED_AT + number * MINUTE))
+        arrived = arriving(report, RECEIVED_AT + number * MINUTE)
+        event = decide(states[report.order_no], arrived)
         states[report.order_no] = evolve(NEW_ORDER, event)
         log.append((position, event))
+        if event.verdict == "unrecognised" and draw(st.booleans()):
+            position += 1
+            again = arrived._replace(body="", reported_cnote=None, rejudges=event.originator_version)
+            event = decide(states[report.order_no], again, LATER_WORDS.recognise)
+            states[report.order_no] = evolve(NEW_ORDER, event)
+            log.append((position, event))
     return log
 
 
@@ -98,8 +107,9 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
         assert folded["cnotes"] == list(dict.fromkeys(reported))
         (first_position, first), (position, last) = mine[0], mine[-1]
         brought = next((event for _, event in mine if event.originator_version == last.status_version), None)
+        reports = [event for _, event in mine if event.rejudges is None]
         counts: dict[str, Any] = {
-            verdict: sum(event.verdict == verdict for _, event in mine) for verdict in VERDICTS
+            verdict: sum(event.verdict == verdict for event in reports) for verdict in VERDICTS
         }
         assert folded["first_position"] == first_position
         assert row == {
@@ -113,8 +123,9 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
             "position": position,
             "status_since": brought.timestamp if brought else None,
             "first_reported_at": first.timestamp,
-            "last_reported_at": last.timestamp,
+            "last_reported_at": reports[-1].timestamp,
             "counts": counts,
+            "rejudgements": len(mine) - len(reports),
             "parked": None,
         }
 
@@ -130,7 +141,7 @@ def test_current_status_of_a_journey() -> None:
     assert row.pop("cnotes") == [CNOTE, CNOTE_OF_THE_RETURN]
     assert list(row.values()) == [
         *(SENT.order_no, 6, 15, 10, "returning", "Return", RECEIVED_AT + 4 * MINUTE, CNOTE_OF_THE_RETURN),
-        *(RECEIVED_AT, RECEIVED_AT + 5 * MINUTE, 3, 1, 1, 0, 1),
+        *(RECEIVED_AT, RECEIVED_AT + 5 * MINUTE, 3, 1, 1, 0, 1, 0),
     ]
 
 
@@ -160,7 +171,7 @@ def test_kinds_change_only_together_with_the_version_of_the_fold() -> None:
     kinds = [*timeline.KINDS.values()]
     assert len({*kinds, timeline.UNKNOWN_KIND}) == len(kinds) + 1
     digest = hashlib.sha256(json.dumps([*timeline.KINDS.items()]).encode()).hexdigest()
-    assert (timeline.VIEW.fold_version, digest[:16]) == (2, "fc085ff1d35a47b2")
+    assert (timeline.VIEW.fold_version, digest[:16]) == (3, "fc085ff1d35a47b2")
 
 
 # The tail of the log in memory

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from domain.statuses import STATUSES, recognise
+from domain.statuses import STANDARD_VOCABULARY, STATUSES
 from domain.transitions import Leg, judge
 from service.simulator.lifecycles import NEXT, STEPS_MAX, UNKNOWN_WORDS, WORDS, Plan, Troubles, life
 
@@ -51,8 +51,8 @@ def test_every_word_means_its_status() -> None:
     """Every status has words in both languages, and the vocabulary does not contain the unknown words."""
     assert WORDS.keys() == set(STATUSES)
     for status, languages in WORDS.items():
-        assert {recognise(word) for words in languages for word in words} == {status}
-    assert {recognise(word) for word in UNKNOWN_WORDS} == {None}
+        assert {STANDARD_VOCABULARY.recognise(word) for words in languages for word in words} == {status}
+    assert {STANDARD_VOCABULARY.recognise(word) for word in UNKNOWN_WORDS} == {None}
 
 
 def test_without_troubles_every_report_is_sent_once_and_in_order() -> None:
@@ -66,9 +66,9 @@ def test_without_troubles_every_report_is_sent_once_and_in_order() -> None:
         for (push,) in journey.turns:
             report = json.loads(push.body)
             assert report["order_no"] == journey.order_no
-            judgement = judge(status, leg, recognise(report["status"]))
+            judgement = judge(status, leg, STANDARD_VOCABULARY.recognise(report["status"]))
             assert judgement.verdict == "advanced"
-            status, leg = recognise(report["status"]), judgement.leg
+            status, leg = STANDARD_VOCABULARY.recognise(report["status"]), judgement.leg
             at = datetime.fromisoformat(report["timestamp"])
             assert before < at <= STARTED
             before = at
@@ -83,7 +83,7 @@ def test_the_airway_bill_comes_with_the_courier_and_may_change_with_a_return() -
         cnote = ""
         for report in reports:
             if report["cnote"] != cnote:
-                status = recognise(report["status"])
+                status = STANDARD_VOCABULARY.recognise(report["status"])
                 assert cnote == "" or status == "returning"
                 changed += cnote != ""
                 cnote = report["cnote"]

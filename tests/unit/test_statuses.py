@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.statuses import ALIASES, LABELS, SETTLED, STATUSES, Status, recognise
+from domain.statuses import ALIASES, LABELS, SETTLED, STANDARD_VOCABULARY, STATUSES, Status
 from tests.support.properties import MANY
 from tests.support.written_law import VOCABULARY
 
@@ -46,15 +46,17 @@ def test_an_alias_belongs_to_one_status() -> None:
 @pytest.mark.parametrize(("raw", "status"), RAW_STRINGS)
 def test_each_raw_string_is_recognised(raw: str, status: Status) -> None:
     """Every raw string of the page means its status, in lower, upper and title case."""
-    assert [recognise(spelling) for spelling in (raw, raw.upper(), raw.title())] == [status] * 3
+    assert [STANDARD_VOCABULARY.recognise(spelling) for spelling in (raw, raw.upper(), raw.title())] == [
+        status
+    ] * 3
 
 
 @pytest.mark.parametrize("status", STATUSES)
 def test_each_canonical_name_and_label_is_recognised(status: Status) -> None:
     """A status is recognised by its name and by both of its labels."""
-    assert recognise(status) == status
-    assert recognise(LABELS[status]["id"]) == status
-    assert recognise(LABELS[status]["en"]) == status
+    assert STANDARD_VOCABULARY.recognise(status) == status
+    assert STANDARD_VOCABULARY.recognise(LABELS[status]["id"]) == status
+    assert STANDARD_VOCABULARY.recognise(LABELS[status]["en"]) == status
 
 
 @MANY
@@ -67,12 +69,12 @@ def test_case_and_separators_do_not_count(data: st.DataObject) -> None:
         for letter in raw
     )
     padding = st.one_of(st.just(""), SEPARATORS)
-    assert recognise(data.draw(padding) + spelling + data.draw(padding)) == status
+    assert STANDARD_VOCABULARY.recognise(data.draw(padding) + spelling + data.draw(padding)) == status
 
 
 def test_case_is_folded_not_lowered() -> None:
     """Case is compared by Unicode's case folding, so the long s equals an s."""
-    assert recognise("\u017fent") == "in_transit"
+    assert STANDARD_VOCABULARY.recognise("\u017fent") == "in_transit"
 
 
 @pytest.mark.parametrize(
@@ -94,4 +96,4 @@ def test_case_is_folded_not_lowered() -> None:
 )
 def test_anything_else_is_unrecognised(unknown: str) -> None:
     """A word that only resembles the vocabulary is unrecognised."""
-    assert recognise(unknown) is None
+    assert STANDARD_VOCABULARY.recognise(unknown) is None

@@ -6,7 +6,8 @@ import pytest
 
 from domain.statuses import HAPPY_PATH, STATUSES, Status
 from domain.transitions import TABLE, Leg, Verdict, judge
-from service.api.audit import RULES
+from service.api.audit import make_rules
+from service.vocabulary import VocabularyFile
 from tests.support import written_law
 from tests.support.examples import history
 from tests.support.written_law import CELLS, Cell
@@ -124,7 +125,7 @@ def test_the_served_rules_are_the_written_ones() -> None:
     """GET /transitions returns the verdict and the skipped stages of each cell of the page's table."""
     served = {
         (row["from"], row["leg"], reported): (cell["verdict"], list(cell["skipped"]))
-        for row in RULES["table"]
+        for row in make_rules(VocabularyFile())["table"]
         for reported, cell in row["to"].items()
     }
     assert served == {
@@ -144,7 +145,7 @@ def test_the_served_statuses_are_the_written_ones() -> None:
             served["settled"],
             served["rank"],
         )
-        for served in RULES["statuses"]
+        for served in make_rules(VocabularyFile())["statuses"]
     ] == [
         (*word, written_law.HAPPY_PATH.index(word.status) if word.status in written_law.HAPPY_PATH else None)
         for word in written_law.VOCABULARY
