@@ -224,6 +224,15 @@ STUCK: Final = f"""
 """
 
 
+# The same, a page after a time and an order number.
+UNREPORTED: Final = f"""
+    SELECT order_no, cnote, status, last_reported_at FROM current_status.orders
+    WHERE last_reported_at <= $1 AND {UNSETTLED} AND (last_reported_at, order_no) > ($2, $3)
+    ORDER BY last_reported_at, order_no
+    LIMIT $4
+"""
+
+
 class FoundOrder(NamedTuple):
     """An order, None if the view lacks it, and the position from which it is parked, None if it is not."""
 
@@ -251,3 +260,26 @@ class StuckOrder(NamedTuple):
 async def stuck_orders(connection: Connection, since: datetime, limit: int) -> list[StuckOrder]:
     """Return orders that are not settled and had no report after ``since``, longest unreported first."""
     return [StuckOrder(*row) for row in await connection.fetch(STUCK, since, limit)]
+
+
+class UnreportedOrder(NamedTuple):
+    """An order that is not settled and has had no report for a long time, with its airway bill."""
+
+    order_no: str
+    cnote: str | None
+    status: Status | None
+    last_reported_at: datetime
+
+
+async def unreported_orders(
+    connection: Connection, since: datetime, after: tuple[datetime, str], limit: int
+) -> list[UnreportedOrder]:
+    """Return a page of the orders that are not settled and had no report after ``since``.
+
+    Args:
+        connection: a connection.
+        since: the time.
+        after: the last report and the number of the previous page's last order.
+        limit: the most orders to return.
+    """
+    return [UnreportedOrder(*row) for row in await connection.fetch(UNREPORTED, since, *after, limit)]

@@ -14,7 +14,8 @@ from typer.main import get_command
 
 from service import VERSION
 
-# A command is a function, a coroutine function or a Typer; its module has the same name. See ``runnable``.
+# A command is a function, a coroutine function or a Typer; its module has the same name, with underscores. See
+# ``runnable``.
 # Pairs, not a dictionary, because bandit would take the summary of "token" for a password.
 COMMANDS: Final = (
     ("serve", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),
@@ -29,6 +30,8 @@ COMMANDS: Final = (
     ("migrate", "Update the database schema as its owner; 'serve' does this at start."),
     ("backup", "Dump the whole database while the service keeps running."),
     ("restore", "Restore a dump into an empty database."),
+    ("import-reports", "Record reports that no webhook brought, from a CSV or NDJSON file."),
+    ("reconcile", "List orders without news, as the file that 'import-reports' takes."),
     ("erase", "Erase an order's bodies and addresses permanently, and record who and why."),
     ("keys", "Create, list and revoke API keys."),
     ("quarantine", "List, show, retry and discard unparseable bodies."),
@@ -50,7 +53,8 @@ class Commands(TyperGroup):
 def _load(name: str) -> Any:
     from service.cli.console import runnable  # noqa: PLC0415 - --help does without it
 
-    command = getattr(import_module(f"{__package__}.{name}"), name)
+    function = name.replace("-", "_")
+    command = getattr(import_module(f"{__package__}.{function}"), function)
     app = command
     if not isinstance(command, typer.Typer):
         app = typer.Typer(add_completion=False)

@@ -56,6 +56,20 @@ def _cell(value: Any) -> str:
         return _cell(" ".join(map(str, value)))
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = str(value)
-    is_formula = text.startswith(CONTROLS) or text.lstrip().startswith(FORMULA_BEGINNINGS)
-    return f"'{text}" if isinstance(value, str) and is_formula else text
+    return escape_formula(value) if isinstance(value, str) else str(value)
+
+
+def escape_formula(text: str) -> str:
+    """Return a text with an apostrophe before it if a spreadsheet would take it for a formula."""
+    return f"'{text}" if _is_formula(text) else text
+
+
+def unescape_formula(text: str) -> str:
+    """Return the text that ``escape_formula`` returned this one for."""
+    return text[1:] if text.startswith("'") and _is_formula(text) else text
+
+
+def _is_formula(text: str) -> bool:
+    # Of a text that already has apostrophes, so that each escaped text stands for one text alone.
+    bare = text.lstrip("'")
+    return bare.startswith(CONTROLS) or bare.lstrip().startswith(FORMULA_BEGINNINGS)

@@ -292,7 +292,8 @@ class Recorder:
                     if isinstance(claimed, ClaimedEvent):
                         await store.await_standby(connection)
                     else:
-                        states = await store.order_states(connection, [report.order_no])
+                        order_nos = list({one.order_no for one in claimed})
+                        states = await store.order_states(connection, order_nos)
                         events = self._decide_all(claimed, states)
                         positions = await store.append(connection, events)
                         await claim.keep(connection, report, events[0])

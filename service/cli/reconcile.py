@@ -1,0 +1,40 @@
+import csv
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Final
+
+import typer
+
+from projections.current_status import unreported_orders
+from service.cli.console import database, err
+from service.database.connections import connected
+from service.http.csv_export import escape_formula
+from service.maintenance.imports import COLUMNS
+
+DAYS_MAX: Final = 36_500
+PAGE_ORDERS: Final = 1_000
+
+
+async def reconcile(
+    *,
+    days: Annotated[
+        int, typer.Option(min=0, max=DAYS_MAX, help="Days without a report after which an order is listed.")
+    ] = 3,
+) -> None:
+    now = datetime.now(UTC)
+    after = (datetime.min.replace(tzinfo=UTC), "")
+    orders = 0
+    writer = csv.writer(sys.stdout)
+    writer.writerow((*COLUMNS, "status_now", "last_reported_at"))
+    async with database() as dsn, connected(dsn) as connection:
+        while page := await unreported_orders(connection, now - timedelta(days=days), after, PAGE_ORDERS):
+            for order in page:
+                last = order.last_reported_at.isoformat(timespec="seconds").replace("+00:00", "Z")
+                number, cnote = escape_formula(order.order_no), escape_formula(order.cnote or "")
+                writer.writerow((number, cnote, "", "", order.status or "", last))
+            orders += len(page)
+            after = (page[-1].last_reported_at, page[-1].order_no)
+    err.print(
+        f"orders without news for {days} days: {orders}; fill in status and at where you know more, and run "
+        "'import-reports'"
+    )
