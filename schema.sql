@@ -192,7 +192,7 @@ CREATE INDEX quarantine_state_idx ON quarantine (state, quarantine_id);
 
 CREATE TABLE api_keys (
     name           text        NOT NULL COLLATE "C" PRIMARY KEY,
-    scope          text        NOT NULL CHECK (scope IN ('read', 'admin')),
+    scope          text        NOT NULL CHECK (scope IN ('read', 'read:bodies', 'admin')),
     secret_sha256  bytea       NOT NULL UNIQUE CHECK (length(secret_sha256) = 32),
     created_at     timestamptz NOT NULL DEFAULT now(),
     expires_at     timestamptz,
@@ -235,6 +235,15 @@ CREATE TABLE operations (
     action        text        NOT NULL,
     subject       text        NOT NULL,                 -- the key, entry, order or setting
     reason        text
+);
+
+-- Contradictions that an operator has handled, each with the operation that recorded who, when and why.
+
+CREATE TABLE handled_contradictions (
+    order_no      text   NOT NULL COLLATE "C",
+    version       bigint NOT NULL,
+    operation_id  bigint NOT NULL REFERENCES operations (operation_id),
+    PRIMARY KEY (order_no, version)
 );
 
 ------------------------------------------------------------------------------------------------------------
@@ -294,7 +303,7 @@ BEGIN
         RETURN;
     END IF;
     GRANT SELECT ON schema_version, view_names, order_events, idempotency_keys, quarantine, api_keys, sessions,
-        operations, erasures TO order_tracking_service;
+        operations, handled_contradictions, erasures TO order_tracking_service;
     GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
     GRANT EXECUTE ON FUNCTION lock_order_events(), make_view_schema(text), swap_view_schemas(text)
         TO order_tracking_service;
@@ -306,6 +315,7 @@ BEGIN
     GRANT INSERT, UPDATE (last_used_at, revoked_at) ON api_keys TO order_tracking_service;
     GRANT INSERT, DELETE, UPDATE (used_at) ON sessions TO order_tracking_service;
     GRANT INSERT (via, actor, action, subject, reason) ON operations TO order_tracking_service;
+    GRANT INSERT ON handled_contradictions TO order_tracking_service;
     -- For a backup.
     GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO order_tracking_service;
 END $$;
@@ -422,6 +432,8 @@ CREATE TABLE blocks (
 
 -- indexes
 CREATE UNIQUE INDEX entries_position_idx ON entries (position);
+-- The contradictions, which are few.
+CREATE INDEX entries_refused_idx ON entries (position) WHERE verdict = 'refused';
 -- A page of a timeline counts its repeats with this index. Most orders have none.
 CREATE INDEX entries_repeats_idx ON entries (order_no, repeats) WHERE repeats IS NOT NULL;
 -- The audit by verdict, by status before the report and by reported status, in every combination.

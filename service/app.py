@@ -11,6 +11,7 @@ from aiohttp import web
 from domain.order import Order
 from projections.engine import Projector, View
 from service.api.audit import AuditApi
+from service.api.contradictions import ContradictionsApi
 from service.api.events import EventsApi
 from service.api.metrics import Metrics
 from service.api.openapi import OpenApi
@@ -137,6 +138,7 @@ class Service:
             ),
             self.events,
             AuditApi(self.pool, self.projectors, self.vocabulary),
+            ContradictionsApi(self.pool, self.projectors),
             QuarantineApi(self.pool, self.recorder),
             OperationsApi(self.pool, self.auth_connection, projectors, refusals),
             self.metrics,

@@ -18,7 +18,13 @@ keys = typer.Typer(no_args_is_help=True, add_completion=False)
 @keys.command("create")
 async def create_key(
     name: Annotated[str, typer.Argument(help="What you use the key for. A name can be used only once.")],
-    scope: Annotated[Scope, typer.Option(help="read, or admin to read and operate.")] = "read",
+    scope: Annotated[
+        Scope,
+        typer.Option(
+            help="read, without raw bodies and senders' addresses; read:bodies, with them; "
+            "or admin, to operate too."
+        ),
+    ] = "read",
     days: Annotated[
         int | None, typer.Option(min=1, max=DAYS_MAX, help="Days until the key expires; never if left out.")
     ] = None,

@@ -3,14 +3,15 @@
 import hashlib
 import secrets
 from datetime import datetime, timedelta
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 import asyncpg
 
 from projections.postgres_errors import Connection
 
-# "admin" includes "read".
-Scope: TypeAlias = Literal["read", "admin"]
+# Each includes those before it. "read" shows neither raw bodies nor senders' addresses.
+Scope: TypeAlias = Literal["read", "read:bodies", "admin"]
+SCOPES: Final[tuple[Scope, ...]] = get_args(Scope)
 
 # Scanners of source code recognise leaked secrets by this prefix.
 KEY_PREFIX: Final = "otk_"
@@ -61,6 +62,11 @@ def hash_secret(secret: str) -> bytes:
     A secret has 256 random bits, so neither a slow hash nor a comparison in constant time would add anything.
     """
     return hashlib.sha256(secret.encode(errors="replace")).digest()
+
+
+def includes(held: Scope, required: Scope) -> bool:
+    """Return whether a scope includes another one."""
+    return SCOPES.index(held) >= SCOPES.index(required)
 
 
 async def list_keys(connection: Connection) -> list[ApiKey]:

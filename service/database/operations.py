@@ -28,6 +28,7 @@ Action: TypeAlias = Literal[
 
 RECORD: Final = """
     INSERT INTO public.operations (via, actor, action, subject, reason) VALUES ($1, $2, $3, $4, $5)
+    RETURNING operation_id
 """
 # Actions below an id, newest first.
 PAGE: Final = """
@@ -77,8 +78,10 @@ def system_user() -> Actor:
 
 async def record_operation(
     connection: Connection, actor: Actor, action: Action, subject: str, reason: str | None = None
-) -> None:
-    """Record an action, in the transaction that performs it if there is one. Those over HTTP are logged too.
+) -> int:
+    """Record an action, in the transaction that performs it if there is one, and return its id.
+
+    Actions over HTTP are logged too.
 
     Args:
         connection: the connection.
@@ -87,9 +90,10 @@ async def record_operation(
         subject: to which key, entry, order or setting.
         reason: why, if the operator gave a reason.
     """
-    await connection.execute(RECORD, *actor, action, subject, reason)
+    operation_id: int = await connection.fetchval(RECORD, *actor, action, subject, reason)
     if actor.via in {"api", "page"}:
         logger.info("operator's action", action=action, subject=subject, via=actor.via, actor=actor.name)
+    return operation_id
 
 
 async def operations_page(

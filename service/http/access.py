@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 
 from service.batcher import Batcher
 from service.database import sessions
-from service.database.api_keys import USE_INTERVAL, ApiKey, Scope, hash_secret, list_keys, record_use
+from service.database.api_keys import USE_INTERVAL, ApiKey, Scope, hash_secret, includes, list_keys, record_use
 from service.database.connections import READER, DedicatedConnection, StorageUnavailableError
 from service.database.operations import Actor, record_operation
 from service.database.sessions import Session
@@ -65,9 +65,9 @@ def admission(request: web.Request) -> Admission:
     return request[_ADMISSION]
 
 
-def may_operate(request: web.Request) -> bool:
-    """Return whether a request was admitted with the scope admin; False if no guard has admitted it."""
-    return _ADMISSION in request and request[_ADMISSION].scope == "admin"
+def has_scope(request: web.Request, scope: Scope) -> bool:
+    """Return whether a request was admitted with a scope that includes this one; False if no guard did."""
+    return _ADMISSION in request and includes(request[_ADMISSION].scope, scope)
 
 
 class Access:
@@ -100,7 +100,7 @@ class Access:
         )
 
     def require(self, scope: Scope, handler: Handler) -> Handler:
-        """Return a handler that first requires a key of this scope; ``admin`` includes ``read``."""
+        """Return a handler that first requires a key whose scope includes this one."""
 
         @wraps(handler)
         async def guarded(request: web.Request) -> web.StreamResponse:
@@ -216,9 +216,9 @@ class Access:
         if key is None or not key.is_valid(now):
             detail = "the API key is unknown, revoked or expired"
             raise _unauthorized("unknown_key", detail, 'error="invalid_token"')
-        if scope == "admin" and key.scope != "admin":
-            headers = {"WWW-Authenticate": 'Bearer error="insufficient_scope", scope="admin"'}
-            detail = "an API key with the scope admin is required"
+        if not includes(key.scope, scope):
+            headers = {"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{scope}"'}
+            detail = f"an API key with the scope {scope} is required"
             raise RefusedError("scope", ProblemType.FORBIDDEN, detail, headers=headers)
         self._note_use(key, session, now)
         return Admission(Actor("api" if session is None else "page", key.name), key.scope)

@@ -41,8 +41,10 @@ class ProblemType(Enum):
     UNKNOWN_ORDER = 404, "Unknown order", "The order has no report."
     NO_SUCH_VERSION = 404, "No such version", "The order had no report at that version or time."
     UNKNOWN_ENTRY = 404, "Unknown entry", "The quarantine has no entry with this id."
+    UNKNOWN_CONTRADICTION = 404, "Unknown contradiction", "The order has no refused report with this version."
     BODY_TIMEOUT = 408, "Body timeout", "The body took too long to arrive."
     NOT_OPEN = 409, "Not open", "The quarantined body has been retried or discarded already."
+    ALREADY_HANDLED = 409, "Already handled", "The contradiction has been handled before."
     BEYOND_HEAD = (
         410,
         "Beyond the head",

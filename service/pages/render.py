@@ -13,7 +13,7 @@ from aiohttp import hdrs, web
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from domain.transitions import VERDICTS
-from service.http.access import may_operate, session_cookie
+from service.http.access import has_scope, session_cookie
 from service.http.responses import COMMON_HEADERS, has_etag
 from service.pages.i18n import LANGUAGES, LOCALES, Locale, negotiate_language, to_rfc3339
 
@@ -180,7 +180,7 @@ def render_page(
         ],
         "stream": stream,
         "status": status,
-        "is_admin": may_operate(request),
+        "is_admin": has_scope(request, "admin"),
         "has_session": session_cookie(request) in request.cookies,
         "search": "",
         "now": datetime.now(UTC),

@@ -64,7 +64,7 @@ def test_help_lists_every_command_and_each_has_its_own(tmp_path: Path) -> None:
     """The list and the help of each command have the same summary, and an unknown command is a usage error."""
     listed = run_command(tmp_path, "--help").stdout
     for command, summary in {
-        "audit": "Print an order's transitions, or the verdicts that today's table changes.",
+        "audit": "Print an order's transitions.",
         "keys": "Create, list and revoke API keys.",
     }.items():
         assert summary in listed
