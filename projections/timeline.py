@@ -15,9 +15,11 @@ from projections.windows import BLOCK_POSITIONS, WIDEN_BLOCKS
 
 
 class TimelineEntry(TypedDict):
-    """One entry of a timeline, with the reports that only repeated it.
+    """One entry of a timeline, with the number of reports that only repeated it.
 
-    ``rejudges`` is the version of the report that this entry judges again, null if the entry is a report.
+    ``status`` is the order's status after the report. ``recognised`` is the status that was reported;
+    ``status_label`` is its label. ``rejudges`` is the version of the report that this entry judges again, null
+    if the entry is a report.
     """
 
     version: int
@@ -25,6 +27,7 @@ class TimelineEntry(TypedDict):
     status: Status | None
     previous_status: Status | None
     reported_status: str
+    recognised: Status | None
     status_label: Label | None
     reported_cnote: str | None
     skipped: list[Status]
@@ -37,9 +40,8 @@ class TimelineEntry(TypedDict):
 
 
 class PlacedEntry(TimelineEntry):
-    """An entry on an order's page, with the recognised status and when the order left the entry's status."""
+    """An entry on an order's page, with the time when the order left the entry's status."""
 
-    recognised: Status | None
     left_at: datetime | None
 
 
@@ -174,8 +176,8 @@ HEAD: Final = """
 # A page of an order's entries, oldest first, each with its number of repeats and the time of the last one.
 ENTRIES_PAGE: Final = """
     WITH page AS (
-        SELECT version, verdict, status, previous_status, reported_status, reported_cnote, skipped, reason,
-            received_at, occurred_at, rejudges
+        SELECT version, verdict, status, previous_status, reported_status, recognised, reported_cnote, skipped,
+            reason, received_at, occurred_at, rejudges
         FROM timeline.entries
         WHERE order_no = $1 AND version > $2 AND repeats IS NULL
         ORDER BY version
@@ -194,7 +196,7 @@ ENTRIES_PAGE: Final = """
 # The newest entries below a version, as of another version: later repeats and moves are ignored.
 NEWEST_ENTRIES: Final = """
     WITH page AS (
-        SELECT version, verdict, status, previous_status, recognised, reported_status, reported_cnote, skipped,
+        SELECT version, verdict, status, previous_status, reported_status, recognised, reported_cnote, skipped,
             reason, received_at, occurred_at, rejudges
         FROM timeline.entries
         WHERE order_no = $1 AND version < $2 AND repeats IS NULL
@@ -263,7 +265,7 @@ async def read_head(connection: Connection, order_no: str) -> TimelineHead:
 async def entries_page(connection: Connection, order_no: str, after: int, limit: int) -> list[TimelineEntry]:
     """Return an order's entries with versions above ``after``, oldest first."""
     rows = await connection.fetch(ENTRIES_PAGE, order_no, after, limit)
-    return [cast("TimelineEntry", {**row, "status_label": status_label(row["status"])}) for row in rows]
+    return [cast("TimelineEntry", {**row, "status_label": status_label(row["recognised"])}) for row in rows]
 
 
 async def newest_entries(
@@ -271,7 +273,7 @@ async def newest_entries(
 ) -> list[PlacedEntry]:
     """Return an order's last entries with versions below ``below``, oldest first, as of version ``as_of``."""
     rows = await connection.fetch(NEWEST_ENTRIES, order_no, below, as_of, limit)
-    return [cast("PlacedEntry", {**row, "status_label": status_label(row["status"])}) for row in rows]
+    return [cast("PlacedEntry", {**row, "status_label": status_label(row["recognised"])}) for row in rows]
 
 
 class Reached(NamedTuple):

@@ -34,7 +34,7 @@ from service.http.access import Access
 from service.http.addresses import LOOPBACK
 from service.http.auth_refusals import AuthRefusals
 from service.http.budgets import BUDGETS, Budgets
-from service.http.endpoints import make_routes
+from service.http.endpoints import Api, make_routes
 from service.http.request_ids import route_pattern
 from service.http.server import HttpServer
 from service.ingest.quarantine import Quarantine
@@ -128,7 +128,7 @@ class Service:
         self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, volume, refusals)
         self.events = EventsApi(self.pool, self.access, self.budgets.streams)
         self.pages = Pages(self.pool, self.access, self.projectors, self.recorder, refusals, self.vocabulary)
-        self.apis: list[object] = [
+        self.apis: list[Api] = [
             OrdersApi(
                 self.pool,
                 self.orders_connection,
@@ -143,7 +143,7 @@ class Service:
             OperationsApi(self.pool, self.auth_connection, projectors, refusals),
             self.metrics,
         ]
-        self.openapi = OpenApi(self.apis, self.webhook.path)
+        self.openapi = OpenApi(self.apis)
         self.apis.append(self.openapi)
         self.background = BackgroundTasks()
         self._connect = partial(connect, dsn)

@@ -16,9 +16,9 @@ from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.database.connections import ConnectionPool
 from service.database.operations import Action, Operation, operations_page
-from service.http.endpoints import CSV, JSON, Endpoint
-from service.http.pagination import cut_page, list_response
-from service.http.parameters import CsvQuery, Query, TableQuery, Text, Time
+from service.http.endpoints import CSV, Endpoint, Tag
+from service.http.pagination import Page, csv_response, cut_page, list_response
+from service.http.parameters import PageQuery, Query, TableQuery, Text, Time
 from service.http.responses import json_response
 from service.vocabulary import VocabularyFile
 
@@ -73,8 +73,8 @@ class Rules(TypedDict):
 class TransitionsQuery(TableQuery):
     """The filters of the audit."""
 
-    verdict: Verdict | None = None
-    order_no: Text | None = None
+    verdict: Verdict | None = Field(default=None, description="reports of this verdict")
+    order_no: Text | None = Field(default=None, description="reports about this order")
     from_: Status | None = Field(default=None, alias="from", description="the order's status before the report")
     to: Status | None = Field(default=None, description="the reported status")
     since: Time | None = Field(default=None, description="the report arrived at or after this time")
@@ -88,10 +88,10 @@ class Operations(TypedDict):
     next: str | None
 
 
-class OperationsQuery(CsvQuery):
+class OperationsQuery(PageQuery):
     """The filter of operators' actions."""
 
-    action: Action | None = None
+    action: Action | None = Field(default=None, description="actions of this kind")
 
 
 def _rows() -> Iterator[RowRule]:
@@ -132,6 +132,8 @@ class AuditApi:
         vocabulary: the vocabulary.
     """
 
+    tag = Tag("audit", "Every verdict with its reason, operators' actions, and the transition table.")
+
     def __init__(
         self, pool: ConnectionPool, projectors: Mapping[str, Projector], vocabulary: VocabularyFile
     ) -> None:
@@ -139,28 +141,46 @@ class AuditApi:
         self._projectors = projectors
         self._rules = make_rules(vocabulary)
 
-    @Endpoint("GET", "/audit/transitions", Transitions, query=TransitionsQuery, media=(JSON, CSV))
+    @Endpoint("GET", "/audit/transitions", Transitions, query=TransitionsQuery)
     async def list_transitions(self, request: web.Request, query: TransitionsQuery) -> web.Response:
-        """A page of every verdict on every report, in the order of the log."""
+        """List every verdict on every report, in the order of the log."""
+        return list_response(query, "transitions", await self._transitions(query), request.path)
+
+    @Endpoint("GET", "/audit/transitions.csv", str, query=TransitionsQuery, media=CSV)
+    async def export_transitions(self, _request: web.Request, query: TransitionsQuery) -> web.Response:
+        """List every verdict on every report as CSV, in the order of the log."""
+        return csv_response(
+            query, "transitions", await self._transitions(query), "/audit/transitions.csv", Transition
+        )
+
+    @Endpoint("GET", "/audit/operations", Operations, query=OperationsQuery, scope="admin")
+    async def list_operations(self, request: web.Request, query: OperationsQuery) -> web.Response:
+        """List operators' actions, newest first: who did what, when and why."""
+        return list_response(query, "operations", await self._operations(query), request.path)
+
+    @Endpoint("GET", "/audit/operations.csv", str, query=OperationsQuery, scope="admin", media=CSV)
+    async def export_operations(self, _request: web.Request, query: OperationsQuery) -> web.Response:
+        """List operators' actions as CSV, newest first."""
+        return csv_response(
+            query, "operations", await self._operations(query), "/audit/operations.csv", Operation
+        )
+
+    @Endpoint("GET", "/transitions", Rules)
+    async def get_rules(self, _request: web.Request, _query: Query) -> web.Response:
+        """Get the status words and the transition table."""
+        return json_response(self._rules)
+
+    async def _transitions(self, query: TransitionsQuery) -> Page:
         await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
         filters = TransitionsFilter(
             query.verdict, query.order_no, query.from_, query.to, query.since, query.until
         )
         async with self._pool.connection() as connection:
             window = await audit.transitions_page(connection, query.cursor or 0, filters, query.limit + 1)
-        page = cut_page(window.rows, query.limit, itemgetter("position"), window.reached)
-        return list_response(request, query, "transitions", page, request.path, Transition)
+        return cut_page(window.rows, query.limit, itemgetter("position"), window.reached)
 
-    @Endpoint("GET", "/audit/operations", Operations, query=OperationsQuery, scope="admin", media=(JSON, CSV))
-    async def list_operations(self, request: web.Request, query: OperationsQuery) -> web.Response:
-        """A page of operators' actions, newest first: who did what, when and why."""
+    async def _operations(self, query: OperationsQuery) -> Page:
         before = POSITION_MAX if query.cursor is None else query.cursor
         async with self._pool.connection() as connection:
             rows = await operations_page(connection, before, query.action, query.limit + 1)
-        page = cut_page(rows, query.limit, itemgetter("operation_id"))
-        return list_response(request, query, "operations", page, request.path, Operation)
-
-    @Endpoint("GET", "/transitions", Rules)
-    async def show_rules(self, _request: web.Request, _query: Query) -> web.Response:
-        """The vocabulary and the transition table."""
-        return json_response(self._rules)
+        return cut_page(rows, query.limit, itemgetter("operation_id"))

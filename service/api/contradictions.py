@@ -17,7 +17,7 @@ from service.event_log import contradictions
 from service.event_log.contradictions import AlreadyHandledError, Contradiction, UnknownContradictionError
 from service.http.access import admission
 from service.http.body import read_body
-from service.http.endpoints import Endpoint
+from service.http.endpoints import Endpoint, Tag
 from service.http.pagination import cut_page, list_response
 from service.http.parameters import PageQuery, Query, ViewQuery, parse_number, parse_order_no
 from service.http.problems import ProblemError, ProblemType
@@ -55,13 +55,15 @@ class ContradictionsApi:
         projectors: the projectors by the names of their views.
     """
 
+    tag = Tag("contradictions", "Refused reports, and how operators handled them.")
+
     def __init__(self, pool: ConnectionPool, projectors: Mapping[str, Projector]) -> None:
         self._pool = pool
         self._projectors = projectors
 
     @Endpoint("GET", "/contradictions", Contradictions, query=ContradictionsQuery)
     async def list_contradictions(self, request: web.Request, query: ContradictionsQuery) -> web.Response:
-        """A page of the refused reports, newest first, and how each was handled."""
+        """List the refused reports, newest first, and how each was handled."""
         await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
         before = POSITION_MAX if query.cursor is None else query.cursor
         async with self._pool.connection() as connection:
@@ -69,7 +71,7 @@ class ContradictionsApi:
                 connection, before, query.limit + 1, handled=query.handled
             )
         page = cut_page(window.rows, query.limit, itemgetter("position"), window.reached)
-        return list_response(request, query, "contradictions", page, request.path)
+        return list_response(query, "contradictions", page, request.path)
 
     @Endpoint(
         "POST",

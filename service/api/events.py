@@ -23,11 +23,10 @@ from service.event_log.store import LogEvent, RecordedEvent, to_log_event
 from service.event_log.tail import Tail, TailClosedError
 from service.http.access import Access
 from service.http.budgets import Budget
-from service.http.endpoints import JSON, NDJSON, SSE, Endpoint
+from service.http.endpoints import NDJSON, SSE, Endpoint, Tag
 from service.http.pagination import Page, list_response
 from service.http.parameters import (
     PAGE_ROWS_DEFAULT,
-    EventsQuery,
     LastReport,
     Limit,
     Position,
@@ -70,10 +69,31 @@ Send = Callable[[ResponseStream, int], Awaitable[int]]
 
 
 class LogEvents(TypedDict):
-    """A page of the log."""
+    """A page of the log. ``next`` can always be followed: an empty page is the end of the log for now."""
 
     events: list[LogEvent]
-    next: str | None
+    next: str
+
+
+class EventsQuery(Query):
+    """A page of the log after a position."""
+
+    after: Position = Field(default=0, description="begin after this position of the log")
+    last: LastReport = None
+    limit: Limit = Field(default=PAGE_ROWS_DEFAULT, description="the maximum number of events of the page")
+
+
+class AllEventsQuery(Query):
+    """The log after a position, up to its head."""
+
+    after: Position = Field(default=0, description="begin after this position of the log")
+    last: LastReport = None
+    limit: int | None = Field(
+        default=None,
+        ge=1,
+        le=POSITION_MAX,
+        description="the maximum number of events; by default, all up to the head of the log",
+    )
 
 
 class StreamQuery(Query):
@@ -107,7 +127,7 @@ class ErasuresQuery(Query):
     """Where a page of erasures begins."""
 
     after: Position = Field(default=0, description="begin after the erasure with this id")
-    limit: Limit = PAGE_ROWS_DEFAULT
+    limit: Limit = Field(default=PAGE_ROWS_DEFAULT, description="the maximum number of rows of the page")
 
 
 class Erasures(TypedDict):
@@ -126,6 +146,8 @@ class EventsApi:
         streams: the budget of long responses.
     """
 
+    tag = Tag("events", "The log of all orders, in pages, as NDJSON and live, and its erasures.")
+
     def __init__(self, pool: ConnectionPool, access: Access, streams: Budget) -> None:
         self._pool = pool
         self._access = access
@@ -133,48 +155,60 @@ class EventsApi:
         self.tail = Tail(pool, encode_event, encode_erasure)
         self._behind = asyncio.Semaphore(READERS_BEHIND_MAX)
 
-    @Endpoint("GET", "/events", LogEvents, query=EventsQuery, media=(JSON, NDJSON))
-    async def list_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
-        """A page of the log, by position; as NDJSON, all events up to its head unless `limit` is set."""
-        if NDJSON in request.headers.get(hdrs.ACCEPT, "") and request.method == hdrs.METH_GET:
-            _refuse_old_version(request)
-            with self._streams.hold(READER.get()):
-                return await self._all_events(request, query)
+    @Endpoint("GET", "/events", LogEvents, query=EventsQuery)
+    async def list_events(self, request: web.Request, query: EventsQuery) -> web.Response:
+        """List the events of all orders, by position: a feed whose `next` can always be followed."""
         async with self._pool.connection() as connection:
             await _refuse_another_event(connection, query)
             rows = await store.read_log(connection, query.after, query.limit)
-            # A page may also end early, at its limit in bytes.
-            has_more = rows and await store.read_log(connection, rows[-1].position, 1)
             if not rows and query.after > (head := await store.head_position(connection)):
                 raise beyond_head(query.after, head)
-        place = place_after(rows[-1], rows[-1].position) if has_more else {}
-        page = Page([*map(to_log_event, rows)], place)
-        return list_response(request, query, "events", page, request.path)
+        place = (
+            place_after(rows[-1].report_id, after=rows[-1].position)
+            if rows
+            else place_after(query.last, after=query.after)
+        )
+        return list_response(query, "events", Page([*map(to_log_event, rows)], place), request.path)
+
+    @Endpoint("GET", "/events.ndjson", str, query=AllEventsQuery, media=NDJSON)
+    async def export_events(self, request: web.Request, query: AllEventsQuery) -> web.StreamResponse:
+        """Get all events up to the head of the log as NDJSON, one event on each line."""
+        _refuse_old_version(request)
+        if request.method == hdrs.METH_HEAD:
+            return (await begin_stream(request, NDJSON_HEADERS)).response
+        with self._streams.hold(READER.get()):
+            return await self._all_events(request, query)
 
     @Endpoint("GET", "/erasures", Erasures, query=ErasuresQuery)
     async def list_erasures(self, request: web.Request, query: ErasuresQuery) -> web.Response:
-        """A page of the erasures, oldest first: what your copies of the log must lose too."""
+        """List erasures, oldest first: what your copies of the log must lose too."""
         async with self._pool.connection() as connection:
             rows = await erasures_page(connection, query.after, query.limit + 1)
             if not rows and query.after > (last := await last_erasure_id(connection)):
                 raise beyond_head(query.after, last)
         items = rows[: query.limit]
         place = {"after": items[-1]["erasure_id"]} if len(rows) > query.limit else {}
-        return list_response(request, query, "erasures", Page(items, place), request.path)
+        return list_response(query, "erasures", Page(items, place), request.path)
 
-    @Endpoint("GET", "/events/stream", str, query=LogStreamQuery, media=(SSE,))
+    @Endpoint("GET", "/events/stream", str, query=LogStreamQuery, media=SSE)
     async def stream_events(self, request: web.Request, query: LogStreamQuery) -> web.StreamResponse:
-        """The log as it grows, as server-sent events; `Last-Event-ID` resumes without gaps or duplicates."""
+        """Stream the events of all orders live, as server-sent events.
+
+        `Last-Event-ID` resumes without gaps or duplicates.
+        """
         return await self._stream(request, query, self._send_position if query.brief else self._send)
 
-    @Endpoint("GET", "/orders/{order_no}/stream", str, query=StreamQuery, media=(SSE,))
-    async def stream_order(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
-        """An order's events as they are recorded, as server-sent events; the order need not have any yet."""
+    @Endpoint("GET", "/orders/{order_no}/stream", str, query=StreamQuery, media=SSE)
+    async def stream_order_events(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
+        """Stream an order's events live, as server-sent events.
+
+        The order need not have any event yet.
+        """
         order_no = parse_order_no(request)
         send = partial(self._send, order_no=order_no)
         return await self._stream(request, query, send, order_no)
 
-    async def _all_events(self, request: web.Request, query: EventsQuery) -> web.StreamResponse:
+    async def _all_events(self, request: web.Request, query: AllEventsQuery) -> web.StreamResponse:
         position = query.after
         async with self._pool.connection() as connection:
             head = await store.head_position(connection)
@@ -182,7 +216,7 @@ class EventsApi:
                 raise beyond_head(position, head)
             await _refuse_another_event(connection, query)
         stream = await begin_stream(request, NDJSON_HEADERS)
-        remaining = query.limit if "limit" in query.model_fields_set else POSITION_MAX
+        remaining = query.limit if query.limit is not None else POSITION_MAX
         while position < head and remaining:
             await stream.wait()
             position, count = await self._send_lines(stream, position, remaining)
@@ -302,7 +336,9 @@ class EventsApi:
         return events[-1].position if len(events) == len(batch) > 0 else max(position, end)
 
 
-async def _refuse_another_event(connection: Connection, query: EventsQuery | StreamQuery) -> None:
+async def _refuse_another_event(
+    connection: Connection, query: EventsQuery | AllEventsQuery | StreamQuery
+) -> None:
     """Refuse to continue after an event that the log has lost.
 
     Raises:
@@ -312,7 +348,7 @@ async def _refuse_another_event(connection: Connection, query: EventsQuery | Str
         return
     found = await store.read_log(connection, query.after - 1, 1)
     is_there = found and found[0].position == query.after
-    refuse_another_event(query.after, query.last, found[0] if is_there else None)
+    refuse_another_event(query.last, found[0] if is_there else None, position=query.after)
 
 
 def _refuse_old_version(request: web.Request) -> None:

@@ -20,7 +20,7 @@ from service.api.freshness import Lag, read_lag
 from service.database.connections import ConnectionPool, StorageUnavailableError
 from service.http.auth_refusals import AuthRefusals
 from service.http.budgets import Budgets
-from service.http.endpoints import TEXT, Endpoint
+from service.http.endpoints import TEXT, Endpoint, Tag
 from service.http.parameters import Query
 from service.http.request_ids import route_pattern
 from service.http.responses import response
@@ -65,6 +65,8 @@ class Metrics:
         retention: erases old bodies; None if it is off.
         recorder: returns the recorder, which is made after the metrics that it reports to.
     """
+
+    tag = Tag("metrics", "Metrics for Prometheus.")
 
     def __init__(  # noqa: PLR0913, PLR0917 - everything that is measured
         self,
@@ -137,9 +139,9 @@ class Metrics:
             child = self._http_children[key] = self._http.labels(method, route, str(status))
         child.observe(seconds)
 
-    @Endpoint("GET", "/metrics", str, media=(TEXT,))
-    async def show_metrics(self, _request: web.Request, _query: Query) -> web.Response:
-        """The service's metrics, in the text format of Prometheus."""
+    @Endpoint("GET", "/metrics", str, media=TEXT)
+    async def get_metrics(self, _request: web.Request, _query: Query) -> web.Response:
+        """Get the service's metrics, in the text format of Prometheus."""
         lags: list[Lag] = []
         entries: dict[str, int] = {}
         # Two reads, so that a slow one does not hide the other's gauges.

@@ -2,24 +2,28 @@
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from functools import partial
 from http import HTTPStatus
-from inspect import getdoc
 from itertools import groupby
 from operator import itemgetter
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from aiohttp import hdrs, web
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
+from domain.statuses import Status
+from domain.transitions import Leg, Verdict
 from service import VERSION
 from service.api.events import LAST_EVENT_ID
-from service.http.endpoints import CSV, JSON, NDJSON, SSE, TEXT, Endpoint, endpoints
+from service.database.operations import Action, Via
+from service.http.endpoints import CSV, JSON, NDJSON, SSE, TEXT, Api, Endpoint, Tag, endpoints
 from service.http.parameters import Query
 from service.http.problems import ProblemError, ProblemType
 from service.http.responses import json_response, response
 from service.ingest.idempotency import KEY_BYTES_MAX, KEY_HEADERS
-from service.ingest.recorder import Receipt
+from service.ingest.quarantine import QuarantineState
+from service.ingest.recorder import Outcome, Receipt
+from service.ingest.webhook import METHODS
+from service.ingest.webhook_auth import PATH, PATH_WITH_TOKEN
 
 REFERENCE: Final = "#/components/schemas/{model}"
 DESCRIPTION: Final = (
@@ -38,23 +42,56 @@ PROBLEM_SCHEMA: Final = {
     },
     "required": ["type", "title", "status", "detail"],
 }
-# Media types whose content has no JSON schema.
+# The schemas of enumerations, by their names, so that a client has one type for each of them.
+ENUMERATIONS: Final[Mapping[str, tuple[Any, str]]] = {
+    "Status": (Status, "A status of an order."),
+    "Verdict": (Verdict, "The judgement on a report, by the transition table."),
+    "Outcome": (Outcome, "The verdict on a report, or that its body was quarantined."),
+    "Leg": (Leg, "The part of the journey on which an order's problem arose."),
+    "QuarantineState": (QuarantineState, "Whether a quarantined body is open, or how it was resolved."),
+    "Action": (Action, "An operator's action."),
+    "Via": (Via, "The way by which an operator acted."),
+}
+# The description of a response that has no JSON schema.
 NOT_JSON: Final = {
-    CSV: "The list as a table. The `Link` header leads to the next page.",
-    NDJSON: "One event on each line, up to the head of the log.",
+    CSV: "A page of the list as CSV (RFC 4180), with a heading. A nested member is a column, as `counts.late`.",
+    NDJSON: "One event on each line, as in `GET /events`. Without its last chunk, the response was cut off.",
     TEXT: "Plain text.",
     SSE: "`event: status_reported`; its `id` is the position, its `data` an event as in `GET /events`. "
+    "`event: order_erased`; its `data` is an erasure as in `GET /erasures`. "
     "With `brief`: `event: log_grown`; its `data` has the position.",
+}
+PATH_PARAMETERS: Final[Mapping[str, dict[str, Any]]] = {
+    "order_no": {"schema": {"type": "string", "minLength": 1}, "description": "the order number"},
+    "version": {"schema": {"type": "integer", "minimum": 1}, "description": "the version of the event"},
+    "quarantine_id": {"schema": {"type": "integer", "minimum": 1}, "description": "the id of the entry"},
+    "slug": {"schema": {"type": "string", "minLength": 1}, "description": "the end of a problem's `type`"},
+    "token": {
+        "schema": {"type": "string", "minLength": 1},
+        "description": "one of the service's webhook tokens",
+    },
+}
+WEBHOOK_TAG: Final = Tag("webhook", "Where the sender reports status changes.")
+# Both paths are always described, so that a client fits every configuration.
+WEBHOOK_PATHS: Final = {
+    PATH: ("Report", "Use this path if the service has no webhook tokens; otherwise it gets 404."),
+    PATH_WITH_TOKEN: (
+        "ReportWithToken",
+        "Use this path if the service has webhook tokens; otherwise, and with a wrong token, it gets 404.",
+    ),
 }
 
 
 class ReportBody(BaseModel):
-    """The body of a webhook. Further members are kept."""
+    """A report of an order's status. Further members are kept in the event's `body`."""
 
-    order_no: str | int
-    status: str
-    cnote: str | int | None = None
-    timestamp: str | int | float | None = None
+    order_no: str | int = Field(description="the order number: 1 to 128 characters, or up to 18 digits")
+    status: str = Field(description="the status in the sender's words, 1 to 128 characters")
+    cnote: str | int | None = Field(default=None, description="the airway bill, 1 to 128 characters")
+    timestamp: str | int | float | None = Field(
+        default=None,
+        description="when it happened: RFC 3339 with an offset, or seconds or milliseconds since 1970",
+    )
 
 
 class OpenApi:
@@ -62,21 +99,22 @@ class OpenApi:
 
     Args:
         apis: the objects whose endpoints are documented.
-        webhook_path: the pattern of the webhook's path.
     """
 
-    def __init__(self, apis: Iterable[object], webhook_path: str) -> None:
-        declared = [endpoint for api in (*apis, self) for endpoint, _ in endpoints(api)]
-        self.document = make_document([*_webhook_endpoints(webhook_path), *declared])
+    tag = Tag("contract", "This document, and the explanations of problem types.")
+
+    def __init__(self, apis: Iterable[Api]) -> None:
+        declared = [(api.tag, endpoint) for api in (*apis, self) for endpoint, _ in endpoints(api)]
+        self.document = make_document([*_webhook_endpoints(), *declared])
 
     @Endpoint("GET", "/openapi.json", dict, scope=None)
-    async def show_document(self, _request: web.Request, _query: Query) -> web.Response:
-        """This document."""
+    async def get_openapi(self, _request: web.Request, _query: Query) -> web.Response:
+        """Get this document."""
         return json_response(self.document)
 
-    @Endpoint("GET", "/problems/{slug}", str, scope=None, problems=(HTTPStatus.NOT_FOUND,), media=(TEXT,))
-    async def show_problem(self, request: web.Request, _query: Query) -> web.Response:
-        """The explanation of a problem's type."""
+    @Endpoint("GET", "/problems/{slug}", str, scope=None, problems=(HTTPStatus.NOT_FOUND,), media=TEXT)
+    async def get_problem_type(self, request: web.Request, _query: Query) -> web.Response:
+        """Get the explanation of a problem type."""
         for problem_type in ProblemType:
             if problem_type.slug == request.match_info["slug"]:
                 text = f"{problem_type.status} {problem_type.title}\n\n{problem_type.explanation}\n"
@@ -84,20 +122,26 @@ class OpenApi:
         raise ProblemError(HTTPStatus.NOT_FOUND)
 
 
-def make_document(declared: Collection[Endpoint]) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of endpoints."""
-    schemas, references = _schemas(declared)
+def make_document(declared: Collection[tuple[Tag, Endpoint]]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of endpoints, each with its tag."""
+    schemas, references = _schemas([endpoint for _, endpoint in declared])
     paths: dict[str, dict[str, Any]] = {}
-    for endpoint in declared:
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, references)
+    for tag, endpoint in declared:
+        operation = {"tags": [tag.name], **_operation(endpoint, references)}
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.1",
         "info": {
             "title": "Order tracking for Komerce",
             "version": VERSION,
             "description": DESCRIPTION,
+            "contact": {"name": "The operator of this service"},
             "license": {"name": "MIT", "identifier": "MIT"},
         },
+        "servers": [{"url": "/", "description": "The service that serves this document."}],
+        # Until the first key exists, programs of the same machine need none.
+        "security": [{"key": []}, {}],
+        "tags": [tag._asdict() for tag in dict.fromkeys(tag for tag, _ in declared)],
         "paths": paths,
         "components": {
             "schemas": schemas,
@@ -106,11 +150,27 @@ def make_document(declared: Collection[Endpoint]) -> dict[str, Any]:
     }
 
 
-def _webhook_endpoints(path: str) -> list[Endpoint]:
-    own = (ProblemType.BAD_SIGNATURE, ProblemType.FORBIDDEN, HTTPStatus.NOT_FOUND, ProblemType.UNAVAILABLE)
-    summary = "Receive a report. 200 means that it is committed."
-    declare = partial(Endpoint, query=None, scope=None, body=ReportBody, problems=own, summary=summary)
-    return [declare("PUT", path, Receipt), declare("POST", path, Receipt)]
+def _webhook_endpoints() -> Iterator[tuple[Tag, Endpoint]]:
+    for path, (name, description) in WEBHOOK_PATHS.items():
+        for method in METHODS:
+            yield (
+                WEBHOOK_TAG,
+                Endpoint(
+                    method,
+                    path,
+                    Receipt,
+                    query=None,
+                    scope=None,
+                    body=ReportBody,
+                    problems=(
+                        *(ProblemType.BAD_SIGNATURE, ProblemType.FORBIDDEN),
+                        *(HTTPStatus.NOT_FOUND, ProblemType.UNAVAILABLE),
+                    ),
+                    summary=f"Send a report by {method}.",
+                    description=f"200 means that the report is committed. {description}",
+                    operation_id=method.lower() + name,
+                ),
+            )
 
 
 def _schemas(declared: Iterable[Endpoint]) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
@@ -118,15 +178,57 @@ def _schemas(declared: Iterable[Endpoint]) -> tuple[dict[str, Any], dict[Any, di
     types = {endpoint.response for endpoint in declared} | {one.body for one in declared if one.body}
     adapters = [(one, "serialization", TypeAdapter(one)) for one in sorted(types, key=str)]
     by_type, definitions = TypeAdapter.json_schemas(adapters, ref_template=REFERENCE)  # type: ignore[arg-type]
-    return {**definitions["$defs"], "Problem": PROBLEM_SCHEMA}, {
-        one: schema for (one, _), schema in by_type.items()
+    enumerations = {
+        name: {"type": "string", "enum": [*get_args(values)], "description": description}
+        for name, (values, description) in ENUMERATIONS.items()
+    }
+    schemas = {**_tidy(definitions["$defs"], has_names=True), **enumerations, "Problem": PROBLEM_SCHEMA}
+    return dict(sorted(schemas.items())), {one: _tidy(schema) for (one, _), schema in by_type.items()}
+
+
+def _tidy(schema: Any, *, has_names: bool = False) -> Any:
+    """Return a schema of pydantic's as the document has it.
+
+    Enumerations become references. Titles, which only repeat names, and nulls as defaults are left out.
+
+    Args:
+        schema: the schema, or a part of it.
+        has_names: whether the keys are names of members or schemas, not keywords.
+    """
+    if isinstance(schema, list):
+        return [_tidy(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if has_names:
+        return {name: _tidy(member) for name, member in schema.items()}
+    for name, (values, _) in ENUMERATIONS.items():
+        if schema.get("enum") == [*get_args(values)]:
+            return {"$ref": REFERENCE.format(model=name)}
+    return {
+        keyword: _to_markdown(value)
+        if keyword == "description"
+        else _tidy(value, has_names=keyword == "properties")
+        for keyword, value in schema.items()
+        if keyword != "title" and (keyword, value) != ("default", None)
     }
 
 
+def _to_markdown(docstring: str) -> str:
+    """Return a docstring with its lines joined, and with single backticks."""
+    paragraphs = docstring.replace("``", "`").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
 def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+    access = (
+        f"Requires an API key with the scope `{endpoint.scope}` once any key exists."
+        if endpoint.scope is not None
+        else "Requires no API key."
+    )
     operation: dict[str, Any] = {
-        "operationId": re.sub(r"[\W_]", "", endpoint.method.lower() + endpoint.path.title()),
+        "operationId": endpoint.operation_id,
         "summary": endpoint.summary,
+        "description": f"{endpoint.description} {access}".strip(),
         "parameters": [
             *_path_parameters(endpoint.path),
             *_query_parameters(endpoint.query),
@@ -141,27 +243,22 @@ def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> 
     if endpoint.body is not None:
         schema = references[endpoint.body]
         operation["requestBody"] = {"required": True, "content": {JSON: {"schema": schema}}}
-    if endpoint.scope is not None:
-        operation["security"] = [{"key": []}, {}]
-        operation["description"] = f"Requires an API key with the scope `{endpoint.scope}` once any key exists."
+    if endpoint.scope is None:
+        operation["security"] = []
     return operation
 
 
 def _path_parameters(path: str) -> Iterator[dict[str, Any]]:
     for name in re.findall(r"{(\w+)}", path):
-        text = {"type": "string", "minLength": 1}
-        schema = {"type": "integer", "minimum": 1} if name == "quarantine_id" else text
-        yield {"name": name, "in": "path", "required": True, "schema": schema}
+        yield {"name": name, "in": "path", "required": True, **PATH_PARAMETERS[name]}
 
 
 def _query_parameters(query: type[Query] | None) -> Iterator[dict[str, Any]]:
     for name, member in (query or Query).model_json_schema().get("properties", {}).items():
-        schema = {key: value for key, value in member.items() if key not in ("title", "description", "default")}
+        schema = {key: value for key, value in _tidy(member).items() if key != "description"}
         if "anyOf" in schema:
             # An optional parameter is null inside the service, and cannot be sent as null.
             (schema,) = [one for one in schema["anyOf"] if one != {"type": "null"}]
-        if member.get("default") is not None:
-            schema = {**schema, "default": member["default"]}
         parameter = {"name": name, "in": "query", "required": False, "schema": schema}
         if "description" in member:
             parameter["description"] = member["description"]
@@ -176,7 +273,7 @@ def _header_parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
         headers += [(name, text, description) for name in KEY_HEADERS]
     if endpoint.has_etag:
         headers.append((str(hdrs.IF_NONE_MATCH), text, "The `ETag` of the client's copy."))
-    if SSE in endpoint.media:
+    if endpoint.media == SSE:
         position = {"type": "integer", "minimum": 0}
         headers.append((LAST_EVENT_ID, position, "The last position that the client has seen."))
     for name, schema, description in headers:
@@ -184,13 +281,21 @@ def _header_parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
 
 
 def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:
-    content = {
-        media: {"schema": reference if media == JSON else {"type": "string", "description": NOT_JSON[media]}}
-        for media in endpoint.media
-    }
+    description: str = NOT_JSON.get(endpoint.media, endpoint.summary)
     # The docstring of a plain dict or str would describe Python.
-    is_declared = endpoint.response.__module__ != "builtins"
-    return {"description": getdoc(endpoint.response) if is_declared else endpoint.summary, "content": content}
+    if endpoint.response.__module__ != "builtins":
+        description = _to_markdown(endpoint.response.__doc__)
+    headers: dict[str, Any] = {}
+    if endpoint.has_etag:
+        headers["ETag"] = {"schema": {"type": "string"}, "description": "Send it back as If-None-Match."}
+    if endpoint.media in {JSON, CSV} and endpoint.query is not None and "limit" in endpoint.query.model_fields:
+        headers["Link"] = {"schema": {"type": "string"}, "description": "Leads to the next page (RFC 8288)."}
+    schema = reference if endpoint.media == JSON else {"type": "string"}
+    return {
+        "description": description,
+        **({"headers": headers} if headers else {}),
+        "content": {endpoint.media: {"schema": schema}},
+    }
 
 
 def _failures(endpoint: Endpoint) -> dict[str, Any]:
@@ -202,7 +307,7 @@ def _failures(endpoint: Endpoint) -> dict[str, Any]:
             "headers": {"X-Request-Id": {"schema": {"type": "string"}, "description": "The id in the logs."}},
             "content": {PROBLEM_MEDIA: {"schema": {"$ref": REFERENCE.format(model="Problem")}}},
         }
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        if status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:
             retry_after = {"schema": {"type": "integer"}, "description": "In seconds."}
             failures[str(status)]["headers"]["Retry-After"] = retry_after
     return failures

@@ -10,10 +10,10 @@ from projections.engine import Projector
 from service.api.freshness import Projection, read_projection
 from service.database.connections import ConnectionPool, DedicatedConnection, StorageUnavailableError
 from service.event_log import store
-from service.http.endpoints import Endpoint
+from service.http.endpoints import Endpoint, Tag
 from service.http.parameters import Query
 from service.http.problems import ProblemType, unavailable
-from service.http.responses import json_response
+from service.http.responses import json_response, to_rfc3339
 from service.ingest.refusals import PASSING, Refusals, find_cause
 
 READY_SECONDS_MAX: Final = 1.0
@@ -43,6 +43,8 @@ class OperationsApi:
         refusals: the webhooks that got 503.
     """
 
+    tag = Tag("service", "Whether the service is alive and ready, and how far its views are behind the log.")
+
     def __init__(
         self,
         pool: ConnectionPool,
@@ -56,21 +58,21 @@ class OperationsApi:
         self._refusals = refusals
 
     @Endpoint("GET", "/projections", Projections)
-    async def show_projections(self, _request: web.Request, _query: Query) -> web.Response:
-        """The position and lag of every view, and the orders parked in it."""
+    async def get_projections(self, _request: web.Request, _query: Query) -> web.Response:
+        """Get the position and lag of every view, and the orders parked in it."""
         async with self._pool.connection() as connection:
             views = [await read_projection(connection, projector) for projector in self._projectors]
             head = await store.head_position(connection)
         return json_response({"head": head, "projections": views})
 
     @Endpoint("GET", "/livez", Health, scope=None)
-    async def show_liveness(self, _request: web.Request, _query: Query) -> web.Response:
-        """The process responds. The database is not checked."""
+    async def get_liveness(self, _request: web.Request, _query: Query) -> web.Response:
+        """Check that the process responds. The database is not checked."""
         return json_response({"status": "alive"})
 
     @Endpoint("GET", "/readyz", Health, scope=None, problems=(ProblemType.UNAVAILABLE,))
-    async def show_readiness(self, _request: web.Request, _query: Query) -> web.Response:
-        """The database responds in time, and webhooks can be recorded."""
+    async def get_readiness(self, _request: web.Request, _query: Query) -> web.Response:
+        """Check that the database responds in time, and that webhooks can be recorded."""
         try:
             async with self._dedicated.connection(READY_SECONDS_MAX) as connection:
                 is_standby: bool = await connection.fetchval(IS_STANDBY)
@@ -80,6 +82,6 @@ class OperationsApi:
             raise unavailable("the database is a standby, which cannot record webhooks", cause="read_only")
         # A full queue empties by itself, and faster if the load balancer sends nothing else.
         if (refusal := self._refusals.recent) is not None and refusal.cause not in PASSING:
-            since = refusal.since.isoformat(timespec="seconds")
+            since = to_rfc3339(refusal.since, "seconds")
             raise unavailable(f"webhooks are refused since {since}: {refusal.cause}", cause=refusal.cause)
         return json_response({"status": "ready"})

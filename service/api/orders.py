@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from operator import itemgetter
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 from aiohttp import web
 from pydantic import Field
@@ -20,21 +20,30 @@ from projections.engine import DecodedEvent, Projector
 from projections.order_list import OrdersFilter
 from projections.parked import Parked
 from projections.statistics import Statistics
-from projections.timeline import TimelineEntry
+from projections.timeline import TimelineEntry, TimelineHead
 from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.api.resumption import place_after, refuse_another_event
 from service.batcher import Batcher
 from service.database.connections import READER, ConnectionPool, DedicatedConnection
 from service.event_log import store
-from service.event_log.codec import UndecodableEventError, decode_event, read_fields
+from service.event_log.codec import (
+    StatusReported,
+    UndecodableEventError,
+    decode_event,
+    read_status_reported,
+)
 from service.event_log.store import RecordedEvent
 from service.http.budgets import Budget
-from service.http.endpoints import CSV, JSON, Endpoint
-from service.http.pagination import Page, cut_page, list_response
+from service.http.endpoints import CSV, Endpoint, Tag
+from service.http.pagination import Page, csv_response, cut_page, list_response
 from service.http.parameters import (
+    PAGE_ROWS_DEFAULT,
     Duration,
-    EventsQuery,
+    LastReport,
+    Limit,
+    Position,
+    Query,
     TableQuery,
     Text,
     Time,
@@ -73,13 +82,13 @@ class Timeline(TypedDict):
 
 
 class OrderEvent(TypedDict):
-    """One recorded event of an order."""
+    """One recorded event of an order; ``data`` is null if this release does not know it."""
 
     version: int
     position: int
     type: str
     recorded_at: datetime
-    data: dict[str, Any] | None
+    data: StatusReported | None
 
 
 class OrderEvents(TypedDict):
@@ -92,7 +101,7 @@ class OrderEvents(TypedDict):
 class OrdersQuery(TableQuery):
     """The filters of a list of orders."""
 
-    status: Status | None = None
+    status: Status | None = Field(default=None, description="orders with this status")
     cnote: Text | None = Field(default=None, description="an airway bill that was ever reported for the order")
     verdict: Verdict | None = Field(default=None, description="orders with at least one report of this verdict")
     updated_after: Time | None = Field(default=None, description="the last report was at or after this time")
@@ -109,10 +118,18 @@ class OrderQuery(ViewQuery):
     as_of: Time | None = Field(default=None, description="the order as of this time")
 
 
+class OrderEventsQuery(Query):
+    """A page of an order's events after a version."""
+
+    after_version: Position = Field(default=0, description="begin after this version of the order")
+    last: LastReport = None
+    limit: Limit = Field(default=PAGE_ROWS_DEFAULT, description="the maximum number of events of the page")
+
+
 class StatisticsQuery(ViewQuery):
     """The days to count reports for."""
 
-    days: Annotated[int, Field(ge=1, le=366)] = 30
+    days: Annotated[int, Field(ge=1, le=366, description="days in UTC to look back, today included")] = 30
 
 
 class OrdersApi:
@@ -125,6 +142,8 @@ class OrdersApi:
         folds: the budget of reads of earlier states.
         recognise: the present vocabulary.
     """
+
+    tag = Tag("orders", "Each order's current status, earlier states, timeline and recorded events.")
 
     def __init__(
         self,
@@ -147,20 +166,15 @@ class OrdersApi:
             seconds_max=pool.seconds_max,
         )
 
-    @Endpoint("GET", "/orders", Orders, query=OrdersQuery, media=(JSON, CSV))
+    @Endpoint("GET", "/orders", Orders, query=OrdersQuery)
     async def list_orders(self, request: web.Request, query: OrdersQuery) -> web.Response:
-        """A page of orders, newest first by their first report, so that pages never shift."""
-        await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
-        before = POSITION_MAX if query.cursor is None else query.cursor
-        unmoved_since = datetime.now(UTC) - query.unmoved_for if query.unmoved_for is not None else None
-        filters = OrdersFilter(
-            query.status, query.cnote, query.verdict, query.updated_after, query.updated_before, unmoved_since
-        )
-        async with self._pool.connection() as connection:
-            window = await order_list.orders_page(connection, before, filters, query.limit + 1)
-        page = cut_page(window.rows, query.limit, itemgetter(0), window.reached)
-        orders = Page([order for _, order in page.items], page.next_place)
-        return list_response(request, query, "orders", orders, request.path, CurrentOrder)
+        """List orders, newest first by their first report, so that pages never shift."""
+        return list_response(query, "orders", await self._orders(query), request.path)
+
+    @Endpoint("GET", "/orders.csv", str, query=OrdersQuery, media=CSV)
+    async def export_orders(self, _request: web.Request, query: OrdersQuery) -> web.Response:
+        """List orders as CSV, newest first by their first report."""
+        return csv_response(query, "orders", await self._orders(query), "/orders.csv", CurrentOrder)
 
     @Endpoint(
         "GET",
@@ -173,8 +187,8 @@ class OrdersApi:
         ),
         has_etag=True,
     )
-    async def show_order(self, request: web.Request, query: OrderQuery) -> web.Response:
-        """One order, now or as of an earlier version or time."""
+    async def get_order(self, request: web.Request, query: OrderQuery) -> web.Response:
+        """Get one order, now or as of an earlier version or time."""
         order_no = parse_order_no(request)
         if query.version is not None or query.as_of is not None:
             with self._folds.hold(READER.get()):
@@ -200,11 +214,74 @@ class OrdersApi:
         Timeline,
         query=TableQuery,
         problems=(ProblemType.UNKNOWN_ORDER, ProblemType.PARKED),
-        media=(JSON, CSV),
     )
-    async def show_timeline(self, request: web.Request, query: TableQuery) -> web.Response:
-        """A page of an order's timeline, oldest first, without mere repeats."""
+    async def get_timeline(self, request: web.Request, query: TableQuery) -> web.Response:
+        """Get an order's timeline, oldest entry first. Mere repeats are counted, not listed."""
         order_no = parse_order_no(request)
+        head, page = await self._timeline(order_no, query)
+        members = {"order_no": order_no, "status": head.status, "parked": head.parked}
+        return list_response(query, "entries", page, order_path(order_no, "timeline"), **members)
+
+    @Endpoint(
+        "GET",
+        "/orders/{order_no}/timeline.csv",
+        str,
+        query=TableQuery,
+        problems=(ProblemType.UNKNOWN_ORDER, ProblemType.PARKED),
+        media=CSV,
+    )
+    async def export_timeline(self, request: web.Request, query: TableQuery) -> web.Response:
+        """Get an order's timeline as CSV, oldest entry first."""
+        order_no = parse_order_no(request)
+        _, page = await self._timeline(order_no, query)
+        return csv_response(query, "entries", page, order_path(order_no, "timeline.csv"), TimelineEntry)
+
+    @Endpoint(
+        "GET",
+        "/orders/{order_no}/events",
+        OrderEvents,
+        query=OrderEventsQuery,
+        problems=(ProblemType.UNKNOWN_ORDER,),
+    )
+    async def list_order_events(self, request: web.Request, query: OrderEventsQuery) -> web.Response:
+        """List an order's recorded events, by version."""
+        after = query.after_version
+        order_no = parse_order_no(request)
+        async with self._pool.connection() as connection:
+            rows = await store.read_stream(connection, order_no, after, query.limit)
+            if not rows and not await store.read_stream(connection, order_no, 0, 1):
+                raise _missing_order(order_no, None)
+            if query.last is not None and after:
+                found = await store.read_stream(connection, order_no, after - 1, 1)
+                is_there = found and found[0].version == after
+                refuse_another_event(query.last, found[0] if is_there else None, version=after)
+            # A page may also end early, at its limit in bytes.
+            has_more = rows and await store.read_stream(connection, order_no, rows[-1].version, 1)
+        events = [_to_order_event(event) for event in rows]
+        place = place_after(rows[-1].report_id, after_version=rows[-1].version) if has_more else {}
+        return list_response(query, "events", Page(events, place), order_path(order_no, "events"))
+
+    @Endpoint("GET", "/statistics", Statistics, query=StatisticsQuery)
+    async def get_statistics(self, _request: web.Request, query: StatisticsQuery) -> web.Response:
+        """Get statistics of all orders: orders by status, moves with their durations, reports by day."""
+        await wait_for(self._projectors, query.after_position, statistics.VIEW.name)
+        since = datetime.now(UTC).date() - timedelta(days=query.days - 1)
+        async with self._pool.connection() as connection:
+            return json_response(await statistics.read_statistics(connection, since, self._recognise))
+
+    async def _orders(self, query: OrdersQuery) -> Page:
+        await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
+        before = POSITION_MAX if query.cursor is None else query.cursor
+        unmoved_since = datetime.now(UTC) - query.unmoved_for if query.unmoved_for is not None else None
+        filters = OrdersFilter(
+            query.status, query.cnote, query.verdict, query.updated_after, query.updated_before, unmoved_since
+        )
+        async with self._pool.connection() as connection:
+            window = await order_list.orders_page(connection, before, filters, query.limit + 1)
+        page = cut_page(window.rows, query.limit, itemgetter(0), window.reached)
+        return Page([order for _, order in page.items], page.next_place)
+
+    async def _timeline(self, order_no: str, query: TableQuery) -> tuple[TimelineHead, Page]:
         await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
         async with self._pool.connection() as connection:
             head = await timeline.read_head(connection, order_no)
@@ -212,43 +289,7 @@ class OrdersApi:
         _refuse_beyond_parking(query, head.parked_position)
         if not head.is_known:
             raise _missing_order(order_no, head.parked_position)
-        page = cut_page(rows, query.limit, itemgetter("version"))
-        path = order_path(order_no, "timeline")
-        members = {"order_no": order_no, "status": head.status, "parked": head.parked}
-        return list_response(request, query, "entries", page, path, TimelineEntry, **members)
-
-    @Endpoint(
-        "GET",
-        "/orders/{order_no}/events",
-        OrderEvents,
-        query=EventsQuery,
-        problems=(ProblemType.UNKNOWN_ORDER,),
-    )
-    async def list_events(self, request: web.Request, query: EventsQuery) -> web.Response:
-        """A page of an order's recorded events, by version."""
-        order_no = parse_order_no(request)
-        async with self._pool.connection() as connection:
-            rows = await store.read_stream(connection, order_no, query.after, query.limit)
-            if not rows and not await store.read_stream(connection, order_no, 0, 1):
-                raise _missing_order(order_no, None)
-            if query.last is not None and query.after:
-                found = await store.read_stream(connection, order_no, query.after - 1, 1)
-                is_there = found and found[0].version == query.after
-                refuse_another_event(query.after, query.last, found[0] if is_there else None)
-            # A page may also end early, at its limit in bytes.
-            has_more = rows and await store.read_stream(connection, order_no, rows[-1].version, 1)
-        events = [_to_order_event(event) for event in rows]
-        place = place_after(rows[-1], rows[-1].version) if has_more else {}
-        page = Page(events, place)
-        return list_response(request, query, "events", page, order_path(order_no, "events"))
-
-    @Endpoint("GET", "/statistics", Statistics, query=StatisticsQuery)
-    async def show_statistics(self, _request: web.Request, query: StatisticsQuery) -> web.Response:
-        """How orders move in general: orders by status, moves with their durations, reports by day."""
-        await wait_for(self._projectors, query.after_position, statistics.VIEW.name)
-        since = datetime.now(UTC).date() - timedelta(days=query.days - 1)
-        async with self._pool.connection() as connection:
-            return json_response(await statistics.read_statistics(connection, since, self._recognise))
+        return head, cut_page(rows, query.limit, itemgetter("version"))
 
     async def _find_orders(self, order_nos: list[str], due: float) -> Sequence[FoundOrder]:
         async with asyncio.timeout_at(due), self._dedicated.connection() as connection:
@@ -313,7 +354,7 @@ def _to_order_event(event: RecordedEvent) -> OrderEvent:
         "position": event.position,
         "type": event.topic,
         "recorded_at": event.recorded_at,
-        "data": read_fields(event.state),
+        "data": read_status_reported(event.topic, event.state),
     }
 
 

@@ -13,7 +13,7 @@ from service.database.connections import ConnectionPool
 from service.database.operations import Actor
 from service.http.access import admission
 from service.http.body import read_body
-from service.http.endpoints import Endpoint
+from service.http.endpoints import Endpoint, Tag
 from service.http.pagination import cut_page, list_response
 from service.http.parameters import PageQuery, Query, decode_path, parse_number
 from service.http.problems import ProblemError, ProblemType
@@ -42,7 +42,7 @@ class QuarantinedBytes(QuarantinedBody):
 class QuarantineQuery(PageQuery):
     """The filter of the quarantine."""
 
-    state: QuarantineState | None = None
+    state: QuarantineState | None = Field(default=None, description="entries in this state")
 
 
 class DiscardRequest(BaseModel):
@@ -61,22 +61,24 @@ class QuarantineApi:
         recorder: records retried bodies.
     """
 
+    tag = Tag("quarantine", "Unparseable bodies, which you can retry or discard.")
+
     def __init__(self, pool: ConnectionPool, recorder: Recorder) -> None:
         self._pool = pool
         self._recorder = recorder
 
     @Endpoint("GET", "/quarantine", QuarantinedBodies, query=QuarantineQuery)
-    async def list_entries(self, request: web.Request, query: QuarantineQuery) -> web.Response:
-        """A page of the quarantined bodies, newest first."""
+    async def list_quarantined_bodies(self, request: web.Request, query: QuarantineQuery) -> web.Response:
+        """List quarantined bodies, newest first."""
         before = POSITION_MAX if query.cursor is None else query.cursor
         async with self._pool.connection() as connection:
             rows = await quarantine.entries_page(connection, before, query.state, query.limit + 1)
         page = cut_page(rows, query.limit, itemgetter("quarantine_id"))
-        return list_response(request, query, "entries", page, request.path)
+        return list_response(query, "entries", page, request.path)
 
     @Endpoint("GET", ENTRY_PATH, QuarantinedBytes, problems=(ProblemType.UNKNOWN_ENTRY,))
-    async def show_entry(self, request: web.Request, _query: Query) -> web.Response:
-        """One quarantined body, byte for byte."""
+    async def get_quarantined_body(self, request: web.Request, _query: Query) -> web.Response:
+        """Get one quarantined body, byte for byte."""
         return _entry_response(*await find_entry(request, self._pool))
 
     @Endpoint(
@@ -86,8 +88,11 @@ class QuarantineApi:
         scope="admin",
         problems=(ProblemType.UNKNOWN_ENTRY, ProblemType.NOT_OPEN, ProblemType.NOT_UNDERSTOOD),
     )
-    async def retry(self, request: web.Request, _query: Query) -> web.Response:
-        """Record a quarantined body as a report; a second retry gets the same receipt."""
+    async def retry_quarantined_body(self, request: web.Request, _query: Query) -> web.Response:
+        """Retry a quarantined body: record it as a report.
+
+        A second retry gets the same receipt and records nothing.
+        """
         entry, body = await find_entry(request, self._pool)
         return json_response(await retry_entry(self._recorder, entry, body, admission(request).actor))
 
@@ -99,8 +104,8 @@ class QuarantineApi:
         body=DiscardRequest,
         problems=(ProblemType.UNKNOWN_ENTRY, ProblemType.NOT_OPEN),
     )
-    async def discard(self, request: web.Request, _query: Query) -> web.Response:
-        """Discard a quarantined body with a reason; it stays in the quarantine."""
+    async def discard_quarantined_body(self, request: web.Request, _query: Query) -> web.Response:
+        """Discard a quarantined body with a reason. It stays in the quarantine."""
         entry, _ = await find_entry(request, self._pool)
         try:
             reason = DiscardRequest.model_validate_json(await read_body(request)).reason

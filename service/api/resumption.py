@@ -6,26 +6,26 @@ from service.event_log.store import RecordedEvent
 from service.http.problems import another_event
 
 
-def place_after(event: RecordedEvent, number: int) -> dict[str, Any]:
+def place_after(last: str | None, **place: int) -> dict[str, Any]:
     """Return the parameters of the next page.
 
     Args:
-        event: the last event of this page.
-        number: its position or version, by which the list is ordered.
+        last: the ``report_id`` of the last event of this page, None if unknown.
+        place: the parameter by which the list is paged, and the event's position or version.
     """
-    return {"after": number, **({} if event.report_id is None else {"last": event.report_id})}
+    return {**place, **({} if last is None else {"last": last})}
 
 
-def refuse_another_event(after: int, last: str, found: RecordedEvent | None) -> None:
+def refuse_another_event(last: str, found: RecordedEvent | None, **place: int) -> None:
     """Refuse to go on after an event that the log has lost.
 
     Args:
-        after: the position or version of the event that the reader read last.
-        last: the ``report_id`` of that event.
+        last: the ``report_id`` of the event that the reader read last.
         found: the event that is there now, None if there is none.
+        place: the ``position`` or ``version`` of the event that the reader read last.
 
     Raises:
         ProblemError: 410.
     """
     if found is None or found.report_id != last:
-        raise another_event(after)
+        raise another_event(**place)

@@ -29,6 +29,7 @@ from service.database.connections import (
 from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
 from service.database.schema import SchemaError, service_dsn
 from service.event_log.codec import UndecodableEventError
+from service.http.responses import to_rfc3339
 from service.ingest.quarantine import NotOpenError, UnknownEntryError
 from service.maintenance.backup import BackupError
 from service.settings import SettingsError, read_settings
@@ -188,5 +189,5 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: 
 
 def _format(value: object) -> str:
     if isinstance(value, datetime):
-        return value.isoformat(timespec="seconds")
+        return to_rfc3339(value, "seconds")
     return "-" if value is None else printable(str(value))

@@ -5,13 +5,17 @@ of an earlier class version, is left to the library.
 """
 
 from dataclasses import MISSING, fields
-from datetime import datetime
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, NotRequired, cast
 
 import orjson
 from eventsourcing.persistence import DatetimeAsISO, JSONTranscoder, Mapper, StoredEvent
+from pydantic import WithJsonSchema
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from domain.order import Order
+from domain.statuses import Status
+from domain.transitions import Leg, Verdict
 
 _TRANSCODER: Final = JSONTranscoder()
 _TRANSCODER.register(DatetimeAsISO())
@@ -26,6 +30,46 @@ _REQUIRED: Final = _FIELDS - _ADDED
 _STATE_FIELDS: Final = _REQUIRED - {"originator_id", "originator_version"}
 # Times that may be null or absent; ``timestamp`` never is.
 _TIMES: Final = ("occurred_at", "previous_since", "imported_at")
+# Members with another name outside the log: in a timeline, ``repeats`` is a count.
+_SHOWN_NAMES: Final = {"repeats": "repeats_version"}
+_UTC_OFFSET: Final = "+00:00"
+
+UtcTime = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
+
+
+class StatusReported(TypedDict):
+    """A report and its verdict, as they were recorded.
+
+    ``timestamp`` is the time of arrival. ``recognised`` is the status that ``reported_status`` stands for.
+    ``status``, ``status_version``, ``leg`` and ``cnote`` are the order's values after the report;
+    ``previous_status`` and ``previous_since`` are its values before. ``repeats_version`` is the version of the
+    timeline entry that the report repeats. Only some events have the members after ``reason``: ``token_name``
+    is the name of the sender's token, ``rejudges`` the version of the report that this event judges again, and
+    ``imported_at`` the time at which an operator imported the report.
+    """
+
+    timestamp: UtcTime
+    report_id: str
+    body: str
+    reported_status: str
+    reported_cnote: str | None
+    occurred_at: UtcTime | None
+    remote: str | None
+    quarantine_id: int | None
+    verdict: Verdict
+    recognised: Status | None
+    previous_status: Status | None
+    previous_since: UtcTime | None
+    status: Status | None
+    status_version: int | None
+    leg: Leg | None
+    cnote: str | None
+    skipped: list[Status]
+    repeats_version: int | None
+    reason: str | None
+    token_name: NotRequired[str]
+    rejudges: NotRequired[int]
+    imported_at: NotRequired[UtcTime]
 
 
 class UndecodableEventError(Exception):
@@ -85,14 +129,36 @@ def _decode_by_mapper(stored: StoredEvent, values: dict[str, Any]) -> Order.Stat
 
 
 def read_fields(state: bytes) -> dict[str, Any] | None:
-    """Return a recorded event's fields as plain JSON values, None if the bytes are not a JSON object."""
+    """Return a recorded event's fields as the API shows them, None if the bytes are not a JSON object.
+
+    Times are text and end in ``Z``.
+    """
     try:
         values = orjson.loads(state)
     except orjson.JSONDecodeError:
         return None
     if not isinstance(values, dict):
         return None
-    return {
-        name: value["_data_"] if isinstance(value, dict) and value.keys() == {"_type_", "_data_"} else value
-        for name, value in values.items()
-    }
+    return {_SHOWN_NAMES.get(name) or name: _shown(value) for name, value in values.items()}
+
+
+def read_status_reported(topic: str, state: bytes) -> StatusReported | None:
+    """Return a recorded event as the API shows it, None if this release does not know such an event."""
+    values = read_fields(state)
+    if topic != Order.StatusReported.TOPIC or values is None:
+        return None
+    return cast("StatusReported", values) if values.keys() >= StatusReported.__required_keys__ else None
+
+
+def _shown(value: Any) -> Any:
+    """Return a field's value, a time as its text in UTC."""
+    if not isinstance(value, dict) or value.keys() != {"_type_", "_data_"}:
+        return value
+    text = value["_data_"]
+    if value["_type_"] != "datetime_iso" or not isinstance(text, str):
+        return text
+    try:
+        time = text if text.endswith(_UTC_OFFSET) else datetime.fromisoformat(text).astimezone(UTC).isoformat()
+    except (ValueError, OverflowError):
+        return text
+    return time.removesuffix(_UTC_OFFSET) + "Z"

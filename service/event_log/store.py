@@ -6,7 +6,7 @@ named ``order`` with text ids. Every function takes a connection.
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import asyncpg
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
@@ -15,7 +15,14 @@ from domain.order import NEW_ORDER, Order, OrderState, evolve
 from domain.transitions import TABLE
 from projections.postgres_errors import Connection
 from service.database.sequences import require_rising_numbers
-from service.event_log.codec import UndecodableEventError, decode_event, encode_event, read_fields
+from service.event_log.codec import (
+    StatusReported,
+    UndecodableEventError,
+    decode_event,
+    encode_event,
+    read_fields,
+    read_status_reported,
+)
 
 # The channel on which PostgreSQL notifies listeners of new events.
 CHANNEL: Final = "order_events"
@@ -53,25 +60,25 @@ class RecordedEvent(NamedTuple):
 
 
 class LogEvent(TypedDict):
-    """One recorded event in the log of all orders."""
+    """One recorded event in the log of all orders; ``data`` is null if this release does not know it."""
 
     position: int
     order_no: str
     version: int
     type: str
     recorded_at: datetime
-    data: dict[str, Any] | None
+    data: StatusReported | None
 
 
 def to_log_event(event: RecordedEvent) -> LogEvent:
-    """Return a recorded event as the API shows it; ``data`` is None if its bytes are unreadable."""
+    """Return a recorded event as the API shows it."""
     return {
         "position": event.position,
         "order_no": event.order_no,
         "version": event.version,
         "type": event.topic,
         "recorded_at": event.recorded_at,
-        "data": read_fields(event.state),
+        "data": read_status_reported(event.topic, event.state),
     }
 
 

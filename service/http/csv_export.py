@@ -8,6 +8,8 @@ from typing import Any, Final, get_args
 
 from typing_extensions import is_typeddict  # typing's own misses these before Python 3.12
 
+from service.http.responses import to_rfc3339
+
 # A spreadsheet would treat a cell that begins with one of these as a formula, even after white space.
 FORMULA_BEGINNINGS: Final = ("=", "+", "-", "@", "|", "＝", "＋", "－", "＠", "｜")  # noqa: RUF001 - theirs
 CONTROLS: Final = ("\t", "\r", "\n")
@@ -51,7 +53,7 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, datetime):
-        return value.isoformat().replace("+00:00", "Z")
+        return to_rfc3339(value)
     if isinstance(value, list | tuple):
         return _cell(" ".join(map(str, value)))
     if isinstance(value, bool):

@@ -3,21 +3,25 @@
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from typing import Any, Final, TypeVar
+from inspect import cleandoc
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from pydantic import BaseModel
 
 from service.database.api_keys import Scope
 from service.http.access import Access, Handler
-from service.http.parameters import Query, read_query
-from service.http.problems import ProblemType
+from service.http.parameters import FORMAT, Query, read_query
+from service.http.problems import ProblemType, bad_parameter
 
 JSON: Final = "application/json"
 CSV: Final = "text/csv"
 NDJSON: Final = "application/x-ndjson"
 SSE: Final = "text/event-stream"
 TEXT: Final = "text/plain"
+# The ends of the paths of the media types that a list may also have.
+SUFFIXES: Final = {CSV: ".csv", NDJSON: ".ndjson"}
+JSON_FORMAT: Final = "json"
 
 # A method of an API: it receives its object, the request and the parsed query.
 Method = Callable[[Any, web.Request, Any], Awaitable[web.StreamResponse]]
@@ -25,6 +29,22 @@ AnyMethod = TypeVar("AnyMethod", bound=Method)
 
 # The attribute of a method that holds its declaration.
 _DECLARATION: Final = "declaration"
+
+
+class Tag(NamedTuple):
+    """A group of endpoints in the contract, such as a module of a generated client."""
+
+    name: str
+    description: str
+
+
+class Api(Protocol):
+    """An object whose declared methods are endpoints of one tag."""
+
+    @property
+    def tag(self) -> Tag:
+        """The tag of its endpoints."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -39,9 +59,12 @@ class Endpoint:
         scope: the scope of the required API key; None if no key is required.
         body: the model of the request body, None if the endpoint has none.
         problems: possible problems, besides those that the path, query, body, scope and media imply.
-        media: the media types of the response.
+        media: the media type of the response. Each media type has its own path, since the clients that are
+            generated from the contract can then give each response one type.
         has_etag: whether the response has an entity tag, and may be 304.
-        summary: one line; by default the method's docstring.
+        summary: one line; by default the first line of the method's docstring.
+        description: further sentences; by default the rest of the docstring.
+        operation_id: the name of the operation; by default the method's name in camel case.
     """
 
     method: str
@@ -51,16 +74,18 @@ class Endpoint:
     scope: Scope | None = "read"
     body: type[BaseModel] | None = None
     problems: tuple[ProblemType | HTTPStatus, ...] = ()
-    media: tuple[str, ...] = (JSON,)
+    media: str = JSON
     has_etag: bool = False
     summary: str = ""
+    description: str = ""
+    operation_id: str = ""
 
     @property
     def all_problems(self) -> set[ProblemType | HTTPStatus]:
         """All problems that a request may be answered with."""
         problems = {*self.problems}
         # A stream requires chunked encoding, which HTTP/1.0 lacks.
-        if NDJSON in self.media or SSE in self.media:
+        if self.media in {NDJSON, SSE}:
             problems |= {ProblemType.HTTP_VERSION, ProblemType.OVER_BUDGET}
         if self.query is not None:
             problems.add(ProblemType.BAD_PARAMETER)
@@ -81,9 +106,20 @@ class Endpoint:
 
     def __call__(self, method: AnyMethod) -> AnyMethod:
         """Declare a method."""
-        summary = self.summary or (method.__doc__ or "").strip()
-        setattr(method, _DECLARATION, replace(self, summary=summary))
+        summary, _, description = cleandoc(method.__doc__ or "").partition("\n\n")
+        declaration = replace(
+            self,
+            summary=self.summary or " ".join(summary.split()),
+            description=self.description or " ".join(description.split()),
+            operation_id=self.operation_id or _to_camel_case(method.__name__),
+        )
+        setattr(method, _DECLARATION, declaration)
         return method
+
+
+def _to_camel_case(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(map(str.capitalize, others))
 
 
 def endpoints(api: object) -> Iterator[tuple[Endpoint, Method]]:
@@ -95,9 +131,18 @@ def endpoints(api: object) -> Iterator[tuple[Endpoint, Method]]:
 
 def make_routes(api: object, access: Access) -> list[web.RouteDef]:
     """Return the routes of an object's declared methods, each guarded as declared."""
+    declared = {endpoint.path: (endpoint, method) for endpoint, method in endpoints(api)}
     routes = []
     for endpoint, method in endpoints(api):
-        handler = _with_query(endpoint.query or Query, method.__get__(api))
+        handler = _with_query(endpoint, method.__get__(api))
+        for media, suffix in SUFFIXES.items():
+            if endpoint.path + suffix in declared:
+                other, other_method = declared[endpoint.path + suffix]
+                handler = _negotiating(
+                    media,
+                    _with_query(other, other_method.__get__(api), FORMAT),
+                    _with_query(endpoint, method.__get__(api), FORMAT),
+                )
         if endpoint.scope is not None:
             handler = access.require(endpoint.scope, handler)
         # aiohttp's own pattern of a parameter excludes braces, which an order number may have.
@@ -105,12 +150,35 @@ def make_routes(api: object, access: Access) -> list[web.RouteDef]:
     return routes
 
 
+def _negotiating(media: str, other: Handler, handler: Handler) -> Handler:
+    """Return a handler that lets ``other`` respond if a request prefers its media type.
+
+    The contract describes the path of each media type alone. For people, the path without a suffix will do.
+    """
+
+    async def negotiate(request: web.Request) -> web.StreamResponse:
+        accept = request.headers.get(hdrs.ACCEPT, "")
+        chosen = request.query.get(FORMAT)
+        if chosen not in {None, JSON_FORMAT, SUFFIXES[media][1:]}:
+            raise bad_parameter(FORMAT, f"it must be {JSON_FORMAT} or {SUFFIXES[media][1:]}")
+        is_preferred = media in accept and JSON not in accept if chosen is None else chosen != JSON_FORMAT
+        response = await (other if is_preferred else handler)(request)
+        if not response.prepared:
+            response.headers[hdrs.VARY] = hdrs.ACCEPT
+        return response
+
+    return negotiate
+
+
 def _with_query(
-    model: type[Query], method: Callable[[web.Request, Any], Awaitable[web.StreamResponse]]
+    endpoint: Endpoint,
+    method: Callable[[web.Request, Any], Awaitable[web.StreamResponse]],
+    handled: str | None = None,
 ) -> Handler:
+    model = endpoint.query or Query
     defaults = model()
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        return await method(request, read_query(model, request) if request.query_string else defaults)
+        return await method(request, read_query(model, request, handled) if request.query_string else defaults)
 
     return handle

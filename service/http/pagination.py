@@ -2,7 +2,7 @@
 
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 from aiohttp import hdrs, web
@@ -11,6 +11,9 @@ from pydantic import BaseModel
 from projections.windows import POSITION_MAX
 from service.http.csv_export import to_csv
 from service.http.responses import json_response, response
+
+# Base64 of up to nineteen digits, without padding.
+CURSOR_PATTERN: Final = "^[A-Za-z0-9_-]{2,26}$"
 
 AnyRow = TypeVar("AnyRow")
 
@@ -46,7 +49,7 @@ class Page(NamedTuple):
         """Return the next page's path and query string, None if this is the last. Other parameters are kept."""
         if not self.next_place:
             return None
-        place = {"after_position", "cursor", "after", "last"}
+        place = {"after_position", "cursor", "after", "after_version", "last"}
         same = query.model_dump(
             mode="json", exclude=place, exclude_unset=True, exclude_none=True, by_alias=True
         )
@@ -69,39 +72,34 @@ def cut_page(
     return Page(items, {} if last is None else {"cursor": encode_cursor(last)})
 
 
-def list_response(  # noqa: PLR0913, PLR0917 - the parts of every list
-    request: web.Request,
-    query: BaseModel,
-    name: str,
-    page: Page,
-    path: str,
-    record_type: type | None = None,
-    **members: Any,
-) -> web.Response:
+def list_response(query: BaseModel, name: str, page: Page, path: str, **members: Any) -> web.Response:
     """Return a page of a list; ``next`` and the Link header lead to the next page.
 
     Args:
-        request: the request.
         query: the request's query.
         name: the list's member in the response.
         page: the page.
         path: the list's path, percent-encoded.
-        record_type: the type of the items if a request may prefer the list as CSV, else None.
-        members: further members of the response, which CSV omits.
+        members: further members of the response.
     """
     next_path = page.next_path(path, query)
-    headers = {"Link": f'<{next_path}>; rel="next"'} if next_path is not None else {}
-    if record_type is None or not _prefers_csv(request, query):
-        return json_response({**members, name: page.items, "next": next_path}, headers=headers)
-    headers["Vary"] = hdrs.ACCEPT
+    return json_response({**members, name: page.items, "next": next_path}, headers=_link(next_path))
+
+
+def csv_response(query: BaseModel, name: str, page: Page, path: str, record_type: type) -> web.Response:
+    """Return a page of a list as CSV; the Link header leads to the next page.
+
+    Args:
+        query: the request's query.
+        name: the name of the file.
+        page: the page.
+        path: the list's path, percent-encoded.
+        record_type: the type of the items.
+    """
+    headers = _link(page.next_path(path, query))
     headers[hdrs.CONTENT_DISPOSITION] = f'attachment; filename="{name}.csv"'
     return response(to_csv(record_type, page.items), "text/csv; charset=utf-8", headers=headers)
 
 
-def _prefers_csv(request: web.Request, query: BaseModel) -> bool:
-    """Return whether a list is requested as CSV: by its parameter, or else by the Accept header."""
-    list_format: str | None = getattr(query, "format", None)
-    if list_format is not None:
-        return list_format == "csv"
-    accept = request.headers.get(hdrs.ACCEPT, "")
-    return "text/csv" in accept and "application/json" not in accept
+def _link(next_path: str | None) -> dict[str, str]:
+    return {"Link": f'<{next_path}>; rel="next"'} if next_path is not None else {}

@@ -2,7 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
 from aiohttp import web
@@ -19,9 +19,11 @@ from pydantic import (
 )
 
 from projections.windows import POSITION_MAX
-from service.http.pagination import decode_cursor
+from service.http.pagination import CURSOR_PATTERN, decode_cursor
 from service.http.problems import ProblemError, ProblemType, bad_parameter
 
+# The parameter that chooses the media type of a list that has several; ``service.http.endpoints`` reads it.
+FORMAT: Final = "format"
 PAGE_ROWS_DEFAULT: Final = 100
 PAGE_ROWS_MAX: Final = 1_000
 TEXT_CHARACTERS_MAX: Final = 128
@@ -124,13 +126,16 @@ Duration = Annotated[
     PlainSerializer(lambda duration: f"PT{duration.total_seconds():.0f}S"),
     _text_schema(format="duration"),
 ]
-Cursor = Annotated[int, BeforeValidator(decode_cursor), _text_schema()]
+Cursor = Annotated[int, BeforeValidator(decode_cursor), _text_schema(pattern=CURSOR_PATTERN)]
 Text = Annotated[
     str, StringConstraints(min_length=1, max_length=TEXT_CHARACTERS_MAX), AfterValidator(_refuse_control)
 ]
 LastReport = Annotated[
     Text | None,
-    Field(description="the `report_id` of the event at `after`; 410 if that is another event by now"),
+    Field(
+        description="the `report_id` of the last event that you read, from which you go on; 410 if the log has "
+        "another event there by now"
+    ),
 ]
 
 
@@ -152,32 +157,23 @@ class PageQuery(Query):
     """A page of a list."""
 
     cursor: Cursor | None = Field(default=None, description="from the `next` of the previous page")
-    limit: Limit = PAGE_ROWS_DEFAULT
+    limit: Limit = Field(default=PAGE_ROWS_DEFAULT, description="the maximum number of rows of the page")
 
 
-class CsvQuery(PageQuery):
-    """A page of a list, as JSON or as CSV."""
-
-    format: Literal["json", "csv"] | None = Field(default=None, description="overrides the Accept header")
-
-
-class TableQuery(ViewQuery, CsvQuery):
-    """A page of a view's list, as JSON or as CSV."""
-
-
-class EventsQuery(Query):
-    """A page of events after a version or a position."""
-
-    after: Position = 0
-    last: LastReport = None
-    limit: Limit = PAGE_ROWS_DEFAULT
+class TableQuery(ViewQuery, PageQuery):
+    """A page of a view's list."""
 
 
 AnyQuery = TypeVar("AnyQuery", bound=Query)
 
 
-def read_query(model: type[AnyQuery], request: web.Request) -> AnyQuery:
+def read_query(model: type[AnyQuery], request: web.Request, handled: str | None = None) -> AnyQuery:
     """Read the query parameters of a request.
+
+    Args:
+        model: the model of the parameters.
+        request: the request.
+        handled: a further parameter, which the caller has read.
 
     Raises:
         ProblemError: 400, naming the invalid parameter.
@@ -187,6 +183,8 @@ def read_query(model: type[AnyQuery], request: web.Request) -> AnyQuery:
         if name in parameters:
             raise bad_parameter(name, "it must not be repeated")
         parameters[name] = value
+    if handled is not None:
+        parameters.pop(handled, None)
     try:
         return model.model_validate(parameters)
     except ValidationError as error:

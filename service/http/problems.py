@@ -128,10 +128,15 @@ def beyond_head(position: int, head: int) -> ProblemError:
     return ProblemError(ProblemType.BEYOND_HEAD, detail, position=position, head=head)
 
 
-def another_event(position: int) -> ProblemError:
-    """Return the problem for a page that begins after an event which the log has lost."""
-    detail = f"the event at {position} is not the one that you read last: begin again before the loss of events"
-    return ProblemError(ProblemType.ANOTHER_EVENT, detail, position=position)
+def another_event(**place: Any) -> ProblemError:
+    """Return the problem for a page that begins after an event which the log has lost.
+
+    Args:
+        place: the event's ``position``, or its ``version`` if one order's events are read.
+    """
+    ((name, number),) = place.items()
+    detail = f"the event at {name} {number} is not the one that you read last: begin again before the loss"
+    return ProblemError(ProblemType.ANOTHER_EVENT, detail, **place)
 
 
 def order_parked(detail: str, **members: Any) -> ProblemError:

@@ -65,6 +65,32 @@ def parse(raw: bytes, arrival: Arrival) -> Report:
     return Report(arrival, order_no, status, cnote, text, occurred_at)
 
 
+def ignored_members(body: str, cnote: str | None, occurred_at: datetime | None) -> list[str]:
+    """Return the names of the members that are not blank in a body, but have no valid value.
+
+    Args:
+        body: the text of a recorded body; empty after an erasure.
+        cnote: the airway bill that was taken from it.
+        occurred_at: the time that was taken from it.
+    """
+    names = [name for name, taken in (("cnote", cnote), ("timestamp", occurred_at)) if taken is None]
+    # Most bodies have no such member, so they need not be parsed again. A backslash may hide its name.
+    if "\\" not in body and not any(name in body for name in names):
+        return []
+    try:
+        members = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        # Another program recorded it.
+        return []
+    if not isinstance(members, dict):
+        return []
+    return [name for name in names if not _is_blank(members.get(name))]
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def _refuse_duplicate_keys(raw: bytes, text: str) -> None:
     # orjson silently takes the last of two equal keys. A body that has no backslash and contains each key at
     # most once has no duplicates, so the slow check is rare.

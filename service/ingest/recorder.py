@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
-from typing import Final, Literal, NamedTuple, NotRequired, Protocol
+from typing import Final, Literal, NamedTuple, Protocol
 
 import asyncpg
 import structlog
@@ -25,6 +25,7 @@ from service.event_log import store
 from service.event_log.codec import UndecodableEventError
 from service.event_log.store import UnreplicatedCommitError, VersionTakenError
 from service.ingest.order_states import OrderStates
+from service.ingest.parser import ignored_members
 
 # A larger batch gains nothing and delays its first report.
 BATCH_REPORTS_MAX: Final = 512
@@ -45,11 +46,17 @@ ORDER_STATES_MAX: Final = 100_000
 
 logger = structlog.get_logger()
 
+Outcome = Literal[Verdict, "quarantined"]
+
 
 class Receipt(TypedDict):
-    """The response to a report. It has ``quarantine_id`` if the body was quarantined or retried from there."""
+    """The response to a report.
 
-    outcome: Verdict | Literal["quarantined"]
+    ``quarantine_id`` is null unless the body was quarantined, or retried from the quarantine. ``ignored`` names
+    the members that were sent but not taken, since their values are invalid.
+    """
+
+    outcome: Outcome
     report_id: str
     order_no: str | None
     version: int | None
@@ -58,7 +65,8 @@ class Receipt(TypedDict):
     reported_status: str | None
     skipped: list[Status] | None
     reason: str | None
-    quarantine_id: NotRequired[int]
+    quarantine_id: int | None
+    ignored: list[str]
 
 
 class ClaimedEvent(NamedTuple):
@@ -387,7 +395,7 @@ def _is_unrecordable(error: Exception) -> bool:
 
 
 def _receipt(event: Order.StatusReported, position: int) -> Receipt:
-    receipt: Receipt = {
+    return {
         "outcome": event.verdict,
         "report_id": event.report_id,
         "order_no": event.originator_id,
@@ -397,7 +405,6 @@ def _receipt(event: Order.StatusReported, position: int) -> Receipt:
         "reported_status": event.reported_status,
         "skipped": event.skipped,
         "reason": event.reason,
+        "quarantine_id": event.quarantine_id,
+        "ignored": ignored_members(event.body, event.reported_cnote, event.occurred_at),
     }
-    if event.quarantine_id is not None:
-        receipt["quarantine_id"] = event.quarantine_id
-    return receipt

@@ -114,4 +114,5 @@ class Webhook:
             "skipped": None,
             "reason": reason,
             "quarantine_id": quarantine_id,
+            "ignored": [],
         }

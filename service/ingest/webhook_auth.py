@@ -12,6 +12,7 @@ from service.http.auth_refusals import AuthRefusals, RefusedError
 from service.ingest.signatures import Scheme
 
 PATH: Final = "/webhook"
+PATH_WITH_TOKEN: Final = f"{PATH}/{{token}}"
 
 
 class Sender(NamedTuple):
@@ -51,7 +52,7 @@ class WebhookAuth:
     @property
     def path(self) -> str:
         """The pattern of the webhook's path."""
-        return f"{PATH}/{{token}}" if self._tokens else PATH
+        return PATH_WITH_TOKEN if self._tokens else PATH
 
     @property
     def has_tokens(self) -> bool:

@@ -38,6 +38,7 @@ from service.http.parameters import (
 )
 from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import request_id
+from service.http.responses import to_rfc3339
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
 from service.ingest.recorder import Recorder
@@ -230,7 +231,7 @@ class Pages:
             events = await store.read_stream(connection, order_no, max(0, version - 1), 1)
         if not events or events[0].version != version:
             raise ProblemError(ProblemType.NO_SUCH_VERSION, f"{order_no} has no such version")
-        fields = {"position": events[0].position, "recorded_at": events[0].recorded_at.isoformat()}
+        fields = {"position": events[0].position, "recorded_at": to_rfc3339(events[0].recorded_at)}
         fields |= read_fields(events[0].state) or {}
         body = fields.pop("body", "")
         path = f"{track_path(order_no)}/reports/{version}"

@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import date, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
@@ -94,8 +94,3 @@ def negotiate_language(accept_language: str) -> Language:
         if language in LOCALES:
             return LOCALES[language].language
     return "id"
-
-
-def to_rfc3339(time: datetime) -> str:
-    """Return a time in RFC 3339 format, in UTC."""
-    return time.astimezone(UTC).isoformat().replace("+00:00", "Z")

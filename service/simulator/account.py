@@ -158,9 +158,8 @@ class ServiceLog:
 
     async def events(self, after: int) -> AsyncIterator[RecordedEvent]:
         """Yield the events above a position, oldest first."""
-        path: str | None = f"/events?after={after}&limit={PAGE_EVENTS}"
-        while path is not None:
-            page = await self._get(path)
+        page = await self._get(f"/events?after={after}&limit={PAGE_EVENTS}")
+        while page["events"]:
             for event in page["events"]:
                 data = event["data"]
                 if data.get("rejudges") is not None:
@@ -168,7 +167,7 @@ class ServiceLog:
                     continue
                 place = (event["order_no"], event["version"], event["position"])
                 yield RecordedEvent(data["report_id"], *place, data["verdict"], data["body"])
-            path = page["next"]
+            page = await self._get(page["next"])
 
     async def _get(self, path: str) -> dict[str, Any]:
         url = self.base + path

@@ -468,7 +468,7 @@ class Wire:
         assert answer.status == 200, answer
         receipt = answer.json
         assert receipt["outcome"] in VERDICTS, receipt
-        after = f"after={receipt['version'] - 1}&limit=1"
+        after = f"after_version={receipt['version'] - 1}&limit=1"
         (event,) = self.read(f"/orders/{quote(receipt['order_no'], safe='')}/events?{after}")["events"]
         assert event["position"] == receipt["position"]
         assert event["data"]["report_id"] == receipt["report_id"]

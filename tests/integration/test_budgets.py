@@ -249,8 +249,7 @@ async def _open_streams(dsn: str, first: dict[str, str], second: dict[str, str])
                     assert answer.headers["Retry-After"]
                     problem = await answer.json(content_type=None)
                     assert (problem["type"], problem["budget"]) == ("/problems/over-budget", "streams")
-        ndjson = {**first, "Accept": "application/x-ndjson"}
-        assert await client.status("GET", "/events", headers=ndjson) == 429
+        assert await client.status("GET", "/events.ndjson", headers=first) == 429
 
 
 async def test_a_key_has_a_share_of_the_connections_to_the_database(dsn: str, connection: Connection) -> None:

@@ -25,6 +25,8 @@ RECEIPT = {
     "reported_status",
     "skipped",
     "reason",
+    "quarantine_id",
+    "ignored",
 }
 
 
@@ -68,6 +70,8 @@ async def test_a_report_gets_the_receipt_of_the_contract(client: Client, method:
         "reported_status": "Dikirim",
         "skipped": [],
         "reason": None,
+        "quarantine_id": None,
+        "ignored": [],
     }
     (event,) = (await client.get("/events"))["events"]
     assert event["data"]["report_id"] == report_id
@@ -97,8 +101,8 @@ async def test_an_unparseable_body_is_kept_byte_for_byte(
     The sender would retry a 4xx response in vain.
     """
     first, second = await client.raw(body), await client.raw(body)
-    assert set(first) == RECEIPT | {"quarantine_id"}
-    assert (first["outcome"], first["order_no"]) == ("quarantined", order_no)
+    assert set(first) == RECEIPT
+    assert (first["outcome"], first["order_no"], first["ignored"]) == ("quarantined", order_no, [])
     assert first["reason"]
     assert second["quarantine_id"] == first["quarantine_id"]
     entry = await client.get(f"/quarantine/{first['quarantine_id']}")
@@ -164,7 +168,7 @@ async def test_an_order_as_it_was_known(client: Client) -> None:
     events = (await client.get("/orders/KOM1/events"))["events"]
     for event in events:
         by_version = await client.get(f"/orders/KOM1?version={event['version']}")
-        by_time = await client.get(f"/orders/KOM1?as_of={event['data']['timestamp'].replace('+', '%2B')}")
+        by_time = await client.get(f"/orders/KOM1?as_of={event['data']['timestamp']}")
         assert by_version == by_time
         assert by_version["version"] == event["version"]
         assert by_version["status"] == event["data"]["status"]
@@ -203,9 +207,70 @@ async def test_a_timeline_folds_repeats_and_shows_contradictions(client: Client)
     assert first["last_repeated_at"] > first["received_at"]
     assert refused["reason"] == "delivered contradicts cancelled, which was reported before it"
     assert set(first) == {
-        "version", "verdict", "status", "previous_status", "reported_status", "status_label", "reported_cnote",
-        "skipped", "reason", "received_at", "occurred_at", "repeats", "last_repeated_at", "rejudges",
+        "version", "verdict", "status", "previous_status", "reported_status", "recognised", "status_label",
+        "reported_cnote", "skipped", "reason", "received_at", "occurred_at", "repeats", "last_repeated_at",
+        "rejudges",
     }  # fmt: skip
+    assert (refused["status"], refused["recognised"]) == ("cancelled", "delivered")
+    assert refused["status_label"] == {"id": "Diterima", "en": "Delivered"}
+
+
+async def test_a_receipt_names_what_was_not_taken(client: Client) -> None:
+    """A receipt has all members, and names each that was sent but not taken; a replay of its key does too."""
+    receipt = await client.webhook("KOM1", cnote={"no": 1}, timestamp="soon")
+    assert set(receipt) == RECEIPT
+    assert (receipt["outcome"], receipt["ignored"]) == ("advanced", ["cnote", "timestamp"])
+    for _ in range(2):
+        body = b'{"order_no":"KOM1","status":"Dikirim","cnote":"A","timestamp":{}}'
+        receipt = await client.raw(body, **{"Idempotency-Key": "k1"})
+        assert (receipt["version"], receipt["ignored"]) == (2, ["timestamp"])
+    assert (await client.webhook("KOM1", cnote=""))["ignored"] == []
+
+
+async def test_an_event_names_the_version_that_it_repeats(client: Client) -> None:
+    """Wherever an event is shown, ``repeats_version`` is a version, and its times end in Z."""
+    await client.webhook("KOM1", timestamp="2026-01-31T15:30:00+07:00")
+    await client.webhook("KOM1")
+    events = await client.walk("/events", "events")
+    assert [event["data"]["repeats_version"] for event in events] == [None, 1]
+    assert all("repeats" not in event["data"] for event in events)
+    assert events[0]["data"]["occurred_at"] == "2026-01-31T08:30:00Z"
+    assert all(event["data"]["timestamp"].endswith("Z") for event in events)
+    of_order = (await client.get("/orders/KOM1/events"))["events"]
+    lines = (await client.text("/events.ndjson")).splitlines()
+    async with client.reading("/events/stream?after=0") as reader:
+        live = [json.loads((await reader.message())["data"]) for _ in events]
+    for shown in (of_order, [json.loads(line) for line in lines], live):
+        assert [one["data"] for one in shown] == [event["data"] for event in events]
+
+
+async def test_the_feed_can_always_be_followed(client: Client) -> None:
+    """``next`` of the log is never null: it leads to the events after the last one, also from an empty page."""
+    empty = await client.get("/events?limit=2")
+    assert empty == {"events": [], "next": "/events?limit=2&after=0"}
+    for _ in range(3):
+        receipt = await client.webhook("KOM1")
+    first = await client.get(empty["next"])
+    second = await client.get(first["next"])
+    assert [event["position"] for event in (*first["events"], *second["events"])] == [1, 2, 3]
+    end, headers = await client.get_with_headers(second["next"])
+    place = f"/events?limit=2&after=3&last={receipt['report_id']}"
+    assert end == {"events": [], "next": place}
+    assert headers["Link"] == f'<{place}>; rel="next"'
+    await client.webhook("KOM1")
+    assert [event["position"] for event in (await client.get(place))["events"]] == [4]
+
+
+async def test_an_orders_events_are_paged_by_version(client: Client) -> None:
+    """An order's events are paged by ``after_version``, and the last page has no next."""
+    await client.webhook("KOM2")
+    for _ in range(3):
+        await client.webhook("KOM1")
+    page = await client.get("/orders/KOM1/events?after_version=1&limit=1")
+    assert [event["version"] for event in page["events"]] == [2]
+    assert page["next"].startswith("/orders/KOM1/events?limit=1&after_version=2&last=")
+    last = await client.get(page["next"])
+    assert ([event["version"] for event in last["events"]], last["next"]) == ([3], None)
 
 
 async def test_every_list_is_paged_completely(client: Client) -> None:
@@ -289,7 +354,8 @@ BAD_PARAMETERS = (
     ("/orders/KOM1?version=0", "version"),
     ("/orders/KOM1?version=99999999999999999999", "version"),
     ("/orders/KOM1?after_position=-1", "after_position"),
-    ("/orders/KOM1/events?after=x", "after"),
+    ("/orders/KOM1/events?after_version=x", "after_version"),
+    ("/orders/KOM1/events?after=1", "after"),
     ("/audit/transitions?verdict=postponed", "verdict"),
     ("/audit/transitions?from=nowhere", "from"),
     ("/audit/transitions?since=0", "since"),
@@ -382,7 +448,7 @@ async def test_every_response_shows_that_an_order_is_parked(client: Client, conn
     assert listed["parked"]["since_version"] == 2
     projections = (await client.get("/projections"))["projections"]
     assert [[one["order_no"] for one in view["parked"]] for view in projections[:2]] == [["KOM1", "KOM2"]] * 2
-    assert (await client.get("/orders/KOM1/events"))["events"][1]["data"] == {}
+    assert (await client.get("/orders/KOM1/events"))["events"][1]["data"] is None
     await client.get("/orders/KOM1?version=2", 503)
 
 

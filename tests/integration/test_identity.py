@@ -158,13 +158,14 @@ async def test_every_route_requires_a_key_of_its_scope(dsn: str, connection: Con
         assert {path for _, path, scope in routes if scope == "admin"} == {
             "/quarantine/{quarantine_id}/retry", "/quarantine/{quarantine_id}/discard",
             "/quarantined/{quarantine_id}/retry", "/quarantined/{quarantine_id}/discard",
-            "/audit/operations", "/operations",
+            "/audit/operations", "/audit/operations.csv", "/operations",
+            "/orders/{order_no}/contradictions/{version}/handle",
         }  # fmt: skip
         for method, pattern, scope in routes:
             if pattern == "/session":
                 continue  # its body is the key
             path = pattern.replace("{order_no}", "KOM1").replace("{quarantine_id}", "1")
-            path = path.replace("{slug}", "parked")
+            path = path.replace("{slug}", "parked").replace("{version}", "1")
             bare = await refusal(client, method, path, None)
             assert bare == (401 if scope else None), (method, path)
             assert await refusal(client, method, path, read) == (403 if scope == "admin" else None), (

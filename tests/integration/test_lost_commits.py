@@ -133,8 +133,7 @@ async def test_a_position_beyond_the_head_is_gone(client: Client) -> None:
     ):
         problem = await client.get(path, status=410)
         assert (problem["type"], problem["head"], problem["position"]) == (BEYOND, head, 900)
-    for headers in ({"Last-Event-ID": "900"}, {"Accept": "application/x-ndjson"}):
-        path = "/events/stream" if "Last-Event-ID" in headers else "/events?after=900"
+    for path, headers in (("/events/stream", {"Last-Event-ID": "900"}), ("/events.ndjson?after=900", {})):
         assert (await client.get(path, status=410, headers=headers))["type"] == BEYOND
     assert (await client.get(f"/events?after={head}"))["events"] == []
 
@@ -180,10 +179,11 @@ async def test_a_reader_of_a_lost_event_learns_of_it_even_if_another_one_has_its
     for _ in range(4):
         await client.webhook("KOM1")
     stream = log.replace("/events?", "/events/stream?").replace("&limit=3", "").replace("limit=3&", "")
-    for path in (log, order, stream):
+    ndjson = log.replace("/events?", "/events.ndjson?")
+    for path, member in ((log, "position"), (ndjson, "position"), (stream, "position"), (order, "version")):
         problem = await client.get(path, status=410)
-        assert (problem["type"], problem["position"]) == ("/problems/another-event", 3), path
-    assert (await client.get(log, status=410, headers={"Accept": "application/x-ndjson"}))["position"] == 3
+        assert (problem["type"], problem[member]) == ("/problems/another-event", 3), path
+        assert f"{member} 3" in problem["detail"]
 
 
 async def test_the_etag_changes_when_an_order_is_parked(client: Client, connection: Connection) -> None:

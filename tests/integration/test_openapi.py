@@ -4,15 +4,20 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 from openapi_spec_validator import OpenAPIV31SpecValidator
+from pydantic import SecretStr
 
+from domain.statuses import STATUSES
+from domain.transitions import VERDICTS
 from service import VERSION
 from service.app import Service
+from service.http.pagination import CURSOR_PATTERN
 from service.http.problems import ProblemType
 from service.settings import Settings
 from tests.support.folders import ROOT
@@ -32,16 +37,22 @@ async def test_it_is_valid(document: dict[str, Any]) -> None:
     assert all(operation["summary"] for path in document["paths"].values() for operation in path.values())
 
 
-async def test_it_has_every_route(dsn: str, document: dict[str, Any]) -> None:
-    """The document has exactly the routes of the service, except pages."""
-    service = Service(Settings(port=0), dsn)
+@pytest.mark.parametrize("has_tokens", [False, True])
+async def test_it_has_every_route(dsn: str, document: dict[str, Any], *, has_tokens: bool) -> None:
+    """The document has exactly the routes of the service, except pages, and both paths of the webhook."""
+    tokens = (SecretStr("a-token-of-this-test-0123456789"),) if has_tokens else ()
+    service = Service(Settings(port=0, webhook_tokens=tokens), dsn)
+    assert service.openapi.document == document
     routes = {
         (route.method.lower(), route.resource.canonical)
         for route in service.make_app(65_536).router.routes()
         if isinstance(route, web.ResourceRoute) and route.method != "HEAD" and route.resource is not None
     }
-    # The webhook's handler checks the method itself.
-    routes = routes - {("*", "/webhook"), ("*", "/webhook/")} | {("put", "/webhook"), ("post", "/webhook")}
+    # The webhook's handler checks the method itself. Its path depends on the tokens.
+    webhook = "/webhook/{token}" if has_tokens else "/webhook"
+    assert {route for route in routes if route[0] == "*"} == {("*", webhook), ("*", f"{webhook}/")}
+    routes = {route for route in routes if route[0] != "*"}
+    routes |= {(method, path) for method in ("put", "post") for path in ("/webhook", "/webhook/{token}")}
     told = {(method, path) for path, operations in document["paths"].items() for method in operations}
     pages = {route for route in routes - told if re.match(PAGES, route[1])}
     assert routes - pages == told
@@ -78,6 +89,84 @@ async def test_a_success_is_described_by_its_declaration(document: dict[str, Any
             description = operation["responses"]["200"]["description"]
             assert description.endswith("."), path
             assert not description.startswith(("dict(", "str(")), path
+
+
+OPERATION_IDS = {
+    "putReport", "postReport", "putReportWithToken", "postReportWithToken",
+    "listOrders", "exportOrders", "getOrder", "getTimeline", "exportTimeline", "listOrderEvents",
+    "getStatistics",
+    "listContradictions", "handleContradiction",
+    "listEvents", "exportEvents", "listErasures", "streamEvents", "streamOrderEvents",
+    "listTransitions", "exportTransitions", "listOperations", "exportOperations", "getRules",
+    "listQuarantinedBodies", "getQuarantinedBody", "retryQuarantinedBody", "discardQuarantinedBody",
+    "getProjections", "getLiveness", "getReadiness", "getMetrics", "getOpenapi", "getProblemType",
+}  # fmt: skip
+
+
+async def test_every_operation_has_a_name_and_a_tag(document: dict[str, Any]) -> None:
+    """Operation ids are the names of a client's functions: if one changes, clients break."""
+    operations = [one for path in document["paths"].values() for one in path.values()]
+    assert sorted(one["operationId"] for one in operations) == sorted(OPERATION_IDS)
+    assert {tag for one in operations for tag in one["tags"]} == {tag["name"] for tag in document["tags"]}
+
+
+async def test_only_open_operations_need_no_key(document: dict[str, Any]) -> None:
+    """All operations except the webhook, the probes and the contract take an API key."""
+    assert document["security"] == [{"key": []}, {}]
+    assert {
+        path
+        for path, operations in document["paths"].items()
+        for operation in operations.values()
+        if operation.get("security") == []
+    } == {"/webhook", "/webhook/{token}", "/livez", "/readyz", "/openapi.json", "/problems/{slug}"}
+
+
+def parts(value: Any) -> Iterator[Any]:
+    """Yield a JSON value and all values within it."""
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from parts(inner)
+
+
+async def test_every_enumeration_is_a_component(document: dict[str, Any]) -> None:
+    """Clients have one type for each enumeration: the statuses, the verdicts and all others."""
+    schemas = document["components"]["schemas"]
+    assert schemas["Status"]["enum"] == list(STATUSES)
+    assert schemas["Verdict"]["enum"] == list(VERDICTS)
+    assert schemas["Outcome"]["enum"] == [*VERDICTS, "quarantined"]
+    named = [one["enum"] for one in schemas.values() if "enum" in one]
+    everywhere = [one["enum"] for one in parts(document) if isinstance(one, dict) and "enum" in one]
+    assert sorted(everywhere) == sorted(named)
+
+
+async def test_an_events_data_has_a_schema(document: dict[str, Any]) -> None:
+    """The data of an event is a StatusReported, or null."""
+    schemas = document["components"]["schemas"]
+    for name in ("LogEvent", "OrderEvent"):
+        assert schemas[name]["properties"]["data"] == {
+            "anyOf": [{"$ref": "#/components/schemas/StatusReported"}, {"type": "null"}]
+        }
+    data = schemas["StatusReported"]
+    assert data["properties"]["verdict"] == {"$ref": "#/components/schemas/Verdict"}
+    assert data["properties"]["timestamp"] == {"type": "string", "format": "date-time"}
+    assert "repeats_version" in data["required"]
+    assert "token_name" not in data["required"]
+
+
+async def test_every_response_has_one_type(document: dict[str, Any]) -> None:
+    """No response has a choice of media types, and the client never has to send null."""
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for response in operation["responses"].values():
+                assert len(response.get("content", ["none"])) == 1, path
+    assert [one for one in parts(document) if isinstance(one, dict) and one.get("default", "") is None] == []
+
+
+async def test_a_cursor_has_a_pattern(document: dict[str, Any]) -> None:
+    """Every cursor in the document has the pattern of cursors."""
+    cursors = [one for one in parts(document) if isinstance(one, dict) and one.get("name") == "cursor"]
+    assert len(cursors) >= 4
+    assert all(one["schema"] == {"type": "string", "pattern": CURSOR_PATTERN} for one in cursors)
 
 
 def test_the_version_is_that_of_the_project() -> None:

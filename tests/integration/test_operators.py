@@ -234,7 +234,7 @@ async def test_what_operators_did_is_recorded(dsn: str, connection: Connection) 
             text = await answer.text()
         assert "Entry discarded" in text
         assert "a test" in text
-        async with client.session.get(client.url("/audit/operations?format=csv"), headers=bearer) as answer:
+        async with client.session.get(client.url("/audit/operations.csv"), headers=bearer) as answer:
             assert "entry_retried" in await answer.text()
 
 

@@ -165,8 +165,8 @@ async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.M
     """NDJSON has every event up to the head, one a line, equal to the events of the pages."""
     monkeypatch.setattr("service.http.streaming.BATCH_EVENTS_MAX", 7)
     await report_many(client, 30)
-    url = client.url("/events?after=2")
-    async with client.session.get(url, headers={"Accept": NDJSON}) as response:
+    url = client.url("/events.ndjson?after=2")
+    async with client.session.get(url) as response:
         assert response.headers["Content-Type"] == NDJSON
         lines = (await response.text()).splitlines()
     assert [json.loads(line) for line in lines] == (await client.get("/events?after=2"))["events"]
@@ -178,7 +178,7 @@ async def test_half_an_answer_is_cut_off(client: Client, monkeypatch: pytest.Mon
     for _ in range(8):
         await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
     reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=2**16)
-    writer.write(b"GET /events HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n")
+    writer.write(b"GET /events.ndjson HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await writer.drain()
     own_port = writer.get_extra_info("sockname")[1]
 
@@ -206,31 +206,31 @@ async def test_half_an_answer_that_fails_is_logged(
     monkeypatch.setattr("service.http.streaming.BATCH_EVENTS_MAX", 10)
     for _ in range(8):
         await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
-    url = client.url("/events")
+    url = client.url("/events.ndjson")
     with structlog.testing.capture_logs() as logged:
-        async with client.session.get(url, headers={"Accept": NDJSON}) as response:
+        async with client.session.get(url) as response:
             assert response.status == 200
             await connection.execute("ALTER TABLE order_events RENAME TO moved_away")
             with pytest.raises(aiohttp.ClientError):
                 await response.read()
         await connection.execute("ALTER TABLE moved_away RENAME TO order_events")
-    assert ("response cut off", "/events") in [(line["event"], line.get("route")) for line in logged]
+    assert ("response cut off", "/events.ndjson") in [(line["event"], line.get("route")) for line in logged]
 
 
-@pytest.mark.parametrize("path", ["/events", "/events/stream"])
+@pytest.mark.parametrize("path", ["/events.ndjson", "/events/stream"])
 async def test_a_client_without_chunked_encoding_gets_no_endless_response(client: Client, path: str) -> None:
     """A client without chunked encoding gets 505, because it could not distinguish a cut response from a whole
     one.
     """
-    request = f"GET {path} HTTP/1.0\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n\r\n"
+    request = f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n"
     assert (await client.talk(request.encode())).split(b" ", 2)[1] == b"505"
 
 
-@pytest.mark.parametrize("path", ["/events", "/events/stream"])
+@pytest.mark.parametrize("path", ["/events.ndjson", "/events/stream"])
 async def test_an_answer_without_an_end_has_the_callers_id_too(client: Client, path: str) -> None:
     """Endless responses also return the caller's request id."""
     url = client.url(path)
-    async with client.session.get(url, headers={"Accept": NDJSON, "X-Request-Id": "ours-1"}) as response:
+    async with client.session.get(url, headers={"X-Request-Id": "ours-1"}) as response:
         assert (response.status, response.headers["X-Request-Id"]) == (200, "ours-1")
 
 
@@ -298,7 +298,7 @@ async def test_lists_as_csv(client: Client) -> None:
     last = await client.webhook("KOM2", "Dikirim")
     await client.get(f"/orders?after_position={last['position']}")
     await client.get(f"/audit/transitions?after_position={last['position']}")
-    rows, headers = await table(client, "/orders?limit=2", {"Accept": "text/csv"})
+    rows, headers = await table(client, "/orders.csv?limit=2")
     assert [row["order_no"] for row in rows] == ["KOM2", "KOM1"]
     assert (rows[0]["status_label.id"], rows[0]["counts.advanced"], rows[0]["settled"]) == (
         "Dikirim",
@@ -307,14 +307,37 @@ async def test_lists_as_csv(client: Client) -> None:
     )
     assert rows[1]["cnote"] == "AWB,1"
     following = headers["Link"].partition(">")[0].strip("<")
-    rows, _ = await table(client, following, {"Accept": "text/csv"})
+    rows, _ = await table(client, following)
     assert [row["order_no"] for row in rows] == ["KOM0"]
-    rows, _ = await table(client, "/orders/KOM2/timeline?format=csv")
+    rows, _ = await table(client, "/orders/KOM2/timeline.csv")
     assert [(row["version"], row["skipped"]) for row in rows] == [("1", ""), ("2", "packed picked_up")]
-    rows, _ = await table(client, "/audit/transitions?format=csv&order_no=KOM2")
+    assert [row["recognised"] for row in rows] == ["submitted", "in_transit"]
+    rows, _ = await table(client, "/audit/transitions.csv?order_no=KOM2")
     assert [(row["from"], row["to"]) for row in rows] == [("", "submitted"), ("submitted", "in_transit")]
-    assert (await client.get("/orders?format=json", 200, {"Accept": "text/csv"}))["orders"]
-    await client.get("/orders?format=xml", 400)
+    # The path without a suffix has the format that a request prefers.
+    for path in (
+        "/orders?format=csv&limit=2",
+        "/orders/KOM2/timeline?format=csv",
+        "/audit/transitions?format=csv",
+    ):
+        rows, headers = await table(client, path)
+        assert len(rows) > 1
+        assert headers["Vary"] == "Accept"
+        assert "Link" not in headers or headers["Link"].startswith("</orders.csv?limit=2&cursor=")
+    rows, _ = await table(client, "/orders", {"Accept": "text/csv"})
+    assert len(rows) == 3
+    for accept in ("application/json", "text/csv, application/json;q=0.5", "*/*"):
+        assert len((await client.get("/orders", 200, {"Accept": accept}))["orders"]) == 3
+    assert len((await client.get("/orders?format=json", 200, {"Accept": "text/csv"}))["orders"]) == 3
+    problem = await client.get("/orders?format=xml", 400)
+    assert problem["detail"] == "format: it must be json or csv"
+    await client.get("/quarantine?format=csv", 400)
+    async with client.session.get(
+        client.url("/events"), headers={"Accept": "application/x-ndjson"}
+    ) as response:
+        assert response.headers["Content-Type"] == "application/x-ndjson"
+        assert len((await response.text()).splitlines()) == 4
+    await client.get("/orders/KOM3/timeline.csv", 404)
 
 
 async def table(client: Client, path: str, headers: dict[str, str] | None = None) -> tuple[list[Any], Any]:
@@ -335,7 +358,7 @@ LATE_FORMULAS = [" =1+1", "\u00a0=1", "\u3000 @SUM(1)", "|calc", " |calc", "\uff
 async def test_no_cell_is_a_formula(client: Client, text: str) -> None:
     """A cell that a spreadsheet would compute gets an apostrophe in front."""
     await client.raw(json.dumps({"order_no": "".join(text.split()), "status": text, "cnote": "-2"}).encode())
-    rows, _ = await table(client, "/audit/transitions?format=csv&after_position=1")
+    rows, _ = await table(client, "/audit/transitions.csv?after_position=1")
     assert rows[0]["reported_status"] == f"'{text}"
 
 

@@ -76,13 +76,16 @@ class Client:
             return response.status
 
     async def walk(self, path: str, name: str) -> list[Any]:
-        """Read every item of a list page by page. The Link header of each page must equal the link
-        in its body.
+        """Read every item of a list page by page, of the feed of all events up to its first empty page. The
+        Link header of each page must equal the link in its body.
         """
         items: list[Any] = []
+        is_feed = path.startswith("/events")
         while path:
             page, headers = await self.get_with_headers(path)
             items += page[name]
+            if is_feed and not page[name]:
+                return items
             if page["next"] is None:
                 assert "Link" not in headers
             else:

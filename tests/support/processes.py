@@ -209,12 +209,13 @@ def ended_service(service: RunningService) -> Iterator[RunningService]:
 async def read_whole_log(url: str) -> list[dict[str, Any]]:
     """Read every event over HTTP, page by page."""
     events: list[dict[str, Any]] = []
-    path: str | None = "/events?limit=1000"
+    path = "/events?limit=1000"
     async with aiohttp.ClientSession() as session:
-        while path is not None:
+        while True:
             async with session.get(f"{url}{path}") as response:
                 assert response.status == 200, await response.text()
                 page = await response.json()
+            if not page["events"]:
+                return events
             events += page["events"]
             path = page["next"]
-    return events

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from domain.order import Order
 from domain.statuses import STATUSES
 from domain.transitions import Leg, Verdict
-from service.event_log.codec import MAPPER, UndecodableEventError, decode_event, encode_event, read_fields
+from service.event_log.codec import (
+    MAPPER,
+    StatusReported,
+    UndecodableEventError,
+    decode_event,
+    encode_event,
+    read_fields,
+    read_status_reported,
+)
 from tests.support.examples import GOLDEN_EVENTS, ORDER_NO, SENT_EVENT, SENT_STATE
 from tests.support.properties import MANY
 
@@ -80,9 +88,9 @@ def test_the_bytes_of_every_shape(version: int) -> None:
     event = decode_event(ORDER_NO, version, TOPIC, state)
     assert encode_event(event) == state
     assert vars(MAPPER.to_domain_event(StoredEvent(ORDER_NO, version, TOPIC, state))) == vars(event)
-    fields = read_fields(state)
-    assert fields is not None
-    assert fields.keys() == vars(event).keys() - {"originator_id", "originator_version"}
+    shown = read_status_reported(TOPIC, state)
+    assert shown is not None
+    assert shown.keys() >= StatusReported.__required_keys__
 
 
 def test_every_member_has_a_golden_event() -> None:
@@ -198,14 +206,49 @@ def test_the_present_class_version_may_be_spelt_out() -> None:
 
 
 def test_read_fields() -> None:
-    """The result has the fields as in JSON, with times as text, and without the log's columns."""
+    """The result has the fields as in JSON, with times as text in UTC, and without the log's columns."""
     fields = read_fields(SENT_STATE)
     assert fields is not None
-    assert fields["timestamp"] == "2026-01-31T08:30:00.123456+00:00"
-    assert fields["occurred_at"] == "2026-01-31T08:29:58+00:00"
+    assert fields["timestamp"] == "2026-01-31T08:30:00.123456Z"
+    assert fields["occurred_at"] == "2026-01-31T08:29:58Z"
     assert fields["body"] == SENT_EVENT.body
     assert fields["skipped"] == []
-    assert fields.keys() == vars(SENT_EVENT).keys() - {"originator_id", "originator_version"}
+    names = vars(SENT_EVENT).keys() - {"originator_id", "originator_version", "repeats"}
+    assert fields.keys() == names | {"repeats_version"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "shown"),
+    [
+        ("2026-01-31T15:30:00+07:00", "2026-01-31T08:30:00Z"),
+        ("2026-01-31T08:30:00.5-00:30", "2026-01-31T09:00:00.500000Z"),
+        ("yesterday", "yesterday"),
+        ("0001-01-01T00:00:00+07:00", "0001-01-01T00:00:00+07:00"),
+    ],
+)
+def test_a_time_of_another_writer_is_shown_in_utc(stored: str, shown: str) -> None:
+    """A time with any offset ends in Z; text that is not a valid time stays unchanged."""
+    fields = read_fields(changed_state(occurred_at={"_type_": "datetime_iso", "_data_": stored}))
+    assert fields is not None
+    assert fields["occurred_at"] == shown
+
+
+def test_an_event_is_shown_with_its_documented_members() -> None:
+    """The type of an event's data has the event's fields, and those that may be absent are optional."""
+    fields = dataclasses.fields(Order.StatusReported)
+    names = {"repeats_version" if field.name == "repeats" else field.name for field in fields}
+    assert StatusReported.__annotations__.keys() == names - {"originator_id", "originator_version"}
+    added = {field.name for field in fields if field.default is not dataclasses.MISSING}
+    assert StatusReported.__optional_keys__ == added
+    assert read_status_reported(TOPIC, SENT_STATE) == read_fields(SENT_STATE)
+
+
+@pytest.mark.parametrize(
+    ("topic", "state"), [("order.unknown", SENT_STATE), (TOPIC, b"{}"), (TOPIC, b"[]"), (TOPIC, b"\xff")]
+)
+def test_an_event_that_this_release_does_not_know_has_no_data(topic: str, state: bytes) -> None:
+    """An event of another type, or without the documented members, is shown without data."""
+    assert read_status_reported(topic, state) is None
 
 
 @pytest.mark.parametrize("state", [b"", b"state4", b"[]", b"null", b'"x"', b"\xff"])

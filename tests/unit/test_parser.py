@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from domain.order import Arrival, Report
 from service.ingest import parser
-from service.ingest.parser import UnreadableError
+from service.ingest.parser import UnreadableError, ignored_members
 from tests.support.examples import CNOTE, ORDER_NO, RECEIVED_AT, SENT, SENT_BODY
 from tests.support.properties import MANY
 
@@ -442,3 +442,43 @@ def test_any_text_stays_as_it_is(order_no: str, status: str) -> None:
         assert controls or not order_no.strip() or not status.strip() or order_no in (".", "..")
     else:
         assert (read.order_no, read.reported_status, read.body) == (order_no, status, raw.decode())
+
+
+# Members that were not taken
+
+
+@pytest.mark.parametrize(
+    ("fields", "ignored"),
+    [
+        ({}, []),
+        ({"timestamp": "2026-01-31T08:30:00Z"}, []),
+        ({"timestamp": 1_769_848_200}, []),
+        ({"cnote": None}, []),
+        ({"cnote": " ", "timestamp": ""}, []),
+        ({"cnote": {}}, ["cnote"]),
+        ({"cnote": False}, ["cnote"]),
+        ({"cnote": "x" * 129}, ["cnote"]),
+        ({"timestamp": "yesterday"}, ["timestamp"]),
+        ({"timestamp": "2026-01-31T08:30:00"}, ["timestamp"]),
+        ({"timestamp": 0}, ["timestamp"]),
+        ({"cnote": [], "timestamp": {}, "weight": "heavy"}, ["cnote", "timestamp"]),
+    ],
+)
+def test_a_member_that_is_sent_but_not_taken_is_named(fields: dict[str, Any], ignored: list[str]) -> None:
+    """A member counts as ignored if it is not blank and its value is invalid. Unknown members do not count."""
+    raw = body(**fields)
+    report = parse(raw)
+    assert ignored_members(raw.decode(), report.reported_cnote, report.occurred_at) == ignored
+
+
+def test_an_ignored_member_may_be_spelled_with_escapes() -> None:
+    """A member is found even if its name is written with JSON escapes."""
+    text = r'{"order_no":"KOM1","status":"Sent","t\u0069mestamp":"soon"}'
+    report = parse(text.encode())
+    assert ignored_members(text, report.reported_cnote, report.occurred_at) == ["timestamp"]
+
+
+@pytest.mark.parametrize("text", ["", "a timestamp", '["timestamp"]'])
+def test_a_body_of_another_writer_has_no_ignored_members(text: str) -> None:
+    """A body that was erased, or recorded by another program, need not be a JSON object."""
+    assert ignored_members(text, None, None) == []

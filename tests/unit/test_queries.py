@@ -1,5 +1,6 @@
 """The parameters of a read are checked before any look-up, and a problem names the invalid one."""
 
+import re
 from base64 import urlsafe_b64encode
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 
 from projections.windows import POSITION_MAX
 from service.api.audit import TransitionsQuery
-from service.api.orders import OrderQuery, OrdersQuery
-from service.http.pagination import Page, encode_cursor
+from service.api.events import AllEventsQuery, EventsQuery
+from service.api.orders import OrderEventsQuery, OrderQuery, OrdersQuery
+from service.http.pagination import CURSOR_PATTERN, Page, encode_cursor
 from service.http.parameters import (
     PAGE_ROWS_DEFAULT,
     PAGE_ROWS_MAX,
-    EventsQuery,
     PageQuery,
     Query,
     ViewQuery,
@@ -128,6 +129,12 @@ def test_the_next_page_of_events_moves_after() -> None:
     assert Page([], {"after": 103}).next_path("/events", query) == "/events?after=103"
 
 
+@pytest.mark.parametrize("key", [0, 9, 10, 123, 4_567, POSITION_MAX])
+def test_every_cursor_matches_its_documented_pattern(key: int) -> None:
+    """The pattern in the contract accepts every cursor that a response has."""
+    assert re.fullmatch(CURSOR_PATTERN, encode_cursor(key))
+
+
 @MANY
 @given(st.text(min_size=1, max_size=20).filter(lambda text: "\x00" not in text))
 def test_the_order_path_an_order_leads_back_to_it(order_no: str) -> None:
@@ -231,7 +238,6 @@ def test_a_query_without_parameters_has_the_defaults() -> None:
         "after_position": None,
         "cursor": None,
         "limit": PAGE_ROWS_DEFAULT,
-        "format": None,
         "status": None,
         "cnote": None,
         "verdict": None,
@@ -240,6 +246,7 @@ def test_a_query_without_parameters_has_the_defaults() -> None:
         "unmoved_for": None,
     }
     assert read_query(EventsQuery, get("/events")).after == 0
+    assert read_query(OrderEventsQuery, get("/orders/KOM1/events")).after_version == 0
 
 
 @pytest.mark.parametrize("limit", [1, 100, PAGE_ROWS_MAX])
@@ -257,6 +264,9 @@ def test_a_limit_within_bounds(limit: int) -> None:
         ),
         *((EventsQuery, f"limit={limit}", "limit") for limit in (0, PAGE_ROWS_MAX + 1)),
         *((EventsQuery, f"after={after}", "after") for after in (-1, POSITION_MAX + 1, "x", "")),
+        *((AllEventsQuery, f"limit={limit}", "limit") for limit in (0, POSITION_MAX + 1)),
+        (OrderEventsQuery, "after_version=-1", "after_version"),
+        (OrderEventsQuery, "after=1", "after"),
         *((OrderQuery, f"version={version}", "version") for version in (0, -1, POSITION_MAX + 1, "x", "")),
         *((Query, f"after_position={position}", "after_position") for position in (-1, 2**63, "x", "")),
         (OrdersQuery, "status=teleported", "status"),
