@@ -126,7 +126,7 @@ class Service:
         self.access = Access(self.auth_connection, seconds_max, auth_refusals, is_open=settings.is_open)
         self.webhook_auth = make_webhook_auth(settings, auth_refusals)
         self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, volume, refusals)
-        self.events = EventsApi(self.pool, self.access, self.budgets.streams)
+        self.events = EventsApi(self.pool, self.access, self.budgets.streams, self.projectors)
         self.pages = Pages(self.pool, self.access, self.projectors, self.recorder, refusals, self.vocabulary)
         self.apis: list[Api] = [
             OrdersApi(

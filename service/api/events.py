@@ -2,10 +2,11 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from operator import attrgetter
 from time import monotonic
-from typing import Final
+from typing import Final, NamedTuple
 
 import orjson
 from aiohttp import hdrs, web
@@ -13,15 +14,19 @@ from aiohttp.http import HttpVersion11
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from projections import timeline
+from projections.engine import Projector
 from projections.postgres_errors import Connection
+from projections.selection import Selection, selected_positions
 from projections.windows import POSITION_MAX
+from service.api.freshness import wait_for
 from service.api.resumption import place_after, refuse_another_event
 from service.database.connections import READER, ConnectionPool
 from service.event_log import store
 from service.event_log.erasures import Erasure, erasures_page, last_erasure_id
 from service.event_log.store import LogEvent, RecordedEvent, to_log_event
-from service.event_log.tail import Tail, TailClosedError
-from service.http.access import Access
+from service.event_log.tail import Message, Tail, TailClosedError
+from service.http.access import Access, has_scope
 from service.http.budgets import Budget
 from service.http.endpoints import NDJSON, SSE, Endpoint, Tag
 from service.http.pagination import Page, list_response
@@ -31,6 +36,8 @@ from service.http.parameters import (
     Limit,
     Position,
     Query,
+    Statuses,
+    Verdicts,
     parse_order_no,
 )
 from service.http.problems import (
@@ -48,6 +55,8 @@ from service.http.streaming import ResponseStream, begin_stream
 READERS_BEHIND_MAX: Final = 4
 # A comment at this interval keeps an idle stream open.
 HEARTBEAT_SECONDS: Final = 15.0
+# The longest long poll. Proxies often give up after a minute.
+WAIT_SECONDS_MAX: Final = 30
 # How often a stream's API key is checked again.
 KEY_SECONDS: Final = 10.0
 # How soon a reader's departure is noticed.
@@ -76,11 +85,24 @@ class LogEvents(TypedDict):
 
 
 class EventsQuery(Query):
-    """A page of the log after a position."""
+    """A page of the log after a position, and what it selects."""
 
     after: Position = Field(default=0, description="begin after this position of the log")
     last: LastReport = None
     limit: Limit = Field(default=PAGE_ROWS_DEFAULT, description="the maximum number of events of the page")
+    verdict: Verdicts | None = Field(
+        default=None, description="events with this verdict, or with one of several, separated by commas"
+    )
+    status: Statuses | None = Field(
+        default=None,
+        description="events after which the order has this status, or one of several, separated by commas",
+    )
+    wait: int = Field(
+        default=0,
+        ge=0,
+        le=WAIT_SECONDS_MAX,
+        description="if the page would be empty, wait for an event for up to so many seconds",
+    )
 
 
 class AllEventsQuery(Query):
@@ -112,9 +134,13 @@ class LogStreamQuery(StreamQuery):
     brief: bool = Field(default=False, description="send only the log's position, each time the log grows")
 
 
-def encode_event(event: RecordedEvent) -> bytes:
+def encode_event(event: RecordedEvent) -> Message:
     """Return an event as a server-sent event. Its id is its position."""
-    data = orjson.dumps(to_log_event(event), option=orjson.OPT_UTC_Z)
+    return Message(*(_encode(event, with_bodies=with_bodies) for with_bodies in (True, False)))
+
+
+def _encode(event: RecordedEvent, *, with_bodies: bool) -> bytes:
+    data = orjson.dumps(to_log_event(event, with_bodies=with_bodies), option=orjson.OPT_UTC_Z)
     return b"id: %d\nevent: status_reported\ndata: %b\n\n" % (event.position, data)
 
 
@@ -137,6 +163,14 @@ class Erasures(TypedDict):
     next: str | None
 
 
+class _EventsPage(NamedTuple):
+    """Events, the position up to which the log was searched for them, and the ``report_id`` of its event."""
+
+    events: list[RecordedEvent]
+    reached: int
+    last: str | None
+
+
 class EventsApi:
     """Serves the log.
 
@@ -144,31 +178,78 @@ class EventsApi:
         pool: the connections to read with.
         access: checks repeatedly during a stream whether its API key is still valid.
         streams: the budget of long responses.
+        projectors: the projectors by the names of their views.
     """
 
     tag = Tag("events", "The log of all orders, in pages, as NDJSON and live, and its erasures.")
 
-    def __init__(self, pool: ConnectionPool, access: Access, streams: Budget) -> None:
+    def __init__(
+        self, pool: ConnectionPool, access: Access, streams: Budget, projectors: Mapping[str, Projector]
+    ) -> None:
         self._pool = pool
+        self._projectors = projectors
         self._access = access
         self._streams = streams
         self.tail = Tail(pool, encode_event, encode_erasure)
         self._behind = asyncio.Semaphore(READERS_BEHIND_MAX)
 
-    @Endpoint("GET", "/events", LogEvents, query=EventsQuery)
+    @Endpoint("GET", "/events", LogEvents, query=EventsQuery, problems=(ProblemType.OVER_BUDGET,))
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.Response:
         """List the events of all orders, by position: a feed whose `next` can always be followed."""
+        if query.verdict is not None or query.status is not None:
+            await wait_for(self._projectors, None, timeline.VIEW.name)
         async with self._pool.connection() as connection:
             await _refuse_another_event(connection, query)
-            rows = await store.read_log(connection, query.after, query.limit)
-            if not rows and query.after > (head := await store.head_position(connection)):
+            if query.after > (head := await store.head_position(connection)):
                 raise beyond_head(query.after, head)
-        place = (
-            place_after(rows[-1].report_id, after=rows[-1].position)
-            if rows
-            else place_after(query.last, after=query.after)
-        )
-        return list_response(query, "events", Page([*map(to_log_event, rows)], place), request.path)
+        page = await self._read_page(query, query.after)
+        if not page.events and query.wait and request.method == hdrs.METH_GET:
+            page = await self._wait_for_page(request, query, page)
+        last = query.last if page.reached == query.after else page.last
+        place = place_after(last, after=page.reached)
+        with_bodies = has_scope(request, "read:bodies")
+        events = [to_log_event(event, with_bodies=with_bodies) for event in page.events]
+        return list_response(query, "events", Page(events, place), "/events")
+
+    async def _read_page(self, query: EventsQuery, after: int) -> _EventsPage:
+        async with self._pool.connection() as connection:
+            if query.verdict is None and query.status is None:
+                events = await store.read_log(connection, after, query.limit)
+                reached = events[-1].position if events else after
+            else:
+                selection = Selection(query.verdict, query.status)
+                positions, reached = await selected_positions(connection, selection, after, query.limit)
+                events = await store.read_positions(connection, positions)
+                if len(events) < len(positions):
+                    reached = events[-1].position
+            if events and events[-1].position == reached:
+                return _EventsPage(events, reached, events[-1].report_id)
+            found = await store.read_log(connection, reached - 1, 1) if reached else []
+            is_there = found and found[0].position == reached
+            return _EventsPage(events, reached, found[0].report_id if is_there else None)
+
+    async def _wait_for_page(self, request: web.Request, query: EventsQuery, page: _EventsPage) -> _EventsPage:
+        """Wait until a page has an event, its time is over, or the service stops. It counts as a stream."""
+        deadline = monotonic() + query.wait
+        try:
+            with self._streams.hold(READER.get()):
+                async with self.tail.following():
+                    losses, seen = self.tail.losses, 0
+                    while not (page.events or self.tail.is_ended or is_gone(request)):
+                        # At first, and whenever the log has grown.
+                        if self.tail.position > seen:
+                            seen = self.tail.position
+                            await self._projectors[timeline.VIEW.name].wait_for(seen, CHECK_SECONDS)
+                            page = await self._read_page(query, page.reached)
+                        elif self.tail.losses != losses or monotonic() >= deadline:
+                            break
+                        else:
+                            seconds = min(CHECK_SECONDS, deadline - monotonic())
+                            await self.tail.wait_beyond(seen, max(0.0, seconds))
+        except TailClosedError as error:
+            raise unavailable(str(error)) from None
+        await self._access.admit(request, "read")
+        return page
 
     @Endpoint("GET", "/events.ndjson", str, query=AllEventsQuery, media=NDJSON)
     async def export_events(self, request: web.Request, query: AllEventsQuery) -> web.StreamResponse:
@@ -196,7 +277,8 @@ class EventsApi:
 
         `Last-Event-ID` resumes without gaps or duplicates.
         """
-        return await self._stream(request, query, self._send_position if query.brief else self._send)
+        send = partial(self._send, choose=_choose_message(request))
+        return await self._stream(request, query, self._send_position if query.brief else send)
 
     @Endpoint("GET", "/orders/{order_no}/stream", str, query=StreamQuery, media=SSE)
     async def stream_order_events(self, request: web.Request, query: StreamQuery) -> web.StreamResponse:
@@ -205,7 +287,7 @@ class EventsApi:
         The order need not have any event yet.
         """
         order_no = parse_order_no(request)
-        send = partial(self._send, order_no=order_no)
+        send = partial(self._send, choose=_choose_message(request), order_no=order_no)
         return await self._stream(request, query, send, order_no)
 
     async def _all_events(self, request: web.Request, query: AllEventsQuery) -> web.StreamResponse:
@@ -216,18 +298,24 @@ class EventsApi:
                 raise beyond_head(position, head)
             await _refuse_another_event(connection, query)
         stream = await begin_stream(request, NDJSON_HEADERS)
+        with_bodies = has_scope(request, "read:bodies")
         remaining = query.limit if query.limit is not None else POSITION_MAX
         while position < head and remaining:
             await stream.wait()
-            position, count = await self._send_lines(stream, position, remaining)
+            position, count = await self._send_lines(stream, position, remaining, with_bodies=with_bodies)
             remaining -= count
         return stream.response
 
-    async def _send_lines(self, stream: ResponseStream, position: int, limit: int) -> tuple[int, int]:
+    async def _send_lines(
+        self, stream: ResponseStream, position: int, limit: int, *, with_bodies: bool
+    ) -> tuple[int, int]:
         """Send events above a position, each on a line, and return the last position and their number."""
         async with self._behind:
             batch = await self._read(position, min(limit, stream.batch_max))
-            lines = [(one.position, orjson.dumps(to_log_event(one), option=JSON_OPTIONS)) for one in batch]
+            lines = [
+                (one.position, orjson.dumps(to_log_event(one, with_bodies=with_bodies), option=JSON_OPTIONS))
+                for one in batch
+            ]
         reached = await stream.write_some(lines)
         if reached is None:
             # Positions may have gaps, but the log ends with an event.
@@ -301,35 +389,43 @@ class EventsApi:
         await stream.write(b'id: %d\nevent: log_grown\ndata: {"position":%d}\n\n' % (end, end))
         return end
 
-    async def _send(self, stream: ResponseStream, position: int, order_no: str | None = None) -> int:
-        """Send events above a position, of one order or of all."""
+    async def _send(
+        self,
+        stream: ResponseStream,
+        position: int,
+        choose: Callable[[Message], bytes],
+        order_no: str | None = None,
+    ) -> int:
+        """Send events above a position, of one order or of all; ``choose`` returns what the reader may see."""
         end = max(position, self.tail.position)
         limit = stream.batch_max
         in_memory = self.tail.after(position, order_no, limit)
         if in_memory is not None:
-            reached = await stream.write_some((event.position, event.message) for event in in_memory)
+            reached = await stream.write_some((event.position, choose(event.message)) for event in in_memory)
             if reached is None:
                 reached = in_memory[-1].position if len(in_memory) == limit else end
             return reached
         # This reader is behind the tail's memory, so it reads the database.
         if order_no is not None:
-            return await self._send_order(stream, position, order_no)
+            return await self._send_order(stream, position, choose, order_no)
         async with self._behind:
             batch = await self._read(position, stream.batch_max)
-            messages = [(event.position, encode_event(event)) for event in batch]
+            messages = [(event.position, choose(encode_event(event))) for event in batch]
         reached = await stream.write_some(messages)
         if reached is None:
             reached = batch[-1].position if batch else end
         return reached
 
-    async def _send_order(self, stream: ResponseStream, position: int, order_no: str) -> int:
+    async def _send_order(
+        self, stream: ResponseStream, position: int, choose: Callable[[Message], bytes], order_no: str
+    ) -> int:
         """Send an order's events between a position and the tail's end."""
         end = self.tail.position
         async with self._behind, self._pool.connection() as connection:
             version = await store.version_at(connection, order_no, position)
             batch = await store.read_stream(connection, order_no, version, stream.batch_max)
             events = [event for event in batch if position < event.position <= end]
-            messages = [(event.position, encode_event(event)) for event in events]
+            messages = [(event.position, choose(encode_event(event))) for event in events]
         reached = await stream.write_some(messages)
         if reached is not None:
             return reached
@@ -349,6 +445,11 @@ async def _refuse_another_event(
     found = await store.read_log(connection, query.after - 1, 1)
     is_there = found and found[0].position == query.after
     refuse_another_event(query.last, found[0] if is_there else None, position=query.after)
+
+
+def _choose_message(request: web.Request) -> Callable[[Message], bytes]:
+    """Return which message of an event the reader may see. A key's scope never changes."""
+    return attrgetter("whole" if has_scope(request, "read:bodies") else "without_body")
 
 
 def _refuse_old_version(request: web.Request) -> None:

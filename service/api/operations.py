@@ -13,7 +13,8 @@ from service.event_log import store
 from service.http.endpoints import Endpoint, Tag
 from service.http.parameters import Query
 from service.http.problems import ProblemType, unavailable
-from service.http.responses import json_response, to_rfc3339
+from service.http.responses import json_response
+from service.http.times import to_rfc3339
 from service.ingest.refusals import PASSING, Refusals, find_cause
 
 READY_SECONDS_MAX: Final = 1.0

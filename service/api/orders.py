@@ -34,6 +34,7 @@ from service.event_log.codec import (
     read_status_reported,
 )
 from service.event_log.store import RecordedEvent
+from service.http.access import has_scope
 from service.http.budgets import Budget
 from service.http.endpoints import CSV, Endpoint, Tag
 from service.http.pagination import Page, csv_response, cut_page, list_response
@@ -257,7 +258,8 @@ class OrdersApi:
                 refuse_another_event(query.last, found[0] if is_there else None, version=after)
             # A page may also end early, at its limit in bytes.
             has_more = rows and await store.read_stream(connection, order_no, rows[-1].version, 1)
-        events = [_to_order_event(event) for event in rows]
+        with_bodies = has_scope(request, "read:bodies")
+        events = [_to_order_event(event, with_bodies=with_bodies) for event in rows]
         place = place_after(rows[-1].report_id, after_version=rows[-1].version) if has_more else {}
         return list_response(query, "events", Page(events, place), order_path(order_no, "events"))
 
@@ -348,13 +350,13 @@ def _is_within(query: OrderQuery, item: DecodedEvent) -> bool:
     return query.as_of is not None and event.timestamp <= query.as_of
 
 
-def _to_order_event(event: RecordedEvent) -> OrderEvent:
+def _to_order_event(event: RecordedEvent, *, with_bodies: bool) -> OrderEvent:
     return {
         "version": event.version,
         "position": event.position,
         "type": event.topic,
         "recorded_at": event.recorded_at,
-        "data": read_status_reported(event.topic, event.state),
+        "data": read_status_reported(event.topic, event.state, with_bodies=with_bodies),
     }
 
 

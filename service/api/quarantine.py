@@ -11,7 +11,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from projections.windows import POSITION_MAX
 from service.database.connections import ConnectionPool
 from service.database.operations import Actor
-from service.http.access import admission
+from service.http.access import admission, has_scope
 from service.http.body import read_body
 from service.http.endpoints import Endpoint, Tag
 from service.http.pagination import cut_page, list_response
@@ -34,7 +34,10 @@ class QuarantinedBodies(TypedDict):
 
 
 class QuarantinedBytes(QuarantinedBody):
-    """A quarantined body with its bytes, which are null after an erasure."""
+    """A quarantined body with its bytes.
+
+    They are null after an erasure, and for a key of the scope ``read``, which does not get ``remote`` either.
+    """
 
     body_base64: str | None
 
@@ -73,13 +76,18 @@ class QuarantineApi:
         before = POSITION_MAX if query.cursor is None else query.cursor
         async with self._pool.connection() as connection:
             rows = await quarantine.entries_page(connection, before, query.state, query.limit + 1)
+        if not has_scope(request, "read:bodies"):
+            rows = [{**row, "remote": None} for row in rows]
         page = cut_page(rows, query.limit, itemgetter("quarantine_id"))
         return list_response(query, "entries", page, request.path)
 
     @Endpoint("GET", ENTRY_PATH, QuarantinedBytes, problems=(ProblemType.UNKNOWN_ENTRY,))
     async def get_quarantined_body(self, request: web.Request, _query: Query) -> web.Response:
         """Get one quarantined body, byte for byte."""
-        return _entry_response(*await find_entry(request, self._pool))
+        entry, body = await find_entry(request, self._pool)
+        if not has_scope(request, "read:bodies"):
+            return _entry_response({**entry, "remote": None}, None)
+        return _entry_response(entry, body)
 
     @Endpoint(
         "POST",

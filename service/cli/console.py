@@ -29,7 +29,7 @@ from service.database.connections import (
 from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
 from service.database.schema import SchemaError, service_dsn
 from service.event_log.codec import UndecodableEventError
-from service.http.responses import to_rfc3339
+from service.http.times import to_rfc3339
 from service.ingest.quarantine import NotOpenError, UnknownEntryError
 from service.maintenance.backup import BackupError
 from service.settings import SettingsError, read_settings

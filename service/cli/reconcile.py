@@ -9,6 +9,7 @@ from projections.current_status import unreported_orders
 from service.cli.console import database, err
 from service.database.connections import connected
 from service.http.csv_export import escape_formula
+from service.http.times import to_rfc3339
 from service.maintenance.imports import COLUMNS
 
 DAYS_MAX: Final = 36_500
@@ -29,7 +30,7 @@ async def reconcile(
     async with database() as dsn, connected(dsn) as connection:
         while page := await unreported_orders(connection, now - timedelta(days=days), after, PAGE_ORDERS):
             for order in page:
-                last = order.last_reported_at.isoformat(timespec="seconds").replace("+00:00", "Z")
+                last = to_rfc3339(order.last_reported_at, "seconds")
                 number, cnote = escape_formula(order.order_no), escape_formula(order.cnote or "")
                 writer.writerow((number, cnote, "", "", order.status or "", last))
             orders += len(page)

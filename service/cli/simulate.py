@@ -52,7 +52,9 @@ async def simulate(  # noqa: PLR0913 - the options of the command
         typer.Option(min=0, max=PORT_MAX, help="Port to accept registrations on; 0 for any free one."),
     ] = None,
     read: Annotated[str, typer.Option(help="URL to read the log from; by default the webhook's host.")] = "",
-    key: Annotated[str, typer.Option(help="API key of the scope read, if your service requires keys.")] = "",
+    key: Annotated[
+        str, typer.Option(help="API key of the scope read:bodies, if your service requires keys.")
+    ] = "",
 ) -> int | None:
     settings = read_settings()
     methods = METHODS if method == "mixed" else (method,)

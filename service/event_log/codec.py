@@ -43,14 +43,15 @@ class StatusReported(TypedDict):
     ``timestamp`` is the time of arrival. ``recognised`` is the status that ``reported_status`` stands for.
     ``status``, ``status_version``, ``leg`` and ``cnote`` are the order's values after the report;
     ``previous_status`` and ``previous_since`` are its values before. ``repeats_version`` is the version of the
-    timeline entry that the report repeats. Only some events have the members after ``reason``: ``token_name``
-    is the name of the sender's token, ``rejudges`` the version of the report that this event judges again, and
-    ``imported_at`` the time at which an operator imported the report.
+    timeline entry that the report repeats. ``body`` and ``remote`` are null for a key of the scope ``read``.
+    Only some events have the members after ``reason``: ``token_name`` is the name of the sender's token,
+    ``rejudges`` the version of the report that this event judges again, and ``imported_at`` the time at which
+    an operator imported the report.
     """
 
     timestamp: UtcTime
     report_id: str
-    body: str
+    body: str | None
     reported_status: str
     reported_cnote: str | None
     occurred_at: UtcTime | None
@@ -142,12 +143,22 @@ def read_fields(state: bytes) -> dict[str, Any] | None:
     return {_SHOWN_NAMES.get(name) or name: _shown(value) for name, value in values.items()}
 
 
-def read_status_reported(topic: str, state: bytes) -> StatusReported | None:
-    """Return a recorded event as the API shows it, None if this release does not know such an event."""
+def read_status_reported(topic: str, state: bytes, *, with_bodies: bool) -> StatusReported | None:
+    """Return a recorded event as the API shows it, None if this release does not know such an event.
+
+    Args:
+        topic: the event's topic.
+        state: its bytes.
+        with_bodies: whether the reader may see the body and the sender's address.
+    """
     values = read_fields(state)
     if topic != Order.StatusReported.TOPIC or values is None:
         return None
-    return cast("StatusReported", values) if values.keys() >= StatusReported.__required_keys__ else None
+    if not values.keys() >= StatusReported.__required_keys__:
+        return None
+    if not with_bodies:
+        values["body"] = values["remote"] = None
+    return cast("StatusReported", values)
 
 
 def _shown(value: Any) -> Any:

@@ -70,15 +70,20 @@ class LogEvent(TypedDict):
     data: StatusReported | None
 
 
-def to_log_event(event: RecordedEvent) -> LogEvent:
-    """Return a recorded event as the API shows it."""
+def to_log_event(event: RecordedEvent, *, with_bodies: bool) -> LogEvent:
+    """Return a recorded event as the API shows it.
+
+    Args:
+        event: the event.
+        with_bodies: whether the reader may see the body and the sender's address.
+    """
     return {
         "position": event.position,
         "order_no": event.order_no,
         "version": event.version,
         "type": event.topic,
         "recorded_at": event.recorded_at,
-        "data": read_status_reported(event.topic, event.state),
+        "data": read_status_reported(event.topic, event.state, with_bodies=with_bodies),
     }
 
 
@@ -171,6 +176,20 @@ LOG: Final = """
         LIMIT $2
     ) AS batch
     WHERE bytes_before < $3
+    ORDER BY notification_id
+"""
+
+# The events at some positions, in their order. The first event is returned whatever its size.
+AT_POSITIONS: Final = """
+    SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
+    FROM (
+        SELECT *, sum(length(state)) OVER (ORDER BY notification_id) - length(state) AS bytes_before
+        FROM unnest($1::bigint[]) AS requested (position)
+        CROSS JOIN LATERAL (
+            SELECT * FROM order_events WHERE notification_id = requested.position LIMIT 1
+        ) AS logged
+    ) AS batch
+    WHERE bytes_before < $2
     ORDER BY notification_id
 """
 
@@ -290,6 +309,11 @@ async def version_at(connection: Connection, order_no: str, position: int) -> in
 async def read_log(connection: Connection, after: int, limit: int) -> list[RecordedEvent]:
     """Return the next events above a position in commit order, at most ``limit`` and about BATCH_BYTES_MAX."""
     return [RecordedEvent(*row) for row in await connection.fetch(LOG, after, limit, BATCH_BYTES_MAX)]
+
+
+async def read_positions(connection: Connection, positions: Sequence[int]) -> list[RecordedEvent]:
+    """Return the first of the events at these positions, about BATCH_BYTES_MAX of them."""
+    return [RecordedEvent(*row) for row in await connection.fetch(AT_POSITIONS, positions, BATCH_BYTES_MAX)]
 
 
 async def last_arrival(connection: Connection) -> datetime:

@@ -34,12 +34,19 @@ class TailClosedError(Exception):
     """No further reader is accepted. ``str()`` is the reason."""
 
 
+class Message(NamedTuple):
+    """An event's message to live readers, and its message to those that may not see its body."""
+
+    whole: bytes
+    without_body: bytes
+
+
 class TailEvent(NamedTuple):
-    """An event at the end of the log: its message to live readers, and when it was read (monotonic clock)."""
+    """An event at the end of the log: its message, and when it was read (monotonic clock)."""
 
     position: int
     order_no: str
-    message: bytes
+    message: Message
     read_at: float
 
 
@@ -70,7 +77,7 @@ class Tail:
     def __init__(
         self,
         pool: ConnectionPool,
-        encode: Callable[[RecordedEvent], bytes],
+        encode: Callable[[RecordedEvent], Message],
         encode_erasure: Callable[[Erasure], bytes],
     ) -> None:
         self._pool = pool
@@ -191,7 +198,7 @@ class Tail:
             self._last = _Last(batch[-1].position, batch[-1].report_id)
             now = monotonic()
             events = [TailEvent(event.position, event.order_no, self._encode(event), now) for event in batch]
-            self._bytes += sum(len(event.message) for event in events)
+            self._bytes += _bytes(events)
             self._memory += events
             for event in events:
                 self._by_order.setdefault(event.order_no, []).append(event)
@@ -213,11 +220,15 @@ class Tail:
         if not count:
             return
         self._begins_after = self._memory[count - 1].position
-        self._bytes -= sum(len(event.message) for event in self._memory[:count])
+        self._bytes -= _bytes(self._memory[:count])
         self._memory = self._memory[count:]
         self._by_order = {}
         for event in self._memory:
             self._by_order.setdefault(event.order_no, []).append(event)
+
+
+def _bytes(events: Sequence[TailEvent]) -> int:
+    return sum(len(event.message.whole) + len(event.message.without_body) for event in events)
 
 
 async def _read_last(connection: Connection) -> _Last:

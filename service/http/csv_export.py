@@ -8,7 +8,7 @@ from typing import Any, Final, get_args
 
 from typing_extensions import is_typeddict  # typing's own misses these before Python 3.12
 
-from service.http.responses import to_rfc3339
+from service.http.times import to_rfc3339
 
 # A spreadsheet would treat a cell that begins with one of these as a formula, even after white space.
 FORMULA_BEGINNINGS: Final = ("=", "+", "-", "@", "|", "＝", "＋", "－", "＠", "｜")  # noqa: RUF001 - theirs

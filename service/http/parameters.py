@@ -18,6 +18,8 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from domain.statuses import STATUSES, Status
+from domain.transitions import VERDICTS, Verdict
 from projections.windows import POSITION_MAX
 from service.http.pagination import CURSOR_PATTERN, decode_cursor
 from service.http.problems import ProblemError, ProblemType, bad_parameter
@@ -127,6 +129,20 @@ Duration = Annotated[
     _text_schema(format="duration"),
 ]
 Cursor = Annotated[int, BeforeValidator(decode_cursor), _text_schema(pattern=CURSOR_PATTERN)]
+
+
+def _one_or_more(words: tuple[str, ...]) -> tuple[BeforeValidator, PlainSerializer, WithJsonSchema]:
+    """Return the annotations of a parameter with one or several words, separated by commas."""
+    word = f"({'|'.join(words)})"
+    return (
+        BeforeValidator(lambda value: [*dict.fromkeys(str(value).split(","))]),
+        PlainSerializer(",".join),
+        _text_schema(pattern=f"^{word}(,{word})*$"),
+    )
+
+
+Statuses = Annotated[tuple[Status, ...], *_one_or_more(STATUSES)]
+Verdicts = Annotated[tuple[Verdict, ...], *_one_or_more(VERDICTS)]
 Text = Annotated[
     str, StringConstraints(min_length=1, max_length=TEXT_CHARACTERS_MAX), AfterValidator(_refuse_control)
 ]

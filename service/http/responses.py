@@ -1,7 +1,6 @@
 """Responses: JSON, problems, and other media, all with the same headers."""
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
@@ -23,11 +22,6 @@ PROBLEM_HEADERS: Final[dict[str, str]] = {**COMMON_HEADERS, hdrs.CONTENT_TYPE: "
 REVALIDATED: Final = "private, no-cache"
 # The final newline keeps a terminal's prompt on its own line.
 JSON_OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_APPEND_NEWLINE
-
-
-def to_rfc3339(time: datetime, timespec: str = "auto") -> str:
-    """Return a time in RFC 3339 format, in UTC, as in JSON responses; see ``datetime.isoformat``."""
-    return time.astimezone(UTC).isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def json_response(value: Any, *, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -23,7 +23,7 @@ from service.database.connections import ConnectionPool
 from service.database.operations import Action, operations_page
 from service.event_log import store
 from service.event_log.codec import read_fields
-from service.http.access import Access, Handler, admission
+from service.http.access import Access, Handler, admission, has_scope
 from service.http.pagination import cut_page
 from service.http.parameters import (
     Cursor,
@@ -38,7 +38,7 @@ from service.http.parameters import (
 )
 from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import request_id
-from service.http.responses import to_rfc3339
+from service.http.times import to_rfc3339
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
 from service.ingest.recorder import Recorder
@@ -234,9 +234,18 @@ class Pages:
         fields = {"position": events[0].position, "recorded_at": to_rfc3339(events[0].recorded_at)}
         fields |= read_fields(events[0].state) or {}
         body = fields.pop("body", "")
+        may_see = has_scope(request, "read:bodies")
+        if not may_see:
+            fields.pop("remote", None)
         path = f"{track_path(order_no)}/reports/{version}"
         return render_page(
-            request, "report.html", path, order_no=order_no, version=version, body=body, fields=fields
+            request,
+            "report.html",
+            path,
+            order_no=order_no,
+            version=version,
+            body=body if may_see else None,
+            fields=fields,
         )
 
     async def list_quarantined(self, request: web.Request) -> web.Response:
@@ -262,7 +271,15 @@ class Pages:
         read_query(CommonQuery, request)
         entry, body = await find_entry(request, self._pool)
         path = f"/quarantined/{entry['quarantine_id']}"
-        return render_page(request, "entry.html", path, entry=entry, body=body, bytes_max=BODY_SHOWN_BYTES_MAX)
+        return render_page(
+            request,
+            "entry.html",
+            path,
+            entry=entry,
+            body=body,
+            may_see=has_scope(request, "read:bodies"),
+            bytes_max=BODY_SHOWN_BYTES_MAX,
+        )
 
     async def retry_quarantined(self, request: web.Request) -> web.Response:
         """Record a quarantined body as a report, and show its order."""

@@ -14,7 +14,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from domain.transitions import VERDICTS
 from service.http.access import has_scope, session_cookie
-from service.http.responses import COMMON_HEADERS, has_etag, to_rfc3339
+from service.http.responses import COMMON_HEADERS, has_etag
+from service.http.times import to_rfc3339
 from service.pages.i18n import LANGUAGES, LOCALES, Locale, negotiate_language
 
 FOLDER: Final = Path(__file__).resolve().parent

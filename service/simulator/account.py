@@ -165,6 +165,9 @@ class ServiceLog:
                 if data.get("rejudges") is not None:
                     # An operator has judged a report again; nothing was sent.
                     continue
+                if data["body"] is None:
+                    problem = "hides the bodies from that key: pass one of the scope read:bodies with --key"
+                    raise UnreadableLogError(f"{self.base} {problem}")
                 place = (event["order_no"], event["version"], event["position"])
                 yield RecordedEvent(data["report_id"], *place, data["verdict"], data["body"])
             page = await self._get(page["next"])
@@ -185,7 +188,7 @@ class ServiceLog:
             raise UnreadableLogError(f"cannot read the log of {self.base}: {cause}") from None
         if response.status in (401, 403):
             problem = "rejects that API key" if self.key else "requires an API key"
-            raise UnreadableLogError(f"{self.base} {problem}: pass one of the scope read with --key")
+            raise UnreadableLogError(f"{self.base} {problem}: pass one of the scope read:bodies with --key")
         if response.status != OK or not isinstance(page, dict):
             problem = f"{url.partition('?')[0]} returned {response.status}, not the log"
             raise UnreadableLogError(f"{problem}: check the URL that is read, or set it with --read")

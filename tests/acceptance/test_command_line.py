@@ -80,7 +80,15 @@ def test_the_version_is_printed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("audit",), ("audit", "KOM1", "--rejudge"), ("replay", "--view", "weather"), ("keys", "create")],
+    [
+        ("audit",),
+        ("audit", "KOM1", "KOM2"),
+        ("rejudge",),
+        ("import-reports",),
+        ("reconcile", "--days", "-1"),
+        ("replay", "--view", "weather"),
+        ("keys", "create"),
+    ],
 )
 def test_wrong_usage_is_exit_2(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     """Wrong arguments end a command with exit code 2, before it opens a database."""

@@ -88,7 +88,7 @@ def test_the_account_agrees_with_every_trouble(state_dir: Path) -> None:
     """
     guards = {"WEBHOOK_TOKENS": TOKEN, "WEBHOOK_HMAC_SECRET": SECRET}
     with running_service(state_dir, **guards) as service:
-        key = call_command(state_dir, "keys", "create", "simulator").stdout.strip()
+        key = call_command(state_dir, "keys", "create", "simulator", "--scope", "read:bodies").stdout.strip()
         run = ("simulate", "--orders", "50", "--rate", "0", "--method", "POST")
         # The simulator takes the webhook URL and its token from the settings.
         settings = {**guards, "PORT": str(service.port)}
@@ -103,7 +103,8 @@ def test_the_account_agrees_with_every_trouble(state_dir: Path) -> None:
         other_key = call_command(state_dir, *run, "--key", "otk_other", **settings)
         assert (other_key.returncode, other_key.stdout) == (1, "")
         assert (
-            other_key.stderr == f"{service.url} rejects that API key: pass one of the scope read with --key\n"
+            other_key.stderr
+            == f"{service.url} rejects that API key: pass one of the scope read:bodies with --key\n"
         )
         shares = ("--duplicates", "--reorder", "--delay", "--lose", "--hang-up", "--unknown")
         troubles = [part for share in shares for part in (share, "0.1")]

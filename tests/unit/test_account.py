@@ -108,7 +108,7 @@ def test_it_prints_every_number_and_the_first_details() -> None:
         (200, "<html>", r"/events returned 200, not the log: "),
         (200, "[]", r"/events returned 200, not the log: "),
         (503, "{}", r"/events returned 503, not the log: "),
-        (403, "{}", r"rejects that API key: pass one of the scope read with --key$"),
+        (403, "{}", r"rejects that API key: pass one of the scope read:bodies with --key$"),
     ],
 )
 async def test_an_unreadable_log_is_an_error(status: int, body: str, message: str) -> None:

@@ -88,7 +88,7 @@ def test_the_bytes_of_every_shape(version: int) -> None:
     event = decode_event(ORDER_NO, version, TOPIC, state)
     assert encode_event(event) == state
     assert vars(MAPPER.to_domain_event(StoredEvent(ORDER_NO, version, TOPIC, state))) == vars(event)
-    shown = read_status_reported(TOPIC, state)
+    shown = read_status_reported(TOPIC, state, with_bodies=True)
     assert shown is not None
     assert shown.keys() >= StatusReported.__required_keys__
 
@@ -240,7 +240,7 @@ def test_an_event_is_shown_with_its_documented_members() -> None:
     assert StatusReported.__annotations__.keys() == names - {"originator_id", "originator_version"}
     added = {field.name for field in fields if field.default is not dataclasses.MISSING}
     assert StatusReported.__optional_keys__ == added
-    assert read_status_reported(TOPIC, SENT_STATE) == read_fields(SENT_STATE)
+    assert read_status_reported(TOPIC, SENT_STATE, with_bodies=True) == read_fields(SENT_STATE)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_an_event_is_shown_with_its_documented_members() -> None:
 )
 def test_an_event_that_this_release_does_not_know_has_no_data(topic: str, state: bytes) -> None:
     """An event of another type, or without the documented members, is shown without data."""
-    assert read_status_reported(topic, state) is None
+    assert read_status_reported(topic, state, with_bodies=True) is None
 
 
 @pytest.mark.parametrize("state", [b"", b"state4", b"[]", b"null", b'"x"', b"\xff"])

@@ -10,7 +10,7 @@ import pytest
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
 from service.database.operations import Action, Via
-from service.http.responses import to_rfc3339
+from service.http.times import to_rfc3339
 from service.ingest.refusals import Cause
 from service.pages.i18n import LOCALES, MESSAGES, Language, negotiate_language
 from service.pages.render import FOLDER, choose_tone, isolate, spell_out, track_path
