@@ -457,12 +457,22 @@ CREATE TABLE moves (
     PRIMARY KEY (previous_status, status, bucket)
 );
 
--- The number of reports by day in UTC and by verdict.
-CREATE TABLE days (
-    day      date   NOT NULL,
-    verdict  text   NOT NULL COLLATE "C",
-    reports  bigint NOT NULL,
-    PRIMARY KEY (day, verdict)
+-- The number of reports by hour and by verdict. A reader sums them up by day in its own time zone.
+CREATE TABLE hours (
+    hour     timestamptz NOT NULL,
+    verdict  text        NOT NULL COLLATE "C",
+    reports  bigint      NOT NULL,
+    PRIMARY KEY (hour, verdict)
+);
+
+-- The number of reports by minute and by verdict, of the latest minute of each slot. The minutes of two hours have
+-- different slots, so the table has at most 120 rows for each verdict.
+CREATE TABLE minutes (
+    slot     smallint    NOT NULL,                 -- minutes since 1970, modulo 120
+    verdict  text        NOT NULL COLLATE "C",
+    minute   timestamptz NOT NULL,
+    reports  bigint      NOT NULL,
+    PRIMARY KEY (slot, verdict)
 );
 
 -- Status strings outside the vocabulary.

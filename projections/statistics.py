@@ -3,14 +3,15 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from itertools import groupby
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
+from zoneinfo import ZoneInfo
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from domain.statuses import STATUSES, Label, Recognise, Status, status_label
-from domain.transitions import VERDICTS
+from domain.transitions import VERDICTS, Verdict
 from projections.current_status import Counts
 from projections.engine import DecodedEvent, View
 from projections.postgres_errors import Connection
@@ -18,6 +19,9 @@ from projections.postgres_errors import Connection
 # Durations are counted in buckets, each a tenth wider than the previous one: percentiles are accurate to 5 %.
 BUCKET_GROWTH: Final = 1.1
 UNRECOGNISED_LISTED_MAX: Final = 100
+# The number of slots for minutes. The count of a later minute replaces that of an earlier one in the same slot,
+# so the table never grows. Two hours, so that a clock that is fast by less than an hour hides no recent minute.
+MINUTES_KEPT: Final = 120
 # Stands for an order without a status, since a key cannot be null.
 NO_STATUS: Final = ""
 
@@ -46,7 +50,7 @@ Move.__doc__ = "How often orders moved from one status to another, and how long 
 
 
 class Day(TypedDict):
-    """The number of reports on one day in UTC, by verdict."""
+    """The number of reports on one day in the shop's time zone, by verdict."""
 
     day: date
     reports: Counts
@@ -70,6 +74,7 @@ class Statistics(TypedDict):
     """All counters as of one position of the log."""
 
     position: int
+    timezone: str
     statuses: list[StatusCount]
     moves: list[Move]
     days: list[Day]
@@ -96,7 +101,9 @@ class Additions:
 
     statuses: dict[str, int] = field(default_factory=dict)
     moves: dict[tuple[str, str, int], int] = field(default_factory=dict)
-    days: dict[tuple[date, str], int] = field(default_factory=dict)
+    hours: dict[tuple[datetime, str], int] = field(default_factory=dict)
+    # By slot and verdict: the latest minute of the slot, and its reports.
+    minutes: dict[tuple[int, str], tuple[datetime, int]] = field(default_factory=dict)
     unrecognised: dict[str, Word] = field(default_factory=dict)
 
 
@@ -111,10 +118,18 @@ def to_seconds(bucket: int) -> float:
     return 0.5 if bucket == 0 else BUCKET_GROWTH ** (bucket - 0.5)
 
 
+def to_slot(minute: datetime) -> int:
+    """Return the slot of a minute, from 0 to MINUTES_KEPT - 1."""
+    return int(minute.timestamp()) // 60 % MINUTES_KEPT
+
+
 def fold(events: Iterable[DecodedEvent], additions: Additions) -> None:
-    """Count events. Each event alone determines what it adds."""
+    """Count events. Each event alone determines what it adds.
+
+    A slot of minutes has the count of its latest minute: the result does not depend on the order of the events.
+    """
     statuses, moves = additions.statuses, additions.moves
-    days, unrecognised = additions.days, additions.unrecognised
+    hours, minutes, unrecognised = additions.hours, additions.minutes, additions.unrecognised
     for _, event in events:
         before, after = event.previous_status or NO_STATUS, event.status or NO_STATUS
         if event.originator_version == 1:
@@ -129,8 +144,13 @@ def fold(events: Iterable[DecodedEvent], additions: Additions) -> None:
         if event.verdict == "advanced" and event.previous_since is not None:
             move = (before, after, to_bucket(event.timestamp - event.previous_since))
             moves[move] = moves.get(move, 0) + 1
-        day = (event.timestamp.date(), event.verdict)
-        days[day] = days.get(day, 0) + 1
+        minute = event.timestamp.astimezone(UTC).replace(second=0, microsecond=0)
+        hour = (minute.replace(minute=0), event.verdict)
+        hours[hour] = hours.get(hour, 0) + 1
+        slot = (to_slot(minute), event.verdict)
+        latest, reports = minutes.get(slot, (minute, 0))
+        if minute >= latest:
+            minutes[slot] = (minute, reports + 1 if minute == latest else 1)
         if event.verdict == "unrecognised":
             unrecognised.setdefault(event.reported_status, Word()).add_report(event.timestamp)
 
@@ -145,10 +165,19 @@ ADD_TO_COUNTERS: Final = """
         SELECT * FROM json_to_recordset($2)
             AS added (previous_status text, status text, bucket integer, times bigint)
         ON CONFLICT (previous_status, status, bucket) DO UPDATE SET times = present.times + excluded.times
-    ), added_days AS (
-        INSERT INTO days AS present (day, verdict, reports)
-        SELECT * FROM json_to_recordset($3) AS added (day date, verdict text, reports bigint)
-        ON CONFLICT (day, verdict) DO UPDATE SET reports = present.reports + excluded.reports
+    ), added_hours AS (
+        INSERT INTO hours AS present (hour, verdict, reports)
+        SELECT * FROM json_to_recordset($3) AS added (hour timestamptz, verdict text, reports bigint)
+        ON CONFLICT (hour, verdict) DO UPDATE SET reports = present.reports + excluded.reports
+    ), added_minutes AS (
+        INSERT INTO minutes AS present (slot, verdict, minute, reports)
+        SELECT * FROM json_to_recordset($5)
+            AS added (slot smallint, verdict text, minute timestamptz, reports bigint)
+        ON CONFLICT (slot, verdict) DO UPDATE SET
+            minute = excluded.minute,
+            reports = excluded.reports
+                + CASE present.minute WHEN excluded.minute THEN present.reports ELSE 0 END
+        WHERE present.minute <= excluded.minute
     )
     INSERT INTO unrecognised AS present (reported_status, reports, rejudged, last_received_at)
     SELECT * FROM json_to_recordset($4)
@@ -172,17 +201,21 @@ async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
             for (before, after, bucket), times in additions.moves.items()
         ],
         [
-            {"day": day, "verdict": verdict, "reports": reports}
-            for (day, verdict), reports in additions.days.items()
+            {"hour": hour, "verdict": verdict, "reports": reports}
+            for (hour, verdict), reports in additions.hours.items()
         ],
         [{"reported_status": reported, **vars(word)} for reported, word in additions.unrecognised.items()],
+        [
+            {"slot": slot, "verdict": verdict, "minute": minute, "reports": reports}
+            for (slot, verdict), (minute, reports) in additions.minutes.items()
+        ],
     )
 
 
 VIEW: Final = View(
     name="statistics",
-    fold_version=2,
-    tables=("statuses", "moves", "days", "unrecognised"),
+    fold_version=3,
+    tables=("statuses", "moves", "hours", "minutes", "unrecognised"),
     apply=apply,
     # No reader waits for a counter: large batches and a long pause leave more resources to webhooks.
     batch_events_max=2_000,
@@ -194,7 +227,15 @@ STATUS_COUNTS: Final = "SELECT nullif(status, '') AS status, orders FROM statist
 MOVES: Final = """
     SELECT previous_status, status, bucket, times FROM statistics.moves ORDER BY previous_status, status, bucket
 """
-DAYS: Final = "SELECT day, verdict, reports FROM statistics.days WHERE day >= $1 ORDER BY day, verdict"
+# The number of reports by day, counted from 1, and by verdict. $1 has the midnights at which the days begin, $2
+# is the end of the last one: only the caller decides when a day begins, by its own time zone database.
+DAYS: Final = """
+    SELECT width_bucket(hour, $1::timestamptz[]) AS day, verdict, sum(reports)::bigint AS reports
+    FROM statistics.hours WHERE hour >= ($1::timestamptz[])[1] AND hour < $2
+    GROUP BY 1, 2 ORDER BY 1, 2
+"""
+# The number of reports by minute and verdict since a time, of the last MINUTES_KEPT minutes.
+MINUTES: Final = "SELECT minute, verdict, reports FROM statistics.minutes WHERE minute >= $1"
 UNRECOGNISED: Final = """
     SELECT reported_status, reports, rejudged, last_received_at FROM statistics.unrecognised
     WHERE reports > rejudged AND reported_status <> ''
@@ -202,23 +243,44 @@ UNRECOGNISED: Final = """
 """
 
 
-async def read_statistics(connection: Connection, since: date, recognise: Recognise) -> Statistics:
+class Minute(NamedTuple):
+    """The number of reports with one verdict in a minute."""
+
+    minute: datetime
+    verdict: Verdict
+    reports: int
+
+
+async def read_minutes(connection: Connection, since: datetime) -> list[Minute]:
+    """Return the number of reports by minute and verdict since a time, at most MINUTES_KEPT minutes ago."""
+    return [Minute(*row) for row in await connection.fetch(MINUTES, since)]
+
+
+async def read_statistics(
+    connection: Connection, zone: ZoneInfo, now: datetime, days_max: int, recognise: Recognise
+) -> Statistics:
     """Return all counters in one snapshot.
 
     Args:
-        connection: a connection.
-        since: the first day.
+        connection: a connection outside any transaction.
+        zone: the time zone of the days. Its offsets from UTC must be whole hours, because hours are counted.
+        now: the time whose day is the last one.
+        days_max: the number of days to look back, the last one included.
         recognise: the present vocabulary.
     """
+    last = now.astimezone(zone).date()
+    dates = [last - timedelta(days=ago) for ago in reversed(range(days_max))]
+    *midnights, end = (datetime.combine(day, time(), zone) for day in (*dates, last + timedelta(days=1)))
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         position: int = await connection.fetchval(POSITION)
         statuses = await connection.fetch(STATUS_COUNTS)
         moves = await connection.fetch(MOVES)
-        days = await connection.fetch(DAYS, since)
+        days = await connection.fetch(DAYS, midnights, end)
         unrecognised = await connection.fetch(UNRECOGNISED, UNRECOGNISED_LISTED_MAX)
     ranks: dict[str | None, int] = {None: -1, **{status: rank for rank, status in enumerate(STATUSES)}}
     return {
         "position": position,
+        "timezone": zone.key,
         # In the vocabulary's order; statuses that this release does not have come last.
         "statuses": [
             {"status": status, "status_label": status_label(status), "orders": orders}
@@ -229,8 +291,8 @@ async def read_statistics(connection: Connection, since: date, recognise: Recogn
             for (before, after), rows in groupby(moves, key=lambda row: (row["previous_status"], row["status"]))
         ],
         "days": [
-            {"day": day, "reports": _to_counts({row["verdict"]: row["reports"] for row in rows})}
-            for day, rows in groupby(days, key=lambda row: row["day"])
+            {"day": dates[number - 1], "reports": _to_counts({row["verdict"]: row["reports"] for row in rows})}
+            for number, rows in groupby(days, key=lambda row: row["day"])
         ],
         "unrecognised": [
             cast("UnrecognisedString", {**row, "recognised": recognise(row["reported_status"])})

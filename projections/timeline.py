@@ -229,17 +229,6 @@ COUNTS: Final = """
     GROUP BY verdict, reached
 """
 
-# The number of reports by minute and verdict, since a time, among the log's last reports.
-RECENT_BY_MINUTE: Final = """
-    WITH recent AS MATERIALIZED (
-        SELECT received_at, verdict FROM timeline.entries ORDER BY position DESC LIMIT $2
-    )
-    SELECT date_trunc('minute', received_at), verdict, count(*),
-        CASE WHEN (SELECT count(*) FROM recent) >= $2 THEN (SELECT min(received_at) FROM recent) END
-    FROM recent WHERE received_at >= $1
-    GROUP BY 1, 2
-"""
-
 # The last refused report of each of these orders, latest first.
 LATEST_REFUSED: Final = """
     SELECT entry.order_no, entry.version, entry.recognised, entry.previous_status, entry.received_at
@@ -288,23 +277,6 @@ class Reached(NamedTuple):
 async def reached_statuses(connection: Connection, order_no: str, version: int) -> list[Reached]:
     """Return the number of an order's reports up to a version, by verdict and, if advanced, by status."""
     return [Reached(*row) for row in await connection.fetch(COUNTS, order_no, version)]
-
-
-class Minute(NamedTuple):
-    """The number of reports with one verdict in a minute.
-
-    ``counted_from`` is the time of the earliest report that was counted, None if all reports were counted.
-    """
-
-    minute: datetime
-    verdict: Verdict
-    reports: int
-    counted_from: datetime | None
-
-
-async def recent_by_minute(connection: Connection, since: datetime, reports_max: int) -> list[Minute]:
-    """Return the number of reports since a time, by minute and verdict, among the last ``reports_max``."""
-    return [Minute(*row) for row in await connection.fetch(RECENT_BY_MINUTE, since, reports_max)]
 
 
 class Contradiction(NamedTuple):

@@ -18,6 +18,7 @@ from service.api.openapi import OpenApi
 from service.api.operations import OperationsApi
 from service.api.orders import OrdersApi
 from service.api.quarantine import QuarantineApi
+from service.api.statistics import StatisticsApi
 from service.background import BackgroundTasks, follow, listen
 from service.database.connections import (
     HOT_SETTINGS,
@@ -47,6 +48,7 @@ from service.ingest.webhook_auth import WebhookAuth
 from service.maintenance.replay import Rebuilder
 from service.maintenance.retention import PASS_SECONDS, Retention
 from service.pages.handlers import Pages
+from service.pages.render import ZONE
 from service.settings import Settings
 
 # How long a projection may overlook an event whose notification is lost.
@@ -129,13 +131,8 @@ class Service:
         self.events = EventsApi(self.pool, self.access, self.budgets.streams, self.projectors)
         self.pages = Pages(self.pool, self.access, self.projectors, self.recorder, refusals, self.vocabulary)
         self.apis: list[Api] = [
-            OrdersApi(
-                self.pool,
-                self.orders_connection,
-                self.projectors,
-                self.budgets.folds,
-                self.vocabulary.recognise,
-            ),
+            OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets.folds),
+            StatisticsApi(self.pool, self.projectors, self.vocabulary.recognise, settings.zone),
             self.events,
             AuditApi(self.pool, self.projectors, self.vocabulary),
             ContradictionsApi(self.pool, self.projectors),
@@ -148,6 +145,7 @@ class Service:
         self.background = BackgroundTasks()
         self._connect = partial(connect, dsn)
         self._logs_requests = settings.log_requests
+        self._zone = settings.zone
 
     async def start(self) -> None:
         """Open the pool and begin to follow the log."""
@@ -185,6 +183,7 @@ class Service:
         """
         app = web.Application(client_max_size=body_bytes_max)
         app[BUDGETS] = self.budgets
+        app[ZONE] = self._zone
         app.add_routes(self.webhook.routes())
         app.add_routes(self.pages.routes())
         for api in self.apis:

@@ -2,11 +2,13 @@
 
 import os
 import re
+from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeAlias
 from urllib.parse import parse_qs, urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 import platformdirs
 from dotenv.parser import parse_stream
@@ -82,6 +84,24 @@ def _check_database_url(url: str) -> str:
         raise ValueError("the URL must begin with postgresql://")
     _ = read_hosts(url), read_target(url)
     return url
+
+
+def _check_timezone(name: str) -> str:
+    try:
+        zone = ZoneInfo(name)
+    # OSError: the name of a folder, or a name that is too long for a file.
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        similar = get_close_matches(name, sorted(available_timezones()), 1)
+        hint = f". Did you mean {similar[0]}?" if similar else ""
+        raise ValueError(
+            f"{name!r} is not a time zone of the IANA database, such as Asia/Jakarta{hint}"
+        ) from None
+    january = datetime(datetime.now(UTC).year, 1, 1, tzinfo=UTC)
+    offsets = {(january + timedelta(days=days)).astimezone(zone).utcoffset() for days in range(0, 366, 30)}
+    # Reports are counted by hours of UTC, so each day must begin with one.
+    if any((offset or timedelta()) % timedelta(hours=1) for offset in offsets):
+        raise ValueError(f"{name} differs from UTC by a part of an hour. Expected a difference of whole hours")
+    return name
 
 
 def _split_token(token: SecretStr) -> tuple[str | None, str]:
@@ -174,6 +194,8 @@ class Settings(BaseSettings):
     """the maximum number of reports that wait for their commit"""
     body_retention_days: int = Field(default=0, ge=0, le=36_500)
     """the days after which bodies of settled orders are erased; 0 for never"""
+    timezone: Annotated[str, AfterValidator(_check_timezone)] = "Asia/Jakarta"
+    """the time zone of the pages' times and of the days of the statistics, as an IANA name"""
     log_format: Literal["human", "json"] = "human"
     """the format of log lines, human or json"""
     log_requests: bool = False
@@ -189,6 +211,11 @@ class Settings(BaseSettings):
     def is_local(self) -> bool:
         """Whether only this machine can reach the service: it listens on loopback and trusts no proxy."""
         return not self.trusted_proxies and is_loopback(self.host)
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The time zone of the pages and of the statistics."""
+        return ZoneInfo(self.timezone)
 
     @property
     def vocabulary(self) -> VocabularyFile:

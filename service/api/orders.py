@@ -3,23 +3,22 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import takewhile
 from operator import itemgetter
-from typing import Annotated, Final
+from typing import Final
 
 from aiohttp import web
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from domain.statuses import Recognise, Status
+from domain.statuses import Status
 from domain.transitions import Verdict
-from projections import current_status, order_list, statistics, timeline
+from projections import current_status, order_list, timeline
 from projections.current_status import CurrentOrder, FoundOrder
 from projections.engine import DecodedEvent, Projector
 from projections.order_list import OrdersFilter
 from projections.parked import Parked
-from projections.statistics import Statistics
 from projections.timeline import TimelineEntry, TimelineHead
 from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
@@ -127,12 +126,6 @@ class OrderEventsQuery(Query):
     limit: Limit = Field(default=PAGE_ROWS_DEFAULT, description="the maximum number of events of the page")
 
 
-class StatisticsQuery(ViewQuery):
-    """The days to count reports for."""
-
-    days: Annotated[int, Field(ge=1, le=366, description="days in UTC to look back, today included")] = 30
-
-
 class OrdersApi:
     """Serves orders.
 
@@ -141,7 +134,6 @@ class OrdersApi:
         dedicated: the connection for batched reads of single orders.
         projectors: the projectors by the names of their views.
         folds: the budget of reads of earlier states.
-        recognise: the present vocabulary.
     """
 
     tag = Tag("orders", "Each order's current status, earlier states, timeline and recorded events.")
@@ -152,13 +144,11 @@ class OrdersApi:
         dedicated: DedicatedConnection,
         projectors: Mapping[str, Projector],
         folds: Budget,
-        recognise: Recognise,
     ) -> None:
         self._pool = pool
         self._dedicated = dedicated
         self._projectors = projectors
         self._folds = folds
-        self._recognise = recognise
         self._fold_turns = asyncio.Semaphore(FOLDS_AT_A_TIME)
         self._reads: Batcher[str, FoundOrder] = Batcher(
             self._find_orders,
@@ -262,14 +252,6 @@ class OrdersApi:
         events = [_to_order_event(event, with_bodies=with_bodies) for event in rows]
         place = place_after(rows[-1].report_id, after_version=rows[-1].version) if has_more else {}
         return list_response(query, "events", Page(events, place), order_path(order_no, "events"))
-
-    @Endpoint("GET", "/statistics", Statistics, query=StatisticsQuery)
-    async def get_statistics(self, _request: web.Request, query: StatisticsQuery) -> web.Response:
-        """Get statistics of all orders: orders by status, moves with their durations, reports by day."""
-        await wait_for(self._projectors, query.after_position, statistics.VIEW.name)
-        since = datetime.now(UTC).date() - timedelta(days=query.days - 1)
-        async with self._pool.connection() as connection:
-            return json_response(await statistics.read_statistics(connection, since, self._recognise))
 
     async def _orders(self, query: OrdersQuery) -> Page:
         await wait_for(self._projectors, query.after_position, current_status.VIEW.name)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, timedelta
+from datetime import timedelta
 from typing import Any, Final, NamedTuple, cast
 
 from markupsafe import Markup
@@ -39,9 +39,13 @@ class Bar(NamedTuple):
 
 
 class Column(NamedTuple):
-    """One column: its report counts by verdict, and whether its label is written below it."""
+    """One column: its report counts by verdict, and whether its label is written below it.
+
+    ``exact`` is its time for tooltips, with the date and the time zone.
+    """
 
     label: str
+    exact: str
     counts: Mapping[str, int]
     has_tick: bool
 
@@ -64,13 +68,16 @@ def draw_charts(overview: Overview, locale: Locale) -> dict[str, Any]:
             link = f"/track?status={status}" if status in STATUSES else ""
             bars.append(Bar(locale.status(status), orders[status], choose_tone(status), link))
     minutes = [
-        Column(locale.clock(minute), counts, minute.minute % TICK_MINUTES == 0)
+        Column(locale.clock(minute), locale.time(minute), counts, minute.minute % TICK_MINUTES == 0)
         for minute, counts in overview.minutes
     ]
     reports = {day["day"]: cast("Mapping[str, int]", day["reports"]) for day in overview.statistics["days"]}
-    today = overview.now.astimezone(UTC).date()
+    today = overview.now.astimezone(locale.zone).date()
     dates = [(ago, today - timedelta(days=ago)) for ago in reversed(range(DAYS_SHOWN))]
-    days = [Column(locale.day(day), reports.get(day, {}), ago % TICK_DAYS == 0) for ago, day in dates]
+    days = [
+        Column(locale.day(day), locale.full_day(day), reports.get(day, {}), ago % TICK_DAYS == 0)
+        for ago, day in dates
+    ]
     spans, move_rows = [], []
     for move in sorted(overview.statistics["moves"], key=lambda move: -move["times"])[:MOVES_SHOWN_MAX]:
         label = f"{locale.status(move['from'])} → {locale.status(move['to'])}"
@@ -92,7 +99,7 @@ def draw_charts(overview: Overview, locale: Locale) -> dict[str, Any]:
 def _rows(columns: Iterable[Column], locale: Locale) -> list[list[str]]:
     return [
         [label, *(locale.number(counts.get(verdict, 0)) for verdict in VERDICTS)]
-        for label, counts, _ in columns
+        for label, _, counts, _ in columns
     ]
 
 
@@ -127,14 +134,14 @@ def draw_columns(name: str, columns: Sequence[Column], locale: Locale) -> Markup
         y = COLUMNS_FLOOR - value * scale
         elements.append(_element("line", class_="grid", x1=COLUMNS_LEFT, y1=y, x2=WIDTH, y2=y))
         elements.append(_element("text", locale.number(value), class_="tick end", x=COLUMNS_LEFT - 8, y=y + 4))
-    for index, (label, counts, has_tick) in enumerate(columns):
+    for index, (label, exact, counts, has_tick) in enumerate(columns):
         x, y = COLUMNS_LEFT + index * step + (step - width) / 2, float(COLUMNS_FLOOR)
         for verdict in VERDICTS:
             if count := counts.get(verdict, 0):
                 height = max(LENGTH_MIN, count * scale)
                 y -= height
                 place = {"x": x, "y": y, "width": width, "height": height, "rx": 1.5}
-                hint = _element("title", f"{label}: {locale.number(count)}")
+                hint = _element("title", f"{exact}, {locale.texts[verdict]}: {locale.number(count)}")
                 elements.append(_element("rect", hint, class_=f"column {verdict}", **place))
         if has_tick:
             place = {"x": x + width / 2, "y": COLUMNS_HEIGHT - 6}
@@ -184,8 +191,10 @@ def _element(tag: str, *content: str, **attributes: str | float) -> Markup:
     return Markup("<{0}{1}>{2}</{0}>").format(tag, pairs, Markup("").join(content))
 
 
-def _svg(name: str, locale: Locale, description: str, height: int, elements: Iterable[Markup]) -> Markup:
+def _svg(name: str, locale: Locale, description: str, height: int, elements: Sequence[Markup]) -> Markup:
+    # The parts of an image are hidden from assistive technology, so a chart with links is a group.
+    role = "group" if any(element.startswith("<a ") for element in elements) else "img"
     title = _element("title", locale.texts[name], id=f"{name}-title")
     desc = _element("desc", description, id=f"{name}-description")
-    labels = {"role": "img", "aria-labelledby": f"{name}-title {name}-description"}
+    labels = {"role": role, "aria-labelledby": f"{name}-title {name}-description"}
     return _element("svg", title, desc, *elements, class_="plot", viewBox=f"0 0 {WIDTH} {height}", **labels)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial, wraps
 from operator import itemgetter
-from typing import Final, Literal, get_args
+from typing import Final, Literal, NamedTuple, get_args
 from urllib.parse import urlencode
 
 from aiohttp import web
@@ -19,11 +19,12 @@ from projections.postgres_errors import Connection
 from projections.windows import POSITION_MAX, Window
 from service.api.freshness import wait_for
 from service.api.quarantine import discard_entry, find_entry, retry_entry
+from service.database.api_keys import Scope
 from service.database.connections import ConnectionPool
 from service.database.operations import Action, operations_page
 from service.event_log import store
 from service.event_log.codec import read_fields
-from service.http.access import Access, Handler, admission, has_scope
+from service.http.access import SAFE_METHODS, Access, Handler, admission, has_scope
 from service.http.pagination import cut_page
 from service.http.parameters import (
     Cursor,
@@ -47,8 +48,15 @@ from service.pages.charts import draw_charts
 from service.pages.i18n import Language
 from service.pages.order import read_history
 from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, read_overview
-from service.pages.render import accepts_html, choose_locale, render_page, serve_asset, track_path
-from service.pages.session import change_session, local_path, read_form, redirect, render_key_form
+from service.pages.render import ZONE, accepts_html, choose_locale, render_page, serve_asset, track_path
+from service.pages.session import (
+    change_session,
+    local_path,
+    read_form,
+    redirect,
+    referring_path,
+    render_key_form,
+)
 from service.vocabulary import VocabularyFile
 
 ROWS_SHOWN_MAX: Final = 50
@@ -158,7 +166,7 @@ class Pages:
         await wait_for(self._projectors, query.after_position, *self._projectors)
         async with self._pool.connection() as connection:
             overview = await read_overview(
-                connection, self._projectors, datetime.now(UTC), self._vocabulary.recognise
+                connection, self._projectors, request.app[ZONE], datetime.now(UTC), self._vocabulary.recognise
             )
         return render_page(
             request,
@@ -346,20 +354,41 @@ def _with_problem_pages(handler: Handler) -> Handler:
         except Exception as error:
             if not accepts_html(request):
                 raise
-            return _render_problem(request, to_problem(error, request))
+            # Only the form for the key is a route without a scope.
+            return _render_problem(request, to_problem(error, request), getattr(handler, "scope", "read"))
 
     return handle
 
 
-def _render_problem(request: web.Request, problem: ProblemError) -> web.Response:
+class WayBack(NamedTuple):
+    """The page that a problem's page leads back to, and the number of its quarantine entry, if it has one."""
+
+    path: str
+    entry: int | None = None
+
+
+def _find_way_back(request: web.Request) -> WayBack | None:
+    is_form = request.method not in SAFE_METHODS
+    if is_form and (number := parse_number(request.match_info.get("quarantine_id", ""))):
+        return WayBack(f"/quarantined/{number}", number)
+    path = referring_path(request)
+    return WayBack(path) if path is not None else None
+
+
+def _render_problem(request: web.Request, problem: ProblemError, scope: Scope) -> web.Response:
+    back = _find_way_back(request)
+    # The address of a form can only be sent to. Its page can be opened.
+    is_page = request.method in SAFE_METHODS
     if problem.status == web.HTTPUnauthorized.status_code:
-        response = render_key_form(request, local_path(request.raw_path), is_wrong=False)
+        next_path = local_path(request.raw_path) if is_page else back.path if back else "/"
+        response = render_key_form(request, next_path, scope, is_wrong=False)
     else:
         texts = choose_locale(request).texts
         response = render_page(
             request,
             "problem.html",
-            "/",
+            request.rel_url.raw_path if is_page else "/",
+            back=back,
             status=problem.status,
             title=texts.get(f"problem_{problem.status}", texts["problem_other"]),
             detail=problem.detail,

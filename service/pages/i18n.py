@@ -1,8 +1,9 @@
 """Locales: the pages' texts, numbers, times and durations in Indonesian and in English."""
 
+import re
 import tomllib
 from collections.abc import Mapping
-from datetime import date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, tzinfo
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
@@ -10,9 +11,6 @@ from domain.statuses import status_label
 
 Language = Literal["id", "en"]
 LANGUAGES: Final[tuple[Language, ...]] = get_args(Language)
-
-# Western Indonesia Time. A browser that runs scripts shows the reader's own time zone instead.
-WIB: Final = timezone(timedelta(hours=7), "WIB")
 
 # Each text by its name, in the order of LANGUAGES.
 MESSAGES: Final[dict[str, list[str]]] = tomllib.loads(
@@ -30,15 +28,34 @@ _UNITS: Final = (
     (60, {"id": ("menit", "menit"), "en": ("min", "min")}),
     (1, {"id": ("detik", "detik"), "en": ("s", "s")}),
 )
+# The reasons of ``service.ingest``, by the names of their texts. They are stored as API clients read them.
+UNREADABLE: Final = {
+    name: re.compile(pattern, re.DOTALL)
+    for name, pattern in {
+        "not_json": r"not JSON: (?P<error>.*)",
+        "not_object": r"not a JSON object",
+        "not_checked": r"the JSON cannot be checked for duplicate keys: (?P<error>.*)",
+        "twice": r"(?P<member>\w+) occurs twice",
+        "digits": r"(?P<member>\w+) is negative or has more than (?P<digits>\d+) digits",
+        "missing": r"(?P<member>\w+) is missing",
+        "not_text": r"(?P<member>\w+) is not text",
+        "blank": r"(?P<member>\w+) is blank",
+        "long": r"(?P<member>\w+) has more than (?P<characters>\d+) characters",
+        "control": r"(?P<member>\w+) has (?:control characters|a NUL character)",
+        "segment": r"(?P<member>\w+) is a path segment that clients remove",
+        "unrecordable": r"the report cannot be recorded",
+    }.items()
+}
 # A browser lists its preferred languages first; the rest of a longer list is ignored.
 _LANGUAGE_RANGES_MAX: Final = 10
 
 
 class Locale(NamedTuple):
-    """One language: its texts by name, and its formats for values."""
+    """One language: its texts by name, and its formats for values. Times are shown in ``zone``."""
 
     language: Language
     texts: Mapping[str, str]
+    zone: tzinfo = UTC
 
     def status(self, status: str | None) -> str:
         """Return the label of a status; a status that only a newer release has is its own label."""
@@ -53,17 +70,36 @@ class Locale(NamedTuple):
         return text if self.language == "en" else text.translate(str.maketrans(",.", ".,"))
 
     def time(self, time: datetime) -> str:
-        """Return a time in WIB, to the minute."""
-        local = time.astimezone(WIB)
-        return f"{self.day(local)} {local.year}, {self.clock(local)} WIB"
+        """Return a time to the minute, with its time zone."""
+        local = time.astimezone(self.zone)
+        return f"{self.full_day(local)}, {self.clock(local)} {_abbreviate(local)}"
 
-    def clock(self, time: datetime) -> str:
-        """Return the time of day in WIB, to the minute."""
-        return time.astimezone(WIB).strftime("%H.%M" if self.language == "id" else "%H:%M")
+    def short_time(self, time: datetime) -> str:
+        """Return a time to the minute, without its year and its time zone."""
+        return f"{self.day(time.astimezone(self.zone))}, {self.clock(time)}"
+
+    def exact_time(self, time: datetime) -> str:
+        """Return a time to the second, with its time zone and the difference from UTC."""
+        local = time.astimezone(self.zone)
+        return f"{self.full_day(local)}, {self.clock(local, seconds=True)} {_describe_zone(local)}"
+
+    def clock(self, time: datetime, *, seconds: bool = False) -> str:
+        """Return the time of day, to the minute or to the second."""
+        text = time.astimezone(self.zone).strftime("%H:%M:%S" if seconds else "%H:%M")
+        return text if self.language == "en" else text.replace(":", ".")
+
+    def full_day(self, day: date) -> str:
+        """Return the day, the month and the year of a date, in the date's own time zone."""
+        return f"{self.day(day)} {day.year}"
 
     def day(self, day: date) -> str:
         """Return the day and the month of a date, in the date's own time zone."""
         return f"{day.day} {_MONTHS[self.language][day.month - 1]}"
+
+    def zone_name(self, now: datetime) -> str:
+        """Return the name of the time zone, its abbreviation and its difference from UTC, each once."""
+        name, description = str(self.zone), _describe_zone(now.astimezone(self.zone))
+        return name if name == description else f"{name}, {description}"
 
     def duration(self, seconds: float) -> str:
         """Return a duration in its two largest units."""
@@ -73,14 +109,37 @@ class Locale(NamedTuple):
             count, left = divmod(left, size)
             if parts or count or size == 1:
                 parts.append((count, names[self.language][count != 1]))
-        return " ".join(f"{count} {name}" for count, name in parts[:2] if count) or f"0 {parts[0][1]}"
+        shown = [f"{self.number(count)} {name}" for count, name in parts[:2] if count]
+        return " ".join(shown) or f"0 {parts[0][1]}"
 
     def reason(self, verdict: str, recognised: str | None, previous_status: str | None) -> str | None:
         """Explain why a report left its order's status unchanged; return None for other verdicts."""
         text = self.texts.get(f"reason_{verdict}")
         return text and text.format(reported=self.status(recognised), status=self.status(previous_status))
 
+    def unreadable(self, reason: str) -> str | None:
+        """Return why a body could not be read, in this language; None for a reason that this release lacks."""
+        for name, pattern in UNREADABLE.items():
+            if match := pattern.fullmatch(reason):
+                return self.texts[f"unreadable_{name}"].format(**match.groupdict())
+        return None
 
+
+def _describe_zone(local: datetime) -> str:
+    """Return the abbreviation of a local time's zone and its difference from UTC, such as WIB (UTC+7)."""
+    offset = local.strftime("%z")
+    hours = f"UTC{offset[0]}{int(offset[1:3])}" if int(offset[1:3]) else "UTC"
+    abbreviation = _abbreviate(local)
+    return hours if abbreviation == hours else f"{abbreviation} ({hours})"
+
+
+def _abbreviate(local: datetime) -> str:
+    """Return the abbreviation of a local time's zone. Zones without one are named by numbers, such as +08."""
+    name = local.strftime("%Z")
+    return f"UTC{name[0]}{int(name[1:3])}" if name.startswith(("+", "-")) else name
+
+
+# Times in UTC; ``render.choose_locale`` returns a locale with the time zone of the settings.
 LOCALES: Final[dict[Language, Locale]] = {
     language: Locale(language, {name: texts[index] for name, texts in MESSAGES.items()})
     for index, language in enumerate(LANGUAGES)

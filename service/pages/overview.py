@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
+from zoneinfo import ZoneInfo
 
 from domain.statuses import SETTLED, Recognise
 from projections import current_status, statistics, timeline
@@ -24,8 +25,6 @@ MINUTES_SHOWN: Final = 60
 DAYS_SHOWN: Final = 14
 MOVES_SHOWN_MAX: Final = 8
 LISTED_MAX: Final = 6
-# The chart of the last hour counts the newest reports only. Under a higher load it covers fewer minutes.
-RECENT_REPORTS_MAX: Final = 20_000
 # Counting stops here, and the page shows "1,000+".
 COUNTED_MAX: Final = 1_000
 
@@ -70,17 +69,21 @@ class Overview(NamedTuple):
 
 
 async def read_overview(
-    connection: Connection, projectors: Mapping[str, Projector], now: datetime, recognise: Recognise
+    connection: Connection,
+    projectors: Mapping[str, Projector],
+    zone: ZoneInfo,
+    now: datetime,
+    recognise: Recognise,
 ) -> Overview:
     """Read the data of the overview.
 
     Args:
         connection: a connection.
         projectors: the projectors by the names of their views.
+        zone: the time zone of the days.
         now: the present time.
         recognise: the present vocabulary.
     """
-    since = (now - timedelta(days=DAYS_SHOWN - 1)).date()
     head = await store.head_position(connection)
     stuck = await current_status.stuck_orders(connection, now - timedelta(days=STUCK_DAYS), COUNTED_MAX)
     refused = OrdersFilter(verdict="refused")
@@ -88,7 +91,7 @@ async def read_overview(
     return Overview(
         now=now,
         head=head,
-        statistics=await statistics.read_statistics(connection, since, recognise),
+        statistics=await statistics.read_statistics(connection, zone, now, DAYS_SHOWN, recognise),
         minutes=await _read_minutes(connection, now),
         stuck=stuck[:LISTED_MAX],
         stuck_count=len(stuck),
@@ -107,11 +110,8 @@ async def _read_minutes(connection: Connection, now: datetime) -> list[tuple[dat
     minutes: dict[datetime, dict[str, int]] = {
         last - timedelta(minutes=ago): {} for ago in reversed(range(MINUTES_SHOWN))
     }
-    begin = min(minutes)
-    rows = await timeline.recent_by_minute(connection, begin, RECENT_REPORTS_MAX)
-    for minute, verdict, reports, counted_from in rows:
-        begin = max(begin, counted_from or begin)
+    for minute, verdict, reports in await statistics.read_minutes(connection, min(minutes)):
+        # The clock of another process may be ahead of this one's.
         if minute in minutes:
             minutes[minute][verdict] = reports
-    # A partly counted minute would look quieter than it was, so it is left out.
-    return [(minute, counts) for minute, counts in minutes.items() if minute >= begin or minute == last]
+    return [*minutes.items()]

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
+from zoneinfo import ZoneInfo
 
 from aiohttp import hdrs, web
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,6 +20,8 @@ from service.http.times import to_rfc3339
 from service.pages.i18n import LANGUAGES, LOCALES, Locale, negotiate_language
 
 FOLDER: Final = Path(__file__).resolve().parent
+# The time zone of all times and days on the pages.
+ZONE: Final = web.AppKey("zone", ZoneInfo)
 LANGUAGE_COOKIE: Final = "order_tracking_language"
 LANGUAGE_COOKIE_SECONDS: Final = 365 * 86_400
 
@@ -148,10 +151,10 @@ def _environment() -> Environment:
 
 def choose_locale(request: web.Request) -> Locale:
     """Return the locale of a request: by its ``lang`` parameter, else by its cookie, else by its browser."""
-    for language in (request.query.get("lang"), request.cookies.get(LANGUAGE_COOKIE)):
-        if language in LOCALES:
-            return LOCALES[language]
-    return LOCALES[negotiate_language(request.headers.get(hdrs.ACCEPT_LANGUAGE, ""))]
+    chosen = (request.query.get("lang"), request.cookies.get(LANGUAGE_COOKIE))
+    accepted = negotiate_language(request.headers.get(hdrs.ACCEPT_LANGUAGE, ""))
+    language = next((language for language in chosen if language in LOCALES), accepted)
+    return LOCALES[language]._replace(zone=request.app[ZONE])
 
 
 def accepts_html(request: web.BaseRequest) -> bool:

@@ -2,12 +2,13 @@
 
 import re
 from typing import Final
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from aiohttp import hdrs, web
 
+from service.database.api_keys import Scope
 from service.database.sessions import DURATION_MAX
-from service.http.access import Access, is_local_host, session_cookie
+from service.http.access import SAFE_METHODS, Access, is_local_host, session_cookie
 from service.http.body import read_body
 from service.http.budgets import FORM_BYTES_MAX
 from service.http.problems import ProblemError, ProblemType
@@ -38,7 +39,8 @@ async def change_session(access: Access, request: web.Request) -> web.Response:
     next_path = local_path(form.get("next", "/"))
     session_id = await access.open_session(request, key) if len(key) <= KEY_CHARACTERS_MAX else None
     if session_id is None:
-        return render_key_form(request, next_path, is_wrong=True)
+        scope: Scope = "admin" if form.get("scope") == "admin" else "read"
+        return render_key_form(request, next_path, scope, is_wrong=True)
     opening = redirect(next_path)
     # Without https, a browser keeps the cookie only for its own machine.
     opening.set_cookie(
@@ -69,17 +71,25 @@ async def read_form(request: web.Request, bytes_max: int = FORM_BYTES_MAX) -> di
     return {name: values[0] for name, values in form.items()}
 
 
-def render_key_form(request: web.Request, next_path: str, *, is_wrong: bool) -> web.Response:
+def render_key_form(request: web.Request, next_path: str, scope: Scope, *, is_wrong: bool) -> web.Response:
     """Return the form for an API key, with status 401.
 
     Args:
         request: The request that lacks a valid key.
         next_path: The path and query to open after the form.
+        scope: The scope that the page needs.
         is_wrong: Whether a submitted key was invalid.
     """
     is_secure = is_local_host(request) or is_https(request)
     return render_page(
-        request, "key.html", "/", status=401, next=next_path, is_wrong=is_wrong, is_secure=is_secure
+        request,
+        "key.html",
+        request.rel_url.raw_path if request.method in SAFE_METHODS else "/",
+        status=401,
+        next=next_path,
+        scope=scope,
+        is_wrong=is_wrong,
+        is_secure=is_secure,
     )
 
 
@@ -92,6 +102,19 @@ def is_https(request: web.Request) -> bool:
 def local_path(path: str) -> str:
     """Return a path and query of this service, or "/" if a browser could read it as another host."""
     return path if _LOCAL_PATH.fullmatch(path) else "/"
+
+
+def referring_path(request: web.Request) -> str | None:
+    """Return the path and query of the page of this service that led to a request; None if unknown."""
+    try:
+        referrer = urlsplit(request.headers.get(hdrs.REFERER, ""))
+    except ValueError:
+        return None
+    if not referrer.netloc or referrer.netloc.lower() != request.headers.get(hdrs.HOST, "").lower():
+        return None
+    path = local_path(urlunsplit(("", "", referrer.path, referrer.query, "")))
+    # A link of the page to itself, such as the choice of a language, leads no way back.
+    return path if path.partition("?")[0] != request.rel_url.raw_path else None
 
 
 def redirect(path: str) -> web.Response:

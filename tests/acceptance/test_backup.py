@@ -290,8 +290,8 @@ HOSTILE_VIEW = """
     EXCEPTION WHEN insufficient_privilege THEN
         RETURN true;
     END $$;
-    ALTER TABLE statistics.days ADD CHECK (statistics.hostile());
-    INSERT INTO statistics.days VALUES ('2000-01-01', 'advanced', 1);
+    ALTER TABLE statistics.hours ADD CHECK (statistics.hostile());
+    INSERT INTO statistics.hours VALUES ('2000-01-01', 'advanced', 1);
     CREATE DOMAIN statistics."x
 5; 1 2 TABLE public order_events order_tracking_owner" AS text;
     SELECT lo_from_bytea(0, 'a large object');

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, cast
 import pytest
 
 from domain.statuses import SETTLED
-from projections import current_status, engine, timeline
+from projections import current_status, engine, statistics, timeline
 from projections.audit import TransitionsFilter, transitions_page
 from projections.order_list import OrdersFilter, orders_page
 from projections.postgres_errors import Connection
@@ -94,7 +94,8 @@ PAGES: Final = {
     "timeline": (timeline.ENTRIES_PAGE, "'KOM77'", "0", "100"),
     "entries of a page": (timeline.NEWEST_ENTRIES, "'KOM77'", "9", "9", "50"),
     "counts of an order": (timeline.COUNTS, "'KOM77'", "9"),
-    "reports a minute": (timeline.RECENT_BY_MINUTE, LATELY, "1000"),
+    "reports a minute": (statistics.MINUTES, LATELY),
+    "reports a day": (statistics.DAYS, "ARRAY[now() - interval '2 days']", "now()"),
     "contradictions": (timeline.LATEST_REFUSED, "ARRAY['KOM1000', 'KOM2000']"),
     "stuck orders": (current_status.STUCK, LONG_AGO, "100"),
     "quarantine by state": (quarantine.ENTRIES_PAGE, END, "'open'", "100"),

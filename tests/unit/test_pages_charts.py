@@ -56,16 +56,24 @@ def test_a_chart_is_accessible() -> None:
     assert [chart[index].text for index in (0, 1)] == ["Orders by status", f"{HOSTILE} 50"]
 
 
+def test_a_chart_with_links_is_a_group() -> None:
+    """Assistive technology reads nothing inside an image, so a chart with links is not one."""
+    assert parse(draw_bars("by_status", [Bar("a", 1, "go", "/track?status=a")], EN)).get("role") == "group"
+
+
 def test_a_column_has_a_part_for_each_count() -> None:
     """A larger count has a taller part, a zero is not drawn, and only columns with a tick have a label."""
     columns = [
-        Column("12:00", {"advanced": 10, "late": 0, "refused": 5}, has_tick=True),
-        Column("12:01", {}, has_tick=False),
+        Column("12:00", "1 Feb 2026, 12:00 WIB", {"advanced": 10, "late": 0, "refused": 5}, has_tick=True),
+        Column("12:01", "1 Feb 2026, 12:01 WIB", {}, has_tick=False),
     ]
     chart = parse(draw_columns("per_minute", columns, EN))
     advanced, refused = numbers(chart, "rect", "height", "column")
     assert advanced > refused > 0
-    assert [part.findtext("title") for part in chart.findall("rect")] == ["12:00: 10", "12:00: 5"]
+    assert [part.findtext("title") for part in chart.findall("rect")] == [
+        "1 Feb 2026, 12:00 WIB, Advanced: 10",
+        "1 Feb 2026, 12:00 WIB, Conflicting: 5",
+    ]
     assert {"12:00", "12:01"} & {text.text for text in chart.iter("text")} == {"12:00"}
     assert chart.findtext("desc") == "15 reports"
 

@@ -1,7 +1,10 @@
 """Each invalid setting, from the environment or the file, causes a one-line error that names it."""
 
 import os
+import re
+from datetime import datetime, timedelta
 from pathlib import Path
+from zoneinfo import ZoneInfo, reset_tzpath
 
 import pytest
 
@@ -50,6 +53,7 @@ def _no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "8080",
             "Unknown setting ORDER_TRACKING_PROT. Known settings: ORDER_TRACKING_BODY_BYTES_MAX, ",
         ),
+        ("TIMEZONE", "WIB", "ORDER_TRACKING_TIMEZONE: 'WIB' is not a time zone of the IANA database, "),
         ("HOST", "x" * 64, f"ORDER_TRACKING_HOST: '{'x' * 64}' is not an IP address or a host name"),
         ("HOST", "999.1.1.1", "ORDER_TRACKING_HOST: '999.1.1.1' is not an IP address or a host name"),
         ("WEBHOOK_TOKENS", "short", "ORDER_TRACKING_WEBHOOK_TOKENS: a token must have 16 or more "),
@@ -79,6 +83,35 @@ def test_an_invalid_setting_is_named(
         read_settings()
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Asia/Makasar", ", such as Asia/Jakarta. Did you mean Asia/Makassar?"),
+        ("../UTC", "'../UTC' is not a time zone of the IANA database, such as Asia/Jakarta"),
+        ("Asia", "'Asia' is not a time zone of the IANA database"),
+        ("x" * 300, f"'{'x' * 300}' is not a time zone of the IANA database"),
+        ("Asia/Kolkata", "differs from UTC by a part of an hour. Expected a difference of whole hours"),
+        ("Australia/Lord_Howe", "Australia/Lord_Howe differs from UTC by a part of an hour"),
+    ],
+)
+def test_a_time_zone_is_one_of_whole_hours(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    """An unknown time zone is compared with the known names, and one with a part of an hour is refused."""
+    monkeypatch.setenv("ORDER_TRACKING_TIMEZONE", name)
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        read_settings()
+
+
+@pytest.mark.parametrize("name", ["Asia/Jakarta", "Asia/Makassar", "Asia/Jayapura"])
+def test_a_time_zone_needs_no_files_of_the_system(name: str) -> None:
+    """The zones of Indonesia are known on a system without time zones, such as a small container."""
+    reset_tzpath(to=[])
+    try:
+        zone = ZoneInfo.no_cache(Settings(timezone=name).timezone)
+    finally:
+        reset_tzpath()
+    assert zone.utcoffset(datetime(2026, 1, 1)) in {timedelta(hours=hours) for hours in (7, 8, 9)}  # noqa: DTZ001
 
 
 @pytest.mark.parametrize(
