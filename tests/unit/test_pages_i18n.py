@@ -1,18 +1,24 @@
 """The pages' texts and formats in both languages, and how order numbers are written."""
 
+import ast
 import re
 import string
+from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import get_args
+from pathlib import Path
+from typing import cast, get_args
+from zoneinfo import ZoneInfo
 
 import pytest
 
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
+from service.database.api_keys import Scope
 from service.database.operations import Action, Via
 from service.http.times import to_rfc3339
+from service.ingest import parser, webhook
 from service.ingest.refusals import Cause
-from service.pages.i18n import LOCALES, MESSAGES, Language, negotiate_language
+from service.pages.i18n import LOCALES, MESSAGES, UNREADABLE, Language, negotiate_language
 from service.pages.render import FOLDER, choose_tone, isolate, spell_out, track_path
 
 ID, EN = LOCALES["id"], LOCALES["en"]
@@ -27,6 +33,8 @@ COMPOSED_NAMES = {
     *(f"operation_{action}" for action in get_args(Action)),
     *(f"via_{via}" for via in get_args(Via)),
     *(f"entry_{state}" for state in ("open", "retried", "discarded")),
+    *(f"unreadable_{name}" for name in UNREADABLE),
+    *(f"key_scope_{scope}" for scope in get_args(Scope)),
 }
 
 
@@ -70,14 +78,42 @@ def test_a_duration_has_its_two_largest_units(seconds: float, indonesian: str, e
     assert (ID.duration(seconds), EN.duration(seconds)) == (indonesian, english)
 
 
-def test_times_and_numbers_follow_the_language() -> None:
-    """Times are shown in Western Indonesia Time, even if they have another time zone."""
-    time = datetime(2026, 8, 16, 18, 5, 9, tzinfo=UTC)
-    assert (ID.time(time), EN.time(time)) == ("17 Agu 2026, 01.05 WIB", "17 Aug 2026, 01:05 WIB")
-    assert (ID.clock(time), EN.clock(time)) == ("01.05", "01:05")
+TIME = datetime(2026, 8, 16, 18, 5, 9, tzinfo=UTC)
+
+
+def test_times_follow_the_language() -> None:
+    """Times are shown in the locale's time zone, in full, short or exact to the second."""
+    jakarta = ZoneInfo("Asia/Jakarta")
+    id_, en = ID._replace(zone=jakarta), EN._replace(zone=jakarta)
+    assert (id_.time(TIME), en.time(TIME)) == ("17 Agu 2026, 01.05 WIB", "17 Aug 2026, 01:05 WIB")
+    assert (id_.short_time(TIME), en.short_time(TIME)) == ("17 Agu, 01.05", "17 Aug, 01:05")
+    assert id_.exact_time(TIME) == "17 Agu 2026, 01.05.09 WIB (UTC+7)"
+    assert en.exact_time(TIME) == "17 Aug 2026, 01:05:09 WIB (UTC+7)"
+    assert (id_.clock(TIME), en.clock(TIME)) == ("01.05", "01:05")
+
+
+@pytest.mark.parametrize(
+    ("zone", "time", "name"),
+    [
+        ("Asia/Jayapura", "17 Aug 2026, 03:05 WIT", "Asia/Jayapura, WIT (UTC+9)"),
+        ("Asia/Singapore", "17 Aug 2026, 02:05 UTC+8", "Asia/Singapore, UTC+8"),
+        ("America/Sao_Paulo", "16 Aug 2026, 15:05 UTC-3", "America/Sao_Paulo, UTC-3"),
+        ("Europe/London", "16 Aug 2026, 19:05 BST", "Europe/London, BST (UTC+1)"),
+        ("UTC", "16 Aug 2026, 18:05 UTC", "UTC"),
+    ],
+)
+def test_a_time_names_its_zone(zone: str, time: str, name: str) -> None:
+    """A zone without an abbreviation is named by its difference from UTC, and nothing is named twice."""
+    locale = EN._replace(zone=ZoneInfo(zone))
+    assert (locale.time(TIME), locale.zone_name(TIME)) == (time, name)
+
+
+def test_numbers_follow_the_language() -> None:
+    """Numbers have the separators of the language, also in durations."""
+    assert (ID.duration(1_234 * 86_400), EN.duration(1_234 * 86_400)) == ("1.234 hari", "1,234 days")
     assert (ID.number(12_345), EN.number(12_345)) == ("12.345", "12,345")
     assert (ID.number(1_234.5), EN.number(1_234.5)) == ("1.234,5", "1,234.5")
-    assert to_rfc3339(time) == "2026-08-16T18:05:09Z"
+    assert to_rfc3339(TIME) == "2026-08-16T18:05:09Z"
 
 
 def test_an_unknown_status_is_its_own_label() -> None:
@@ -101,6 +137,46 @@ def test_an_unknown_status_is_its_own_label() -> None:
 def test_reports_that_did_not_count_have_a_reason(verdict: str, reason: str | None) -> None:
     """Late, refused and unrecognised reports have a reason in words, and the other two verdicts have none."""
     assert EN.reason(verdict, "cancelled", "in_transit") == reason
+
+
+def reasons() -> Iterator[str]:
+    """Yield every reason of the modules that quarantine a body, with 1 in place of each computed part."""
+    for module in (parser, webhook):
+        tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+        for call in ast.walk(tree):
+            name = call.func if isinstance(call, ast.Call) else None
+            if isinstance(name, ast.Name) and name.id == "UnreadableError":
+                yield from texts_of(cast("ast.Call", call).args[0])
+            elif isinstance(name, ast.Attribute) and name.attr == "_quarantine_body":
+                yield from texts_of(cast("ast.Call", call).args[2])
+
+
+def texts_of(expression: ast.expr) -> Iterator[str]:
+    match expression:
+        case ast.Constant(str(text)):
+            yield text
+        case ast.JoinedStr(parts):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "1" for part in parts)
+        case ast.IfExp(_, one, other):
+            yield from (*texts_of(one), *texts_of(other))
+
+
+def test_every_reason_of_the_quarantine_is_translated() -> None:
+    """Each reason that the code has is shown in both languages; another one is left to the caller."""
+    found = [*reasons()]
+    assert {"status is missing", "order_no has more than 1 characters", "the report cannot be recorded"} <= {
+        *found
+    }
+    assert [reason for reason in found if ID.unreadable(reason) is None] == []
+    # The English texts begin with a capital letter.
+    assert [reason for reason in found if (EN.unreadable(reason) or "").casefold() != normal(reason)] == []
+    assert ID.unreadable("order_no has more than 128 characters") == "order_no lebih dari 128 karakter"
+    assert ID.unreadable("not JSON: {x}\nat 1") == "Bukan JSON: {x}\nat 1"
+    assert ID.unreadable("a reason of a later release") is None
+
+
+def normal(reason: str) -> str:
+    return reason.casefold().replace("a nul character", "control characters")
 
 
 @pytest.mark.parametrize(

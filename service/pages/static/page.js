@@ -7,28 +7,9 @@ const RETRY_MAX_MS = 20_000;
 const SLIDER_DELAY_MS = 90;
 
 const body = document.body;
-const locale = document.documentElement.lang === "id" ? "id-ID" : "en-GB";
-// The HTML of each part as the server sent it, before its times were localised.
+const numbers = new Intl.NumberFormat(document.documentElement.lang === "id" ? "id-ID" : "en-GB");
+// The HTML of each part as the server sent it. In the page, its details may have been opened since.
 const sources = new WeakMap();
-
-const STYLES = {
-  full: { day: "numeric", month: "short", year: "numeric", hour: "2-digit", minute: "2-digit" },
-  short: { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" },
-  clock: { hour: "2-digit", minute: "2-digit" },
-};
-const formats = Object.fromEntries(Object.entries(STYLES).map(
-  ([style, options]) => [style, new Intl.DateTimeFormat(locale, options)],
-));
-const exactFormat = new Intl.DateTimeFormat(locale, { dateStyle: "full", timeStyle: "long" });
-
-/** Show times in the reader's time zone, and the exact time in a tooltip. */
-function localise(part) {
-  for (const element of part.querySelectorAll("time[data-time]")) {
-    const time = new Date(element.dateTime);
-    element.textContent = formats[element.dataset.time].format(time);
-    element.title = exactFormat.format(time);
-  }
-}
 
 /** Return a selector that finds an element again in a new version of its part, or null. */
 function selectorFor(element) {
@@ -43,7 +24,6 @@ function replacePart(part, newPart) {
   const focus = part.contains(document.activeElement) ? selectorFor(document.activeElement) : null;
   const versions = [...part.querySelectorAll("[data-version]")].map((entry) => Number(entry.dataset.version));
   const newest = Math.max(0, ...versions);
-  localise(newPart);
   part.className = newPart.className;
   part.replaceChildren(...newPart.childNodes);
   for (const id of openIds) document.getElementById(id)?.setAttribute("open", "");
@@ -163,7 +143,8 @@ async function readMessages(reader) {
 
 function showVersion(slider) {
   const label = document.getElementById("version-text");
-  label.textContent = label.dataset.text.replace("{version}", slider.value).replace("{head}", slider.max);
+  const [version, head] = [slider.value, slider.max].map((number) => numbers.format(number));
+  label.textContent = label.dataset.text.replace("{version}", version).replace("{head}", head);
   slider.setAttribute("aria-valuetext", label.textContent);
   document.getElementById("to-current").hidden = slider.value === slider.max;
 }
@@ -188,7 +169,6 @@ async function openReport(link) {
   const response = await fetch(link.href, { headers: { Accept: "text/html" } });
   const report = new DOMParser().parseFromString(await response.text(), "text/html").getElementById("report");
   if (!report) return location.assign(link.href);
-  localise(report);
   document.getElementById("dialog-content").replaceChildren(report);
   document.getElementById("dialog").showModal();
 }
@@ -201,9 +181,6 @@ document.addEventListener("click", (event) => {
 });
 
 for (const part of document.querySelectorAll("[data-live]")) sources.set(part, part.outerHTML);
-localise(document);
-const { timeZone } = Intl.DateTimeFormat().resolvedOptions();
-document.getElementById("zone").textContent = `${body.dataset.local} ${timeZone}.`;
 const slider = document.getElementById("version");
 if (slider) enableSlider(slider);
 if (body.dataset.stream) {
