@@ -18,6 +18,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SETTINGS_PAGE = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+INDONESIAN = (ROOT / "docs" / "README.id.md").read_text(encoding="utf-8")
 STATUSES_PAGE = (ROOT / "docs" / "statuses.md").read_text(encoding="utf-8")
 WORDS_MAX = 1_800
 IMAGES_BYTES_MAX = 200_000
@@ -110,6 +111,36 @@ def test_its_files_exist() -> None:
     """Every link to a file and every path of a source file leads to an existing file."""
     for path in re.findall(r"\]\((docs/[^)]+)\)|`((?:service|domain|projections)/[\w/]+\.py)`", README):
         assert (ROOT / (path[0] or path[1])).is_file(), path
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+
+
+def code_spans(text: str) -> set[str]:
+    """Return the commands, names and values in a text, without its code blocks."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"`([^`\n]+)`", prose))
+
+
+def test_its_first_half_exists_in_indonesian() -> None:
+    """Up to "How it works", both languages have the same code, the same names and as many sections."""
+    first_half, heading, _ = README.partition("## How it works\n")
+    assert heading
+    assert code_blocks(INDONESIAN) == code_blocks(first_half)
+    assert code_spans(INDONESIAN) == code_spans(first_half)
+    assert INDONESIAN.count("\n## ") == first_half.count("\n## ")
+    assert INDONESIAN.count("\n|") == first_half.count("\n|")
+    # Readers find either language at the top of the other.
+    assert README.splitlines()[2] == "[Bahasa Indonesia](docs/README.id.md)"
+    assert INDONESIAN.splitlines()[2] == "[English](../README.md)"
+
+
+def test_the_files_of_the_indonesian_half_exist() -> None:
+    """Every link to a file leads to an existing file, from the folder of the Indonesian text."""
+    links = re.findall(r"\]\(([^)#]+)", INDONESIAN)
+    assert len(links) >= 8
+    assert [link for link in links if not (ROOT / "docs" / link).is_file()] == []
 
 
 def test_it_is_short() -> None:

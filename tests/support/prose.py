@@ -105,7 +105,8 @@ def main() -> int:
     """Print every habit and the rates, and return the exit code."""
     habits = [habit for text in all_texts() if text.file not in EXCLUDED for habit in find_habits(text)]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    documents = [readme, *(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md"))]
+    english = (path for path in ROOT.glob("docs/*.md") if not path.name.endswith(".id.md"))
+    documents = [readme, *(path.read_text(encoding="utf-8") for path in english)]
     you, noun_clauses = rate(YOU, readme), rate(NOUN_CLAUSE, "\n".join(documents))
     sys.stdout.write("".join(f"{habit}\n" for habit in habits))
     sys.stdout.write(
