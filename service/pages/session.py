@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 from aiohttp import hdrs, web
 
-from service.database.api_keys import Scope
+from service.database.api_keys import SCOPES, Scope
 from service.database.sessions import DURATION_MAX
 from service.http.access import SAFE_METHODS, Access, is_local_host, session_cookie
 from service.http.body import read_body
@@ -39,7 +39,8 @@ async def change_session(access: Access, request: web.Request) -> web.Response:
     next_path = local_path(form.get("next", "/"))
     session_id = await access.open_session(request, key) if len(key) <= KEY_CHARACTERS_MAX else None
     if session_id is None:
-        scope: Scope = "admin" if form.get("scope") == "admin" else "read"
+        # The form sends back the scope that its page needs.
+        scope: Scope = next((scope for scope in SCOPES if scope == form.get("scope")), "read")
         return render_key_form(request, next_path, scope, is_wrong=True)
     opening = redirect(next_path)
     # Without https, a browser keeps the cookie only for its own machine.

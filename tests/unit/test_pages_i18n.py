@@ -13,7 +13,7 @@ import pytest
 
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
-from service.database.api_keys import Scope
+from service.database.api_keys import SCOPES
 from service.database.operations import Action, Via
 from service.http.times import to_rfc3339
 from service.ingest import parser, webhook
@@ -34,7 +34,7 @@ COMPOSED_NAMES = {
     *(f"via_{via}" for via in get_args(Via)),
     *(f"entry_{state}" for state in ("open", "retried", "discarded")),
     *(f"unreadable_{name}" for name in UNREADABLE),
-    *(f"key_scope_{scope}" for scope in get_args(Scope)),
+    *(f"key_scope_{scope}" for scope in SCOPES),
 }
 
 
@@ -51,9 +51,10 @@ def test_both_languages_have_the_same_texts() -> None:
 
 
 def test_every_text_is_used() -> None:
-    """Each name appears in a template or in the code."""
+    """Each name appears in a template or in the code, and each scope of a key has a text."""
     files = [*FOLDER.glob("*.py"), *FOLDER.glob("templates/*.html")]
     source = "".join(file.read_text(encoding="utf-8") for file in files)
+    assert {f"key_scope_{scope}" for scope in SCOPES} <= {*MESSAGES}
     unused = [name for name in MESSAGES if not re.search(rf"\b{name}\b", source)]
     assert {*unused} <= COMPOSED_NAMES
 
