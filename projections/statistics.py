@@ -276,7 +276,7 @@ async def read_statistics(
         statuses = await connection.fetch(STATUS_COUNTS)
         moves = await connection.fetch(MOVES)
         days = await connection.fetch(DAYS, midnights, end)
-        unrecognised = await connection.fetch(UNRECOGNISED, UNRECOGNISED_LISTED_MAX)
+        unrecognised = await read_unrecognised(connection, recognise)
     ranks: dict[str | None, int] = {None: -1, **{status: rank for rank, status in enumerate(STATUSES)}}
     return {
         "position": position,
@@ -294,11 +294,16 @@ async def read_statistics(
             {"day": dates[number - 1], "reports": _to_counts({row["verdict"]: row["reports"] for row in rows})}
             for number, rows in groupby(days, key=lambda row: row["day"])
         ],
-        "unrecognised": [
-            cast("UnrecognisedString", {**row, "recognised": recognise(row["reported_status"])})
-            for row in unrecognised
-        ],
+        "unrecognised": unrecognised,
     }
+
+
+async def read_unrecognised(connection: Connection, recognise: Recognise) -> list[UnrecognisedString]:
+    """Return the most frequent strings with reports that were not recognised and not judged again."""
+    rows = await connection.fetch(UNRECOGNISED, UNRECOGNISED_LISTED_MAX)
+    return [
+        cast("UnrecognisedString", {**row, "recognised": recognise(row["reported_status"])}) for row in rows
+    ]
 
 
 def _to_counts(reports: dict[str, int]) -> Counts:

@@ -229,17 +229,6 @@ COUNTS: Final = """
     GROUP BY verdict, reached
 """
 
-# The last refused report of each of these orders, latest first.
-LATEST_REFUSED: Final = """
-    SELECT entry.order_no, entry.version, entry.recognised, entry.previous_status, entry.received_at
-    FROM unnest($1::text[]) AS requested (order_no)
-    JOIN LATERAL (
-        SELECT * FROM timeline.entries
-        WHERE entries.order_no = requested.order_no AND verdict = 'refused' ORDER BY version DESC LIMIT 1
-    ) AS entry ON true
-    ORDER BY entry.received_at DESC
-"""
-
 
 async def read_head(connection: Connection, order_no: str) -> TimelineHead:
     """Return the top of an order's timeline."""
@@ -277,18 +266,3 @@ class Reached(NamedTuple):
 async def reached_statuses(connection: Connection, order_no: str, version: int) -> list[Reached]:
     """Return the number of an order's reports up to a version, by verdict and, if advanced, by status."""
     return [Reached(*row) for row in await connection.fetch(COUNTS, order_no, version)]
-
-
-class Contradiction(NamedTuple):
-    """The last refused report of an order."""
-
-    order_no: str
-    version: int
-    recognised: Status | None
-    previous_status: Status | None
-    received_at: datetime
-
-
-async def latest_refused(connection: Connection, order_nos: Sequence[str]) -> list[Contradiction]:
-    """Return the last refused report of each of these orders that has one, latest first."""
-    return [Contradiction(*row) for row in await connection.fetch(LATEST_REFUSED, order_nos)]

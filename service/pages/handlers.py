@@ -11,12 +11,13 @@ from aiohttp import web
 
 from domain.statuses import STATUSES, Status
 from domain.transitions import Verdict
-from projections import current_status, timeline
+from projections import current_status, statistics, timeline
 from projections.current_status import CurrentOrder
 from projections.engine import Projector
 from projections.order_list import ListedOrder, OrdersFilter, find_by_cnote, orders_page
 from projections.postgres_errors import Connection
 from projections.windows import POSITION_MAX, Window
+from service.api.contradictions import handle as handle_contradiction
 from service.api.freshness import wait_for
 from service.api.quarantine import discard_entry, find_entry, retry_entry
 from service.database.api_keys import Scope
@@ -24,6 +25,7 @@ from service.database.connections import ConnectionPool
 from service.database.operations import Action, operations_page
 from service.event_log import store
 from service.event_log.codec import read_fields
+from service.event_log.contradictions import contradictions_page
 from service.http.access import SAFE_METHODS, Access, Handler, admission, has_scope
 from service.http.pagination import cut_page
 from service.http.parameters import (
@@ -90,6 +92,13 @@ class OrderPageQuery(CommonQuery):
     before: Version | None = None
 
 
+class ConflictsPageQuery(CommonQuery):
+    """The filter of conflicting reports; None for all."""
+
+    handled: bool | None = None
+    cursor: Cursor = POSITION_MAX
+
+
 class QuarantinePageQuery(CommonQuery):
     """The filter of the quarantine; None for all states."""
 
@@ -139,11 +148,18 @@ class Pages:
             "/track": self.list_orders,
             "/track/{order_no:[^/]+}": self.show_order,
             "/track/{order_no:[^/]+}/reports/{version:[^/]+}": self.show_report,
+            "/conflicts": self.list_conflicts,
+            "/words": self.show_words,
             "/quarantined": self.list_quarantined,
             "/quarantined/{quarantine_id:[^/]+}": self.show_quarantined,
         }
         operating: list[tuple[str, str, Handler]] = [
             ("GET", "/operations", self.list_operations),
+            (
+                "POST",
+                "/track/{order_no:[^/]+}/contradictions/{version:[^/]+}/handle",
+                self.handle_conflict,
+            ),
             ("POST", "/quarantined/{quarantine_id:[^/]+}/retry", self.retry_quarantined),
             ("POST", "/quarantined/{quarantine_id:[^/]+}/discard", self.discard_quarantined),
         ]
@@ -256,6 +272,51 @@ class Pages:
             fields=fields,
         )
 
+    async def list_conflicts(self, request: web.Request) -> web.Response:
+        """Show a list of conflicting reports, newest first."""
+        query = read_query(ConflictsPageQuery, request)
+        await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
+        async with self._pool.connection() as connection:
+            window = await contradictions_page(
+                connection, query.cursor, ROWS_SHOWN_MAX + 1, handled=query.handled
+            )
+        shown = cut_page(window.rows, ROWS_SHOWN_MAX, itemgetter("position"), window.reached)
+        texts = choose_locale(request).texts
+        filters = [
+            (texts["contradictions_open"], "handled=false"),
+            (texts["contradictions_handled"], "handled=true"),
+            (texts["all_contradictions"], ""),
+        ]
+        return render_page(
+            request,
+            "conflicts.html",
+            "/conflicts",
+            contradictions=shown.items,
+            next_page=shown.next_path("/conflicts", query),
+            filters=_filter_links(request, "/conflicts", filters),
+        )
+
+    async def handle_conflict(self, request: web.Request) -> web.Response:
+        """Mark a conflicting report as handled with the submitted note, and show its order."""
+        note = (await read_form(request, REASON_FORM_BYTES_MAX)).get("note", "")
+        done = await handle_contradiction(self._pool, request, note, admission(request).actor)
+        return redirect(f"{track_path(done['order_no'])}#v{done['version']}")
+
+    async def show_words(self, request: web.Request) -> web.Response:
+        """Show the unknown words, how to teach them, and the known ones."""
+        query = read_query(CommonQuery, request)
+        await wait_for(self._projectors, query.after_position, statistics.VIEW.name)
+        async with self._pool.connection() as connection:
+            unrecognised = await statistics.read_unrecognised(connection, self._vocabulary.recognise)
+        return render_page(
+            request,
+            "words.html",
+            "/words",
+            unrecognised=unrecognised,
+            vocabulary=self._vocabulary,
+            statuses=STATUSES,
+        )
+
     async def list_quarantined(self, request: web.Request) -> web.Response:
         """Show a list of quarantine entries, newest first."""
         query = read_query(QuarantinePageQuery, request)
@@ -338,7 +399,7 @@ def _filter_links(
 
     A filter is given by its label and its query string, which is empty for all rows.
     """
-    names = ("status", "verdict", "stuck", "state", "action")
+    names = ("status", "verdict", "stuck", "state", "action", "handled")
     present = urlencode([(name, value) for name, value in request.query.items() if name in names])
     return [(label, f"{path}?{query}" if query else path, query == present) for label, query in filters]
 

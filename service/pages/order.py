@@ -13,6 +13,7 @@ from projections.postgres_errors import Connection
 from projections.timeline import PlacedEntry
 from service.event_log import store
 from service.event_log.codec import decode_event
+from service.event_log.contradictions import handled_versions
 from service.http.problems import ProblemError, ProblemType, order_parked
 
 # The page shows the newest entries, and links to the earlier ones.
@@ -44,7 +45,8 @@ class Stage(NamedTuple):
 class History(NamedTuple):
     """The data of an order's page.
 
-    ``before`` is the version below which earlier entries remain, else None; ``counts`` is reports by verdict.
+    ``before`` is the version below which earlier entries remain, else None; ``counts`` is reports by verdict;
+    ``handled`` is when, by whom and with which note conflicting reports were handled, by version.
     """
 
     order: CurrentOrder
@@ -52,6 +54,7 @@ class History(NamedTuple):
     entries: Sequence[PlacedEntry]
     before: int | None
     counts: Mapping[str, int]
+    handled: Mapping[int, tuple[datetime, str | None, str]]
     stages: Sequence[Stage]
 
 
@@ -83,13 +86,14 @@ async def read_history(
             connection, order_no, below, snapshot.version, ENTRIES_SHOWN_MAX + 1
         )
         totals = await timeline.reached_statuses(connection, order_no, snapshot.version)
+        handled = await handled_versions(connection, order_no)
     counts: Counter[str] = Counter()
     for total in totals:
         counts[total.verdict] += total.times
     reached_at: dict[str, datetime] = {total.status: total.first_at for total in totals if total.status}
     page = entries[-ENTRIES_SHOWN_MAX:]
     earlier = page[0]["version"] if len(entries) > len(page) else None
-    return History(order, snapshot, page, earlier, counts, build_stages(snapshot.status, reached_at))
+    return History(order, snapshot, page, earlier, counts, handled, build_stages(snapshot.status, reached_at))
 
 
 async def _read_snapshot(connection: Connection, order: CurrentOrder, version: int | None) -> Snapshot:

@@ -6,16 +6,15 @@ from typing import Final, NamedTuple
 from zoneinfo import ZoneInfo
 
 from domain.statuses import SETTLED, Recognise
-from projections import current_status, statistics, timeline
+from projections import current_status, statistics
 from projections.current_status import StuckOrder
 from projections.engine import Projector
-from projections.order_list import OrdersFilter, orders_page
 from projections.postgres_errors import Connection
 from projections.statistics import Statistics
-from projections.timeline import Contradiction
 from projections.windows import POSITION_MAX
 from service.api.freshness import Lag, read_lag
 from service.event_log import store
+from service.event_log.contradictions import Contradiction, contradictions_page
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantinedBody
 
@@ -86,8 +85,7 @@ async def read_overview(
     """
     head = await store.head_position(connection)
     stuck = await current_status.stuck_orders(connection, now - timedelta(days=STUCK_DAYS), COUNTED_MAX)
-    refused = OrdersFilter(verdict="refused")
-    refused_orders, _ = await orders_page(connection, POSITION_MAX, refused, LISTED_MAX)
+    contradictions, _ = await contradictions_page(connection, POSITION_MAX, LISTED_MAX, handled=False)
     return Overview(
         now=now,
         head=head,
@@ -95,9 +93,7 @@ async def read_overview(
         minutes=await _read_minutes(connection, now),
         stuck=stuck[:LISTED_MAX],
         stuck_count=len(stuck),
-        contradictions=await timeline.latest_refused(
-            connection, [order["order_no"] for _, order in refused_orders]
-        ),
+        contradictions=contradictions[:LISTED_MAX],
         quarantine=await quarantine.entries_page(connection, POSITION_MAX, "open", LISTED_MAX),
         quarantine_count=await connection.fetchval(COUNT_OPEN_ENTRIES, COUNTED_MAX),
         views=[await read_lag(connection, projector) for projector in projectors.values()],

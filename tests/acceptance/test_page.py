@@ -39,6 +39,7 @@ HOSTILE_PATH: Final = f"/track/{quote(HOSTILE, safe='')}"
 PAGES: Final = (
     "/", f"/track/{ORDER}", f"/track/{ORDER}?version=2", HOSTILE_PATH, f"/track/{ORDER}/reports/1", "/track",
     "/track?verdict=refused", "/quarantined", "/quarantined/1", "/quarantined/2", "/operations",
+    "/conflicts", "/conflicts?handled=false", "/words",
 )  # fmt: skip
 
 BINARY: Final = b"<script>alert(1)</script>\x00\xff" + bytes(range(256)) * 2
@@ -692,3 +693,38 @@ def test_pages_and_files_have_strict_headers(api: APIRequestContext) -> None:
     problem = api.get("/track/KOM-0")
     assert (problem.status, problem.headers["content-type"]) == (404, "application/problem+json")
     assert api.get("/track?page=2").json()["parameter"] == "page"
+
+
+def test_a_conflicting_report_is_handled(opened: Open, api: APIRequestContext) -> None:
+    """An operator notes what was done, at the order or in the list. The report leaves the list of open ones."""
+    for status in ("Diterima", "Dibatalkan", "Hilang"):
+        position = send(api, "KOM-9 <b>", "AWB-9", status)
+    assert api.get(f"/contradictions?after_position={position}").ok
+    page = opened("/conflicts?handled=false")
+    rows = page.locator("ul.rows > li", has_text="KOM-9 <b>")
+    expect(rows).to_have_count(2)
+    rows.first.get_by_text("Mark as handled").click()
+    rows.first.get_by_label("What you did").fill("asked the courier <i>")
+    rows.first.get_by_role("button", name="Save").click()
+    expect(page).to_have_url(re.compile(r"/track/KOM-9%20%3Cb%3E#v3$"))
+    entry = page.locator("#v3")
+    expect(entry).to_contain_text("asked the courier <i>")
+    page.locator("#v2").get_by_text("Mark as handled").click()
+    page.locator("#v2").get_by_label("What you did").fill("known")
+    page.locator("#v2").get_by_role("button", name="Save").click()
+    expect(page.locator("#v2")).to_contain_text("Handled")
+    page.goto("/conflicts?handled=false")
+    expect(page.locator("ul.rows > li", has_text="KOM-9 <b>")).to_have_count(0)
+    page.get_by_role("link", name="Handled", exact=True).click()
+    expect(page.locator("ul.rows > li", has_text="KOM-9 <b>")).to_have_count(2)
+
+
+def test_unknown_words_lead_to_what_heals_them(opened: Open) -> None:
+    """The overview's card leads to the page with the unknown words, the commands, and the known words."""
+    page = opened("/")
+    expect(page.locator("#unknown")).to_contain_text("Antar Ulang")
+    page.locator("#unknown").get_by_role("link").click()
+    expect(page).to_have_url(re.compile(r"/words$"))
+    expect(page.locator("#unknown")).to_contain_text("Antar Ulang")
+    expect(page.get_by_text("order-tracking rejudge --apply")).to_be_visible()
+    expect(page.get_by_role("row", name="Delivered").first).to_contain_text("terkirim")

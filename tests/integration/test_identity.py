@@ -160,6 +160,7 @@ async def test_every_route_requires_a_key_of_its_scope(dsn: str, connection: Con
             "/quarantined/{quarantine_id}/retry", "/quarantined/{quarantine_id}/discard",
             "/audit/operations", "/audit/operations.csv", "/operations",
             "/orders/{order_no}/contradictions/{version}/handle",
+            "/track/{order_no}/contradictions/{version}/handle",
         }  # fmt: skip
         for method, pattern, scope in routes:
             if pattern == "/session":

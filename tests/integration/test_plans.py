@@ -11,14 +11,14 @@ from typing import Any, Final, NamedTuple, TypeAlias, cast
 import pytest
 
 from domain.statuses import SETTLED
-from projections import current_status, engine, statistics, timeline
+from projections import current_status, engine, selection, statistics, timeline
 from projections.audit import TransitionsFilter, transitions_page
 from projections.order_list import OrdersFilter, orders_page
 from projections.postgres_errors import Connection
 from projections.windows import POSITION_MAX
 from service.database.connections import HOT_SETTINGS, POOL_SETTINGS, connect, connected
+from service.event_log import contradictions, store
 from service.event_log import feed as log_reader
-from service.event_log import store
 from service.ingest import quarantine
 from tests.support.databases import TestServer
 from tests.support.filler import NO_CNOTE, fill_log
@@ -86,6 +86,15 @@ FILL_QUARANTINE: Final = """
     FROM generate_series(1, $1::bigint) AS n
 """
 
+FILL_HANDLED: Final = """
+    WITH done AS (
+        INSERT INTO operations (via, action, subject) VALUES ('api', 'contradiction_handled', 'x')
+        RETURNING operation_id
+    )
+    INSERT INTO handled_contradictions
+    SELECT order_no, version, operation_id FROM timeline.entries, done WHERE verdict = 'refused'
+"""
+
 LATELY: Final = "now() - interval '20 s'"
 LONG_AGO: Final = "now() - interval '350 days'"
 END: Final = "9000000000000000000"
@@ -96,7 +105,12 @@ PAGES: Final = {
     "counts of an order": (timeline.COUNTS, "'KOM77'", "9"),
     "reports a minute": (statistics.MINUTES, LATELY),
     "reports a day": (statistics.DAYS, "ARRAY[now() - interval '2 days']", "now()"),
-    "contradictions": (timeline.LATEST_REFUSED, "ARRAY['KOM1000', 'KOM2000']"),
+    "contradictions": (contradictions.PAGE, END, "50", "false", "50"),
+    "contradictions walked": (contradictions.REACHED, END, "50"),
+    "a contradiction": (contradictions.CONTRADICTION, "'KOM77'", "2"),
+    "handled contradictions": (contradictions.HANDLED_VERSIONS, "(SELECT order_no FROM handled_contradictions LIMIT 1)"),
+    "events at positions": (store.AT_POSITIONS, "ARRAY[5, 6, 7]", "100000"),
+    "selected positions": (selection.SELECTED, "ARRAY[5, 6, 7]", "ARRAY['advanced']", "NULL"),
     "stuck orders": (current_status.STUCK, LONG_AGO, "100"),
     "quarantine by state": (quarantine.ENTRIES_PAGE, END, "'open'", "100"),
     "quarantine to retry": (quarantine.OPEN_ENTRIES,),
@@ -111,6 +125,7 @@ def fill(dsn: str, orders: int) -> None:
         await rebuilt(dsn)
         async with connected(dsn) as connection:
             await connection.execute(FILL_QUARANTINE, orders)
+            await connection.execute(FILL_HANDLED)
             # Do what autovacuum does, for the planner's statistics.
             await connection.execute("VACUUM ANALYZE")
 
