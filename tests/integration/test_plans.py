@@ -95,6 +95,7 @@ FILL_HANDLED: Final = """
     SELECT order_no, version, operation_id FROM timeline.entries, done WHERE verdict = 'refused'
 """
 
+HANDLED_ORDER: Final = "(SELECT order_no FROM handled_contradictions LIMIT 1)"
 LATELY: Final = "now() - interval '20 s'"
 LONG_AGO: Final = "now() - interval '350 days'"
 END: Final = "9000000000000000000"
@@ -108,7 +109,7 @@ PAGES: Final = {
     "contradictions": (contradictions.PAGE, END, "50", "false", "50"),
     "contradictions walked": (contradictions.REACHED, END, "50"),
     "a contradiction": (contradictions.CONTRADICTION, "'KOM77'", "2"),
-    "handled contradictions": (contradictions.HANDLED_VERSIONS, "(SELECT order_no FROM handled_contradictions LIMIT 1)"),
+    "handled contradictions": (contradictions.HANDLED_VERSIONS, HANDLED_ORDER),
     "events at positions": (store.AT_POSITIONS, "ARRAY[5, 6, 7]", "100000"),
     "selected positions": (selection.SELECTED, "ARRAY[5, 6, 7]", "ARRAY['advanced']", "NULL"),
     "stuck orders": (current_status.STUCK, LONG_AGO, "100"),
