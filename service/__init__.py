@@ -7,4 +7,4 @@ Start reading at ``ingest/webhook.py`` for the path of a report, or at ``app.py`
 from typing import Final
 
 # A test compares it with the version in pyproject.toml.
-VERSION: Final = "0.1.0"
+VERSION: Final = "0.2.0"

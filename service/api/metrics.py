@@ -17,6 +17,7 @@ from domain.order import Order
 from domain.transitions import VERDICTS
 from projections.engine import Projector
 from service.api.freshness import Lag, read_lag
+from service.build import build_info
 from service.database.connections import ConnectionPool, StorageUnavailableError
 from service.http.auth_refusals import AuthRefusals
 from service.http.budgets import Budgets
@@ -156,6 +157,11 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the counters and gauges that are read at scrape time."""
+        build = GaugeMetricFamily(
+            "order_tracking_build_info", "1, with the running version and commit.", labels=[*build_info()]
+        )
+        build.add_metric([*build_info().values()], 1)
+        yield build
         reports = CounterMetricFamily("webhook_reports", "Reports by outcome.", labels=["outcome"])
         for outcome, count in (*self._outcomes.items(), ("quarantined", self._quarantine.kept)):
             reports.add_metric([outcome], count)

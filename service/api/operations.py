@@ -8,6 +8,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from projections.engine import Projector
 from service.api.freshness import Projection, read_projection
+from service.build import build_info
 from service.database.connections import ConnectionPool, DedicatedConnection, StorageUnavailableError
 from service.event_log import store
 from service.http.endpoints import Endpoint, Tag
@@ -26,6 +27,14 @@ class Projections(TypedDict):
 
     head: int
     projections: list[Projection]
+
+
+class Life(TypedDict):
+    """The process responds, and runs this version and commit; an unknown commit is "unknown"."""
+
+    status: str
+    version: str
+    commit: str
 
 
 class Health(TypedDict):
@@ -57,6 +66,8 @@ class OperationsApi:
         self._dedicated = dedicated
         self._projectors = projectors
         self._refusals = refusals
+        # Read at the start: the files may be replaced while the old code runs.
+        self._life: Life = {"status": "alive", **build_info()}  # type: ignore[typeddict-item]
 
     @Endpoint("GET", "/projections", Projections)
     async def get_projections(self, _request: web.Request, _query: Query) -> web.Response:
@@ -66,10 +77,10 @@ class OperationsApi:
             head = await store.head_position(connection)
         return json_response({"head": head, "projections": views})
 
-    @Endpoint("GET", "/livez", Health, scope=None)
+    @Endpoint("GET", "/livez", Life, scope=None)
     async def get_liveness(self, _request: web.Request, _query: Query) -> web.Response:
         """Check that the process responds. The database is not checked."""
-        return json_response({"status": "alive"})
+        return json_response(self._life)
 
     @Endpoint("GET", "/readyz", Health, scope=None, problems=(ProblemType.UNAVAILABLE,))
     async def get_readiness(self, _request: web.Request, _query: Query) -> web.Response:

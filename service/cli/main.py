@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from service import VERSION
+from service.build import build_info
 
 # A command is a function, a coroutine function or a Typer; its module has the same name, with underscores. See
 # ``runnable``.
@@ -78,10 +78,13 @@ cli: Final = typer.Typer(
 
 @cli.callback(invoke_without_command=True)
 def show_version(
-    *, version: Annotated[bool, typer.Option("--version", help="Print the version of this release.")] = False
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and the commit of this release.")
+    ] = False,
 ) -> None:
     if version:
-        typer.echo(VERSION)
+        typer.echo("{version} (commit {commit})".format_map(build_info()))
         raise typer.Exit
 
 

@@ -21,6 +21,7 @@ import pytest
 from domain.order import Order
 from projections.locks import HOLD_REBUILD_LOCK
 from service import VERSION
+from service.build import build_info
 from service.database.connections import connect
 from service.database.embedded_postgres import ACCOUNT
 from service.event_log import store
@@ -74,8 +75,8 @@ def test_help_lists_every_command_and_each_has_its_own(tmp_path: Path) -> None:
 
 
 def test_the_version_is_printed(tmp_path: Path) -> None:
-    """``--version`` prints VERSION; another test compares it with pyproject.toml."""
-    assert run_command(tmp_path, "--version").stdout == f"{VERSION}\n"
+    """``--version`` prints VERSION, which another test compares with pyproject.toml, and the commit."""
+    assert run_command(tmp_path, "--version").stdout == f"{VERSION} (commit {build_info()['commit']})\n"
 
 
 @pytest.mark.parametrize(

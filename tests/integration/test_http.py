@@ -11,6 +11,7 @@ import pytest
 from domain.statuses import STATUSES
 from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres_errors import Connection
+from service.build import build_info
 from service.database.schema import VIEWS
 from tests.support.client import Client
 from tests.support.waiting import PATIENCE_SECONDS
@@ -494,7 +495,7 @@ async def test_an_unexpected_error_is_a_problem_without_a_traceback(
 
 async def test_health(client: Client) -> None:
     """A running service is alive and ready."""
-    assert await client.get("/livez") == {"status": "alive"}
+    assert await client.get("/livez") == {"status": "alive", **build_info()}
     assert await client.get("/readyz") == {"status": "ready"}
 
 

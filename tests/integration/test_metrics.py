@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from projections.postgres_errors import Connection
+from service.build import build_info
 from tests.support.client import Client, serving_client
 from tests.support.folders import ROOT
 
@@ -89,6 +90,12 @@ async def test_requests_cannot_add_labels(client: Client) -> None:
     after = {name: set(series) for name, series in (await scraped(client)).items()}
     assert after == before
     assert "SECRET" not in str(after)
+
+
+async def test_the_build_is_a_metric(client: Client) -> None:
+    """The running version and commit are the labels of one metric."""
+    labels = tuple(sorted(build_info().items()))
+    assert (await scraped(client))["order_tracking_build_info"] == {labels: 1}
 
 
 @pytest.mark.parametrize("file", ["alerts.yaml", "grafana.json"])
