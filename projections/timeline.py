@@ -229,6 +229,14 @@ COUNTS: Final = """
     GROUP BY verdict, reached
 """
 
+# An order's latest status changes, latest first.
+LATEST_ADVANCES: Final = """
+    SELECT version, status, received_at FROM timeline.entries
+    WHERE order_no = $1 AND verdict = 'advanced'
+    ORDER BY version DESC
+    LIMIT $2
+"""
+
 
 async def read_head(connection: Connection, order_no: str) -> TimelineHead:
     """Return the top of an order's timeline."""
@@ -266,3 +274,16 @@ class Reached(NamedTuple):
 async def reached_statuses(connection: Connection, order_no: str, version: int) -> list[Reached]:
     """Return the number of an order's reports up to a version, by verdict and, if advanced, by status."""
     return [Reached(*row) for row in await connection.fetch(COUNTS, order_no, version)]
+
+
+class Advance(NamedTuple):
+    """A status change: the version that brought it, the new status, and when its report arrived."""
+
+    version: int
+    status: Status
+    received_at: datetime
+
+
+async def latest_advances(connection: Connection, order_no: str, limit: int) -> list[Advance]:
+    """Return an order's latest status changes, latest first."""
+    return [Advance(*row) for row in await connection.fetch(LATEST_ADVANCES, order_no, limit)]

@@ -18,6 +18,7 @@ from service.api.openapi import OpenApi
 from service.api.operations import OperationsApi
 from service.api.orders import OrdersApi
 from service.api.quarantine import QuarantineApi
+from service.api.shares import SharesApi
 from service.api.statistics import StatisticsApi
 from service.background import BackgroundTasks, follow, listen
 from service.database.connections import (
@@ -38,6 +39,7 @@ from service.http.budgets import BUDGETS, Budgets
 from service.http.endpoints import Api, make_routes
 from service.http.request_ids import route_pattern
 from service.http.server import HttpServer
+from service.http.share_links import ShareLinks
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
@@ -49,6 +51,7 @@ from service.maintenance.replay import Rebuilder
 from service.maintenance.retention import PASS_SECONDS, Retention
 from service.pages.handlers import Pages
 from service.pages.render import ZONE
+from service.pages.share import SharePages
 from service.settings import Settings
 
 # How long a projection may overlook an event whose notification is lost.
@@ -129,7 +132,20 @@ class Service:
         self.webhook_auth = make_webhook_auth(settings, auth_refusals)
         self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, volume, refusals)
         self.events = EventsApi(self.pool, self.access, self.budgets.streams, self.projectors)
-        self.pages = Pages(self.pool, self.access, self.projectors, self.recorder, refusals, self.vocabulary)
+        share_secret = settings.share_secret.get_secret_value()
+        links = ShareLinks(share_secret) if share_secret else None
+        self.pages = Pages(
+            self.pool, self.access, self.projectors, self.recorder, refusals, self.vocabulary, links=links
+        )
+        self.share_pages = SharePages(
+            self.pool,
+            self.projectors,
+            links,
+            budget=self.budgets.shares,
+            proxies=settings.trusted_proxies,
+            refusals=auth_refusals,
+            is_open=settings.is_open,
+        )
         self.apis: list[Api] = [
             OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets.folds),
             StatisticsApi(self.pool, self.projectors, self.vocabulary.recognise, settings.zone),
@@ -137,6 +153,7 @@ class Service:
             AuditApi(self.pool, self.projectors, self.vocabulary),
             ContradictionsApi(self.pool, self.projectors),
             QuarantineApi(self.pool, self.recorder),
+            SharesApi(self.pool, links),
             OperationsApi(self.pool, self.auth_connection, projectors, refusals),
             self.metrics,
         ]
@@ -186,6 +203,7 @@ class Service:
         app[ZONE] = self._zone
         app.add_routes(self.webhook.routes())
         app.add_routes(self.pages.routes())
+        app.add_routes(self.share_pages.routes())
         for api in self.apis:
             app.add_routes(make_routes(api, self.access))
         return app

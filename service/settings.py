@@ -24,7 +24,7 @@ DEFAULT_FILE: Final = Path(__file__).resolve().parent.parent / ".env"
 FILE_VARIABLE: Final = f"{PREFIX}ENV_FILE"
 
 # The settings that hold a secret. A database URL may also hold one.
-SECRETS: Final = ("webhook_tokens", "webhook_hmac_secret", "komerce_api_key")
+SECRETS: Final = ("webhook_tokens", "webhook_hmac_secret", "share_secret", "komerce_api_key")
 # The permissions of a file's group and of all other users.
 OTHER_USERS: Final = 0o077
 
@@ -133,6 +133,15 @@ def _check_tokens(tokens: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
     return tokens
 
 
+def _check_share_secret(secret: SecretStr) -> SecretStr:
+    if 0 < len(secret.get_secret_value()) < SECRET_CHARACTERS_MIN:
+        raise ValueError(
+            f"the secret must have {SECRET_CHARACTERS_MIN} or more characters "
+            "('order-tracking token' generates one)"
+        )
+    return secret
+
+
 def _check_secret(secret: SecretStr) -> SecretStr:
     text = secret.get_secret_value()
     if 0 < len(text.removeprefix(STANDARD_PREFIX)) < SECRET_CHARACTERS_MIN or text == STANDARD_PREFIX:
@@ -175,6 +184,8 @@ class Settings(BaseSettings):
     """the secret that signs webhook bodies, whsec_... for Standard Webhooks; empty for no signature"""
     webhook_hmac_header: str = Field(default="X-Callback-Api-Key", pattern=r"^[A-Za-z0-9-]+$")
     """the header with the body's HMAC-SHA256 in hex"""
+    share_secret: Annotated[SecretStr, AfterValidator(_check_share_secret)] = SecretStr("")
+    """the secret that signs links for buyers; another one revokes all links; empty for no links"""
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_list)] = ()
     """comma-separated networks whose X-Forwarded-For header is trusted"""
     # At 64 KiB per body, the quarantine grows by at most 640 MB an hour.

@@ -33,6 +33,7 @@ COMMANDS: Final = (
     ("import-reports", "Record reports that no webhook brought, from a CSV or NDJSON file."),
     ("reconcile", "List orders without news, as the file that 'import-reports' takes."),
     ("erase", "Erase an order's bodies and addresses permanently, and record who and why."),
+    ("share", "Print a link to an order's page for its buyer, who needs no key."),
     ("keys", "Create, list and revoke API keys."),
     ("quarantine", "List, show, retry and discard unparseable bodies."),
 )

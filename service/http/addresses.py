@@ -15,6 +15,8 @@ LOOPBACK: Final[tuple[Network, ...]] = (ip_network("127.0.0.0/8"), ip_network(":
 FORWARDED_CHARACTERS_MAX: Final = 2_048
 # Most requests come from a few addresses, and to parse one takes longer than to route a request.
 CACHED_MAX: Final = 1_024
+# The network of one IPv6 subscriber.
+IPV6_PREFIX: Final = 64
 # Some proxies write the port too: 198.51.100.1:443 or [2001:db8::1]:443.
 _WITH_PORT: Final = re.compile(r"\[(?P<v6>[^\]]*)\](:\d+)?|(?P<v4>[\d.]+):\d+")
 
@@ -39,6 +41,22 @@ def parse_address(text: str) -> IPv4Address | IPv6Address | None:
 def is_within(address: IPv4Address | IPv6Address, networks: Sequence[Network]) -> bool:
     """Return whether an address is in one of the networks."""
     return any(address in network for network in networks)
+
+
+def subscriber(address: str | None, exempt: Sequence[Network]) -> str | None:
+    """Return whose share of a budget an address uses: its own, or that of its IPv6 network.
+
+    Args:
+        address: the address.
+        exempt: networks without a share, because they bring the requests of others.
+
+    Returns:
+        None for an address without a share, and for an unknown one.
+    """
+    ip = parse_address(address or "")
+    if ip is None or is_within(ip, exempt):
+        return None
+    return str(ip_network((ip, IPV6_PREFIX), strict=False)) if isinstance(ip, IPv6Address) else str(ip)
 
 
 def client_address(request: web.BaseRequest, proxies: Sequence[Network]) -> str | None:

@@ -32,6 +32,9 @@ STREAMS_PER_KEY_MAX: Final = 1_000
 # Reads of an order as of an earlier version or time that are waiting for their turn, or have it.
 FOLDS_MAX: Final = 128
 FOLDS_PER_KEY_MAX: Final = 64
+# Pages of shared orders that are waiting for their turn, or have it.
+SHARES_MAX: Final = 128
+SHARES_PER_ADDRESS_MAX: Final = 16
 # An exhausted budget is logged at most once in this interval.
 LOG_SECONDS: Final = 300.0
 
@@ -133,9 +136,10 @@ class Budgets:
         self.connections = Budget("connections", "connections", connections_max, CONNECTIONS_PER_ADDRESS_MAX)
         self.streams = Budget("streams", "streams", STREAMS_MAX, STREAMS_PER_KEY_MAX)
         self.folds = Budget("folds", "reads of earlier states", FOLDS_MAX, FOLDS_PER_KEY_MAX)
+        self.shares = Budget("shares", "pages of shared orders", SHARES_MAX, SHARES_PER_ADDRESS_MAX)
 
     def __iter__(self) -> Iterator[Budget]:
-        return iter((self.bodies, self.connections, self.streams, self.folds))
+        return iter((self.bodies, self.connections, self.streams, self.folds, self.shares))
 
 
 BUDGETS: Final = web.AppKey("budgets", Budgets)

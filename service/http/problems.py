@@ -45,6 +45,11 @@ class ProblemType(Enum):
     BODY_TIMEOUT = 408, "Body timeout", "The body took too long to arrive."
     NOT_OPEN = 409, "Not open", "The quarantined body has been retried or discarded already."
     ALREADY_HANDLED = 409, "Already handled", "The contradiction has been handled before."
+    SHARING_OFF = (
+        409,
+        "Sharing is off",
+        "The service has no secret to sign links with: see `ORDER_TRACKING_SHARE_SECRET`.",
+    )
     BEYOND_HEAD = (
         410,
         "Beyond the head",

@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
-from ipaddress import IPv6Address, ip_network
 from time import monotonic
 from typing import Any, Final, cast
 
@@ -18,7 +17,7 @@ import structlog
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion10, HttpVersion11
 
-from service.http.addresses import LOOPBACK, Network, is_within, parse_address
+from service.http.addresses import LOOPBACK, Network, subscriber
 from service.http.budgets import Budget, OverBudgetError
 from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import (
@@ -53,8 +52,6 @@ PIECE_BYTES_MAX: Final = 4 * 1024
 LOG_SECONDS: Final = 300.0
 # If there are too many connections, one in this number is closed at once.
 CLOSED_PART: Final = 50
-# The network of one IPv6 subscriber.
-IPV6_PREFIX: Final = 64
 
 _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 
@@ -175,7 +172,7 @@ class OpenConnections:
         """Count a new connection. If there are too many, close the longest idle ones, or else the new one."""
         # A client that has left already has no name any more.
         host, *_ = transport.get_extra_info("peername") or ("",)
-        connection.holder = self._holder(host)
+        connection.holder = subscriber(host, self._exempt)
         if self._budget.is_full():
             self._warn("the longest idle connections are closed: there are too many connections")
             self._close_idle(self._open, max(1, self._budget.maximum // CLOSED_PART))
@@ -208,12 +205,6 @@ class OpenConnections:
             self.leave(one)
             if one.transport is not None:
                 one.transport.abort()
-
-    def _holder(self, address: str) -> str | None:
-        ip = parse_address(address)
-        if ip is None or is_within(ip, self._exempt):
-            return None
-        return str(ip_network((ip, IPV6_PREFIX), strict=False)) if isinstance(ip, IPv6Address) else str(ip)
 
     def _warn(self, message: str, **values: object) -> None:
         if monotonic() >= self._log_at:

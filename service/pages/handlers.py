@@ -41,6 +41,7 @@ from service.http.parameters import (
 )
 from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import request_id
+from service.http.share_links import ShareLinks
 from service.http.times import to_rfc3339
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
@@ -123,6 +124,7 @@ class Pages:
         recorder: records retried bodies.
         refusals: the webhooks that got 503.
         vocabulary: the vocabulary.
+        links: makes the links for buyers; None if sharing is off.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the parts that the pages show
@@ -133,6 +135,8 @@ class Pages:
         recorder: Recorder,
         refusals: Refusals,
         vocabulary: VocabularyFile,
+        *,
+        links: ShareLinks | None,
     ) -> None:
         self._pool = pool
         self._access = access
@@ -140,6 +144,7 @@ class Pages:
         self._recorder = recorder
         self._refusals = refusals
         self._vocabulary = vocabulary
+        self._links = links
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes. Only the static files and the session need no key."""
@@ -243,7 +248,14 @@ class Pages:
         position = history.order["position"]
         path, stream = track_path(order_no), f"{order_path(order_no, 'stream')}?after={position}"
         return render_page(
-            request, "order.html", path, stream=stream, order_no=order_no, history=history, before=query.before
+            request,
+            "order.html",
+            path,
+            stream=stream,
+            order_no=order_no,
+            history=history,
+            before=query.before,
+            share_path=self._links.make(order_no).path if self._links is not None else None,
         )
 
     async def show_report(self, request: web.Request) -> web.Response:

@@ -149,6 +149,11 @@ def _environment() -> Environment:
     return environment
 
 
+def render_template(template: str, **variables: Any) -> bytes:
+    """Return a template's text with these variables, in UTF-8."""
+    return _environment().get_template(template).render(variables).encode()
+
+
 def choose_locale(request: web.Request) -> Locale:
     """Return the locale of a request: by its ``lang`` parameter, else by its cookie, else by its browser."""
     chosen = (request.query.get("lang"), request.cookies.get(LANGUAGE_COOKIE))
@@ -190,7 +195,7 @@ def render_page(
         "now": datetime.now(UTC),
         **context,
     }
-    body = _environment().get_template(template).render(variables).encode()
+    body = render_template(template, **variables)
     response = web.Response(body=body, status=status, headers=PAGE_HEADERS)
     response.headers["Content-Language"] = locale.language
     if request.query.get("lang") == locale.language:

@@ -29,6 +29,8 @@ COMPOSED_NAMES = {
     *(f"reason_{verdict}" for verdict in ("late", "refused", "unrecognised")),
     *(f"stage_{state}" for state in ("reached", "now", "skipped", "ahead")),
     *(f"problem_{status}" for status in (400, 403, 404, 409, 422, 503)),
+    *(f"share_status_{status}" for status in (*STATUSES, "none")),
+    *(f"share_{part}_{kind}" for part in ("problem", "hint") for kind in ("403", "404", "503", "other")),
     *(f"cause_{cause}" for cause in get_args(Cause)),
     *(f"operation_{action}" for action in get_args(Action)),
     *(f"via_{via}" for via in get_args(Via)),
