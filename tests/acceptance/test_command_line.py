@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID, uuid4
 
@@ -25,6 +26,7 @@ from service.build import build_info
 from service.database.connections import connect
 from service.database.embedded_postgres import ACCOUNT
 from service.event_log import store
+from service.http.share_links import ShareLinks
 from tests.support.commands import call_command
 from tests.support.databases import TestServer
 from tests.support.processes import RunningService, background_command, run_command, running_service
@@ -107,6 +109,36 @@ def test_send_prints_the_receipt_and_exits_by_the_verdict(
     unsent = run_command(shared_service.state_dir, "send", order_no, "AWB1", "Sent", "--url", NOBODY)
     assert (unsent.returncode, unsent.stdout) == (1, "")
     assert unsent.stderr.startswith(f"cannot send to {NOBODY}")
+
+
+def test_share_prints_a_link(shared_service: RunningService, send: Send, order_no: str) -> None:
+    """``share`` prints a path or a URL, for a time or for always, and names a mistake in one line."""
+    send(order_no, "Dikirim")
+    secret = "a-secret-of-16-characters"  # noqa: S105 - of this test
+
+    def share(*arguments: str, **settings: str) -> tuple[int, str]:
+        done = call_command(shared_service.state_dir, "share", *arguments, **settings)
+        assert (done.stdout + done.stderr).count("\n") == 1
+        return done.returncode, done.stdout or done.stderr
+
+    links = ShareLinks(secret)
+    assert share(order_no, SHARE_SECRET=secret) == (0, f"{links.make(order_no).path}\n")
+    code, url = share(order_no, "--days", "30", "--base-url", "https://tracking.example/", SHARE_SECRET=secret)
+    assert (code, url.startswith("https://tracking.example/t/")) == (0, True)
+    token = url.strip().removeprefix("https://tracking.example/t/")
+    for days, found in ((29, order_no), (31, None)):
+        assert links.read(token, datetime.now(UTC) + timedelta(days=days)) == found
+    code, message = share(order_no)
+    assert (code, message.startswith("ORDER_TRACKING_SHARE_SECRET is not set")) == (2, True)
+    code, message = share("ABSENT", SHARE_SECRET=secret)
+    assert (code, message) == (1, "the log has no events for order ABSENT: check the order number\n")
+    code, message = share(order_no, "--base-url", "tracking.example", SHARE_SECRET=secret)
+    assert (code, message.startswith("'tracking.example' is not the address of a service")) == (2, True)
+    code, message = share(order_no, SHARE_SECRET="short")  # noqa: S106 - too short for a secret
+    assert (code, message.startswith("ORDER_TRACKING_SHARE_SECRET: the secret must have 16 or more")) == (
+        2,
+        True,
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ NGINX: Final = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/u
 # How many webhooks and other requests an address may have in progress. The file allows more webhooks.
 WEBHOOKS_MAX: Final = 20
 READS_MAX: Final = 64
+# How many pages for buyers an address may get at once before their rate is limited. The file allows more.
+BUYERS_BURST: Final = 2
 # The main configuration around the documented file, which belongs in /etc/nginx/conf.d.
 MAIN: Final = """\
 daemon off;
@@ -92,6 +94,8 @@ def proxy(service: RunningService) -> Iterator[tuple[str, Path]]:
         "client_header_timeout 10s": "client_header_timeout 2s",
         "client_body_timeout 10s": "client_body_timeout 60s",
         "limit_conn order_tracking_webhooks 1024": f"limit_conn order_tracking_webhooks {WEBHOOKS_MAX}",
+        "rate=10r/s": "rate=1r/m",
+        "burst=50": f"burst={BUYERS_BURST}",
     }.items():
         assert theirs in documented
         documented = documented.replace(theirs, ours)
@@ -215,7 +219,7 @@ async def port_held(url: str) -> AsyncIterator[None]:
 async def test_nginx_logs_no_token_while_the_service_is_down(
     service: RunningService, proxy: tuple[str, Path]
 ) -> None:
-    """While the service is down, the sender gets a 5xx, and no log of nginx contains the token."""
+    """While the service is down, sender and buyer get a 5xx, and no log of nginx contains a token."""
     url, folder = proxy
     service.terminate()
     try:
@@ -224,11 +228,25 @@ async def test_nginx_logs_no_token_while_the_service_is_down(
             port_held(service.url),
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=tls)) as session,
             session.put(f"{url}/webhook/{TOKEN}", json={"order_no": "KOM2", "status": "Dikirim"}) as answer,
+            session.get(f"{url}/t/{TOKEN}") as page,
         ):
-            assert answer.status == 502
+            assert (answer.status, page.status) == (502, 502)
     finally:
         service.start()
     assert TOKEN not in "".join(log.read_text() for log in folder.glob("*.log"))
+
+
+async def test_nginx_limits_the_rate_of_buyers_pages(proxy: tuple[str, Path]) -> None:
+    """An address that tries links gets 429 after a few, and other requests of it are still served."""
+    url, folder = proxy
+    tls = client_tls(folder)
+    connector = aiohttp.TCPConnector(ssl=tls, local_addr=(SENDER, 0))
+    async with aiohttp.ClientSession(connector=connector) as session:
+        statuses = []
+        for path in (*["/t/forged"] * (BUYERS_BURST + 2), "/livez"):
+            async with session.get(f"{url}{path}") as answer:
+                statuses.append(answer.status)
+    assert statuses == [404] * (BUYERS_BURST + 1) + [429, 200]
 
 
 def client_tls(folder: Path) -> ssl.SSLContext:

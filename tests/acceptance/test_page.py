@@ -33,6 +33,7 @@ ARGUMENTS: Final = [
 MILLISECONDS_MAX: Final = PATIENCE_SECONDS * 1_000
 expect.set_options(timeout=MILLISECONDS_MAX)
 
+SECRET: Final = "a-secret-of-16-characters"  # noqa: S105 - of a service that lives for this module
 ORDER: Final = "KOM-1"
 HOSTILE: Final = '<img src=x onerror="alert(1)">/%2F?#{x}\u202e 100%'
 HOSTILE_PATH: Final = f"/track/{quote(HOSTILE, safe='')}"
@@ -141,7 +142,7 @@ class PageMonitor:
 @pytest.fixture(scope="module")
 def shop(state_template: Path) -> Iterator[RunningService]:
     """Run a service for this module alone, because its tests count orders."""
-    with copied_folder(state_template) as copy, measured_service(copy) as service:
+    with copied_folder(state_template) as copy, measured_service(copy, SHARE_SECRET=SECRET) as service:
         yield service
 
 
@@ -543,6 +544,43 @@ def test_a_problem_leads_back(opened: Open) -> None:
     page.get_by_role("link", name="ID", exact=True).click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Tidak ditemukan")
     expect(page.get_by_role("link", name="Kembali ke halaman sebelumnya")).to_have_count(0)
+
+
+@pytest.mark.parametrize(
+    ("locale", "scheme", "width"),
+    [("id-ID", "light", 1180), ("en-GB", "dark", 1180), ("id-ID", "dark", 390), ("en-GB", "light", 390)],
+)
+def test_a_buyer_reads_one_order(opened: Open, locale: str, scheme: str, width: int) -> None:
+    """From the order's page, a link opens the buyer's page, which fits, can be read, and has no other link."""
+    is_english = locale == "en-GB"
+    size = {"width": width, "height": 844}
+    page = opened(f"/track/{ORDER}", locale=locale, color_scheme=scheme, viewport=size)
+    page.get_by_role("link", name="Page for the buyer" if is_english else "Halaman untuk pembeli").click()
+    expect(page).to_have_url(re.compile(r"/t/[\w-]+$"))
+    expect(page.get_by_role("heading", level=1)).to_have_text(ORDER)
+    expect(page.locator(".status-now")).to_have_text("Out for delivery" if is_english else "Diantar")
+    explanation = "The courier is bringing the parcel to your address."
+    expect(page.get_by_text(explanation)).to_have_count(int(is_english))
+    shown = (
+        ["Out for delivery", "In transit", "Submitted"] if is_english else ["Diantar", "Dikirim", "Diajukan"]
+    )
+    assert entries(page) == shown
+    expect(page.locator(".rail .now")).to_contain_text(shown[0])
+    for path in (page.url, f"/t/{'A' * 40}"):
+        page.goto(path)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate(LOW_CONTRAST) == []
+        assert page.evaluate(NAMELESS) == []
+        assert findings(page) == []
+        links = page.locator("a").evaluate_all("(all) => all.map((one) => one.getAttribute('href'))")
+        assert links == ["?lang=id", "?lang=en"]
+        assert page.locator("script, form, input, iframe").count() == 0
+        expect(page.get_by_role("main")).to_have_count(1)
+        expect(page.get_by_role("heading", level=1)).to_have_count(1)
+    page.go_back()
+    page.get_by_role("link", name="ID" if is_english else "EN", exact=True).click()
+    expect(page.locator(".status-now")).to_have_text("Diantar" if is_english else "Out for delivery")
+    assert page.context.cookies() == []
 
 
 def test_the_keyboard_reaches_the_content(opened: Open) -> None:

@@ -104,6 +104,7 @@ PAGES: Final = {
     "timeline": (timeline.ENTRIES_PAGE, "'KOM77'", "0", "100"),
     "entries of a page": (timeline.NEWEST_ENTRIES, "'KOM77'", "9", "9", "50"),
     "counts of an order": (timeline.COUNTS, "'KOM77'", "9"),
+    "status changes of an order": (timeline.LATEST_ADVANCES, "'KOM77'", "500"),
     "reports a minute": (statistics.MINUTES, LATELY),
     "reports a day": (statistics.DAYS, "ARRAY[now() - interval '2 days']", "now()"),
     "contradictions": (contradictions.PAGE, END, "50", "false", "50"),

@@ -189,9 +189,9 @@ def running_service(state_dir: Path, **settings: str) -> Iterator[RunningService
 
 
 @contextmanager
-def measured_service(state_dir: Path) -> Iterator[RunningService]:
+def measured_service(state_dir: Path, **settings: str) -> Iterator[RunningService]:
     """Run a service whose coverage is measured, for the length of the block."""
-    service = RunningService(state_dir)
+    service = RunningService(state_dir, **settings)
     service.is_measured = True
     with ended_service(service):
         yield service
