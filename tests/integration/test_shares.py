@@ -283,7 +283,7 @@ async def test_strangers_hold_a_bounded_share_of_the_database(
         await sent(client, "KOM1", "Dikirim", path=f"/webhook/{TOKEN}")
         await until_async(partial(is_shown, client, path))
         await connection.execute("BEGIN; LOCK TABLE current_status.orders")
-        reading = []
+        reading: list[asyncio.Task[tuple[int, str, dict[str, str]]]] = []
         # First the share of one address, then the total.
         for address, count, refused in (
             ("198.51.100.1", 3, "198.51.100.1"),
