@@ -1,9 +1,10 @@
 """The page for a buyer: one order, read by a share link, without a key, a script or a link to other pages."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import cache, partial
 from typing import Any, Final, NamedTuple
 
 from aiohttp import hdrs, web
@@ -21,7 +22,7 @@ from service.http.budgets import Budget
 from service.http.problems import ProblemError, to_problem
 from service.http.responses import COMMON_HEADERS
 from service.http.share_links import SHARE_PATH, ShareLinks
-from service.pages.i18n import LANGUAGES, LOCALES, Locale, negotiate_language
+from service.pages.i18n import LANGUAGES, LOCALES, Language, Locale, negotiate_language
 from service.pages.order import Stage, build_stages
 from service.pages.render import render_template
 
@@ -116,8 +117,8 @@ class SharePages:
         except Exception as error:  # noqa: BLE001 - the buyer gets a page for every error
             return _render_problem(request, to_problem(error, request))
         if order is None:
-            return _render(request, "share_problem.html", status=404, kind="404", detail=None)
-        return _render(request, "share.html", order_no=order_no, order=order)
+            return _respond(request, _render_not_found, status=404)
+        return _respond(request, partial(_render, "share.html", order_no=order_no, order=order))
 
     def _refuse_other_machines(self, request: web.Request) -> None:
         if not self._is_open:
@@ -197,19 +198,29 @@ def _render_problem(request: web.Request, problem: ProblemError) -> web.Response
     # Only the operator of a service in the open mode can meet a 403, and needs its detail.
     is_refused = problem.status == web.HTTPForbidden.status_code
     kind = {403: "403", 429: "503", 503: "503"}.get(problem.status, "other")
-    response = _render(
-        request,
-        "share_problem.html",
-        status=problem.status,
-        kind=kind,
-        detail=problem.detail if is_refused else None,
+    detail = problem.detail if is_refused else None
+    response = _respond(
+        request, partial(_render, "share_problem.html", kind=kind, detail=detail), status=problem.status
     )
     response.headers.update(problem.headers)
     return response
 
 
-def _render(request: web.Request, template: str, *, status: int = 200, **context: Any) -> web.Response:
+def _respond(request: web.Request, render: Callable[[Locale], bytes], *, status: int = 200) -> web.Response:
     locale = _choose_locale(request)
-    body = render_template(template, locale=locale, languages=LANGUAGES, **context)
     headers = {**SHARE_HEADERS, hdrs.CONTENT_LANGUAGE: locale.language}
-    return web.Response(body=body, status=status, headers=headers)
+    return web.Response(body=render(locale), status=status, headers=headers)
+
+
+def _render(template: str, locale: Locale, **variables: Any) -> bytes:
+    return render_template(template, locale=locale, languages=LANGUAGES, **variables)
+
+
+def _render_not_found(locale: Locale) -> bytes:
+    return _not_found_page(locale.language)
+
+
+@cache
+def _not_found_page(language: Language) -> bytes:
+    """Return the page for a link that does not work. Strangers may request it often."""
+    return _render("share_problem.html", LOCALES[language], kind="404", detail=None)
