@@ -8,7 +8,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from service.database.connections import ConnectionPool
 from service.event_log import store
-from service.http.endpoints import Endpoint
+from service.http.endpoints import Endpoint, Tag
 from service.http.parameters import Duration, Query, parse_order_no
 from service.http.problems import ProblemError, ProblemType, bad_parameter
 from service.http.responses import json_response
@@ -38,6 +38,8 @@ class SharesApi:
         links: makes the links; None if sharing is off.
     """
 
+    tag = Tag("shares", "Links to the pages of orders for their buyers.")
+
     def __init__(self, pool: ConnectionPool, links: ShareLinks | None) -> None:
         self._pool = pool
         self._links = links
@@ -49,8 +51,8 @@ class SharesApi:
         query=ShareQuery,
         problems=(ProblemType.UNKNOWN_ORDER, ProblemType.SHARING_OFF),
     )
-    async def share_order(self, request: web.Request, query: ShareQuery) -> web.Response:
-        """A link to the order's page for its buyer, who needs no key."""
+    async def get_share_link(self, request: web.Request, query: ShareQuery) -> web.Response:
+        """Get a link to an order's page for its buyer, who needs no key."""
         order_no = parse_order_no(request)
         if query.expires_in == timedelta():
             raise bad_parameter("expires_in", "it must be longer than zero, such as P30D")

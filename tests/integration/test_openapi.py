@@ -99,6 +99,7 @@ OPERATION_IDS = {
     "listEvents", "exportEvents", "listErasures", "streamEvents", "streamOrderEvents",
     "listTransitions", "exportTransitions", "listOperations", "exportOperations", "getRules",
     "listQuarantinedBodies", "getQuarantinedBody", "retryQuarantinedBody", "discardQuarantinedBody",
+    "getShareLink",
     "getProjections", "getLiveness", "getReadiness", "getMetrics", "getOpenapi", "getProblemType",
 }  # fmt: skip
 
