@@ -69,11 +69,15 @@ replay: $(VENV)/run.stamp ## rebuild every view from the log and swap them in
 screenshots: $(VENV)/dev.stamp ## make the README's pictures again (needs Chromium)
 	@$(BIN)/python -m tests.support.screenshots
 
-lock: ## pin the newest versions that pyproject.toml allows, with hashes (needs uv)
+lock: ## pin the newest versions that pyproject.toml allows, with hashes (needs uv and npm)
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		--group installer -o requirements.lock pyproject.toml
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		-c requirements.lock --group installer --group dev -o requirements-dev.lock pyproject.toml
+	@# The programs that check the OpenAPI document, for `make test-long` alone.
+	cd tests/support/contract && uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate -o requirements.lock requirements.in
+	cd tests/support/contract && rm -f package-lock.json && npm install --package-lock-only --no-audit --no-fund
 
 clean: ## remove the virtual environment and caches; never your data
 	rm -rf $(VENV) .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .schemathesis

@@ -49,7 +49,7 @@ Move = TypedDict(
 Move.__doc__ = "How often orders moved from one status to another, and how long they had been in the first."
 
 
-class Day(TypedDict):
+class DailyReports(TypedDict):
     """The number of reports on one day in the shop's time zone, by verdict."""
 
     day: date
@@ -77,7 +77,7 @@ class Statistics(TypedDict):
     timezone: str
     statuses: list[StatusCount]
     moves: list[Move]
-    days: list[Day]
+    days: list[DailyReports]
     unrecognised: list[UnrecognisedString]
 
 

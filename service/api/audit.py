@@ -23,7 +23,7 @@ from service.http.responses import json_response
 from service.vocabulary import VocabularyFile
 
 
-class Transitions(TypedDict):
+class TransitionPage(TypedDict):
     """A page of the audit."""
 
     transitions: list[Transition]
@@ -81,7 +81,7 @@ class TransitionsQuery(TableQuery):
     until: Time | None = Field(default=None, description="the report arrived before this time")
 
 
-class Operations(TypedDict):
+class OperationPage(TypedDict):
     """A page of operators' actions."""
 
     operations: list[Operation]
@@ -141,7 +141,7 @@ class AuditApi:
         self._projectors = projectors
         self._rules = make_rules(vocabulary)
 
-    @Endpoint("GET", "/audit/transitions", Transitions, query=TransitionsQuery)
+    @Endpoint("GET", "/audit/transitions", TransitionPage, query=TransitionsQuery)
     async def list_transitions(self, request: web.Request, query: TransitionsQuery) -> web.Response:
         """List every verdict on every report, in the order of the log."""
         return list_response(query, "transitions", await self._transitions(query), request.path)
@@ -153,7 +153,7 @@ class AuditApi:
             query, "transitions", await self._transitions(query), "/audit/transitions.csv", Transition
         )
 
-    @Endpoint("GET", "/audit/operations", Operations, query=OperationsQuery, scope="admin")
+    @Endpoint("GET", "/audit/operations", OperationPage, query=OperationsQuery, scope="admin")
     async def list_operations(self, request: web.Request, query: OperationsQuery) -> web.Response:
         """List operators' actions, newest first: who did what, when and why."""
         return list_response(query, "operations", await self._operations(query), request.path)

@@ -77,7 +77,7 @@ SSE_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: SSE}
 Send = Callable[[ResponseStream, int], Awaitable[int]]
 
 
-class LogEvents(TypedDict):
+class LogEventPage(TypedDict):
     """A page of the log. ``next`` can always be followed: an empty page is the end of the log for now."""
 
     events: list[LogEvent]
@@ -156,7 +156,7 @@ class ErasuresQuery(Query):
     limit: Limit = Field(default=PAGE_ROWS_DEFAULT, description="the maximum number of rows of the page")
 
 
-class Erasures(TypedDict):
+class ErasurePage(TypedDict):
     """A page of erasures."""
 
     erasures: list[Erasure]
@@ -193,7 +193,7 @@ class EventsApi:
         self.tail = Tail(pool, encode_event, encode_erasure)
         self._behind = asyncio.Semaphore(READERS_BEHIND_MAX)
 
-    @Endpoint("GET", "/events", LogEvents, query=EventsQuery, problems=(ProblemType.OVER_BUDGET,))
+    @Endpoint("GET", "/events", LogEventPage, query=EventsQuery, problems=(ProblemType.OVER_BUDGET,))
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.Response:
         """List the events of all orders, by position: a feed whose `next` can always be followed."""
         if query.verdict is not None or query.status is not None:
@@ -260,7 +260,7 @@ class EventsApi:
         with self._streams.hold(READER.get()):
             return await self._all_events(request, query)
 
-    @Endpoint("GET", "/erasures", Erasures, query=ErasuresQuery)
+    @Endpoint("GET", "/erasures", ErasurePage, query=ErasuresQuery)
     async def list_erasures(self, request: web.Request, query: ErasuresQuery) -> web.Response:
         """List erasures, oldest first: what your copies of the log must lose too."""
         async with self._pool.connection() as connection:

@@ -22,7 +22,7 @@ READY_SECONDS_MAX: Final = 1.0
 IS_STANDBY: Final = "SELECT pg_is_in_recovery()"
 
 
-class Projections(TypedDict):
+class ProjectionList(TypedDict):
     """The state of every view."""
 
     head: int
@@ -69,7 +69,7 @@ class OperationsApi:
         # Read at the start: the files may be replaced while the old code runs.
         self._life: Life = {"status": "alive", **build_info()}  # type: ignore[typeddict-item]
 
-    @Endpoint("GET", "/projections", Projections)
+    @Endpoint("GET", "/projections", ProjectionList)
     async def get_projections(self, _request: web.Request, _query: Query) -> web.Response:
         """Get the position and lag of every view, and the orders parked in it."""
         async with self._pool.connection() as connection:

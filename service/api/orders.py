@@ -64,7 +64,7 @@ HISTORY_EVENTS_MAX: Final = 500
 FOLDS_AT_A_TIME: Final = 2
 
 
-class Orders(TypedDict):
+class OrderPage(TypedDict):
     """A page of orders."""
 
     orders: list[CurrentOrder]
@@ -91,7 +91,7 @@ class OrderEvent(TypedDict):
     data: StatusReported | None
 
 
-class OrderEvents(TypedDict):
+class OrderEventPage(TypedDict):
     """A page of an order's events."""
 
     events: list[OrderEvent]
@@ -157,7 +157,7 @@ class OrdersApi:
             seconds_max=pool.seconds_max,
         )
 
-    @Endpoint("GET", "/orders", Orders, query=OrdersQuery)
+    @Endpoint("GET", "/orders", OrderPage, query=OrdersQuery)
     async def list_orders(self, request: web.Request, query: OrdersQuery) -> web.Response:
         """List orders, newest first by their first report, so that pages never shift."""
         return list_response(query, "orders", await self._orders(query), request.path)
@@ -230,7 +230,7 @@ class OrdersApi:
     @Endpoint(
         "GET",
         "/orders/{order_no}/events",
-        OrderEvents,
+        OrderEventPage,
         query=OrderEventsQuery,
         problems=(ProblemType.UNKNOWN_ORDER,),
     )

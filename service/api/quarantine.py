@@ -26,7 +26,7 @@ from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
 ENTRY_PATH: Final = "/quarantine/{quarantine_id}"
 
 
-class QuarantinedBodies(TypedDict):
+class QuarantinedBodyPage(TypedDict):
     """A page of the quarantine."""
 
     entries: list[QuarantinedBody]
@@ -70,7 +70,7 @@ class QuarantineApi:
         self._pool = pool
         self._recorder = recorder
 
-    @Endpoint("GET", "/quarantine", QuarantinedBodies, query=QuarantineQuery)
+    @Endpoint("GET", "/quarantine", QuarantinedBodyPage, query=QuarantineQuery)
     async def list_quarantined_bodies(self, request: web.Request, query: QuarantineQuery) -> web.Response:
         """List quarantined bodies, newest first."""
         before = POSITION_MAX if query.cursor is None else query.cursor

@@ -22,6 +22,7 @@ from tests.support.processes import environment
 from tests.support.waiting import PATIENCE_SECONDS
 
 LOCKS: Final = ("requirements.lock", "requirements-dev.lock")
+CONTRACT: Final = "tests/support/contract"
 # The lock's entry of pip: its version and hashes.
 PIP: Final = re.compile(r"^pip==(?P<version>\S+) \\\n(?:    --hash=\S+(?: \\)?\n)+", re.MULTILINE)
 
@@ -34,11 +35,20 @@ def test_the_environment_has_the_pip_of_the_lock(name: str) -> None:
     assert pip["version"] == version("pip")
 
 
-@pytest.mark.parametrize("name", LOCKS)
+@pytest.mark.parametrize("name", [*LOCKS, f"{CONTRACT}/requirements.lock"])
 def test_the_locks_name_no_registry(name: str) -> None:
     """A lock holds only names, versions, markers and hashes, so that it works with any registry or mirror."""
     lock = (ROOT / name).read_text(encoding="utf-8")
     assert not re.findall(r"://|^-|^\S+ @ ", lock, re.MULTILINE)
+
+
+def test_the_lock_for_npm_names_no_registry() -> None:
+    """The lock for npm has a hash and no address for each package, and package.json pins exact versions."""
+    lock = json.loads((ROOT / CONTRACT / "package-lock.json").read_text(encoding="utf-8"))
+    root, *packages = lock["packages"].values()
+    assert len(packages) > len(root["devDependencies"])
+    assert all("integrity" in package and "resolved" not in package for package in packages)
+    assert all(re.fullmatch(r"[\d.]+", version) for version in root["devDependencies"].values())
 
 
 def test_make_installs_the_lock_with_the_pinned_pip(tmp_path: Path) -> None:

@@ -154,6 +154,12 @@ async def test_an_events_data_has_a_schema(document: dict[str, Any]) -> None:
     assert "token_name" not in data["required"]
 
 
+async def test_no_schema_has_a_member_of_its_own_name(document: dict[str, Any]) -> None:
+    """The clients of openapi-python-client use one variable for both, so type checkers reject them."""
+    for name, schema in document["components"]["schemas"].items():
+        assert re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower() not in schema.get("properties", {}), name
+
+
 async def test_every_response_has_one_type(document: dict[str, Any]) -> None:
     """No response has a choice of media types, and the client never has to send null."""
     for path, operations in document["paths"].items():
