@@ -24,7 +24,7 @@ from service.http.problems import ProblemError, ProblemType
 from service.http.responses import json_response
 
 
-class Contradictions(TypedDict):
+class ContradictionPage(TypedDict):
     """A page of contradictions."""
 
     contradictions: list[Contradiction]
@@ -61,7 +61,7 @@ class ContradictionsApi:
         self._pool = pool
         self._projectors = projectors
 
-    @Endpoint("GET", "/contradictions", Contradictions, query=ContradictionsQuery)
+    @Endpoint("GET", "/contradictions", ContradictionPage, query=ContradictionsQuery)
     async def list_contradictions(self, request: web.Request, query: ContradictionsQuery) -> web.Response:
         """List the refused reports, newest first, and how each was handled."""
         await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
