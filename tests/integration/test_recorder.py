@@ -92,6 +92,8 @@ async def test_concurrent_reports_share_commits_and_each_gets_its_own_receipt(
             "reported_status": one.reported_status,
             "skipped": event.skipped,
             "reason": event.reason,
+            "quarantine_id": None,
+            "ignored": [],
         }
     assert_judged_in_order([event for _, event in events])
 
