@@ -32,6 +32,7 @@ from service.event_log.codec import UndecodableEventError
 from service.http.times import to_rfc3339
 from service.ingest.quarantine import NotOpenError, UnknownEntryError
 from service.maintenance.backup import BackupError
+from service.maintenance.transfer_file import TransferError
 from service.settings import SettingsError, read_settings
 
 EXIT_FAILURE: Final = 1
@@ -83,7 +84,7 @@ def friendly_errors() -> Iterator[None]:
         fail(f"the database rejected the command: {str(error).partition(chr(10))[0]}")
     except UndecodableEventError as error:
         fail(f"the log holds an event that cannot be decoded: {error}")
-    except (BackupError, SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
+    except (BackupError, TransferError, SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
         fail(error)
     except (InvalidKeyError, NotOpenError, UnknownEntryError) as error:
         fail(error)

@@ -1,10 +1,9 @@
-import sys
-from pathlib import Path
-from typing import IO, Annotated
+from typing import Annotated
 
 import typer
 
-from service.cli.console import database, err, fail
+from service.cli.console import database, err
+from service.cli.files import open_file
 from service.database.connections import connected
 from service.maintenance import backup as backups
 from service.settings import read_settings
@@ -16,14 +15,7 @@ async def restore(
     settings = read_settings()
     tools = backups.find_tools(settings)
     async with database(as_service=False, may_create=True) as dsn, connected(dsn) as connection:
-        with _open(file) as dump:
+        with open_file(file) as dump:
             head = await backups.restore(connection, dsn, dump, tools, settings.state_dir)
     err.print(f"restored: the log ends at position {head}")
     err.print("the next 'serve' or 'replay' rebuilds the views; then run 'check' to check the database")
-
-
-def _open(name: str) -> IO[bytes]:
-    try:
-        return sys.stdin.buffer if name == "-" else Path(name).open("rb")
-    except OSError as error:
-        fail(f"cannot read {name}: {error.strerror}")

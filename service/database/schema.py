@@ -49,6 +49,7 @@ RECORD_VERSION: Final = """
     ON CONFLICT (version) DO UPDATE SET sha256 = excluded.sha256
 """
 SET_SEARCH_PATH: Final = "SELECT set_config('search_path', $1, true)"
+CLEAR_DEFINITION: Final = "UPDATE projection SET definition = ''"
 INSERT_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
 
 OWNER_ROLE: Final = "order_tracking_owner"
@@ -311,3 +312,18 @@ async def _create_views(connection: Connection, *, is_new: bool) -> None:
                 await connection.execute(view.indexes_sql)
             await connection.execute(INSERT_PROJECTION, view.definition if is_new else "")
     await connection.execute(SET_SEARCH_PATH, "public")
+
+
+async def mark_views_outdated(connection: Connection) -> None:
+    """Empty the definitions of all views in the present transaction, so that 'serve' rebuilds them.
+
+    The service's role owns the views: its triggers must not run with the rights of the caller.
+    """
+    await connection.execute(ACT_AS, "none")
+    if await connection.fetchval(MAY_ACT_AS_SERVICE):
+        await connection.execute(ACT_AS, SERVICE_ROLE)
+    for view in VIEWS:
+        await connection.execute(SET_SEARCH_PATH, view.name)
+        await connection.execute(CLEAR_DEFINITION)
+    await connection.execute(SET_SEARCH_PATH, "public")
+    await connection.execute(ACT_AS, "none")

@@ -35,6 +35,8 @@ SEQUENCE: Final = """
 """
 # Logical replication does not copy sequences.
 ADVANCE: Final = "SELECT setval('{sequence}', max({column})) FROM {table}"
+ADVANCE_TO: Final = "SELECT setval('public.{sequence}', $1)"
+LAST_NUMBER: Final = "SELECT CASE WHEN is_called THEN last_value ELSE last_value - 1 END FROM public.{sequence}"
 RESET: Final = "ALTER SEQUENCE {sequence} INCREMENT 1 CACHE 1"
 
 
@@ -65,3 +67,15 @@ async def require_rising_numbers(connection: Connection) -> None:
     """
     if faults := await find_faults(connection):
         raise UnsupportedServerError("; ".join(faults))
+
+
+async def last_number(connection: Connection, numbered: Numbered) -> int:
+    """Return the last number that a sequence has given, 0 if none."""
+    number: int = await connection.fetchval(LAST_NUMBER.format(sequence=numbered.sequence))
+    return number
+
+
+async def advance(connection: Connection, numbered: Numbered, number: int) -> None:
+    """Let a sequence continue after a number, unless it is there already. No rollback takes this back."""
+    if number > await last_number(connection, numbered):
+        await connection.execute(ADVANCE_TO.format(sequence=numbered.sequence), number)
