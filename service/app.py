@@ -1,9 +1,11 @@
 """The composition root: every part is created and connected here, and stopped in reverse order."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import Final
+from math import inf
+from typing import Final, cast
 
 import structlog
 from aiohttp import web
@@ -20,16 +22,21 @@ from service.api.orders import OrdersApi
 from service.api.quarantine import QuarantineApi
 from service.api.shares import SharesApi
 from service.api.statistics import StatisticsApi
+from service.api.waiting import Waiting
 from service.background import BackgroundTasks, follow, listen
 from service.database.connections import (
     HOT_SETTINGS,
     POOL_SETTINGS,
+    RECONNECT_PAUSE_SECONDS,
     ConnectionPool,
     DedicatedConnection,
+    StorageUnavailableError,
+    UnsupportedServerError,
     connect,
 )
 from service.database.durability import read_durability
-from service.database.schema import VIEWS
+from service.database.schema import VIEWS, prepare_database
+from service.dsn import LOCAL_SOCKET, read_hosts
 from service.event_log.feed import Feed
 from service.event_log.store import CHANNEL, last_arrival
 from service.http.access import Access
@@ -69,12 +76,15 @@ class Service:
         settings: the settings.
         dsn: the database's DSN, with the service's own role.
         owner_dsn: the configured DSN, whose role may erase; None for the same.
+        budgets: the budgets of the process; None for new ones.
     """
 
-    def __init__(self, settings: Settings, dsn: str, owner_dsn: str | None = None) -> None:
+    def __init__(
+        self, settings: Settings, dsn: str, owner_dsn: str | None = None, budgets: Budgets | None = None
+    ) -> None:
         seconds_max = settings.request_seconds_max
         self.vocabulary = settings.vocabulary
-        self.budgets = Budgets()
+        self.budgets = budgets or Budgets()
         self.pool = ConnectionPool(dsn, seconds_max)
         connect_hot = partial(connect, dsn, **HOT_SETTINGS)
         connect_timely = partial(connect, dsn, **POOL_SETTINGS)
@@ -254,33 +264,124 @@ def make_webhook_auth(settings: Settings, refusals: AuthRefusals) -> WebhookAuth
     )
 
 
+class Listener:
+    """The port of one process. It responds with 503 until a service is ready, and then serves that service.
+
+    Args:
+        settings: the settings.
+        dsn: the configured DSN.
+    """
+
+    def __init__(self, settings: Settings, dsn: str) -> None:
+        self._settings = settings
+        self._dsn = dsn
+        self.budgets = Budgets()
+        self._background = BackgroundTasks()
+        self.waiting = Waiting(", ".join(map(str, read_hosts(dsn))) or LOCAL_SOCKET)
+        # None while it does not listen.
+        self.port: int | None = None
+        self._server = HttpServer(
+            self.waiting.make_app(settings.body_bytes_max),
+            settings.host,
+            settings.port,
+            reuse_port=settings.reuse_port,
+            on_response=lambda *_: None,
+            budget=self.budgets.connections,
+            exempt=(*LOOPBACK, *settings.trusted_proxies),
+        )
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the server cannot listen on the address.
+        """
+        self.port = await self._server.start()
+        self._background.start("close slow connections", self._server.close_slow_connections)
+
+    async def stop(self) -> None:
+        """Close every connection."""
+        await self._background.stop()
+        await self._server.stop()
+
+    async def start_service(self, on_failure: Callable[[StorageUnavailableError], object]) -> Service:
+        """Wait for the database as long as it takes, and return a started service.
+
+        Args:
+            on_failure: called for each failed attempt, after which there is another one.
+
+        Raises:
+            UnsupportedServerError: this release cannot use the server, or positions would not rise.
+            SchemaError: this release cannot work with the database's schema.
+        """
+        while True:
+            dsn = await prepare_database(self._dsn, inf, on_failure)
+            service = Service(self._settings, dsn, self._dsn, self.budgets)
+            try:
+                await service.start()
+            except BaseException as error:
+                await service.stop()
+                if not isinstance(error, StorageUnavailableError) or isinstance(error, UnsupportedServerError):
+                    raise
+                on_failure(error)
+                await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
+            else:
+                return service
+
+    @asynccontextmanager
+    async def serving(self, service: Service) -> AsyncIterator[int]:
+        """Serve a started service until the block ends; yield the port.
+
+        Raises:
+            OSError: the server cannot listen on the address.
+        """
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(service.stop)
+            stack.push_async_callback(self.stop)
+            await self._server.replace(service.make_app(self._settings.body_bytes_max), service.on_response)
+            if self.port is None:
+                await self.start()
+            yield cast("int", self.port)
+            self._server.stop_listening()
+            await service.events.tail.end()
+            # Accepted reports are answered first. The service does not wait for the rest of an incomplete body.
+            await service.recorder.drain()
+
+
 @asynccontextmanager
-async def serving(
-    settings: Settings, dsn: str, owner_dsn: str | None = None
-) -> AsyncIterator[tuple[int, Service]]:
-    """Serve until the block ends; yield the port and the running parts.
+async def listening(settings: Settings, dsn: str) -> AsyncIterator[Listener]:
+    """Listen until the block ends.
+
+    If several processes share the port, this one listens only when it is ready: it would respond with 503 to
+    requests that the others could serve.
 
     Raises:
         OSError: the server cannot listen on the address.
     """
-    async with AsyncExitStack() as stack:
-        service = Service(settings, dsn, owner_dsn)
-        stack.push_async_callback(service.stop)
+    listener = Listener(settings, dsn)
+    try:
+        if not settings.reuse_port:
+            await listener.start()
+        yield listener
+    finally:
+        await listener.stop()
+
+
+@asynccontextmanager
+async def serving(
+    settings: Settings, dsn: str, owner_dsn: str | None = None
+) -> AsyncIterator[tuple[int, Service]]:
+    """Serve a prepared database until the block ends; yield the port and the running parts.
+
+    Raises:
+        OSError: the server cannot listen on the address.
+    """
+    listener = Listener(settings, dsn)
+    service = Service(settings, dsn, owner_dsn, listener.budgets)
+    try:
         await service.start()
-        server = HttpServer(
-            service.make_app(settings.body_bytes_max),
-            settings.host,
-            settings.port,
-            reuse_port=settings.reuse_port,
-            on_response=service.on_response,
-            budget=service.budgets.connections,
-            exempt=(*LOOPBACK, *settings.trusted_proxies),
-        )
-        stack.push_async_callback(server.stop)
-        port = await server.start()
-        service.background.start("close slow connections", server.close_slow_connections)
+    except BaseException:
+        await service.stop()
+        raise
+    async with listener.serving(service) as port:
         yield port, service
-        server.stop_listening()
-        await service.events.tail.end()
-        # Accepted reports are answered first. The service does not wait for the rest of an incomplete body.
-        await service.recorder.drain()

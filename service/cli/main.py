@@ -15,8 +15,8 @@ from typer.main import get_command
 
 from service.build import build_info
 
-# A command is a function, a coroutine function or a Typer; its module has the same name, with underscores, and one
-# at the end if that is a keyword of Python. See ``runnable``.
+# A command is a function, a coroutine function or a Typer; its module has the same name, with underscores, and
+# one at the end if that is a keyword of Python. See ``runnable``.
 # Pairs, not a dictionary, because bandit would take the summary of "token" for a password.
 COMMANDS: Final = (
     ("serve", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),

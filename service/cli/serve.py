@@ -2,18 +2,18 @@ import asyncio
 import logging
 import signal
 import sys
+from functools import partial
 from shlex import quote
 
 import structlog
 import uvloop
 from aiohttp import http_parser
 
-from service.app import Service, serving
+from service.app import Listener, Service, listening
 from service.cli.console import completes, fail, show, stop_event, tune_gc
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import CREATE_ACCOUNT, EmbeddedPostgres, belongs_to_nobody
 from service.database.operations import record_openness, system_user
-from service.database.schema import prepare_database
 from service.http.request_ids import add_request_id
 from service.http.server import raise_open_files_limit
 from service.ingest.webhook_auth import WebhookAuth
@@ -47,22 +47,28 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
         signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if ends_with_terminal else ())
     ) as stopped:
         try:
-            # The database may take a while to start.
-            preparation = asyncio.ensure_future(prepare_database(dsn))
-            if not await completes(preparation, stopped.wait()):
-                return
-            async with serving(settings, preparation.result(), dsn) as (port, service):
+            async with listening(settings, dsn) as listener:
+                hung_up = asyncio.Event()
+                loop = asyncio.get_running_loop()
                 if not ends_with_terminal:
-                    loop = asyncio.get_running_loop()
-                    loop.add_signal_handler(signal.SIGHUP, _reload_tokens, service.webhook_auth)
-                is_without_keys = await service.access.has_no_keys()
-                await _record_opened(settings, service)
-                _greet(settings, port)
-                _log_vocabulary(service.vocabulary)
-                _warn(settings, is_without_keys=is_without_keys)
-                tune_gc()
-                await stopped.wait()
-                logger.info("stopping")
+                    loop.add_signal_handler(signal.SIGHUP, hung_up.set)
+                starting = asyncio.ensure_future(listener.start_service(partial(_note, settings, listener)))
+                if not await completes(starting, stopped.wait()):
+                    return
+                service = starting.result()
+                async with listener.serving(service) as port:
+                    if not ends_with_terminal:
+                        loop.add_signal_handler(signal.SIGHUP, _reload_tokens, service.webhook_auth)
+                        if hung_up.is_set():
+                            _reload_tokens(service.webhook_auth)
+                    is_without_keys = await service.access.has_no_keys()
+                    await _record_opened(settings, service)
+                    _greet(settings, port)
+                    _log_vocabulary(service.vocabulary)
+                    _warn(settings, is_without_keys=is_without_keys)
+                    tune_gc()
+                    await stopped.wait()
+                    logger.info("stopping")
         except StorageUnavailableError:
             raise
         except OSError as error:
@@ -76,9 +82,23 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
                 await asyncio.gather(keeper, return_exceptions=True)
 
 
-def _greet(settings: Settings, port: int) -> None:
+def _note(settings: Settings, listener: Listener, error: StorageUnavailableError) -> None:
+    """Note why the service has to wait. The first time, print what it waits for."""
+    if not listener.waiting.note(error) or settings.log_format == "json":
+        return
+    show(f"order-tracking waits for the database at {listener.waiting.database}")
+    if listener.port is not None:
+        show(f"  until then it responds with 503; the cause is at {_base_url(settings, listener.port)}/readyz")
+    sys.stdout.flush()
+
+
+def _base_url(settings: Settings, port: int) -> str:
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    base = f"http://{host}:{port}"
+    return f"http://{host}:{port}"
+
+
+def _greet(settings: Settings, port: int) -> None:
+    base = _base_url(settings, port)
     greeting = f"order-tracking is listening on {base}"
     data = "the database at ORDER_TRACKING_DATABASE_URL" if settings.database_url else str(settings.state_dir)
     if settings.log_format == "json":

@@ -179,6 +179,10 @@ async def connected(dsn: str, **settings: str) -> AsyncIterator[Connection]:
     connection = await connect(dsn, **settings)
     try:
         yield connection
+    except asyncio.CancelledError:
+        # A server that does not respond must not delay the end of the process.
+        connection.terminate()
+        raise
     finally:
         await connection.close()
 

@@ -3,14 +3,14 @@
 import asyncio
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 import asyncpg
-import structlog
 
 from projections import current_status, statistics, timeline
 from projections.engine import View
@@ -29,6 +29,10 @@ SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 MIGRATIONS_FOLDER: Final = Path(__file__).resolve().parent / "migrations"
 # How long a start waits for an unreachable database, such as one that starts at the same time.
 START_SECONDS_MAX: Final = 30.0
+# The pause between two attempts grows to this: a rejected login is a line in the server's log each time.
+START_PAUSE_SECONDS_MAX: Final = 1.0
+# The server or the network has ended the connection.
+ENDED: Final = (asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError, asyncpg.InterfaceError)
 
 # Processes that start on one database at once take turns. The number is the word "SCHEMA" in ASCII.
 SCHEMA_LOCK: Final = 0x534348454D41
@@ -84,8 +88,6 @@ GRANT_SCHEMAS: Final = """
     END $$
 """
 
-logger = structlog.get_logger()
-
 
 class SchemaError(Exception):
     """This release cannot work with the database's schema. ``str()`` says what to do."""
@@ -134,31 +136,49 @@ MIGRATIONS: Final = read_migrations(MIGRATIONS_FOLDER)
 SCHEMA_VERSION: Final = MIGRATIONS[-1].version
 
 
-async def prepare_database(dsn: str) -> str:
+async def prepare_database(
+    dsn: str,
+    seconds_max: float = START_SECONDS_MAX,
+    on_failure: Callable[[StorageUnavailableError], object] = lambda _: None,
+) -> str:
     """Wait for the database, bring its schema up to date, and return the DSN that the service connects with.
 
+    Args:
+        dsn: the configured DSN.
+        seconds_max: how long to wait for an unreachable database.
+        on_failure: called for each failed attempt, after which there is another one.
+
     Raises:
-        StorageUnavailableError: the database was unreachable for START_SECONDS_MAX.
+        StorageUnavailableError: the database was unreachable for ``seconds_max``.
         UnsupportedServerError: this release cannot use the server, or positions would not rise.
         SchemaError: this release cannot work with the database's schema.
     """
-    deadline = asyncio.get_running_loop().time() + START_SECONDS_MAX
-    is_waiting = False
+    deadline = asyncio.get_running_loop().time() + seconds_max
+    pause = RECONNECT_PAUSE_SECONDS
     while True:
         try:
-            async with connected(dsn) as connection:
-                await apply_schema(connection)
-                await require_rising_numbers(connection)
-            return await service_dsn(dsn)
+            with _ended_as_unavailable():
+                async with connected(dsn) as connection:
+                    await apply_schema(connection)
+                    await require_rising_numbers(connection)
+                return await service_dsn(dsn)
         except UnsupportedServerError:
             raise
         except StorageUnavailableError as error:
             if asyncio.get_running_loop().time() > deadline:
                 raise
-            if not is_waiting:
-                is_waiting = True
-                logger.warning("waiting for the database", error=str(error))
-            await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
+            on_failure(error)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, START_PAUSE_SECONDS_MAX)
+
+
+@contextmanager
+def _ended_as_unavailable() -> Iterator[None]:
+    """Raise StorageUnavailableError if the server ends the connection, as when it restarts."""
+    try:
+        yield
+    except ENDED as error:
+        raise StorageUnavailableError(str(error)) from error
 
 
 async def apply_schema(connection: Connection, migrations: Sequence[Migration] = MIGRATIONS) -> None:
@@ -187,6 +207,8 @@ async def apply_schema(connection: Connection, migrations: Sequence[Migration] =
         except asyncpg.LockNotAvailableError as error:
             detail = "another session, such as pg_dump or psql, holds a lock that a migration needs"
             raise StorageUnavailableError(detail) from error
+        except ENDED:
+            raise
         except asyncpg.PostgresError as error:
             what = "schema.sql" if is_new else "a migration"
             raise SchemaError(f"{what} cannot be applied to this database: {error}") from error

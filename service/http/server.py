@@ -282,7 +282,7 @@ def _closing_response(problem: ProblemError, request: web.BaseRequest) -> web.Re
 
 
 class HttpServer:
-    """Serves an application on one address.
+    """Serves an application on one address. Another application can replace it without closing a connection.
 
     Args:
         app: the application.
@@ -307,7 +307,9 @@ class HttpServer:
     ) -> None:
         self._connections = OpenConnections(budget, exempt)
         self._on_response = on_response
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS_MAX)
+        # The first one has the connections.
+        self._runners = [_make_runner(app)]
+        self._handler: _Handler | None = None
         self._address = (host, port)
         self._reuse_port = reuse_port
         self._listener: asyncio.Server | None = None
@@ -318,11 +320,10 @@ class HttpServer:
         Raises:
             OSError: the server cannot listen on the address.
         """
-        await self._runner.setup()
-        server = self._runner.server
-        if server is None:
-            raise RuntimeError("aiohttp's runner has no server")
-        server.request_handler = _guarded(server.request_handler, self._on_response)
+        server = await _set_up(self._runners[0])
+        if self._handler is None:
+            self._handler = server.request_handler
+        server.request_handler = _guarded(self._handle, self._measure)
         loop = asyncio.get_running_loop()
         make_connection = partial(
             Connection,
@@ -344,11 +345,31 @@ class HttpServer:
         name: tuple[str, int] = self._listener.sockets[0].getsockname()
         return name[1]
 
+    async def replace(self, app: web.Application, on_response: OnResponse) -> None:
+        """Let another application handle every further request, on open connections too.
+
+        Args:
+            app: the application, with the same size limit of bodies.
+            on_response: called for every response.
+        """
+        runner = _make_runner(app)
+        self._runners.append(runner)
+        self._handler = (await _set_up(runner)).request_handler
+        self._on_response = on_response
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if self._handler is None:
+            raise RuntimeError("the server was not started")
+        return await self._handler(request)
+
+    def _measure(self, request: web.BaseRequest, status: int, seconds: float) -> None:
+        self._on_response(request, status, seconds)
+
     async def close_slow_connections(self) -> None:
         """Until cancelled, close every connection on which a head takes longer than HEAD_SECONDS_MAX."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            server = self._runner.server
+            server = self._runners[0].server
             latest = monotonic() - HEAD_SECONDS_MAX
             for each in server.connections if server is not None else ():
                 since = getattr(each, "arriving_since", None)
@@ -363,4 +384,16 @@ class HttpServer:
     async def stop(self) -> None:
         """Close every connection."""
         self.stop_listening()
-        await self._runner.cleanup()
+        for runner in self._runners:
+            await runner.cleanup()
+
+
+def _make_runner(app: web.Application) -> web.AppRunner:
+    return web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS_MAX)
+
+
+async def _set_up(runner: web.AppRunner) -> web.Server:
+    await runner.setup()
+    if runner.server is None:
+        raise RuntimeError("aiohttp's runner has no server")
+    return runner.server

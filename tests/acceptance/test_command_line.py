@@ -439,12 +439,15 @@ def test_a_database_that_cannot_be_reached_is_one_clear_line(tmp_path: Path) -> 
 
 
 def test_it_can_be_stopped_while_it_waits_for_its_database(tmp_path: Path) -> None:
-    """SIGTERM stops a service whose database is unreachable, with exit code 0."""
-    unreachable = "postgresql://nobody@127.0.0.1:9/absent"
+    """SIGTERM stops a service whose database is unreachable, with exit code 0. Its output has no secret."""
+    unreachable = "postgresql://nobody:secret@127.0.0.1:9/absent"
     with background_command(tmp_path, "serve", DATABASE_URL=unreachable) as waiting:
         assert waiting.stdout is not None
-        assert "waiting for the database" in waiting.stdout.readline()
+        logged, printed = waiting.stdout.readline(), waiting.stdout.readline()
+        assert "waiting for the database" in logged
+        assert printed == "order-tracking waits for the database at 127.0.0.1:9\n"
         waiting.terminate()
+        assert "secret" not in logged + printed + waiting.stdout.read()
         assert waiting.wait(PATIENCE_SECONDS) == 0
 
 

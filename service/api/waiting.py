@@ -1,0 +1,66 @@
+"""The responses of a service that waits for its database: it is alive, but not ready."""
+
+from time import monotonic
+from typing import Final
+
+import structlog
+from aiohttp import web
+
+from service.http.access import Handler
+from service.http.problems import unavailable
+from service.http.responses import json_response
+from service.ingest.refusals import Cause, find_cause
+
+# How often a cause that lasts is logged again.
+REMINDER_SECONDS: Final = 300.0
+LIVENESS_PATH: Final = "/livez"
+READINESS_PATH: Final = "/readyz"
+
+logger = structlog.get_logger()
+
+
+class Waiting:
+    """Why a service is not ready yet.
+
+    Args:
+        database: the database's hosts, without secrets.
+        reminder_seconds: how often a cause that lasts is logged again.
+    """
+
+    def __init__(self, database: str, reminder_seconds: float = REMINDER_SECONDS) -> None:
+        self.database = database
+        # Until the first attempt has failed, nothing else is known.
+        self.cause: Cause = "no_answer"
+        self._reminder_seconds = reminder_seconds
+        self._logged: Cause | None = None
+        self._log_at = 0.0
+
+    def note(self, error: Exception) -> bool:
+        """Note why an attempt failed, and log it if it is new or has lasted; return whether it is the first."""
+        is_first = self._logged is None
+        self.cause = find_cause(error)
+        if self.cause != self._logged or monotonic() >= self._log_at:
+            self._logged = self.cause
+            self._log_at = monotonic() + self._reminder_seconds
+            logger.warning(
+                "waiting for the database", database=self.database, cause=self.cause, error=str(error)
+            )
+        return is_first
+
+    def make_app(self, body_bytes_max: int) -> web.Application:
+        """Return the HTTP application. It reads no bodies.
+
+        Args:
+            body_bytes_max: the size limit of request bodies.
+        """
+        # Unlike a route, a middleware also gets the requests without a route.
+        return web.Application(client_max_size=body_bytes_max, middlewares=[self._respond])
+
+    @web.middleware
+    async def _respond(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        del handler  # aiohttp passes it by this name
+        if request.path == LIVENESS_PATH:
+            return json_response({"status": "alive"})
+        if request.path == READINESS_PATH:
+            raise unavailable("the service waits for its database", cause=self.cause)
+        raise unavailable("the service waits for its database, so it neither records nor reads yet")
