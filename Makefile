@@ -20,11 +20,13 @@ run: $(VENV)/run.stamp ## serve on 127.0.0.1:8080 with an embedded PostgreSQL (O
 	@exec $(BIN)/order-tracking serve
 
 demo: $(VENV)/run.stamp ## simulate Komerce against a temporary service; Ctrl-C removes it and its data
-	@# Ctrl-C does not reach the service: it still runs when the simulator reads the log for its account.
+	@# Ctrl-C does not reach the service: it still runs when the simulator reads the log for its account. The port is any
+	@# free one, since `make run` may hold the usual one.
 	@dir=$$(mktemp -d) && chmod 711 "$$dir" && : >"$$dir/.env" && : >"$$dir/log" || exit 1; \
 	export ORDER_TRACKING_STATE_DIR="$$dir" ORDER_TRACKING_ENV_FILE="$$dir/.env" ORDER_TRACKING_DATABASE_URL= \
 		ORDER_TRACKING_WEBHOOK_TOKENS= ORDER_TRACKING_WEBHOOK_HMAC_SECRET= \
-		ORDER_TRACKING_HOST= ORDER_TRACKING_TRUSTED_PROXIES= ORDER_TRACKING_LOG_FORMAT=; \
+		ORDER_TRACKING_HOST= ORDER_TRACKING_TRUSTED_PROXIES= ORDER_TRACKING_LOG_FORMAT= \
+		ORDER_TRACKING_PORT="$${ORDER_TRACKING_PORT:-0}"; \
 	$(BIN)/python -c 'import os, sys; os.setpgrp(); os.execv(sys.argv[1], sys.argv[1:])' \
 		$(BIN)/order-tracking serve >"$$dir/log" 2>&1 & pid=$$!; \
 	trap 'trap "" INT TERM HUP; kill $$pid 2>/dev/null; wait $$pid; rm -rf "$$dir"' EXIT; \

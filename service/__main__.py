@@ -12,13 +12,14 @@ def main() -> None:
         # Nothing needs a cleanup yet, so Ctrl-C may end the process without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from service.cli.main import cli  # noqa: PLC0415 - it takes half a second
+    from service.program import command_name  # noqa: PLC0415 - after the signals
 
     if handles_ctrl_c:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _exit)
-    cli(prog_name="order-tracking")
+    cli(prog_name=command_name())
 
 
 def _exit(number: int, _frame: FrameType | None) -> NoReturn:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, Secr
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.dsn import read_hosts, read_target
+from service.program import command_name
 from service.vocabulary import VocabularyFile, read_vocabulary
 
 PREFIX: Final = "ORDER_TRACKING_"
@@ -119,7 +120,7 @@ def _check_token(token: SecretStr) -> SecretStr:
     if len(secret) < SECRET_CHARACTERS_MIN or not _TOKEN.fullmatch(secret):
         raise ValueError(
             f"a token must have {SECRET_CHARACTERS_MIN} or more of the characters A-Z a-z 0-9 . _ ~ - "
-            "('order-tracking token' generates one)"
+            f"('{command_name()} token' generates one)"
         )
     return token
 

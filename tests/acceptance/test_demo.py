@@ -4,15 +4,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from service.settings import Settings
 from tests.support.folders import ROOT, temporary_folder
 from tests.support.processes import environment, running_commands, wait_for_output
 from tests.support.waiting import PATIENCE_SECONDS, until
@@ -33,15 +35,14 @@ class Demo:
         self.temporary = folder / "tmp"
         self._log = folder / "log"
         self.temporary.mkdir(mode=0o711)
+        # The demo must ignore these settings, which would prevent the user from opening it.
+        settings = environment(folder, TRUSTED_PROXIES="10.0.0.0/8", LOG_FORMAT="json", HOST="0.0.0.0")  # noqa: S104
+        del settings["ORDER_TRACKING_PORT"]
         with self._log.open("wb") as output:
             self.process = subprocess.Popen(
                 ["make", "demo", "ARGS=--orders 8 --rate 60 --seed 1 --delay 0 --hang-up 0"],
                 cwd=ROOT,
-                env={
-                    # The demo must ignore these settings, which would prevent the user from opening it.
-                    **environment(folder, TRUSTED_PROXIES="10.0.0.0/8", LOG_FORMAT="json", HOST="0.0.0.0"),  # noqa: S104
-                    "TMPDIR": str(self.temporary),
-                },
+                env={**settings, "TMPDIR": str(self.temporary)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -74,9 +75,20 @@ def demo() -> Iterator[Demo]:
         assert str(demo.temporary) not in running_commands()
 
 
+@contextmanager
+def usual_port_taken() -> Iterator[None]:
+    """Hold the port of ``make run`` for the length of the block, unless another process holds it already."""
+    with ExitStack() as stack:
+        with suppress(OSError):
+            stack.enter_context(socket.create_server(("127.0.0.1", Settings.model_fields["port"].default)))
+        yield
+
+
 def test_a_demo_runs_until_ctrl_c_and_leaves_nothing() -> None:
-    """The demo serves pages and orders, and its account agrees; Ctrl-C leaves no process and no file."""
-    with demo() as running:
+    """The demo serves pages and orders on a free port, and its account agrees; Ctrl-C leaves no process and no
+    file.
+    """
+    with usual_port_taken(), demo() as running:
         url = running.wait_for(LOOK_AT)["url"]
         running.wait_for(ALL_IS_TOLD)
         assert "the account agrees" in running.output

