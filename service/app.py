@@ -115,7 +115,7 @@ class Service:
         projectors = [*self.projectors.values()]
         volume = Volume(settings.webhook_bytes_hourly_max)
         auth_refusals = AuthRefusals(settings.trusted_proxies)
-        refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
+        self.refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
         self.retention: Retention | None = None
         if settings.body_retention_days:
             self.retention = Retention(self.pool, owner_dsn or dsn, dsn, settings.body_retention_days)
@@ -124,7 +124,7 @@ class Service:
             projectors,
             quarantine,
             volume,
-            refusals,
+            self.refusals,
             auth_refusals,
             self.budgets,
             self.retention,
@@ -140,12 +140,12 @@ class Service:
         )
         self.access = Access(self.auth_connection, seconds_max, auth_refusals, is_open=settings.is_open)
         self.webhook_auth = make_webhook_auth(settings, auth_refusals)
-        self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, volume, refusals)
+        self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, volume, self.refusals)
         self.events = EventsApi(self.pool, self.access, self.budgets.streams, self.projectors)
         share_secret = settings.share_secret.get_secret_value()
         links = ShareLinks(share_secret) if share_secret else None
         self.pages = Pages(
-            self.pool, self.access, self.projectors, self.recorder, refusals, self.vocabulary, links=links
+            self.pool, self.access, self.projectors, self.recorder, self.refusals, self.vocabulary, links=links
         )
         self.share_pages = SharePages(
             self.pool,
@@ -164,7 +164,7 @@ class Service:
             ContradictionsApi(self.pool, self.projectors),
             QuarantineApi(self.pool, self.recorder),
             SharesApi(self.pool, links),
-            OperationsApi(self.pool, self.auth_connection, projectors, refusals),
+            OperationsApi(self.pool, self.auth_connection, projectors, self.refusals),
             self.metrics,
         ]
         self.openapi = OpenApi(self.apis)
@@ -277,7 +277,8 @@ class Listener:
         self._dsn = dsn
         self.budgets = Budgets()
         self._background = BackgroundTasks()
-        self.waiting = Waiting(", ".join(map(str, read_hosts(dsn))) or LOCAL_SOCKET)
+        database = ", ".join(map(str, read_hosts(dsn))) or LOCAL_SOCKET
+        self.waiting = Waiting(database, settings.request_seconds_max)
         # None while it does not listen.
         self.port: int | None = None
         self._server = HttpServer(
@@ -301,6 +302,7 @@ class Listener:
 
     async def stop(self) -> None:
         """Close every connection."""
+        self.waiting.end()
         await self._background.stop()
         await self._server.stop()
 
@@ -339,6 +341,8 @@ class Listener:
             stack.push_async_callback(service.stop)
             stack.push_async_callback(self.stop)
             await self._server.replace(service.make_app(self._settings.body_bytes_max), service.on_response)
+            service.refusals.counts.update(self.waiting.refused)
+            self.waiting.end(self._server.handle)
             if self.port is None:
                 await self.start()
             yield cast("int", self.port)

@@ -323,7 +323,7 @@ class HttpServer:
         server = await _set_up(self._runners[0])
         if self._handler is None:
             self._handler = server.request_handler
-        server.request_handler = _guarded(self._handle, self._measure)
+        server.request_handler = _guarded(self.handle, self._measure)
         loop = asyncio.get_running_loop()
         make_connection = partial(
             Connection,
@@ -357,7 +357,8 @@ class HttpServer:
         self._handler = (await _set_up(runner)).request_handler
         self._on_response = on_response
 
-    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Let the present application handle a request."""
         if self._handler is None:
             raise RuntimeError("the server was not started")
         return await self._handler(request)

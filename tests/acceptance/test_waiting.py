@@ -125,7 +125,12 @@ def test_it_listens_while_its_database_is_away_and_then_serves(
             status, _, content = line.request("PUT", "/webhook", REPORT)
             assert (status, orjson.loads(content)["version"]) == (200, version)
             line.close()
+        line = Line(port)
+        assert b'webhook_refusals_total{cause="unreachable"} 2.0' in line.request("GET", "/metrics")[2]
+        line.close()
         assert service.output.count(LOGGED) == 1
+        assert "the database is ready" in service.output
+        assert "refused=2" in service.output
         assert service.terminate() == 0
 
 

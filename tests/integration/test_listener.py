@@ -1,0 +1,64 @@
+"""The port of a starting service: requests that arrive early are served by it, or refused in time."""
+
+import asyncio
+
+import aiohttp
+
+from service.app import Listener, listening
+from service.settings import Settings
+from tests.support.client import Client
+from tests.support.waiting import condition, until_async
+
+BODY = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'
+# Longer than any test.
+FOREVER = 60.0
+
+
+def client_of(listener: Listener, session: aiohttp.ClientSession) -> Client:
+    assert listener.port is not None
+    return Client(session, listener.port)
+
+
+async def test_requests_wait_for_a_service_that_starts(dsn: str) -> None:
+    """A webhook and a stream that arrive before the service is ready are served as soon as it is."""
+    settings = Settings(port=0, request_seconds_max=FOREVER)
+    async with listening(settings, dsn) as listener, aiohttp.ClientSession() as session:
+        client = client_of(listener, session)
+        sent = asyncio.create_task(client.raw(BODY, Expect="100-continue"))
+        unknown = asyncio.create_task(client.status("GET", "/nonsense"))
+        await until_async(condition(lambda: listener.budgets.connections.held >= 2))
+        assert await client.get("/livez") == {"status": "alive"}
+        assert (await client.get("/readyz", status=503))["cause"] == "no_answer"
+        assert not sent.done()
+        async with listener.serving(await listener.start_service(lambda _: None)):
+            assert ((await sent)["version"], await unknown) == (1, 404)
+            assert await client.get("/readyz") == {"status": "ready"}
+            assert (await client.get("/orders/KOM1?after_position=1"))["status"] == "in_transit"
+
+
+async def test_a_wait_is_limited_and_refusals_are_counted(dsn: str) -> None:
+    """A request that waits too long gets 503. A refused webhook is in the metrics once the service is ready."""
+    settings = Settings(port=0, request_seconds_max=0.01)
+    async with listening(settings, dsn) as listener, aiohttp.ClientSession() as session:
+        client = client_of(listener, session)
+        assert await client.status("PUT", "/webhook/token", BODY) == 503
+        _, headers = await client.get_with_headers("/orders", status=503)
+        assert headers["Retry-After"] == "2"
+    settings = Settings(port=0)
+    async with listening(settings, dsn) as other, aiohttp.ClientSession() as session:
+        other.waiting.refused.update(listener.waiting.refused)
+        async with other.serving(await other.start_service(lambda _: None)):
+            assert 'webhook_refusals_total{cause="no_answer"} 1.0' in await client_of(other, session).text(
+                "/metrics"
+            )
+
+
+async def test_the_end_of_the_process_answers_waiting_requests(dsn: str) -> None:
+    """If the process ends before the service is ready, requests that wait get 503 at once."""
+    settings = Settings(port=0, request_seconds_max=FOREVER)
+    async with aiohttp.ClientSession() as session:
+        async with listening(settings, dsn) as listener:
+            sent = asyncio.create_task(client_of(listener, session).status("PUT", "/webhook", BODY))
+            await until_async(condition(lambda: listener.budgets.connections.held == 1))
+            await client_of(listener, session).get("/livez")
+        assert await sent == 503
