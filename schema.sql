@@ -356,6 +356,11 @@ CREATE TABLE orders (
     cnote              text,
     first_reported_at  timestamptz NOT NULL,
     last_reported_at   timestamptz NOT NULL,
+    submitted_at       timestamptz,                -- of the first report that advanced the order to the status
+    picked_up_at       timestamptz,
+    shipped_at         timestamptz,                -- to in_transit
+    delivered_at       timestamptz,
+    delivery_attempts  bigint      NOT NULL,       -- how often the order advanced to out_for_delivery
     advanced           bigint      NOT NULL,       -- the number of reports with each verdict
     repeated           bigint      NOT NULL,
     late               bigint      NOT NULL,

@@ -40,10 +40,24 @@ class CurrentOrder(TypedDict):
     status_since: datetime | None
     first_reported_at: datetime
     last_reported_at: datetime
+    submitted_at: datetime | None
+    picked_up_at: datetime | None
+    shipped_at: datetime | None
+    delivered_at: datetime | None
+    delivery_attempts: int
     counts: Counts
     rejudgements: int
     parked: Parked | None
 
+
+# The column of each milestone, by its status: the time of the first report that advanced the order to it. The
+# first time stays if the order reaches the status again, so a milestone that you copied never changes.
+MILESTONES: Final[dict[Status | None, str]] = {
+    "submitted": "submitted_at",
+    "picked_up": "picked_up_at",
+    "in_transit": "shipped_at",
+    "delivered": "delivered_at",
+}
 
 # A row of the table orders by column name, and "cnotes": the airway bills that were reported for the order.
 Row: TypeAlias = dict[str, Any]
@@ -69,6 +83,11 @@ def fold(events: Iterable[DecodedEvent], rows: dict[str, Row]) -> None:
                 "cnote": None,
                 "first_reported_at": received_at,
                 "last_reported_at": None,
+                "submitted_at": None,
+                "picked_up_at": None,
+                "shipped_at": None,
+                "delivered_at": None,
+                "delivery_attempts": 0,
                 "advanced": 0,
                 "repeated": 0,
                 "late": 0,
@@ -90,6 +109,11 @@ def fold(events: Iterable[DecodedEvent], rows: dict[str, Row]) -> None:
         if verdict == "advanced":
             row["reported_status"] = event.reported_status
             row["status_since"] = received_at
+            milestone = MILESTONES.get(event.status)
+            if milestone is not None and row[milestone] is None:
+                row[milestone] = received_at
+            if event.status == "out_for_delivery":
+                row["delivery_attempts"] += 1
         if event.reported_cnote is not None and event.reported_cnote not in row["cnotes"]:
             row["cnotes"].append(event.reported_cnote)
 
@@ -102,8 +126,10 @@ ADD_TO_ORDERS: Final = f"""
         SELECT * FROM json_to_recordset($1) AS batch (
             order_no text, version bigint, position bigint, first_position bigint, status text,
             reported_status text, status_since timestamptz, cnote text, first_reported_at timestamptz,
-            last_reported_at timestamptz, advanced bigint, repeated bigint, late bigint, refused bigint,
-            unrecognised bigint, rejudgements bigint, cnotes text[])
+            last_reported_at timestamptz, submitted_at timestamptz, picked_up_at timestamptz,
+            shipped_at timestamptz, delivered_at timestamptz, delivery_attempts bigint,
+            advanced bigint, repeated bigint, late bigint, refused bigint, unrecognised bigint,
+            rejudgements bigint, cnotes text[])
     ), added_cnotes AS (
         INSERT INTO order_cnotes (cnote, order_no)
         SELECT reported.cnote, batch.order_no FROM batch, unnest(batch.cnotes) AS reported (cnote)
@@ -111,7 +137,8 @@ ADD_TO_ORDERS: Final = f"""
     ), added AS (
         INSERT INTO orders (
             order_no, version, position, first_position, status, reported_status, status_since, cnote,
-            first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised, rejudgements)
+            first_reported_at, last_reported_at, submitted_at, picked_up_at, shipped_at, delivered_at,
+            delivery_attempts, advanced, repeated, late, refused, unrecognised, rejudgements)
         SELECT batch.order_no, batch.version, batch.position,
             coalesce(present.first_position, batch.first_position),
             batch.status,
@@ -121,6 +148,11 @@ ADD_TO_ORDERS: Final = f"""
             coalesce(present.first_reported_at, batch.first_reported_at),
             -- A batch may have only a rejudgement, which is not a report.
             coalesce(batch.last_reported_at, present.last_reported_at),
+            coalesce(present.submitted_at, batch.submitted_at),
+            coalesce(present.picked_up_at, batch.picked_up_at),
+            coalesce(present.shipped_at, batch.shipped_at),
+            coalesce(present.delivered_at, batch.delivered_at),
+            batch.delivery_attempts + coalesce(present.delivery_attempts, 0),
             batch.advanced + coalesce(present.advanced, 0),
             batch.repeated + coalesce(present.repeated, 0),
             batch.late + coalesce(present.late, 0),
@@ -136,6 +168,11 @@ ADD_TO_ORDERS: Final = f"""
             status_since = excluded.status_since,
             cnote = excluded.cnote,
             last_reported_at = excluded.last_reported_at,
+            submitted_at = excluded.submitted_at,
+            picked_up_at = excluded.picked_up_at,
+            shipped_at = excluded.shipped_at,
+            delivered_at = excluded.delivered_at,
+            delivery_attempts = excluded.delivery_attempts,
             advanced = excluded.advanced,
             repeated = excluded.repeated,
             late = excluded.late,
@@ -162,7 +199,7 @@ async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
 
 VIEW: Final = View(
     name="current_status",
-    fold_version=3,
+    fold_version=4,
     tables=("orders", "order_cnotes", "blocks"),
     apply=apply,
     # Larger batches gain no throughput and delay webhooks: with 2,000 events, their p99 rose from 2.3 times
@@ -189,6 +226,11 @@ def to_order(row: Any) -> CurrentOrder:
         "status_since": row["status_since"],
         "first_reported_at": row["first_reported_at"],
         "last_reported_at": row["last_reported_at"],
+        "submitted_at": row["submitted_at"],
+        "picked_up_at": row["picked_up_at"],
+        "shipped_at": row["shipped_at"],
+        "delivered_at": row["delivered_at"],
+        "delivery_attempts": row["delivery_attempts"],
         "counts": {
             "advanced": row["advanced"],
             "repeated": row["repeated"],

@@ -128,6 +128,7 @@ MAKE_ORDERS: Final = """
     SELECT order_no, version, position, first_position, statuses[cardinality(statuses)] AS status,
         advancing[cardinality(advancing)] AS reported_status, status_since,
         coalesce(taken[cardinality(taken)], heard[1]) AS cnote, first_reported_at, last_reported_at,
+        submitted_at, picked_up_at, shipped_at, delivered_at, delivery_attempts,
         advanced, repeated, late, refused, unrecognised
     FROM (
         SELECT order_no, max(version) AS version, max(position) AS position, min(position) AS first_position,
@@ -138,6 +139,12 @@ MAKE_ORDERS: Final = """
             array_agg(reported_cnote ORDER BY version)
                 FILTER (WHERE reported_cnote IS NOT NULL AND verdict IN ('advanced', 'repeated')) AS taken,
             array_agg(reported_cnote ORDER BY version) FILTER (WHERE reported_cnote IS NOT NULL) AS heard,
+            min(received_at) FILTER (WHERE verdict = 'advanced' AND status = 'submitted') AS submitted_at,
+            min(received_at) FILTER (WHERE verdict = 'advanced' AND status = 'picked_up') AS picked_up_at,
+            min(received_at) FILTER (WHERE verdict = 'advanced' AND status = 'in_transit') AS shipped_at,
+            min(received_at) FILTER (WHERE verdict = 'advanced' AND status = 'delivered') AS delivered_at,
+            count(*) FILTER (WHERE verdict = 'advanced' AND status = 'out_for_delivery')
+                AS delivery_attempts,
             count(*) FILTER (WHERE verdict = 'advanced') AS advanced,
             count(*) FILTER (WHERE verdict = 'repeated') AS repeated,
             count(*) FILTER (WHERE verdict = 'late') AS late,
@@ -166,7 +173,8 @@ ORDER_COLUMNS: Final = (
         "status_since",
         "cnote",
     ),
-    *("first_reported_at", "last_reported_at", "advanced", "repeated", "late", "refused", "unrecognised"),
+    *("first_reported_at", "last_reported_at", "submitted_at", "picked_up_at", "shipped_at", "delivered_at"),
+    *("delivery_attempts", "advanced", "repeated", "late", "refused", "unrecognised"),
 )
 # Our table, the table made by SQL, and their columns.
 COMPARED: Final = (

@@ -130,7 +130,8 @@ async def test_an_order_as_it_is_now(client: Client) -> None:
     await client.webhook("KOM1", "Diajukan", "")
     last = await client.webhook("KOM1", "Dikirim", "AWB7")
     order, headers = await client.get_with_headers(f"/orders/KOM1?after_position={last['position']}")
-    times = [order.pop(name) for name in ("status_since", "first_reported_at", "last_reported_at")]
+    names = ("status_since", "first_reported_at", "last_reported_at", "submitted_at", "shipped_at")
+    times = [order.pop(name) for name in names]
     assert all(datetime.fromisoformat(time).tzinfo is not None for time in times)
     assert order == {
         "order_no": "KOM1",
@@ -141,6 +142,9 @@ async def test_an_order_as_it_is_now(client: Client) -> None:
         "settled": False,
         "version": 2,
         "position": 2,
+        "picked_up_at": None,
+        "delivered_at": None,
+        "delivery_attempts": 0,
         "counts": {"advanced": 2, "repeated": 0, "late": 0, "refused": 0, "unrecognised": 0},
         "rejudgements": 0,
         "parked": None,

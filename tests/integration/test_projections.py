@@ -88,6 +88,11 @@ async def test_the_views_follow_the_log_behind_the_commit(service: Service, conn
         "status_since": NOW,
         "first_reported_at": NOW,
         "last_reported_at": NOW,
+        "submitted_at": NOW,
+        "picked_up_at": None,
+        "shipped_at": NOW,
+        "delivered_at": None,
+        "delivery_attempts": 0,
         "counts": {"advanced": 2, "repeated": 1, "late": 1, "refused": 1, "unrecognised": 1},
         "rejudgements": 0,
         "parked": None,
@@ -175,6 +180,24 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
 
     await asyncio.to_thread(try_many)
     assert await rebuilt(dsn) == EQUAL
+
+
+async def test_a_milestone_keeps_its_first_time_in_later_batches(
+    service: Service, dsn: str, connection: Connection
+) -> None:
+    """An order reaches milestones again in later batches: the row has the first times, live and rebuilt."""
+    statuses = (
+        *("Diajukan", "Dijemput", "Bermasalah", "Dijemput", "Dikirim", "Diantar", "Bermasalah", "Dikirim"),
+        *("Diantar", "Diterima", "Retur", "Hilang", "Dikirim", "Diterima"),
+    )
+    for second, status in enumerate(statuses):
+        await record(service, report("KOM1", status, received_at=NOW + timedelta(seconds=second)))
+    ((order, _),) = await current_status.find_orders(connection, ["KOM1"])
+    assert order is not None
+    names = ("submitted_at", "picked_up_at", "shipped_at", "delivered_at")
+    assert [order[name].second - NOW.second for name in names] == [0, 1, 4, 9]  # type: ignore[literal-required]
+    assert order["delivery_attempts"] == 2
+    assert await rebuilt(dsn, verify=True) == EQUAL
 
 
 async def test_two_processes_project_each_event_once(dsn: str, connection: Connection) -> None:
@@ -574,6 +597,6 @@ async def test_a_view_is_written_by_its_projection_alone(connection: Connection)
     with pytest.raises(asyncpg.CheckViolationError):
         await connection.execute(
             "INSERT INTO current_status.orders (order_no, version, position, first_position, "
-            "first_reported_at, last_reported_at, advanced, repeated, late, refused, unrecognised, "
-            "rejudgements) VALUES ('KOM1', 2, 1, 1, now(), now(), 0, 0, 0, 0, 1, 0)"
+            "first_reported_at, last_reported_at, delivery_attempts, advanced, repeated, late, refused, "
+            "unrecognised, rejudgements) VALUES ('KOM1', 2, 1, 1, now(), now(), 0, 0, 0, 0, 0, 1, 0)"
         )

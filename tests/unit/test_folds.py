@@ -111,6 +111,8 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
         counts: dict[str, Any] = {
             verdict: sum(event.verdict == verdict for event in reports) for verdict in VERDICTS
         }
+        advanced = [event for _, event in mine if event.verdict == "advanced"]
+        reached = {event.status: event.timestamp for event in reversed(advanced)}
         assert folded["first_position"] == first_position
         assert row == {
             "order_no": order_no,
@@ -124,6 +126,11 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
             "status_since": brought.timestamp if brought else None,
             "first_reported_at": first.timestamp,
             "last_reported_at": reports[-1].timestamp,
+            "submitted_at": reached.get("submitted"),
+            "picked_up_at": reached.get("picked_up"),
+            "shipped_at": reached.get("in_transit"),
+            "delivered_at": reached.get("delivered"),
+            "delivery_attempts": sum(event.status == "out_for_delivery" for event in advanced),
             "counts": counts,
             "rejudgements": len(mine) - len(reports),
             "parked": None,
@@ -141,8 +148,27 @@ def test_current_status_of_a_journey() -> None:
     assert row.pop("cnotes") == [CNOTE, CNOTE_OF_THE_RETURN]
     assert list(row.values()) == [
         *(SENT.order_no, 6, 15, 10, "returning", "Return", RECEIVED_AT + 4 * MINUTE, CNOTE_OF_THE_RETURN),
-        *(RECEIVED_AT, RECEIVED_AT + 5 * MINUTE, 3, 1, 1, 0, 1, 0),
+        *(RECEIVED_AT, RECEIVED_AT + 5 * MINUTE, None, None, RECEIVED_AT + MINUTE, None, 0, 3, 1, 1, 0, 1, 0),
     ]
+
+
+def test_milestones_are_the_first_times_and_attempts_are_counted() -> None:
+    """A milestone keeps its first time, and has none if its status was only reported late; each return to
+    out_for_delivery is another attempt.
+    """
+    events = history(
+        *("Diajukan", "Dikirim", "Dijemput", "Diantar", "Diantar", "Bermasalah", "Dikirim", "Diantar"),
+        *("Diterima", "Retur", "Hilang", "Dikirim", "Diterima"),
+    )
+    rows: dict[str, current_status.Row] = {}
+    current_status.fold(enumerate(events, 1), rows)
+    order = current_status.to_order(rows[SENT.order_no])
+    assert order["counts"]["advanced"] == 11
+    assert order["submitted_at"] == RECEIVED_AT
+    assert order["picked_up_at"] is None
+    assert order["shipped_at"] == RECEIVED_AT + MINUTE
+    assert order["delivered_at"] == RECEIVED_AT + 8 * MINUTE
+    assert order["delivery_attempts"] == 2
 
 
 # The timeline
