@@ -10,7 +10,7 @@ from domain.statuses import SETTLED, Label, Status, status_label
 from projections.engine import DecodedEvent, View
 from projections.parked import Parked
 from projections.postgres_errors import Connection
-from projections.windows import BLOCK_POSITIONS, WIDEN_BLOCKS
+from projections.windows import BLOCK_POSITIONS
 
 
 class Counts(TypedDict):
@@ -182,11 +182,20 @@ ADD_TO_ORDERS: Final = f"""
         RETURNING first_position, first_reported_at, last_reported_at
     ), seen AS (
         SELECT first_position / {BLOCK_POSITIONS} AS block, min(first_reported_at) AS earliest,
+            max(first_reported_at) AS newest,
             -- Rounded up, so that each new report does not widen its order's block.
             date_trunc('hour', max(last_reported_at)) + interval '1 hour' AS latest
         FROM added GROUP BY 1
     )
-    {WIDEN_BLOCKS}
+    INSERT INTO blocks (block, earliest, newest, latest)
+    SELECT seen.block, seen.earliest, seen.newest, seen.latest FROM seen LEFT JOIN blocks USING (block)
+    WHERE blocks.block IS NULL OR seen.earliest < blocks.earliest OR seen.newest > blocks.newest
+        OR seen.latest > blocks.latest
+    -- Most reports widen no block, and must not lock its row.
+    ON CONFLICT (block) DO UPDATE SET
+        earliest = least(blocks.earliest, excluded.earliest),
+        newest = greatest(blocks.newest, excluded.newest),
+        latest = greatest(blocks.latest, excluded.latest)
 """
 
 
@@ -253,27 +262,6 @@ ORDERS_BY_NUMBER: Final = """
     ) AS parked USING (order_no)
 """
 
-UNSETTLED: Final = """
-    (status IS NULL OR status NOT IN ('delivered', 'completed', 'returned', 'cancelled', 'lost', 'damaged'))
-"""
-
-# Orders that are not settled and were last reported at or before a time, longest unreported first.
-STUCK: Final = f"""
-    SELECT order_no, status, last_reported_at FROM current_status.orders
-    WHERE last_reported_at <= $1 AND {UNSETTLED}
-    ORDER BY last_reported_at
-    LIMIT $2
-"""
-
-
-# The same, a page after a time and an order number.
-UNREPORTED: Final = f"""
-    SELECT order_no, cnote, status, last_reported_at FROM current_status.orders
-    WHERE last_reported_at <= $1 AND {UNSETTLED} AND (last_reported_at, order_no) > ($2, $3)
-    ORDER BY last_reported_at, order_no
-    LIMIT $4
-"""
-
 
 class FoundOrder(NamedTuple):
     """An order, None if the view lacks it, and the position from which it is parked, None if it is not."""
@@ -289,39 +277,3 @@ async def find_orders(connection: Connection, order_nos: Sequence[str]) -> list[
         FoundOrder(to_order(row) if row["version"] is not None else None, row["parked_position"])
         for row in (rows[order_no] for order_no in order_nos)
     ]
-
-
-class StuckOrder(NamedTuple):
-    """An order that is not settled and has had no report for a long time."""
-
-    order_no: str
-    status: Status | None
-    last_reported_at: datetime
-
-
-async def stuck_orders(connection: Connection, since: datetime, limit: int) -> list[StuckOrder]:
-    """Return orders that are not settled and had no report after ``since``, longest unreported first."""
-    return [StuckOrder(*row) for row in await connection.fetch(STUCK, since, limit)]
-
-
-class UnreportedOrder(NamedTuple):
-    """An order that is not settled and has had no report for a long time, with its airway bill."""
-
-    order_no: str
-    cnote: str | None
-    status: Status | None
-    last_reported_at: datetime
-
-
-async def unreported_orders(
-    connection: Connection, since: datetime, after: tuple[datetime, str], limit: int
-) -> list[UnreportedOrder]:
-    """Return a page of the orders that are not settled and had no report after ``since``.
-
-    Args:
-        connection: a connection.
-        since: the time.
-        after: the last report and the number of the previous page's last order.
-        limit: the most orders to return.
-    """
-    return [UnreportedOrder(*row) for row in await connection.fetch(UNREPORTED, since, *after, limit)]

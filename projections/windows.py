@@ -13,7 +13,7 @@ from typing import Final, Generic, NamedTuple, TypeVar
 from projections.postgres_errors import Connection
 
 # A page walks at most this many rows after a first, short walk. It may try three indexes before, and it looks
-# up each row, and its airway bill: at most 8 times as many rows in all.
+# up each row, and its airway bills: at most 12 times as many rows in all.
 WALKED_ROWS_MAX: Final = 2_000
 # The number of positions in a block. If you change it, raise the fold_version of both views that have blocks.
 BLOCK_POSITIONS: Final = 8_192

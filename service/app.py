@@ -157,7 +157,7 @@ class Service:
             is_open=settings.is_open,
         )
         self.apis: list[Api] = [
-            OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets.folds),
+            OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets),
             StatisticsApi(self.pool, self.projectors, self.vocabulary.recognise, settings.zone),
             self.events,
             AuditApi(self.pool, self.projectors, self.vocabulary),

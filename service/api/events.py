@@ -10,7 +10,6 @@ from typing import Final, NamedTuple
 
 import orjson
 from aiohttp import hdrs, web
-from aiohttp.http import HttpVersion11
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
@@ -47,9 +46,9 @@ from service.http.problems import (
     beyond_head,
     unavailable,
 )
-from service.http.responses import COMMON_HEADERS, JSON_OPTIONS
+from service.http.responses import JSON_OPTIONS, STREAM_HEADERS
 from service.http.server import is_gone
-from service.http.streaming import ResponseStream, begin_stream
+from service.http.streaming import ResponseStream, begin_stream, refuse_old_version
 
 # Readers that are behind the tail's memory take turns, so that many of them delay no webhook.
 READERS_BEHIND_MAX: Final = 4
@@ -68,8 +67,6 @@ HEARTBEAT: Final = b": heartbeat\n\n"
 LAST_EVENT_ID: Final = "Last-Event-ID"
 # Python's int() refuses thousands of digits. A position has at most nineteen.
 _DIGITS: Final = re.compile(r"\d{1,19}", re.ASCII)
-# nginx must not buffer a stream.
-STREAM_HEADERS: Final = {**COMMON_HEADERS, "X-Accel-Buffering": "no"}
 NDJSON_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: NDJSON}
 SSE_HEADERS: Final = {**STREAM_HEADERS, hdrs.CONTENT_TYPE: SSE}
 
@@ -254,7 +251,7 @@ class EventsApi:
     @Endpoint("GET", "/events.ndjson", str, query=AllEventsQuery, media=NDJSON)
     async def export_events(self, request: web.Request, query: AllEventsQuery) -> web.StreamResponse:
         """Get all events up to the head of the log as NDJSON, one event on each line."""
-        _refuse_old_version(request)
+        refuse_old_version(request)
         if request.method == hdrs.METH_HEAD:
             return (await begin_stream(request, NDJSON_HEADERS)).response
         with self._streams.hold(READER.get()):
@@ -329,7 +326,7 @@ class EventsApi:
     async def _stream(
         self, request: web.Request, query: StreamQuery, send: Send, order_no: str | None = None
     ) -> web.StreamResponse:
-        _refuse_old_version(request)
+        refuse_old_version(request)
         last_seen = _last_event_id(request)
         after = query.after if last_seen is None else last_seen
         if request.method == hdrs.METH_HEAD:
@@ -450,12 +447,6 @@ async def _refuse_another_event(
 def _choose_message(request: web.Request) -> Callable[[Message], bytes]:
     """Return which message of an event the reader may see. A key's scope never changes."""
     return attrgetter("whole" if has_scope(request, "read:bodies") else "without_body")
-
-
-def _refuse_old_version(request: web.Request) -> None:
-    # Without chunked encoding, a response that was cut off looks complete.
-    if request.version < HttpVersion11:
-        raise ProblemError(ProblemType.HTTP_VERSION, "a stream requires HTTP/1.1")
 
 
 def _last_event_id(request: web.Request) -> int | None:

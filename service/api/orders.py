@@ -1,23 +1,31 @@
 """Orders over HTTP: current status, state as of an earlier version or time, timeline, and recorded events."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from itertools import takewhile
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Final
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from domain.statuses import Status
 from domain.transitions import Verdict
-from projections import current_status, order_list, timeline
+from projections import current_status, timeline
 from projections.current_status import CurrentOrder, FoundOrder
 from projections.engine import DecodedEvent, Projector
-from projections.order_list import OrdersFilter
+from projections.order_list import (
+    LAST_PLACE,
+    ListedOrder,
+    OrdersFilter,
+    Place,
+    Sort,
+    orders_page,
+    updated_page,
+)
 from projections.parked import Parked
 from projections.timeline import TimelineEntry, TimelineHead
 from projections.windows import POSITION_MAX
@@ -34,9 +42,10 @@ from service.event_log.codec import (
 )
 from service.event_log.store import RecordedEvent
 from service.http.access import has_scope
-from service.http.budgets import Budget
+from service.http.budgets import Budgets
+from service.http.csv_export import csv_heading, csv_line
 from service.http.endpoints import CSV, Endpoint, Tag
-from service.http.pagination import Page, csv_response, cut_page, list_response
+from service.http.pagination import Page, csv_headers, csv_response, cut_page, list_response
 from service.http.parameters import (
     PAGE_ROWS_DEFAULT,
     Duration,
@@ -44,6 +53,8 @@ from service.http.parameters import (
     Limit,
     Position,
     Query,
+    SortedCursor,
+    Statuses,
     TableQuery,
     Text,
     Time,
@@ -52,8 +63,9 @@ from service.http.parameters import (
     order_path,
     parse_order_no,
 )
-from service.http.problems import ProblemError, ProblemType, order_parked, unavailable
-from service.http.responses import REVALIDATED, has_etag, json_response, response
+from service.http.problems import ProblemError, ProblemType, bad_parameter, order_parked, unavailable
+from service.http.responses import REVALIDATED, STREAM_HEADERS, has_etag, json_response, response
+from service.http.streaming import ResponseStream, begin_stream, refuse_old_version
 
 # The maximum number of single-order reads that share one query, and that wait for one.
 READS_BATCH_MAX: Final = 256
@@ -62,6 +74,9 @@ READS_QUEUE_MAX: Final = 16_384
 HISTORY_EVENTS_MAX: Final = 500
 # How many such reads run at a time. Each takes a connection, and a share of the processor.
 FOLDS_AT_A_TIME: Final = 2
+# Lists that are sent whole take turns to read, so that many of them delay no webhook.
+EXPORTS_AT_A_TIME: Final = 2
+CSV_HEADERS: Final = {**STREAM_HEADERS, **csv_headers("orders")}
 
 
 class OrderPage(TypedDict):
@@ -101,13 +116,72 @@ class OrderEventPage(TypedDict):
 class OrdersQuery(TableQuery):
     """The filters of a list of orders."""
 
-    status: Status | None = Field(default=None, description="orders with this status")
+    # Each order of the list has its own kind of key.
+    cursor: SortedCursor | None = Field(  # type: ignore[assignment]
+        default=None, description="from the `next` of the previous page"
+    )
+    sort: Sort = Field(
+        default="first",
+        description="newest first by the `first` report, so that pages never shift, or by the last (`updated`)",
+    )
+    status: Statuses | None = Field(
+        default=None, description="orders with this status, or with one of several, separated by commas"
+    )
+    settled: bool | None = Field(default=None, description="orders whose status is settled, or is not")
+    search: Text | None = Field(
+        default=None,
+        description="the beginning of the order number, or of an airway bill that was ever reported for it",
+    )
     cnote: Text | None = Field(default=None, description="an airway bill that was ever reported for the order")
     verdict: Verdict | None = Field(default=None, description="orders with at least one report of this verdict")
     updated_after: Time | None = Field(default=None, description="the last report was at or after this time")
     updated_before: Time | None = Field(default=None, description="the last report was before this time")
+    first_reported_after: Time | None = Field(
+        default=None, description="the first report was at or after this time"
+    )
+    first_reported_before: Time | None = Field(
+        default=None, description="the first report was before this time"
+    )
     unmoved_for: Duration | None = Field(
         default=None, description="the order is not settled and has had no report for this long"
+    )
+
+    @property
+    def first_place(self) -> int | Place:
+        """The key that the page begins at, in the order of the list.
+
+        Raises:
+            ProblemError: 400, the cursor is of another order.
+        """
+        if self.cursor is None:
+            return POSITION_MAX if self.sort == "first" else LAST_PLACE
+        if isinstance(self.cursor, int) and self.sort == "first":
+            return self.cursor
+        if isinstance(self.cursor, tuple) and self.sort == "updated":
+            return min(Place(*self.cursor), LAST_PLACE)
+        raise bad_parameter("cursor", "it must be a cursor from an earlier response with the same sort")
+
+    def to_filter(self, now: datetime) -> OrdersFilter:
+        """Return the filter of the list."""
+        return OrdersFilter(
+            statuses=self.status,
+            settled=self.settled,
+            cnote=self.cnote,
+            search=self.search,
+            verdict=self.verdict,
+            updated_after=self.updated_after,
+            updated_before=self.updated_before,
+            first_reported_after=self.first_reported_after,
+            first_reported_before=self.first_reported_before,
+            unmoved_since=now - self.unmoved_for if self.unmoved_for is not None else None,
+        )
+
+
+class AllOrdersQuery(OrdersQuery):
+    """The filters of a list of orders that is sent whole unless it has a limit."""
+
+    limit: Limit | None = Field(  # type: ignore[assignment]
+        default=None, description="the most orders to return; by default all, in one response"
     )
 
 
@@ -133,7 +207,7 @@ class OrdersApi:
         pool: the connections for all reads except batched ones.
         dedicated: the connection for batched reads of single orders.
         projectors: the projectors by the names of their views.
-        folds: the budget of reads of earlier states.
+        budgets: the budgets of reads of earlier states and of long responses.
     """
 
     tag = Tag("orders", "Each order's current status, earlier states, timeline and recorded events.")
@@ -143,12 +217,14 @@ class OrdersApi:
         pool: ConnectionPool,
         dedicated: DedicatedConnection,
         projectors: Mapping[str, Projector],
-        folds: Budget,
+        budgets: Budgets,
     ) -> None:
         self._pool = pool
         self._dedicated = dedicated
         self._projectors = projectors
-        self._folds = folds
+        self._folds = budgets.folds
+        self._streams = budgets.streams
+        self._export_turns = asyncio.Semaphore(EXPORTS_AT_A_TIME)
         self._fold_turns = asyncio.Semaphore(FOLDS_AT_A_TIME)
         self._reads: Batcher[str, FoundOrder] = Batcher(
             self._find_orders,
@@ -159,13 +235,29 @@ class OrdersApi:
 
     @Endpoint("GET", "/orders", OrderPage, query=OrdersQuery)
     async def list_orders(self, request: web.Request, query: OrdersQuery) -> web.Response:
-        """List orders, newest first by their first report, so that pages never shift."""
-        return list_response(query, "orders", await self._orders(query), request.path)
+        """List orders, newest first by their first report, so that pages never shift, or by their last one."""
+        return list_response(query, "orders", await self._orders(query, query.limit), request.path)
 
-    @Endpoint("GET", "/orders.csv", str, query=OrdersQuery, media=CSV)
-    async def export_orders(self, _request: web.Request, query: OrdersQuery) -> web.Response:
-        """List orders as CSV, newest first by their first report."""
-        return csv_response(query, "orders", await self._orders(query), "/orders.csv", CurrentOrder)
+    @Endpoint(
+        "GET",
+        "/orders.csv",
+        str,
+        query=AllOrdersQuery,
+        media=CSV,
+        problems=(ProblemType.HTTP_VERSION, ProblemType.OVER_BUDGET),
+    )
+    async def export_orders(self, request: web.Request, query: AllOrdersQuery) -> web.StreamResponse:
+        """List orders as CSV, newest first by their first report or their last one: all, or at most `limit`."""
+        if query.limit is not None:
+            page = await self._orders(query, query.limit)
+            return csv_response(query, "orders", page, "/orders.csv", CurrentOrder)
+        refuse_old_version(request)
+        place, filters = query.first_place, query.to_filter(datetime.now(UTC))
+        await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
+        if request.method == hdrs.METH_HEAD:
+            return (await begin_stream(request, CSV_HEADERS)).response
+        with self._streams.hold(READER.get()):
+            return await self._all_orders(request, place, filters)
 
     @Endpoint(
         "GET",
@@ -253,16 +345,11 @@ class OrdersApi:
         place = place_after(rows[-1].report_id, after_version=rows[-1].version) if has_more else {}
         return list_response(query, "events", Page(events, place), order_path(order_no, "events"))
 
-    async def _orders(self, query: OrdersQuery) -> Page:
+    async def _orders(self, query: OrdersQuery, limit: int) -> Page:
+        place, filters = query.first_place, query.to_filter(datetime.now(UTC))
         await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
-        before = POSITION_MAX if query.cursor is None else query.cursor
-        unmoved_since = datetime.now(UTC) - query.unmoved_for if query.unmoved_for is not None else None
-        filters = OrdersFilter(
-            query.status, query.cnote, query.verdict, query.updated_after, query.updated_before, unmoved_since
-        )
-        async with self._pool.connection() as connection:
-            window = await order_list.orders_page(connection, before, filters, query.limit + 1)
-        page = cut_page(window.rows, query.limit, itemgetter(0), window.reached)
+        rows, reached = await self._orders_page(place, filters, limit + 1)
+        page = cut_page(rows, limit, _key(place), reached)
         return Page([order for _, order in page.items], page.next_place)
 
     async def _timeline(self, order_no: str, query: TableQuery) -> tuple[TimelineHead, Page]:
@@ -274,6 +361,39 @@ class OrdersApi:
         if not head.is_known:
             raise _missing_order(order_no, head.parked_position)
         return head, cut_page(rows, query.limit, itemgetter("version"))
+
+    async def _orders_page(
+        self, place: int | Place, filters: OrdersFilter, limit: int
+    ) -> tuple[Sequence[ListedOrder], int | Place | None]:
+        async with self._pool.connection() as connection:
+            if isinstance(place, Place):
+                return await updated_page(connection, place, filters, limit)
+            return await orders_page(connection, place, filters, limit)
+
+    async def _all_orders(
+        self, request: web.Request, place: int | Place, filters: OrdersFilter
+    ) -> web.StreamResponse:
+        stream = await begin_stream(request, CSV_HEADERS)
+        await stream.write(csv_heading(CurrentOrder))
+        reached: int | Place | None = place
+        while reached is not None:
+            await stream.wait()
+            reached = await self._send_orders(stream, reached, filters)
+        return stream.response
+
+    async def _send_orders(
+        self, stream: ResponseStream, place: int | Place, filters: OrdersFilter
+    ) -> int | Place | None:
+        """Send orders after a place, each on a line, and return the place to continue at; None at the end."""
+        limit = stream.batch_max
+        key = _key(place)
+        async with self._export_turns:
+            rows, reached = await self._orders_page(place, filters, limit)
+            lines = [(number, csv_line(CurrentOrder, row.order)) for number, row in enumerate(rows)]
+        last_written = await stream.write_some(lines)
+        if last_written is not None:
+            return key(rows[last_written])
+        return key(rows[-1]) if len(rows) == limit else reached
 
     async def _find_orders(self, order_nos: list[str], due: float) -> Sequence[FoundOrder]:
         async with asyncio.timeout_at(due), self._dedicated.connection() as connection:
@@ -315,6 +435,11 @@ class OrdersApi:
             detail = f"{order_no} had no report at that version or time"
             raise ProblemError(ProblemType.NO_SUCH_VERSION, detail, order_no=order_no)
         return current_status.to_order(rows[order_no])
+
+
+def _key(place: int | Place) -> Callable[[ListedOrder], int | Place]:
+    """Return the function that returns an order's key, in the same order of the list as a place."""
+    return attrgetter("place" if isinstance(place, Place) else "first_position")
 
 
 def _decode(event: RecordedEvent) -> DecodedEvent:

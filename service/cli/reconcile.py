@@ -5,7 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
-from projections.current_status import unreported_orders
+from projections.order_list import FIRST_PLACE, stuck_orders
 from service.cli.console import database, err
 from service.database.connections import connected
 from service.http.csv_export import escape_formula
@@ -23,18 +23,18 @@ async def reconcile(
     ] = 3,
 ) -> None:
     now = datetime.now(UTC)
-    after = (datetime.min.replace(tzinfo=UTC), "")
+    after = FIRST_PLACE
     orders = 0
     writer = csv.writer(sys.stdout)
     writer.writerow((*COLUMNS, "status_now", "last_reported_at"))
     async with database() as dsn, connected(dsn) as connection:
-        while page := await unreported_orders(connection, now - timedelta(days=days), after, PAGE_ORDERS):
+        while page := await stuck_orders(connection, now - timedelta(days=days), PAGE_ORDERS, after):
             for order in page:
                 last = to_rfc3339(order.last_reported_at, "seconds")
                 number, cnote = escape_formula(order.order_no), escape_formula(order.cnote or "")
                 writer.writerow((number, cnote, "", "", order.status or "", last))
             orders += len(page)
-            after = (page[-1].last_reported_at, page[-1].order_no)
+            after = page[-1].place
     err.print(
         f"orders without news for {days} days: {orders}; fill in status and at where you know more, and run "
         "'import-reports'"

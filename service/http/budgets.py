@@ -26,7 +26,8 @@ FORM_BYTES_MAX: Final = 2 * 1024
 CONNECTIONS_SHARE_MAX: Final = 0.9
 # Connections of one address; this machine and trusted proxies have no share, since they bring others' requests.
 CONNECTIONS_PER_ADDRESS_MAX: Final = 256
-# Responses that last: live streams, and the log as NDJSON. Each costs a connection, a task and a slice.
+# Responses that last: live streams, the log as NDJSON, and the list of orders as CSV. Each costs a connection,
+# a task and a slice.
 STREAMS_MAX: Final = 2_000
 STREAMS_PER_KEY_MAX: Final = 1_000
 # Reads of an order as of an earlier version or time that are waiting for their turn, or have it.

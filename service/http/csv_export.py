@@ -2,8 +2,9 @@
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, Final, get_args
 
 from typing_extensions import is_typeddict  # typing's own misses these before Python 3.12
@@ -25,21 +26,37 @@ def to_csv(record_type: type, items: Sequence[Mapping[str, Any]]) -> bytes:
             ``a.b``.
         items: the records.
     """
-    columns = [*_columns(record_type, "")]
+    return csv_heading(record_type) + b"".join(csv_line(record_type, item) for item in items)
+
+
+def csv_heading(record_type: type) -> bytes:
+    """Return the first line of a list as CSV, after a byte order mark."""
+    return BYTE_ORDER_MARK.encode() + _line(_columns(record_type))
+
+
+def csv_line(record_type: type, item: Mapping[str, Any]) -> bytes:
+    """Return the line of a record in a list as CSV."""
+    return _line(_cell(_member(item, column)) for column in _columns(record_type))
+
+
+def _line(cells: Iterable[str]) -> bytes:
     text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows([_cell(_member(item, column)) for column in columns] for item in items)
-    return (BYTE_ORDER_MARK + text.getvalue()).encode()
+    csv.writer(text).writerow(cells)
+    return text.getvalue().encode()
 
 
-def _columns(record_type: type, prefix: str) -> Iterator[str]:
+@cache
+def _columns(record_type: type) -> tuple[str, ...]:
+    return tuple(_member_columns(record_type, ""))
+
+
+def _member_columns(record_type: type, prefix: str) -> Iterator[str]:
     for name, member_type in record_type.__annotations__.items():
         inner = next((one for one in (member_type, *get_args(member_type)) if is_typeddict(one)), None)
         if inner is None:
             yield prefix + name
         else:
-            yield from _columns(inner, f"{prefix}{name}.")
+            yield from _member_columns(inner, f"{prefix}{name}.")
 
 
 def _member(item: Mapping[str, Any], column: str) -> Any:

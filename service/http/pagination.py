@@ -12,15 +12,17 @@ from projections.windows import POSITION_MAX
 from service.http.csv_export import to_csv
 from service.http.responses import json_response, response
 
-# Base64 of up to nineteen digits, without padding.
-CURSOR_PATTERN: Final = "^[A-Za-z0-9_-]{2,26}$"
+# Base64 of one number or two of up to nineteen digits, without padding.
+CURSOR_PATTERN: Final = "^[A-Za-z0-9_-]{2,52}$"
 
 AnyRow = TypeVar("AnyRow")
+_NO_CURSOR: Final = "it must be a cursor from an earlier response"
 
 
-def encode_cursor(key: int) -> str:
-    """Return the opaque form of the key at which a page ended."""
-    return urlsafe_b64encode(str(key).encode()).decode().rstrip("=")
+def encode_cursor(key: int | tuple[int, int]) -> str:
+    """Return the opaque form of the key at which a page ended: a number or a pair of numbers."""
+    text = f"{key[0]}.{key[1]}" if isinstance(key, tuple) else str(key)
+    return urlsafe_b64encode(text.encode()).decode().rstrip("=")
 
 
 def decode_cursor(value: Any) -> int:
@@ -29,13 +31,27 @@ def decode_cursor(value: Any) -> int:
     Raises:
         ValueError: the cursor is not spelled exactly as a response gave it.
     """
+    match decode_any_cursor(value):
+        case int(key):
+            return key
+        case _:
+            raise ValueError(_NO_CURSOR)
+
+
+def decode_any_cursor(value: Any) -> int | tuple[int, int]:
+    """Return the number or the pair of numbers at which a page ended.
+
+    Raises:
+        ValueError: the cursor is not spelled exactly as a response gave it.
+    """
     try:
-        key = int(urlsafe_b64decode(f"{value}==").decode("ascii"))
+        first, *rest = (int(part) for part in urlsafe_b64decode(f"{value}==").decode("ascii").split("."))
     except ValueError:
-        key = -1
+        raise ValueError(_NO_CURSOR) from None
+    key = (first, rest[0]) if rest else first
     # Decoders accept several spellings of one value.
-    if not 0 <= key <= POSITION_MAX or encode_cursor(key) != value:
-        raise ValueError("it must be a cursor from an earlier response")
+    if not all(0 <= number <= POSITION_MAX for number in (first, *rest)) or encode_cursor(key) != value:
+        raise ValueError(_NO_CURSOR)
     return key
 
 
@@ -57,7 +73,10 @@ class Page(NamedTuple):
 
 
 def cut_page(
-    rows: Sequence[AnyRow], limit: int, key: Callable[[AnyRow], int], reached: int | None = None
+    rows: Sequence[AnyRow],
+    limit: int,
+    key: Callable[[AnyRow], int | tuple[int, int]],
+    reached: int | tuple[int, int] | None = None,
 ) -> Page:
     """Return a page of rows that were read with one more than the page's limit.
 
@@ -96,9 +115,16 @@ def csv_response(query: BaseModel, name: str, page: Page, path: str, record_type
         path: the list's path, percent-encoded.
         record_type: the type of the items.
     """
-    headers = _link(page.next_path(path, query))
-    headers[hdrs.CONTENT_DISPOSITION] = f'attachment; filename="{name}.csv"'
-    return response(to_csv(record_type, page.items), "text/csv; charset=utf-8", headers=headers)
+    headers = {**_link(page.next_path(path, query)), **csv_headers(name)}
+    return response(to_csv(record_type, page.items), headers=headers)
+
+
+def csv_headers(name: str) -> dict[str, str]:
+    """Return the headers of a list as CSV, which a browser saves under this name."""
+    return {
+        hdrs.CONTENT_TYPE: "text/csv; charset=utf-8",
+        hdrs.CONTENT_DISPOSITION: f'attachment; filename="{name}.csv"',
+    }
 
 
 def _link(next_path: str | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pydantic import (
 from domain.statuses import STATUSES, Status
 from domain.transitions import VERDICTS, Verdict
 from projections.windows import POSITION_MAX
-from service.http.pagination import CURSOR_PATTERN, decode_cursor
+from service.http.pagination import CURSOR_PATTERN, decode_any_cursor, decode_cursor
 from service.http.problems import ProblemError, ProblemType, bad_parameter
 
 # The parameter that chooses the media type of a list that has several; ``service.http.endpoints`` reads it.
@@ -129,6 +129,10 @@ Duration = Annotated[
     _text_schema(format="duration"),
 ]
 Cursor = Annotated[int, BeforeValidator(decode_cursor), _text_schema(pattern=CURSOR_PATTERN)]
+# The cursor of a list with several orders: each of them has its own kind of key.
+SortedCursor = Annotated[
+    int | tuple[int, int], BeforeValidator(decode_any_cursor), _text_schema(pattern=CURSOR_PATTERN)
+]
 
 
 def _one_or_more(words: tuple[str, ...]) -> tuple[BeforeValidator, PlainSerializer, WithJsonSchema]:

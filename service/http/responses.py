@@ -16,6 +16,8 @@ COMMON_HEADERS: Final[dict[str, str]] = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
 }
+# nginx must not buffer a stream.
+STREAM_HEADERS: Final[dict[str, str]] = {**COMMON_HEADERS, "X-Accel-Buffering": "no"}
 JSON_HEADERS: Final[dict[str, str]] = {**COMMON_HEADERS, hdrs.CONTENT_TYPE: "application/json"}
 PROBLEM_HEADERS: Final[dict[str, str]] = {**COMMON_HEADERS, hdrs.CONTENT_TYPE: "application/problem+json"}
 # With an entity tag, a reader may keep the response for itself, and asks each time whether it has changed.

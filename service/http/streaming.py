@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import Final, cast
 
 from aiohttp import web
-from aiohttp.http import StreamWriter
+from aiohttp.http import HttpVersion11, StreamWriter
 
+from service.http.problems import ProblemError, ProblemType
 from service.http.request_ids import REQUEST_ID_HEADER, caller_request_id
 
 # What is written at once, and what may wait in memory until the reader accepts it.
@@ -94,6 +95,16 @@ class ResponseStream:
         if self._protocol.writing_paused:
             self.batch_max = BATCH_EVENTS_MIN
         return self._protocol.writing_paused
+
+
+def refuse_old_version(request: web.Request) -> None:
+    """Refuse to stream to a client without chunked encoding: a response that was cut off would look complete.
+
+    Raises:
+        ProblemError: 505.
+    """
+    if request.version < HttpVersion11:
+        raise ProblemError(ProblemType.HTTP_VERSION, "a stream requires HTTP/1.1")
 
 
 async def begin_stream(request: web.Request, headers: dict[str, str]) -> ResponseStream:

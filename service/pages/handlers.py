@@ -212,7 +212,9 @@ class Pages:
                 window = Window([ListedOrder(0, order) for order in await _search(connection, query.q)], None)
             else:
                 stuck_since = datetime.now(UTC) - timedelta(days=STUCK_DAYS) if query.stuck else None
-                criteria = OrdersFilter(status=query.status, verdict=query.verdict, unmoved_since=stuck_since)
+                criteria = OrdersFilter(
+                    statuses=query.status and (query.status,), verdict=query.verdict, unmoved_since=stuck_since
+                )
                 window = await orders_page(connection, query.cursor, criteria, ROWS_SHOWN_MAX + 1)
         rows = window.rows
         if query.q is not None and len(rows) == 1:

@@ -6,9 +6,9 @@ from typing import Final, NamedTuple
 from zoneinfo import ZoneInfo
 
 from domain.statuses import SETTLED, Recognise
-from projections import current_status, statistics
-from projections.current_status import StuckOrder
+from projections import statistics
 from projections.engine import Projector
+from projections.order_list import StuckOrder, stuck_orders
 from projections.postgres_errors import Connection
 from projections.statistics import Statistics
 from projections.windows import POSITION_MAX
@@ -84,7 +84,7 @@ async def read_overview(
         recognise: the present vocabulary.
     """
     head = await store.head_position(connection)
-    stuck = await current_status.stuck_orders(connection, now - timedelta(days=STUCK_DAYS), COUNTED_MAX)
+    stuck = await stuck_orders(connection, now - timedelta(days=STUCK_DAYS), COUNTED_MAX)
     contradictions, _ = await contradictions_page(connection, POSITION_MAX, LISTED_MAX, handled=False)
     return Overview(
         now=now,

@@ -250,6 +250,8 @@ async def _open_streams(dsn: str, first: dict[str, str], second: dict[str, str])
                     problem = await answer.json(content_type=None)
                     assert (problem["type"], problem["budget"]) == ("/problems/over-budget", "streams")
         assert await client.status("GET", "/events.ndjson", headers=first) == 429
+        assert await client.status("GET", "/orders.csv", headers=first) == 429
+        assert await client.status("GET", "/orders.csv?limit=1", headers=first) == 200
 
 
 async def test_a_key_has_a_share_of_the_connections_to_the_database(dsn: str, connection: Connection) -> None:

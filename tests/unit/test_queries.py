@@ -238,11 +238,16 @@ def test_a_query_without_parameters_has_the_defaults() -> None:
         "after_position": None,
         "cursor": None,
         "limit": PAGE_ROWS_DEFAULT,
+        "sort": "first",
         "status": None,
+        "settled": None,
+        "search": None,
         "cnote": None,
         "verdict": None,
         "updated_after": None,
         "updated_before": None,
+        "first_reported_after": None,
+        "first_reported_before": None,
         "unmoved_for": None,
     }
     assert read_query(EventsQuery, get("/events")).after == 0
