@@ -243,6 +243,11 @@ UNRECOGNISED: Final = """
 """
 
 
+async def count_by_status(connection: Connection) -> dict[str | None, int]:
+    """Return the exact number of orders with each status, None for no status."""
+    return {row["status"]: row["orders"] for row in await connection.fetch(STATUS_COUNTS)}
+
+
 class Minute(NamedTuple):
     """The number of reports with one verdict in a minute."""
 

@@ -1,22 +1,18 @@
 """The handlers of the pages: each reads its data, and renders it or a problem."""
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial, wraps
 from operator import itemgetter
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, NamedTuple, get_args
 from urllib.parse import urlencode
 
 from aiohttp import web
 
-from domain.statuses import STATUSES, Status
-from domain.transitions import Verdict
+from domain.statuses import STATUSES
 from projections import current_status, statistics, timeline
-from projections.current_status import CurrentOrder
 from projections.engine import Projector
-from projections.order_list import ListedOrder, OrdersFilter, find_by_cnote, orders_page
-from projections.postgres_errors import Connection
-from projections.windows import POSITION_MAX, Window
+from projections.windows import POSITION_MAX
 from service.api.contradictions import handle as handle_contradiction
 from service.api.freshness import wait_for
 from service.api.quarantine import discard_entry, find_entry, retry_entry
@@ -30,9 +26,6 @@ from service.http.access import SAFE_METHODS, Access, Handler, admission, has_sc
 from service.http.pagination import cut_page
 from service.http.parameters import (
     Cursor,
-    Position,
-    Query,
-    Text,
     Version,
     order_path,
     parse_number,
@@ -48,8 +41,15 @@ from service.ingest.quarantine import QuarantineState
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
 from service.pages.charts import draw_charts
-from service.pages.i18n import Language
 from service.pages.order import read_history
+from service.pages.orders import (
+    ROWS_SHOWN_MAX,
+    CommonQuery,
+    OrdersPageQuery,
+    canonical_path,
+    find_exactly,
+    read_list,
+)
 from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, read_overview
 from service.pages.render import ZONE, accepts_html, choose_locale, render_page, serve_asset, track_path
 from service.pages.session import (
@@ -62,28 +62,10 @@ from service.pages.session import (
 )
 from service.vocabulary import VocabularyFile
 
-ROWS_SHOWN_MAX: Final = 50
 # A reason of emoji has twelve bytes for each character in a form.
 REASON_FORM_BYTES_MAX: Final = 16 * 1024
 # A longer body is cut off on its page. The API and the command line return it whole.
 BODY_SHOWN_BYTES_MAX: Final = 65_536
-
-
-class CommonQuery(Query):
-    """The parameters of every page. A page that updates itself sends the last event's position."""
-
-    lang: Language | None = None
-    after_position: Position | None = None
-
-
-class OrdersPageQuery(CommonQuery):
-    """A search by order number or airway bill, or filters of the list."""
-
-    q: Text | None = None
-    status: Status | None = None
-    verdict: Verdict | None = None
-    stuck: Literal["1"] | None = None
-    cursor: Cursor = POSITION_MAX
 
 
 class OrderPageQuery(CommonQuery):
@@ -205,38 +187,34 @@ class Pages:
 
     async def list_orders(self, request: web.Request) -> web.Response:
         """Show a list of orders, or redirect to the only order that a search finds."""
+        if (path := canonical_path(request)) is not None:
+            return redirect(path)
         query = read_query(OrdersPageQuery, request)
         await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
+        now = datetime.now(UTC)
         async with self._pool.connection() as connection:
-            if query.q is not None:
-                window = Window([ListedOrder(0, order) for order in await _search(connection, query.q)], None)
-            else:
-                stuck_since = datetime.now(UTC) - timedelta(days=STUCK_DAYS) if query.stuck else None
-                criteria = OrdersFilter(
-                    statuses=query.status and (query.status,), verdict=query.verdict, unmoved_since=stuck_since
-                )
-                window = await orders_page(connection, query.cursor, criteria, ROWS_SHOWN_MAX + 1)
-        rows = window.rows
-        if query.q is not None and len(rows) == 1:
-            return redirect(track_path(rows[0].order["order_no"]))
-        orders = cut_page(rows, ROWS_SHOWN_MAX, itemgetter(0), window.reached)
-        locale = choose_locale(request)
-        filters = [
-            ("all_orders", ""),
-            ("stuck_orders", "stuck=1"),
-            ("refused", "verdict=refused"),
-            ("unrecognised", "verdict=unrecognised"),
+            found = None if query.q is None else await find_exactly(connection, query.q)
+            if found is None:
+                found = await read_list(connection, query, now, request.app[ZONE])
+        if query.q is not None and len(found.orders) == 1 and found.next_page is None:
+            return redirect(track_path(found.orders[0]["order_no"]))
+        texts = choose_locale(request).texts
+        links = [
+            (texts["all_orders"], ""),
+            (texts["moving_orders"], "settled=false"),
+            (texts["stuck_orders"], "stuck=1"),
+            (texts["refused"], "verdict=refused"),
+            (texts["unrecognised"], "verdict=unrecognised"),
         ]
-        links = [(locale.texts[name], parameter) for name, parameter in filters]
-        links += [(locale.status(status), f"status={status}") for status in STATUSES]
         return render_page(
             request,
             "orders.html",
             "/track",
-            status=200 if rows or query.q is None else 404,
+            status=200 if found.orders or query.q is None else 404,
             search=query.q or "",
-            orders=[order for _, order in orders.items],
-            next_page=orders.next_path("/track", query) if query.q is None else None,
+            query=query,
+            listed=found,
+            statuses=STATUSES,
             filters=_filter_links(request, "/track", links),
         )
 
@@ -396,16 +374,6 @@ class Pages:
         )
 
 
-async def _search(connection: Connection, q: str) -> list[CurrentOrder]:
-    """Return orders by number or airway bill; if there are none, try again without outer spaces."""
-    for text in dict.fromkeys((q, q.strip())):
-        ((by_number, _),) = await current_status.find_orders(connection, [text])
-        found = [by_number, *await find_by_cnote(connection, text, ROWS_SHOWN_MAX)]
-        if orders := {order["order_no"]: order for order in found if order is not None}:
-            return [*orders.values()]
-    return []
-
-
 def _filter_links(
     request: web.Request, path: str, filters: Sequence[tuple[str, str]]
 ) -> list[tuple[str, str, bool]]:
@@ -413,7 +381,7 @@ def _filter_links(
 
     A filter is given by its label and its query string, which is empty for all rows.
     """
-    names = ("status", "verdict", "stuck", "state", "action", "handled")
+    names = ("search", "status", "settled", "verdict", "stuck", "from", "to", "state", "action", "handled")
     present = urlencode([(name, value) for name, value in request.query.items() if name in names])
     return [(label, f"{path}?{query}" if query else path, query == present) for label, query in filters]
 

@@ -239,7 +239,7 @@ def test_an_order_is_found_by_its_number_and_by_any_airway_bill(opened: Open) ->
         expect(page).to_have_url(re.compile(f"/track/{ORDER}$"))
         expect(page.get_by_role("heading", level=1)).to_have_text(ORDER)
     search(page, "AWB-SHARED")
-    expect(page.locator(".orders .order-link")).to_have_text(["KOM-22", "KOM-21", "KOM-20"])
+    expect(page.locator("#orders .order-link")).to_have_text(["KOM-22", "KOM-21", "KOM-20"])
     search(page, "kom-1")
     expect(page.get_by_text("No orders found.")).to_be_visible()
 
@@ -371,11 +371,93 @@ def test_lists_are_filtered_and_paged(opened: Open, api: APIRequestContext) -> N
     for number in range(51):
         send(api, f"KOM-6{number:02}", "", "Hilang")
     page = opened("/track?status=lost")
-    expect(page.locator(".orders li")).to_have_count(50)
+    expect(page.locator("#orders tbody tr")).to_have_count(50)
+    expect(page.locator("#count")).to_have_text("Orders: 51")
     page.get_by_role("link", name="Next page").click()
-    expect(page.locator(".order-link")).to_have_text(["KOM-600"])
+    expect(page.locator("#orders .order-link")).to_have_text(["KOM-600"])
     page.get_by_role("link", name="Conflicting", exact=True).click()
-    expect(page.locator(".order-link")).to_have_text([ORDER])
+    expect(page.locator("#orders .order-link")).to_have_text([ORDER])
+    expect(page.locator("#count")).to_have_text("Orders: 1")
+
+
+def test_the_list_has_the_newest_change_first(opened: Open, api: APIRequestContext) -> None:
+    """The order that was reported last is on top, under column heads that name what the list shows."""
+    send(api, "KOM-80", "AWB-80", "Diajukan")
+    send(api, "KOM-81", "AWB-81", "Diajukan")
+    position = send(api, "KOM-80", "AWB-80", "Dikirim")
+    page = opened(f"/track?after_position={position}")
+    expect(page.locator("#orders .order-link").first).to_have_text("KOM-80")
+    table = page.get_by_role("table")
+    assert table.get_by_role("columnheader").all_inner_texts() == [
+        "Order", "Status", "Airway bill (AWB)", "First report", "Last report",
+    ]  # fmt: skip
+    row = table.get_by_role("row", name="KOM-80")
+    expect(row.get_by_role("cell").nth(0)).to_contain_text("In transit")
+    expect(row.get_by_role("cell").nth(1)).to_have_text("AWB-80")
+    narrow = opened(f"/track?after_position={position}", viewport={"width": 390, "height": 800})
+    assert narrow.evaluate("document.documentElement.scrollWidth") <= 390
+    expect(narrow.get_by_role("row", name="KOM-80")).to_contain_text("AWB-80")
+    expect(narrow.get_by_role("columnheader")).to_have_count(5)
+
+
+@pytest.mark.parametrize("options", [{}, {"java_script_enabled": False}], ids=["scripts", "no scripts"])
+def test_a_form_filters_the_list_and_the_button_downloads_it(
+    opened: Open, api: APIRequestContext, options: dict[str, Any]
+) -> None:
+    """The form needs no scripts, leads to a short URL, and keeps its values; the CSV has the same orders."""
+    statuses = ("Dijemput", "Rusak", "Bermasalah")
+    for number in range(60):
+        position = send(api, f"FORM-{number:02}", "", statuses[number % 3])
+    assert api.get(f"/orders?limit=1&after_position={position}").ok
+    page = opened("/track", **options)
+    page.locator("#finder summary").click()
+    page.get_by_label("Number or AWB begins with").fill("FORM-")
+    page.get_by_label("Picked up").check()
+    page.get_by_label("Damaged").check()
+    page.get_by_role("button", name="Apply").click()
+    expect(page).to_have_url(re.compile(r"/track\?search=FORM-&status=picked_up%2Cdamaged$"))
+    expect(page.locator("#count")).to_have_text("Orders: 40")
+    expect(page.locator("#orders tbody tr")).to_have_count(40)
+    expect(page.get_by_label("Number or AWB begins with")).to_have_value("FORM-")
+    expect(page.get_by_label("Damaged")).to_be_checked()
+    expect(page.get_by_label("Lost")).not_to_be_checked()
+    page.get_by_label("Journey").select_option("Ended")
+    page.get_by_label("Last report from").fill("2020-01-31")
+    page.get_by_role("button", name="Apply").click()
+    expect(page.locator("#count")).to_have_text("Orders: 20")
+    with page.expect_download() as started:
+        page.get_by_role("link", name="Download CSV").click()
+    assert started.value.suggested_filename == "orders.csv"
+    lines = started.value.path().read_text(encoding="utf-8-sig").splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == [f"FORM-{number:02}" for number in range(58, 0, -3)]
+    page.get_by_label("to", exact=True).fill("2020-02-01")
+    page.get_by_role("button", name="Apply").click()
+    expect(page.get_by_text("No orders match.")).to_be_visible()
+    page.get_by_role("link", name="Clear the filter").click()
+    expect(page).to_have_url(re.compile("/track$"))
+
+
+def test_a_search_lists_the_orders_that_begin_with_it(opened: Open, api: APIRequestContext) -> None:
+    """A number that no order has is taken as the beginning of one; a single result opens the order."""
+    for number in (80, 81):
+        send(api, f"BEGIN-{number}", "", "Diajukan")
+    position = send(api, "BEGIN-9", "", "Diajukan")
+    assert api.get(f"/orders?limit=1&after_position={position}").ok
+    page = opened("/")
+    search(page, "BEGIN-")
+    expect(page.locator("#orders .order-link")).to_have_text(["BEGIN-9", "BEGIN-81", "BEGIN-80"])
+    search(page, "BEGIN-9")
+    expect(page).to_have_url(re.compile("/track/BEGIN-9$"))
+
+
+@pytest.mark.parametrize(
+    ("query", "name"),
+    [("from=yesterday", "from"), ("to=9999-12-31", "to"), ("status=x", "status"), ("cursor=MQ", "cursor")],
+)
+def test_a_list_names_the_invalid_filter(api: APIRequestContext, query: str, name: str) -> None:
+    """A filter that cannot be used gets 400, and the problem names it."""
+    problem = api.get(f"/track?{query}")
+    assert (problem.status, problem.json()["parameter"]) == (400, name)
 
 
 def test_the_quarantine_shows_bodies_and_commands(opened: Open, api: APIRequestContext) -> None:

@@ -110,6 +110,7 @@ FILL_HANDLED: Final = """
 HANDLED_ORDER: Final = "(SELECT order_no FROM handled_contradictions LIMIT 1)"
 LATELY: Final = "now() - interval '20 s'"
 LONG_AGO: Final = "now() - interval '350 days'"
+LONGER_AGO: Final = "now() - interval '900 days'"
 END: Final = "9000000000000000000"
 UNSETTLED: Final = ["", *(status for status in STATUSES if status not in SETTLED)]
 PAGES: Final = {
@@ -126,7 +127,7 @@ PAGES: Final = {
     "handled contradictions": (contradictions.HANDLED_VERSIONS, HANDLED_ORDER),
     "events at positions": (store.AT_POSITIONS, "ARRAY[5, 6, 7]", "100000"),
     "selected positions": (selection.SELECTED, "ARRAY[5, 6, 7]", "ARRAY['advanced']", "NULL"),
-    "stuck orders": (order_list.walk_stuck(8), f"ARRAY{UNSETTLED}", LONG_AGO, "'epoch'::timestamptz", "0", "100"),
+    "stuck orders": (order_list.walk_stuck(8), f"ARRAY{UNSETTLED}", LONG_AGO, LONGER_AGO, "0", "100"),
     "statuses of orders": (order_list.STATUSES_PRESENT,),
     "the blocks of a time": (order_list.SPAN, "0", "9000000000", LONG_AGO, "NULL", LONG_AGO, "now()"),
     "quarantine by state": (quarantine.ENTRIES_PAGE, END, "'open'", "100"),
