@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from domain.statuses import Status
 from domain.transitions import Leg, Verdict
+from projections.order_list import Sort
 from service import VERSION
 from service.api.events import LAST_EVENT_ID
 from service.database.operations import Action, Via
@@ -51,10 +52,11 @@ ENUMERATIONS: Final[Mapping[str, tuple[Any, str]]] = {
     "QuarantineState": (QuarantineState, "Whether a quarantined body is open, or how it was resolved."),
     "Action": (Action, "An operator's action."),
     "Via": (Via, "The way by which an operator acted."),
+    "Sort": (Sort, "The report by which orders are sorted, newest first."),
 }
 # The description of a response that has no JSON schema.
 NOT_JSON: Final = {
-    CSV: "A page of the list as CSV (RFC 4180), with a heading. A nested member is a column, as `counts.late`.",
+    CSV: "The list or a page of it as CSV (RFC 4180), with a heading. A nested member is a column: `counts.late`.",
     NDJSON: "One event on each line, as in `GET /events`. Without its last chunk, the response was cut off.",
     TEXT: "Plain text.",
     SSE: "`event: status_reported`; its `id` is the position, its `data` an event as in `GET /events`. "

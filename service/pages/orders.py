@@ -187,7 +187,6 @@ def _selected(counts: Iterable[tuple[Any, int]], filters: OrdersFilter) -> Itera
 def _csv_path(filters: OrdersFilter) -> str:
     """Return the path of all orders of a filter as CSV. They are by first report, so that none is missed."""
     parameters = {
-        "format": "csv",
         "search": filters.search,
         "status": ",".join(filters.statuses) if filters.statuses else None,
         "settled": None if filters.settled is None else str(filters.settled).lower(),
@@ -197,7 +196,7 @@ def _csv_path(filters: OrdersFilter) -> str:
         "unmoved_for": f"P{STUCK_DAYS}D" if filters.unmoved_since is not None else None,
     }
     chosen = {name: value for name, value in parameters.items() if value is not None}
-    return f"/orders?{urlencode(chosen)}"
+    return f"/orders.csv?{urlencode(chosen)}" if chosen else "/orders.csv"
 
 
 def _midnight(day: date, zone: ZoneInfo) -> datetime:

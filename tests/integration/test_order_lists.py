@@ -32,7 +32,7 @@ async def found(client: Client, query: str) -> list[str]:
 
 async def whole_csv(client: Client, query: str = "", **headers: str) -> list[dict[str, str]]:
     """Return the rows of the list that is sent whole as CSV."""
-    async with client.session.get(client.url(f"/orders?format=csv{query}"), headers=headers) as response:
+    async with client.session.get(client.url(f"/orders.csv?{query}"), headers=headers) as response:
         assert response.status == 200
         assert response.headers["Transfer-Encoding"] == "chunked"
         assert response.headers["Content-Disposition"] == 'attachment; filename="orders.csv"'
@@ -208,15 +208,15 @@ async def test_csv_without_a_limit_is_the_whole_list(client: Client, monkeypatch
     await sent(client, *reports)
     numbers = [order_no for order_no, _, _ in reversed(reports)]
     assert [row["order_no"] for row in await whole_csv(client)] == numbers
-    assert [row["order_no"] for row in await whole_csv(client, "&sort=updated")] == numbers
-    rows = await whole_csv(client, "&status=delivered&search=KOM")
+    assert [row["order_no"] for row in await whole_csv(client, "sort=updated")] == numbers
+    rows = await whole_csv(client, "status=delivered&search=KOM")
     assert [row["order_no"] for row in rows] == numbers[::2]
     assert rows[0]["delivered_at"] == rows[0]["status_since"] != ""
     assert (rows[0]["shipped_at"], rows[0]["delivery_attempts"]) == ("", "0")
-    assert await whole_csv(client, "&search=nothing") == []
+    assert await whole_csv(client, "search=nothing") == []
     following = (await client.get("/orders?limit=5"))["next"].partition("cursor=")[2]
-    assert [row["order_no"] for row in await whole_csv(client, f"&cursor={following}")] == numbers[5:]
-    async with client.session.get(client.url("/orders?format=csv&limit=5")) as response:
+    assert [row["order_no"] for row in await whole_csv(client, f"cursor={following}")] == numbers[5:]
+    async with client.session.get(client.url("/orders.csv?limit=5")) as response:
         assert "Content-Length" in response.headers
         assert 'rel="next"' in response.headers["Link"]
         assert (await response.text()).count("\r\n") == 6
@@ -225,11 +225,11 @@ async def test_csv_without_a_limit_is_the_whole_list(client: Client, monkeypatch
 async def test_the_whole_list_as_csv_requires_chunks(client: Client) -> None:
     """HTTP/1.0 has no chunks, so it gets 505, but a page as CSV; HEAD returns headers only."""
     await sent(client, ("KOM1", "Dikirim", "A"))
-    response = await client.talk(b"GET /orders?format=csv HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    response = await client.talk(b"GET /orders.csv HTTP/1.0\r\nHost: localhost\r\n\r\n")
     assert b" 505 " in response.partition(b"\r\n")[0]
-    response = await client.talk(b"GET /orders?format=csv&limit=5 HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    response = await client.talk(b"GET /orders.csv?limit=5 HTTP/1.0\r\nHost: localhost\r\n\r\n")
     assert b" 200 " in response.partition(b"\r\n")[0]
-    assert await client.status("HEAD", "/orders?format=csv") == 200
+    assert await client.status("HEAD", "/orders.csv") == 200
 
 
 async def test_a_csv_that_fails_halfway_has_no_end(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ async def test_a_csv_that_fails_halfway_has_no_end(client: Client, monkeypatch: 
         return await orders_page(*arguments)
 
     monkeypatch.setattr("service.api.orders.orders_page", fail_later)
-    async with client.session.get(client.url("/orders?format=csv")) as response:
+    async with client.session.get(client.url("/orders.csv")) as response:
         assert response.status == 200
         with pytest.raises(aiohttp.ClientPayloadError):
             await response.read()
