@@ -1,24 +1,27 @@
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Annotated, Final
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from domain.order import Order
+from projections.engine import FailedEvent
 from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, err, fail, show, show_table
 from service.database.connections import connect, connected
 from service.database.operations import record_operation, system_user
 from service.event_log.feed import Feed
 from service.ingest.recorder import Recorder, UnrecordableReportError
 from service.maintenance import rejudgement
+from service.maintenance.audit import Change, TableAudit
 from service.maintenance.rejudgement import PendingReport, PendingReports
 from service.settings import read_settings
 from service.vocabulary import VocabularyFile
 
 # The time limit for one report, which competes with the reports that the service records.
 RECORD_SECONDS_MAX: Final = 10.0
-# A dry run lists this many reports and only counts the rest.
+# A dry run lists this many reports of each kind, and only counts the rest.
 LISTED_MAX: Final = 1_000
 # The subject of the recorded operation if no order was named.
 EVERY_ORDER: Final = "*"
@@ -46,30 +49,38 @@ async def rejudge(
             batches = rejudgement.log_batches(feed, head, advance)
             if order is not None:
                 batches = rejudgement.order_batches(feed, order, advance)
-            found = rejudgement.find_pending(batches, pending)
-            code = await (_apply(dsn, found, vocabulary, order) if apply else _list(found))
+            code = await (
+                _apply(dsn, rejudgement.find_pending(batches, pending), vocabulary, order)
+                if apply
+                else _list(batches, pending)
+            )
     if pending.undecodable:
         err.print(f"orders left out, because this release cannot read their events: {pending.undecodable}")
     return EXIT_FAILURE if pending.undecodable else code
 
 
-async def _list(found: AsyncIterator[PendingReport]) -> int | None:
-    rows: list[tuple[object, ...]] = []
-    reports = 0
-    async for report in found:
-        reports += 1
-        if reports <= LISTED_MAX:
-            rows.append((*report[:3], report.verdict, report.status))
-    if not reports:
-        show("every unrecognised report whose word is known by now has been judged again")
-        return None
-    show_table(("order", "version", "reported", "verdict now", "status after it"), rows)
-    show(
-        f"reports to judge again: {reports}; the first {LISTED_MAX} are listed"
-        if reports > LISTED_MAX
-        else f"reports to judge again: {reports}"
-    )
-    return EXIT_FAILURE
+async def _list(
+    batches: AsyncIterator[Sequence[Order.StatusReported | FailedEvent]], pending: PendingReports
+) -> int | None:
+    """List what --apply would judge again and, apart from it, the verdicts that today's table would change."""
+    table = TableAudit()
+    found: list[PendingReport] = []
+    changes: list[Change] = []
+    async for batch in batches:
+        for event in batch:
+            found += pending.add(event)
+            if isinstance(event, Order.StatusReported) and (change := table.add(event)) is not None:
+                changes.append(change)
+    found += pending.end_order()
+    if found:
+        rows = [(*one[:3], one.verdict, one.status) for one in found[:LISTED_MAX]]
+        show_table(("order", "version", "reported", "verdict now", "status after it"), rows)
+    show(f"reports that --apply would judge again: {len(found)}")
+    if changes:
+        columns = ("order", "version", "reported", "recorded verdict", "today's verdict", "today's status")
+        show_table(columns, changes[:LISTED_MAX])
+        show(f"verdicts that today's table would change: {len(changes)}; they stay as they are")
+    return EXIT_FAILURE if found or changes else None
 
 
 async def _apply(

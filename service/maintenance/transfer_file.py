@@ -129,6 +129,14 @@ TABLES: Final = (
         ),
     ),
     Table(
+        "handled_contradictions",
+        (
+            Column("order_no", "text"),
+            Column("version", "integer"),
+            Column("operation_id", "integer"),
+        ),
+    ),
+    Table(
         "erasures",
         (
             Column("erasure_id", "integer"),

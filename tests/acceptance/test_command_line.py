@@ -36,7 +36,7 @@ from tests.support.waiting import PATIENCE_SECONDS, until
 # The server's user if root runs the tests.
 IS_NOBODYS = os.geteuid() == 0 and not any(user.pw_name == ACCOUNT for user in pwd.getpwall())
 NOBODY = "http://127.0.0.1:9"
-AGREED = "today's table gives every report the verdict that was recorded\n"
+AGREED = "reports that --apply would judge again: 0\n"
 RUNNING = "a replay or a backup is already running: try again when it has finished\n"
 Send = Callable[..., int]
 
@@ -182,8 +182,8 @@ def test_audit_prints_every_transition_and_its_reason(
 
 
 def test_rejudge_lists_changed_verdicts_and_those_that_follow(state_dir: Path, owner_dsn: str) -> None:
-    """``audit --rejudge`` lists each verdict that today's table would change, and each later one that depends
-    on it.
+    """``rejudge --dry-run`` lists each verdict that today's table would change, and each later one that depends
+    on it. A recorded verdict stays.
     """
 
     async def record_by_another_table() -> None:
@@ -203,11 +203,12 @@ def test_rejudge_lists_changed_verdicts_and_those_that_follow(state_dir: Path, o
         await store.append(connection, [refused])
         await connection.close()
 
-    agreed = call_command(state_dir, "audit", "--rejudge", DATABASE_URL=owner_dsn)
+    agreed = call_command(state_dir, "rejudge", "--dry-run", DATABASE_URL=owner_dsn)
     assert (agreed.returncode, agreed.stdout) == (0, AGREED)
     asyncio.run(record_by_another_table())
-    changed = run_command(state_dir, "audit", "--rejudge", DATABASE_URL=owner_dsn)
+    changed = run_command(state_dir, "rejudge", "--dry-run", DATABASE_URL=owner_dsn)
     assert changed.returncode == 1
+    assert changed.stdout.endswith("verdicts that today's table would change: 2; they stay as they are\n")
     rows = [line.replace("│", "|").split("|") for line in changed.stdout.splitlines() if "KOM2" in line]
     assert [[cell.strip() for cell in row[1:-1]] for row in rows] == [
         ["KOM2", "2", "Batal", "advanced", "refused", "in_transit"],

@@ -39,6 +39,8 @@ RELEASED = (
     "ca628bff63d391c3",
     "315d30e9101a76ba",
     "096087648a7622bd",
+    "26816e35ac6202d4",
+    "20761fb6d2bef9b0",
 )
 # The rights on each object of the schema public, and the triggers that always fire.
 RIGHTS = """

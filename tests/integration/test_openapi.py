@@ -59,7 +59,7 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any], *, has_tok
 
 
 # HTML pages are not a part of the contract.
-PAGES = r"/$|/(t|static|track|quarantined|operations|session|overview|metrics)\b"
+PAGES = r"/$|/(t|static|track|conflicts|words|quarantined|operations|session|overview|metrics)\b"
 
 
 async def test_every_problem_belongs_to_an_operation(document: dict[str, Any]) -> None:

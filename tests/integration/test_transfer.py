@@ -56,6 +56,7 @@ FILL: Final = r"""
         ('one', 'read', sha256('1'), NULL, NULL), ('two', 'admin', sha256('2'), now(), now());
     INSERT INTO sessions (session_sha256, key_name) VALUES (sha256('s'), 'one');
     INSERT INTO operations (via, actor, action, subject) VALUES ('cli', NULL, 'key_created', 'one');
+    INSERT INTO handled_contradictions VALUES ('KOM1', 2, 1);
     INSERT INTO erasures (order_no, reason, events, entries) VALUES ('KOM1', 'asked', 1, 0);
     INSERT INTO quarantine
         (body, reason, state, received_at, last_seen_at, resolved_at, discard_reason, order_no, version)
