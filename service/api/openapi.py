@@ -56,7 +56,7 @@ ENUMERATIONS: Final[Mapping[str, tuple[Any, str]]] = {
 }
 # The description of a response that has no JSON schema.
 NOT_JSON: Final = {
-    CSV: "The list or a page as CSV (RFC 4180), with a heading. A nested member is a column: `counts.late`.",
+    CSV: "A list or a page of it as CSV (RFC 4180) with a heading. Nested members are columns: `counts.late`.",
     NDJSON: "One event on each line, as in `GET /events`. Without its last chunk, the response was cut off.",
     TEXT: "Plain text.",
     SSE: "`event: status_reported`; its `id` is the position, its `data` an event as in `GET /events`. "
