@@ -405,7 +405,7 @@ def test_a_form_filters_the_list_and_the_button_downloads_it(
     opened: Open, api: APIRequestContext, options: dict[str, Any]
 ) -> None:
     """The form needs no scripts, leads to a short URL, and keeps its values; the CSV has the same orders."""
-    statuses = ("Dijemput", "Rusak", "Bermasalah")
+    statuses = ("Dijemput", "Rusak", "Dibatalkan")
     for number in range(60):
         position = send(api, f"FORM-{number:02}", "", statuses[number % 3])
     assert api.get(f"/orders?limit=1&after_position={position}").ok
