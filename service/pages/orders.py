@@ -17,6 +17,7 @@ from projections.current_status import CurrentOrder
 from projections.order_list import (
     LAST_PLACE,
     Count,
+    ListedOrder,
     OrdersFilter,
     Place,
     count_orders,
@@ -32,6 +33,8 @@ from service.pages.i18n import Language
 from service.pages.overview import STUCK_DAYS
 
 ROWS_SHOWN_MAX: Final = 50
+# If few of the walked orders match, a page walks on so often, as long as a reader likes to wait.
+WALKS_MAX: Final = 5
 # Counting stops here, and the page shows "1,000+".
 COUNTED_MAX: Final = 1_000
 # A day is converted to times, and the next day too.
@@ -124,7 +127,14 @@ class OrderList(NamedTuple):
 async def read_list(connection: Connection, query: OrdersPageQuery, now: datetime, zone: ZoneInfo) -> OrderList:
     """Read a page of the list, newest change first, and count its orders."""
     filters = query.to_filter(now, zone)
-    rows, reached = await updated_page(connection, query.first_place, filters, ROWS_SHOWN_MAX + 1)
+    rows: list[ListedOrder] = []
+    place = query.first_place
+    for _ in range(WALKS_MAX):
+        walked, reached = await updated_page(connection, place, filters, ROWS_SHOWN_MAX + 1 - len(rows))
+        rows += walked
+        if reached is None or len(rows) > ROWS_SHOWN_MAX:
+            break
+        place = reached
     page = cut_page(rows, ROWS_SHOWN_MAX, attrgetter("place"), reached)
     # The following pages are those of the search alone, which opens no order.
     same = query.model_copy(update={"search": filters.search, "q": None})

@@ -101,6 +101,21 @@ def test_the_end_of_a_prefix(prefix: str, end: str | None) -> None:
     assert prefix_end(prefix) == end
 
 
+async def test_the_page_walks_on_while_it_is_not_full(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the newest orders do not match, the page has older ones; if it ends early, it says so and leads on."""
+    monkeypatch.setattr("projections.order_list.WALKED_ROWS_MAX", 4)
+    await sent(client, *((f"OLD{number}", "Dikirim", "A") for number in range(6)))
+    await sent(client, *((f"NEW{number:02}", "Dikirim", "A") for number in range(30)))
+    shown = await client.text("/track?search=OLD&lang=en")
+    assert "OLD" not in shown.partition("<table")[2]
+    assert "Only some of the orders have been searched so far." in shown
+    assert 'rel="next"' in shown
+    monkeypatch.setattr("service.pages.orders.WALKS_MAX", 10)
+    shown = await client.text("/track?search=OLD&lang=en")
+    assert shown.count("cell-order") == 6
+    assert "Only some" not in shown
+
+
 # The filters
 
 
