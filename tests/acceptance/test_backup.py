@@ -414,13 +414,13 @@ def test_a_file_created_in_the_meantime_is_not_overwritten(reported: RunningServ
         (old / "taken.new").write_text("precious")
         with background_command(old, "backup", "taken") as process:
             # The backup has started, and waits for the lock.
-            until(lambda: [*old.glob(".backup-*")])
+            until(lambda: [*old.glob(".dump-*")])
             (old / "taken").write_text("mine")
             connection.execute("SELECT pg_advisory_unlock_all()")
             output, _ = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, output) == (2, "the file taken already exists: choose another name\n")
     assert ((old / "taken").read_text(), (old / "taken.new").read_text()) == ("mine", "precious")
-    assert not [*old.glob(".backup-*")]
+    assert not [*old.glob(".dump-*")]
 
 
 def test_a_terminated_backup_ends_its_tool(reported: RunningService) -> None:
@@ -430,11 +430,11 @@ def test_a_terminated_backup_ends_its_tool(reported: RunningService) -> None:
         # pg_dump waits for this lock.
         connection.execute("LOCK TABLE erasures")
         with background_command(old, "backup", "ended") as process:
-            until(lambda: f"{old}/.backup-" in running_commands())
+            until(lambda: f"{old}/.dump-" in running_commands())
             process.terminate()
             assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
-        assert f"{old}/.backup-" not in running_commands()
-    assert not [*old.glob(".backup-*")]
+        assert f"{old}/.dump-" not in running_commands()
+    assert not [*old.glob(".dump-*")]
 
 
 async def test_the_documented_commands_for_your_own_server(

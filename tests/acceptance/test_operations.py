@@ -128,7 +128,9 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
     url, folder = proxy
     tls = client_tls(folder)
     from_sender = aiohttp.TCPConnector(ssl=tls, local_addr=(SENDER, 0))
-    created = await asyncio.to_thread(call_command, service.state_dir, "keys", "create", "people")
+    created = await asyncio.to_thread(
+        call_command, service.state_dir, "keys", "create", "people", "--scope", "read:bodies"
+    )
     key = created.stdout.split()[-1]
     bearer = {"Authorization": f"Bearer {key}"}
     webhook = f"{url}/webhook/{TOKEN}"

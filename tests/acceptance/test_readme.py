@@ -109,7 +109,7 @@ def test_every_setting_is_in_the_table() -> None:
 
 def test_its_files_exist() -> None:
     """Every link to a file and every path of a source file leads to an existing file."""
-    for path in re.findall(r"\]\((docs/[^)]+)\)|`((?:service|domain|projections)/[\w/]+\.py)`", README):
+    for path in re.findall(r"\]\((docs/[^)#]+)[^)]*\)|`((?:service|domain|projections)/[\w/]+\.py)`", README):
         assert (ROOT / (path[0] or path[1])).is_file(), path
 
 

@@ -69,13 +69,13 @@ async def test_a_held_lock_is_named_everywhere(dsn: str) -> None:
                 problem = await client.get("/readyz", status=503)
                 assert problem["cause"] == "lock_held"
                 page = await client.text("/?lang=en")
-                assert "Webhooks are being refused (503): Another session holds a lock on the log." in page
+                assert "Webhooks are not being accepted (503): Another session holds a lock on the log." in page
             assert 'webhook_refusals_total{cause="lock_held"} 2.0' in await client.text("/metrics")
             assert (await client.webhook("KOM1"))["version"] == 1
         events = [(log["event"], log["cause"]) for log in logs if "webhooks are" in log["event"]]
         assert events == [("webhooks are refused", "lock_held"), ("webhooks are recorded again", "lock_held")]
         assert (await client.get("/readyz"))["status"] == "ready"
-        assert "being refused" not in await client.text("/?lang=en")
+        assert "not being accepted" not in await client.text("/?lang=en")
 
 
 async def test_every_cause_has_a_series_and_a_text(dsn: str) -> None:

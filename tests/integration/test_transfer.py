@@ -212,11 +212,11 @@ DAMAGES: Final = {
         replaced(b'"schema_version":%d' % SCHEMA_VERSION, b'"schema_version":99'),
         rf"^the file has schema version 99, but this release supports at most {SCHEMA_VERSION}: import",
     ),
-    "cut in a line": (lambda data: data[:-20], r"^line 15: it is cut off: the file is truncated"),
-    "cut after a line": (without_line(15), r"^line 15: it is missing.* the file is truncated"),
+    "cut in a line": (lambda data: data[:-20], r"^line 16: it is cut off: the file is truncated"),
+    "cut after a line": (without_line(16), r"^line 16: it is missing.* the file is truncated"),
     "an event missing": (
         without_line(3),
-        r"^line 14: the file has the rows .*'order_events': 3, .* last line says",
+        r"^line 15: the file has the rows .*'order_events': 3, .* last line says",
     ),
     "an event twice": (
         lambda data: data.replace((line := data.splitlines(keepends=True)[2]), line * 2),
@@ -224,7 +224,7 @@ DAMAGES: Final = {
     ),
     "a byte changed": (
         replaced(b"12:00:00+00:00", b"12:00:01+00:00"),
-        r"^line 15: the SHA-256 of the lines before",
+        r"^line 16: the SHA-256 of the lines before",
     ),
     "not JSON": (replaced(b'{"table":"order_events","position":7', b'{"table"'), r"^line 4: .* is not JSON"),
     "no object": (replaced(b'{"table":"api_keys"', b'["table"]\n{"table":"api_keys"'), r"is not a JSON object"),
@@ -251,10 +251,10 @@ DAMAGES: Final = {
         replaced(b'"1999-12-31T00:00:00+00:00"', b'"1999"'),
         r"^line 4: recorded_at is .*Expected: time",
     ),
-    "more": (lambda data: data + b"{}\n", r"^line 16: it follows the last line"),
+    "more": (lambda data: data + b"{}\n", r"^line 17: it follows the last line"),
     "another head": (
         resealed(replaced(b'"head":9', b'"head":8')),
-        r"^line 15: the last position is 9, but .* 8",
+        r"^line 16: the last position is 9, but .* 8",
     ),
     "a version twice": (
         resealed(replaced(b'"order_no":"KOM1","version":5,"topic"', b'"order_no":"KOM1","version":2,"topic"')),

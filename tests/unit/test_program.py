@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service import VERSION
+from service.build import build_info
 from service.program import NAME, command_name
 from tests.support.folders import ROOT
 
@@ -56,7 +56,7 @@ def test_without_a_script_it_is_the_module(monkeypatch: pytest.MonkeyPatch, tmp_
     command = command_name()
     assert command.endswith("/python' -m service")
     command = command.replace(shlex.quote(sys.executable), executable)
-    assert run(f"{command} --version", ROOT) == f"{VERSION}\n"
+    assert run(f"{command} --version", ROOT) == "{version} (commit {commit})\n".format(**build_info())
 
 
 def test_usage_names_the_command_that_was_found() -> None:
