@@ -9,6 +9,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
+from service.build import build_info
 from service.http.access import Handler
 from service.http.problems import unavailable
 from service.http.responses import json_response
@@ -85,7 +86,7 @@ class Waiting:
     async def _respond(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         del handler  # aiohttp passes it by this name
         if request.path == LIVENESS_PATH:
-            return json_response({"status": "alive"})
+            return json_response({"status": "alive", **build_info()})
         if request.path == READINESS_PATH:
             raise unavailable("the service waits for its database", cause=self.cause)
         with suppress(TimeoutError):

@@ -5,6 +5,7 @@ import asyncio
 import aiohttp
 
 from service.app import Listener, listening
+from service.build import build_info
 from service.settings import Settings
 from tests.support.client import Client
 from tests.support.waiting import condition, until_async
@@ -27,7 +28,7 @@ async def test_requests_wait_for_a_service_that_starts(dsn: str) -> None:
         sent = asyncio.create_task(client.raw(BODY, Expect="100-continue"))
         unknown = asyncio.create_task(client.status("GET", "/nonsense"))
         await until_async(condition(lambda: listener.budgets.connections.held >= 2))
-        assert await client.get("/livez") == {"status": "alive"}
+        assert await client.get("/livez") == {"status": "alive", **build_info()}
         assert (await client.get("/readyz", status=503))["cause"] == "no_answer"
         assert not sent.done()
         async with listener.serving(await listener.start_service(lambda _: None)):
