@@ -282,7 +282,8 @@ class Listener:
         # None while it does not listen.
         self.port: int | None = None
         self._server = HttpServer(
-            self.waiting.make_app(settings.body_bytes_max),
+            self.waiting.handle,
+            settings.body_bytes_max,
             settings.host,
             settings.port,
             reuse_port=settings.reuse_port,

@@ -10,9 +10,9 @@ import structlog
 from aiohttp import web
 
 from service.build import build_info
-from service.http.access import Handler
 from service.http.problems import unavailable
 from service.http.responses import json_response
+from service.http.server import RequestHandler
 from service.ingest.refusals import Cause, find_cause
 
 # How often a cause that lasts is logged again.
@@ -47,7 +47,7 @@ class Waiting:
         self._logged: Cause | None = None
         self._log_at = 0.0
         self._is_decided = asyncio.Event()
-        self._successor: Handler | None = None
+        self._successor: RequestHandler | None = None
 
     def note(self, error: Exception) -> bool:
         """Note why an attempt failed, and log it if it is new or has lasted; return whether it is the first."""
@@ -62,7 +62,7 @@ class Waiting:
         self._is_decided.set()
         return is_first
 
-    def end(self, successor: Handler | None = None) -> None:
+    def end(self, successor: RequestHandler | None = None) -> None:
         """Respond to the requests that are held back.
 
         Args:
@@ -73,18 +73,12 @@ class Waiting:
         if successor is not None and self._logged is not None:
             logger.info("the database is ready", database=self.database, refused=self.refused.total())
 
-    def make_app(self, body_bytes_max: int) -> web.Application:
-        """Return the HTTP application. It reads no bodies.
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Respond to a request that no application has routed yet. Its body is not read.
 
-        Args:
-            body_bytes_max: the size limit of request bodies.
+        Raises:
+            ProblemError: the service is not ready.
         """
-        # Unlike a route, a middleware also gets the requests without a route.
-        return web.Application(client_max_size=body_bytes_max, middlewares=[self._respond])
-
-    @web.middleware
-    async def _respond(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        del handler  # aiohttp passes it by this name
         if request.path == LIVENESS_PATH:
             return json_response({"status": "alive", **build_info()})
         if request.path == READINESS_PATH:

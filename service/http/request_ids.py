@@ -50,5 +50,7 @@ def add_request_id(_logger: Any, _method: str, line: MutableMapping[str, Any]) -
 
 def route_pattern(request: web.BaseRequest) -> str:
     """Return the pattern of a request's route, never its path, which may contain a token."""
-    resource = request.match_info.route.resource if isinstance(request, web.Request) else None
+    # None if no application has routed the request. The public name would fail then.
+    match_info = request._match_info if isinstance(request, web.Request) else None  # noqa: SLF001
+    resource = match_info.route.resource if match_info is not None else None
     return resource.canonical if resource is not None else UNKNOWN_ROUTE

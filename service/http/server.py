@@ -57,7 +57,7 @@ _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 
 logger = structlog.get_logger()
 
-_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 # Receives every response's request, status and duration in seconds.
 OnResponse = Callable[[web.BaseRequest, int, float], None]
 
@@ -222,7 +222,7 @@ def is_gone(request: web.Request) -> bool:
     return request.transport is None or connection(request).has_ended
 
 
-def _guarded(handler: _Handler, on_response: OnResponse) -> _Handler:
+def _guarded(handler: RequestHandler, on_response: OnResponse) -> RequestHandler:
     """Refuse ambiguous framing that aiohttp's parser accepts, and turn every error into a problem."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
@@ -282,10 +282,11 @@ def _closing_response(problem: ProblemError, request: web.BaseRequest) -> web.Re
 
 
 class HttpServer:
-    """Serves an application on one address. Another application can replace it without closing a connection.
+    """Serves one address. An application can replace the first handler without closing a connection.
 
     Args:
-        app: the application.
+        handler: handles requests until it is replaced. It may pass a request on, since none is routed yet.
+        body_bytes_max: the size limit of request bodies.
         host: the address.
         port: the port, 0 for any free one.
         reuse_port: whether other processes may listen on it too (SO_REUSEPORT).
@@ -296,7 +297,8 @@ class HttpServer:
 
     def __init__(  # noqa: PLR0913 - each is named by its caller
         self,
-        app: web.Application,
+        handler: RequestHandler,
+        body_bytes_max: int,
         host: str,
         port: int,
         *,
@@ -307,9 +309,9 @@ class HttpServer:
     ) -> None:
         self._connections = OpenConnections(budget, exempt)
         self._on_response = on_response
-        # The first one has the connections.
-        self._runners = [_make_runner(app)]
-        self._handler: _Handler | None = None
+        self._handler = handler
+        # The first one has the connections, and an application without routes that limits bodies.
+        self._runners = [_make_runner(web.Application(client_max_size=body_bytes_max))]
         self._address = (host, port)
         self._reuse_port = reuse_port
         self._listener: asyncio.Server | None = None
@@ -321,8 +323,6 @@ class HttpServer:
             OSError: the server cannot listen on the address.
         """
         server = await _set_up(self._runners[0])
-        if self._handler is None:
-            self._handler = server.request_handler
         server.request_handler = _guarded(self.handle, self._measure)
         loop = asyncio.get_running_loop()
         make_connection = partial(
@@ -358,9 +358,7 @@ class HttpServer:
         self._on_response = on_response
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Let the present application handle a request."""
-        if self._handler is None:
-            raise RuntimeError("the server was not started")
+        """Pass a request to the present handler."""
         return await self._handler(request)
 
     def _measure(self, request: web.BaseRequest, status: int, seconds: float) -> None:
