@@ -63,15 +63,16 @@ async def selected_positions(
 
     The search ends at the view's own position, or earlier after WALKED_ROWS_MAX entries.
     """
-    async with connection.transaction(isolation="repeatable_read", readonly=True):
-        end: int = await connection.fetchval(POSITION) or 0
-        span = (after + 1, end)
-        present = [kind for (kind,) in await connection.fetch(PRESENT_KINDS, *span, selection.kinds)]
-        if not present:
-            return SelectedPositions([], max(after, end))
-        each_max = min(limit, max(1, WALKED_ROWS_MAX // len(present)))
-        ((_, reached, walked),) = await connection.fetch(WALK_KINDS, *span, present, each_max, limit)
-        rows = await connection.fetch(SELECTED, walked, selection.verdicts, selection.statuses)
+    # First, since later statements see every event up to it. One snapshot for all of them would not: a rebuild may
+    # swap in tables with rows that are newer than the snapshot.
+    end: int = await connection.fetchval(POSITION) or 0
+    span = (after + 1, end)
+    present = [kind for (kind,) in await connection.fetch(PRESENT_KINDS, *span, selection.kinds)]
+    if not present:
+        return SelectedPositions([], max(after, end))
+    each_max = min(limit, max(1, WALKED_ROWS_MAX // len(present)))
+    ((_, reached, walked),) = await connection.fetch(WALK_KINDS, *span, present, each_max, limit)
+    rows = await connection.fetch(SELECTED, walked, selection.verdicts, selection.statuses)
     if len(walked) == limit:
         reached = walked[-1]
     return SelectedPositions([position for (position,) in rows], end if reached is None else reached)

@@ -17,9 +17,11 @@ from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres_errors import Connection
 from service.app import serving
 from service.database import api_keys
-from service.database.connections import connect
+from service.database.connections import connect, connected
 from service.settings import Settings
 from tests.support.client import Client, serving_client
+from tests.support.databases import wait_for_locked
+from tests.support.recording import rebuilt
 from tests.support.waiting import PATIENCE_SECONDS, until_async
 
 WORDS = [words[0] for words in ALIASES.values()] + ["kata asing"]
@@ -175,6 +177,28 @@ async def test_a_selection_waits_for_a_rebuilt_view(client: Client, connection: 
 
     await until_async(is_refused)
     assert len((await client.get("/events"))["events"]) == 2
+
+
+async def test_a_swap_during_a_search_loses_nothing(
+    client: Client, dsn: str, connection: Connection
+) -> None:
+    """A search that began with the old tables of the view and ends with rebuilt ones finds every event."""
+    receipt = await client.webhook("KOM1")
+    await timeline_reaches(client, receipt["position"])
+    async with connected(dsn) as searching, connected(dsn) as holder:
+        await holder.execute("BEGIN; LOCK TABLE timeline.entries")
+        everything = selection.Selection()
+        search = asyncio.create_task(selection.selected_positions(searching, everything, 0, 10))
+        await wait_for_locked(connection)
+        swap = asyncio.create_task(rebuilt(dsn))
+
+        async def is_swapped() -> bool:
+            return await connection.fetchval("SELECT to_regclass('timeline_old.entries') IS NOT NULL")
+
+        await until_async(is_swapped)
+        await holder.execute("ROLLBACK")
+        assert await search == ([receipt["position"]], receipt["position"])
+        await swap
 
 
 async def test_a_key_of_the_scope_read_gets_no_bodies(dsn: str, connection: Connection) -> None:
