@@ -109,7 +109,8 @@ class Rebuilder:
     async def _definition(self, view: View) -> str | None:
         """Return the definition of the view in the database.
 
-        None stands for a view that has lost its position, or that has events that the log has lost.
+        None stands for a view that has lost its position, that has events that the log has lost, or that an
+        import has cleared.
         """
         try:
             async with self._connections[view.name].connection() as connection:
@@ -119,4 +120,4 @@ class Rebuilder:
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
             return "other tables"
         is_ahead = state.definition == view.definition and state.position > await self._feed.head()
-        return None if is_ahead else state.definition
+        return None if is_ahead else state.definition or None

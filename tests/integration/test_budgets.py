@@ -29,18 +29,16 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def greet(_request: web.Request) -> web.Response:
+async def greet(_request: web.BaseRequest) -> web.Response:
     return web.Response(text="hello")
 
 
 @asynccontextmanager
 async def server_of_strangers(maximum: int, *exempt: Network) -> AsyncIterator[tuple[int, Budget]]:
     """Run a server to which even loopback addresses are strangers, and yield its port and its budget."""
-    app = web.Application()
-    app.router.add_get("/", greet)
     budget = Budget("connections", "connections", maximum, 3)
     server = HttpServer(
-        app, "0.0.0.0", 0, reuse_port=False, on_response=lambda *_: None, budget=budget, exempt=exempt  # noqa: S104
+        greet, 1, "0.0.0.0", 0, reuse_port=False, on_response=lambda *_: None, budget=budget, exempt=exempt  # noqa: S104
     )  # fmt: skip
     try:
         yield await server.start(), budget
@@ -121,15 +119,13 @@ async def test_a_busy_connection_does_not_give_way() -> None:
     """If every connection is busy, the new one is closed."""
     entered, leave = asyncio.Event(), asyncio.Event()
 
-    async def wait(_request: web.Request) -> web.Response:
+    async def wait(_request: web.BaseRequest) -> web.Response:
         entered.set()
         await leave.wait()
         return web.Response(text="hello")
 
-    app = web.Application()
-    app.router.add_get("/", wait)
     budget = Budget("connections", "connections", 1)
-    server = HttpServer(app, "127.0.0.1", 0, reuse_port=False, on_response=lambda *_: None, budget=budget)
+    server = HttpServer(wait, 1, "127.0.0.1", 0, reuse_port=False, on_response=lambda *_: None, budget=budget)
     port = await server.start()
     busy = await connected_from("127.0.0.1", port)
     served = asyncio.create_task(is_served(busy))

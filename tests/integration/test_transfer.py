@@ -26,7 +26,9 @@ from service.maintenance.transfer_file import (
     TransferError,
     read_lines,
 )
+from tests.support.client import serving_client
 from tests.support.databases import TestServer
+from tests.support.waiting import until_async
 
 # The columns of the schema public that hold data, without those that PostgreSQL computes.
 COLUMNS: Final = """
@@ -355,6 +357,25 @@ async def test_events_wait_for_an_import(connection: Connection, target_dsn: str
             await import_log(target, reader, header, is_locked)
     assert locked
     assert all(locked)
+
+
+async def test_a_running_service_follows_an_import(
+    connection: Connection, owner_dsn: str, target_dsn: str, tmp_path: Path
+) -> None:
+    """A service that runs on the empty target rebuilds its views from the imported log."""
+    async with serving_client(owner_dsn) as client:
+        await client.webhook("KOM1")
+    await export_to(tmp_path / "file", connection)
+    async with serving_client(target_dsn) as client:
+        assert (await client.get("/orders"))["orders"] == []
+        async with connected(target_dsn) as target:
+            await import_from(tmp_path / "file", target)
+
+        async def is_served() -> bool:
+            return await client.status("GET", "/orders/KOM1") == 200
+
+        await until_async(is_served)
+        assert (await client.get("/orders/KOM1/timeline"))["status"] == "in_transit"
 
 
 async def _lines(*lines: bytes) -> AsyncGenerator[bytes]:
