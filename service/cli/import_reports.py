@@ -1,3 +1,4 @@
+import contextlib
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +64,9 @@ async def import_reports(
 
 def _read(name: str) -> imports.ReportsFile:
     try:
-        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        with contextlib.ExitStack() as stack:
+            file = sys.stdin.buffer if name == "-" else stack.enter_context(Path(name).open("rb"))
+            content = file.read(imports.FILE_BYTES_MAX + 1)
     except OSError as error:
         fail(f"cannot read {name}: {error.strerror}", EXIT_USAGE)
     try:

@@ -5,6 +5,7 @@ The rules are those of ``docs/api.md``: it neither guesses at ambiguous values n
 
 import json
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 from typing import Any, Final
@@ -24,8 +25,8 @@ YEAR_MAX: Final = 2100
 
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
-_KEYS: Final = ("order_no", "cnote", "status")
-_QUOTED_KEYS: Final = tuple(f'"{key}"'.encode() for key in _KEYS)
+# Each key as it is in the bytes of a body, unless it is escaped.
+_KEYS: Final = {"order_no": b'"order_no"', "cnote": b'"cnote"', "status": b'"status"'}
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # A larger number is in milliseconds.
 _SECONDS_MAX: Final = (datetime(YEAR_MAX, 1, 1, tzinfo=UTC) - _EPOCH).total_seconds()
@@ -57,7 +58,7 @@ def parse(raw: bytes, arrival: Arrival) -> Report:
     if not isinstance(body, dict):
         raise UnreadableError("not a JSON object")
     text = raw.decode()
-    _refuse_duplicate_keys(raw, text)
+    refuse_duplicates(raw, text, _KEYS)
     order_no = _order_no(body.get("order_no"))
     status = _status(body.get("status"), order_no)
     occurred_at = _occurred_at(body["timestamp"]) if "timestamp" in body else None
@@ -91,10 +92,20 @@ def _is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _refuse_duplicate_keys(raw: bytes, text: str) -> None:
+def refuse_duplicates(raw: bytes, text: str, keys: Mapping[str, bytes]) -> None:
+    """Refuse a JSON object in which one of these keys occurs twice.
+
+    Args:
+        raw: the object.
+        text: the same, decoded.
+        keys: the keys, and each one in quotes.
+
+    Raises:
+        UnreadableError: a key occurs twice, or the object cannot be checked.
+    """
     # orjson silently takes the last of two equal keys. A body that has no backslash and contains each key at
     # most once has no duplicates, so the slow check is rare.
-    if b"\\" not in raw and all(raw.count(key) <= 1 for key in _QUOTED_KEYS):
+    if b"\\" not in raw and all(raw.count(quoted) <= 1 for quoted in keys.values()):
         return
     outermost: list[tuple[str, Any]] = []
 
@@ -109,7 +120,7 @@ def _refuse_duplicate_keys(raw: bytes, text: str) -> None:
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"the JSON cannot be checked for duplicate keys: {error}") from None
     names = [*map(itemgetter(0), outermost)]
-    for key in _KEYS:
+    for key in keys:
         if names.count(key) > 1:
             raise UnreadableError(f"{key} occurs twice")
 

@@ -18,11 +18,13 @@ from projections.postgres_errors import Connection
 from service.event_log import store
 from service.event_log.codec import decode_event
 from service.http.csv_export import unescape_formula
-from service.ingest.parser import YEAR_MIN, UnreadableError, parse
+from service.ingest.parser import YEAR_MIN, UnreadableError, parse, refuse_duplicates
 from service.ingest.recorder import ClaimedEvent, Recorder, UnrecordableReportError
 
 # The whole file is checked, and sorted by order, in memory: about 1 kB for each row.
 ROWS_MAX: Final = 1_000_000
+# The maximum size of a file.
+FILE_BYTES_MAX: Final = 512 * 1024 * 1024
 # Bad rows beyond these are not listed.
 ERRORS_LISTED_MAX: Final = 20
 # Rows that are recorded in one transaction; an order is never divided. Webhooks wait for it.
@@ -95,6 +97,10 @@ def read_reports(content: bytes, now: datetime) -> ReportsFile:
     Raises:
         BadFileError: a row is invalid, or there are none or too many.
     """
+    if len(content) > FILE_BYTES_MAX:
+        raise BadFileError(
+            f"the file is larger than {FILE_BYTES_MAX // 1024**2} MiB: divide it by order number"
+        )
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -174,6 +180,10 @@ def _to_report(line: bytes | ValueError, now: datetime) -> Report | None:
         raise ValueError(f"it is not JSON: {error.msg}") from None
     if not isinstance(row, dict):
         raise ValueError("it is not a JSON object")  # noqa: TRY004 - of the file, not of an argument
+    try:
+        refuse_duplicates(line, line.decode(), {"at": b'"at"'})
+    except UnreadableError as error:
+        raise ValueError(str(error)) from None
     status, at = row.get("status"), row.get("at")
     if not str(status or "").strip() and not str(at or "").strip():
         return None

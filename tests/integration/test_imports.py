@@ -174,6 +174,10 @@ async def test_a_long_reconciliation_is_complete(
             '{"order_no":"A","order_no":"B","status":"x","at":"2026-01-01T00:00:00Z"}',
             "line 1: order_no occurs twice",
         ),
+        (
+            '{"order_no":"A","status":"x","at":"2026-01-01T00:00:00Z","at":"2026-01-02T00:00:00Z"}',
+            "line 1: at occurs twice",
+        ),
     ],
 )
 def test_a_bad_file_is_refused(content: str, message: str) -> None:
@@ -208,6 +212,13 @@ def test_too_many_rows_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imports, "ROWS_MAX", 3)
     with pytest.raises(BadFileError, match="more than 3 rows: divide it by order number"):
         read_reports(PAST.encode(), NOW)
+
+
+def test_an_endless_file_is_refused(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    """A file is read up to the size limit only."""
+    monkeypatch.setattr(imports, "FILE_BYTES_MAX", 2 * 1024**2)
+    done = command("import-reports", "/dev/zero")
+    assert (done.returncode, "larger than 2 MiB: divide it" in done.stderr) == (2, True)
 
 
 def test_a_file_with_json_lines() -> None:
