@@ -87,17 +87,27 @@ class ContradictionsApi:
             note = HandleRequest.model_validate_json(await read_body(request)).note
         except ValidationError:
             raise ProblemError(ProblemType.BAD_BODY, 'the body must be {"note": "..."}') from None
-        return json_response(await handle(self._pool, request, note, admission(request).actor))
+        return json_response(
+            await handle(self._pool, self._projectors, request, note, admission(request).actor)
+        )
 
 
-async def handle(pool: ConnectionPool, request: web.Request, note: str, actor: Actor) -> Contradiction:
+async def handle(
+    pool: ConnectionPool, projectors: Mapping[str, Projector], request: web.Request, note: str, actor: Actor
+) -> Contradiction:
     """Handle the contradiction that a request's path names.
 
     Raises:
-        ProblemError: 404, there is none; 409, it was handled before; 400, the note is invalid.
+        ProblemError: 404, there is none; 409, it was handled before; 400, the note is invalid; 503, the view
+            timeline is being rebuilt.
     """
     order_no = parse_order_no(request)
-    version = parse_number(request.match_info["version"])
+    segment = request.match_info["version"]
+    version = parse_number(segment)
+    if not version:
+        detail = f"{order_no} has no refused report with the version {segment}"
+        raise ProblemError(ProblemType.UNKNOWN_CONTRADICTION, detail)
+    await wait_for(projectors, None, timeline.VIEW.name)
     try:
         async with pool.connection() as connection:
             return await contradictions.handle_contradiction(connection, order_no, version, note, actor)

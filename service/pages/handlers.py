@@ -291,7 +291,7 @@ class Pages:
     async def handle_conflict(self, request: web.Request) -> web.Response:
         """Mark a conflicting report as handled with the submitted note, and show its order."""
         note = (await read_form(request, REASON_FORM_BYTES_MAX)).get("note", "")
-        done = await handle_contradiction(self._pool, request, note, admission(request).actor)
+        done = await handle_contradiction(self._pool, self._projectors, request, note, admission(request).actor)
         return redirect(f"{track_path(done['order_no'])}#v{done['version']}")
 
     async def show_words(self, request: web.Request) -> web.Response:

@@ -8,6 +8,7 @@ from projections.postgres_errors import Connection
 from service.event_log.contradictions import NOTE_CHARACTERS_MAX
 from tests.support.client import Client
 from tests.support.recording import EQUAL, logged_events, rebuilt
+from tests.support.waiting import until_async
 
 
 async def contradict(client: Client, *order_nos: str) -> int:
@@ -75,6 +76,7 @@ async def test_two_operators_at_once(client: Client, connection: Connection) -> 
         ("/orders/KOM1/contradictions/1/handle", {"note": "x"}, 404, "unknown-contradiction"),
         ("/orders/KOM1/contradictions/9/handle", {"note": "x"}, 404, "unknown-contradiction"),
         ("/orders/KOM1/contradictions/x/handle", {"note": "x"}, 404, "unknown-contradiction"),
+        (f"/orders/KOM1/contradictions/{'9' * 20}/handle", {"note": "x"}, 404, "unknown-contradiction"),
         ("/orders/ABSENT/contradictions/2/handle", {"note": "x"}, 404, "unknown-contradiction"),
         ("/orders/KOM1/contradictions/2/handle", {"note": ""}, 400, "bad-body"),
         ("/orders/KOM1/contradictions/2/handle", {"note": " "}, 400, "bad-body"),
@@ -90,6 +92,20 @@ async def test_bad_requests(client: Client, path: str, body: object, status: int
     await client.get(f"/contradictions?after_position={last}")
     problem = await client.post(path, status, body)
     assert problem["type"] == f"/problems/{slug}"
+
+
+async def test_a_contradiction_waits_for_a_rebuilt_view(client: Client, connection: Connection) -> None:
+    """While the view is being rebuilt, handling gets 503, not 404: the contradiction may be there."""
+    last = await contradict(client, "KOM1")
+    await client.get(f"/contradictions?after_position={last}")
+    await connection.execute("UPDATE timeline.projection SET definition = 'other'")
+    await client.webhook("KOM2")
+
+    async def is_refused() -> bool:
+        body = b'{"note": "x"}'
+        return await client.status("POST", "/orders/KOM1/contradictions/9/handle", body) == 503
+
+    await until_async(is_refused)
 
 
 async def test_pages_of_many_contradictions(
