@@ -431,6 +431,7 @@ CREATE TABLE entries (
     occurred_at      timestamptz,
     repeats          bigint,                       -- the version of the entry that this report repeats
     rejudges         bigint,                       -- the version of the report that this one judges again
+    reported_at      timestamptz,                  -- when that report arrived
     kind             smallint    NOT NULL,         -- stands for verdict, previous_status and recognised together
     PRIMARY KEY (order_no, version)
 );

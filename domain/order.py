@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from domain.transitions import Leg, Verdict
 
 
+# The reason why a rejudgement changed nothing, although the table would let it advance the order.
+OVERTAKEN: Final = "{reported} was reported before {status}, which the order has reached since"
+
+
 class Arrival(NamedTuple):
     """The arrival of one webhook.
 
@@ -53,6 +57,7 @@ class Report(NamedTuple):
         occurred_at: the sender's own time, None if absent or invalid.
         quarantine_id: the quarantined body that this report was retried from, else None.
         rejudges: the version of the unrecognised report that is judged again by this one, else None.
+        reported_at: when the report that is judged again arrived, else None.
     """
 
     arrival: Arrival
@@ -63,6 +68,17 @@ class Report(NamedTuple):
     occurred_at: datetime | None = None
     quarantine_id: int | None = None
     rejudges: int | None = None
+    reported_at: datetime | None = None
+
+    def is_overtaken(self, state: OrderState) -> bool:
+        """Return whether a later report than the one that is judged again has brought the order's status."""
+        return (
+            self.rejudges is not None
+            and self.reported_at is not None
+            and state.status_version is not None
+            and state.status_version > self.rejudges
+            and (state.status_since is None or state.status_since >= self.reported_at)
+        )
 
 
 class OrderState(NamedTuple):
@@ -115,6 +131,7 @@ class Order(BaseAggregate[str]):
         judged. ``previous_since`` is when the order reached ``previous_status``. ``repeats`` is the version of
         the timeline entry that this report repeats. ``rejudges`` is the version of the report that an operator
         had judged again, after its word had become known; such an event is not a report of its own.
+        ``reported_at`` is when that report arrived, and so when the order reached the status.
 
         A member with a default was added after the first release. An event has it only if its value differs, so
         that events of every release have the same bytes.
@@ -143,6 +160,12 @@ class Order(BaseAggregate[str]):
         token_name: str | None = field(default=None, kw_only=True)
         rejudges: int | None = field(default=None, kw_only=True)
         imported_at: datetime | None = field(default=None, kw_only=True)
+        reported_at: datetime | None = field(default=None, kw_only=True)
+
+        @property
+        def reached_at(self) -> datetime:
+            """When the order reached the status, if the verdict is advanced."""
+            return self.reported_at or self.timestamp
 
         @classmethod
         def from_fields(cls, fields: dict[str, Any]) -> Self:
@@ -192,6 +215,9 @@ def decide(
     """
     recognised = recognise(report.reported_status)
     verdict, leg, skipped, reason = judge(state.status, state.leg, recognised)
+    if verdict == "advanced" and report.is_overtaken(state):
+        verdict, leg, skipped = "late", state.leg, ()
+        reason = OVERTAKEN.format(reported=recognised, status=state.status)
     version = state.version + 1
     is_new_cnote = report.reported_cnote is not None and report.reported_cnote != state.cnote
     status, status_version, repeats, cnote = state.status, state.status_version, None, state.cnote
@@ -228,6 +254,7 @@ def decide(
         fields["token_name"] = report.arrival.token_name
     if report.rejudges is not None:
         fields["rejudges"] = report.rejudges
+        fields["reported_at"] = report.reported_at
     if report.arrival.imported_at is not None:
         fields["imported_at"] = report.arrival.imported_at
     return Order.StatusReported.from_fields(fields)
@@ -245,6 +272,6 @@ def evolve(_state: OrderState, event: Order.StatusReported) -> OrderState:
         event.status,
         event.leg,
         event.status_version,
-        event.timestamp if event.verdict == "advanced" else event.previous_since,
+        event.reached_at if event.verdict == "advanced" else event.previous_since,
         event.cnote,
     )

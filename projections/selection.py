@@ -63,8 +63,8 @@ async def selected_positions(
 
     The search ends at the view's own position, or earlier after WALKED_ROWS_MAX entries.
     """
-    # First, since later statements see every event up to it. One snapshot for all of them would not: a rebuild may
-    # swap in tables with rows that are newer than the snapshot.
+    # First, since later statements see every event up to it. One snapshot for all of them would not: a rebuild
+    # may swap in tables with rows that are newer than the snapshot.
     end: int = await connection.fetchval(POSITION) or 0
     span = (after + 1, end)
     present = [kind for (kind,) in await connection.fetch(PRESENT_KINDS, *span, selection.kinds)]

@@ -137,13 +137,13 @@ def fold(events: Iterable[DecodedEvent], additions: Additions) -> None:
         elif before != after:
             statuses[before] = statuses.get(before, 0) - 1
             statuses[after] = statuses.get(after, 0) + 1
+        if event.verdict == "advanced" and event.previous_since is not None:
+            move = (before, after, to_bucket(event.reached_at - event.previous_since))
+            moves[move] = moves.get(move, 0) + 1
         if event.rejudges is not None:
-            # It is not a report, and its order had reached the status at some earlier time.
+            # It is not a report.
             unrecognised.setdefault(event.reported_status, Word()).rejudged += 1
             continue
-        if event.verdict == "advanced" and event.previous_since is not None:
-            move = (before, after, to_bucket(event.timestamp - event.previous_since))
-            moves[move] = moves.get(move, 0) + 1
         minute = event.timestamp.astimezone(UTC).replace(second=0, microsecond=0)
         hour = (minute.replace(minute=0), event.verdict)
         hours[hour] = hours.get(hour, 0) + 1
@@ -214,7 +214,7 @@ async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
 
 VIEW: Final = View(
     name="statistics",
-    fold_version=3,
+    fold_version=4,
     tables=("statuses", "moves", "hours", "minutes", "unrecognised"),
     apply=apply,
     # No reader waits for a counter: large batches and a long pause leave more resources to webhooks.

@@ -18,8 +18,8 @@ class TimelineEntry(TypedDict):
     """One entry of a timeline, with the number of reports that only repeated it.
 
     ``status`` is the order's status after the report. ``recognised`` is the status that was reported;
-    ``status_label`` is its label. ``rejudges`` is the version of the report that this entry judges again, null
-    if the entry is a report.
+    ``status_label`` is its label. ``rejudges`` is the version of the report that this entry judges again, and
+    ``reported_at`` when that report arrived; both are null if the entry is a report.
     """
 
     version: int
@@ -37,6 +37,7 @@ class TimelineEntry(TypedDict):
     repeats: int
     last_repeated_at: datetime | None
     rejudges: int | None
+    reported_at: datetime | None
 
 
 class PlacedEntry(TimelineEntry):
@@ -61,6 +62,7 @@ COLUMNS: Final = (
     "occurred_at",
     "repeats",
     "rejudges",
+    "reported_at",
     "kind",
 )
 
@@ -100,6 +102,7 @@ def fold(events: Iterable[DecodedEvent]) -> list[tuple[Any, ...]]:
             event.occurred_at,
             event.repeats,
             event.rejudges,
+            event.reported_at,
             KINDS.get((event.verdict, event.previous_status, event.recognised), UNKNOWN_KIND),
         )
         for position, event in events
@@ -177,7 +180,7 @@ HEAD: Final = """
 ENTRIES_PAGE: Final = """
     WITH page AS (
         SELECT version, verdict, status, previous_status, reported_status, recognised, reported_cnote, skipped,
-            reason, received_at, occurred_at, rejudges
+            reason, received_at, occurred_at, rejudges, reported_at
         FROM timeline.entries
         WHERE order_no = $1 AND version > $2 AND repeats IS NULL
         ORDER BY version
@@ -197,7 +200,7 @@ ENTRIES_PAGE: Final = """
 NEWEST_ENTRIES: Final = """
     WITH page AS (
         SELECT version, verdict, status, previous_status, reported_status, recognised, reported_cnote, skipped,
-            reason, received_at, occurred_at, rejudges
+            reason, received_at, occurred_at, rejudges, reported_at
         FROM timeline.entries
         WHERE order_no = $1 AND version < $2 AND repeats IS NULL
         ORDER BY version DESC
@@ -208,11 +211,11 @@ NEWEST_ENTRIES: Final = """
         WHERE order_no = $1 AND repeats = ANY(ARRAY(SELECT version FROM page)) AND version <= $3
         GROUP BY repeats
     )
-    SELECT page.*, next_move.received_at AS left_at, coalesce(repeated.times, 0) AS repeats,
+    SELECT page.*, next_move.reached_at AS left_at, coalesce(repeated.times, 0) AS repeats,
         repeated.last_at AS last_repeated_at
     FROM page LEFT JOIN repeated USING (version)
     LEFT JOIN LATERAL (
-        SELECT later.received_at FROM timeline.entries AS later
+        SELECT coalesce(later.reported_at, later.received_at) AS reached_at FROM timeline.entries AS later
         WHERE page.verdict = 'advanced' AND later.order_no = $1 AND later.version > page.version
           AND later.version <= $3 AND later.verdict = 'advanced'
         ORDER BY later.version LIMIT 1
@@ -224,14 +227,14 @@ NEWEST_ENTRIES: Final = """
 # rejudgement reaches a status too, but is not a report.
 COUNTS: Final = """
     SELECT verdict, CASE verdict WHEN 'advanced' THEN status END AS reached,
-        count(*) FILTER (WHERE rejudges IS NULL), min(received_at)
+        count(*) FILTER (WHERE rejudges IS NULL), min(coalesce(reported_at, received_at))
     FROM timeline.entries WHERE order_no = $1 AND version <= $2
     GROUP BY verdict, reached
 """
 
 # An order's latest status changes, latest first.
 LATEST_ADVANCES: Final = """
-    SELECT version, status, received_at FROM timeline.entries
+    SELECT version, status, coalesce(reported_at, received_at) FROM timeline.entries
     WHERE order_no = $1 AND verdict = 'advanced'
     ORDER BY version DESC
     LIMIT $2

@@ -29,7 +29,7 @@ _ADDED: Final = frozenset(field.name for field in fields(Order.StatusReported) i
 _REQUIRED: Final = _FIELDS - _ADDED
 _STATE_FIELDS: Final = _REQUIRED - {"originator_id", "originator_version"}
 # Times that may be null or absent; ``timestamp`` never is.
-_TIMES: Final = ("occurred_at", "previous_since", "imported_at")
+_TIMES: Final = ("occurred_at", "previous_since", "imported_at", "reported_at")
 # Members with another name outside the log: in a timeline, ``repeats`` is a count.
 _SHOWN_NAMES: Final = {"repeats": "repeats_version"}
 _UTC_OFFSET: Final = "+00:00"
@@ -45,8 +45,8 @@ class StatusReported(TypedDict):
     ``previous_status`` and ``previous_since`` are its values before. ``repeats_version`` is the version of the
     timeline entry that the report repeats. ``body`` and ``remote`` are null for a key of the scope ``read``.
     Only some events have the members after ``reason``: ``token_name`` is the name of the sender's token,
-    ``rejudges`` the version of the report that this event judges again, and ``imported_at`` the time at which
-    an operator imported the report.
+    ``rejudges`` the version of the report that this event judges again, ``reported_at`` the time at which that
+    report arrived, and ``imported_at`` the time at which an operator imported the report.
     """
 
     timestamp: UtcTime
@@ -70,6 +70,7 @@ class StatusReported(TypedDict):
     reason: str | None
     token_name: NotRequired[str]
     rejudges: NotRequired[int]
+    reported_at: NotRequired[UtcTime]
     imported_at: NotRequired[UtcTime]
 
 

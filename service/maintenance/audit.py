@@ -59,6 +59,7 @@ class TableAudit:
             event.reported_cnote,
             event.body,
             rejudges=event.rejudges,
+            reported_at=event.reported_at,
         )
         today = decide(self._state, report, lambda _word: event.recognised)
         self._state = evolve(self._state, today)

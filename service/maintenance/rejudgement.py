@@ -29,6 +29,7 @@ class PendingReport(NamedTuple):
         order_no: the order.
         version: the report's version.
         reported_status: its word.
+        received_at: when it arrived.
         occurred_at: the sender's time, None if it sent none.
         verdict: the verdict that a rejudgement would give now.
         status: the order's status after it.
@@ -37,6 +38,7 @@ class PendingReport(NamedTuple):
     order_no: str
     version: int
     reported_status: str
+    received_at: datetime
     occurred_at: datetime | None
     verdict: Verdict
     status: Status | None
@@ -51,6 +53,7 @@ class PendingReport(NamedTuple):
             "",
             occurred_at=self.occurred_at,
             rejudges=self.version,
+            reported_at=self.received_at,
         )
 
 
@@ -95,9 +98,8 @@ class PendingReports:
         state = self._state
         now = datetime.now(UTC)
         for version, event in self._pending.items() if self._is_decodable else ():
-            pending = PendingReport(
-                event.originator_id, version, event.reported_status, event.occurred_at, event.verdict, None
-            )
+            place, word = (event.originator_id, version), event.reported_status
+            pending = PendingReport(*place, word, event.timestamp, event.occurred_at, event.verdict, None)
             judged = decide(state, pending.to_report(now), self._recognise)
             state = evolve(state, judged)
             found.append(pending._replace(verdict=judged.verdict, status=judged.status))

@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime, tzinfo
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, get_args
 
+from domain.order import OVERTAKEN
 from domain.statuses import status_label
 
 Language = Literal["id", "en"]
@@ -112,8 +113,12 @@ class Locale(NamedTuple):
         shown = [f"{self.number(count)} {name}" for count, name in parts[:2] if count]
         return " ".join(shown) or f"0 {parts[0][1]}"
 
-    def reason(self, verdict: str, recognised: str | None, previous_status: str | None) -> str | None:
+    def reason(
+        self, verdict: str, recognised: str | None, previous_status: str | None, recorded: str | None = None
+    ) -> str | None:
         """Explain why a report left its order's status unchanged; return None for other verdicts."""
+        if recorded == OVERTAKEN.format(reported=recognised, status=previous_status):
+            verdict = "overtaken"
         text = self.texts.get(f"reason_{verdict}")
         return text and text.format(reported=self.status(recognised), status=self.status(previous_status))
 

@@ -179,9 +179,7 @@ async def test_a_selection_waits_for_a_rebuilt_view(client: Client, connection: 
     assert len((await client.get("/events"))["events"]) == 2
 
 
-async def test_a_swap_during_a_search_loses_nothing(
-    client: Client, dsn: str, connection: Connection
-) -> None:
+async def test_a_swap_during_a_search_loses_nothing(client: Client, dsn: str, connection: Connection) -> None:
     """A search that began with the old tables of the view and ends with rebuilt ones finds every event."""
     receipt = await client.webhook("KOM1")
     await timeline_reaches(client, receipt["position"])
@@ -193,7 +191,7 @@ async def test_a_swap_during_a_search_loses_nothing(
         swap = asyncio.create_task(rebuilt(dsn))
 
         async def is_swapped() -> bool:
-            return await connection.fetchval("SELECT to_regclass('timeline_old.entries') IS NOT NULL")
+            return bool(await connection.fetchval("SELECT to_regclass('timeline_old.entries') IS NOT NULL"))
 
         await until_async(is_swapped)
         await holder.execute("ROLLBACK")

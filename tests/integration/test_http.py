@@ -214,7 +214,7 @@ async def test_a_timeline_folds_repeats_and_shows_contradictions(client: Client)
     assert set(first) == {
         "version", "verdict", "status", "previous_status", "reported_status", "recognised", "status_label",
         "reported_cnote", "skipped", "reason", "received_at", "occurred_at", "repeats", "last_repeated_at",
-        "rejudges",
+        "rejudges", "reported_at",
     }  # fmt: skip
     assert (refused["status"], refused["recognised"]) == ("cancelled", "delivered")
     assert refused["status_label"] == {"id": "Diterima", "en": "Delivered"}

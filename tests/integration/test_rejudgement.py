@@ -17,6 +17,7 @@ from service.database.operations import Actor
 from service.event_log import store
 from service.event_log.codec import decode_event
 from service.event_log.feed import Feed
+from service.http.times import to_rfc3339
 from service.maintenance.erasure import erase_order
 from service.maintenance.rejudgement import (
     PendingReport,
@@ -52,14 +53,16 @@ def command(tmp_path: Path, owner_dsn: str) -> Command:
     return partial(call_command, tmp_path, DATABASE_URL=owner_dsn)
 
 
-async def pending_reports(dsn: str, order_no: str | None = None) -> list[PendingReport]:
+async def pending_reports(
+    dsn: str, order_no: str | None = None, vocabulary: Vocabulary = KNOWN
+) -> list[PendingReport]:
     async with dedicated_connection(dsn) as held:
         feed = Feed(held, lambda: connect(dsn))
         counts: list[int] = []
         batches = log_batches(feed, await feed.head(), counts.append)
         if order_no is not None:
             batches = order_batches(feed, order_no, counts.append)
-        return [one async for one in find_pending(batches, PendingReports(KNOWN.recognise))]
+        return [one async for one in find_pending(batches, PendingReports(vocabulary.recognise))]
 
 
 async def settled_position(client: Client) -> int:
@@ -114,7 +117,11 @@ async def test_a_word_that_becomes_known_heals(
     order = await client.get("/orders/KOM1")
     assert (order["status"], order["version"], order["rejudgements"]) == ("out_for_delivery", 4, 1)
     assert order["counts"] == {"advanced": 1, "repeated": 0, "late": 0, "refused": 0, "unrecognised": 2}
-    assert order["last_reported_at"] < order["status_since"]
+    # The order reached the status when the old report arrived.
+    entries = (await client.get("/orders/KOM1/timeline"))["entries"]
+    assert (entries[3]["reported_at"], entries[1]["reported_at"]) == (entries[1]["received_at"], None)
+    assert order["status_since"] == entries[1]["received_at"]
+    assert (await client.get("/orders/KOM1?version=4"))["status_since"] == order["status_since"]
     assert (await client.get("/orders/KOM2"))["status"] == "out_for_delivery"
     entries = (await client.get("/orders/KOM3/timeline"))["entries"]
     assert [(entry["verdict"], entry["rejudges"]) for entry in entries] == [
@@ -157,6 +164,44 @@ async def test_a_rejudged_report_repeats_nothing(client: Client, dsn: str) -> No
     ]
     # The airway bill of the old report may be outdated by now.
     assert (await client.get("/orders/KOM1"))["cnote"] == "AWB1"
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_a_rejudgement_never_undoes_a_later_report(
+    client: Client, connection: Connection, dsn: str
+) -> None:
+    """It advances its order only if no later report has. Else it is late, whatever the table has for it."""
+    words = Vocabulary({"A": "picked_up", "B": "returning", "C": "in_transit"})
+    for order_no, statuses in {
+        "TURNED": ["Diantar", "B", "Diterima"],
+        "MOVED": ["Dipacking", "A", "C"],
+        "CANCELLED": ["Dibatalkan", "C"],
+    }.items():
+        for status in statuses:
+            await client.webhook(order_no, status)
+    async with dedicated_connection(dsn) as held:
+        recorder = make_recorder(held, recognise=words.recognise)
+        pending = await pending_reports(dsn, vocabulary=words)
+        receipts = [await rejudge(recorder, one) for one in pending]
+    found = [(one.order_no, one.reported_status, one.verdict, one.status) for one in pending]
+    assert found == [
+        ("CANCELLED", "C", "refused", "cancelled"),
+        # The second one follows the first, although it was judged again after it.
+        ("MOVED", "A", "advanced", "picked_up"),
+        ("MOVED", "C", "advanced", "in_transit"),
+        ("TURNED", "B", "late", "delivered"),
+    ]
+    assert [receipt["outcome"] for receipt in receipts] == [verdict for *_, verdict, _ in found]
+    await settled_position(client)
+    (*_, late) = (await client.get("/orders/TURNED/timeline"))["entries"]
+    assert late["reason"] == "returning was reported before delivered, which the order has reached since"
+    moved = await client.get("/orders/MOVED")
+    reported = [event for _, event in await logged_events(connection) if event.rejudges is None]
+    reached = {event.reported_status: event.timestamp for event in reported if event.originator_id == "MOVED"}
+    assert moved["picked_up_at"] == to_rfc3339(reached["A"])
+    assert moved["shipped_at"] == moved["status_since"] == to_rfc3339(reached["C"])
+    durations = {(one["from"], one["to"]) for one in (await client.get("/statistics"))["moves"]}
+    assert {("packed", "picked_up"), ("picked_up", "in_transit")} <= durations
     assert await rebuilt(dsn, verify=True) == EQUAL
 
 

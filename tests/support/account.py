@@ -208,6 +208,7 @@ def _misdecided(log: Sequence[Logged]) -> list[str]:
             event.occurred_at,
             event.quarantine_id,
             event.rejudges,
+            event.reported_at,
         )
         decided = decide(states[event.originator_id], report)
         if vars(decided) != vars(event):

@@ -65,6 +65,7 @@ EVENTS = st.builds(
     reason=st.none() | TEXT,
     token_name=st.none() | TEXT,
     rejudges=st.none() | BIGINT,
+    reported_at=st.none() | TIMES,
     imported_at=st.none() | TIMES,
 )
 TOPIC = "order.status_reported"

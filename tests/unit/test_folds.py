@@ -65,7 +65,9 @@ def logs(draw: st.DrawFn) -> list[DecodedEvent]:
         log.append((position, event))
         if event.verdict == "unrecognised" and draw(st.booleans()):
             position += 1
-            again = arrived._replace(body="", reported_cnote=None, rejudges=event.originator_version)
+            again = arrived._replace(
+                body="", reported_cnote=None, rejudges=event.originator_version, reported_at=event.timestamp
+            )
             event = decide(states[report.order_no], again, LATER_WORDS.recognise)
             states[report.order_no] = evolve(NEW_ORDER, event)
             log.append((position, event))
@@ -112,7 +114,7 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
             verdict: sum(event.verdict == verdict for event in reports) for verdict in VERDICTS
         }
         advanced = [event for _, event in mine if event.verdict == "advanced"]
-        reached = {event.status: event.timestamp for event in reversed(advanced)}
+        reached = {event.status: event.reached_at for event in reversed(advanced)}
         assert folded["first_position"] == first_position
         assert row == {
             "order_no": order_no,
@@ -123,7 +125,7 @@ def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
             "settled": last.status in SETTLED,
             "version": len(mine),
             "position": position,
-            "status_since": brought.timestamp if brought else None,
+            "status_since": brought.reached_at if brought else None,
             "first_reported_at": first.timestamp,
             "last_reported_at": reports[-1].timestamp,
             "submitted_at": reached.get("submitted"),

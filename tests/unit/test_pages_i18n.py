@@ -11,6 +11,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
+from domain.order import OVERTAKEN
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
 from service.database.api_keys import SCOPES
@@ -26,7 +27,7 @@ ID, EN = LOCALES["id"], LOCALES["en"]
 COMPOSED_NAMES = {
     *VERDICTS,
     *(f"{verdict}_meaning" for verdict in VERDICTS),
-    *(f"reason_{verdict}" for verdict in ("late", "refused", "unrecognised")),
+    *(f"reason_{verdict}" for verdict in ("late", "overtaken", "refused", "unrecognised")),
     *(f"stage_{state}" for state in ("reached", "now", "skipped", "ahead")),
     *(f"problem_{status}" for status in (400, 403, 404, 409, 422, 503)),
     *(f"share_status_{status}" for status in (*STATUSES, "none")),
@@ -140,6 +141,13 @@ def test_an_unknown_status_is_its_own_label() -> None:
 def test_reports_that_did_not_count_have_a_reason(verdict: str, reason: str | None) -> None:
     """Late, refused and unrecognised reports have a reason in words, and the other two verdicts have none."""
     assert EN.reason(verdict, "cancelled", "in_transit") == reason
+
+
+def test_an_overtaken_rejudgement_has_a_reason_of_its_own() -> None:
+    """The table would let the report advance the order, so the table's reason would be wrong."""
+    recorded = OVERTAKEN.format(reported="returning", status="delivered")
+    reason = "“Returning” was reported before “Delivered”, which the order has reached since."
+    assert EN.reason("late", "returning", "delivered", recorded) == reason
 
 
 def reasons() -> Iterator[str]:
