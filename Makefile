@@ -97,14 +97,14 @@ $(VENV)/dev.stamp: requirements-dev.lock Makefile
 venv:
 	@if [ -z "$(PYTHON)" ]; then \
 		echo "no Python 3.11 or newer is on the PATH: install one, or run make PYTHON=/path/to/python3.12" >&2; exit 1; fi
-	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "$(PYTHON) does not exist: set PYTHON to a Python 3.11 or newer" >&2; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	@command -v "$(PYTHON)" >/dev/null 2>&1 || { echo "$(PYTHON) does not exist: set PYTHON to a Python 3.11 or newer" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "$(PYTHON) is too old: run make PYTHON=... with Python 3.11 or newer" >&2; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	@"$(PYTHON)" -c 'import venv, ensurepip' 2>/dev/null || { \
 		echo "$(PYTHON) has no venv: install it (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@# If its Python was moved or removed, the environment is useless.
 	@if [ -d $(VENV) ] && ! $(BIN)/python -c pass 2>/dev/null; then rm -rf $(VENV); fi
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV)
 	@echo "installing the packages of $(LOCK)"
 	@# First the lock's pip, by the one that came with Python; then it installs everything else.
 	@sed -n '/^pip==/,/[^\]$$/p' $(LOCK) >$(VENV)/pip.lock

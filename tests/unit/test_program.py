@@ -55,7 +55,7 @@ def test_without_a_script_it_is_the_module(monkeypatch: pytest.MonkeyPatch, tmp_
     environment(tmp_path, monkeypatch, has_script=False)
     command = command_name()
     assert command.endswith("/python' -m service")
-    command = command.replace(shlex.quote(sys.executable), executable)
+    command = command.replace(shlex.quote(sys.executable), shlex.quote(executable))
     assert run(f"{command} --version", ROOT) == "{version} (commit {commit})\n".format(**build_info())
 
 
