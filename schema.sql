@@ -141,6 +141,14 @@ CREATE TRIGGER order_events_kept BEFORE TRUNCATE ON order_events
 ALTER TABLE order_events ENABLE ALWAYS TRIGGER order_events_immutable;
 ALTER TABLE order_events ENABLE ALWAYS TRIGGER order_events_kept;
 
+-- The log's id, by which a reader recognises that a position belongs to another log. apply_schema inserts the row, also
+-- after a restore, since dumps leave it out: the restored log may lack events that readers have seen.
+
+CREATE TABLE log_identity (
+    log_id   uuid    NOT NULL DEFAULT gen_random_uuid(),
+    one_row  boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row)
+);
+
 ------------------------------------------------------------------------------------------------------------
 -- A sender's idempotency keys. The same key for the same order gets the first receipt again.
 
@@ -303,7 +311,7 @@ BEGIN
         RETURN;
     END IF;
     GRANT SELECT ON schema_version, view_names, order_events, idempotency_keys, quarantine, api_keys, sessions,
-        operations, handled_contradictions, erasures TO order_tracking_service;
+        operations, handled_contradictions, erasures, log_identity TO order_tracking_service;
     GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
     GRANT EXECUTE ON FUNCTION lock_order_events(), make_view_schema(text), swap_view_schemas(text)
         TO order_tracking_service;

@@ -35,6 +35,7 @@ from service.database.connections import (
     connect,
 )
 from service.database.durability import read_durability
+from service.database.log_identity import LogIdentity
 from service.database.schema import VIEWS, prepare_database
 from service.dsn import LOCAL_SOCKET, read_hosts
 from service.event_log.feed import Feed
@@ -85,8 +86,9 @@ class Service:
         seconds_max = settings.request_seconds_max
         self.vocabulary = settings.vocabulary
         self.budgets = budgets or Budgets()
-        self.pool = ConnectionPool(dsn, seconds_max)
-        connect_hot = partial(connect, dsn, **HOT_SETTINGS)
+        self.log = LogIdentity()
+        self.pool = ConnectionPool(dsn, seconds_max, self.log.read)
+        connect_hot = partial(connect, dsn, self.log.read, **HOT_SETTINGS)
         connect_timely = partial(connect, dsn, **POOL_SETTINGS)
         self.log_connection = DedicatedConnection(connect_hot)
         self.orders_connection = DedicatedConnection(connect_hot)
@@ -140,8 +142,10 @@ class Service:
         )
         self.access = Access(self.auth_connection, seconds_max, auth_refusals, is_open=settings.is_open)
         self.webhook_auth = make_webhook_auth(settings, auth_refusals)
-        self.webhook = Webhook(self.webhook_auth, self.recorder, quarantine, volume, self.refusals)
-        self.events = EventsApi(self.pool, self.access, self.budgets.streams, self.projectors)
+        self.webhook = Webhook(
+            self.webhook_auth, self.recorder, quarantine, volume, self.refusals, log=self.log
+        )
+        self.events = EventsApi(self.pool, self.access, self.budgets.streams, self.projectors, self.log)
         share_secret = settings.share_secret.get_secret_value()
         links = ShareLinks(share_secret) if share_secret else None
         self.pages = Pages(
@@ -157,7 +161,7 @@ class Service:
             is_open=settings.is_open,
         )
         self.apis: list[Api] = [
-            OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets),
+            OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets, self.log),
             StatisticsApi(self.pool, self.projectors, self.vocabulary.recognise, settings.zone),
             self.events,
             AuditApi(self.pool, self.projectors, self.vocabulary),
@@ -215,7 +219,7 @@ class Service:
         app.add_routes(self.pages.routes())
         app.add_routes(self.share_pages.routes())
         for api in self.apis:
-            app.add_routes(make_routes(api, self.access))
+            app.add_routes(make_routes(api, self.access, self.log))
         return app
 
     def on_response(self, request: web.BaseRequest, status: int, seconds: float) -> None:

@@ -21,6 +21,7 @@ from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.api.resumption import place_after, refuse_another_event
 from service.database.connections import READER, ConnectionPool
+from service.database.log_identity import LogIdentity
 from service.event_log import store
 from service.event_log.erasures import Erasure, erasures_page, last_erasure_id
 from service.event_log.store import LogEvent, RecordedEvent, to_log_event
@@ -33,6 +34,7 @@ from service.http.parameters import (
     PAGE_ROWS_DEFAULT,
     LastReport,
     Limit,
+    LogId,
     Position,
     Query,
     Statuses,
@@ -46,7 +48,7 @@ from service.http.problems import (
     beyond_head,
     unavailable,
 )
-from service.http.responses import JSON_OPTIONS, STREAM_HEADERS
+from service.http.responses import JSON_OPTIONS, LOG_HEADER, STREAM_HEADERS
 from service.http.server import is_gone
 from service.http.streaming import ResponseStream, begin_stream, refuse_old_version
 
@@ -86,6 +88,7 @@ class EventsQuery(Query):
 
     after: Position = Field(default=0, description="begin after this position of the log")
     last: LastReport = None
+    log: LogId = None
     limit: Limit = Field(default=PAGE_ROWS_DEFAULT, description="the maximum number of events of the page")
     verdict: Verdicts | None = Field(
         default=None, description="events with this verdict, or with one of several, separated by commas"
@@ -107,6 +110,7 @@ class AllEventsQuery(Query):
 
     after: Position = Field(default=0, description="begin after this position of the log")
     last: LastReport = None
+    log: LogId = None
     limit: int | None = Field(
         default=None,
         ge=1,
@@ -123,6 +127,7 @@ class StreamQuery(Query):
         description="begin after this position, unless Last-Event-ID is sent; by default, with the next event",
     )
     last: LastReport = None
+    log: LogId = None
 
 
 class LogStreamQuery(StreamQuery):
@@ -176,14 +181,21 @@ class EventsApi:
         access: checks repeatedly during a stream whether its API key is still valid.
         streams: the budget of long responses.
         projectors: the projectors by the names of their views.
+        log: the log's id.
     """
 
     tag = Tag("events", "The log of all orders, in pages, as NDJSON and live, and its erasures.")
 
     def __init__(
-        self, pool: ConnectionPool, access: Access, streams: Budget, projectors: Mapping[str, Projector]
+        self,
+        pool: ConnectionPool,
+        access: Access,
+        streams: Budget,
+        projectors: Mapping[str, Projector],
+        log: LogIdentity,
     ) -> None:
         self._pool = pool
+        self._log = log
         self._projectors = projectors
         self._access = access
         self._streams = streams
@@ -193,6 +205,7 @@ class EventsApi:
     @Endpoint("GET", "/events", LogEventPage, query=EventsQuery, problems=(ProblemType.OVER_BUDGET,))
     async def list_events(self, request: web.Request, query: EventsQuery) -> web.Response:
         """List the events of all orders, by position: a feed whose `next` can always be followed."""
+        log_id = self._log.log_id
         if query.verdict is not None or query.status is not None:
             await wait_for(self._projectors, None, timeline.VIEW.name)
         async with self._pool.connection() as connection:
@@ -203,7 +216,7 @@ class EventsApi:
         if not page.events and query.wait and request.method == hdrs.METH_GET:
             page = await self._wait_for_page(request, query, page)
         last = query.last if page.reached == query.after else page.last
-        place = place_after(last, after=page.reached)
+        place = place_after(log_id, last, after=page.reached)
         with_bodies = has_scope(request, "read:bodies")
         events = [to_log_event(event, with_bodies=with_bodies) for event in page.events]
         return list_response(query, "events", Page(events, place), "/events")
@@ -231,14 +244,14 @@ class EventsApi:
         try:
             with self._streams.hold(READER.get()):
                 async with self.tail.following():
-                    losses, seen = self.tail.losses, 0
+                    began_with, seen = (self.tail.losses, self._log.log_id), 0
                     while not (page.events or self.tail.is_ended or is_gone(request)):
                         # At first, and whenever the log has grown.
                         if self.tail.position > seen:
                             seen = self.tail.position
                             await self._projectors[timeline.VIEW.name].wait_for(seen, CHECK_SECONDS)
                             page = await self._read_page(query, page.reached)
-                        elif self.tail.losses != losses or monotonic() >= deadline:
+                        elif (self.tail.losses, self._log.log_id) != began_with or monotonic() >= deadline:
                             break
                         else:
                             seconds = min(CHECK_SECONDS, deadline - monotonic())
@@ -253,7 +266,7 @@ class EventsApi:
         """Get all events up to the head of the log as NDJSON, one event on each line."""
         refuse_old_version(request)
         if request.method == hdrs.METH_HEAD:
-            return (await begin_stream(request, NDJSON_HEADERS)).response
+            return (await begin_stream(request, NDJSON_HEADERS, self._log.log_id)).response
         with self._streams.hold(READER.get()):
             return await self._all_events(request, query)
 
@@ -288,17 +301,20 @@ class EventsApi:
         return await self._stream(request, query, send, order_no)
 
     async def _all_events(self, request: web.Request, query: AllEventsQuery) -> web.StreamResponse:
-        position = query.after
+        position, log_id = query.after, self._log.log_id
         async with self._pool.connection() as connection:
             head = await store.head_position(connection)
             if position > head:
                 raise beyond_head(position, head)
             await _refuse_another_event(connection, query)
-        stream = await begin_stream(request, NDJSON_HEADERS)
+        stream = await begin_stream(request, NDJSON_HEADERS, log_id)
         with_bodies = has_scope(request, "read:bodies")
         remaining = query.limit if query.limit is not None else POSITION_MAX
         while position < head and remaining:
             await stream.wait()
+            if self._log.log_id != log_id:
+                # The events that follow belong to another log, so the response is cut off.
+                raise unavailable("the database was replaced during the request")
             position, count = await self._send_lines(stream, position, remaining, with_bodies=with_bodies)
             remaining -= count
         return stream.response
@@ -327,10 +343,10 @@ class EventsApi:
         self, request: web.Request, query: StreamQuery, send: Send, order_no: str | None = None
     ) -> web.StreamResponse:
         refuse_old_version(request)
-        last_seen = _last_event_id(request)
+        last_seen, log_id = _last_event_id(request), self._log.log_id
         after = query.after if last_seen is None else last_seen
         if request.method == hdrs.METH_HEAD:
-            return (await begin_stream(request, SSE_HEADERS)).response
+            return (await begin_stream(request, SSE_HEADERS, log_id)).response
         if after is not None:
             async with self._pool.connection() as connection:
                 if after > (head := await store.head_position(connection)):
@@ -341,7 +357,7 @@ class EventsApi:
             with self._streams.hold(READER.get()):
                 async with self.tail.following():
                     position = self.tail.position if after is None else after
-                    stream = await begin_stream(request, SSE_HEADERS)
+                    stream = await begin_stream(request, SSE_HEADERS, log_id)
                     try:
                         # Proxies may hold back a response without a body, so it begins with a comment.
                         await stream.write(b": the log after position %d\n%b" % (position, RETRY))
@@ -360,11 +376,16 @@ class EventsApi:
     async def _follow(
         self, request: web.Request, stream: ResponseStream, position: int, send: Send, order_no: str | None
     ) -> None:
-        """Send events until the reader leaves, its key is revoked, events are lost, or the service stops."""
-        losses, erasure_id = self.tail.losses, self.tail.last_erasure_id
+        """Send events until the reader leaves, its key is revoked, the service stops, or the log is another one or
+        has lost events.
+        """
+        began_with = (self.tail.losses, stream.response.headers[LOG_HEADER])
+        erasure_id = self.tail.last_erasure_id
         check_key_at = monotonic() + KEY_SECONDS
         heartbeat_at = monotonic() + HEARTBEAT_SECONDS
-        while not self.tail.is_ended and self.tail.losses == losses and not is_gone(request):
+        while not (self.tail.is_ended or is_gone(request)):
+            if (self.tail.losses, self._log.log_id) != began_with:
+                break
             await stream.wait()
             position = await send(stream, position)
             for erasure in self.tail.erasures_after(erasure_id, order_no):

@@ -19,7 +19,7 @@ from service.database.operations import Action, Via
 from service.http.endpoints import CSV, JSON, NDJSON, SSE, TEXT, Api, Endpoint, Tag, endpoints
 from service.http.parameters import Query
 from service.http.problems import ProblemError, ProblemType
-from service.http.responses import json_response, response
+from service.http.responses import LOG_HEADER, json_response, response
 from service.ingest.idempotency import KEY_BYTES_MAX, KEY_HEADERS
 from service.ingest.quarantine import QuarantineState
 from service.ingest.recorder import Outcome, Receipt
@@ -287,7 +287,9 @@ def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:
     # The docstring of a plain dict or str would describe Python.
     if endpoint.response.__module__ != "builtins":
         description = _to_markdown(endpoint.response.__doc__)
-    headers: dict[str, Any] = {}
+    headers: dict[str, Any] = (
+        _log_header() if endpoint.scope is not None or endpoint.response is Receipt else {}
+    )
     if endpoint.has_etag:
         headers["ETag"] = {"schema": {"type": "string"}, "description": "Send it back as If-None-Match."}
     if endpoint.media in {JSON, CSV} and endpoint.query is not None and "limit" in endpoint.query.model_fields:
@@ -300,6 +302,11 @@ def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _log_header() -> dict[str, Any]:
+    schema = {"type": "string", "format": "uuid"}
+    return {LOG_HEADER: {"schema": schema, "description": "The id of the log that positions belong to."}}
+
+
 def _failures(endpoint: Endpoint) -> dict[str, Any]:
     failures: dict[str, Any] = {}
     described = sorted(_describe(problem) for problem in endpoint.all_problems)
@@ -309,6 +316,8 @@ def _failures(endpoint: Endpoint) -> dict[str, Any]:
             "headers": {"X-Request-Id": {"schema": {"type": "string"}, "description": "The id in the logs."}},
             "content": {PROBLEM_MEDIA: {"schema": {"$ref": REFERENCE.format(model="Problem")}}},
         }
+        if status == HTTPStatus.GONE:
+            failures[str(status)]["headers"] |= _log_header()
         if status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:
             retry_after = {"schema": {"type": "integer"}, "description": "In seconds."}
             failures[str(status)]["headers"]["Retry-After"] = retry_after

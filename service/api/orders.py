@@ -33,6 +33,7 @@ from service.api.freshness import wait_for
 from service.api.resumption import place_after, refuse_another_event
 from service.batcher import Batcher
 from service.database.connections import READER, ConnectionPool, DedicatedConnection
+from service.database.log_identity import LogIdentity
 from service.event_log import store
 from service.event_log.codec import (
     StatusReported,
@@ -51,6 +52,7 @@ from service.http.parameters import (
     Duration,
     LastReport,
     Limit,
+    LogId,
     Position,
     Query,
     SortedCursor,
@@ -197,6 +199,7 @@ class OrderEventsQuery(Query):
 
     after_version: Position = Field(default=0, description="begin after this version of the order")
     last: LastReport = None
+    log: LogId = None
     limit: Limit = Field(default=PAGE_ROWS_DEFAULT, description="the maximum number of events of the page")
 
 
@@ -208,6 +211,7 @@ class OrdersApi:
         dedicated: the connection for batched reads of single orders.
         projectors: the projectors by the names of their views.
         budgets: the budgets of reads of earlier states and of long responses.
+        log: the log's id.
     """
 
     tag = Tag("orders", "Each order's current status, earlier states, timeline and recorded events.")
@@ -218,10 +222,12 @@ class OrdersApi:
         dedicated: DedicatedConnection,
         projectors: Mapping[str, Projector],
         budgets: Budgets,
+        log: LogIdentity,
     ) -> None:
         self._pool = pool
         self._dedicated = dedicated
         self._projectors = projectors
+        self._log = log
         self._folds = budgets.folds
         self._streams = budgets.streams
         self._export_turns = asyncio.Semaphore(EXPORTS_AT_A_TIME)
@@ -255,7 +261,7 @@ class OrdersApi:
         place, filters = query.first_place, query.to_filter(datetime.now(UTC))
         await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
         if request.method == hdrs.METH_HEAD:
-            return (await begin_stream(request, CSV_HEADERS)).response
+            return (await begin_stream(request, CSV_HEADERS, self._log.log_id)).response
         with self._streams.hold(READER.get()):
             return await self._all_orders(request, place, filters)
 
@@ -329,7 +335,7 @@ class OrdersApi:
     async def list_order_events(self, request: web.Request, query: OrderEventsQuery) -> web.Response:
         """List an order's recorded events, by version."""
         after = query.after_version
-        order_no = parse_order_no(request)
+        order_no, log_id = parse_order_no(request), self._log.log_id
         async with self._pool.connection() as connection:
             rows = await store.read_stream(connection, order_no, after, query.limit)
             if not rows and not await store.read_stream(connection, order_no, 0, 1):
@@ -342,7 +348,7 @@ class OrdersApi:
             has_more = rows and await store.read_stream(connection, order_no, rows[-1].version, 1)
         with_bodies = has_scope(request, "read:bodies")
         events = [_to_order_event(event, with_bodies=with_bodies) for event in rows]
-        place = place_after(rows[-1].report_id, after_version=rows[-1].version) if has_more else {}
+        place = place_after(log_id, rows[-1].report_id, after_version=rows[-1].version) if has_more else {}
         return list_response(query, "events", Page(events, place), order_path(order_no, "events"))
 
     async def _orders(self, query: OrdersQuery, limit: int) -> Page:
@@ -373,7 +379,7 @@ class OrdersApi:
     async def _all_orders(
         self, request: web.Request, place: int | Place, filters: OrdersFilter
     ) -> web.StreamResponse:
-        stream = await begin_stream(request, CSV_HEADERS)
+        stream = await begin_stream(request, CSV_HEADERS, self._log.log_id)
         await stream.write(csv_heading(CurrentOrder))
         reached: int | Place | None = place
         while reached is not None:

@@ -6,14 +6,15 @@ from service.event_log.store import RecordedEvent
 from service.http.problems import another_event
 
 
-def place_after(last: str | None, **place: int) -> dict[str, Any]:
+def place_after(log_id: str, last: str | None, **place: int) -> dict[str, Any]:
     """Return the parameters of the next page.
 
     Args:
+        log_id: the id of the log.
         last: the ``report_id`` of the last event of this page, None if unknown.
         place: the parameter by which the list is paged, and the event's position or version.
     """
-    return {**place, **({} if last is None else {"last": last})}
+    return {**place, **({} if last is None else {"last": last}), "log": log_id}
 
 
 def refuse_another_event(last: str, found: RecordedEvent | None, **place: int) -> None:

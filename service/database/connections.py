@@ -20,6 +20,8 @@ from service.dsn import LOCAL_SOCKET, Host, read_hosts, read_target
 _last_host: Final[dict[str, Host]] = {}
 
 Connect: TypeAlias = Callable[[], Awaitable[Connection]]
+# Called with each new connection, before it is used.
+OnConnect: TypeAlias = Callable[[Connection], Awaitable[None]]
 
 # A server that does not answer a connection attempt within this time counts as unreachable.
 CONNECT_SECONDS_MAX: Final = 2.0
@@ -99,8 +101,13 @@ class UnsupportedServerError(StorageUnavailableError):
     """The database can be reached, but this service cannot use it. ``str()`` says what to do."""
 
 
-async def connect(dsn: str, **settings: str) -> Connection:
+async def connect(dsn: str, on_connect: OnConnect | None = None, /, **settings: str) -> Connection:
     """Open a connection with the service's settings and the given ones.
+
+    Args:
+        dsn: the database.
+        on_connect: called with the connection. If it fails, so does the attempt to connect.
+        settings: further settings of the server.
 
     Raises:
         StorageUnavailableError: no server of the DSN answered within CONNECT_SECONDS_MAX, was a primary, and
@@ -115,7 +122,7 @@ async def connect(dsn: str, **settings: str) -> Connection:
     for host in hosts or [None]:
         try:
             async with asyncio.timeout(CONNECT_SECONDS_MAX):
-                connection = await _open(dsn, host, sent)
+                connection = await _open(dsn, host, sent, on_connect)
         except UnsupportedServerError:
             raise
         except asyncpg.ProtocolViolationError as error:
@@ -134,7 +141,9 @@ async def connect(dsn: str, **settings: str) -> Connection:
     raise StorageUnavailableError(f"cannot connect to {'; '.join(texts)}") from failures[-1][1]
 
 
-async def _open(dsn: str, host: Host | None, sent: Mapping[str, str]) -> Connection:
+async def _open(
+    dsn: str, host: Host | None, sent: Mapping[str, str], on_connect: OnConnect | None
+) -> Connection:
     connection: Connection = await asyncpg.connect(
         dsn,
         host=host and host.name,
@@ -145,6 +154,8 @@ async def _open(dsn: str, host: Host | None, sent: Mapping[str, str]) -> Connect
     try:
         await _set_json_codec(connection)
         await _inspect(connection, sent)
+        if on_connect is not None:
+            await on_connect(connection)
     except BaseException:
         connection.terminate()
         raise
@@ -214,15 +225,16 @@ class ConnectionPool:
     Args:
         dsn: the database.
         seconds_max: the time limit for one use, including the wait for a connection.
+        on_connect: called with each new connection.
     """
 
-    def __init__(self, dsn: str, seconds_max: float) -> None:
+    def __init__(self, dsn: str, seconds_max: float, on_connect: OnConnect | None = None) -> None:
         self.seconds_max = seconds_max
         # Of the keys whose reads use or await a connection now.
         self._shares: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
         async def connect_for_pool(*_args: object, **_kwargs: object) -> Connection:
-            return await connect(dsn, **POOL_SETTINGS)
+            return await connect(dsn, on_connect, **POOL_SETTINGS)
 
         self._pool: asyncpg.Pool[asyncpg.Record] = asyncpg.create_pool(
             dsn,

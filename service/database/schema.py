@@ -23,6 +23,7 @@ from service.database.connections import (
     UnsupportedServerError,
     connected,
 )
+from service.database.log_identity import LOG_ID, MAKE_LOG_ID
 from service.database.sequences import require_rising_numbers
 
 SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
@@ -78,6 +79,7 @@ MAY_ACT_AS_OWNER: Final = """
     FROM pg_roles AS roles JOIN pg_class ON relowner = roles.oid
     WHERE rolname = 'order_tracking_owner' AND pg_class.oid = 'public.order_events'::regclass
 """
+MAY_MAKE_LOG_ID: Final = "SELECT has_table_privilege('public.log_identity', 'INSERT')"
 MAY_CREATE_SCHEMAS: Final = """
     SELECT has_database_privilege('order_tracking_owner', current_database(), 'CREATE')
         OR NOT has_database_privilege(current_database(), 'CREATE WITH GRANT OPTION')
@@ -202,6 +204,7 @@ async def apply_schema(connection: Connection, migrations: Sequence[Migration] =
             if is_new:
                 await connection.execute(LOG_SQL)
                 await _record(connection, migrations)
+                await connection.execute(MAKE_LOG_ID)
             else:
                 await _migrate(connection, migrations)
         except asyncpg.LockNotAvailableError as error:
@@ -237,6 +240,12 @@ async def _migrate(connection: Connection, migrations: Sequence[Migration]) -> N
         await connection.execute(ACT_AS, "none")
     if missing:
         await _record(connection, migrations)
+    if await connection.fetchval(LOG_ID) is None:
+        await act_as_owner(connection)
+        if not await connection.fetchval(MAY_MAKE_LOG_ID):
+            raise SchemaError("the log has no id, as after a restore: run 'migrate' to make one")
+        await connection.execute(MAKE_LOG_ID)
+        await connection.execute(ACT_AS, "none")
 
 
 async def _record(connection: Connection, migrations: Sequence[Migration]) -> None:

@@ -10,9 +10,11 @@ from aiohttp import hdrs, web
 from pydantic import BaseModel
 
 from service.database.api_keys import Scope
+from service.database.log_identity import LogIdentity
 from service.http.access import Access, Handler
 from service.http.parameters import FORMAT, Query, read_query
-from service.http.problems import ProblemType, bad_parameter
+from service.http.problems import ProblemError, ProblemType, another_log, bad_parameter, unavailable
+from service.http.responses import LOG_HEADER
 
 JSON: Final = "application/json"
 CSV: Final = "text/csv"
@@ -93,6 +95,8 @@ class Endpoint:
                 problems.add(ProblemType.BEYOND_HEAD)
             if "last" in self.query.model_fields:
                 problems.add(ProblemType.ANOTHER_EVENT)
+            if "log" in self.query.model_fields:
+                problems.add(ProblemType.ANOTHER_LOG)
             if "{" in self.path:
                 problems.add(ProblemType.BAD_PATH)
         if self.scope is not None:
@@ -129,19 +133,25 @@ def endpoints(api: object) -> Iterator[tuple[Endpoint, Method]]:
             yield endpoint, member
 
 
-def make_routes(api: object, access: Access) -> list[web.RouteDef]:
-    """Return the routes of an object's declared methods, each guarded as declared."""
+def make_routes(api: object, access: Access, log: LogIdentity) -> list[web.RouteDef]:
+    """Return the routes of an object's declared methods, each guarded as declared.
+
+    Args:
+        api: the object.
+        access: checks the API keys.
+        log: the log's id, which every response has that requires an API key.
+    """
     declared = {endpoint.path: (endpoint, method) for endpoint, method in endpoints(api)}
     routes = []
     for endpoint, method in endpoints(api):
-        handler = _with_query(endpoint, method.__get__(api))
+        handler = _with_query(log, endpoint, method.__get__(api))
         for media, suffix in SUFFIXES.items():
             if endpoint.path + suffix in declared:
                 other, other_method = declared[endpoint.path + suffix]
                 handler = _negotiating(
                     media,
-                    _with_query(other, other_method.__get__(api), FORMAT),
-                    _with_query(endpoint, method.__get__(api), FORMAT),
+                    _with_query(log, other, other_method.__get__(api), FORMAT),
+                    _with_query(log, endpoint, method.__get__(api), FORMAT),
                 )
         if endpoint.scope is not None:
             handler = access.require(endpoint.scope, handler)
@@ -171,14 +181,36 @@ def _negotiating(media: str, other: Handler, handler: Handler) -> Handler:
 
 
 def _with_query(
+    log: LogIdentity,
     endpoint: Endpoint,
     method: Callable[[web.Request, Any], Awaitable[web.StreamResponse]],
     handled: str | None = None,
 ) -> Handler:
     model = endpoint.query or Query
     defaults = model()
+    takes_log = "log" in model.model_fields
+
+    def read(request: web.Request) -> Any:
+        return read_query(model, request, handled) if request.query_string else defaults
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        return await method(request, read_query(model, request, handled) if request.query_string else defaults)
+        return await method(request, read(request))
 
-    return handle
+    async def handle_naming_log(request: web.Request) -> web.StreamResponse:
+        query, log_id = read(request), log.log_id
+        try:
+            if takes_log and query.log not in {None, log_id}:
+                raise another_log(log_id, query.log)
+            response = await method(request, query)
+            # Only a read can be sent again without a second thought.
+            if log.log_id != log_id and request.method != hdrs.METH_POST and not response.prepared:
+                raise unavailable("the database was replaced during the request")
+        except ProblemError as error:
+            error.headers[LOG_HEADER] = log_id
+            raise
+        # The head of a stream is sent already.
+        if not response.prepared:
+            response.headers[LOG_HEADER] = log_id
+        return response
+
+    return handle if endpoint.scope is None else handle_naming_log

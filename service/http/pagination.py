@@ -65,7 +65,7 @@ class Page(NamedTuple):
         """Return the next page's path and query string, None if this is the last. Other parameters are kept."""
         if not self.next_place:
             return None
-        place = {"after_position", "cursor", "after", "after_version", "last"}
+        place = {"after_position", "cursor", "after", "after_version", "last", "log"}
         same = query.model_dump(
             mode="json", exclude=place, exclude_unset=True, exclude_none=True, by_alias=True
         )

@@ -158,6 +158,11 @@ LastReport = Annotated[
     ),
 ]
 
+LogId = Annotated[
+    Text | None,
+    Field(description="the id of the log that your position belongs to; 410 if this is another log"),
+]
+
 
 class Query(BaseModel):
     """The parameters of a request. An unknown parameter is an error: a filter must not be ignored silently."""

@@ -60,6 +60,11 @@ class ProblemType(Enum):
         "Another event",
         "A failover or a restore has lost the last event that you read. Begin again before the loss.",
     )
+    ANOTHER_LOG = (
+        410,
+        "Another log",
+        "Your positions belong to another log: the database was restored or replaced. `log` is this log's id.",
+    )
     TOO_LARGE = 413, "Too large", "The body is larger than the limit."
     UNKNOWN_CODING = 415, "Unknown content coding", "Supported content codings: gzip, identity."
     NOT_UNDERSTOOD = 422, "Still not understood", "The quarantined body is still unparseable and stays open."
@@ -142,6 +147,20 @@ def another_event(**place: Any) -> ProblemError:
     ((name, number),) = place.items()
     detail = f"the event at {name} {number} is not the one that you read last: begin again before the loss"
     return ProblemError(ProblemType.ANOTHER_EVENT, detail, **place)
+
+
+def another_log(log_id: str, expected: str) -> ProblemError:
+    """Return the problem for a position of another log.
+
+    Args:
+        log_id: the id of this log.
+        expected: the id of the reader's log.
+    """
+    detail = (
+        f"this is the log {log_id}, not {expected}: send your last event's report_id as `last`, without `log`, "
+        "to learn whether this log has it"
+    )
+    return ProblemError(ProblemType.ANOTHER_LOG, detail, log=log_id)
 
 
 def order_parked(detail: str, **members: Any) -> ProblemError:

@@ -8,6 +8,8 @@ from aiohttp import hdrs, web
 
 from service.http.problems import ProblemError
 
+# The id of the log that the positions of a response belong to.
+LOG_HEADER: Final = "X-Order-Tracking-Log"
 # No cache may keep order data. No browser may guess a media type, or let another site use or frame a response.
 COMMON_HEADERS: Final[dict[str, str]] = {
     hdrs.SERVER: "order-tracking",

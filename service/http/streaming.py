@@ -10,6 +10,7 @@ from aiohttp.http import HttpVersion11, StreamWriter
 
 from service.http.problems import ProblemError, ProblemType
 from service.http.request_ids import REQUEST_ID_HEADER, caller_request_id
+from service.http.responses import LOG_HEADER
 
 # What is written at once, and what may wait in memory until the reader accepts it.
 SLICE_BYTES_MAX: Final = 8 * 1024
@@ -107,9 +108,10 @@ def refuse_old_version(request: web.Request) -> None:
         raise ProblemError(ProblemType.HTTP_VERSION, "a stream requires HTTP/1.1")
 
 
-async def begin_stream(request: web.Request, headers: dict[str, str]) -> ResponseStream:
-    """Begin a chunked response, with the caller's own request id if it sent one."""
+async def begin_stream(request: web.Request, headers: dict[str, str], log_id: str) -> ResponseStream:
+    """Begin a chunked response with the log's id, and with the caller's own request id if it sent one."""
     response = web.StreamResponse(headers=headers)
+    response.headers[LOG_HEADER] = log_id
     if (own_id := caller_request_id(request)) is not None:
         response.headers[REQUEST_ID_HEADER] = own_id
     response.enable_chunked_encoding()

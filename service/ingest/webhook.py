@@ -10,10 +10,11 @@ from aiohttp import web
 from domain.order import Arrival
 from service.batcher import OverloadedError
 from service.database.connections import StorageUnavailableError
+from service.database.log_identity import LogIdentity
 from service.http.body import read_body
 from service.http.budgets import OverBudgetError
 from service.http.problems import unavailable
-from service.http.responses import json_response
+from service.http.responses import LOG_HEADER, json_response
 from service.ingest.idempotency import IdempotencyKey, read_key
 from service.ingest.parser import UnreadableError, parse
 from service.ingest.quarantine import Quarantine
@@ -37,21 +38,25 @@ class Webhook:
         quarantine: keeps unparseable bodies.
         volume: counts the bytes of bodies, and limits them.
         refusals: counts and explains the webhooks that get 503.
+        log: the log's id, for the receipts' positions.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the log is named by its caller
         self,
         auth: WebhookAuth,
         recorder: Recorder,
         quarantine: Quarantine,
         volume: Volume,
         refusals: Refusals,
+        *,
+        log: LogIdentity,
     ) -> None:
         self._auth = auth
         self._recorder = recorder
         self._quarantine = quarantine
         self._volume = volume
         self._refusals = refusals
+        self._log = log
 
     @property
     def path(self) -> str:
@@ -86,7 +91,9 @@ class Webhook:
         # Bodies are quarantined without the append lock, so they may be kept while no report can be recorded.
         if receipt["outcome"] != "quarantined":
             self._refusals.end()
-        return json_response(receipt)
+        response = json_response(receipt)
+        response.headers[LOG_HEADER] = self._log.log_id
+        return response
 
     async def _keep(self, body: bytes, arrival: Arrival, claim: IdempotencyKey | None) -> Receipt:
         try:

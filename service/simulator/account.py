@@ -20,10 +20,13 @@ from typing import Any, Final, NamedTuple
 import aiohttp
 import orjson
 
+from service.http.responses import LOG_HEADER
+
 PAGE_EVENTS: Final = 1_000
 DETAILS_MAX: Final = 5
 RECEIPT_BYTES_SHOWN_MAX: Final = 300
 OK: Final = 200
+GONE: Final = 410
 READ_SECONDS_MAX: Final = 10.0
 
 
@@ -146,11 +149,13 @@ class ServiceLog:
         session: the HTTP client.
         base: the service's URL, without a slash at its end.
         key: an API key; empty for none.
+        log_id: the id of the log at the first response; empty before it. Positions belong to this log.
     """
 
     session: aiohttp.ClientSession
     base: str
     key: str
+    log_id: str = ""
 
     async def head(self) -> int:
         """Return the log's last position."""
@@ -158,7 +163,9 @@ class ServiceLog:
 
     async def events(self, after: int) -> AsyncIterator[RecordedEvent]:
         """Yield the events above a position, oldest first."""
-        page = await self._get(f"/events?after={after}&limit={PAGE_EVENTS}")
+        # The log may have been replaced since the position was read. Each ``next`` has the id too.
+        log = f"&log={self.log_id}" if self.log_id else ""
+        page = await self._get(f"/events?after={after}&limit={PAGE_EVENTS}{log}")
         while page["events"]:
             for event in page["events"]:
                 data = event["data"]
@@ -186,6 +193,10 @@ class ServiceLog:
         except (aiohttp.ClientError, OSError) as error:
             cause = error or f"no response within {READ_SECONDS_MAX:g} s"
             raise UnreadableLogError(f"cannot read the log of {self.base}: {cause}") from None
+        self.log_id = self.log_id or response.headers.get(LOG_HEADER, "")
+        if response.status == GONE and isinstance(page, dict):
+            problem = "the database has lost events, or was restored, since the positions were read"
+            raise UnreadableLogError(f"{problem} ({page.get('detail')}): begin again")
         if response.status in (401, 403):
             problem = "rejects that API key" if self.key else "requires an API key"
             raise UnreadableLogError(f"{self.base} {problem}: pass one of the scope read:bodies with --key")

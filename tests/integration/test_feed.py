@@ -107,7 +107,7 @@ async def test_next_never_passes_the_view(client: Client, dsn: str) -> None:
     assert (await client.get("/events?after=1&limit=1"))["events"] != []
     # A reader that is ahead of the view stays where it is.
     ahead = await client.get("/events?status=delivered&after=3")
-    assert (ahead["events"], ahead["next"]) == ([], "/events?status=delivered&after=3")
+    assert (ahead["events"], ahead["next"].partition("&log=")[0]) == ([], "/events?status=delivered&after=3")
     await holder.close()
     await timeline_reaches(client, 3)
     (event,) = (await client.get(page["next"]))["events"]

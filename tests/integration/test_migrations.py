@@ -41,6 +41,7 @@ RELEASED = (
     "096087648a7622bd",
     "26816e35ac6202d4",
     "20761fb6d2bef9b0",
+    "65a803acc4a4f6ad",
 )
 # The rights on each object of the schema public, and the triggers that always fire.
 RIGHTS = """

@@ -43,7 +43,8 @@ DEFINITION: Final = "SELECT definition FROM {}.projection"
 APPEND: Final = (
     "INSERT INTO order_events (originator_id, originator_version, topic, state) VALUES ('X', %s, '', '')"
 )
-LEFT_OUT: Final = {"sessions", "schema_version", "view_names"}
+# The log's id is in the header.
+LEFT_OUT: Final = {"sessions", "schema_version", "view_names", "log_identity"}
 # Positions and versions have gaps, some bytes are not UTF-8, and times have microseconds.
 FILL: Final = r"""
     INSERT INTO order_events (notification_id, originator_id, originator_version, topic, state, recorded_at)
