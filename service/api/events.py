@@ -376,8 +376,8 @@ class EventsApi:
     async def _follow(
         self, request: web.Request, stream: ResponseStream, position: int, send: Send, order_no: str | None
     ) -> None:
-        """Send events until the reader leaves, its key is revoked, the service stops, or the log is another one or
-        has lost events.
+        """Send events until the reader leaves, its key is revoked, the log loses events or becomes another one,
+        or the service stops.
         """
         began_with = (self.tail.losses, stream.response.headers[LOG_HEADER])
         erasure_id = self.tail.last_erasure_id

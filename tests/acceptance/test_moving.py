@@ -50,6 +50,12 @@ def send(service: RunningService, order_no: str, status: str, **headers: str) ->
     return request(f"{service.url}/webhook", body, **headers)
 
 
+def log_id(service: RunningService) -> str | None:
+    with urllib.request.urlopen(f"{service.url}/events", timeout=PATIENCE_SECONDS) as response:  # noqa: S310
+        name: str | None = response.headers["X-Order-Tracking-Log"]
+        return name
+
+
 def timelines(service: RunningService, order_nos: tuple[str, ...], position: int) -> list[Any]:
     return [
         request(f"{service.url}/orders/{order_no}/timeline?limit=100&after_position={position}")
@@ -58,7 +64,8 @@ def timelines(service: RunningService, order_nos: tuple[str, ...], position: int
 
 
 async def test_a_moved_log_is_the_same_log(state_dir: Path, new: Path) -> None:
-    """After a move through a pipe, events, timelines, quarantine and receipts are equal, and the log continues.
+    """After a move through a pipe, the log's id, events, timelines, quarantine and receipts are equal, and the
+    log continues.
 
     The test takes about 10 s: two services, an import, and a replay.
     """
@@ -69,7 +76,7 @@ async def test_a_moved_log_is_the_same_log(state_dir: Path, new: Path) -> None:
                 last = send(old, order_no, status)
         receipt = send(old, "KOM3", "Dikirim", Idempotency_Key="once")
         request(f"{old.url}/webhook", b"no report \xff")
-        log = await read_whole_log(old.url)
+        log, identity = await read_whole_log(old.url), log_id(old)
         before = timelines(old, orders, receipt["position"])
         quarantined = request(f"{old.url}/quarantine/1")
         pipe = '"$@" export - | ORDER_TRACKING_STATE_DIR="$NEW" "$@" import -'
@@ -89,7 +96,7 @@ async def test_a_moved_log_is_the_same_log(state_dir: Path, new: Path) -> None:
         done = call_command(new, *command)
         assert done.returncode == 0, done.stdout + done.stderr
     with running_service(new) as moved:
-        assert await read_whole_log(moved.url) == log
+        assert (await read_whole_log(moved.url), log_id(moved)) == (log, identity)
         assert timelines(moved, orders, receipt["position"]) == before
         assert request(f"{moved.url}/quarantine/1") == quarantined
         assert send(moved, "KOM3", "Dikirim", Idempotency_Key="once") == receipt

@@ -251,15 +251,16 @@ async def test_an_event_names_the_version_that_it_repeats(client: Client) -> Non
 
 async def test_the_feed_can_always_be_followed(client: Client) -> None:
     """``next`` of the log is never null: it leads to the events after the last one, also from an empty page."""
-    empty = await client.get("/events?limit=2")
-    assert empty == {"events": [], "next": "/events?limit=2&after=0"}
+    empty, headers = await client.get_with_headers("/events?limit=2")
+    log = f"log={headers['X-Order-Tracking-Log']}"
+    assert empty == {"events": [], "next": f"/events?limit=2&after=0&{log}"}
     for _ in range(3):
         receipt = await client.webhook("KOM1")
     first = await client.get(empty["next"])
     second = await client.get(first["next"])
     assert [event["position"] for event in (*first["events"], *second["events"])] == [1, 2, 3]
     end, headers = await client.get_with_headers(second["next"])
-    place = f"/events?limit=2&after=3&last={receipt['report_id']}"
+    place = f"/events?limit=2&after=3&last={receipt['report_id']}&{log}"
     assert end == {"events": [], "next": place}
     assert headers["Link"] == f'<{place}>; rel="next"'
     await client.webhook("KOM1")

@@ -9,6 +9,7 @@ from projections.postgres_errors import Connection
 from service.app import serving
 from service.database.catalog import read_catalog
 from service.database.connections import StorageUnavailableError, connect
+from service.database.log_identity import read_log_id
 from service.database.schema import (
     MIGRATIONS,
     OWNER_ROLE,
@@ -81,6 +82,15 @@ async def test_the_baseline_and_its_migrations_equal_schema_sql(empty_dsn: str, 
         assert await old.fetch(
             "SELECT version, sha256 FROM schema_version ORDER BY 1"
         ) == await connection.fetch("SELECT version, sha256 FROM schema_version ORDER BY 1")
+
+
+async def test_an_existing_log_gets_its_own_id(empty_dsn: str, connection: Connection) -> None:
+    """The migration gives the log a random id, which a later start keeps."""
+    async with baseline(empty_dsn) as old:
+        await apply_schema(old)
+        log_id = await read_log_id(old)
+        await apply_schema(old)
+        assert await read_log_id(old) == log_id != await read_log_id(connection)
 
 
 async def test_a_filled_baseline_opens_and_answers_as_before(empty_dsn: str) -> None:

@@ -91,6 +91,22 @@ async def test_a_success_is_described_by_its_declaration(document: dict[str, Any
             assert not description.startswith(("dict(", "str(")), path
 
 
+async def test_the_logs_id_is_described(document: dict[str, Any]) -> None:
+    """Receipts, and all reads that require a key, have it as a header; five reads by position take it."""
+    takes_log = set()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            is_receipt = operation["tags"] == ["webhook"]
+            has_header = "X-Order-Tracking-Log" in operation["responses"]["200"].get("headers", {})
+            assert has_header == (is_receipt or "security" not in operation), operation["operationId"]
+            if any(parameter["name"] == "log" for parameter in operation["parameters"]):
+                takes_log.add(operation["operationId"])
+                gone = operation["responses"]["410"]
+                assert "X-Order-Tracking-Log" in gone["headers"]
+                assert "/problems/another-log" in gone["description"]
+    assert takes_log == {"listEvents", "exportEvents", "streamEvents", "streamOrderEvents", "listOrderEvents"}
+
+
 OPERATION_IDS = {
     "putReport", "postReport", "putReportWithToken", "postReportWithToken",
     "listOrders", "exportOrders", "getOrder", "getTimeline", "exportTimeline", "listOrderEvents",

@@ -13,6 +13,7 @@ import pytest
 
 from projections.postgres_errors import Connection
 from service.database.connections import connect, connected
+from service.database.log_identity import read_log_id
 from service.database.schema import SCHEMA_VERSION, SERVICE_ROLE, VIEWS, as_role
 from service.database.sequences import NUMBERED, advance, last_number
 from service.event_log import store
@@ -115,13 +116,18 @@ async def test_every_column_is_moved(connection: Connection) -> None:
 async def test_everything_is_moved_byte_for_byte(
     connection: Connection, target_dsn: str, tmp_path: Path
 ) -> None:
-    """Each row and each sequence is as before, views are marked outdated, and a second export is equal."""
+    """Each row, each sequence and the log's id is as before, views are marked outdated, and a second export is
+    equal.
+    """
+    # Test databases are copies of one database.
+    await connection.execute("UPDATE log_identity SET log_id = gen_random_uuid()")
     await connection.execute(FILL)
     first, second = tmp_path / "first", tmp_path / "second"
     exported = await export_to(first, connection)
     assert (exported.head, exported.rows["order_events"], exported.rows["quarantine"]) == (9, 4, 3)
     async with connected(target_dsn) as target:
         assert await import_from(first, target) == exported
+        assert await read_log_id(target) == await read_log_id(connection)
         assert await content(target) == await content(connection)
         assert await target.fetchval("SELECT current_user") == "order_tracking"
         assert await target.fetchval("SELECT count(*) FROM sessions") == 0
@@ -134,6 +140,24 @@ async def test_everything_is_moved_byte_for_byte(
         )
     assert position == 13
     assert second.read_bytes().splitlines()[1:-1] == first.read_bytes().splitlines()[1:-1]
+
+
+async def test_a_file_of_an_older_release_has_no_log_id(
+    connection: Connection, target_dsn: str, tmp_path: Path
+) -> None:
+    """The log then has the id of its new database: no reader knows another one."""
+    file = tmp_path / "file"
+    await connection.execute("UPDATE log_identity SET log_id = gen_random_uuid()")
+    await export_to(file, connection)
+    line = orjson.loads(file.read_bytes().splitlines()[0])
+    del line["log"]
+    older = orjson.dumps({**line, "schema_version": 12})
+    _, rest = file.read_bytes().split(b"\n", 1)
+    file.write_bytes(resealed(lambda data: data)(older + b"\n" + rest))
+    async with connected(target_dsn) as target:
+        before = await read_log_id(target)
+        await import_from(file, target)
+        assert await read_log_id(target) == before != await read_log_id(connection)
 
 
 async def test_no_sequence_goes_backwards(connection: Connection, target_dsn: str, tmp_path: Path) -> None:
@@ -206,6 +230,7 @@ DAMAGES: Final = {
     "a dump": (lambda _: b"PGDMP\x01\xff\n", r"^line 1 is .*not the header"),
     "header cut": (lambda data: data[:100], r"^line 1: it is cut off"),
     "no tables": (replaced(b'"tables"', b'"table"'), r"^line 1: the header is malformed .*'tables'"),
+    "no log id": (replaced(b'"log":', b'"id":'), r"^line 1: the header is malformed .*'log'"),
     "unknown column": (replaced(b'"times_seen",', b'"seen",'), r"^line 1: the header is malformed .*'seen'"),
     "later format": (
         replaced(b'"format_version":1', b'"format_version":2'),

@@ -109,6 +109,7 @@ def test_it_prints_every_number_and_the_first_details() -> None:
         (200, "[]", r"/events returned 200, not the log: "),
         (503, "{}", r"/events returned 503, not the log: "),
         (403, "{}", r"rejects that API key: pass one of the scope read:bodies with --key$"),
+        (410, '{"detail": "why"}', r"^the database has lost events, or was restored, .* \(why\): begin again$"),
     ],
 )
 async def test_an_unreadable_log_is_an_error(status: int, body: str, message: str) -> None:
