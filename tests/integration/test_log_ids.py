@@ -8,14 +8,22 @@ import pytest
 from structlog.testing import capture_logs
 
 from projections.postgres_errors import Connection
-from service.database.connections import StorageUnavailableError, connect, connected
+from service.app import Service
+from service.database.connections import (
+    ConnectionPool,
+    DedicatedConnection,
+    StorageUnavailableError,
+    connect,
+    connected,
+)
 from service.database.log_identity import LOG_ID, LogIdentity, read_log_id
 from service.database.schema import SERVICE_ROLE, SchemaError, apply_schema, as_role, prepare_database
 from service.http.responses import LOG_HEADER
+from service.settings import Settings
 from service.simulator.account import ServiceLog, UnreadableLogError
 from tests.support.client import Client, serving_client
 from tests.support.databases import TestServer
-from tests.support.waiting import until_async
+from tests.support.waiting import PATIENCE_SECONDS, until_async
 
 ANOTHER_LOG = "/problems/another-log"
 # Every path whose responses have positions, and some that have none.
@@ -41,13 +49,19 @@ async def log_header(client: Client, method: str, path: str, **options: object) 
         return response.headers.get(LOG_HEADER)
 
 
-async def restored_under(server: TestServer, dsn: str, client: Client) -> str:
-    """Replace the database by its copy with another id, as a restore does; wait until that is noticed."""
+async def restored(server: TestServer, dsn: str) -> str:
+    """Replace the database by its copy with another id, as a restore does, and return the id."""
     copy = server.copy(dsn)
     async with connected(server.dsn_of(copy)) as connection:
         await connection.execute(RENEW)
         log_id = str(await read_log_id(connection))
     server.put_back(dsn, copy)
+    return log_id
+
+
+async def restored_under(server: TestServer, dsn: str, client: Client) -> str:
+    """Replace the database, and wait until the service has noticed it."""
+    log_id = await restored(server, dsn)
 
     async def is_noticed() -> bool:
         return await log_header(client, "GET", "/events") == log_id
@@ -133,7 +147,7 @@ async def test_a_restore_under_a_running_service_is_noticed(
         with capture_logs() as logs:
             log_id = await restored_under(server, dsn, client)
         with pytest.raises(EOFError):
-            await stream.message()
+            await asyncio.wait_for(stream.message(), PATIENCE_SECONDS)
     (noticed,) = [log for log in logs if log["event"] == "the database has another log"]
     assert (noticed["log_now"], noticed["log_before"] in place) == (log_id, True)
     assert (await client.get(place, status=410))["log"] == log_id
@@ -146,6 +160,21 @@ async def test_a_restore_under_a_running_service_is_noticed(
         [2],
         True,
     )
+
+
+@pytest.mark.parametrize("purpose", ["pool", "orders_connection", "append_connection"])
+async def test_positions_come_with_the_id_of_their_log(server: TestServer, dsn: str, purpose: str) -> None:
+    """Each connection that positions come from reads the id before anything else."""
+    service = Service(Settings(), dsn)
+    await service.start()
+    # No other connection must read it first.
+    await service.background.stop()
+    log_id = await restored(server, dsn)
+    assert service.log.log_id != log_id
+    connection: ConnectionPool | DedicatedConnection = getattr(service, purpose)
+    async with connection.connection():
+        assert service.log.log_id == log_id
+    await service.stop()
 
 
 async def test_a_page_does_not_mix_two_logs(server: TestServer, dsn: str, client: Client) -> None:
