@@ -397,7 +397,7 @@ WAITS_FOR_A_LOCK = """
 
 
 async def test_a_backup_and_a_replay_take_turns(reported: RunningService) -> None:
-    """A backup waits for the replay's lock, and its dump has no table of a view."""
+    """A backup waits for the replay's lock, and its dump has neither a table of a view nor the log's id."""
     old = reported.state_dir
     connection = await connect(reported.dsn)
     try:
@@ -414,6 +414,10 @@ async def test_a_backup_and_a_replay_take_turns(reported: RunningService) -> Non
     contents = run_tool("pg_restore", "--list", old / "dump")
     assert b" TABLE public order_events " in contents
     assert not re.findall(rb"(?:SCHEMA - |TABLE )(?:current_status|timeline|statistics)", contents)
+    assert (b" TABLE public log_identity " in contents, b" TABLE DATA public log_identity " in contents) == (
+        True,
+        False,
+    )
 
 
 def test_a_file_created_in_the_meantime_is_not_overwritten(reported: RunningService) -> None:
