@@ -15,7 +15,7 @@ import structlog
 
 from domain.order import Order
 from projections import parked
-from projections.locks import BEGIN_WITH_VIEW_LOCK
+from projections.locks import BEGIN_WITH_VIEW_LOCK, GIVE_UP_LEAD, TRY_LEAD
 from projections.parked import ParkedOrder
 from projections.postgres_errors import Connection, is_event_at_fault
 
@@ -28,6 +28,10 @@ STEP_SECONDS_MAX: Final = 10.0
 BATCH_ATTEMPTS_MAX: Final = 3
 # How often a waiting reader checks the view's position, in case no notification arrives.
 CHECK_SECONDS: Final = 0.02
+# How often a process that does not project the view looks at its position while no reader waits.
+LOOK_SECONDS: Final = 0.5
+# How long the view may stay behind the log without a move before another process stands in for its leader.
+LEADER_SECONDS_MAX: Final = 2.0
 
 logger = structlog.get_logger()
 
@@ -106,6 +110,10 @@ class ViewState(NamedTuple):
 # Makes unqualified names refer to a view's tables until the end of the transaction.
 SELECT_VIEW: Final = "SELECT set_config('search_path', $1, true)"
 VIEW_STATE: Final = "SELECT position, definition, EXISTS (SELECT FROM parked_orders) FROM projection"
+# Whether this session leads the view from now on. A process of another release must not lead it.
+LOOK: Final = """
+    SELECT position, definition, CASE definition WHEN $1 THEN {try_lead} ELSE false END FROM projection
+"""
 # The condition fails only if another process moved the view without the lock.
 ADVANCE: Final = "UPDATE projection SET position = $2 WHERE position = $1"
 
@@ -209,6 +217,10 @@ async def _park(connection: Connection, view: View, position: int, failed: Faile
 class Projector:
     """Keeps one view at the head of the log. ``service.background.follow`` calls ``step``.
 
+    Of all processes, one leads: it projects the view. The others look at the view's position for their readers.
+    If the leader's session ends, another process leads; if the leader only stops to work, such as a suspended
+    process, another one stands in for it until it moves the view again.
+
     Args:
         view: the view.
         transaction: begins a transaction on a connection whose search path is the view's schema.
@@ -223,6 +235,12 @@ class Projector:
         # Set when the log has grown.
         self.wake = asyncio.Event()
         self._begin = BEGIN_WITH_VIEW_LOCK.format(view=view.name)
+        self._look_statement = LOOK.format(try_lead=TRY_LEAD.format(view=view.name))
+        self._leads = False
+        self._stands_in = False
+        self._behind_since: float | None = None
+        self._look_at = 0.0
+        self._readers = 0
         self._transaction = transaction
         self._read_log = read_log
         self.read_head = read_head
@@ -230,7 +248,7 @@ class Projector:
         self._failures = 0
 
     async def step(self) -> int:
-        """Apply the next batch of events, and return their number.
+        """Apply the next batch of events, and return their number; 0 if another process leads.
 
         Raises:
             OutdatedViewError: the view was built with another definition, so this code must not write to it, or
@@ -239,15 +257,60 @@ class Projector:
         try:
             # Without a limit, a connection that died unnoticed would block the view forever.
             async with asyncio.timeout(STEP_SECONDS_MAX):
+                if not self._leads and not await self._look():
+                    return 0
                 events = await self._apply_next_batch()
+        except OutdatedViewError:
+            self.is_outdated = True
+            self._look_at = 0.0
+            if self._leads:
+                await self._give_up_lead()
+            raise
         except Exception as error:
             self._failures += is_event_at_fault(error)
-            if isinstance(error, OutdatedViewError):
-                self.is_outdated = True
             raise
         self._failures = 0
         self.is_outdated = False
         return events
+
+    async def _look(self) -> bool:
+        """Look at the view, and return whether this process projects its next batch."""
+        now = asyncio.get_running_loop().time()
+        if not self._readers and not self._stands_in and now < self._look_at:
+            return False
+        async with self._transaction("BEGIN") as connection:
+            row = await connection.fetchrow(self._look_statement, self.view.definition)
+        if row is None:
+            raise OutdatedViewError("the view has no position")
+        position, definition, self._leads = row
+        if definition != self.view.definition:
+            raise OutdatedViewError(f"the view {self.view.name} was built with another definition")
+        if not self._leads:
+            self._stands_in = self._must_stand_in(position, await self.read_head(), now)
+            await self._move(position)
+            self.is_outdated = False
+        self._look_at = now + LOOK_SECONDS
+        return self._leads or self._stands_in
+
+    def _must_stand_in(self, position: int, head: int, now: float) -> bool:
+        """Return whether the leader has left the view behind the log for too long."""
+        if position > head:
+            raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
+        if position != self.position:
+            # Another process moves the view.
+            self._behind_since = None
+            return False
+        if position == head:
+            self._behind_since = None
+            return self._stands_in
+        self._behind_since = now if self._behind_since is None else self._behind_since
+        return self._stands_in or now - self._behind_since >= LEADER_SECONDS_MAX
+
+    async def _give_up_lead(self) -> None:
+        """Let a process lead whose release has the view's definition."""
+        self._leads = False
+        async with self._transaction("BEGIN") as connection:
+            await connection.execute(GIVE_UP_LEAD)
 
     async def _apply_next_batch(self) -> int:
         async with self._transaction(self._begin) as connection:
@@ -265,28 +328,41 @@ class Projector:
                 await advance(connection, state.position, position)
             elif position > await self.read_head():
                 raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
+        await self._move(position)
+        return len(batch)
+
+    async def _move(self, position: int) -> None:
         if position != self.position:
             async with self._moved:
                 self.position = position
                 self._moved.notify_all()
-        return len(batch)
 
     def forget(self) -> None:
-        """Wait for the next step before a position is believed again, because commits may have been lost."""
+        """Wait for the next step before a position is believed again, because commits may have been lost.
+
+        A new connection does not lead either.
+        """
         self.position = 0
+        self._leads = self._stands_in = False
+        self._behind_since = None
+        self._look_at = 0.0
         self.wake.set()
 
     async def wait_for(self, position: int, seconds_max: float) -> bool:
         """Wait until the view has reached a position, and return True; return False after ``seconds_max``."""
         deadline = asyncio.get_running_loop().time() + seconds_max
-        while self.position < position:
-            remaining = deadline - asyncio.get_running_loop().time()
-            if remaining <= 0:
-                return False
-            try:
-                async with asyncio.timeout(min(remaining, CHECK_SECONDS)), self._moved:
-                    await self._moved.wait()
-            except TimeoutError:
-                # Another process may have moved the view, or the notification was lost.
-                self.wake.set()
+        self._readers += 1
+        try:
+            while self.position < position:
+                remaining = deadline - asyncio.get_running_loop().time()
+                if remaining <= 0:
+                    return False
+                try:
+                    async with asyncio.timeout(min(remaining, CHECK_SECONDS)), self._moved:
+                        await self._moved.wait()
+                except TimeoutError:
+                    # Another process may have moved the view, or the notification was lost.
+                    self.wake.set()
+        finally:
+            self._readers -= 1
         return True

@@ -1,6 +1,8 @@
 """The log for projections: decoded, from memory if this process wrote the events, else from the database."""
 
+from bisect import bisect_right
 from collections.abc import AsyncGenerator, Sequence
+from operator import itemgetter
 from typing import Final
 
 from domain.order import Order
@@ -54,6 +56,9 @@ class Feed:
         # Events at consecutive positions, so that no event of another process lies between them.
         self._memory: list[DecodedEvent] = []
         self._memory_characters = 0
+        # The events that were read last, above a position: the views read the same ones one after the other.
+        self._batch_after = 0
+        self._batch: Sequence[LoggedEvent] = ()
 
     def remember(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         """Keep events that were just committed, in the order of the log."""
@@ -69,6 +74,7 @@ class Feed:
     def forget(self) -> None:
         """Drop the events in memory, because their commits may have been lost."""
         self._memory, self._memory_characters = [], 0
+        self._batch = ()
 
     async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
         """Return the events above a position, at most ``limit``, in the order of the log."""
@@ -76,9 +82,15 @@ class Feed:
             start = after + 1 - self._memory[0][0]
             if 0 <= start < len(self._memory):
                 return self._memory[start : start + limit]
+        if self._batch and self._batch_after <= after < self._batch[-1][0]:
+            start = bisect_right(self._batch, after, key=itemgetter(0))
+            return self._batch[start : start + limit]
         async with self._dedicated.connection() as connection:
             recorded = await store.read_log(connection, after, limit)
-        return [decode_logged(*event[:5]) for event in recorded]
+        batch = [decode_logged(*event[:5]) for event in recorded]
+        if batch:
+            self._batch_after, self._batch = after, batch
+        return batch
 
     async def read_order(self, order_no: str, after: int) -> Sequence[LoggedEvent]:
         """Return one order's events above a version, at most FIRST_BATCH_EVENTS."""

@@ -1,0 +1,141 @@
+"""Of several processes, one leads each view; the others follow it, and take its place if it stops."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+
+from projections.engine import OutdatedViewError
+from projections.locks import TRY_LEAD
+from projections.postgres_errors import Connection
+from service.app import Service
+from service.database.connections import connected
+from service.database.schema import VIEWS
+from service.settings import Settings
+from tests.support.recording import EQUAL, caught_up, rebuilt
+from tests.support.reports import report
+from tests.support.waiting import until_async
+
+# Each view's leader: the process id of the backend that holds its lock.
+LEADERS = """
+    SELECT pid FROM unnest($1::text[]) AS view (name)
+    JOIN pg_locks ON locktype = 'advisory' AND granted
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND (classid::bigint << 32 | objid::bigint)
+            = hashtextextended('order_tracking projector ' || name, 0)
+    ORDER BY name
+"""
+
+
+async def leaders(connection: Connection) -> list[int]:
+    return [pid for (pid,) in await connection.fetch(LEADERS, [view.name for view in VIEWS])]
+
+
+async def started(dsn: str, stack: AsyncExitStack) -> Service:
+    service = Service(Settings(), dsn)
+    await service.start()
+    stack.push_async_callback(service.stop)
+    return service
+
+
+async def all_led(connection: Connection) -> list[int]:
+    async def are_led() -> list[int]:
+        found = await leaders(connection)
+        return found if len(found) == len(VIEWS) else []
+
+    return await until_async(are_led)
+
+
+async def test_one_process_projects_each_view(dsn: str, connection: Connection) -> None:
+    """Two processes append, one of them projects, and readers of both see every report."""
+    async with AsyncExitStack() as stack:
+        first = await started(dsn, stack)
+        led = await all_led(connection)
+        second = await started(dsn, stack)
+        for number in range(20):
+            service = (first, second)[number % 2]
+            receipt = await service.recorder.record(report(f"KOM{number}"))
+            await caught_up(first, receipt["position"] or 0)
+            await caught_up(second, receipt["position"] or 0)
+        assert await leaders(connection) == led
+        assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_the_next_process_leads_when_the_leader_stops(dsn: str, connection: Connection) -> None:
+    """A leader that ends, and one whose session ends, are followed by another process."""
+    async with AsyncExitStack() as stack:
+        second = Service(Settings(), dsn)
+        async with AsyncExitStack() as inner:
+            await started(dsn, inner)
+            led = await all_led(connection)
+            await second.start()
+            stack.push_async_callback(second.stop)
+        receipt = await second.recorder.record(report("KOM1"))
+        await caught_up(second, receipt["position"] or 0)
+        followed = await all_led(connection)
+        assert not {*led} & {*followed}
+        for pid in followed:
+            await connection.execute("SELECT pg_terminate_backend($1)", pid)
+        receipt = await second.recorder.record(report("KOM1", "Diterima"))
+        await caught_up(second, receipt["position"] or 0)
+        assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_a_leader_that_does_nothing_is_replaced(
+    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a session holds the lead and moves nothing, such as a suspended process, another stands in."""
+    monkeypatch.setattr("projections.engine.LEADER_SECONDS_MAX", 0.2)
+    async with AsyncExitStack() as stack:
+        idle = await stack.enter_async_context(connected(dsn))
+        for view in VIEWS:
+            assert await idle.fetchval(f"SELECT {TRY_LEAD.format(view=view.name)}")
+        held = await leaders(connection)
+        service = await started(dsn, stack)
+        for status in ("Dikirim", "Diantar", "Diterima"):
+            receipt = await service.recorder.record(report("KOM1", status))
+            await caught_up(service, receipt["position"] or 0)
+        assert await leaders(connection) == held
+        await idle.execute("SELECT pg_advisory_unlock_all()")
+
+        async def leads() -> bool:
+            found = await leaders(connection)
+            return len(found) == len(VIEWS) and not {*held} & {*found}
+
+        await until_async(leads)
+
+
+async def test_a_stand_in_leaves_a_view_that_moves(
+    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process stands in for a leader only until the leader moves the view again."""
+    monkeypatch.setattr("projections.engine.LEADER_SECONDS_MAX", 0.2)
+    async with AsyncExitStack() as stack:
+        leader = await started(dsn, stack)
+        await all_led(connection)
+        await leader.background.stop()
+        follower = await started(dsn, stack)
+        receipt = await follower.recorder.record(report("KOM1"))
+        await caught_up(follower, receipt["position"] or 0)
+        projector = leader.projectors["timeline"]
+        receipt = await leader.recorder.record(report("KOM1", "Diantar"))
+        assert await asyncio.gather(projector.step(), follower.projectors["timeline"].step())
+        await caught_up(follower, receipt["position"] or 0)
+        assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_an_outdated_leader_gives_up(dsn: str, connection: Connection) -> None:
+    """A leader whose view was rebuilt by another release lets a process of that release lead."""
+    async with AsyncExitStack() as stack:
+        service = await started(dsn, stack)
+        await all_led(connection)
+        await connection.execute("UPDATE timeline.projection SET definition = 'of a later release'")
+        service.projectors["timeline"].wake.set()
+
+        async def is_free() -> bool:
+            return len(await leaders(connection)) == len(VIEWS) - 1
+
+        await until_async(is_free)
+        with pytest.raises(OutdatedViewError):
+            await service.projectors["timeline"].step()
+        assert await connection.fetchval(f"SELECT {TRY_LEAD.format(view='timeline')}")
