@@ -93,6 +93,7 @@ class Layout:
 
     Args:
         given_postgres: whether the harness runs PostgreSQL instead of the service.
+        database_url: the DSN of a PostgreSQL that the fault itself runs; empty for none.
         through_proxy: whether a proxy is between the two; this requires given_postgres.
         standby: whether a given PostgreSQL has a standby, and how it replicates. Without a proxy, the DSN has
             both hosts.
@@ -105,6 +106,7 @@ class Layout:
     """
 
     given_postgres: bool = False
+    database_url: str = ""
     through_proxy: bool = False
     standby: Literal["", "asynchronous", "synchronous"] = ""
     services: int = 1
@@ -146,6 +148,8 @@ class World:
         self.erased: set[str] = set()
         self._ended_logs: list[str] = []
         self._settings: dict[str, str] = {"LOG_FORMAT": "json"}
+        if layout.database_url:
+            self._settings["DATABASE_URL"] = layout.database_url
         self._proxy: Proxy | None = None
         self._baseline: list[Resources] = []
         self._tail_task: asyncio.Task[None] | None = None
@@ -264,6 +268,8 @@ class World:
     @property
     def dsn(self) -> str:
         """Return the DSN of the database itself, without the proxy."""
+        if self.layout.database_url:
+            return self.layout.database_url
         dsn = self.server.dsn if self.server is not None else running_dsn(self.state_dir)
         assert dsn is not None
         return dsn

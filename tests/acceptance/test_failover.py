@@ -1,0 +1,138 @@
+"""Failover for real: Patroni replaces a primary that is killed under a running service.
+
+A synchronous standby has every acknowledged report, so nothing is lost. An asynchronous one may lack some, and
+exactly those are lost. In both cases everything else holds: nothing is recorded twice, each order continues from
+its last event in the log that is left, and the views equal a replay of it.
+"""
+
+import random
+import re
+import time
+from collections.abc import Iterator
+from typing import Final
+
+import pytest
+
+from tests.faults.operator import Told
+from tests.faults.patroni import Cluster, Programs, installed_programs, running_cluster
+from tests.faults.standby import wait_until_applied
+from tests.faults.world import Effort, Layout, SkippedError, World, in_thread, open_world
+from tests.support.account import read_log, worst_outage
+from tests.support.connections import UNAVAILABLE, get
+from tests.support.folders import temporary_folder
+
+# Reports a second. Each has a number.
+EFFORT: Final = Effort(times=1, per_second=150.0, is_timed=False)
+SEED: Final = 1
+# Reports that the asynchronous standby does not receive, at the least.
+HELD_BACK_REPORTS: Final = 450
+LOSSES: Final = re.compile(rb"^log_losses_total (\S+)$", re.MULTILINE)
+LOST: Final = "the database has lost acknowledged reports"
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Programs]:
+    """Install Patroni, and look for etcd and HAProxy."""
+    with temporary_folder() as folder:
+        try:
+            with installed_programs(folder) as found:
+                yield found
+        except SkippedError as skipped:
+            pytest.skip(str(skipped))
+
+
+def dsn_of(cluster: Cluster, programs: Programs, way: str) -> str:
+    if way == "hosts":
+        return cluster.hosts_dsn
+    if programs.haproxy is None:
+        pytest.skip("this machine has no haproxy")
+    return cluster.haproxy_dsn
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+    """Print the figures of a failover, which are the point of running this."""
+    figures: list[str] = []
+    yield figures
+    request.config.get_terminal_writer().line(f"\n{request.node.name}: {', '.join(figures)}")
+
+
+async def log_losses(world: World) -> float:
+    response = await world.connections.request(get("/metrics"))
+    assert response is not None
+    found = LOSSES.search(response.body)
+    assert found is not None
+    return float(found[1])
+
+
+async def settle(world: World, since: float, told: Told, row: list[str]) -> None:
+    """Make the account: see ``World.settle``. It includes ``replay --verify`` and ``check``."""
+    count = await world.settle(told)
+    stall = worst_outage(world.acknowledged(), since)
+    row += [
+        f"acknowledged {count.acknowledged:,}",
+        f"lost {count.lost:,}",
+        f"doubled {count.doubled:,}",
+        f"503 {count.refused:,}",
+        f"stall {stall:.1f} s",
+    ]
+    assert world.violations.lines == []
+    assert (count.lost, count.doubled, count.wrong) == (len(world.missing), 0, 0)
+
+
+@pytest.mark.parametrize("way", ["hosts", "haproxy"])
+async def test_a_synchronous_failover_loses_nothing(programs: Programs, way: str, row: list[str]) -> None:
+    """Nothing is lost or doubled, and the old primary comes back as the standby of the new one.
+
+    The test takes about 80 s: Patroni waits for its ttl of 20 s before it replaces a silent primary.
+    """
+    with (
+        temporary_folder() as folder,
+        running_cluster(folder, random.Random(SEED), programs, is_synchronous=True) as cluster,
+    ):
+        layout = Layout(database_url=dsn_of(cluster, programs, way))
+        async with open_world(layout, EFFORT, SEED) as world:
+            since = time.monotonic()
+            await in_thread(cluster.primary.kill)
+            await world.load.recovered()
+            assert not cluster.standby.is_standby()
+            await in_thread(cluster.primary.start)
+            await in_thread(cluster.wait_for_standby, cluster.standby, cluster.primary)
+            await world.load.recovered()
+            assert await log_losses(world) == 0
+            assert world.connections.answers[UNAVAILABLE] > 0
+            await settle(world, since, Told(), row)
+
+
+@pytest.mark.parametrize("way", ["hosts", "haproxy"])
+async def test_an_asynchronous_failover_loses_what_the_standby_never_had(
+    programs: Programs, way: str, row: list[str]
+) -> None:
+    """Exactly the reports that the standby lacks are lost. The service logs and counts the loss.
+
+    The test takes about 80 s, as above.
+    """
+    with (
+        temporary_folder() as folder,
+        running_cluster(folder, random.Random(SEED), programs, is_synchronous=False) as cluster,
+    ):
+        layout = Layout(database_url=dsn_of(cluster, programs, way))
+        async with open_world(layout, EFFORT, SEED) as world:
+            since = time.monotonic()
+            await in_thread(cluster.primary.hold_back)
+            await world.load.recovered(HELD_BACK_REPORTS)
+            await in_thread(cluster.primary.kill)
+            await wait_until_applied(cluster.standby.dsn)
+            kept = {event.report_id for _, event in await read_log(cluster.standby.dsn)}
+            # Until it is promoted, it gets no other reports.
+            assert cluster.standby.is_standby()
+            world.missing = {one.receipt["report_id"] for one in world.acknowledged()} - kept
+            world.may_be_gone = True
+            assert len(world.missing) >= HELD_BACK_REPORTS
+            await world.load.recovered()
+            assert not cluster.standby.is_standby()
+            assert await log_losses(world) == 1
+            assert world.tail.times_gone > 0
+            await settle(world, since, Told(logged=(LOST,)), row)
