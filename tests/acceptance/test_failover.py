@@ -7,6 +7,7 @@ its last event in the log that is left, and the views equal a replay of it.
 
 import random
 import re
+import sys
 import time
 from collections.abc import Iterator
 from typing import Final
@@ -52,11 +53,12 @@ def dsn_of(cluster: Cluster, programs: Programs, way: str) -> str:
 
 
 @pytest.fixture
-def row(request: pytest.FixtureRequest) -> Iterator[list[str]]:
+def row(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Iterator[list[str]]:
     """Print the figures of a failover, which are the point of running this."""
     figures: list[str] = []
     yield figures
-    request.config.get_terminal_writer().line(f"\n{request.node.name}: {', '.join(figures)}")
+    with capsys.disabled():
+        sys.stdout.write(f"\n{request.node.name}: {', '.join(figures)}\n")
 
 
 async def log_losses(world: World) -> float:

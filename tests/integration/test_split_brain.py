@@ -1,0 +1,86 @@
+"""Two primaries: the writer is still connected to the old one while a view's projector is on the new one.
+
+Both are open for a moment after a failover without fencing. Each has events at the same positions.
+"""
+
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import NamedTuple
+
+import pytest
+
+from projections import current_status
+from projections.engine import Projector
+from service.database.connections import HOT_SETTINGS, DedicatedConnection, connect
+from service.database.schema import SERVICE_ROLE, VIEWS, as_role
+from service.event_log.feed import Feed
+from service.ingest.recorder import Recorder
+from tests.support.databases import TestServer
+from tests.support.recording import dedicated_connection, make_recorder, rebuilt
+from tests.support.reports import report
+
+(VIEW,) = (view for view in VIEWS if view.name == current_status.VIEW.name)
+
+
+class Split(NamedTuple):
+    """The parts of one process.
+
+    Attributes:
+        writer: records into the old primary, and passes its commits to the feed.
+        feed: the log of the process; its connection is on either primary.
+        projector: the projector of one view on the new primary.
+        new_dsn: the new primary.
+    """
+
+    writer: Recorder
+    feed: Feed
+    projector: Projector
+    new_dsn: str
+
+
+@pytest.fixture(params=["new", "old"])
+async def split(request: pytest.FixtureRequest, server: TestServer, dsn: str) -> AsyncIterator[Split]:
+    """Record one report, copy the database, and connect the projector to the copy."""
+    async with dedicated_connection(dsn) as old:
+        await make_recorder(old).record(report("KOM1", "Diajukan"))
+    await rebuilt(dsn)
+    with server.database(server.copy(dsn)) as copied:
+        new_dsn = as_role(copied, SERVICE_ROLE)
+        on_new = partial(connect, new_dsn, **HOT_SETTINGS, search_path=VIEW.name)
+        projecting = DedicatedConnection(on_new)
+        async with (
+            dedicated_connection(dsn) as appending,
+            dedicated_connection(new_dsn if request.param == "new" else dsn) as reading,
+        ):
+            feed = Feed(reading, partial(connect, new_dsn))
+            writer = make_recorder(appending, on_commit=feed.remember)
+            projector = Projector(VIEW, projecting.transaction, feed.read_log, feed.head)
+            yield Split(writer, feed, projector, new_dsn)
+        await projecting.close()
+
+
+@pytest.mark.xfail(
+    raises=AssertionError,
+    reason="the projector applies events that its own server's log does not have",
+)
+@pytest.mark.parametrize("order_no", ["KOM1", "KEPT1"])
+async def test_a_view_gets_only_events_of_its_own_log(split: Split, order_no: str) -> None:
+    """No event that only the old primary has reaches the view, not even one with the place of another."""
+    await split.projector.step()
+    lost = await split.writer.record(report(order_no, "Dikirim"))
+    async with dedicated_connection(split.new_dsn) as held:
+        kept = await make_recorder(held).record(report("KEPT1", "Dipacking"))
+    assert lost["position"] == kept["position"]
+    try:
+        await split.projector.step()
+    except Exception as error:  # noqa: BLE001 - it may refuse, but it must not apply
+        assert "log" in str(error)
+    connection = await connect(split.new_dsn)
+    try:
+        found = await current_status.find_orders(connection, ["KOM1", "KEPT1"])
+        at = await connection.fetchval("SELECT position FROM current_status.projection")
+    finally:
+        await connection.close()
+    statuses = [one.order["status"] if one.order else None for one in found]
+    # Before or after the new primary's own event, but never with the old one's.
+    assert (at, statuses) in [(1, ["submitted", None]), (2, ["submitted", "packed"])]
