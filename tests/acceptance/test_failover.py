@@ -21,6 +21,7 @@ from tests.faults.world import Effort, Layout, SkippedError, World, in_thread, o
 from tests.support.account import read_log, worst_outage
 from tests.support.connections import UNAVAILABLE, get
 from tests.support.folders import temporary_folder
+from tests.support.waiting import condition, until_async
 
 # Reports a second. Each has a number.
 EFFORT: Final = Effort(times=1, per_second=150.0, is_timed=False)
@@ -61,12 +62,16 @@ def row(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> I
         sys.stdout.write(f"\n{request.node.name}: {', '.join(figures)}\n")
 
 
-async def log_losses(world: World) -> float:
-    response = await world.connections.request(get("/metrics"))
-    assert response is not None
-    found = LOSSES.search(response.body)
-    assert found is not None
-    return float(found[1])
+async def until_losses(world: World, losses: int) -> None:
+    """Wait until the metrics show this number of losses."""
+
+    async def is_shown() -> bool:
+        response = await world.connections.request(get("/metrics"))
+        # A scrape reads the database too.
+        found = LOSSES.search(response.body) if response is not None else None
+        return found is not None and float(found[1]) == losses
+
+    await until_async(is_shown)
 
 
 async def settle(world: World, since: float, told: Told, row: list[str]) -> None:
@@ -103,7 +108,7 @@ async def test_a_synchronous_failover_loses_nothing(programs: Programs, way: str
             await in_thread(cluster.primary.start)
             await in_thread(cluster.wait_for_standby, cluster.standby, cluster.primary)
             await world.load.recovered()
-            assert await log_losses(world) == 0
+            await until_losses(world, 0)
             assert world.connections.answers[UNAVAILABLE] > 0
             await settle(world, since, Told(), row)
 
@@ -135,6 +140,6 @@ async def test_an_asynchronous_failover_loses_what_the_standby_never_had(
             assert len(world.missing) >= HELD_BACK_REPORTS
             await world.load.recovered()
             assert not cluster.standby.is_standby()
-            assert await log_losses(world) == 1
-            assert world.tail.times_gone > 0
+            await until_losses(world, 1)
+            await until_async(condition(lambda: world.tail.times_gone > 0))
             await settle(world, since, Told(logged=(LOST,)), row)
