@@ -76,8 +76,10 @@ lock: ## pin the newest versions that pyproject.toml allows, with hashes (needs 
 		--group installer -o requirements.lock pyproject.toml
 	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 		-c requirements.lock --group installer --group dev -o requirements-dev.lock pyproject.toml
-	@# The programs that check the OpenAPI document, for `make test-long` alone.
+	@# Programs for `make test-long` alone: those that check the OpenAPI document, and Patroni.
 	cd tests/support/contract && uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate -o requirements.lock requirements.in
+	cd tests/support/patroni && uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate -o requirements.lock requirements.in
 	cd tests/support/contract && rm -f package-lock.json && npm install --package-lock-only --no-audit --no-fund
 

@@ -1,11 +1,10 @@
 """Failover for real: Patroni replaces a primary that is killed under a running service.
 
 A synchronous standby has every acknowledged report, so nothing is lost. An asynchronous one may lack some, and
-exactly those are lost. In both cases everything else holds: nothing is recorded twice, each order continues from
-its last event in the log that is left, and the views equal a replay of it.
+exactly those are lost. Everything else holds in both cases: nothing is recorded twice, each order continues
+from its last event in the log that is left, and the views equal a replay of it.
 """
 
-import random
 import re
 import sys
 import time
@@ -97,7 +96,7 @@ async def test_a_synchronous_failover_loses_nothing(programs: Programs, way: str
     """
     with (
         temporary_folder() as folder,
-        running_cluster(folder, random.Random(SEED), programs, is_synchronous=True) as cluster,
+        running_cluster(folder, programs, is_synchronous=True) as cluster,
     ):
         layout = Layout(database_url=dsn_of(cluster, programs, way))
         async with open_world(layout, EFFORT, SEED) as world:
@@ -123,7 +122,7 @@ async def test_an_asynchronous_failover_loses_what_the_standby_never_had(
     """
     with (
         temporary_folder() as folder,
-        running_cluster(folder, random.Random(SEED), programs, is_synchronous=False) as cluster,
+        running_cluster(folder, programs, is_synchronous=False) as cluster,
     ):
         layout = Layout(database_url=dsn_of(cluster, programs, way))
         async with open_world(layout, EFFORT, SEED) as world:

@@ -23,6 +23,7 @@ from tests.support.waiting import PATIENCE_SECONDS
 
 LOCKS: Final = ("requirements.lock", "requirements-dev.lock")
 CONTRACT: Final = "tests/support/contract"
+PATRONI: Final = "tests/support/patroni"
 # The lock's entry of pip: its version and hashes.
 PIP: Final = re.compile(r"^pip==(?P<version>\S+) \\\n(?:    --hash=\S+(?: \\)?\n)+", re.MULTILINE)
 
@@ -35,7 +36,7 @@ def test_the_environment_has_the_pip_of_the_lock(name: str) -> None:
     assert pip["version"] == version("pip")
 
 
-@pytest.mark.parametrize("name", [*LOCKS, f"{CONTRACT}/requirements.lock"])
+@pytest.mark.parametrize("name", [*LOCKS, f"{CONTRACT}/requirements.lock", f"{PATRONI}/requirements.lock"])
 def test_the_locks_name_no_registry(name: str) -> None:
     """A lock holds only names, versions, markers and hashes, so that it works with any registry or mirror."""
     lock = (ROOT / name).read_text(encoding="utf-8")

@@ -56,13 +56,12 @@ def install(folder: Path) -> Path:
     """
     python = folder / "venv" / "bin" / "python"
     options = ("--quiet", "--disable-pip-version-check", "--no-input", "--require-hashes")
-    for command in (
+    commands: tuple[list[str | Path], ...] = (
         [_find_python(), "-m", "venv", folder / "venv"],
         [python, "-m", "pip", "install", *options, "-r", PINNED / "requirements.lock"],
-    ):
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=INSTALL_SECONDS_MAX
-        )
+    )
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=INSTALL_SECONDS_MAX)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder / "venv" / "bin" / "patroni"
 
@@ -249,10 +248,10 @@ class Node:
             return bool(connection.execute(IS_STANDBY).fetchall()[0][0])
 
     def members(self) -> dict[str, str]:
-        """Return role and state of each member by its name, as this Patroni sees them; nothing if it is silent."""
+        """Return role and state of each member by its name, as this Patroni sees them; {} if it is silent."""
         url = f"http://{self.address}:{REST_PORT}/cluster"
         try:
-            with urllib.request.urlopen(url, timeout=REST_SECONDS_MAX) as response:  # noqa: S310 - our own
+            with urllib.request.urlopen(url, timeout=REST_SECONDS_MAX) as response:
                 members = json.load(response)["members"]
         except (OSError, ValueError):
             return {}
@@ -268,10 +267,12 @@ class Cluster:
         haproxy_dsn: the DSN of the service through HAProxy.
     """
 
-    def __init__(self, folder: Path, chance: Random, programs: Programs, *, is_synchronous: bool) -> None:
+    def __init__(self, folder: Path, programs: Programs, *, is_synchronous: bool) -> None:
         self._folder = folder
         self._programs = programs
         self._standby_role = "sync_standby" if is_synchronous else "replica"
+        # Not of a seed: another cluster must not choose the same addresses at the same time.
+        chance = Random()
         self._etcd = free_address(chance)
         self._haproxy = free_address(chance)
         addresses = [free_address(chance), free_address(chance)]
@@ -334,7 +335,7 @@ class Cluster:
 
         def is_healthy() -> bool:
             with suppress(OSError), urllib.request.urlopen(f"{client}/health", timeout=REST_SECONDS_MAX) as r:  # noqa: S310 - our own
-                return json.load(r) == {"health": "true"}
+                return bool(json.load(r) == {"health": "true"})
             return False
 
         until(is_healthy, lambda: (self._folder / "etcd.log").read_text()[-2_000:])
@@ -376,11 +377,9 @@ def _start(stack: ExitStack, log: Path, *command: str | Path) -> None:
 
 
 @contextmanager
-def running_cluster(
-    folder: Path, chance: Random, programs: Programs, *, is_synchronous: bool
-) -> Iterator[Cluster]:
+def running_cluster(folder: Path, programs: Programs, *, is_synchronous: bool) -> Iterator[Cluster]:
     """Run a cluster in an empty folder for the length of the block."""
-    cluster = Cluster(folder, chance, programs, is_synchronous=is_synchronous)
+    cluster = Cluster(folder, programs, is_synchronous=is_synchronous)
     with ExitStack() as stack:
         cluster.start(stack)
         yield cluster

@@ -4,6 +4,7 @@ Both are open for a moment after a failover without fencing. Each has events at 
 """
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
@@ -27,15 +28,15 @@ class Split(NamedTuple):
 
     Attributes:
         writer: records into the old primary, and passes its commits to the feed.
-        feed: the log of the process; its connection is on either primary.
         projector: the projector of one view on the new primary.
         new_dsn: the new primary.
+        reads_old_log: whether the feed's connection is on the old primary, too.
     """
 
     writer: Recorder
-    feed: Feed
     projector: Projector
     new_dsn: str
+    reads_old_log: bool
 
 
 @pytest.fixture(params=["new", "old"])
@@ -47,16 +48,17 @@ async def split(request: pytest.FixtureRequest, server: TestServer, dsn: str) ->
     with server.database(server.copy(dsn)) as copied:
         new_dsn = as_role(copied, SERVICE_ROLE)
         on_new = partial(connect, new_dsn, **HOT_SETTINGS, search_path=VIEW.name)
-        projecting = DedicatedConnection(on_new)
+        reads_old_log = request.param == "old"
         async with (
             dedicated_connection(dsn) as appending,
-            dedicated_connection(new_dsn if request.param == "new" else dsn) as reading,
+            dedicated_connection(dsn if reads_old_log else new_dsn) as reading,
         ):
             feed = Feed(reading, partial(connect, new_dsn))
+            projecting = DedicatedConnection(on_new, on_open=feed.forget)
             writer = make_recorder(appending, on_commit=feed.remember)
             projector = Projector(VIEW, projecting.transaction, feed.read_log, feed.head)
-            yield Split(writer, feed, projector, new_dsn)
-        await projecting.close()
+            yield Split(writer, projector, new_dsn, reads_old_log)
+            await projecting.close()
 
 
 @pytest.mark.xfail(
@@ -71,10 +73,10 @@ async def test_a_view_gets_only_events_of_its_own_log(split: Split, order_no: st
     async with dedicated_connection(split.new_dsn) as held:
         kept = await make_recorder(held).record(report("KEPT1", "Dipacking"))
     assert lost["position"] == kept["position"]
-    try:
-        await split.projector.step()
-    except Exception as error:  # noqa: BLE001 - it may refuse, but it must not apply
-        assert "log" in str(error)
+    # It may refuse the first batch. Then it opens another connection, which clears the feed's memory.
+    for _ in range(2):
+        with suppress(ConnectionError):
+            await split.projector.step()
     connection = await connect(split.new_dsn)
     try:
         found = await current_status.find_orders(connection, ["KOM1", "KEPT1"])
@@ -82,5 +84,7 @@ async def test_a_view_gets_only_events_of_its_own_log(split: Split, order_no: st
     finally:
         await connection.close()
     statuses = [one.order["status"] if one.order else None for one in found]
-    # Before or after the new primary's own event, but never with the old one's.
-    assert (at, statuses) in [(1, ["submitted", None]), (2, ["submitted", "packed"])]
+    allowed: list[tuple[int, list[str | None]]] = [(2, ["submitted", "packed"])]
+    if split.reads_old_log:
+        allowed.append((1, ["submitted", None]))
+    assert (at, statuses) in allowed
