@@ -28,7 +28,7 @@ EFFORT: Final = Effort(times=1, per_second=150.0, is_timed=False)
 SEED: Final = 1
 # Reports that the asynchronous standby does not receive, at the least.
 HELD_BACK_REPORTS: Final = 450
-# Orders that get a report before the failover and one after it, and none while webhooks are refused, so that the
+# Orders that get one report before the failover and one after it, but none while webhooks are refused. The
 # service may still have their states in memory.
 QUIET_ORDERS: Final = 20
 LOSSES: Final = re.compile(rb"^log_losses_total (\S+)$", re.MULTILINE)
