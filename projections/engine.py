@@ -99,6 +99,10 @@ class OutdatedViewError(Exception):
     """The view in the database was built with another definition, or has lost its position."""
 
 
+class OtherLogError(ConnectionError):
+    """The events come from the log of another server than the view's, such as an old primary."""
+
+
 class ViewState(NamedTuple):
     """A view's position, the hash of its definition, and whether any order is parked in it."""
 
@@ -114,8 +118,16 @@ VIEW_STATE: Final = "SELECT position, definition, EXISTS (SELECT FROM parked_ord
 LOOK: Final = """
     SELECT position, definition, CASE definition WHEN $1 THEN {try_lead} ELSE false END FROM projection
 """
-# The condition fails only if another process moved the view without the lock.
-ADVANCE: Final = "UPDATE projection SET position = $2 WHERE position = $1"
+# The first condition fails only if another process moved the view without the lock. The second one fails if the
+# batch is from another server's log. Equal last events imply equal logs up to them, since each report has its id.
+ADVANCE: Final = """
+    UPDATE projection SET position = $2
+    WHERE position = $1 AND EXISTS (
+        SELECT FROM public.order_events
+        WHERE notification_id = $2 AND originator_id = $3 AND originator_version = $4
+            AND position(convert_to($5, 'UTF8') IN state) > 0
+    )
+"""
 
 
 async def view_state(connection: Connection) -> ViewState:
@@ -130,10 +142,18 @@ async def view_state(connection: Connection) -> ViewState:
     return ViewState(*row)
 
 
-async def advance(connection: Connection, old: int, new: int) -> None:
-    """Move the view's position from ``old`` to ``new``, in the transaction that applied the events."""
-    if await connection.execute(ADVANCE, old, new) != "UPDATE 1":
-        raise RuntimeError("another process moved the view without holding its lock")
+async def advance(connection: Connection, old: int, last: LoggedEvent) -> None:
+    """Move the view's position from ``old`` to that of the last event, in the transaction that applied it.
+
+    Raises:
+        OtherLogError: the log of this connection's server does not have the event, or the view was moved.
+    """
+    position, event = last
+    # The id of an undecodable event is unknown: any state contains the empty string.
+    report_id = "" if isinstance(event, FailedEvent) else event.report_id
+    place = (position, event.originator_id, event.originator_version)
+    if await connection.execute(ADVANCE, old, *place, report_id) != "UPDATE 1":
+        raise OtherLogError(f"the server of the view does not have the log's event at position {position}")
 
 
 async def apply_batch(
@@ -325,7 +345,7 @@ class Projector:
                 await apply_batch(
                     connection, self.view, batch, has_parked=state.has_parked, one_by_one=one_by_one
                 )
-                await advance(connection, state.position, position)
+                await advance(connection, state.position, batch[-1])
             elif position > await self.read_head():
                 raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
         await self._move(position)

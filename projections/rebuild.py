@@ -234,7 +234,7 @@ async def _catch_up(connection: Connection, view: View, read_log: ReadLog, head:
             if not batch:
                 return
             await _apply(connection, view, batch, has_parked=state.has_parked)
-            await advance(connection, state.position, batch[-1][0])
+            await advance(connection, state.position, batch[-1])
 
 
 async def _apply(connection: Connection, view: View, batch: Sequence[LoggedEvent], *, has_parked: bool) -> None:

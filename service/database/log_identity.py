@@ -60,6 +60,7 @@ class LogIdentity:
         Raises:
             StorageUnavailableError: the log has none, as after a restore.
         """
-        before, self.log_id = self.log_id, str(await read_log_id(connection))
+        log_id = str(await read_log_id(connection))
+        before, self.log_id = self.log_id, log_id
         if before not in {"", self.log_id}:
             logger.warning("the database has another log", log_before=before, log_now=self.log_id)

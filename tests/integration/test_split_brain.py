@@ -61,10 +61,6 @@ async def split(request: pytest.FixtureRequest, server: TestServer, dsn: str) ->
             await projecting.close()
 
 
-@pytest.mark.xfail(
-    raises=AssertionError,
-    reason="the projector applies events that its own server's log does not have",
-)
 @pytest.mark.parametrize("order_no", ["KOM1", "KEPT1"])
 async def test_a_view_gets_only_events_of_its_own_log(split: Split, order_no: str) -> None:
     """No event that only the old primary has reaches the view, not even one with the place of another."""

@@ -398,7 +398,8 @@ async def test_a_running_service_follows_an_import(
             await import_from(tmp_path / "file", target)
 
         async def is_served() -> bool:
-            return await client.status("GET", "/orders/KOM1") == 200
+            paths = ("/orders/KOM1", "/orders/KOM1/timeline")
+            return [await client.status("GET", path) for path in paths] == [200, 200]
 
         await until_async(is_served)
         assert (await client.get("/orders/KOM1/timeline"))["status"] == "in_transit"
