@@ -118,6 +118,8 @@ VIEW_STATE: Final = "SELECT position, definition, EXISTS (SELECT FROM parked_ord
 LOOK: Final = """
     SELECT position, definition, CASE definition WHEN $1 THEN {try_lead} ELSE false END FROM projection
 """
+# On the view's own connection: another one may be to another server, such as during a failover.
+LOG_HEAD: Final = "SELECT notification_id FROM public.order_events ORDER BY notification_id DESC LIMIT 1"
 # The first condition fails only if another process moved the view without the lock. The second one fails if the
 # batch is from another server's log. Equal last events imply equal logs up to them, since each report has its id.
 ADVANCE: Final = """
@@ -140,6 +142,12 @@ async def view_state(connection: Connection) -> ViewState:
     if row is None:
         raise OutdatedViewError("the view has no position")
     return ViewState(*row)
+
+
+async def log_head(connection: Connection) -> int:
+    """Return the highest position of the log that the view's own server has."""
+    head: int | None = await connection.fetchval(LOG_HEAD)
+    return head or 0
 
 
 async def advance(connection: Connection, old: int, last: LoggedEvent) -> None:
@@ -300,13 +308,14 @@ class Projector:
             return False
         async with self._transaction("BEGIN") as connection:
             row = await connection.fetchrow(self._look_statement, self.view.definition)
+            head = await log_head(connection)
         if row is None:
             raise OutdatedViewError("the view has no position")
         position, definition, self._leads = row
         if definition != self.view.definition:
             raise OutdatedViewError(f"the view {self.view.name} was built with another definition")
         if not self._leads:
-            self._stands_in = self._must_stand_in(position, await self.read_head(), now)
+            self._stands_in = self._must_stand_in(position, head, now)
             await self._move(position)
             self.is_outdated = False
         self._look_at = now + LOOK_SECONDS
@@ -346,7 +355,7 @@ class Projector:
                     connection, self.view, batch, has_parked=state.has_parked, one_by_one=one_by_one
                 )
                 await advance(connection, state.position, batch[-1])
-            elif position > await self.read_head():
+            elif position > await log_head(connection):
                 raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
         await self._move(position)
         return len(batch)

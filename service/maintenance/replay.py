@@ -7,7 +7,7 @@ from typing import Final
 import asyncpg
 import structlog
 
-from projections.engine import OutdatedViewError, View, view_state
+from projections.engine import OutdatedViewError, View, log_head, view_state
 from projections.postgres_errors import Connection
 from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
 from projections.resume import Resumed, resume_order
@@ -115,9 +115,10 @@ class Rebuilder:
         try:
             async with self._connections[view.name].connection() as connection:
                 state = await view_state(connection)
+                head = await log_head(connection)
         except OutdatedViewError:
             return None
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
             return "other tables"
-        is_ahead = state.definition == view.definition and state.position > await self._feed.head()
+        is_ahead = state.definition == view.definition and state.position > head
         return None if is_ahead else state.definition or None
