@@ -121,7 +121,7 @@ LOOK: Final = """
 # On the view's own connection: another one may be to another server, such as during a failover.
 LOG_HEAD: Final = "SELECT notification_id FROM public.order_events ORDER BY notification_id DESC LIMIT 1"
 # The first condition fails only if another process moved the view without the lock. The second one fails if the
-# batch is from another server's log. Equal last events imply equal logs up to them, since each report has its id.
+# batch is from another server's log. Equal last events imply equal logs up to them: each report has its own id.
 ADVANCE: Final = """
     UPDATE projection SET position = $2
     WHERE position = $1 AND EXISTS (

@@ -12,8 +12,8 @@ BEGIN_WITH_VIEW_LOCK: Final = (
     "BEGIN; SELECT pg_advisory_xact_lock(hashtextextended('order_tracking view {view}', 0))"
 )
 TAKE_VIEW_LOCK: Final = "SELECT pg_advisory_xact_lock(hashtextextended('order_tracking view ' || $1, 0))"
-# The session of the process that leads the view holds this lock. It saves the other processes work, and is no
-# fence: whoever writes the view also takes the lock above.
+# The session of the process that leads the view holds this lock. It only saves the other processes work: a
+# process that writes the view also takes the lock above, which is the fence.
 TRY_LEAD: Final = "pg_try_advisory_lock(hashtextextended('order_tracking projector {view}', 0))"
 GIVE_UP_LEAD: Final = "SELECT pg_advisory_unlock_all()"
 # Until the connection is closed.

@@ -101,8 +101,8 @@ def test_it_listens_while_its_database_is_away_and_then_serves(
     with waiting_service(tmp_path, postgres.dsn) as service:
         port = waiting_port(service)
         used, unused = Line(port), Line(port)
-        status, _, body = used.request("GET", "/livez")
-        assert (status, json.loads(body)) == (200, {"status": "alive", **build_info()})
+        status, _, alive = used.request("GET", "/livez")
+        assert (status, json.loads(alive)) == (200, {"status": "alive", **build_info()})
         for method, path, body in (
             ("GET", "/readyz", None),
             ("GET", "/metrics", None),
