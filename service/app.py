@@ -12,9 +12,11 @@ from aiohttp import web
 
 from domain.order import Order
 from projections.engine import Projector, View
+from projections.observer import OBSERVE_SECONDS, Observer
 from service.api.audit import AuditApi
 from service.api.contradictions import ContradictionsApi
 from service.api.events import EventsApi
+from service.api.freshness import add_freshness, read_age
 from service.api.metrics import Metrics
 from service.api.openapi import OpenApi
 from service.api.operations import OperationsApi
@@ -32,12 +34,13 @@ from service.database.connections import (
     DedicatedConnection,
     StorageUnavailableError,
     UnsupportedServerError,
+    as_unavailable,
     connect,
 )
 from service.database.durability import read_durability
 from service.database.log_identity import LogIdentity
 from service.database.schema import VIEWS, prepare_database
-from service.dsn import LOCAL_SOCKET, read_hosts
+from service.dsn import LOCAL_SOCKET, as_reader, read_hosts
 from service.event_log.feed import Feed
 from service.event_log.store import CHANNEL, last_arrival
 from service.http.access import Access
@@ -53,12 +56,12 @@ from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
 from service.ingest.signatures import make_scheme
 from service.ingest.volume import Volume
-from service.ingest.webhook import Webhook
+from service.ingest.webhook import RefusedWebhook, Webhook
 from service.ingest.webhook_auth import WebhookAuth
 from service.maintenance.replay import Rebuilder
 from service.maintenance.retention import PASS_SECONDS, Retention
 from service.pages.handlers import Pages
-from service.pages.render import ZONE
+from service.pages.render import IS_READER, ZONE
 from service.pages.share import SharePages
 from service.settings import Settings
 
@@ -84,6 +87,9 @@ class Service:
         self, settings: Settings, dsn: str, owner_dsn: str | None = None, budgets: Budgets | None = None
     ) -> None:
         seconds_max = settings.request_seconds_max
+        self.is_reader = settings.read_only
+        # Whatever this process runs, PostgreSQL refuses its writes.
+        dsn = as_reader(dsn) if self.is_reader else dsn
         self.vocabulary = settings.vocabulary
         self.budgets = budgets or Budgets()
         self.log = LogIdentity()
@@ -99,19 +105,15 @@ class Service:
         self.quarantine_connection = DedicatedConnection(connect_timely, seconds_max)
         self.auth_connection = DedicatedConnection(connect_timely, seconds_max)
         self.projection_connections = {
-            view.name: DedicatedConnection(partial(connect_hot, search_path=view.name), on_open=self._forget)
-            for view in VIEWS
-        }
-        self.feed = Feed(self.log_connection, partial(connect, dsn))
-        self.projectors = {
-            view.name: Projector(
-                view,
-                self.projection_connections[view.name].transaction,
-                self.feed.read_log,
-                self.feed.head,
+            view.name: DedicatedConnection(
+                # An observer also reads the log.
+                partial(connect_hot, search_path=f"{view.name}, public" if self.is_reader else view.name),
+                on_open=self._forget,
             )
             for view in VIEWS
         }
+        self.feed = Feed(self.log_connection, partial(connect, dsn))
+        self.projectors = {view.name: self._make_projector(view) for view in VIEWS}
         self.rebuilder = Rebuilder(dsn, VIEWS, self.projection_connections, self.feed)
         quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
         projectors = [*self.projectors.values()]
@@ -140,10 +142,18 @@ class Service:
             recognise=self.vocabulary.recognise,
             on_batch=self.metrics.measure_batch,
         )
-        self.access = Access(self.auth_connection, seconds_max, auth_refusals, is_open=settings.is_open)
+        self.access = Access(
+            self.auth_connection,
+            seconds_max,
+            auth_refusals,
+            is_open=settings.is_open,
+            is_reader=self.is_reader,
+        )
         self.webhook_auth = make_webhook_auth(settings, auth_refusals)
-        self.webhook = Webhook(
-            self.webhook_auth, self.recorder, quarantine, volume, self.refusals, log=self.log
+        self.webhook = (
+            RefusedWebhook(self.webhook_auth, self.refusals)
+            if self.is_reader
+            else Webhook(self.webhook_auth, self.recorder, quarantine, volume, self.refusals, log=self.log)
         )
         self.events = EventsApi(self.pool, self.access, self.budgets.streams, self.projectors, self.log)
         share_secret = settings.share_secret.get_secret_value()
@@ -168,7 +178,13 @@ class Service:
             ContradictionsApi(self.pool, self.projectors),
             QuarantineApi(self.pool, self.recorder),
             SharesApi(self.pool, links),
-            OperationsApi(self.pool, self.auth_connection, projectors, self.refusals),
+            OperationsApi(
+                self.pool,
+                self.auth_connection,
+                projectors,
+                self.refusals,
+                replica_age_seconds_max=settings.replica_age_seconds_max if self.is_reader else None,
+            ),
             self.metrics,
         ]
         self.openapi = OpenApi(self.apis)
@@ -181,6 +197,9 @@ class Service:
     async def start(self) -> None:
         """Open the pool and begin to follow the log."""
         await self.pool.open()
+        if self.is_reader:
+            await self._observe_views()
+            return
         async with self.pool.connection() as connection:
             self.metrics.start_from(await last_arrival(connection))
             for setting, is_safe in (await read_durability(connection)).items():
@@ -215,6 +234,9 @@ class Service:
         app = web.Application(client_max_size=body_bytes_max)
         app[BUDGETS] = self.budgets
         app[ZONE] = self._zone
+        app[IS_READER] = self.is_reader
+        if self.is_reader:
+            app.on_response_prepare.append(add_freshness)
         app.add_routes(self.webhook.routes())
         app.add_routes(self.pages.routes())
         app.add_routes(self.share_pages.routes())
@@ -228,6 +250,27 @@ class Service:
         if self._logs_requests:
             route, milliseconds = route_pattern(request), round(seconds * 1_000, 1)
             logger.info("request", method=request.method, route=route, status=status, ms=milliseconds)
+
+    def _make_projector(self, view: View) -> Projector:
+        dedicated = self.projection_connections[view.name]
+        if self.is_reader:
+            return Observer(view, dedicated.connection, self.feed.head, read_age, self._wake_streams)
+        return Projector(view, dedicated.transaction, self.feed.read_log, self.feed.head)
+
+    async def _observe_views(self) -> None:
+        """Follow the positions of the views, which other processes write."""
+        with as_unavailable():
+            await asyncio.gather(*(projector.step() for projector in self.projectors.values()))
+        for name, projector in self.projectors.items():
+            observe = partial(
+                follow,
+                projector.step,
+                projector.wake,
+                batch_events_max=1,
+                poll_seconds=OBSERVE_SECONDS,
+                idle_seconds=0.0,
+            )
+            self.background.start(f"observe {name}", observe, restart_pause_seconds=RETRY_PAUSE_SECONDS)
 
     async def _project(self, view: View) -> None:
         await self.rebuilder.rebuild_if_outdated(view)
@@ -245,6 +288,10 @@ class Service:
         self.feed.forget()
         for projector in self.projectors.values():
             projector.forget()
+
+    def _wake_streams(self) -> None:
+        # A standby sends no notifications. A view that has moved shows that the log has grown.
+        self.events.tail.wake.set()
 
     def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self.feed.remember(events, positions)
@@ -322,7 +369,7 @@ class Listener:
             SchemaError: this release cannot work with the database's schema.
         """
         while True:
-            dsn = await prepare_database(self._dsn, inf, on_failure)
+            dsn = await prepare_database(self._dsn, inf, on_failure, is_reader=self._settings.read_only)
             service = Service(self._settings, dsn, self._dsn, self.budgets)
             try:
                 await service.start()

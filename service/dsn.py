@@ -2,7 +2,7 @@
 
 import re
 from typing import Final, NamedTuple
-from urllib.parse import parse_qs, parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
 
 LOCAL_SOCKET: Final = "its local socket"
 DEFAULT_PORT: Final = 5432
@@ -10,6 +10,8 @@ PORT_MAX: Final = 65_535
 # libpq's parameter and its values.
 TARGET: Final = "target_session_attrs"
 TARGETS: Final = ("any", "primary", "standby", "read-write", "read-only")
+# PostgreSQL's setting that makes every transaction of a connection read-only.
+READ_ONLY: Final = "default_transaction_read_only"
 # The colons of an IPv6 address are between brackets.
 _HOST: Final = re.compile(r"(?:\[(?P<address>[^\]]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>.*))?")
 
@@ -57,6 +59,22 @@ def read_target(dsn: str) -> str:
     if target not in TARGETS:
         raise ValueError(f"{TARGET} is {target!r}, but must be one of {', '.join(TARGETS)}")
     return target
+
+
+def as_reader(dsn: str) -> str:
+    """Return a DSN whose connections only read, by default from any of its servers that responds.
+
+    Raises:
+        ValueError: the DSN requires a server that accepts writes. A connection that only reads finds none.
+    """
+    present = dict(parse_qsl(urlsplit(dsn).query))
+    if present.get(TARGET) == "read-write":
+        raise ValueError(f"{TARGET} is 'read-write', but a process that only reads needs any or standby")
+    added = {READ_ONLY: "on"} if READ_ONLY not in present else {}
+    added |= {TARGET: "any"} if TARGET not in present else {}
+    if not added:
+        return dsn
+    return f"{dsn}{'&' if '?' in dsn else '?'}{urlencode(added)}"
 
 
 def _read_host(item: str) -> Host:

@@ -6,16 +6,24 @@ from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeAlias
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
 import platformdirs
 from dotenv.parser import parse_stream
-from pydantic import AfterValidator, BeforeValidator, Field, IPvAnyNetwork, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    IPvAnyNetwork,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.dsn import read_hosts, read_target
+from service.dsn import as_reader, read_hosts, read_target
 from service.program import command_name
 from service.vocabulary import VocabularyFile, read_vocabulary
 
@@ -171,6 +179,10 @@ class Settings(BaseSettings):
     """whether other processes may listen on the same port (SO_REUSEPORT)"""
     database_url: Annotated[str, AfterValidator(_check_database_url)] = Field(default="", repr=False)
     """the URL of your own PostgreSQL 15 to 18; empty for the embedded one"""
+    read_only: bool = False
+    """whether the service only reads, as on a standby, and refuses webhooks"""
+    replica_age_seconds_max: float = Field(default=30.0, gt=0, le=86_400)
+    """with READ_ONLY, the seconds of commits that a ready service's standby may have missed"""
     state_dir: Annotated[Path, AfterValidator(lambda path: path.expanduser().absolute())] = Field(
         default_factory=default_state_dir
     )
@@ -218,6 +230,32 @@ class Settings(BaseSettings):
     """the URL of Komerce's API; register sends PUT /webhook to it"""
     komerce_api_key: SecretStr = SecretStr("")
     """the key of Komerce's API, for register and simulate"""
+
+    @model_validator(mode="after")
+    def _check_reader(self) -> Self:
+        """Refuse settings that contradict ``read_only``. The error of a model must name its settings itself."""
+        if not self.read_only:
+            return self
+        if not self.database_url:
+            raise ValueError(
+                f"{PREFIX}READ_ONLY needs {PREFIX}DATABASE_URL, the URL of a standby or of a primary: "
+                "the embedded PostgreSQL belongs to the service that records"
+            )
+        if self.body_retention_days:
+            raise ValueError(
+                f"{PREFIX}READ_ONLY contradicts {PREFIX}BODY_RETENTION_DAYS, which is "
+                f"{self.body_retention_days}: set the latter only for the service that records"
+            )
+        try:
+            as_reader(self.database_url)
+        except ValueError as error:
+            raise ValueError(f"{PREFIX}READ_ONLY contradicts {PREFIX}DATABASE_URL: {error}") from None
+        return self
+
+    @property
+    def own_dsn(self) -> str:
+        """The DSN of your own PostgreSQL, with which a reader only reads; empty for the embedded one."""
+        return as_reader(self.database_url) if self.read_only else self.database_url
 
     @property
     def is_local(self) -> bool:
@@ -320,5 +358,5 @@ def read_settings() -> Settings:
         return Settings(_env_file=file)  # type: ignore[call-arg]  # an argument that mypy sees only with a plugin
     except ValidationError as error:
         first = error.errors()[0]
-        name = f"{PREFIX}{first['loc'][0]}".upper()
-        raise SettingsError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+        name = f"{PREFIX}{first['loc'][0]}: ".upper() if first["loc"] else ""
+        raise SettingsError(f"{name}{first['msg'].removeprefix('Value error, ')}") from None

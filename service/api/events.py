@@ -18,7 +18,7 @@ from projections.engine import Projector
 from projections.postgres_errors import Connection
 from projections.selection import Selection, selected_positions
 from projections.windows import POSITION_MAX
-from service.api.freshness import wait_for
+from service.api.freshness import beyond, wait_for
 from service.api.resumption import place_after, refuse_another_event
 from service.database.connections import READER, ConnectionPool
 from service.database.log_identity import LogIdentity
@@ -45,7 +45,6 @@ from service.http.problems import (
     ProblemError,
     ProblemType,
     bad_parameter,
-    beyond_head,
     unavailable,
 )
 from service.http.responses import JSON_OPTIONS, LOG_HEADER, STREAM_HEADERS
@@ -211,7 +210,7 @@ class EventsApi:
         async with self._pool.connection() as connection:
             await _refuse_another_event(connection, query)
             if query.after > (head := await store.head_position(connection)):
-                raise beyond_head(query.after, head)
+                raise beyond(self._projectors, query.after, head)
         page = await self._read_page(query, query.after)
         if not page.events and query.wait and request.method == hdrs.METH_GET:
             page = await self._wait_for_page(request, query, page)
@@ -276,7 +275,7 @@ class EventsApi:
         async with self._pool.connection() as connection:
             rows = await erasures_page(connection, query.after, query.limit + 1)
             if not rows and query.after > (last := await last_erasure_id(connection)):
-                raise beyond_head(query.after, last)
+                raise beyond(self._projectors, query.after, last)
         items = rows[: query.limit]
         place = {"after": items[-1]["erasure_id"]} if len(rows) > query.limit else {}
         return list_response(query, "erasures", Page(items, place), request.path)
@@ -305,7 +304,7 @@ class EventsApi:
         async with self._pool.connection() as connection:
             head = await store.head_position(connection)
             if position > head:
-                raise beyond_head(position, head)
+                raise beyond(self._projectors, position, head)
             await _refuse_another_event(connection, query)
         stream = await begin_stream(request, NDJSON_HEADERS, log_id)
         with_bodies = has_scope(request, "read:bodies")
@@ -350,7 +349,7 @@ class EventsApi:
         if after is not None:
             async with self._pool.connection() as connection:
                 if after > (head := await store.head_position(connection)):
-                    raise beyond_head(after, head)
+                    raise beyond(self._projectors, after, head)
                 if last_seen is None:
                     await _refuse_another_event(connection, query)
         try:

@@ -2,17 +2,22 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Final
+from math import isfinite
+from typing import Final, NamedTuple
 
+from aiohttp import web
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from projections.engine import SELECT_VIEW, Projector
+from projections.observer import Observer
 from projections.parked import ParkedOrder, count_parked, list_parked
 from projections.postgres_errors import Connection
 from service.database.connections import as_unavailable
+from service.database.replica import read_replica
 from service.event_log import store
-from service.http.problems import beyond_head, unavailable
+from service.http.problems import ProblemError, beyond_head, unavailable
 
 # How long a read waits until a view has reached the requested position.
 AFTER_POSITION_SECONDS_MAX: Final = 5.0
@@ -24,8 +29,24 @@ HEAD_SECONDS: Final = 0.25
 LAG_EVENTS_MAX: Final = 100_000
 PARKED_LISTED_MAX: Final = 100
 
+# Headers of a response from views that other processes write: the position up to which the views certainly
+# have every report, and for how many seconds they may have missed some.
+POSITION_HEADER: Final = "View-Position"
+AGE_HEADER: Final = "View-Age"
+
 # In the schema that the search path names.
 POSITION: Final = "SELECT position FROM projection"
+
+
+class Freshness(NamedTuple):
+    """The position of the views that a response was read from, and their age in seconds."""
+
+    position: int
+    age_seconds: float
+
+
+# Of the present request's views, if other processes write them. Each request has its own context.
+_FRESHNESS: Final[ContextVar[Freshness | None]] = ContextVar("freshness", default=None)
 
 
 class Projection(TypedDict):
@@ -65,15 +86,52 @@ async def wait_for(projectors: Mapping[str, Projector], position: int | None, *v
     for view in views:
         if projectors[view].is_outdated:
             raise unavailable(f"the view {view} is being rebuilt", view=view)
-    if position is None:
+    if position is not None:
+        await _reach(projectors, position, views)
+    observers = [one for view in views if isinstance(one := projectors[view], Observer)]
+    if observers:
+        # Before the read, which may find later reports.
+        ages = (one.age_seconds for one in observers)
+        _FRESHNESS.set(Freshness(min(one.position for one in observers), max(ages)))
+
+
+async def add_freshness(_request: web.Request, response: web.StreamResponse) -> None:
+    """Add the headers of views that other processes write: a signal handler for ``on_response_prepare``."""
+    if (freshness := _FRESHNESS.get()) is None:
         return
+    response.headers[POSITION_HEADER] = str(freshness.position)
+    if isfinite(freshness.age_seconds):
+        response.headers[AGE_HEADER] = f"{freshness.age_seconds:.3f}"
+
+
+def beyond(projectors: Mapping[str, Projector], position: int, head: int) -> ProblemError:
+    """Return the problem for a position above the head of the log that this process can see.
+
+    A replica cannot distinguish a position that its primary has lost from one that it has not replayed yet.
+    """
+    if not any(isinstance(one, Observer) for one in projectors.values()):
+        return beyond_head(position, head)
+    detail = f"this process reads a database that has reached position {head}, but not yet {position}"
+    return unavailable(detail, position=head)
+
+
+async def read_age(connection: Connection, position: int) -> float:
+    """Return for how many seconds a view at a position may have missed reports; infinite if that is unknown."""
+    replica = await read_replica(connection)
+    oldest = await store.oldest_after(connection, position)
+    lag_seconds = 0.0 if oldest is None else (datetime.now(UTC) - oldest).total_seconds()
+    return max(replica.age_seconds, lag_seconds)
+
+
+async def _reach(projectors: Mapping[str, Projector], position: int, views: Sequence[str]) -> None:
     if all(await _wait(projectors, position, views, HEAD_SECONDS)):
         return
-    with as_unavailable():
-        async with asyncio.timeout(HEAD_READ_SECONDS_MAX):
-            head = await projectors[views[0]].read_head()
-    if position > head:
-        raise beyond_head(position, head)
+    if not isinstance(projectors[views[0]], Observer):
+        with as_unavailable():
+            async with asyncio.timeout(HEAD_READ_SECONDS_MAX):
+                head = await projectors[views[0]].read_head()
+        if position > head:
+            raise beyond_head(position, head)
     reached = await _wait(projectors, position, views, AFTER_POSITION_SECONDS_MAX)
     for view, has_reached in zip(views, reached, strict=True):
         if not has_reached:

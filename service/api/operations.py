@@ -1,7 +1,8 @@
 """The service's own state over HTTP: its views, whether it is alive, and whether it is ready."""
 
 from collections.abc import Iterable
-from typing import Final
+from math import isinf
+from typing import Final, NotRequired
 
 from aiohttp import web
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
@@ -10,6 +11,7 @@ from projections.engine import Projector
 from service.api.freshness import Projection, read_projection
 from service.build import build_info
 from service.database.connections import ConnectionPool, DedicatedConnection, StorageUnavailableError
+from service.database.replica import read_replica
 from service.event_log import store
 from service.http.endpoints import Endpoint, Tag
 from service.http.parameters import Query
@@ -19,7 +21,6 @@ from service.http.times import to_rfc3339
 from service.ingest.refusals import PASSING, Refusals, find_cause
 
 READY_SECONDS_MAX: Final = 1.0
-IS_STANDBY: Final = "SELECT pg_is_in_recovery()"
 
 
 class ProjectionList(TypedDict):
@@ -38,9 +39,11 @@ class Life(TypedDict):
 
 
 class Health(TypedDict):
-    """The service responds."""
+    """The service is ready. Only a process that only reads has a role, ``reader``, and its database's age."""
 
     status: str
+    role: NotRequired[str]
+    age_seconds: NotRequired[float]
 
 
 class OperationsApi:
@@ -51,6 +54,7 @@ class OperationsApi:
         dedicated: the connection that checks the database, so that no slow read delays it.
         projectors: the views' projectors.
         refusals: the webhooks that got 503.
+        replica_age_seconds_max: how old the database of a process that only reads may be; None if it records.
     """
 
     tag = Tag("service", "Whether the service is alive and ready, and how far its views are behind the log.")
@@ -61,11 +65,14 @@ class OperationsApi:
         dedicated: DedicatedConnection,
         projectors: Iterable[Projector],
         refusals: Refusals,
+        *,
+        replica_age_seconds_max: float | None = None,
     ) -> None:
         self._pool = pool
         self._dedicated = dedicated
         self._projectors = projectors
         self._refusals = refusals
+        self._age_seconds_max = replica_age_seconds_max
         # Read at the start: the files may be replaced while the old code runs.
         self._life: Life = {"status": "alive", **build_info()}  # type: ignore[typeddict-item]
 
@@ -84,16 +91,43 @@ class OperationsApi:
 
     @Endpoint("GET", "/readyz", Health, scope=None, problems=(ProblemType.UNAVAILABLE,))
     async def get_readiness(self, _request: web.Request, _query: Query) -> web.Response:
-        """Check that the database responds in time, and that webhooks can be recorded."""
+        """Check that the database responds in time, and that webhooks can be recorded.
+
+        A process that only reads checks the age of its database and the definitions of its views instead.
+        """
         try:
             async with self._dedicated.connection(READY_SECONDS_MAX) as connection:
-                is_standby: bool = await connection.fetchval(IS_STANDBY)
+                replica = await read_replica(connection)
         except StorageUnavailableError as error:
             raise unavailable("the database does not respond", cause=find_cause(error)) from error
-        if is_standby:
+        if self._age_seconds_max is not None:
+            return json_response(self._reader_health(replica.age_seconds, self._age_seconds_max))
+        if replica.is_standby:
             raise unavailable("the database is a standby, which cannot record webhooks", cause="read_only")
         # A full queue empties by itself, and faster if the load balancer sends nothing else.
         if (refusal := self._refusals.recent) is not None and refusal.cause not in PASSING:
             since = to_rfc3339(refusal.since, "seconds")
             raise unavailable(f"webhooks are refused since {since}: {refusal.cause}", cause=refusal.cause)
         return json_response({"status": "ready"})
+
+    def _reader_health(self, age_seconds: float, age_seconds_max: float) -> Health:
+        """Return the health of a process that only reads.
+
+        Raises:
+            ProblemError: 503, the replica or a view cannot be used.
+        """
+        if isinf(age_seconds):
+            detail = "the replica receives no WAL, and has replayed no commit since its start"
+            raise unavailable(detail, cause="replica_behind")
+        if age_seconds > age_seconds_max:
+            missed = f"the commits of {age_seconds:.1f} s, more than {age_seconds_max:g} s"
+            raise unavailable(
+                f"the replica may have missed {missed}",
+                cause="replica_behind",
+                age_seconds=round(age_seconds, 3),
+            )
+        for projector in self._projectors:
+            if projector.is_outdated:
+                detail = f"the view {projector.view.name} has the definition of another release"
+                raise unavailable(detail, cause="view_outdated", view=projector.view.name)
+        return {"status": "ready", "role": "reader", "age_seconds": round(age_seconds, 3)}

@@ -14,7 +14,10 @@ async def check() -> int | None:
             checks.describe_database(settings, dsn),
             *checks.check_account(settings),
             *await checks.check_database(
-                dsn, is_open=settings.is_open, retention_days=settings.body_retention_days
+                dsn,
+                is_open=settings.is_open,
+                retention_days=settings.body_retention_days,
+                replica_age_seconds_max=settings.replica_age_seconds_max if settings.read_only else None,
             ),
         ]
     findings += checks.check_embedded(settings, datetime.now(UTC).date())

@@ -118,7 +118,7 @@ async def database(*, as_service: bool = True, may_create: bool = False) -> Asyn
     # A command's standard output holds its result alone.
     structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     with ExitStack() as stack:
-        dsn = settings.database_url or running_dsn(settings.state_dir)
+        dsn = settings.own_dsn or running_dsn(settings.state_dir)
         if not dsn:
             if not may_create and not has_data(settings.state_dir):
                 fail(

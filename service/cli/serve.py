@@ -33,7 +33,7 @@ def serve() -> None:
     if sys.stdin is None or not sys.stdin.isatty():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if settings.database_url:
-        uvloop.run(_serve(settings, settings.database_url, None))
+        uvloop.run(_serve(settings, settings.own_dsn, None))
     else:
         with EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir) as server:
             uvloop.run(_serve(settings, server.dsn, server))
@@ -63,7 +63,8 @@ async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) 
                         if hung_up.is_set():
                             _reload_tokens(service.webhook_auth)
                     is_without_keys = await service.access.has_no_keys()
-                    await _record_opened(settings, service)
+                    if not settings.read_only:
+                        await _record_opened(settings, service)
                     _greet(settings, port)
                     _log_vocabulary(service.vocabulary)
                     _warn(settings, is_without_keys=is_without_keys)
@@ -109,8 +110,12 @@ def _greet(settings: Settings, port: int) -> None:
     path = "webhook/<token>" if settings.webhook_tokens else "webhook"
     show(greeting)
     show(f"  its data is in {data}")
-    show(f"  try: curl -X PUT {base}/{path} -d '{body}'")
-    show(f"       curl {base}/orders/TRY1/timeline")
+    if settings.read_only:
+        show("  it only reads, and refuses webhooks with 503")
+        show(f"  try: curl {base}/orders")
+    else:
+        show(f"  try: curl -X PUT {base}/{path} -d '{body}'")
+        show(f"       curl {base}/orders/TRY1/timeline")
     sys.stdout.flush()
 
 
@@ -146,13 +151,20 @@ def _log_vocabulary(vocabulary: VocabularyFile) -> None:
 
 def _warn(settings: Settings, *, is_without_keys: bool) -> None:
     """Log what clients and users can reach without a secret, and the command that changes this."""
-    if not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local):
+    if not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local or settings.read_only):
         logger.warning(
             "THE WEBHOOK IS OPEN TO EVERY HOST THAT REACHES THIS ADDRESS: set ORDER_TRACKING_WEBHOOK_TOKENS",
             command=f"{command_name()} token",
         )
     command = f"{command_name()} keys create NAME"
-    if settings.is_open:
+    if settings.is_open and settings.read_only:
+        if is_without_keys:
+            logger.warning(
+                "API and pages are open to every program of this machine: create an API key in the primary "
+                "before you put a proxy or a tunnel in front",
+                command=command,
+            )
+    elif settings.is_open:
         logger.warning(
             "open to every program of this machine: set ORDER_TRACKING_WEBHOOK_TOKENS and create an API key "
             "before you put a proxy or a tunnel in front",

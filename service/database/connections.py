@@ -14,7 +14,7 @@ import orjson
 from asyncpg.connect_utils import SessionAttribute
 
 from projections.postgres_errors import Connection, is_connection_lost
-from service.dsn import LOCAL_SOCKET, Host, read_hosts, read_target
+from service.dsn import LOCAL_SOCKET, READ_ONLY, Host, read_hosts, read_target
 
 # The server that answered last, by DSN. The next connection begins there.
 _last_host: Final[dict[str, Host]] = {}
@@ -116,7 +116,7 @@ async def connect(dsn: str, on_connect: OnConnect | None = None, /, **settings: 
     """
     sent = {**SERVER_SETTINGS, **settings}
     # asyncpg takes every parameter of the DSN that it does not know as a setting.
-    sent |= {name: value for name, value in parse_qsl(urlsplit(dsn).query) if name == "role"}
+    sent |= {name: value for name, value in parse_qsl(urlsplit(dsn).query) if name in {"role", READ_ONLY}}
     failures = []
     hosts: Sequence[Host | None] = sorted(read_hosts(dsn), key=lambda host: host != _last_host.get(dsn))
     for host in hosts or [None]:

@@ -95,6 +95,14 @@ class SchemaError(Exception):
     """This release cannot work with the database's schema. ``str()`` says what to do."""
 
 
+class OldSchemaError(SchemaError):
+    """The database has no schema yet, or an older one than this release's."""
+
+
+class OldReplicaError(StorageUnavailableError):
+    """A database that is only read has an older schema, which its primary may be about to replace."""
+
+
 def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
     """Return the log's part of schema.sql, and every view with its section."""
     log_sql, _, views_sql = text.partition("-- in every view\n")
@@ -142,6 +150,8 @@ async def prepare_database(
     dsn: str,
     seconds_max: float = START_SECONDS_MAX,
     on_failure: Callable[[StorageUnavailableError], object] = lambda _: None,
+    *,
+    is_reader: bool = False,
 ) -> str:
     """Wait for the database, bring its schema up to date, and return the DSN that the service connects with.
 
@@ -149,6 +159,7 @@ async def prepare_database(
         dsn: the configured DSN.
         seconds_max: how long to wait for an unreachable database.
         on_failure: called for each failed attempt, after which there is another one.
+        is_reader: only read: wait until another process has brought the schema up to date.
 
     Raises:
         StorageUnavailableError: the database was unreachable for ``seconds_max``.
@@ -160,6 +171,8 @@ async def prepare_database(
     while True:
         try:
             with _ended_as_unavailable():
+                if is_reader:
+                    return await _reader_dsn(dsn)
                 async with connected(dsn) as connection:
                     await apply_schema(connection)
                     await require_rising_numbers(connection)
@@ -271,6 +284,13 @@ async def service_dsn(dsn: str) -> str:
     return own
 
 
+async def _reader_dsn(dsn: str) -> str:
+    try:
+        return await service_dsn(dsn)
+    except OldSchemaError as error:
+        raise OldReplicaError(f"{error}, on the primary: this service only reads") from error
+
+
 async def _service_login(dsn: str) -> str | None:
     """Return a DSN that logs in as the service's role if a socket admits it: unlike SET ROLE, irreversibly."""
     if urlsplit(dsn).hostname is not None:
@@ -295,9 +315,9 @@ async def check_version(connection: Connection) -> None:
         SchemaError: the database has no schema, or not this release's.
     """
     if not await connection.fetchval(IS_APPLIED):
-        raise SchemaError("the database has no schema yet: run 'serve' or 'migrate' to create it")
+        raise OldSchemaError("the database has no schema yet: run 'serve' or 'migrate' to create it")
     if (version := await _read_version(connection, MIGRATIONS)) < SCHEMA_VERSION:
-        raise SchemaError(
+        raise OldSchemaError(
             f"the database has schema version {version}: run 'migrate' to bring it to {SCHEMA_VERSION}"
         )
 

@@ -18,7 +18,7 @@ from service.database.connections import READER, DedicatedConnection, StorageUna
 from service.database.operations import Actor, record_operation
 from service.database.sessions import Session
 from service.http.auth_refusals import AuthCause, AuthRefusals, RefusedError
-from service.http.problems import ProblemType
+from service.http.problems import ProblemType, only_reads
 from service.settings import is_loopback
 
 logger = structlog.get_logger()
@@ -78,14 +78,22 @@ class Access:
         seconds_max: the time limit for reading them.
         refusals: counts the requests that are not admitted.
         is_open: whether this machine's requests need no key until the first key is created.
+        is_reader: whether this process only reads: it admits no writing request, and records no use of a key.
     """
 
     def __init__(
-        self, dedicated: DedicatedConnection, seconds_max: float, refusals: AuthRefusals, *, is_open: bool
+        self,
+        dedicated: DedicatedConnection,
+        seconds_max: float,
+        refusals: AuthRefusals,
+        *,
+        is_open: bool,
+        is_reader: bool = False,
     ) -> None:
         self._dedicated = dedicated
         self._refusals = refusals
         self._is_open = is_open
+        self._is_reader = is_reader
         self._keys: Mapping[bytes, ApiKey] = {}
         self._keys_by_name: Mapping[str, ApiKey] = {}
         self._sessions: Mapping[bytes, Session] = {}
@@ -116,6 +124,7 @@ class Access:
         Raises:
             RefusedError: 401, the key is missing or invalid; 403, its scope is too small, or a page of another
                 site made the request, or, in the open mode, it may come from another machine.
+            ProblemError: 503, the request writes, but this process only reads.
             StorageUnavailableError: the keys cannot be read.
         """
         if monotonic() >= self._valid_until:
@@ -130,6 +139,8 @@ class Access:
         except RefusedError as error:
             self._refusals.count(error.cause, request)
             raise
+        if request.method not in SAFE_METHODS:
+            self._refuse_writes()
         request[_ADMISSION] = admitted
         READER.set(admitted.actor.name)
 
@@ -147,7 +158,12 @@ class Access:
         return not self._keys
 
     async def open_session(self, request: web.Request, secret: str) -> str | None:
-        """Open a session for a key, and return its id; None if the key is not valid."""
+        """Open a session for a key, and return its id; None if the key is not valid.
+
+        Raises:
+            ProblemError: 503, this process only reads.
+        """
+        self._refuse_writes()
         await self._reads.submit(None)
         key = self._keys.get(hash_secret(secret))
         if key is None or not key.is_valid(datetime.now(UTC)):
@@ -160,12 +176,21 @@ class Access:
         return session_id
 
     async def end_session(self, request: web.Request) -> None:
-        """End the session that a request's cookie names, if there is one."""
+        """End the session that a request's cookie names, if there is one.
+
+        Raises:
+            ProblemError: 503, this process only reads.
+        """
+        self._refuse_writes()
         async with self._dedicated.transaction() as connection:
             name = await sessions.end_session(connection, request.cookies.get(session_cookie(request), ""))
             if name is not None:
                 await record_operation(connection, Actor("page", name), "session_ended", name)
         await self._reads.submit(None)
+
+    def _refuse_writes(self) -> None:
+        if self._is_reader:
+            raise only_reads()
 
     async def _read_keys(self, callers: Sequence[None], due: float) -> Sequence[None]:
         if monotonic() < self._retry_at:
@@ -224,7 +249,7 @@ class Access:
         return Admission(Actor("api" if session is None else "page", key.name), key.scope)
 
     def _note_use(self, key: ApiKey, session: Session | None, now: datetime) -> None:
-        if self._recording is not None and not self._recording.done():
+        if self._is_reader or (self._recording is not None and not self._recording.done()):
             return
         latest = now - USE_INTERVAL
         key_at = self._used_at.get(key.name, key.last_used_at)

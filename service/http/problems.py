@@ -132,6 +132,12 @@ def unavailable(detail: str, **members: Any) -> ProblemError:
     return ProblemError(ProblemType.UNAVAILABLE, detail, headers=headers, **members)
 
 
+def only_reads() -> ProblemError:
+    """Return the problem for a request that would write, to a process that only reads."""
+    detail = "this process only reads (ORDER_TRACKING_READ_ONLY): send the request to one that records"
+    return unavailable(detail, cause="read_only")
+
+
 def beyond_head(position: int, head: int) -> ProblemError:
     """Return the problem for a position that the log has lost, or never had."""
     detail = f"the log ends at position {head}, before {position}: begin again before the loss of events"

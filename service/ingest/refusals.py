@@ -12,12 +12,17 @@ import structlog
 
 from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError, UnsupportedServerError
+from service.database.schema import OldReplicaError
 from service.event_log.store import APPEND_LOCK, UnreplicatedCommitError
 from service.ingest.volume import VolumeFullError
 
 
 class BodiesFullError(OverloadedError):
     """Too many bytes of bodies are arriving, so this body was not read to its end."""
+
+
+class ReaderError(OverloadedError):
+    """This process only reads, so it records no report."""
 
 
 class QuarantineFullError(OverloadedError):
@@ -65,12 +70,14 @@ CAUSES_BY_SQLSTATE: Final[dict[str, Cause]] = {
 PASSING: Final[frozenset[Cause]] = frozenset({"queue_full", "bodies_full", "quarantine_full"})
 # The first that fits decides.
 CAUSES_BY_TYPE: Final[dict[type[BaseException], Cause]] = {
+    ReaderError: "read_only",
     QuarantineFullError: "quarantine_full",
     VolumeFullError: "volume_full",
     BodiesFullError: "bodies_full",
     OverloadedError: "queue_full",
     UnreplicatedCommitError: "replication_wait",
     UnsupportedServerError: "unusable",
+    OldReplicaError: "unusable",
     # Of several servers, none can be written.
     asyncpg.TargetServerAttributeNotMatched: "read_only",
 }

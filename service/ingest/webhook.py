@@ -1,5 +1,6 @@
 """The webhook: a request becomes a recorded report and a receipt. 200 means committed."""
 
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Final
 from uuid import uuid4
@@ -13,15 +14,15 @@ from service.database.connections import StorageUnavailableError
 from service.database.log_identity import LogIdentity
 from service.http.body import read_body
 from service.http.budgets import OverBudgetError
-from service.http.problems import unavailable
+from service.http.problems import only_reads, unavailable
 from service.http.responses import LOG_HEADER, json_response
 from service.ingest.idempotency import IdempotencyKey, read_key
 from service.ingest.parser import UnreadableError, parse
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
-from service.ingest.refusals import BodiesFullError, Refusals
+from service.ingest.refusals import BodiesFullError, ReaderError, Refusals
 from service.ingest.volume import Volume
-from service.ingest.webhook_auth import WebhookAuth
+from service.ingest.webhook_auth import Sender, WebhookAuth
 
 # The sender documents PUT in its samples and POST in its tips.
 METHODS: Final = ("POST", "PUT")
@@ -68,13 +69,11 @@ class Webhook:
 
         An operator may have registered the URL with a slash at its end.
         """
-        return [web.route("*", f"{self.path}{slash}", self.receive) for slash in ("", "/")]
+        return _routes(self.path, self.receive)
 
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or quarantine its body, and respond after the commit."""
-        sender = self._auth.check_request(request)
-        if request.method not in METHODS:
-            raise web.HTTPMethodNotAllowed(request.method, METHODS)
+        sender = _check_head(self._auth, request)
         arrival = Arrival(str(uuid4()), datetime.now(UTC), sender.address, sender.token_name)
         try:
             body = await read_body(request)
@@ -123,3 +122,38 @@ class Webhook:
             "quarantine_id": quarantine_id,
             "ignored": [],
         }
+
+
+class RefusedWebhook:
+    """The webhook of a process that only reads: it refuses every report with 503, before its body is read.
+
+    Args:
+        auth: authenticates the sender, since a wrong token must look like an unknown path here too.
+        refusals: counts and explains the webhooks that get 503.
+    """
+
+    def __init__(self, auth: WebhookAuth, refusals: Refusals) -> None:
+        self._auth = auth
+        self._refusals = refusals
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the same routes as of a process that records."""
+        return _routes(self._auth.path, self.refuse)
+
+    async def refuse(self, request: web.Request) -> web.Response:
+        """Refuse one report."""
+        _check_head(self._auth, request)
+        problem = only_reads()
+        await self._refusals.count(ReaderError(problem.detail))
+        raise problem
+
+
+def _routes(path: str, handler: Callable[[web.Request], Awaitable[web.Response]]) -> list[web.RouteDef]:
+    return [web.route("*", f"{path}{slash}", handler) for slash in ("", "/")]
+
+
+def _check_head(auth: WebhookAuth, request: web.Request) -> Sender:
+    sender = auth.check_request(request)
+    if request.method not in METHODS:
+        raise web.HTTPMethodNotAllowed(request.method, METHODS)
+    return sender

@@ -4,6 +4,7 @@ import subprocess
 from datetime import UTC, date, datetime
 from functools import partial
 from importlib.metadata import version
+from math import isinf
 from shlex import quote
 from typing import Final, Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from service.database.api_keys import list_keys
 from service.database.connections import StorageUnavailableError, connect, connected
 from service.database.durability import read_durability
 from service.database.embedded_postgres import CREATE_ACCOUNT, belongs_to_nobody, wheel_bindir
+from service.database.replica import Replica, read_replica
 from service.database.schema import SCHEMA_VERSION, SERVICE_ROLE, VIEWS, SchemaError, check_version, service_dsn
 from service.database.sequences import find_faults
 from service.event_log import store
@@ -34,7 +36,6 @@ EXPECTED_TRIGGERS: Final = (
     ("api_keys_stay_revoked", "keeps revoked keys revoked", "the service can bring a revoked key back"),
 )
 SERVER_VERSION: Final = "SHOW server_version"
-IS_STANDBY: Final = "SELECT pg_is_in_recovery()"
 # The rights of the role that the service runs as. A role that may insert a position or a time can forge events.
 ROLE: Final = """
     SELECT current_user::text AS name, session_user = current_user AS is_login,
@@ -80,6 +81,8 @@ _wrong = partial(Finding, "WRONG")
 
 def check_webhook(settings: Settings) -> Finding:
     """Check who may send webhooks. The settings' values were checked when they were read."""
+    if settings.read_only:
+        return _ok("the service only reads, and refuses webhooks with 503")
     if settings.webhook_tokens:
         return _ok(f"the webhook requires a token; valid tokens: {len(settings.webhook_tokens)}")
     if settings.webhook_hmac_secret:
@@ -124,8 +127,14 @@ def check_account(settings: Settings) -> list[Finding]:
     ]
 
 
-async def check_database(dsn: str, *, is_open: bool = True, retention_days: int = 0) -> list[Finding]:
-    """Check the database and its content, with the settings of these names."""
+async def check_database(
+    dsn: str, *, is_open: bool = True, retention_days: int = 0, replica_age_seconds_max: float | None = None
+) -> list[Finding]:
+    """Check the database and its content, with the settings of these names.
+
+    The last one is None if the service records.
+    """
+    is_reader = replica_age_seconds_max is not None
     try:
         # A policy on a view's table is a function of the service's role; it must not run as the operator.
         connection = await connect(dsn, row_security="off")
@@ -133,7 +142,10 @@ async def check_database(dsn: str, *, is_open: bool = True, retention_days: int 
         return [_wrong(f"the database cannot be used: {error}")]
     try:
         findings = [_ok(f"PostgreSQL {await connection.fetchval(SERVER_VERSION)} responds")]
-        if await connection.fetchval(IS_STANDBY):
+        replica = await read_replica(connection)
+        if replica_age_seconds_max is not None:
+            findings.append(_describe_replica(replica, replica_age_seconds_max))
+        elif replica.is_standby:
             findings.append(_wrong("the database is a standby, which cannot record webhooks"))
         try:
             await check_version(connection)
@@ -147,11 +159,23 @@ async def check_database(dsn: str, *, is_open: bool = True, retention_days: int 
             *await _check_role(dsn),
             *await _check_role_settings(connection),
             *([await _check_retention(connection, retention_days)] if retention_days else []),
-            *await check_keys(connection, is_open=is_open),
-            *[await _check_view(connection, view) for view in VIEWS],
+            *await check_keys(connection, is_open=is_open, is_reader=is_reader),
+            *[await _check_view(connection, view, " on the primary" if is_reader else "") for view in VIEWS],
         ]
     finally:
         await connection.close()
+
+
+def _describe_replica(replica: Replica, age_seconds_max: float) -> Finding:
+    """Check how far the database of a process that only reads is behind its primary."""
+    if not replica.is_standby:
+        return _ok("the database is a primary, which this service only reads")
+    if isinf(replica.age_seconds):
+        return _wrong("the standby receives no WAL, and has replayed no commit since its start")
+    text = f"the standby may have missed the commits of {replica.age_seconds:.1f} s"
+    if replica.age_seconds > age_seconds_max:
+        return _wrong(f"{text}, more than {age_seconds_max:g} s: check its connection to the primary")
+    return _ok(text)
 
 
 async def _check_triggers(connection: Connection) -> list[Finding]:
@@ -208,13 +232,13 @@ async def _check_retention(connection: Connection, days: int) -> Finding:
     )
 
 
-async def check_keys(connection: Connection, *, is_open: bool) -> list[Finding]:
+async def check_keys(connection: Connection, *, is_open: bool, is_reader: bool = False) -> list[Finding]:
     """Check who may read. Without any key, the open mode lets every program of this machine read."""
     now = datetime.now(UTC)
     keys = await list_keys(connection)
     if valid := sum(key.is_valid(now) for key in keys):
         findings = [_ok(f"valid API keys: {valid}")]
-        if is_open:
+        if is_open and not is_reader:
             findings.append(
                 _wrong(
                     "an API key exists, but every program of this machine, a proxy included, can still send "
@@ -228,22 +252,22 @@ async def check_keys(connection: Connection, *, is_open: bool) -> list[Finding]:
     return [_wrong(f"no API key is valid, so the API and the pages are closed: {command}")]
 
 
-async def _check_view(connection: Connection, view: View) -> Finding:
+async def _check_view(connection: Connection, view: View, where: str) -> Finding:
     # A database view in place of a table would run its creator's code with the reader's rights.
     tables = [f"{view.name}.projection", f"{view.name}.parked_orders"]
     if await connection.fetchval(ARE_TABLES, tables) != len(tables):
-        return _wrong(f"the view {view.name} is missing or outdated: run 'serve' or 'replay'")
+        return _wrong(f"the view {view.name} is missing or outdated: run 'serve' or 'replay'{where}")
     try:
         async with connection.transaction(readonly=True):
             await connection.execute(SELECT_VIEW, view.name)
             state = await view_state(connection)
     except (OutdatedViewError, asyncpg.InsufficientPrivilegeError) as error:
-        return _wrong(f"the view {view.name} cannot be read ({error}): run 'serve' or 'replay'")
+        return _wrong(f"the view {view.name} cannot be read ({error}): run 'serve' or 'replay'{where}")
     problem = ""
     if state.definition != view.definition:
-        problem = "is outdated: run 'serve' or 'replay'"
+        problem = f"is outdated: run 'serve' or 'replay'{where}"
     elif state.position > await store.head_position(connection):
-        problem = "has events that the log has lost: run 'replay'"
+        problem = f"has events that the log has lost: run 'replay'{where}"
     elif state.has_parked:
         problem = "has parked orders: see GET /projections for the reasons"
     if problem:

@@ -22,6 +22,8 @@ from service.pages.i18n import LANGUAGES, LOCALES, Locale, negotiate_language
 FOLDER: Final = Path(__file__).resolve().parent
 # The time zone of all times and days on the pages.
 ZONE: Final = web.AppKey("zone", ZoneInfo)
+# Whether the process only reads, so that no page has a form that writes.
+IS_READER: Final = web.AppKey("is_reader", bool)
 LANGUAGE_COOKIE: Final = "order_tracking_language"
 LANGUAGE_COOKIE_SECONDS: Final = 365 * 86_400
 
@@ -181,6 +183,7 @@ def render_page(
         context: The variables of the template.
     """
     locale = choose_locale(request)
+    is_reader = request.app.get(IS_READER, False)
     parameters = {key: value for key, value in request.query.items() if key not in ("lang", "after_position")}
     variables = {
         "locale": locale,
@@ -190,6 +193,8 @@ def render_page(
         "stream": stream,
         "status": status,
         "is_admin": has_scope(request, "admin"),
+        "is_reader": is_reader,
+        "may_act": has_scope(request, "admin") and not is_reader,
         "has_session": session_cookie(request) in request.cookies,
         "search": "",
         "now": datetime.now(UTC),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.dsn import read_hosts, read_target
+from service.dsn import as_reader, read_hosts, read_target
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,18 @@ def test_of_several_servers_one_must_be_writable() -> None:
     assert read_target("postgresql://h1/db") == "any"
     assert read_target("postgresql://h1,h2/db") == "read-write"
     assert read_target("postgresql://h1,h2/db?target_session_attrs=any") == "any"
+
+
+def test_a_reader_takes_any_server() -> None:
+    """By default, a reader connects to any of several servers; its transactions are read-only."""
+    dsn = as_reader("postgresql://h1,h2/db")
+    assert read_target(dsn) == "any"
+    assert dsn.endswith("/db?default_transaction_read_only=on&target_session_attrs=any")
+    assert as_reader(dsn) == dsn
+    assert read_target(as_reader("postgresql://h1,h2/db?target_session_attrs=standby")) == "standby"
+
+
+def test_a_reader_refuses_to_require_a_server_that_accepts_writes() -> None:
+    """PostgreSQL's own check of such a server would fail for every connection of a reader."""
+    with pytest.raises(ValueError, match="target_session_attrs is 'read-write', but a process that only reads"):
+        as_reader("postgresql://h1/db?target_session_attrs=read-write")

@@ -205,3 +205,38 @@ def test_the_default_state_folder_is_one_that_postgresql_can_reach(monkeypatch: 
     monkeypatch.delenv("XDG_DATA_HOME", raising=False)
     assert default_state_dir().name == "order-tracking"
     assert default_state_dir().is_relative_to("/var/lib" if os.geteuid() == 0 else Path.home())
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (
+            {},
+            "ORDER_TRACKING_READ_ONLY needs ORDER_TRACKING_DATABASE_URL, the URL of a standby or ",
+        ),
+        (
+            {"DATABASE_URL": "postgresql://h1/db", "BODY_RETENTION_DAYS": "30"},
+            "ORDER_TRACKING_READ_ONLY contradicts ORDER_TRACKING_BODY_RETENTION_DAYS, which is 30: set ",
+        ),
+        (
+            {"DATABASE_URL": "postgresql://h1,h2/db?target_session_attrs=read-write"},
+            "ORDER_TRACKING_READ_ONLY contradicts ORDER_TRACKING_DATABASE_URL: target_session_attrs is ",
+        ),
+    ],
+)
+def test_settings_that_contradict_a_reader_are_refused(
+    monkeypatch: pytest.MonkeyPatch, others: dict[str, str], message: str
+) -> None:
+    """The error names both settings, and what to do."""
+    for name, value in {**others, "READ_ONLY": "true"}.items():
+        monkeypatch.setenv(f"ORDER_TRACKING_{name}", value)
+    with pytest.raises(SettingsError, match=f"^{re.escape(message)}"):
+        read_settings()
+
+
+def test_a_reader_only_reads_its_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The DSN of every command has the setting, and only with READ_ONLY."""
+    monkeypatch.setenv("ORDER_TRACKING_DATABASE_URL", "postgresql://h1/db")
+    assert read_settings().own_dsn == "postgresql://h1/db"
+    monkeypatch.setenv("ORDER_TRACKING_READ_ONLY", "true")
+    assert "default_transaction_read_only=on" in read_settings().own_dsn
