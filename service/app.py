@@ -1,6 +1,7 @@
 """The composition root: every part is created and connected here, and stopped in reverse order."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -17,7 +18,7 @@ from service.api.audit import AuditApi
 from service.api.contradictions import ContradictionsApi
 from service.api.events import EventsApi
 from service.api.freshness import add_freshness, read_age
-from service.api.metrics import Metrics
+from service.api.metrics import Metrics, Processes
 from service.api.openapi import OpenApi
 from service.api.operations import OperationsApi
 from service.api.orders import OrdersApi
@@ -81,10 +82,16 @@ class Service:
         dsn: the database's DSN, with the service's own role.
         owner_dsn: the configured DSN, whose role may erase; None for the same.
         budgets: the budgets of the process; None for new ones.
+        processes: the processes that serve the port together; None if this one serves it alone.
     """
 
     def __init__(
-        self, settings: Settings, dsn: str, owner_dsn: str | None = None, budgets: Budgets | None = None
+        self,
+        settings: Settings,
+        dsn: str,
+        owner_dsn: str | None = None,
+        budgets: Budgets | None = None,
+        processes: Processes | None = None,
     ) -> None:
         seconds_max = settings.request_seconds_max
         self.is_reader = settings.read_only
@@ -133,6 +140,7 @@ class Service:
             self.budgets,
             self.retention,
             lambda: self.recorder,
+            processes,
         )
         self.recorder = Recorder(
             self.append_connection,
@@ -183,6 +191,7 @@ class Service:
                 self.auth_connection,
                 projectors,
                 self.refusals,
+                processes,
                 replica_age_seconds_max=settings.replica_age_seconds_max if self.is_reader else None,
             ),
             self.metrics,
@@ -321,11 +330,13 @@ class Listener:
     Args:
         settings: the settings.
         dsn: the configured DSN.
+        processes: the processes that serve the port together; None if this one serves it alone.
     """
 
-    def __init__(self, settings: Settings, dsn: str) -> None:
+    def __init__(self, settings: Settings, dsn: str, processes: Processes | None = None) -> None:
         self._settings = settings
         self._dsn = dsn
+        self._processes = processes
         self.budgets = Budgets()
         self._background = BackgroundTasks()
         database = ", ".join(map(str, read_hosts(dsn))) or LOCAL_SOCKET
@@ -350,6 +361,27 @@ class Listener:
             OSError: the server cannot listen on the address.
         """
         self.port = await self._server.start()
+        self._close_slow_connections()
+
+    async def listen_on(self, port: int, sockets: Sequence[socket.socket]) -> None:
+        """Listen on these sockets of a port and on no others, instead of ``start``.
+
+        Raises:
+            OSError: the server cannot listen on a socket.
+        """
+        if self.port is None:
+            self._close_slow_connections()
+        self.port = port
+        await self._server.listen_on(sockets)
+
+    async def drain(self, service: Service) -> None:
+        """Take leave of the clients of a service, without refusing a request: see ``HttpServer.drain``."""
+        self._server.stop_listening()
+        # Otherwise they would never end. Their readers reconnect, to another process.
+        await service.events.tail.end()
+        await self._server.drain()
+
+    def _close_slow_connections(self) -> None:
         self._background.start("close slow connections", self._server.close_slow_connections)
 
     async def stop(self) -> None:
@@ -370,7 +402,7 @@ class Listener:
         """
         while True:
             dsn = await prepare_database(self._dsn, inf, on_failure, is_reader=self._settings.read_only)
-            service = Service(self._settings, dsn, self._dsn, self.budgets)
+            service = Service(self._settings, dsn, self._dsn, self.budgets, self._processes)
             try:
                 await service.start()
             except BaseException as error:

@@ -37,6 +37,8 @@ SECRETS: Final = ("webhook_tokens", "webhook_hmac_secret", "share_secret", "kome
 # The permissions of a file's group and of all other users.
 OTHER_USERS: Final = 0o077
 
+# Each process keeps up to 17 connections to the database.
+PROCESSES_MAX: Final = 64
 # A shorter secret can be guessed.
 SECRET_CHARACTERS_MIN: Final = 16
 # Labels of letters, digits, hyphens and underscores. A last label of digits is a malformed IP address.
@@ -86,6 +88,14 @@ def _check_host(host: str) -> str:
 
 def _check_vocabulary_file(path: Path | None) -> Path | None:
     return read_vocabulary(path and path.expanduser().absolute()).path
+
+
+def _check_processes(count: int) -> int:
+    if not 1 <= count <= PROCESSES_MAX:
+        raise ValueError(
+            f"{count} processes cannot serve. Expected 1 to {PROCESSES_MAX}, about one for each core"
+        )
+    return count
 
 
 def _check_database_url(url: str) -> str:
@@ -177,6 +187,8 @@ class Settings(BaseSettings):
     """the port to listen on; 0 for any free port"""
     reuse_port: bool = False
     """whether other processes may listen on the same port (SO_REUSEPORT)"""
+    processes: Annotated[int, AfterValidator(_check_processes)] = 1
+    """the number of processes that serve the port together, about one for each core"""
     database_url: Annotated[str, AfterValidator(_check_database_url)] = Field(default="", repr=False)
     """the URL of your own PostgreSQL 15 to 18; empty for the embedded one"""
     read_only: bool = False

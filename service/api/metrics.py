@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -52,6 +52,29 @@ class ErasesByAge(Protocol):
     last_pass_at: float
 
 
+class Processes(Protocol):
+    """The processes that serve one port together."""
+
+    async def sum_metrics(self) -> Iterable[Metric]:
+        """Return the metrics of all of them, as those of one process."""
+        ...
+
+    @property
+    def ready(self) -> int:
+        """The number of those that are ready."""
+        ...
+
+
+class _Collected:
+    """Metrics that were collected, in the form that prometheus_client writes."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
 class Metrics:
     """Counts and measures. The hot path only adds to plain numbers.
 
@@ -65,6 +88,7 @@ class Metrics:
         budgets: what readers and strangers hold.
         retention: erases old bodies; None if it is off.
         recorder: returns the recorder, which is made after the metrics that it reports to.
+        processes: the processes that serve the port together; None if this one serves it alone.
     """
 
     tag = Tag("metrics", "Metrics for Prometheus.")
@@ -80,6 +104,7 @@ class Metrics:
         budgets: Budgets,
         retention: ErasesByAge | None,
         recorder: Callable[[], Recorder],
+        processes: Processes | None = None,
     ) -> None:
         self._pool = pool
         self._projectors = projectors
@@ -90,10 +115,9 @@ class Metrics:
         self._budgets = budgets
         self._retention = retention
         self._recorder = recorder
+        self._processes = processes
         self._outcomes: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         self._last_received = 0.0
-        self._lags: list[Lag] = []
-        self._entries: dict[str, int] = {}
         self._registry = CollectorRegistry()
         histogram = partial(Histogram, registry=self._registry)
         self._http = histogram(
@@ -152,8 +176,13 @@ class Metrics:
         with suppress(StorageUnavailableError):
             async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
                 entries = await count_entries(connection)
-        self._lags, self._entries = lags, entries
-        return response(generate_latest(self._registry), CONTENT_TYPE_LATEST)
+        own_or_all = self.collect_all() if self._processes is None else await self._processes.sum_metrics()
+        families = [*own_or_all, *_collect_database(lags, entries)]
+        return response(generate_latest(_Collected(families)), CONTENT_TYPE_LATEST)
+
+    def collect_all(self) -> list[Metric]:
+        """Return all metrics of this process, without the gauges of the database."""
+        return [*self._registry.collect()]
 
     def collect(self) -> Iterator[Metric]:
         """Yield the counters and gauges that are read at scrape time."""
@@ -217,15 +246,19 @@ class Metrics:
         pool.add_metric(["used"], self._pool.used)
         yield pool
         yield GaugeMetricFamily("asyncio_tasks", "Tasks of the event loop.", len(asyncio.all_tasks()))
-        entries = _by_state("quarantine_entries", "Quarantined bodies.")
-        for state, count in self._entries.items():
-            entries.add_metric([state], count)
-        yield entries
-        events = _by_view("projection_lag_events", "Events that a view has not applied yet.")
-        seconds = _by_view("projection_lag_seconds", "Age of the oldest of these events.")
-        parked = _by_view("projection_parked_orders", "Parked orders.")
-        for lag in self._lags:
-            events.add_metric([lag["view"]], lag["events"])
-            seconds.add_metric([lag["view"]], lag["seconds"])
-            parked.add_metric([lag["view"]], lag["parked"])
-        yield from (events, seconds, parked)
+
+
+def _collect_database(lags: Iterable[Lag], counts: dict[str, int]) -> Iterator[Metric]:
+    """Yield the gauges of the database, which all processes share."""
+    entries = _by_state("quarantine_entries", "Quarantined bodies.")
+    for state, count in counts.items():
+        entries.add_metric([state], count)
+    yield entries
+    events = _by_view("projection_lag_events", "Events that a view has not applied yet.")
+    seconds = _by_view("projection_lag_seconds", "Age of the oldest of these events.")
+    parked = _by_view("projection_parked_orders", "Parked orders.")
+    for lag in lags:
+        events.add_metric([lag["view"]], lag["events"])
+        seconds.add_metric([lag["view"]], lag["seconds"])
+        parked.add_metric([lag["view"]], lag["parked"])
+    yield from (events, seconds, parked)

@@ -35,6 +35,8 @@ HEAD_SECONDS_MAX: Final = 4.0
 SWEEP_SECONDS: Final = 1.0
 # How long a connection may be idle between requests. Longer than at a proxy, which must close it first.
 KEEP_ALIVE_SECONDS: Final = 75.0
+# How long a server that ends waits for its clients' next requests, to close each connection after a response.
+DRAIN_SECONDS_MAX: Final = 10.0
 # How long the rest of a body is read and dropped after an early response.
 LINGER_SECONDS_MAX: Final = 2.0
 # The time limit for handlers that still run when the service stops.
@@ -52,6 +54,9 @@ PIECE_BYTES_MAX: Final = 4 * 1024
 LOG_SECONDS: Final = 300.0
 # If there are too many connections, one in this number is closed at once.
 CLOSED_PART: Final = 50
+
+# Stands for the file number of a server's own socket.
+OWN_SOCKET: Final = -1
 
 _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 
@@ -160,13 +165,25 @@ class OpenConnections:
     Args:
         budget: the budget of connections.
         exempt: the networks whose connections have no share of the budget.
+
+    Attributes:
+        is_draining: whether each connection is closed after its next response.
     """
 
     def __init__(self, budget: Budget, exempt: Sequence[Network]) -> None:
+        self.is_draining = False
         self._budget = budget
         self._exempt = exempt
         self._open: set[Connection] = set()
+        self._none_left = asyncio.Event()
         self._log_at = 0.0
+
+    async def drain(self) -> None:
+        """Close each connection after its next response; return when none is open."""
+        self.is_draining = True
+        self._none_left.clear()
+        if self._open:
+            await self._none_left.wait()
 
     def admit(self, connection: Connection, transport: asyncio.Transport) -> None:
         """Count a new connection. If there are too many, close the longest idle ones, or else the new one."""
@@ -192,6 +209,8 @@ class OpenConnections:
         if connection in self._open:
             self._open.discard(connection)
             self._budget.give_back(connection.holder)
+            if not self._open:
+                self._none_left.set()
 
     def _close_idle(self, candidates: Iterable[Connection], count: int) -> None:
         """Close the longest idle of some connections."""
@@ -244,6 +263,8 @@ def _guarded(handler: RequestHandler, on_response: OnResponse) -> RequestHandler
             connection(request).end(now)
         if not response.prepared and (response.status >= HTTPStatus.BAD_REQUEST or caller_request_id(request)):
             response.headers[REQUEST_ID_HEADER] = request_id(request)
+        if connection(request).all_open.is_draining and not response.prepared:
+            response.force_close()
         on_response(request, response.status, now - began)
         return response
 
@@ -314,7 +335,9 @@ class HttpServer:
         self._runners = [_make_runner(web.Application(client_max_size=body_bytes_max))]
         self._address = (host, port)
         self._reuse_port = reuse_port
-        self._listener: asyncio.Server | None = None
+        self._make_connection: Callable[[], Connection] | None = None
+        # By the sockets' file numbers.
+        self._listeners: dict[int, asyncio.Server] = {}
 
     async def start(self) -> int:
         """Listen, and return the port.
@@ -322,28 +345,49 @@ class HttpServer:
         Raises:
             OSError: the server cannot listen on the address.
         """
-        server = await _set_up(self._runners[0])
-        server.request_handler = _guarded(self.handle, self._measure)
-        loop = asyncio.get_running_loop()
-        make_connection = partial(
-            Connection,
-            self._connections,
-            server,
-            loop=loop,
-            access_log=None,
-            keepalive_timeout=KEEP_ALIVE_SECONDS,
-            lingering_time=LINGER_SECONDS_MAX,
-            auto_decompress=False,
-        )
+        make_connection = await self._prepare()
         host, port = self._address
         # None if not requested, since not every platform supports reuse_port.
-        self._listener = await loop.create_server(
+        listener = await asyncio.get_running_loop().create_server(
             make_connection, host, port, backlog=BACKLOG, reuse_port=self._reuse_port or None
         )
-        for listening in self._listener.sockets:
+        self._listeners[OWN_SOCKET] = listener
+        for listening in listener.sockets:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES_MAX)
-        name: tuple[str, int] = self._listener.sockets[0].getsockname()
+        name: tuple[str, int] = listener.sockets[0].getsockname()
         return name[1]
+
+    async def listen_on(self, sockets: Sequence[socket.socket]) -> None:
+        """Accept connections from these bound sockets and from no others. The caller keeps the sockets open.
+
+        Raises:
+            OSError: the server cannot listen on a socket.
+        """
+        make_connection = await self._prepare()
+        loop = asyncio.get_running_loop()
+        for one in sockets:
+            if one.fileno() not in self._listeners:
+                # A duplicate, since the server closes its socket when it stops listening.
+                listener = await loop.create_server(make_connection, sock=one.dup(), backlog=BACKLOG)
+                self._listeners[one.fileno()] = listener
+        for number in {*self._listeners} - {one.fileno() for one in sockets}:
+            self._listeners.pop(number).close()
+
+    async def _prepare(self) -> Callable[[], Connection]:
+        if self._make_connection is None:
+            server = await _set_up(self._runners[0])
+            server.request_handler = _guarded(self.handle, self._measure)
+            self._make_connection = partial(
+                Connection,
+                self._connections,
+                server,
+                loop=asyncio.get_running_loop(),
+                access_log=None,
+                keepalive_timeout=KEEP_ALIVE_SECONDS,
+                lingering_time=LINGER_SECONDS_MAX,
+                auto_decompress=False,
+            )
+        return self._make_connection
 
     async def replace(self, app: web.Application, on_response: OnResponse) -> None:
         """Let another application handle every further request, on open connections too.
@@ -377,8 +421,19 @@ class HttpServer:
 
     def stop_listening(self) -> None:
         """Accept no more connections. Requests on the open ones are still answered."""
-        if self._listener is not None:
-            self._listener.close()
+        while self._listeners:
+            _, listener = self._listeners.popitem()
+            listener.close()
+
+    async def drain(self) -> None:
+        """Accept no more connections, and close each open one after its next response.
+
+        No client loses a request by that. Return when no connection is open, or after DRAIN_SECONDS_MAX.
+        """
+        self.stop_listening()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS_MAX):
+                await self._connections.drain()
 
     async def stop(self) -> None:
         """Close every connection."""

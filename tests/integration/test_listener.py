@@ -36,7 +36,7 @@ async def test_requests_wait_for_a_service_that_starts(dsn: str) -> None:
         async with listener.serving(await listener.start_service(lambda _: None)):
             assert (await sent)["version"] == 1
             assert await asyncio.gather(*others) == [200, 200, 404, 404]
-            assert await client.get("/readyz") == {"status": "ready"}
+            assert await client.get("/readyz") == {"status": "ready", "ready_processes": 1}
             assert (await client.get("/orders/KOM1?after_position=1"))["status"] == "in_transit"
 
 

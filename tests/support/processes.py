@@ -99,6 +99,7 @@ class RunningService:
 
     Args:
         state_dir: its state folder.
+        options: the options of its command.
         settings: its settings, without the prefix ORDER_TRACKING_.
     """
 
@@ -106,8 +107,9 @@ class RunningService:
     command: tuple[str, ...] = COMMAND
     is_measured = False
 
-    def __init__(self, state_dir: Path, **settings: str) -> None:
+    def __init__(self, state_dir: Path, *options: str, **settings: str) -> None:
         self.state_dir = state_dir
+        self.options = options
         self.settings = settings
         self.url = ""
         self.log_file = state_dir / f"service-{uuid4().hex}.log"
@@ -124,7 +126,7 @@ class RunningService:
             names[COVERAGE_VARIABLE] = os.environ[COVERAGE_VARIABLE]
         with self.log_file.open("wb") as output:
             self._process = subprocess.Popen(
-                [*self.command, "serve"],
+                [*self.command, "serve", *self.options],
                 env=names,
                 cwd=self.state_dir,
                 stdout=output,
@@ -182,9 +184,9 @@ class RunningService:
 
 
 @contextmanager
-def running_service(state_dir: Path, **settings: str) -> Iterator[RunningService]:
+def running_service(state_dir: Path, *options: str, **settings: str) -> Iterator[RunningService]:
     """Run a service for the length of the block."""
-    with ended_service(RunningService(state_dir, **settings)) as service:
+    with ended_service(RunningService(state_dir, *options, **settings)) as service:
         yield service
 
 
