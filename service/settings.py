@@ -90,7 +90,12 @@ def _check_vocabulary_file(path: Path | None) -> Path | None:
     return read_vocabulary(path and path.expanduser().absolute()).path
 
 
-def _check_processes(count: int) -> int:
+def check_processes(count: int) -> int:
+    """Return a number of processes.
+
+    Raises:
+        ValueError: the number is not possible.
+    """
     if not 1 <= count <= PROCESSES_MAX:
         raise ValueError(
             f"{count} processes cannot serve. Expected 1 to {PROCESSES_MAX}, about one for each core"
@@ -187,7 +192,7 @@ class Settings(BaseSettings):
     """the port to listen on; 0 for any free port"""
     reuse_port: bool = False
     """whether other processes may listen on the same port (SO_REUSEPORT)"""
-    processes: Annotated[int, AfterValidator(_check_processes)] = 1
+    processes: Annotated[int, AfterValidator(check_processes)] = 1
     """the number of processes that serve the port together, about one for each core"""
     database_url: Annotated[str, AfterValidator(_check_database_url)] = Field(default="", repr=False)
     """the URL of your own PostgreSQL 15 to 18; empty for the embedded one"""

@@ -10,14 +10,14 @@ import uvloop
 from aiohttp import http_parser
 
 from service.app import listening
-from service.cli.console import completes, fail, stop_event, tune_gc
+from service.cli.console import EXIT_USAGE, completes, fail, stop_event, tune_gc
 from service.cli.startup import configure_logs, greet, log_vocabulary, note_wait, record_opened, warn
 from service.cli.supervisor import embedded_settings, supervise
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.http.server import raise_open_files_limit
 from service.ingest.webhook_auth import WebhookAuth
-from service.settings import PROCESSES_MAX, Settings, SettingsError, read_settings
+from service.settings import Settings, SettingsError, check_processes, read_settings
 
 logger = structlog.get_logger()
 
@@ -26,15 +26,16 @@ def serve(
     processes: Annotated[
         int | None,
         typer.Option(
-            min=1,
-            max=PROCESSES_MAX,
             help="The number of processes that serve the port together; instead of ORDER_TRACKING_PROCESSES.",
         ),
     ] = None,
 ) -> None:
     settings = read_settings()
     if processes is not None:
-        settings = settings.model_copy(update={"processes": processes})
+        try:
+            settings = settings.model_copy(update={"processes": check_processes(processes)})
+        except ValueError as error:
+            fail(f"--processes: {error}", EXIT_USAGE)
     configure_logs(settings)
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         fail("aiohttp has no C parser here: install an aiohttp wheel that was built for this platform")

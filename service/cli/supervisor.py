@@ -417,7 +417,8 @@ class Supervisor:
     async def _collect(self) -> int:
         """Let all processes report; return how many did not do so in time."""
         number = next(self._numbers)
-        requested = [worker.request_report(number) for worker in self._workers]
+        # The others have served nothing yet.
+        requested = [worker.request_report(number) for worker in self._workers if worker.is_ready]
         if not requested:
             return 0
         _, missing = await asyncio.wait(requested, timeout=COLLECT_SECONDS_MAX)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from service.http.server import RECEIVE_BYTES_MAX
+from service.http.server import BACKLOG, RECEIVE_BYTES_MAX
 
 _Address = tuple[socket.AddressFamily, tuple[object, ...]]
 # Where the port is in a socket address of IPv4 and IPv6.
@@ -21,7 +21,10 @@ PORT_INDEX: Final = 1
 def bound_sockets(
     host: str, port: int, count: int, *, reuse_port: bool
 ) -> Iterator[tuple[int, list[list[socket.socket]]]]:
-    """Bind the sockets of some processes without listening; yield the port, and the sockets of each process.
+    """Bind the sockets of some processes; yield the port, and the sockets of each process.
+
+    They listen already, so that no other service can take the port, and early connections wait. With
+    ``reuse_port``, they do not listen yet: other services would serve these connections earlier.
 
     Args:
         host: the address, or a host name, whose addresses all get sockets.
@@ -45,6 +48,8 @@ def bound_sockets(
             for address in addresses:
                 one = _bind(address, port, shares=True)
                 opened.append(one)
+                if not reuse_port:
+                    one.listen(BACKLOG)
                 group.append(one)
                 port = one.getsockname()[PORT_INDEX]
             groups.append(group)

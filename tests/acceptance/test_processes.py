@@ -18,6 +18,7 @@ import psutil  # type: ignore[import-untyped]  # it brings no types
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from projections.postgres_errors import Connection
 from tests.support.commands import call_command
 from tests.support.processes import RunningService, read_whole_log, run_command, running_service
 from tests.support.waiting import PATIENCE_SECONDS, condition, until, until_async
@@ -26,6 +27,8 @@ WORKER: Final = "service.cli.worker"
 REPLACED: Final = "all processes were replaced"
 TOKEN: Final = "token-of-16-characters"  # noqa: S105 - of the test alone
 CLIENTS: Final = 12
+# The pause of a client between two reports.
+PAUSE_SECONDS: Final = 0.05
 # Responses of a load before and after its fault.
 MANY: Final = 200
 
@@ -74,7 +77,7 @@ def recorded(samples: dict[str, float]) -> float:
 
 
 class Load:
-    """Clients that send reports without a pause.
+    """Clients that send reports at a steady rate, which leaves time to start processes.
 
     Half of them keep their connection, the others open one for each report. A report without a response is sent
     again. POST is sent once by aiohttp, while it would silently send a PUT again.
@@ -95,6 +98,7 @@ class Load:
                 body = {"order_no": f"KOM{number % 50}", "cnote": "AWB1", "status": "Dikirim", "number": number}
                 while not await self._send(session, body):
                     pass
+                await asyncio.sleep(PAUSE_SECONDS)
 
     async def _send(self, session: aiohttp.ClientSession, body: dict[str, Any]) -> bool:
         try:
@@ -298,7 +302,9 @@ def test_the_embedded_postgresql_is_the_supervisors(state_dir: Path) -> None:
         assert not [pid for pid in (postmaster, *pids) if psutil.pid_exists(pid)]
 
 
-def test_a_port_in_use_and_a_process_that_cannot_start_end_the_start(tmp_path: Path, owner_dsn: str) -> None:
+async def test_a_port_in_use_and_a_process_that_cannot_start_end_the_start(
+    tmp_path: Path, owner_dsn: str, connection: Connection
+) -> None:
     """Without SO_REUSEPORT in the settings, two services cannot share a port by mistake. An error of the first
     process ends the start, with its line and its exit code.
     """
@@ -306,21 +312,17 @@ def test_a_port_in_use_and_a_process_that_cannot_start_end_the_start(tmp_path: P
         second = run_command(tmp_path, "serve", DATABASE_URL=owner_dsn, PROCESSES="2", PORT=str(service.port))
         assert second.returncode == 1
         assert f"cannot listen on 127.0.0.1 port {service.port}" in second.stderr
-    elsewhere = "postgresql://127.0.0.1:1/x?sslmode=wrong"
-    first = run_command(tmp_path, "serve", DATABASE_URL=elsewhere, PROCESSES="2")
+    await connection.execute("ALTER TABLE erasures RENAME TO changed_by_hand")
+    first = run_command(tmp_path, "serve", DATABASE_URL=owner_dsn, PROCESSES="2")
     assert first.returncode == 1
-    assert "wrong" in first.stderr
+    assert first.stderr == 'the database rejected the command: relation "public.erasures" does not exist\n'
 
 
-@pytest.mark.parametrize("number", ["0", "65", "two"])
+@pytest.mark.parametrize("number", ["0", "65"])
 def test_a_wrong_number_of_processes_is_refused(tmp_path: Path, number: str) -> None:
     """The error names the setting or the option, the value, and the possible values."""
+    reason = f"{number} processes cannot serve. Expected 1 to 64, about one for each core\n"
     setting = call_command(tmp_path, "serve", PROCESSES=number)
-    assert setting.returncode == 2
-    assert "ORDER_TRACKING_PROCESSES" in setting.stderr
+    assert (setting.returncode, setting.stderr) == (2, f"ORDER_TRACKING_PROCESSES: {reason}")
     option = call_command(tmp_path, "serve", "--processes", number)
-    assert option.returncode == 2
-    assert "--processes" in option.stderr
-    assert number in option.stderr
-    if number != "two":
-        assert f"{number} processes cannot serve. Expected 1 to 64" in setting.stderr
+    assert (option.returncode, option.stderr) == (2, f"--processes: {reason}")
