@@ -3,6 +3,7 @@
 import asyncio
 
 import aiohttp
+import pytest
 
 from service.app import Listener, listening
 from service.build import build_info
@@ -66,3 +67,22 @@ async def test_the_end_of_the_process_answers_waiting_requests(dsn: str) -> None
             await until_async(condition(lambda: listener.budgets.connections.held == 1))
             await client_of(listener, session).get("/livez")
         assert await sent == 503
+
+
+async def test_a_server_that_drains_serves_each_client_once_more(dsn: str) -> None:
+    """A connection that waits for its next request gets the response, which announces the end. The server
+    accepts no other connection, and is drained when the last one is closed.
+    """
+    async with listening(Settings(port=0), dsn) as listener, aiohttp.ClientSession() as session:
+        service = await listener.start_service(lambda _: None)
+        async with listener.serving(service) as port:
+            url = f"http://127.0.0.1:{port}/livez"
+            async with session.get(url) as response:
+                assert "Connection" not in response.headers
+            draining = asyncio.create_task(listener.drain(service))
+            await until_async(condition(lambda: service.events.tail.is_ended))
+            async with session.get(url) as response:
+                assert (response.status, response.headers["Connection"]) == (200, "close")
+            await draining
+            with pytest.raises(aiohttp.ClientConnectorError):
+                await session.get(url)
