@@ -70,7 +70,7 @@ def _measure(server: Server, folder: Path, arguments: argparse.Namespace) -> Ite
         library_dsn = server.database("library") if "library" in parts else None
         yield from measure_webhooks(server.database("webhooks"), library_dsn, folder, seconds)
     if "read" in parts:
-        yield measure_reads(server.database("reads"), folder, seconds)
+        yield from measure_reads(server.database("reads"), folder, seconds)
     if "history" in parts:
         yield measure_history(server.database("history"), folder)
     if "streams" in parts:

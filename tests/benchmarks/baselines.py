@@ -8,6 +8,7 @@ import asyncio
 import gc
 import json
 import sys
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -31,21 +32,33 @@ def do_nothing(answers: dict[str, Any]) -> web.Application:
     """Parse the same body as the service, store nothing, and send responses of the same size.
 
     Args:
-        answers: ``receipt`` and ``order``, the bodies of the responses, and ``receipt_headers`` and
-            ``order_headers``.
+        answers: the responses to a webhook, ``receipt``, and to reads, ``order`` and ``timeline``; each of
+            them a body and its headers.
     """
-    receipt, order = answers["receipt"].encode(), answers["order"].encode()
-    receipt_headers, order_headers = answers["receipt_headers"], answers["order_headers"]
+    receipt_text, receipt_headers = answers["receipt"]
+    receipt = receipt_text.encode()
 
     async def receive(request: web.Request) -> web.Response:
         orjson.loads(await request.read())
         return web.Response(body=receipt, headers=receipt_headers)
 
-    async def show(_request: web.Request) -> web.Response:
-        return web.Response(body=order, headers=order_headers)
+    def show(name: str) -> Callable[[web.Request], Awaitable[web.Response]]:
+        text, headers = answers[name]
+        body = text.encode()
+
+        async def respond(_request: web.Request) -> web.Response:
+            return web.Response(body=body, headers=headers)
+
+        return respond
 
     app = web.Application()
-    app.add_routes([web.put(WEBHOOK_PATH, receive), web.get("/orders/{order_no}", show)])
+    app.add_routes(
+        [
+            web.put(WEBHOOK_PATH, receive),
+            web.get("/orders/{order_no}", show("order")),
+            web.get("/orders/{order_no}/timeline", show("timeline")),
+        ]
+    )
     return app
 
 

@@ -26,6 +26,8 @@ ORDERS_INTERLEAVED: Final = 512
 OVERTIME_SECONDS_MAX: Final = 30
 # Tokens are enabled, as on the open internet.
 WEBHOOK_TOKEN: Final = "a-token-of-the-benchmarks"  # noqa: S105 - of a service that lives for one run
+# The run of orders that no load reports.
+UNKNOWN_RUN: Final = 999
 WEBHOOK_PATH: Final = f"/webhook/{WEBHOOK_TOKEN}"
 OWN: Final = "an asyncio generator of our own (wrk is not on the PATH)"
 
@@ -101,26 +103,41 @@ class Reports(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """Reads of random orders among the first ``orders`` orders of a run."""
+    """Reads of random orders among the first ``orders`` orders of a run.
+
+    Args:
+        run: the run.
+        orders: how many of its orders are read.
+        key: the API key of the reader.
+        suffix: the rest of the path after the order's number, such as ``/timeline``.
+        status: the status of the expected responses.
+    """
 
     run: int
     orders: int
+    key: str
+    suffix: str = ""
+    status: int = OK
 
     def lua(self) -> str:
         """Return the same requests as a wrk script."""
-        head, tail = _get(order_number(self.run, 0)).decode().split("0000000")
+        head, tail = self._get(0).decode().split("0000000")
         return LUA_READS % {"orders": self.orders, "head": _quoted(head), "tail": _quoted(tail)}
 
     def requests(self) -> Iterator[bytes]:
         """Yield requests without end."""
-        every = [_get(order_number(self.run, order)) for order in range(self.orders)]
+        every = [self._get(order) for order in range(self.orders)]
         chosen = random.Random(self.orders)
         while True:
             yield chosen.choice(every)
 
+    def _get(self, order: int) -> bytes:
+        head = f"GET /orders/{order_number(self.run, order)}{self.suffix} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+        return f"{head}Authorization: Bearer {self.key}\r\n\r\n".encode()
+
 
 class Load(NamedTuple):
-    """The result of a load: 200 responses, requests with another response or none, and the duration."""
+    """The result of a load: expected responses, requests with another response or none, and the duration."""
 
     answered: int
     failed: int
@@ -129,7 +146,7 @@ class Load(NamedTuple):
 
     @property
     def per_second(self) -> float:
-        """Return the number of 200 responses a second."""
+        """Return the number of expected responses a second."""
         return self.answered / self.seconds
 
 
@@ -145,9 +162,15 @@ def run(requests: Reports | Reads, port: int, seconds: int, folder: Path) -> Loa
         if found is None:
             raise RuntimeError(f"wrk gave no result: {output}")
         total, refused, cut, duration_us, p99_us = map(int, found.groups())
-        return Load(total - refused, refused + cut, duration_us / 1e6, p99_us / 1e3)
+        # wrk counts errors, not each status.
+        expected = total - refused if _expected_status(requests) == OK else refused
+        return Load(expected, total - expected + cut, duration_us / 1e6, p99_us / 1e3)
     arguments = json.dumps([type(requests).__name__, list(requests), port, seconds])
     return Load(*json.loads(_output([sys.executable, "-m", __name__, arguments], time_max)))
+
+
+def _expected_status(requests: Reports | Reads) -> int:
+    return requests.status if isinstance(requests, Reads) else OK
 
 
 def _output(command: list[str], seconds_max: float) -> str:
@@ -164,10 +187,6 @@ def _put(body: bytes) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def _get(order_no: str) -> bytes:
-    return f"GET /orders/{order_no} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
-
-
 def _until(due: float, requests: Iterator[bytes]) -> Iterator[bytes]:
     while time.perf_counter() < due:
         yield next(requests)
@@ -180,7 +199,8 @@ async def _generate(requests: Reports | Reads, port: int, seconds: int) -> Load:
     answers = await request_all(connections, _until(began + seconds, requests.requests()), CONNECTIONS)
     took = time.perf_counter() - began
     connections.close()
-    answered = [answer.seconds for answer in answers if answer is not None and answer.status == OK]
+    status = _expected_status(requests)
+    answered = [answer.seconds for answer in answers if answer is not None and answer.status == status]
     p99 = statistics.quantiles(answered, n=100)[-1]
     return Load(len(answered), len(answers) - len(answered), took, p99 * 1e3)
 

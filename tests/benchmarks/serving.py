@@ -4,6 +4,7 @@ PostgreSQL, the load generator and other programs share the machine. Therefore e
 contender once, and the result is the median of the ratios within the rounds.
 """
 
+import asyncio
 import http.client
 import itertools
 import json
@@ -15,11 +16,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 import psycopg
 
+from service.database.api_keys import create_key
+from service.database.connections import connected
+from service.database.schema import prepare_database
 from tests.benchmarks import load
 from tests.benchmarks.rebuilds import Log
 from tests.benchmarks.report import Row, out, ratio, resident_mb
@@ -41,6 +46,10 @@ HISTORY_RATIO_MAX: Final = 1.1
 
 MEMORY_MB_MAX: Final = 200
 
+# The reads that are measured: the rest of their paths after the order's number, and the share of a handler that
+# does nothing to reach.
+READ_PATHS: Final = {"": 0.70, "/timeline": 0.40}
+
 IS_BEHIND: Final = """
     SELECT EXISTS (
         SELECT FROM order_events
@@ -60,13 +69,21 @@ class Process(NamedTuple):
     pid: int
     port: int
 
-    def ask(self, method: str, path: str, body: bytes | None = None) -> tuple[str, dict[str, str]]:
-        """Return the body of a response, and the headers that the handler set."""
+    def ask(
+        self, method: str, path: str, body: bytes | None = None, key: str = ""
+    ) -> tuple[str, dict[str, str]]:
+        """Return the body of a response, and the headers that the handler set.
+
+        Raises:
+            RuntimeError: the status is not 200.
+        """
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START_SECONDS_MAX)
-        connection.request(method, path, body)
+        connection.request(method, path, body, {"Authorization": f"Bearer {key}"} if key else {})
         answer = connection.getresponse()
         text = answer.read().decode()
         connection.close()
+        if answer.status != HTTPStatus.OK:
+            raise RuntimeError(f"{method} {path} was answered with {answer.status}: {text}")
         names = ("Content-Type", "Server", "ETag")
         return text, {name: value for name in names if (value := answer.getheader(name)) is not None}
 
@@ -105,6 +122,13 @@ def running(folder: Path, module: str, *arguments: str, **settings: str) -> Iter
             child.wait()
 
 
+async def _create_key(dsn: str) -> str:
+    # The service, which starts later, finds the schema already made.
+    await prepare_database(dsn)
+    async with connected(dsn) as connection:
+        return await create_key(connection, "benchmarks", "read", None)
+
+
 def _listens(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
@@ -126,6 +150,7 @@ class Contest:
 
     def __init__(self, dsn: str, folder: Path, seconds: int) -> None:
         self._dsn = dsn
+        self.key = ""
         self._folder = folder
         self._seconds = seconds
         self._stack = ExitStack()
@@ -133,6 +158,8 @@ class Contest:
         self.catch_up_seconds = 0.0
 
     def __enter__(self) -> Self:
+        # With a webhook token, every reader needs a key.
+        self.key = asyncio.run(_create_key(self._dsn))
         try:
             self.ours = self._start(
                 "service",
@@ -156,15 +183,13 @@ class Contest:
         """Start the handler that does nothing, with responses of the same size as the service's."""
         bodies = [load.report(0, 0, status) for status in load.STATUSES]
         receipts = [self.ours.ask("PUT", load.WEBHOOK_PATH, body) for body in bodies]
-        receipt, receipt_headers = receipts[-1]
         self.answered += len(bodies)
         self.wait_for_views()
-        order, order_headers = self.ours.ask("GET", f"/orders/{load.order_number(0, 0)}")
+        path = f"/orders/{load.order_number(0, 0)}"
         answers = {
-            "receipt": receipt,
-            "receipt_headers": receipt_headers,
-            "order": order,
-            "order_headers": order_headers,
+            "receipt": receipts[-1],
+            "order": self.ours.ask("GET", path, key=self.key),
+            "timeline": self.ours.ask("GET", f"{path}/timeline", key=self.key),
         }
         return self._start("tests.benchmarks.baselines", "nothing", "PORT", json.dumps(answers))
 
@@ -277,35 +302,64 @@ def measure_webhooks(dsn: str, library_dsn: str | None, folder: Path, seconds: i
         )
 
 
-def measure_reads(dsn: str, folder: Path, seconds: int) -> Row:
-    """Measure reads of random orders against a handler with responses of the same size and headers."""
+def measure_reads(dsn: str, folder: Path, seconds: int) -> Iterator[Row]:
+    """Measure reads of random orders and of their timelines.
+
+    The baseline is a handler with responses of the same size and headers. Unknown orders are compared with
+    known ones.
+    """
     with Contest(dsn, folder, seconds) as contest:
         nothing = contest.start_nothing()
         done, reports = contest.send_reports(contest.ours, SEED_SECONDS)
         # The last block may lack reports of some orders.
         orders = done.answered // len(load.STATUSES) - load.ORDERS_INTERLEAVED
-        reads = load.Reads(reports.run, orders)
-        results: list[tuple[load.Load, load.Load]] = []
+
+        def read(target: Process, suffix: str, for_seconds: int, *, is_known: bool = True) -> load.Load:
+            if is_known:
+                reads = load.Reads(reports.run, orders, contest.key, suffix)
+            else:
+                reads = load.Reads(load.UNKNOWN_RUN, orders, contest.key, suffix, HTTPStatus.NOT_FOUND)
+            return load.run(reads, target.port, for_seconds, folder)
+
+        found: dict[str, list[tuple[load.Load, load.Load, load.Load]]] = {path: [] for path in READ_PATHS}
         for number in range(ROUNDS + 1):
             for_seconds = seconds if number else WARM_SECONDS
-            baseline, ours = (
-                load.run(reads, target.port, for_seconds, folder) for target in (nothing, contest.ours)
-            )
-            if number:
-                results.append((baseline, ours))
-    without, with_reads = zip(*results, strict=True)
-    failed = sum(one.failed for pair in results for one in pair)
-    made = ratio(
-        "GET /orders/{order_no} per second, as a share of a handler that does nothing",
-        _median_ratio(with_reads, without),
-        f"{_median(with_reads):,.0f}/s against {_median(without):,.0f}/s; by round "
-        f"{_by_round(with_reads, without)}; p99 {statistics.median(one.p99_ms for one in with_reads):.1f} ms "
-        f"against {statistics.median(one.p99_ms for one in without):.1f} ms; {orders:,} orders",
-        least=0.70,
+            for suffix, loads in found.items():
+                baseline = read(nothing, suffix, for_seconds)
+                known = read(contest.ours, suffix, for_seconds)
+                unknown = read(contest.ours, suffix, for_seconds, is_known=False)
+                if number:
+                    loads.append((baseline, known, unknown))
+    for suffix, loads in found.items():
+        baselines, known_loads, unknown_loads = zip(*loads, strict=True)
+        path = f"GET /orders/{{order_no}}{suffix}"
+        failed = sum(one.failed for one in (*baselines, *known_loads, *unknown_loads))
+        for made in (
+            ratio(
+                f"{path} per second, as a share of a handler that does nothing",
+                _median_ratio(known_loads, baselines),
+                f"{_compared(known_loads, baselines)}; {orders:,} orders",
+                least=READ_PATHS[suffix],
+            ),
+            ratio(
+                f"{path} of unknown orders per second, as a share of known ones",
+                _median_ratio(unknown_loads, known_loads),
+                _compared(unknown_loads, known_loads),
+                least=1,
+            ),
+        ):
+            if failed:
+                yield made._replace(measured="-", is_met=None, figures=f"{failed} reads had another status")
+            else:
+                yield made
+
+
+def _compared(ours: "Loads", others: "Loads") -> str:
+    return (
+        f"{_median(ours):,.0f}/s against {_median(others):,.0f}/s; by round {_by_round(ours, others)}; "
+        f"p99 {statistics.median(one.p99_ms for one in ours):.1f} ms against "
+        f"{statistics.median(one.p99_ms for one in others):.1f} ms"
     )
-    if failed:
-        return made._replace(measured="-", is_met=None, figures=f"{failed} reads were not answered with 200")
-    return made
 
 
 def measure_history(dsn: str, folder: Path) -> Row:
@@ -322,7 +376,7 @@ def measure_history(dsn: str, folder: Path) -> Row:
             answer = connection.getresponse()
             answer.read()
             took = time.perf_counter() - began
-            if answer.status != http.HTTPStatus.OK:
+            if answer.status != HTTPStatus.OK:
                 raise RuntimeError(f"a webhook was answered with {answer.status}")
             return took * 1e3
 

@@ -26,7 +26,7 @@ def measure_streams(dsn: str, folder: Path, seconds: int) -> Row:
         found = []
         for _ in range(ROUNDS):
             alone, _ = contest.send_reports(contest.ours, seconds)
-            with readers(contest.ours.port):
+            with readers(contest.ours.port, contest.key):
                 with_readers, _ = contest.send_reports(contest.ours, seconds)
             found.append((with_readers.per_second, alone.per_second))
         fault = contest.fault()
@@ -43,9 +43,9 @@ def measure_streams(dsn: str, folder: Path, seconds: int) -> Row:
 
 
 @contextmanager
-def readers(port: int) -> Iterator[None]:
+def readers(port: int, key: str) -> Iterator[None]:
     """Run the readers in a separate process for the length of the block."""
-    child = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.streams", str(port)])
+    child = subprocess.Popen([sys.executable, "-m", "tests.benchmarks.streams", str(port), key])
     time.sleep(ATTACH_SECONDS)
     try:
         yield
@@ -54,17 +54,21 @@ def readers(port: int) -> Iterator[None]:
         child.wait()
 
 
-async def _read(port: int, number: int) -> None:
+async def _read(port: int, key: str, number: int) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     path = f"/orders/{load.order_number(0, number)}/stream"
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n\r\n"
+    writer.write(head.encode())
+    status = await reader.readline()
+    if b" 200 " not in status:
+        raise RuntimeError(f"a reader was refused: {status.decode()}")
     while await reader.read(65_536):
         pass
 
 
-async def _read_all(port: int) -> None:
-    await asyncio.gather(*(_read(port, number) for number in range(READERS)))
+async def _read_all(port: int, key: str) -> None:
+    await asyncio.gather(*(_read(port, key, number) for number in range(READERS)))
 
 
 if __name__ == "__main__":
-    asyncio.run(_read_all(int(sys.argv[1])))
+    asyncio.run(_read_all(int(sys.argv[1]), sys.argv[2]))
