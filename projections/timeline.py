@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from operator import itemgetter
 from typing import Any, Final, NamedTuple, cast
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
@@ -176,6 +177,20 @@ HEAD: Final = """
     LEFT JOIN timeline.parked_orders AS parked ON parked.order_no = requested.order_no
 """
 
+# For each of some orders: its oldest rows up to a limit, repeats too, or one row of nulls if it has none; each
+# with the order's index among the requested ones, from 1, and the parking of the order.
+FIRST_ROWS: Final = """
+    SELECT requested.number, parked.since_version, parked.reason AS parked_reason, parked.position,
+        first.version, verdict, status, previous_status, reported_status, recognised, reported_cnote, skipped,
+        first.reason, received_at, occurred_at, repeats, rejudges
+    FROM unnest($1::text[]) WITH ORDINALITY AS requested (order_no, number)
+    LEFT JOIN timeline.parked_orders AS parked ON parked.order_no = requested.order_no
+    LEFT JOIN LATERAL (
+        SELECT * FROM timeline.entries
+        WHERE entries.order_no = requested.order_no ORDER BY entries.version LIMIT $2
+    ) AS first ON true
+"""
+
 # A page of an order's entries, oldest first, each with its number of repeats and the time of the last one.
 ENTRIES_PAGE: Final = """
     WITH page AS (
@@ -249,6 +264,74 @@ async def read_head(connection: Connection, order_no: str) -> TimelineHead:
     if since_version is not None:
         parked = {"view": VIEW.name, "since_version": since_version, "reason": reason}
     return TimelineHead(is_known, status, parked, position)
+
+
+class WholeTimeline(NamedTuple):
+    """A timeline: its top, and all its entries, oldest first."""
+
+    head: TimelineHead
+    entries: list[TimelineEntry]
+
+
+async def find_timelines(
+    connection: Connection, order_nos: Sequence[str], reports_max: int
+) -> list[WholeTimeline | None]:
+    """Return these orders' timelines in the same order, None for each order of too many reports.
+
+    Args:
+        connection: the connection.
+        order_nos: the numbers of the orders; a number may be repeated.
+        reports_max: the maximum number of an order's reports, repeats included: it bounds an order's cost.
+    """
+    numbers = {order_no: number for number, order_no in enumerate(dict.fromkeys(order_nos))}
+    rows: list[list[Any]] = [[] for _ in numbers]
+    for row in await connection.fetch(FIRST_ROWS, list(numbers), reports_max + 1):
+        rows[row[0] - 1].append(row)
+    timelines = [_to_timeline(of_order) if len(of_order) <= reports_max else None for of_order in rows]
+    return [timelines[numbers[order_no]] for order_no in order_nos]
+
+
+_version: Final = itemgetter("version")
+
+
+def _to_timeline(rows: list[Any]) -> WholeTimeline:
+    """Return the timeline in all rows of an order, which FIRST_ROWS returned."""
+    parked: Parked | None = None
+    _, since_version, parked_reason, position, first_version, *_ = rows[0]
+    if since_version is not None:
+        parked = {"view": VIEW.name, "since_version": since_version, "reason": parked_reason}
+    if first_version is None:
+        return WholeTimeline(TimelineHead(False, None, parked, position), [])  # noqa: FBT003 - is_known
+    # The statement reads them in this order, but does not promise it.
+    rows.sort(key=_version)
+    status: Status | None = None
+    entries: dict[int, TimelineEntry] = {}
+    for row in rows:
+        _, _, _, _, version, verdict, status, previous_status, reported_status, recognised, *rest = row
+        reported_cnote, skipped, reason, received_at, occurred_at, repeats, rejudges = rest
+        if repeats is None:
+            entries[version] = {
+                "version": version,
+                "verdict": verdict,
+                "status": status,
+                "previous_status": previous_status,
+                "reported_status": reported_status,
+                "recognised": recognised,
+                "reported_cnote": reported_cnote,
+                "skipped": skipped,
+                "reason": reason,
+                "received_at": received_at,
+                "occurred_at": occurred_at,
+                "rejudges": rejudges,
+                "repeats": 0,
+                "last_repeated_at": None,
+                "status_label": status_label(recognised),
+            }
+        elif (entry := entries.get(repeats)) is not None:
+            entry["repeats"] += 1
+            last = entry["last_repeated_at"]
+            entry["last_repeated_at"] = received_at if last is None else max(last, received_at)
+    return WholeTimeline(TimelineHead(True, status, parked, position), [*entries.values()])  # noqa: FBT003
 
 
 async def entries_page(connection: Connection, order_no: str, after: int, limit: int) -> list[TimelineEntry]:

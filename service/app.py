@@ -105,6 +105,7 @@ class Service:
         connect_timely = partial(connect, dsn, **POOL_SETTINGS)
         self.log_connection = DedicatedConnection(connect_hot)
         self.orders_connection = DedicatedConnection(connect_hot)
+        self.timelines_connection = DedicatedConnection(connect_hot)
         self.append_connection = DedicatedConnection(
             partial(connect_hot, idle_in_transaction_session_timeout="5s"), on_open=self._forget
         )
@@ -179,7 +180,10 @@ class Service:
             is_open=settings.is_open,
         )
         self.apis: list[Api] = [
-            OrdersApi(self.pool, self.orders_connection, self.projectors, self.budgets, self.log),
+            OrdersApi(
+                *(self.pool, self.orders_connection, self.timelines_connection),
+                *(self.projectors, self.budgets, self.log),
+            ),
             StatisticsApi(self.pool, self.projectors, self.vocabulary.recognise, settings.zone),
             self.events,
             AuditApi(self.pool, self.projectors, self.vocabulary),
@@ -229,7 +233,8 @@ class Service:
         await self.background.stop()
         for dedicated in (
             *(self.append_connection, self.quarantine_connection, self.auth_connection),
-            *(self.orders_connection, self.log_connection, *self.projection_connections.values()),
+            *(self.orders_connection, self.timelines_connection, self.log_connection),
+            *self.projection_connections.values(),
         ):
             await dedicated.close()
         self.pool.close()

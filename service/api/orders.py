@@ -27,7 +27,7 @@ from projections.order_list import (
     updated_page,
 )
 from projections.parked import Parked
-from projections.timeline import TimelineEntry, TimelineHead
+from projections.timeline import TimelineEntry, TimelineHead, WholeTimeline
 from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.api.resumption import place_after, refuse_another_event
@@ -72,6 +72,11 @@ from service.http.streaming import ResponseStream, begin_stream, refuse_old_vers
 # The maximum number of single-order reads that share one query, and that wait for one.
 READS_BATCH_MAX: Final = 256
 READS_QUEUE_MAX: Final = 16_384
+# The maximum number of timelines that share one query, and of an order's reports in it. A timeline of more
+# reports is read separately, with a connection of the pool, so that it delays no other. A batch has at most
+# 64 * 33 rows: less than 10 ms of the processor.
+TIMELINES_BATCH_MAX: Final = 64
+TIMELINE_REPORTS_MAX: Final = 32
 # The maximum number of events that are decoded at a time to compute an order's earlier state: webhooks wait.
 HISTORY_EVENTS_MAX: Final = 500
 # How many such reads run at a time. Each takes a connection, and a share of the processor.
@@ -208,7 +213,8 @@ class OrdersApi:
 
     Args:
         pool: the connections for all reads except batched ones.
-        dedicated: the connection for batched reads of single orders.
+        orders_connection: the connection for batched reads of single orders.
+        timelines_connection: the connection for batched reads of short timelines.
         projectors: the projectors by the names of their views.
         budgets: the budgets of reads of earlier states and of long responses.
         log: the log's id.
@@ -219,13 +225,15 @@ class OrdersApi:
     def __init__(
         self,
         pool: ConnectionPool,
-        dedicated: DedicatedConnection,
+        orders_connection: DedicatedConnection,
+        timelines_connection: DedicatedConnection,
         projectors: Mapping[str, Projector],
         budgets: Budgets,
         log: LogIdentity,
     ) -> None:
         self._pool = pool
-        self._dedicated = dedicated
+        self._orders_connection = orders_connection
+        self._timelines_connection = timelines_connection
         self._projectors = projectors
         self._log = log
         self._folds = budgets.folds
@@ -235,6 +243,12 @@ class OrdersApi:
         self._reads: Batcher[str, FoundOrder] = Batcher(
             self._find_orders,
             batch_items_max=READS_BATCH_MAX,
+            queue_items_max=READS_QUEUE_MAX,
+            seconds_max=pool.seconds_max,
+        )
+        self._timelines: Batcher[str, WholeTimeline | None] = Batcher(
+            self._find_timelines,
+            batch_items_max=TIMELINES_BATCH_MAX,
             queue_items_max=READS_QUEUE_MAX,
             seconds_max=pool.seconds_max,
         )
@@ -360,9 +374,13 @@ class OrdersApi:
 
     async def _timeline(self, order_no: str, query: TableQuery) -> tuple[TimelineHead, Page]:
         await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
-        async with self._pool.connection() as connection:
-            head = await timeline.read_head(connection, order_no)
-            rows = await timeline.entries_page(connection, order_no, query.cursor or 0, query.limit + 1)
+        whole = await self._timelines.submit(order_no) if query.cursor is None else None
+        if whole is not None:
+            head, rows = whole
+        else:
+            async with self._pool.connection() as connection:
+                head = await timeline.read_head(connection, order_no)
+                rows = await timeline.entries_page(connection, order_no, query.cursor or 0, query.limit + 1)
         _refuse_beyond_parking(query, head.parked_position)
         if not head.is_known:
             raise _missing_order(order_no, head.parked_position)
@@ -402,8 +420,12 @@ class OrdersApi:
         return key(rows[-1]) if len(rows) == limit else reached
 
     async def _find_orders(self, order_nos: list[str], due: float) -> Sequence[FoundOrder]:
-        async with asyncio.timeout_at(due), self._dedicated.connection() as connection:
+        async with asyncio.timeout_at(due), self._orders_connection.connection() as connection:
             return await current_status.find_orders(connection, order_nos)
+
+    async def _find_timelines(self, order_nos: list[str], due: float) -> Sequence[WholeTimeline | None]:
+        async with asyncio.timeout_at(due), self._timelines_connection.connection() as connection:
+            return await timeline.find_timelines(connection, order_nos, TIMELINE_REPORTS_MAX)
 
     @asynccontextmanager
     async def _fold_turn(self) -> AsyncIterator[None]:

@@ -66,6 +66,7 @@ HOT: Final = {
     "the head of the log": Statement(store.HEAD, 0),
     "add to orders": Statement(current_status.ADD_TO_ORDERS, 1, current_status.VIEW.name),
     "orders by number": Statement(current_status.ORDERS_BY_NUMBER, 1),
+    "timelines by number": Statement(timeline.FIRST_ROWS, 2),
     "move a view": Statement(engine.ADVANCE, 2, timeline.VIEW.name),
 }
 # The table has one row, the view's position, and so has a sequence. A scan is the best plan for one row.
@@ -116,6 +117,7 @@ UNSETTLED: Final = ["", *(status for status in STATUSES if status not in SETTLED
 PAGES: Final = {
     "events of an order": (store.STREAM, "'KOM77'", "0", "100", "1000"),
     "timeline": (timeline.ENTRIES_PAGE, "'KOM77'", "0", "100"),
+    "timelines by number": (timeline.FIRST_ROWS, "ARRAY['KOM77', 'KOM78', 'no such']", "33"),
     "entries of a page": (timeline.NEWEST_ENTRIES, "'KOM77'", "9", "9", "50"),
     "counts of an order": (timeline.COUNTS, "'KOM77'", "9"),
     "status changes of an order": (timeline.LATEST_ADVANCES, "'KOM77'", "500"),
