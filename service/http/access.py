@@ -30,6 +30,8 @@ CACHE_SECONDS_MAX: Final = 1.0
 # Before a request is refused, cached keys that are older than this are read again: a new key works at once.
 REFRESH_SECONDS: Final = 0.1
 WAITING_MAX: Final = 16_384
+# A key has many spellings of its header, since spaces around it are allowed.
+ADMISSIONS_CACHED_MAX: Final = 4_096
 SESSION_COOKIE: Final = "order_tracking_session"
 # A browser takes a cookie with this prefix only from the host itself, over https.
 HOST_PREFIX: Final = "__Host-"
@@ -97,6 +99,8 @@ class Access:
         self._keys: Mapping[bytes, ApiKey] = {}
         self._keys_by_name: Mapping[str, ApiKey] = {}
         self._sessions: Mapping[bytes, Session] = {}
+        # Of this reading of the keys: who was admitted, by the Authorization header and the required scope.
+        self._admissions: dict[tuple[str, Scope], Admission] = {}
         self._valid_until = 0.0
         self._retry_at = 0.0
         # When a use of a key or a session was recorded last, by its name or its hash.
@@ -134,7 +138,9 @@ class Access:
                 refuse_other_machines(request)
                 admitted = OPEN_ADMISSION
             else:
-                admitted = await self._admit_by_key(request, scope)
+                header = request.headers.get(hdrs.AUTHORIZATION, "")
+                known = self._admissions.get((header, scope))
+                admitted = await self._admit_by_key(request, scope) if known is None else known
             refuse_other_sites(request)
         except RefusedError as error:
             self._refusals.count(error.cause, request)
@@ -206,6 +212,7 @@ class Access:
         self._keys = {key.secret_sha256: key for key in keys}
         self._keys_by_name = {key.name: key for key in keys}
         self._sessions = {session.session_sha256: session for session in live}
+        self._admissions = {}
         # Ended sessions leave their times behind.
         if len(self._used_at) > len(keys) + len(live):
             known = self._keys_by_name.keys() | self._sessions.keys()
@@ -246,7 +253,11 @@ class Access:
             detail = f"an API key with the scope {scope} is required"
             raise RefusedError("scope", ProblemType.FORBIDDEN, detail, headers=headers)
         self._note_use(key, session, now)
-        return Admission(Actor("api" if session is None else "page", key.name), key.scope)
+        admitted = Admission(Actor("api" if session is None else "page", key.name), key.scope)
+        # A key that expires is compared with the time at each request.
+        if session is None and key.expires_at is None and len(self._admissions) < ADMISSIONS_CACHED_MAX:
+            self._admissions[request.headers[hdrs.AUTHORIZATION], scope] = admitted
+        return admitted
 
     def _note_use(self, key: ApiKey, session: Session | None, now: datetime) -> None:
         if self._is_reader or (self._recording is not None and not self._recording.done()):

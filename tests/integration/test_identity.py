@@ -219,12 +219,14 @@ async def test_without_keys_it_is_open_to_this_machine_only(dsn: str) -> None:
             await client.get("/readyz")
 
 
+@pytest.mark.parametrize("lifetime", [None, timedelta(days=1)])
 async def test_a_revoked_or_expired_key_is_refused(
-    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch, lifetime: timedelta | None
 ) -> None:
     """A revoked or expired key is refused, and revoking the only key does not open the service again."""
     monkeypatch.setattr("service.http.access.CACHE_SECONDS_MAX", 0.0)
-    key = await api_keys.create_key(connection, "one", "read", datetime.now(UTC) + timedelta(days=1))
+    expires_at = None if lifetime is None else datetime.now(UTC) + lifetime
+    key = await api_keys.create_key(connection, "one", "read", expires_at)
     late = await api_keys.create_key(connection, "late", "read", datetime.now(UTC) - timedelta(seconds=1))
     async with serving_client(dsn) as client:
         await client.get("/orders", 200, {"Authorization": f"Bearer {key}"})
@@ -234,6 +236,26 @@ async def test_a_revoked_or_expired_key_is_refused(
         assert not await api_keys.revoke_key(connection, "one")
         await client.get("/orders", 401, {"Authorization": f"Bearer {key}"})
         await client.get("/orders", 401)
+
+
+async def test_a_remembered_key_has_its_scope_and_its_end(
+    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key that was admitted a moment ago is still refused beyond its scope, and from its expiry on."""
+    monkeypatch.setattr("service.http.access.CACHE_SECONDS_MAX", 3_600.0)
+    reader = await api_keys.create_key(connection, "reader", "read", None)
+    expires_at = datetime.now(UTC) + timedelta(seconds=1)
+    short = await api_keys.create_key(connection, "short", "read", expires_at)
+    async with serving_client(dsn) as client:
+        for _ in range(2):
+            await client.get("/orders", 200, {"Authorization": f"Bearer {reader}"})
+            await client.get("/audit/operations", 403, {"Authorization": f"Bearer {reader}"})
+
+        async def is_refused() -> bool:
+            return await client.status("GET", "/orders", headers={"Authorization": f"Bearer {short}"}) == 401
+
+        await until_async(is_refused)
+        assert datetime.now(UTC) >= expires_at
 
 
 @pytest.mark.parametrize("field", ["Bad Header", "Transfer-Encoding: gzip, chunked", "Content-Length: 1, 2"])
