@@ -254,12 +254,13 @@ def to_order(row: Any) -> CurrentOrder:
 
 # One row for each requested number: the columns of orders and of parked_orders, null if absent.
 ORDERS_BY_NUMBER: Final = """
-    SELECT *
+    SELECT requested.order_no, cnote, status, reported_status, version, orders.position, status_since,
+        first_reported_at, last_reported_at, submitted_at, picked_up_at, shipped_at, delivered_at,
+        delivery_attempts, advanced, repeated, late, refused, unrecognised, rejudgements,
+        since_version, parked.position AS parked_position, reason
     FROM unnest($1::text[]) AS requested (order_no)
     LEFT JOIN current_status.orders USING (order_no)
-    LEFT JOIN (
-        SELECT order_no, since_version, position AS parked_position, reason FROM current_status.parked_orders
-    ) AS parked USING (order_no)
+    LEFT JOIN current_status.parked_orders AS parked USING (order_no)
 """
 
 

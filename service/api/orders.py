@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from operator import attrgetter, itemgetter
 from typing import Final
@@ -83,6 +83,8 @@ HISTORY_EVENTS_MAX: Final = 500
 FOLDS_AT_A_TIME: Final = 2
 # Lists that are sent whole take turns to read, so that many of them delay no webhook.
 EXPORTS_AT_A_TIME: Final = 2
+EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND: Final = timedelta(microseconds=1)
 CSV_HEADERS: Final = {**STREAM_HEADERS, **csv_headers("orders")}
 
 
@@ -304,8 +306,8 @@ class OrdersApi:
             _refuse_beyond_parking(query, found.parked_position)
             order = found.order
         # An order is parked and unparked without a new version. After lost commits, a version may come again.
-        last = order["last_reported_at"].timestamp() * 1e6
-        etag = f'"{order["version"]}-{last:.0f}{"-parked" if order["parked"] else ""}"'
+        last = (order["last_reported_at"] - EPOCH) // MICROSECOND
+        etag = f'"{order["version"]}-{last}{"-parked" if order["parked"] else ""}"'
         headers = {"ETag": etag, "Cache-Control": REVALIDATED}
         if has_etag(request, etag):
             return response(status=304, headers=headers)

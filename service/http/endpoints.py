@@ -168,7 +168,7 @@ def _negotiating(media: str, other: Handler, handler: Handler) -> Handler:
 
     async def negotiate(request: web.Request) -> web.StreamResponse:
         accept = request.headers.get(hdrs.ACCEPT, "")
-        chosen = request.query.get(FORMAT)
+        chosen = request.query.get(FORMAT) if request.query_string else None
         if chosen not in {None, JSON_FORMAT, SUFFIXES[media][1:]}:
             raise bad_parameter(FORMAT, f"it must be {JSON_FORMAT} or {SUFFIXES[media][1:]}")
         is_preferred = media in accept and JSON not in accept if chosen is None else chosen != JSON_FORMAT

@@ -65,6 +65,9 @@ def decode_path(escaped: str) -> str:
     Raises:
         ProblemError: 400, an escape is broken, or the text is not UTF-8 or has control characters.
     """
+    # Most paths have nothing to decode. All printable ASCII characters are valid.
+    if "%" not in escaped and escaped.isascii() and escaped.isprintable():
+        return escaped
     if _BAD_ESCAPE.search(escaped):
         raise ProblemError(ProblemType.BAD_PATH, "every percent sign in the path must begin an escape like %20")
     try:
