@@ -182,7 +182,7 @@ HEAD: Final = """
 FIRST_ROWS: Final = """
     SELECT requested.number, parked.since_version, parked.reason AS parked_reason, parked.position,
         first.version, verdict, status, previous_status, reported_status, recognised, reported_cnote, skipped,
-        first.reason, received_at, occurred_at, repeats, rejudges
+        first.reason, received_at, occurred_at, repeats, rejudges, reported_at
     FROM unnest($1::text[]) WITH ORDINALITY AS requested (order_no, number)
     LEFT JOIN timeline.parked_orders AS parked ON parked.order_no = requested.order_no
     LEFT JOIN LATERAL (
@@ -308,7 +308,7 @@ def _to_timeline(rows: list[Any]) -> WholeTimeline:
     entries: dict[int, TimelineEntry] = {}
     for row in rows:
         _, _, _, _, version, verdict, status, previous_status, reported_status, recognised, *rest = row
-        reported_cnote, skipped, reason, received_at, occurred_at, repeats, rejudges = rest
+        reported_cnote, skipped, reason, received_at, occurred_at, repeats, rejudges, reported_at = rest
         if repeats is None:
             entries[version] = {
                 "version": version,
@@ -323,6 +323,7 @@ def _to_timeline(rows: list[Any]) -> WholeTimeline:
                 "received_at": received_at,
                 "occurred_at": occurred_at,
                 "rejudges": rejudges,
+                "reported_at": reported_at,
                 "repeats": 0,
                 "last_repeated_at": None,
                 "status_label": status_label(recognised),

@@ -224,7 +224,7 @@ class OrdersApi:
 
     tag = Tag("orders", "Each order's current status, earlier states, timeline and recorded events.")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - each is named in the docstring
         self,
         pool: ConnectionPool,
         orders_connection: DedicatedConnection,
