@@ -37,7 +37,7 @@ SECRETS: Final = ("webhook_tokens", "webhook_hmac_secret", "share_secret", "kome
 # The permissions of a file's group and of all other users.
 OTHER_USERS: Final = 0o077
 
-# Each process keeps up to 17 connections to the database.
+# Each process keeps up to 18 connections to the database.
 PROCESSES_MAX: Final = 64
 # A shorter secret can be guessed.
 SECRET_CHARACTERS_MIN: Final = 16

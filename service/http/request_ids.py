@@ -44,7 +44,7 @@ def request_id(request: web.BaseRequest) -> str:
 
 def _generate_id() -> str:
     # Not a secret, and uuid4 calls the system each time: it took as long as half of a read.
-    return str(UUID(int=random.getrandbits(128), version=4))
+    return str(UUID(int=random.getrandbits(128), version=4))  # nosec B311
 
 
 def add_request_id(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

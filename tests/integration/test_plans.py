@@ -13,6 +13,7 @@ import pytest
 from domain.statuses import SETTLED, STATUSES
 from projections import current_status, engine, order_list, selection, statistics, timeline
 from projections.audit import TransitionsFilter, transitions_page
+from projections.locks import TRY_LEAD
 from projections.order_list import (
     LAST_PLACE,
     OrdersFilter,
@@ -67,7 +68,11 @@ HOT: Final = {
     "add to orders": Statement(current_status.ADD_TO_ORDERS, 1, current_status.VIEW.name),
     "orders by number": Statement(current_status.ORDERS_BY_NUMBER, 1),
     "timelines by number": Statement(timeline.FIRST_ROWS, 2),
-    "move a view": Statement(engine.ADVANCE, 2, timeline.VIEW.name),
+    "look at a view": Statement(
+        engine.LOOK.format(try_lead=TRY_LEAD.format(view="timeline")), 1, timeline.VIEW.name
+    ),
+    "the head that a view's server has": Statement(engine.LOG_HEAD, 0, timeline.VIEW.name),
+    "move a view": Statement(engine.ADVANCE, 5, timeline.VIEW.name),
 }
 # The table has one row, the view's position, and so has a sequence. A scan is the best plan for one row.
 SCANS_ALLOWED: Final = ("Seq Scan on projection", "Seq Scan on order_events_notification_id_seq")
