@@ -50,7 +50,9 @@ CONNECTIONS_PER_PROCESS: Final = 20
 # Those of the commands, of some psql sessions and of the server itself.
 CONNECTIONS_OF_OTHERS: Final = 44
 # Settings that only the supervisor reads, at its start.
-FIXED: Final = ("host", "port", "reuse_port", "processes", "database_url", "state_dir", "pg_bindir")
+FIXED: Final = (
+    *("host", "port", "reuse_port", "processes", "database_url", "read_only", "state_dir", "pg_bindir"),
+)
 
 RestartCause: TypeAlias = Literal["ended", "reload"]
 
@@ -264,7 +266,9 @@ class Supervisor:
             slot=slot,
             port=self._port,
             files=files,
-            settings=self._settings.model_dump(mode="json", include={"processes", "host", "database_url"}),
+            settings=self._settings.model_dump(
+                mode="json", include={"processes", "host", "database_url", "read_only"}
+            ),
         )
         task = asyncio.create_task(self._follow(worker))
         self._tasks.add(task)
