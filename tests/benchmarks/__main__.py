@@ -21,12 +21,13 @@ from service.database.schema import prepare_database
 from tests.benchmarks import load
 from tests.benchmarks.lists import measure_lists
 from tests.benchmarks.parsing import measure_parsing
+from tests.benchmarks.processes import measure_processes
 from tests.benchmarks.rebuilds import measure_rebuild
 from tests.benchmarks.report import Row, machine, out, print_table
 from tests.benchmarks.serving import measure_history, measure_reads, measure_webhooks
 from tests.benchmarks.streams import measure_streams
 
-PARTS: Final = ("ingest", "library", "read", "rebuild", "history", "parse", "streams")
+PARTS: Final = ("ingest", "library", "read", "rebuild", "history", "parse", "streams", "processes")
 SECONDS: Final = 4
 EVENTS: Final = 400_000
 # With --large: it takes half an hour, and 20 GB of disk.
@@ -73,6 +74,8 @@ def _measure(server: Server, folder: Path, arguments: argparse.Namespace) -> Ite
         yield from measure_reads(server.database("reads"), folder, seconds)
     if "history" in parts:
         yield measure_history(server.database("history"), folder)
+    if "processes" in parts:
+        yield from measure_processes(server.database("processes"), folder, seconds)
     if "streams" in parts:
         yield measure_streams(server.database("streams"), folder, seconds)
     if "parse" in parts:
