@@ -106,8 +106,8 @@ const order = need((await client.GET("/orders/{order_no}", { params })).data);
 const timeline = need((await client.GET("/orders/{order_no}/timeline", { params })).data);
 const query = { status: "in_transit", verdict: "refused", limit: 1 } as const;
 const orders: Schemas["OrderPage"] = need((await client.GET("/orders", { params: { query } })).data);
-// @ts-expect-error - the status is not in the vocabulary
-await client.GET("/orders", { params: { query: { status: "nowhere" } } });
+// @ts-expect-error - there is no such verdict
+await client.GET("/orders", { params: { query: { verdict: "nowhere" } } });
 const table: string = need((await client.GET("/orders.csv", { parseAs: "text" })).data);
 const feed = need((await client.GET("/events", { params: { query: { limit: 2 } } })).data);
 const next: string = feed.next;
