@@ -82,15 +82,16 @@ class Feed:
             start = after + 1 - self._memory[0][0]
             if 0 <= start < len(self._memory):
                 return self._memory[start : start + limit]
-        if self._batch and self._batch_after <= after < self._batch[-1][0]:
-            start = bisect_right(self._batch, after, key=itemgetter(0))
-            return self._batch[start : start + limit]
         async with self._dedicated.connection() as connection:
+            # The views wake together. While this one waited for its turn, another may have read the same ones.
+            if self._batch and self._batch_after <= after < self._batch[-1][0]:
+                start = bisect_right(self._batch, after, key=itemgetter(0))
+                return self._batch[start : start + limit]
             recorded = await store.read_log(connection, after, limit)
-        batch = [decode_logged(*event[:5]) for event in recorded]
-        if batch:
-            self._batch_after, self._batch = after, batch
-        return batch
+            batch = [decode_logged(*event[:5]) for event in recorded]
+            if batch:
+                self._batch_after, self._batch = after, batch
+            return batch
 
     async def read_order(self, order_no: str, after: int) -> Sequence[LoggedEvent]:
         """Return one order's events above a version, at most FIRST_BATCH_EVENTS."""

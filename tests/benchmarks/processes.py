@@ -1,7 +1,9 @@
 """Several processes on one port and one database, against one: webhooks, and the processor time of each."""
 
 import asyncio
+import json
 import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -12,7 +14,14 @@ import psycopg
 from service.database.schema import prepare_database
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, ratio
-from tests.benchmarks.serving import ROUNDS, WARM_SECONDS, running
+from tests.benchmarks.serving import (
+    POLL_SECONDS,
+    ROUNDS,
+    START_SECONDS_MAX,
+    WARM_SECONDS,
+    Process,
+    running,
+)
 
 # The numbers of processes.
 COUNTS: Final = (1, 2, 3)
@@ -44,6 +53,25 @@ def _cpu_seconds(pid: int) -> dict[int, float]:
     return seconds
 
 
+def _ready_processes(service: Process) -> int:
+    try:
+        body, _ = service.ask("GET", "/readyz")
+    except RuntimeError:
+        # None is ready yet.
+        return 0
+    ready: int = json.loads(body)["ready_processes"]
+    return ready
+
+
+def wait_for_processes(service: Process, count: int) -> None:
+    """Wait until all processes are ready: connections that are opened earlier stay with the first ones."""
+    due = time.monotonic() + START_SECONDS_MAX
+    while _ready_processes(service) < count:
+        if time.monotonic() > due:
+            raise RuntimeError(f"fewer than {count} processes are ready after {START_SECONDS_MAX} s")
+        time.sleep(POLL_SECONDS)
+
+
 def measure_processes(dsn: str, folder: Path, seconds: int) -> Iterator[Row]:
     """Measure webhooks at the same load with one, two and three processes, in turns on one database."""
     asyncio.run(prepare_database(dsn))
@@ -55,6 +83,7 @@ def measure_processes(dsn: str, folder: Path, seconds: int) -> Iterator[Row]:
         def measure(count: int) -> _Loaded:
             settings = {"ORDER_TRACKING_DATABASE_URL": dsn, "ORDER_TRACKING_WEBHOOK_TOKENS": load.WEBHOOK_TOKEN}
             with running(folder, "service", "serve", "--processes", str(count), **settings) as service:
+                wait_for_processes(service, count)
                 load.run(load.Reports(next(runs)), service.port, WARM_SECONDS, folder)
                 connection.execute("CHECKPOINT")
                 before = _cpu_seconds(service.pid), _cpu_seconds(database_pid)
