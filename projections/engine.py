@@ -118,7 +118,6 @@ VIEW_STATE: Final = "SELECT position, definition, EXISTS (SELECT FROM parked_ord
 LOOK: Final = """
     SELECT position, definition, CASE definition WHEN $1 THEN {try_lead} ELSE false END FROM projection
 """
-# On the view's own connection: another one may be to another server, such as during a failover.
 LOG_HEAD: Final = "SELECT notification_id FROM public.order_events ORDER BY notification_id DESC LIMIT 1"
 # The first condition fails only if another process moved the view without the lock. The second one fails if the
 # batch is from another server's log. Equal last events imply equal logs up to them: each report has its own id.
@@ -145,7 +144,7 @@ async def view_state(connection: Connection) -> ViewState:
 
 
 async def log_head(connection: Connection) -> int:
-    """Return the highest position of the log that the view's own server has."""
+    """Return the highest position of the log that a connection's server has, 0 if the log is empty."""
     head: int | None = await connection.fetchval(LOG_HEAD)
     return head or 0
 
@@ -308,6 +307,7 @@ class Projector:
             return False
         async with self._transaction("BEGIN") as connection:
             row = await connection.fetchrow(self._look_statement, self.view.definition)
+            # On the same connection: another one may be to another server, such as during a failover.
             head = await log_head(connection)
         if row is None:
             raise OutdatedViewError("the view has no position")
@@ -315,7 +315,7 @@ class Projector:
         if definition != self.view.definition:
             raise OutdatedViewError(f"the view {self.view.name} was built with another definition")
         if not self._leads:
-            self._stands_in = self._must_stand_in(position, head, now)
+            self._stand_in(self._must_stand_in(position, head, now))
             await self._move(position)
             self.is_outdated = False
         self._look_at = now + LOOK_SECONDS
@@ -332,12 +332,24 @@ class Projector:
         if position == head:
             self._behind_since = None
             return self._stands_in
-        self._behind_since = now if self._behind_since is None else self._behind_since
+        if self._behind_since is None:
+            self._behind_since = now
         return self._stands_in or now - self._behind_since >= LEADER_SECONDS_MAX
+
+    def _stand_in(self, stands_in: bool) -> None:  # noqa: FBT001 - the new value of a flag
+        if stands_in and not self._stands_in:
+            logger.warning(
+                "the process that leads the view leaves it behind the log, so this one stands in",
+                view=self.view.name,
+                seconds=LEADER_SECONDS_MAX,
+            )
+        elif self._stands_in and not stands_in:
+            logger.info("another process moves the view again", view=self.view.name)
+        self._stands_in = stands_in
 
     async def _give_up_lead(self) -> None:
         """Let a process lead whose release has the view's definition."""
-        self._leads = False
+        self._leads = self._stands_in = False
         async with self._transaction("BEGIN") as connection:
             await connection.execute(GIVE_UP_LEAD)
 

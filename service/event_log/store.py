@@ -13,6 +13,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from domain.order import NEW_ORDER, Order, OrderState, evolve
 from domain.transitions import TABLE
+from projections.engine import log_head
 from projections.postgres_errors import Connection
 from service.database.sequences import require_rising_numbers
 from service.event_log.codec import (
@@ -193,7 +194,6 @@ AT_POSITIONS: Final = """
     ORDER BY notification_id
 """
 
-HEAD: Final = "SELECT notification_id FROM order_events ORDER BY notification_id DESC LIMIT 1"
 OLDEST_AFTER: Final = """
     SELECT recorded_at FROM order_events WHERE notification_id > $1 ORDER BY notification_id LIMIT 1
 """
@@ -324,7 +324,7 @@ async def last_arrival(connection: Connection) -> datetime:
 
 async def head_position(connection: Connection) -> int:
     """Return the highest position in the log, 0 if it is empty."""
-    return await connection.fetchval(HEAD) or 0
+    return await log_head(connection)
 
 
 async def oldest_after(connection: Connection, position: int) -> datetime | None:

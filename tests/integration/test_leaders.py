@@ -4,6 +4,7 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import pytest
+from structlog.testing import capture_logs
 
 from projections.engine import OutdatedViewError
 from projections.locks import TRY_LEAD
@@ -91,10 +92,14 @@ async def test_a_leader_that_does_nothing_is_replaced(
         for view in VIEWS:
             assert await idle.fetchval(f"SELECT {TRY_LEAD.format(view=view.name)}")
         held = await leaders(connection)
-        service = await started(dsn, stack)
-        for status in ("Dikirim", "Diantar", "Diterima"):
-            receipt = await service.recorder.record(report("KOM1", status))
-            await caught_up(service, receipt["position"] or 0)
+        with capture_logs() as logs:
+            service = await started(dsn, stack)
+            for status in ("Dikirim", "Diantar", "Diterima"):
+                receipt = await service.recorder.record(report("KOM1", status))
+                await caught_up(service, receipt["position"] or 0)
+        # Each view once.
+        standing_in = [log["view"] for log in logs if log["event"].endswith("so this one stands in")]
+        assert sorted(standing_in) == sorted(view.name for view in VIEWS)
         assert await leaders(connection) == held
         await idle.execute("SELECT pg_advisory_unlock_all()")
 

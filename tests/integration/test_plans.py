@@ -64,14 +64,13 @@ HOT: Final = {
     "last events": Statement(store.LAST_EVENTS, 1),
     "the fate of an append": Statement(store.EVENTS_AT, 2),
     "the log after a position": Statement(store.LOG, 3),
-    "the head of the log": Statement(store.HEAD, 0),
     "add to orders": Statement(current_status.ADD_TO_ORDERS, 1, current_status.VIEW.name),
     "orders by number": Statement(current_status.ORDERS_BY_NUMBER, 1),
     "timelines by number": Statement(timeline.FIRST_ROWS, 2),
     "look at a view": Statement(
         engine.LOOK.format(try_lead=TRY_LEAD.format(view="timeline")), 1, timeline.VIEW.name
     ),
-    "the head that a view's server has": Statement(engine.LOG_HEAD, 0, timeline.VIEW.name),
+    "the head of the log": Statement(engine.LOG_HEAD, 0),
     "move a view": Statement(engine.ADVANCE, 5, timeline.VIEW.name),
 }
 # The table has one row, the view's position, and so has a sequence. A scan is the best plan for one row.
