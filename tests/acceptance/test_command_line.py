@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 import aiohttp
 import psycopg
 import pytest
+from psycopg.sql import SQL, Identifier
 
 from domain.order import Order
 from projections.locks import HOLD_REBUILD_LOCK
@@ -267,8 +268,10 @@ def test_replay_of_one_order_resumes_it(service: RunningService) -> None:
             "INSERT INTO order_events (originator_id, originator_version, topic, state) "
             "VALUES ('KOM1', 1, 'unknown', 'x')"
         )
-        parked = "SELECT count(*) FROM statistics.parked_orders"
-        until(lambda: connection.execute(parked).fetchone() == (1,))
+        views = ("current_status", "timeline", "statistics")
+        for view in views:
+            parked = SQL("SELECT count(*) FROM {}.parked_orders").format(Identifier(view))
+            until(lambda parked=parked: connection.execute(parked).fetchone() == (1,))  # type: ignore[misc]
     failed = call_command(service.state_dir, "replay", "--order", "KOM1")
     assert (failed.returncode, failed.stdout.count("still parked, from version 1 on: ")) == (1, 3)
     other = call_command(service.state_dir, "replay", "--order", "KOM2")
