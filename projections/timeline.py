@@ -177,12 +177,18 @@ HEAD: Final = """
     LEFT JOIN timeline.parked_orders AS parked ON parked.order_no = requested.order_no
 """
 
+# The columns of an entry that the table has. The others are its repeats and its label.
+ENTRY_COLUMNS: Final = (
+    *("version", "verdict", "status", "previous_status", "reported_status", "recognised", "reported_cnote"),
+    *("skipped", "reason", "received_at", "occurred_at", "rejudges", "reported_at"),
+)
+ENTRY_COLUMNS_SQL: Final = ", ".join(ENTRY_COLUMNS)
+
 # For each of some orders: its oldest rows up to a limit, repeats too, or one row of nulls if it has none; each
 # with the order's index among the requested ones, from 1, and the parking of the order.
-FIRST_ROWS: Final = """
-    SELECT requested.number, parked.since_version, parked.reason AS parked_reason, parked.position,
-        first.version, verdict, status, previous_status, reported_status, recognised, reported_cnote, skipped,
-        first.reason, received_at, occurred_at, repeats, rejudges, reported_at
+FIRST_ROWS: Final = f"""
+    SELECT requested.number, parked.since_version, parked.reason, parked.position, first.repeats,
+        {", ".join(f"first.{name}" for name in ENTRY_COLUMNS)}
     FROM unnest($1::text[]) WITH ORDINALITY AS requested (order_no, number)
     LEFT JOIN timeline.parked_orders AS parked ON parked.order_no = requested.order_no
     LEFT JOIN LATERAL (
@@ -192,10 +198,9 @@ FIRST_ROWS: Final = """
 """
 
 # A page of an order's entries, oldest first, each with its number of repeats and the time of the last one.
-ENTRIES_PAGE: Final = """
+ENTRIES_PAGE: Final = f"""
     WITH page AS (
-        SELECT version, verdict, status, previous_status, reported_status, recognised, reported_cnote, skipped,
-            reason, received_at, occurred_at, rejudges, reported_at
+        SELECT {ENTRY_COLUMNS_SQL}
         FROM timeline.entries
         WHERE order_no = $1 AND version > $2 AND repeats IS NULL
         ORDER BY version
@@ -212,10 +217,9 @@ ENTRIES_PAGE: Final = """
 """
 
 # The newest entries below a version, as of another version: later repeats and moves are ignored.
-NEWEST_ENTRIES: Final = """
+NEWEST_ENTRIES: Final = f"""
     WITH page AS (
-        SELECT version, verdict, status, previous_status, reported_status, recognised, reported_cnote, skipped,
-            reason, received_at, occurred_at, rejudges, reported_at
+        SELECT {ENTRY_COLUMNS_SQL}
         FROM timeline.entries
         WHERE order_no = $1 AND version < $2 AND repeats IS NULL
         ORDER BY version DESC
@@ -292,47 +296,36 @@ async def find_timelines(
 
 
 _version: Final = itemgetter("version")
+# The place of an entry's columns in a row of FIRST_ROWS.
+ENTRY_START: Final = 5
 
 
 def _to_timeline(rows: list[Any]) -> WholeTimeline:
     """Return the timeline in all rows of an order, which FIRST_ROWS returned."""
     parked: Parked | None = None
-    _, since_version, parked_reason, position, first_version, *_ = rows[0]
+    _, since_version, parked_reason, position, _, first_version, *_ = rows[0]
     if since_version is not None:
         parked = {"view": VIEW.name, "since_version": since_version, "reason": parked_reason}
     if first_version is None:
-        return WholeTimeline(TimelineHead(False, None, parked, position), [])  # noqa: FBT003 - is_known
+        return WholeTimeline(
+            TimelineHead(is_known=False, status=None, parked=parked, parked_position=position), []
+        )
     # The statement reads them in this order, but does not promise it.
     rows.sort(key=_version)
-    status: Status | None = None
     entries: dict[int, TimelineEntry] = {}
     for row in rows:
-        _, _, _, _, version, verdict, status, previous_status, reported_status, recognised, *rest = row
-        reported_cnote, skipped, reason, received_at, occurred_at, repeats, rejudges, reported_at = rest
+        entry: Any = dict(zip(ENTRY_COLUMNS, row[ENTRY_START:], strict=True))
+        repeats = row["repeats"]
         if repeats is None:
-            entries[version] = {
-                "version": version,
-                "verdict": verdict,
-                "status": status,
-                "previous_status": previous_status,
-                "reported_status": reported_status,
-                "recognised": recognised,
-                "reported_cnote": reported_cnote,
-                "skipped": skipped,
-                "reason": reason,
-                "received_at": received_at,
-                "occurred_at": occurred_at,
-                "rejudges": rejudges,
-                "reported_at": reported_at,
-                "repeats": 0,
-                "last_repeated_at": None,
-                "status_label": status_label(recognised),
-            }
-        elif (entry := entries.get(repeats)) is not None:
-            entry["repeats"] += 1
-            last = entry["last_repeated_at"]
-            entry["last_repeated_at"] = received_at if last is None else max(last, received_at)
-    return WholeTimeline(TimelineHead(True, status, parked, position), [*entries.values()])  # noqa: FBT003
+            entry |= {"repeats": 0, "last_repeated_at": None, "status_label": status_label(entry["recognised"])}
+            entries[entry["version"]] = entry
+        elif (repeated := entries.get(repeats)) is not None:
+            repeated["repeats"] += 1
+            last, received_at = repeated["last_repeated_at"], entry["received_at"]
+            repeated["last_repeated_at"] = received_at if last is None else max(last, received_at)
+    status = rows[-1]["status"]
+    head = TimelineHead(is_known=True, status=status, parked=parked, parked_position=position)
+    return WholeTimeline(head, [*entries.values()])
 
 
 async def entries_page(connection: Connection, order_no: str, after: int, limit: int) -> list[TimelineEntry]:
