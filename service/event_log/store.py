@@ -4,8 +4,9 @@ The table has the layout that the ``eventsourcing`` library's own PostgreSQL rec
 named ``order`` with text ids. Every function takes a connection.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 import asyncpg
@@ -124,14 +125,14 @@ LAST_ARRIVAL: Final = """
         (SELECT min(applied_at) FROM public.schema_version))
 """
 
-# The last event of each of these orders.
+# The last event of each of these orders, if it lies above the version that is known.
 LAST_EVENTS: Final = """
     SELECT requested.order_no, last.originator_version, last.topic, last.state
-    FROM unnest($1::text[]) AS requested (order_no),
+    FROM unnest($1::text[], $2::bigint[]) AS requested (order_no, known_version),
     LATERAL (
         SELECT originator_version, topic, state
         FROM order_events
-        WHERE originator_id = requested.order_no
+        WHERE originator_id = requested.order_no AND originator_version > requested.known_version
         ORDER BY originator_version DESC
         LIMIT 1
     ) AS last
@@ -251,15 +252,23 @@ async def await_standby(connection: Connection) -> None:
     await connection.execute(WRITE_MESSAGE)
 
 
-async def order_states(connection: Connection, order_nos: Sequence[str]) -> dict[str, OrderState]:
+async def order_states(
+    connection: Connection, order_nos: Iterable[str], known: Mapping[str, OrderState] = MappingProxyType({})
+) -> dict[str, OrderState]:
     """Return the states of these orders, each from its last event alone; NEW_ORDER if an order has none.
+
+    Args:
+        connection: a connection to the log.
+        order_nos: the orders.
+        known: states that may be stale. Only the events of later versions are read.
 
     Raises:
         UndecodableEventError: an order's last event cannot be read, or left the order in a status that the
             transition table does not have.
     """
-    states = dict.fromkeys(order_nos, NEW_ORDER)
-    for order_no, version, topic, state in await connection.fetch(LAST_EVENTS, order_nos):
+    states = {order_no: known.get(order_no, NEW_ORDER) for order_no in order_nos}
+    versions = [state.version for state in states.values()]
+    for order_no, version, topic, state in await connection.fetch(LAST_EVENTS, [*states], versions):
         event = decode_event(order_no, version, topic, state)
         if (event.status, event.leg) not in TABLE:
             raise UndecodableEventError(f"the transition table does not have the status of {order_no}")

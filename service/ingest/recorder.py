@@ -40,8 +40,8 @@ WAIT_SECONDS_MAX: Final = 0.4
 CLAIMED_REPORTS_MAX: Final = 64
 # A full notification queue is logged at most once in this interval.
 WARN_SECONDS: Final = 300.0
-# For this long after another process has appended, order states are read from the log, since half of the cached
-# ones may be stale: a stale state costs its whole batch five more round trips under the lock.
+# For this long after another process has appended, each batch first looks for events above its cached states,
+# half of which may be stale: a stale state costs its whole batch five more round trips under the lock.
 SHARED_SECONDS: Final = 1.0
 # About 500 bytes each: 50 MB.
 ORDER_STATES_MAX: Final = 100_000
@@ -269,9 +269,7 @@ class Recorder:
                             await store.await_standby(connection)
                             break
                     else:
-                        events = self._decide_all(
-                            reports, await store.order_states(connection, list(order_nos))
-                        )
+                        events = self._decide_all(reports, await store.order_states(connection, order_nos))
                         # Kept before the append, so that these events are searched for if it fails.
                         doubtful.append(events)
                         positions = await store.append(connection, events)
@@ -304,7 +302,7 @@ class Recorder:
                     if isinstance(claimed, ClaimedEvent):
                         await store.await_standby(connection)
                     else:
-                        order_nos = list({one.order_no for one in claimed})
+                        order_nos = {one.order_no for one in claimed}
                         states = await store.order_states(connection, order_nos)
                         events = self._decide_all(claimed, states)
                         positions = await store.append(connection, events)
@@ -339,13 +337,11 @@ class Recorder:
         return events
 
     async def _known_states(self, order_nos: set[str]) -> dict[str, OrderState]:
-        known: dict[str, OrderState] = {}
-        missing: Iterable[str] = order_nos
-        if monotonic() >= self._shared_until:
-            known, missing = self._states.look_up(order_nos)
-        if missing:
+        known, missing = self._states.look_up(order_nos)
+        doubtful: Iterable[str] = order_nos if monotonic() < self._shared_until else missing
+        if doubtful:
             async with self._dedicated.connection() as connection:
-                known.update(await store.order_states(connection, [*missing]))
+                known.update(await store.order_states(connection, doubtful, known))
         return known
 
     @asynccontextmanager

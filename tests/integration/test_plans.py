@@ -61,7 +61,7 @@ class Statement(NamedTuple):
 # The statements that a dedicated connection plans once, generically.
 HOT: Final = {
     "append": Statement(store.APPEND, 5),
-    "last events": Statement(store.LAST_EVENTS, 1),
+    "last events": Statement(store.LAST_EVENTS, 2),
     "the fate of an append": Statement(store.EVENTS_AT, 2),
     "the log after a position": Statement(store.LOG, 3),
     "add to orders": Statement(current_status.ADD_TO_ORDERS, 1, current_status.VIEW.name),
