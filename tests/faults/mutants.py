@@ -19,7 +19,6 @@ from service.cli.main import cli
 from service.database import connections
 from service.event_log import store
 from service.http import streaming
-from service.ingest import recorder as recorder_module
 from service.ingest.recorder import Receipt, Recorder, _receipt
 from service.ingest.refusals import Refusals
 
@@ -83,8 +82,6 @@ def keep_memory() -> None:
 
     _replace(Service, "_forget", lambda _service: None)
     _replace(Recorder, "_append", append)
-    # The gap before the first position after the restore looks like another process's commit.
-    _replace(recorder_module, "SHARED_SECONDS", 0.0)
 
 
 def retry_blindly() -> None:

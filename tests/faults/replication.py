@@ -141,8 +141,10 @@ async def restore_backup(world: World) -> int:
     reader = asyncio.create_task(_read_stream(world.port))
     try:
         await world.load.recovered(int(LOST_SECONDS * world.per_second))
+        # The service looks the order of a failed report up again. None is in flight here, so that everything it
+        # remembers is put to the test.
+        await world.load.quiet()
         await in_thread(world.primary.stop)
-        world.load.pause()
         await in_thread(replace_data, world.state_dir, copy)
         _note_missing(world, kept)
         await in_thread(world.primary.start)
