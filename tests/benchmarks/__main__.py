@@ -19,7 +19,8 @@ from service.database.embedded_postgres import NAME as MAIN_DATABASE
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.database.schema import prepare_database
 from tests.benchmarks import load
-from tests.benchmarks.lists import measure_lists
+from tests.benchmarks.appending import measure_append_lock
+from tests.benchmarks.growth import measure_growth
 from tests.benchmarks.parsing import measure_parsing
 from tests.benchmarks.processes import measure_processes
 from tests.benchmarks.rebuilds import measure_rebuild
@@ -27,10 +28,10 @@ from tests.benchmarks.report import Row, machine, out, print_table
 from tests.benchmarks.serving import measure_history, measure_reads, measure_webhooks
 from tests.benchmarks.streams import measure_streams
 
-PARTS: Final = ("ingest", "library", "read", "rebuild", "history", "parse", "streams", "processes")
+PARTS: Final = ("ingest", "library", "read", "rebuild", "history", "parse", "streams", "processes", "lock")
 SECONDS: Final = 4
 EVENTS: Final = 400_000
-# With --large: it takes half an hour, and 20 GB of disk.
+# With --large: it takes half an hour, and 25 GB of disk.
 LARGE_EVENTS: Final = 10_000_000
 
 
@@ -64,7 +65,9 @@ class Server:
 
 def _measure(server: Server, folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
     if arguments.large:
-        yield from measure_lists(server.database("lists", with_schema=True), folder, arguments.large_events)
+        empty, small, large = (server.database(name, with_schema=True) for name in ("empty", "small", "large"))
+        dsns = empty, small, large
+        yield from measure_growth(dsns, folder, arguments.large_events, arguments.seconds)
         return
     parts, seconds, events = arguments.parts, arguments.seconds, arguments.events
     if "ingest" in parts or "library" in parts:
@@ -76,6 +79,8 @@ def _measure(server: Server, folder: Path, arguments: argparse.Namespace) -> Ite
         yield measure_history(server.database("history"), folder)
     if "processes" in parts:
         yield from measure_processes(server.database("processes"), folder, seconds)
+    if "lock" in parts:
+        yield from measure_append_lock(server.database("lock", with_schema=True), seconds)
     if "streams" in parts:
         yield measure_streams(server.database("streams"), folder, seconds)
     if "parse" in parts:
@@ -90,9 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=SECONDS, help="of each load (%(default)s)")
     parser.add_argument("--events", type=int, default=EVENTS, help="in the log of the rebuild (%(default)s)")
     parser.add_argument("--only", default=",".join(PARTS), help="of %(default)s")
-    parser.add_argument(
-        "--large", action="store_true", help="instead, the filtered lists on a log of ten million events"
-    )
+    parser.add_argument("--large", action="store_true", help="instead, what a log of ten million events costs")
     parser.add_argument("--large-events", type=int, default=LARGE_EVENTS, help="of that log (%(default)s)")
     arguments = parser.parse_args()
     arguments.parts = arguments.only.split(",")

@@ -1,6 +1,5 @@
 """The filtered lists over HTTP, on a log that is many times larger than a page."""
 
-import asyncio
 import http.client
 import itertools
 import json
@@ -13,18 +12,10 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import urlencode
 
-import psycopg
-
-from projections.locks import HOLD_VIEW_LOCK
-from service.database.schema import SERVICE_ROLE, as_role
-from tests.benchmarks.rebuilds import VIEWS
-from tests.benchmarks.report import Row, out
+from tests.benchmarks.report import Row
 from tests.benchmarks.serving import running
-from tests.support.filler import NO_CNOTE, fill_log
-from tests.support.recording import rebuilt
+from tests.support.filler import NO_CNOTE
 
-# An order has a little fewer than six events.
-EVENTS_BY_ORDER: Final = 5.8
 SECONDS_MAX: Final = 0.050
 # For each filter: so many pages, each read once to warm the cache, and then so often.
 PAGES: Final = 3
@@ -83,24 +74,11 @@ def _filters(now: datetime) -> dict[str, list[dict[str, str]]]:
     return {"/audit/transitions": audit, "/orders": orders}
 
 
-def measure_lists(dsn: str, folder: Path, events: int) -> Iterator[Row]:
-    """Fill a log, rebuild the views of the lists, and read pages with many combinations of filters."""
-    began = time.monotonic()
-    written = fill_log(dsn, int(events / EVENTS_BY_ORDER))
-    took = time.monotonic() - began
-    out.print(f"{written:,} events written in {took:.0f} s ({written / took:,.0f}/s)", markup=False)
-    began = time.monotonic()
-    asyncio.run(rebuilt(as_role(dsn, SERVICE_ROLE), views=VIEWS))
-    took = time.monotonic() - began
-    out.print(f"views rebuilt in {took:.0f} s ({written / took:,.0f}/s)", markup=False)
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        connection.execute("VACUUM ANALYZE")
-    with psycopg.connect(dsn, autocommit=True) as holder:
-        # No list reads the statistics. They would need the processor while they follow the log.
-        holder.execute(HOLD_VIEW_LOCK.replace("$1", "'statistics'"))
-        with running(folder, "service", "serve", ORDER_TRACKING_DATABASE_URL=dsn) as service:
-            for path, filters in _filters(datetime.now(UTC)).items():
-                yield _measure(service.port, path, filters)
+def measure_lists(dsn: str, folder: Path) -> Iterator[Row]:
+    """Read pages with many combinations of filters from a large log, whose views are up to date."""
+    with running(folder, "service", "serve", ORDER_TRACKING_DATABASE_URL=dsn) as service:
+        for path, filters in _filters(datetime.now(UTC)).items():
+            yield _measure(service.port, path, filters)
 
 
 def _measure(port: int, path: str, filters: list[dict[str, str]]) -> Row:

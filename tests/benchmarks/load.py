@@ -28,6 +28,7 @@ OVERTIME_SECONDS_MAX: Final = 30
 WEBHOOK_TOKEN: Final = "a-token-of-the-benchmarks"  # noqa: S105 - of a service that lives for one run
 # The run of orders that no load reports.
 UNKNOWN_RUN: Final = 999
+ORDER_DIGITS: Final = 7
 WEBHOOK_PATH: Final = f"/webhook/{WEBHOOK_TOKEN}"
 OWN: Final = "an asyncio generator of our own (wrk is not on the PATH)"
 
@@ -42,10 +43,10 @@ function request()
 end
 """
 LUA_READS: Final = """
-local requests = {}
-for order = 0, %(orders)d - 1 do requests[order + 1] = %(head)s .. string.format("%%07d", order) .. %(tail)s end
 math.randomseed(%(orders)d)
-function request() return requests[math.random(%(orders)d)] end
+function request()
+    return %(head)s .. string.format("%%0%(digits)dd", math.random(%(orders)d) - 1) .. %(tail)s
+end
 """
 LUA_DONE: Final = """
 function done(summary, latency)
@@ -64,7 +65,12 @@ def generator() -> str:
 
 def order_number(run: int, order: int) -> str:
     """Return the number of an order of a run. All numbers have the same length, so that all requests do."""
-    return f"KOM{run:03d}{order:07d}"
+    return f"{order_prefix(run)}{order:0{ORDER_DIGITS}d}"
+
+
+def order_prefix(run: int) -> str:
+    """Return what the numbers of all orders of a run begin with."""
+    return f"KOM{run:03d}"
 
 
 def report(run: int, order: int, status: str) -> bytes:
@@ -103,17 +109,19 @@ class Reports(NamedTuple):
 
 
 class Reads(NamedTuple):
-    """Reads of random orders among the first ``orders`` orders of a run.
+    """Reads of random orders, whose numbers are those below ``orders`` behind a prefix.
 
     Args:
-        run: the run.
-        orders: how many of its orders are read.
+        prefix: the prefix.
+        digits: how many digits a number has at least.
+        orders: how many orders are read.
         key: the API key of the reader.
         suffix: the rest of the path after the order's number, such as ``/timeline``.
         status: the status of the expected responses.
     """
 
-    run: int
+    prefix: str
+    digits: int
     orders: int
     key: str
     suffix: str = ""
@@ -121,18 +129,23 @@ class Reads(NamedTuple):
 
     def lua(self) -> str:
         """Return the same requests as a wrk script."""
-        head, tail = self._get(0).decode().split("0000000")
-        return LUA_READS % {"orders": self.orders, "head": _quoted(head), "tail": _quoted(tail)}
+        head, tail = self._get("NUMBER").decode().split("NUMBER")
+        return LUA_READS % {
+            "orders": self.orders,
+            "digits": self.digits,
+            "head": _quoted(head),
+            "tail": _quoted(tail),
+        }
 
     def requests(self) -> Iterator[bytes]:
         """Yield requests without end."""
-        every = [self._get(order) for order in range(self.orders)]
         chosen = random.Random(self.orders)
+        head, tail = self._get("NUMBER").split(b"NUMBER")
         while True:
-            yield chosen.choice(every)
+            yield b"%s%0*d%s" % (head, self.digits, chosen.randrange(self.orders), tail)
 
-    def _get(self, order: int) -> bytes:
-        head = f"GET /orders/{order_number(self.run, order)}{self.suffix} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    def _get(self, number: str) -> bytes:
+        head = f"GET /orders/{self.prefix}{number}{self.suffix} HTTP/1.1\r\nHost: 127.0.0.1\r\n"
         return f"{head}Authorization: Bearer {self.key}\r\n\r\n".encode()
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH_CHARACTERS: Final = 132
+NO_TARGET: Final = "-"
 
 out = Console(width=WIDTH_CHARACTERS, highlight=False)
 
@@ -40,6 +41,11 @@ def ratio(what: str, measured: float, figures: str, *, least: float = 0, most: f
     return Row(what, f"{measured:.2f}", f">= {least:.2f}" if least else f"<= {most:.2f}", is_met, figures)
 
 
+def figure(what: str, measured: str, figures: str) -> Row:
+    """Return a row that has no target."""
+    return Row(what, measured, NO_TARGET, is_met=True, figures=figures)
+
+
 def machine(postgresql: str, generator: str) -> str:
     """Describe the machine of the measurement."""
     gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
@@ -56,7 +62,8 @@ def print_table(rows: list[Row]) -> None:
     table = Table("what", "measured", "to reach", "", "figures (median of the rounds)", show_lines=True)
     for row in rows:
         verdict = {True: ("ok", "green"), False: ("MISSED", "red"), None: ("INVALID", "bold red")}[row.is_met]
-        table.add_row(row.what, row.measured, row.to_reach, Text(*verdict), row.figures)
+        shown = Text(*verdict) if row.to_reach != NO_TARGET else Text()
+        table.add_row(row.what, row.measured, row.to_reach, shown, row.figures)
     out.print(table)
     missed = [row.what for row in rows if not row.is_met]
     out.print(f"missed: {'; '.join(missed)}" if missed else "every target is reached", markup=False)

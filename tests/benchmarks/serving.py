@@ -315,10 +315,9 @@ def measure_reads(dsn: str, folder: Path, seconds: int) -> Iterator[Row]:
         orders = done.answered // len(load.STATUSES) - load.ORDERS_INTERLEAVED
 
         def read(target: Process, suffix: str, for_seconds: int, *, is_known: bool = True) -> load.Load:
-            if is_known:
-                reads = load.Reads(reports.run, orders, contest.key, suffix)
-            else:
-                reads = load.Reads(load.UNKNOWN_RUN, orders, contest.key, suffix, HTTPStatus.NOT_FOUND)
+            run, status = (reports.run, HTTPStatus.OK) if is_known else (load.UNKNOWN_RUN, HTTPStatus.NOT_FOUND)
+            prefix = load.order_prefix(run)
+            reads = load.Reads(prefix, load.ORDER_DIGITS, orders, contest.key, suffix, status)
             return load.run(reads, target.port, for_seconds, folder)
 
         found: dict[str, list[tuple[load.Load, load.Load, load.Load]]] = {path: [] for path in READ_PATHS}

@@ -19,6 +19,7 @@ from tests.faults.fault import Fault
 from tests.faults.faults import FAULTS
 from tests.faults.mutations import MUTATIONS
 from tests.faults.run import Outcome, run
+from tests.faults.soak import soak
 from tests.faults.world import FULL
 
 out: Final = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -33,6 +34,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mutation", metavar="NAME", help="prove the harness: a service that must turn out red"
     )
+    parser.add_argument(
+        "--soak", type=float, metavar="SECONDS", help="instead, kills and rebuilds for so long, under load"
+    )
     arguments = parser.parse_args()
     known = {fault.name: fault for fault in (*FAULTS, *MUTATIONS)}
     names = [fault.name for fault in FAULTS if fault.is_short or not arguments.short]
@@ -40,7 +44,7 @@ def _arguments() -> argparse.Namespace:
         names = (arguments.mutation or arguments.only).split(",")
     if unknown := sorted(set(names) - set(known)):
         parser.error(f"there is no {unknown[0]}; there are {', '.join(known)}")
-    arguments.faults = [known[name] for name in names]
+    arguments.faults = [known[name] for name in names] if arguments.soak is None else [soak(arguments.soak)]
     return arguments
 
 

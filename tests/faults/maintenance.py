@@ -28,7 +28,7 @@ async def maintain(world: World) -> int:
     for number in range(rounds):
         await world.pause()
         order_no = await _record_order(world, number)
-        works = (_run_statements(world), _dump(world), _erase(world, order_no), _rebuild(world))
+        works = (_run_statements(world), _dump(world), _erase(world, order_no), rebuild(world))
         await asyncio.gather(*works)
     await erase_beside_vacuum(world)
     refused = len(world.load.refused) - already
@@ -88,6 +88,7 @@ async def _erase(world: World, order_no: str) -> None:
     world.violations.expect(code == 0, f"erase: {output}")
 
 
-async def _rebuild(world: World) -> None:
+async def rebuild(world: World) -> None:
+    """Rebuild every view from the log and swap it in."""
     code, output = await world.command("replay")
     world.violations.expect(code == 0, f"replay: {output}")

@@ -97,7 +97,8 @@ class Layout:
         through_proxy: whether a proxy is between the two; this requires given_postgres.
         standby: whether a given PostgreSQL has a standby, and how it replicates. Without a proxy, the DSN has
             both hosts.
-        services: the number of processes that share one port; more than one requires given_postgres.
+        services: the number of services that share one port; more than one requires given_postgres.
+        processes: the number of processes of a service.
         per_second: the rate of the reports; 0 for the effort's.
         has_load: whether reports arrive at that rate; if not, the fault sends its own.
         server_settings: the settings of a given PostgreSQL.
@@ -110,6 +111,7 @@ class Layout:
     through_proxy: bool = False
     standby: Literal["", "asynchronous", "synchronous"] = ""
     services: int = 1
+    processes: int = 1
     per_second: float = 0.0
     has_load: bool = True
     server_settings: Mapping[str, str] = field(default_factory=dict)
@@ -148,6 +150,8 @@ class World:
         self.erased: set[str] = set()
         self._ended_logs: list[str] = []
         self._settings: dict[str, str] = {"LOG_FORMAT": "json"}
+        if layout.processes > 1:
+            self._settings["PROCESSES"] = str(layout.processes)
         if layout.database_url:
             self._settings["DATABASE_URL"] = layout.database_url
         self._proxy: Proxy | None = None
