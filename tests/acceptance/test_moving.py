@@ -103,6 +103,7 @@ async def test_a_moved_log_is_the_same_log(state_dir: Path, new: Path) -> None:
         assert send(moved, "KOM3", "Diterima")["position"] == receipt["position"] + 1
 
 
+@pytest.mark.long
 def test_an_imported_log_is_rebuilt_by_the_next_start(
     service: RunningService, new: Path, tmp_path: Path
 ) -> None:

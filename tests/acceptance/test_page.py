@@ -571,7 +571,10 @@ def findings(page: Page) -> list[tuple[str, str]]:
     return [(rule["id"], node["html"]) for rule in violations for node in rule["nodes"]]
 
 
-@pytest.mark.parametrize(("locale", "scheme", "width"), [("id-ID", "light", 390), ("en-GB", "dark", 1_180)])
+@pytest.mark.parametrize(
+    ("locale", "scheme", "width"),
+    [("id-ID", "light", 390), pytest.param("en-GB", "dark", 1_180, marks=pytest.mark.long)],
+)
 def test_axe_finds_nothing(opened: Open, locale: str, scheme: str, width: int) -> None:
     """axe-core finds nothing on any page, with details and dialogs open, in light and dark.
 

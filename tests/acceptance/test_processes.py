@@ -214,6 +214,7 @@ def send_reports(service: RunningService, number: int) -> None:
             assert response.status == 200
 
 
+@pytest.mark.long
 def test_the_metrics_are_those_of_all_processes_and_outlive_them(tmp_path: Path, owner_dsn: str) -> None:
     """Every scrape, whichever process responds, counts the reports of all, also after each was killed, and
     after each was replaced. Gauges of the database appear once, and a killed process holds no budget.
@@ -244,6 +245,7 @@ def test_the_metrics_are_those_of_all_processes_and_outlive_them(tmp_path: Path,
         )
 
 
+@pytest.mark.long
 def test_the_connections_of_a_frozen_process_are_accepted_by_another(tmp_path: Path, owner_dsn: str) -> None:
     """A process that does not respond is not ready. New connections and scrapes do not wait for it, and its
     counts stay in the sums.
@@ -267,6 +269,7 @@ def test_the_connections_of_a_frozen_process_are_accepted_by_another(tmp_path: P
         assert recorded(scrape(service)) == 40
 
 
+@pytest.mark.long
 def test_the_processes_end_with_their_supervisor(tmp_path: Path, owner_dsn: str) -> None:
     """After kill -9 of the supervisor, its processes end by themselves, and the port is free."""
     with running_service(tmp_path, DATABASE_URL=owner_dsn, PROCESSES="2") as service:
@@ -297,6 +300,7 @@ def test_the_embedded_postgresql_is_the_supervisors(state_dir: Path) -> None:
         assert not [pid for pid in (postmaster, *pids) if psutil.pid_exists(pid)]
 
 
+@pytest.mark.long
 async def test_a_port_in_use_and_a_process_that_cannot_start_end_the_start(
     tmp_path: Path, owner_dsn: str, connection: Connection
 ) -> None:

@@ -120,6 +120,7 @@ async def test_a_reader_serves_the_reports_of_its_primary(shared: Pair) -> None:
     assert 'webhook_refusals_total{cause="read_only"} 1.0' in await reader.text("/metrics")
 
 
+@pytest.mark.long
 async def test_keys_reach_a_reader_with_the_replication(own: Pair) -> None:
     """A key works at the reader once the standby has it, and no longer once it has its revocation."""
 
@@ -201,6 +202,7 @@ async def test_a_reader_reads_through_replays(shared: Pair) -> None:
     assert (await reader.get(path))["status"] == "delivered"
 
 
+@pytest.mark.long
 async def test_a_reader_of_an_old_standby_is_not_ready(own: Pair) -> None:
     """Reads go on while the standby does not replay, but /readyz and View-Age show it."""
     recorder, reader = own.recorder, own.reader
@@ -259,6 +261,7 @@ async def test_the_check_accepts_a_reader_of_a_standby(shared: Pair) -> None:
     assert "read-only transaction" in created.stderr
 
 
+@pytest.mark.long
 async def test_a_reader_stays_a_reader_after_a_promotion(own: Pair) -> None:
     """A promoted server's reader still records nothing; a service that records can use the server at once."""
     recorder, reader = own.recorder, own.reader

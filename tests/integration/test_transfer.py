@@ -314,6 +314,7 @@ async def test_a_damaged_file_imports_nothing(
         assert await content(target) == await content(connection)
 
 
+@pytest.mark.long
 async def test_a_line_without_end_is_refused(tmp_path: Path) -> None:
     """A file that is one endless line, such as a disk image, does not fill the memory."""
     file = tmp_path / "sparse"
