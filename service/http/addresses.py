@@ -38,6 +38,11 @@ def parse_address(text: str) -> IPv4Address | IPv6Address | None:
     return (isinstance(address, IPv6Address) and address.ipv4_mapped) or address
 
 
+@lru_cache(CACHED_MAX)
+def _to_text(address: IPv4Address | IPv6Address) -> str:
+    return str(address)
+
+
 def is_within(address: IPv4Address | IPv6Address, networks: Sequence[Network]) -> bool:
     """Return whether an address is in one of the networks."""
     return any(address in network for network in networks)
@@ -80,4 +85,4 @@ def client_address(request: web.BaseRequest, proxies: Sequence[Network]) -> str 
             address = before
             if not is_within(address, proxies):
                 break
-    return str(address)
+    return _to_text(address)

@@ -1,0 +1,25 @@
+"""Report ids: random UUIDs, made from randomness that the system gives for many of them at once."""
+
+import os
+from collections import deque
+from typing import Final
+
+# Asking the system for each id costs more than the rest of making it.
+IDS_PER_READ: Final = 256
+_UUID_BYTES: Final = 16
+# The hex digit of the variant of RFC 9562, for each value of the digit that it replaces.
+_VARIANTS: Final = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
+
+_random: Final[deque[str]] = deque()
+# Two processes must never make the same ids.
+os.register_at_fork(after_in_child=_random.clear)
+
+
+def make_report_id() -> str:
+    """Return a new UUID of version 4."""
+    if not _random:
+        digits = os.urandom(IDS_PER_READ * _UUID_BYTES).hex()
+        length = 2 * _UUID_BYTES
+        _random.extend(digits[at : at + length] for at in range(0, len(digits), length))
+    one = _random.popleft()
+    return f"{one[:8]}-{one[8:12]}-4{one[13:16]}-{_VARIANTS[one[16]]}{one[17:20]}-{one[20:]}"
