@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -98,13 +98,17 @@ async def test_the_build_is_a_metric(client: Client) -> None:
     assert (await scraped(client))["order_tracking_build_info"] == {labels: 1}
 
 
+# Those of several processes, which the tests of the supervisor read.
+SUPERVISOR_METRICS: Final = {"workers", "worker_restarts_total"}
+
+
 @pytest.mark.parametrize("file", ["alerts.yaml", "grafana.json"])
 async def test_alerts_and_dashboard_use_existing_metrics(dsn: str, file: str) -> None:
     """The alerts and the dashboard use only existing metrics."""
     async with serving_client(dsn, body_retention_days=30) as client:
         await client.webhook("KOM1")
         await client.raw(b"not json")
-        exists = {*await scraped(client), BACKUP_METRIC}
+        exists = {*await scraped(client), BACKUP_METRIC, *SUPERVISOR_METRICS}
     text = (OPERATIONS / file).read_text(encoding="utf-8")
     if file == "grafana.json":
         asked = [target["expr"] for panel in json.loads(text)["panels"] for target in panel["targets"]]
@@ -128,6 +132,20 @@ FIRING: list[tuple[str, dict[str, str], str, list[dict[str, str]]]] = [
     ("ReportsAreTurnedAway", {'webhook_refusals_total{cause="disk_full"}': "0x15"}, "15m", []),
     ("EventsWereLost", {"log_losses_total": "0x5 1+0x9"}, "15m", [{}]),
     ("EventsWereLost", {"log_losses_total": "1+0x15"}, "15m", []),
+    (
+        "ProcessesAreMissing",
+        {'workers{state="configured"}': "3x20", 'workers{state="ready"}': "3x5 2x15"},
+        "15m",
+        [{}],
+    ),
+    (
+        "ProcessesAreMissing",
+        {'workers{state="configured"}': "3x20", 'workers{state="ready"}': "3x20"},
+        "15m",
+        [],
+    ),
+    ("ProcessesDie", {'worker_restarts_total{cause="ended"}': "0x5 3x15"}, "15m", [{"cause": "ended"}]),
+    ("ProcessesDie", {'worker_restarts_total{cause="reload"}': "0x5 9x15"}, "15m", []),
     ("BackupIsOld", {BACKUP_METRIC: "0x2880"}, "36h", []),
     ("BackupIsOld", {BACKUP_METRIC: "0x2880"}, "38h", [{}]),
     ("BackupIsOld", {BACKUP_METRIC: "0x1439 86400x1440"}, "47h", []),
@@ -177,6 +195,8 @@ def test_an_alert_fires_when_it_should(
         "StrangersAreRefused": {"summary": "Requests are refused because of wrong_token."},
         "BudgetIsExhausted": {"summary": "The budget streams is exhausted."},
         "RetentionStands": {"summary": "Old bodies are not erased."},
+        "ProcessesAreMissing": {"summary": "Only 2 of the service's processes are ready."},
+        "ProcessesDie": {"summary": "Processes of the service die and are started again."},
     }
     severity = "critical" if alert in CRITICAL else "warning"
     expected = [
