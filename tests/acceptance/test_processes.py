@@ -3,7 +3,10 @@
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
+import subprocess
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
@@ -20,10 +23,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from projections.postgres_errors import Connection
 from tests.support.commands import call_command
-from tests.support.processes import RunningService, read_whole_log, run_command, running_service
+from tests.support.folders import ROOT
+from tests.support.processes import (
+    COMMAND,
+    RunningService,
+    ended_service,
+    environment,
+    read_whole_log,
+    run_command,
+    running_service,
+)
 from tests.support.waiting import PATIENCE_SECONDS, condition, until, until_async
 
 WORKER: Final = "service.cli.worker"
+NEW_COMMIT: Final = 40 * "f"
 REPLACED: Final = "all processes were replaced"
 TOKEN: Final = "token-of-16-characters"  # noqa: S105 - of the test alone
 CLIENTS: Final = 12
@@ -130,9 +143,13 @@ async def load_on(url: str) -> AsyncIterator[Load]:
 
 
 @contextmanager
-def several(folder: Path, dsn: str, **settings: str) -> Iterator[RunningService]:
+def several(
+    folder: Path, dsn: str, command: tuple[str, ...] = COMMAND, **settings: str
+) -> Iterator[RunningService]:
     """Run a service of two processes, and check that it leaves none."""
-    with running_service(folder, DATABASE_URL=dsn, PROCESSES="2", **settings) as service:
+    service = RunningService(folder, DATABASE_URL=dsn, PROCESSES="2", **settings)
+    service.command = command
+    with ended_service(service):
         pids = worker_pids(service)
         assert len(pids) == 2
         yield service
@@ -203,6 +220,53 @@ async def test_a_rolling_restart_refuses_no_request(tmp_path: Path, owner_dsn: s
         assert samples["worker_restarts_total[('cause', 'reload')]"] == 2
         # A client that was cancelled may have a recorded report without a receipt.
         assert len(load.receipts) <= recorded(samples) <= len(load.receipts) + CLIENTS
+
+
+@pytest.mark.long
+async def test_a_new_release_takes_over_without_a_refusal(tmp_path: Path, owner_dsn: str) -> None:
+    """SIGHUP under load, after new code was installed: all responses are 200, no connection breaks, and the
+    processes run the new code, which rebuilds the view that it defines in another way.
+    """
+    code = tmp_path / "code"
+    for name in ("domain", "projections", "service"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "schema.sql", code)
+    command = ("env", f"PYTHONPATH={code}", *COMMAND)
+    with several(tmp_path, owner_dsn, command=command) as service:
+        assert commit_of(service) != NEW_COMMIT
+        async with load_on(f"{service.url}/webhook") as load:
+            (code / "service" / "commit.txt").write_text(NEW_COMMIT, encoding="utf-8")
+            fold = code / "projections" / "timeline.py"
+            text = fold.read_text(encoding="utf-8")
+            fold.write_text(re.sub(r"fold_version=\d+", "fold_version=999", text), encoding="utf-8")
+            service.process.send_signal(signal.SIGHUP)
+            await until_async(condition(lambda: REPLACED in service.output))
+            await until_async(condition(partial(has_views, service)))
+        assert (load.refusals, load.errors) == ({}, {})
+        assert {commit_of(service) for _ in range(10)} == {NEW_COMMIT}
+        await assert_recorded_once(service, load.receipts)
+        verified = await asyncio.to_thread(
+            subprocess.run,
+            [*command, "replay", "--verify"],
+            cwd=tmp_path,
+            env=environment(tmp_path, DATABASE_URL=owner_dsn),
+            capture_output=True,
+            check=False,
+        )
+        assert verified.returncode == 0, verified.stderr
+
+
+def commit_of(service: RunningService) -> str:
+    """Return the commit of the process that responds."""
+    with urllib.request.urlopen(f"{service.url}/livez", timeout=PATIENCE_SECONDS) as response:  # noqa: S310
+        return str(json.load(response)["commit"])
+
+
+def has_views(service: RunningService) -> bool:
+    """Return whether all views are up to date in the process that responds."""
+    with urllib.request.urlopen(f"{service.url}/projections", timeout=PATIENCE_SECONDS) as response:  # noqa: S310
+        views = json.load(response)["projections"]
+    return all(not view["is_outdated"] for view in views)
 
 
 def send_reports(service: RunningService, number: int) -> None:
