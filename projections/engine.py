@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Final, NamedTuple, TypeAlias, cast
+from typing import Final, NamedTuple, Protocol, TypeAlias, cast
 
 import structlog
 
@@ -63,6 +63,23 @@ ReadLog: TypeAlias = Callable[[int, int], Awaitable[Sequence[LoggedEvent]]]
 ReadHead: TypeAlias = Callable[[], Awaitable[int]]
 
 
+class Gathered(Protocol):
+    """What many events add to a view, summed up in memory."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it takes so much memory that it must be written now."""
+        ...
+
+    def add(self, events: Sequence[DecodedEvent]) -> None:
+        """Add events, in any order."""
+        ...
+
+    async def write(self, connection: Connection) -> None:
+        """Add the sums to the view's tables."""
+        ...
+
+
 @dataclass(frozen=True)
 class View:
     """A view: its tables, and the function that applies events to them.
@@ -77,6 +94,9 @@ class View:
         idle_seconds: the pause after a batch that was not full, so that the next batch is larger under load.
         tables_sql: SQL from schema.sql that creates the tables and their primary keys, with unqualified names.
         indexes_sql: SQL from schema.sql that creates the other indexes. A rebuild writes the rows first.
+        gather: begins a sum of what events add, for a view whose rows count the events of many orders. A
+            rebuild writes such rows once: its snapshot keeps every earlier version of a row, and each further
+            write would search through all of them.
     """
 
     name: str
@@ -87,6 +107,7 @@ class View:
     idle_seconds: float
     tables_sql: str = ""
     indexes_sql: str = ""
+    gather: Callable[[], Gathered] | None = None
 
     @property
     def definition(self) -> str:
@@ -180,7 +201,7 @@ async def apply_batch(
         has_parked: whether any order is parked in the view.
         one_by_one: apply each order separately and park those that fail; otherwise a failure is raised.
     """
-    decoded = await _without_parked(connection, view, batch, has_parked=has_parked)
+    decoded = await without_parked(connection, view, batch, has_parked=has_parked)
     if not one_by_one:
         if decoded:
             await view.apply(connection, decoded)
@@ -192,7 +213,7 @@ async def apply_batch(
         await _apply_order(connection, view, events)
 
 
-async def _without_parked(
+async def without_parked(
     connection: Connection, view: View, batch: Sequence[LoggedEvent], *, has_parked: bool
 ) -> Sequence[DecodedEvent]:
     """Return the events of orders that are not parked; park the orders with an undecodable event."""

@@ -10,6 +10,7 @@ import structlog
 
 from projections import parked
 from projections.engine import (
+    Gathered,
     LoggedEvent,
     OutdatedViewError,
     ReadLog,
@@ -17,6 +18,7 @@ from projections.engine import (
     advance,
     apply_batch,
     view_state,
+    without_parked,
 )
 from projections.locks import HOLD_VIEW_LOCK, TAKE_SWAP_LOCK, TAKE_VIEW_LOCK, TRY_REBUILD_LOCK
 from projections.postgres_errors import Connection, is_event_at_fault
@@ -121,7 +123,13 @@ async def rebuild(
         async with guard.transaction():
             await guard.execute(TAKE_SWAP_LOCK)
         rebuilt = [_NextView(view, await open_connection(f"{view.name}_next")) for view in views]
-        await _fill(rebuilt, guard, log, progress)
+        try:
+            await _fill(rebuilt, guard, log, progress, gathers=True)
+        except Exception as error:
+            if any(connection.is_closed() for _, connection in rebuilt) or not is_event_at_fault(error):
+                raise
+            # The sum cannot be written because of one event. Batch by batch, its order is found and parked.
+            await _fill(rebuilt, guard, log, progress, gathers=False)
         for view, connection in rebuilt:
             # Apply most of the new events now, so that the live projector waits only for the rest.
             for _ in range(CATCH_UP_ROUNDS):
@@ -138,11 +146,13 @@ async def _create_tables(view: View, connection: Connection, guard: Connection, 
     await connection.execute(INSERT_PROJECTION, head, view.definition)
 
 
-async def _fill(rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: Progress) -> None:
+async def _fill(
+    rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: Progress, *, gathers: bool
+) -> None:
     """Write the log up to its current head into new tables, order by order, then create their indexes.
 
     The log is read once, and each view writes at its own pace: while the server writes one batch, the next ones
-    are decoded and folded.
+    are decoded and folded. With ``gathers``, views that can gather write the sum of many batches.
     """
     head = await log.head()
     total = await log.count(head)
@@ -165,16 +175,30 @@ async def _fill(rebuilt: Sequence[_NextView], guard: Connection, log: Log, progr
         async with asyncio.TaskGroup() as group:
             group.create_task(read())
             for (view, connection), queue in zip(rebuilt, queues, strict=True):
-                group.create_task(_write(view, connection, queue))
+                gathered = view.gather() if gathers and view.gather is not None else None
+                group.create_task(_write(view, connection, queue, gathered))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
 
 
-async def _write(view: View, connection: Connection, queue: asyncio.Queue[Sequence[LoggedEvent]]) -> None:
+async def _write(
+    view: View,
+    connection: Connection,
+    queue: asyncio.Queue[Sequence[LoggedEvent]],
+    gathered: Gathered | None,
+) -> None:
     """Apply batches up to an empty one, then create the view's indexes."""
     while batch := await queue.get():
         async with connection.transaction():
-            await _apply(connection, view, batch, has_parked=True)
+            if gathered is None:
+                await _apply(connection, view, batch, has_parked=True)
+                continue
+            gathered.add(await without_parked(connection, view, batch, has_parked=True))
+            if gathered.is_full:
+                await gathered.write(connection)
+    if gathered is not None:
+        async with connection.transaction():
+            await gathered.write(connection)
     if view.indexes_sql:
         await connection.execute(view.indexes_sql)
 

@@ -22,6 +22,8 @@ UNRECOGNISED_LISTED_MAX: Final = 100
 # The number of slots for minutes. The count of a later minute replaces that of an earlier one in the same slot,
 # so the table never grows. Two hours, so that a clock that is fast by less than an hour hides no recent minute.
 MINUTES_KEPT: Final = 120
+# The most words outside the vocabulary that a rebuild sums up in memory: each may have a thousand characters.
+WORDS_GATHERED_MAX: Final = 10_000
 # Stands for an order without a status, since a key cannot be null.
 NO_STATUS: Final = ""
 
@@ -95,18 +97,6 @@ class Word:
         self.last_received_at = max(self.last_received_at or received_at, received_at)
 
 
-@dataclass
-class Additions:
-    """The numbers that some events add to the counters."""
-
-    statuses: dict[str, int] = field(default_factory=dict)
-    moves: dict[tuple[str, str, int], int] = field(default_factory=dict)
-    hours: dict[tuple[datetime, str], int] = field(default_factory=dict)
-    # By slot and verdict: the latest minute of the slot, and its reports.
-    minutes: dict[tuple[int, str], tuple[datetime, int]] = field(default_factory=dict)
-    unrecognised: dict[str, Word] = field(default_factory=dict)
-
-
 def to_bucket(duration: timedelta) -> int:
     """Return the bucket of a duration: 0 below a second, then 1, 2, 3 and so on."""
     seconds = duration.total_seconds()
@@ -121,38 +111,6 @@ def to_seconds(bucket: int) -> float:
 def to_slot(minute: datetime) -> int:
     """Return the slot of a minute, from 0 to MINUTES_KEPT - 1."""
     return int(minute.timestamp()) // 60 % MINUTES_KEPT
-
-
-def fold(events: Iterable[DecodedEvent], additions: Additions) -> None:
-    """Count events. Each event alone determines what it adds.
-
-    A slot of minutes has the count of its latest minute: the result does not depend on the order of the events.
-    """
-    statuses, moves = additions.statuses, additions.moves
-    hours, minutes, unrecognised = additions.hours, additions.minutes, additions.unrecognised
-    for _, event in events:
-        before, after = event.previous_status or NO_STATUS, event.status or NO_STATUS
-        if event.originator_version == 1:
-            statuses[after] = statuses.get(after, 0) + 1
-        elif before != after:
-            statuses[before] = statuses.get(before, 0) - 1
-            statuses[after] = statuses.get(after, 0) + 1
-        if event.verdict == "advanced" and event.previous_since is not None:
-            move = (before, after, to_bucket(event.reached_at - event.previous_since))
-            moves[move] = moves.get(move, 0) + 1
-        if event.rejudges is not None:
-            # It is not a report.
-            unrecognised.setdefault(event.reported_status, Word()).rejudged += 1
-            continue
-        minute = event.timestamp.astimezone(UTC).replace(second=0, microsecond=0)
-        hour = (minute.replace(minute=0), event.verdict)
-        hours[hour] = hours.get(hour, 0) + 1
-        slot = (to_slot(minute), event.verdict)
-        latest, reports = minutes.get(slot, (minute, 0))
-        if minute >= latest:
-            minutes[slot] = (minute, reports + 1 if minute == latest else 1)
-        if event.verdict == "unrecognised":
-            unrecognised.setdefault(event.reported_status, Word()).add_report(event.timestamp)
 
 
 ADD_TO_COUNTERS: Final = """
@@ -189,27 +147,82 @@ ADD_TO_COUNTERS: Final = """
 """
 
 
+@dataclass
+class Additions:
+    """The numbers that some events add to the counters."""
+
+    statuses: dict[str, int] = field(default_factory=dict)
+    moves: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    hours: dict[tuple[datetime, str], int] = field(default_factory=dict)
+    # By slot and verdict: the latest minute of the slot, and its reports.
+    minutes: dict[tuple[int, str], tuple[datetime, int]] = field(default_factory=dict)
+    unrecognised: dict[str, Word] = field(default_factory=dict)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether they have so many words that they must be written now. The calendar limits all else."""
+        return len(self.unrecognised) >= WORDS_GATHERED_MAX
+
+    def add(self, events: Iterable[DecodedEvent]) -> None:
+        """Count events. Each event alone determines what it adds.
+
+        A slot of minutes has the count of its latest minute: the result does not depend on the order of the
+        events.
+        """
+        statuses, moves = self.statuses, self.moves
+        hours, minutes, unrecognised = self.hours, self.minutes, self.unrecognised
+        for _, event in events:
+            before, after = event.previous_status or NO_STATUS, event.status or NO_STATUS
+            if event.originator_version == 1:
+                statuses[after] = statuses.get(after, 0) + 1
+            elif before != after:
+                statuses[before] = statuses.get(before, 0) - 1
+                statuses[after] = statuses.get(after, 0) + 1
+            if event.verdict == "advanced" and event.previous_since is not None:
+                move = (before, after, to_bucket(event.reached_at - event.previous_since))
+                moves[move] = moves.get(move, 0) + 1
+            if event.rejudges is not None:
+                # It is not a report.
+                unrecognised.setdefault(event.reported_status, Word()).rejudged += 1
+                continue
+            minute = event.timestamp.astimezone(UTC).replace(second=0, microsecond=0)
+            hour = (minute.replace(minute=0), event.verdict)
+            hours[hour] = hours.get(hour, 0) + 1
+            slot = (to_slot(minute), event.verdict)
+            latest, reports = minutes.get(slot, (minute, 0))
+            if minute >= latest:
+                minutes[slot] = (minute, reports + 1 if minute == latest else 1)
+            if event.verdict == "unrecognised":
+                unrecognised.setdefault(event.reported_status, Word()).add_report(event.timestamp)
+
+    async def write(self, connection: Connection) -> None:
+        """Add the numbers to the counters, and begin again."""
+        await connection.execute(
+            ADD_TO_COUNTERS,
+            [{"status": status, "orders": orders} for status, orders in self.statuses.items()],
+            [
+                {"previous_status": before, "status": after, "bucket": bucket, "times": times}
+                for (before, after, bucket), times in self.moves.items()
+            ],
+            [
+                {"hour": hour, "verdict": verdict, "reports": reports}
+                for (hour, verdict), reports in self.hours.items()
+            ],
+            [{"reported_status": reported, **vars(word)} for reported, word in self.unrecognised.items()],
+            [
+                {"slot": slot, "verdict": verdict, "minute": minute, "reports": reports}
+                for (slot, verdict), (minute, reports) in self.minutes.items()
+            ],
+        )
+        for counts in (self.statuses, self.moves, self.hours, self.minutes, self.unrecognised):
+            counts.clear()
+
+
 async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
     """Add the numbers of these events to the counters."""
     additions = Additions()
-    fold(events, additions)
-    await connection.execute(
-        ADD_TO_COUNTERS,
-        [{"status": status, "orders": orders} for status, orders in additions.statuses.items()],
-        [
-            {"previous_status": before, "status": after, "bucket": bucket, "times": times}
-            for (before, after, bucket), times in additions.moves.items()
-        ],
-        [
-            {"hour": hour, "verdict": verdict, "reports": reports}
-            for (hour, verdict), reports in additions.hours.items()
-        ],
-        [{"reported_status": reported, **vars(word)} for reported, word in additions.unrecognised.items()],
-        [
-            {"slot": slot, "verdict": verdict, "minute": minute, "reports": reports}
-            for (slot, verdict), (minute, reports) in additions.minutes.items()
-        ],
-    )
+    additions.add(events)
+    await additions.write(connection)
 
 
 VIEW: Final = View(
@@ -220,6 +233,7 @@ VIEW: Final = View(
     # No reader waits for a counter: large batches and a long pause leave more resources to webhooks.
     batch_events_max=2_000,
     idle_seconds=0.1,
+    gather=Additions,
 )
 
 POSITION: Final = "SELECT position FROM statistics.projection"

@@ -12,15 +12,26 @@ from domain.order import NEW_ORDER, Report, decide
 from domain.statuses import STANDARD_VOCABULARY
 from projections.engine import SELECT_VIEW
 from projections.postgres_errors import Connection
-from projections.statistics import MINUTES_KEPT, VIEW, apply, read_minutes, read_statistics
+from projections.statistics import (
+    MINUTES_KEPT,
+    WORDS_GATHERED_MAX,
+    apply,
+    read_minutes,
+    read_statistics,
+    read_unrecognised,
+)
 from service.app import Service
+from service.database.schema import VIEWS
+from service.event_log import store
 from service.settings import Settings
 from tests.support.client import serving_client
 from tests.support.recording import EQUAL, rebuilt, record
 from tests.support.reports import NOW, report
 
 RECOGNISE = STANDARD_VOCABULARY.recognise
+(VIEW,) = (view for view in VIEWS if view.name == "statistics")
 MINUTE = timedelta(minutes=1)
+BEYOND = WORDS_GATHERED_MAX + 1
 LAP = MINUTES_KEPT * MINUTE
 
 
@@ -133,3 +144,26 @@ async def test_the_setting_selects_the_days_of_the_api(dsn: str) -> None:
         assert counters["timezone"] == zone
         (day,) = counters["days"]
         assert day["day"] in today
+
+
+async def test_a_word_that_cannot_be_counted_parks_its_order_alone(dsn: str, connection: Connection) -> None:
+    """In a rebuild, which sums up the whole log, an event that the view cannot store parks only its order."""
+    words = [report("A", "word"), report("B", "nul \x00"), report("C", "word")]
+    await store.append(connection, [decide(NEW_ORDER, one) for one in words])
+    assert await rebuilt(dsn, views=[VIEW]) == [("statistics", 1, 0)]
+    parked = await connection.fetch("SELECT order_no, reason FROM statistics.parked_orders")
+    assert [order_no for order_no, _ in parked] == ["B"]
+    assert parked[0]["reason"].startswith("UntranslatableCharacterError")
+    (word,) = await read_unrecognised(connection, RECOGNISE)
+    assert (word["reported_status"], word["reports"]) == ("word", 2)
+
+
+async def test_a_rebuild_counts_more_words_than_it_sums_up(dsn: str, connection: Connection) -> None:
+    """A rebuild writes its sums each time that they have WORDS_GATHERED_MAX words, and counts all of them."""
+    events = [decide(NEW_ORDER, report(f"KOM{number}", f"word {number}")) for number in range(BEYOND)]
+    repeats = [decide(NEW_ORDER, report(f"MOK{number}", f"word {number}")) for number in range(BEYOND)]
+    for batch in (events, repeats):
+        await store.append(connection, batch)
+    await rebuilt(dsn, views=[VIEW])
+    counted = await connection.fetch("SELECT reports, count(*) FROM statistics.unrecognised GROUP BY reports")
+    assert [*map(tuple, counted)] == [(2, BEYOND)]
