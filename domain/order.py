@@ -45,6 +45,18 @@ class Arrival(NamedTuple):
     imported_at: datetime | None = None
 
 
+class EarlierReport(NamedTuple):
+    """An unrecognised report of an order, which another one judges again.
+
+    Attributes:
+        version: the version of its event.
+        received_at: when it arrived.
+    """
+
+    version: int
+    received_at: datetime
+
+
 class Report(NamedTuple):
     """The content of one webhook, not yet judged.
 
@@ -56,8 +68,7 @@ class Report(NamedTuple):
         body: the whole body as decoded text.
         occurred_at: the sender's own time, None if absent or invalid.
         quarantine_id: the quarantined body that this report was retried from, else None.
-        rejudges: the version of the unrecognised report that is judged again by this one, else None.
-        reported_at: when the report that is judged again arrived, else None.
+        rejudges: the report that is judged again by this one, else None.
     """
 
     arrival: Arrival
@@ -67,17 +78,15 @@ class Report(NamedTuple):
     body: str
     occurred_at: datetime | None = None
     quarantine_id: int | None = None
-    rejudges: int | None = None
-    reported_at: datetime | None = None
+    rejudges: EarlierReport | None = None
 
     def is_overtaken(self, state: OrderState) -> bool:
         """Return whether a later report than the one that is judged again has brought the order's status."""
         return (
             self.rejudges is not None
-            and self.reported_at is not None
             and state.status_version is not None
-            and state.status_version > self.rejudges
-            and (state.status_since is None or state.status_since >= self.reported_at)
+            and state.status_version > self.rejudges.version
+            and (state.status_since is None or state.status_since >= self.rejudges.received_at)
         )
 
 
@@ -167,6 +176,11 @@ class Order(BaseAggregate[str]):
             """When the order reached the status, if the verdict is advanced."""
             return self.reported_at or self.timestamp
 
+        @property
+        def rejudged_report(self) -> EarlierReport | None:
+            """The report that this event judges again, None if it judges its own."""
+            return None if self.rejudges is None else EarlierReport(self.rejudges, self.reached_at)
+
         @classmethod
         def from_fields(cls, fields: dict[str, Any]) -> Self:
             """Return an event with these fields. Every field without a default must be present.
@@ -253,8 +267,7 @@ def decide(
     if report.arrival.token_name is not None:
         fields["token_name"] = report.arrival.token_name
     if report.rejudges is not None:
-        fields["rejudges"] = report.rejudges
-        fields["reported_at"] = report.reported_at
+        fields["rejudges"], fields["reported_at"] = report.rejudges
     if report.arrival.imported_at is not None:
         fields["imported_at"] = report.arrival.imported_at
     return Order.StatusReported.from_fields(fields)

@@ -58,8 +58,7 @@ class TableAudit:
             event.reported_status,
             event.reported_cnote,
             event.body,
-            rejudges=event.rejudges,
-            reported_at=event.reported_at,
+            rejudges=event.rejudged_report,
         )
         today = decide(self._state, report, lambda _word: event.recognised)
         self._state = evolve(self._state, today)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from domain.order import NEW_ORDER, Arrival, Order, OrderState, Report, decide, evolve
+from domain.order import NEW_ORDER, Arrival, EarlierReport, Order, OrderState, Report, decide, evolve
 from domain.statuses import Recognise, Status
 from domain.transitions import Verdict
 from projections.engine import FailedEvent
@@ -52,8 +52,7 @@ class PendingReport(NamedTuple):
             None,
             "",
             occurred_at=self.occurred_at,
-            rejudges=self.version,
-            reported_at=self.received_at,
+            rejudges=EarlierReport(self.version, self.received_at),
         )
 
 

@@ -207,8 +207,7 @@ def _misdecided(log: Sequence[Logged]) -> list[str]:
             event.body,
             event.occurred_at,
             event.quarantine_id,
-            event.rejudges,
-            event.reported_at,
+            event.rejudged_report,
         )
         decided = decide(states[event.originator_id], report)
         if vars(decided) != vars(event):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.order import NEW_ORDER, Order, decide, evolve
+from domain.order import NEW_ORDER, EarlierReport, Order, decide, evolve
 from domain.statuses import ALIASES, SETTLED, Vocabulary, status_label
 from projections import current_status, timeline
 from projections.engine import DecodedEvent, FailedEvent, LoggedEvent
@@ -66,7 +66,7 @@ def logs(draw: st.DrawFn) -> list[DecodedEvent]:
         if event.verdict == "unrecognised" and draw(st.booleans()):
             position += 1
             again = arrived._replace(
-                body="", reported_cnote=None, rejudges=event.originator_version, reported_at=event.timestamp
+                body="", reported_cnote=None, rejudges=EarlierReport(event.originator_version, event.timestamp)
             )
             event = decide(states[report.order_no], again, LATER_WORDS.recognise)
             states[report.order_no] = evolve(NEW_ORDER, event)
