@@ -190,10 +190,11 @@ async def _write(
     """Apply batches up to an empty one, then create the view's indexes."""
     while batch := await queue.get():
         async with connection.transaction():
+            has_parked = (await view_state(connection)).has_parked
             if gathered is None:
-                await _apply(connection, view, batch, has_parked=True)
+                await _apply(connection, view, batch, has_parked=has_parked)
                 continue
-            gathered.add(await without_parked(connection, view, batch, has_parked=True))
+            gathered.add(await without_parked(connection, view, batch, has_parked=has_parked))
             if gathered.is_full:
                 await gathered.write(connection)
     if gathered is not None:
