@@ -10,7 +10,7 @@ import subprocess
 import urllib.request
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -48,8 +48,13 @@ MANY: Final = 200
 
 def worker_pids(service: RunningService) -> set[int]:
     """Return the process ids of the processes that serve."""
-    children = psutil.Process(service.process.pid).children()
-    return {one.pid for one in children if one.status() != psutil.STATUS_ZOMBIE and WORKER in one.cmdline()}
+    pids = set()
+    for child in psutil.Process(service.process.pid).children():
+        # A killed process may disappear at any moment.
+        with suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE and WORKER in child.cmdline():
+                pids.add(child.pid)
+    return pids
 
 
 def ready_processes(service: RunningService) -> int:
