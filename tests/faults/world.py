@@ -337,8 +337,10 @@ class World:
         log = await account.read_log(self.dsn)
         await self._end_tail(len(log))
         exempt = Exempt(frozenset(self.missing), frozenset(self.erased))
-        found = account.compare(
-            log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations, exempt=exempt
+        # In a thread: for a long log this takes minutes, in which the server closes idle connections.
+        found = await in_thread(
+            partial(account.compare, exempt=exempt),
+            *(log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations),
         )
         # If other reports are lost, the views cannot reach the head of their log.
         if found.lost <= len(self.missing):

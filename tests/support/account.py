@@ -239,15 +239,20 @@ async def check_views(log: Sequence[Logged], connections: Connections, violation
             violations.add_wrong("view that does not reach the head", [behind])
             return
         await asyncio.sleep(0.05)
-    rows: dict[str, current_status.Row] = {}
-    current_status.fold(log, rows)
-    orders = [to_order(row) for row in rows.values()]
-    folded = {order["order_no"]: order for order in orjson.loads(orjson.dumps(orders, option=JSON_OPTIONS))}
+    folded = await asyncio.to_thread(_fold, log)
     served = {order["order_no"]: order for order in await _every_order(connections)}
     differences = [
         order_no for order_no in folded.keys() | served.keys() if folded.get(order_no) != served.get(order_no)
     ]
     violations.add_wrong("orders that differ between the API and the log", sorted(differences))
+
+
+def _fold(log: Sequence[Logged]) -> dict[str, Any]:
+    """Return every order as the API must show it, by its number."""
+    rows: dict[str, current_status.Row] = {}
+    current_status.fold(log, rows)
+    orders = [to_order(row) for row in rows.values()]
+    return {order["order_no"]: order for order in orjson.loads(orjson.dumps(orders, option=JSON_OPTIONS))}
 
 
 async def _view_positions(connections: Connections) -> set[int]:

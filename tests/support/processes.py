@@ -23,6 +23,8 @@ COMMAND: Final = (sys.executable, "-m", "service")
 # This variable makes a child process measure its coverage, which makes it a third slower. Only a few tests need
 # that: ``call_command`` runs the same code in the test process.
 COVERAGE_VARIABLE: Final = "COVERAGE_PROCESS_CONFIG"
+# The longest command rebuilds the views of a soak, which has hundreds of thousands of events, under its load.
+COMMAND_SECONDS_MAX: Final = 10 * PATIENCE_SECONDS
 NOT_INHERITED: Final = ("ORDER_TRACKING_", COVERAGE_VARIABLE)
 
 
@@ -52,7 +54,7 @@ def run_command(state_dir: Path, *arguments: str, **settings: str) -> "subproces
         cwd=state_dir,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_SECONDS,
+        timeout=COMMAND_SECONDS_MAX,
         check=False,
     )
 
