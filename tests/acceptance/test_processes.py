@@ -350,23 +350,25 @@ def test_the_processes_end_with_their_supervisor(tmp_path: Path, owner_dsn: str)
             send_reports(successor, 1)
 
 
-def test_the_embedded_postgresql_is_the_supervisors(state_dir: Path) -> None:
+@pytest.mark.parametrize(
+    "end", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)], ids=lambda end: end.name
+)
+def test_the_embedded_postgresql_is_the_supervisors(state_dir: Path, end: signal.Signals) -> None:
     """The option starts several processes on one embedded PostgreSQL, which a rolling restart leaves running.
     SIGTERM ends them all, and so does SIGINT.
     """
-    for end in (signal.SIGTERM, signal.SIGINT):
-        with running_service(state_dir, "--processes", "2") as service:
-            postmaster = service.postmaster_pid
-            assert psutil.Process(postmaster).ppid() == service.process.pid
-            pids = worker_pids(service)
-            assert len(pids) == 2
-            if end == signal.SIGTERM:
-                service.process.send_signal(signal.SIGHUP)
-                until(lambda: REPLACED in service.output)
-            send_reports(service, 10)
-            assert service.postmaster_pid == postmaster
-            assert service.terminate(end) == 0, service.output
-        assert not [pid for pid in (postmaster, *pids) if psutil.pid_exists(pid)]
+    with running_service(state_dir, "--processes", "2") as service:
+        postmaster = service.postmaster_pid
+        assert psutil.Process(postmaster).ppid() == service.process.pid
+        pids = worker_pids(service)
+        assert len(pids) == 2
+        service.process.send_signal(signal.SIGHUP)
+        until(lambda: REPLACED in service.output)
+        pids |= worker_pids(service)
+        send_reports(service, 10)
+        assert service.postmaster_pid == postmaster
+        assert service.terminate(end) == 0, service.output
+    assert not [pid for pid in (postmaster, *pids) if psutil.pid_exists(pid)]
 
 
 @pytest.mark.long
