@@ -128,7 +128,8 @@ async def rebuild(
         except Exception as error:
             if any(connection.is_closed() for _, connection in rebuilt) or not is_event_at_fault(error):
                 raise
-            # The sum cannot be written because of one event. Batch by batch, its order is found and parked.
+            # Batch by batch, the order with the event at fault is found and parked.
+            logger.warning("an event cannot be added to a sum: the rebuild begins again", error=repr(error))
             await _fill(rebuilt, guard, log, progress, gathers=False)
         for view, connection in rebuilt:
             # Apply most of the new events now, so that the live projector waits only for the rest.

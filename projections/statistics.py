@@ -22,7 +22,7 @@ UNRECOGNISED_LISTED_MAX: Final = 100
 # The number of slots for minutes. The count of a later minute replaces that of an earlier one in the same slot,
 # so the table never grows. Two hours, so that a clock that is fast by less than an hour hides no recent minute.
 MINUTES_KEPT: Final = 120
-# The most words outside the vocabulary that a rebuild sums up in memory: each may have a thousand characters.
+# The most words outside the vocabulary that a rebuild sums up in memory. A sender may invent any number.
 WORDS_GATHERED_MAX: Final = 10_000
 # Stands for an order without a status, since a key cannot be null.
 NO_STATUS: Final = ""

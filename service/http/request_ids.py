@@ -1,13 +1,13 @@
 """Request ids, and the route patterns that stand for paths in logs and metrics."""
 
-import random
 import re
 from collections.abc import MutableMapping
 from contextvars import ContextVar
 from typing import Any, Final
-from uuid import UUID
 
 from aiohttp import web
+
+from service.uuids import make_uuid
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
 # One name for all paths without a route, however many a client tries.
@@ -38,13 +38,8 @@ def request_id(request: web.BaseRequest) -> str:
     """
     known = request.get(_KEY)
     if known is None:
-        known = request[_KEY] = caller_request_id(request) or _generate_id()
+        known = request[_KEY] = caller_request_id(request) or make_uuid()
     return known
-
-
-def _generate_id() -> str:
-    # Not a secret, and uuid4 calls the system each time: it took as long as half of a read.
-    return str(UUID(int=random.getrandbits(128), version=4))  # nosec B311
 
 
 def add_request_id(_logger: Any, _method: str, line: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

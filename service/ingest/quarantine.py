@@ -19,7 +19,7 @@ from service.event_log.store import UNREPLICATED, UnreplicatedCommitError
 from service.ingest.parser import parse
 from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
 from service.ingest.refusals import QuarantineFullError
-from service.ingest.report_ids import make_report_id
+from service.uuids import make_uuid
 
 QuarantineState: TypeAlias = Literal["open", "retried", "discarded"]
 
@@ -193,7 +193,7 @@ class _Retry(NamedTuple):
         if state == "discarded":
             raise NotOpenError(f"entry {self.quarantine_id} was discarded: {discard_reason}")
         if state == "open":
-            arrivals = (report.arrival._replace(report_id=make_report_id()) for _ in range(times_seen))
+            arrivals = (report.arrival._replace(report_id=make_uuid()) for _ in range(times_seen))
             return [report._replace(arrival=arrival) for arrival in arrivals]
         return ClaimedEvent(decode_event(order_no, version, topic, event_state), position, same_body=True)
 
@@ -226,7 +226,7 @@ async def retry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None, 
     quarantine_id = entry["quarantine_id"]
     if entry["state"] == "discarded":
         raise NotOpenError(f"entry {quarantine_id} was discarded: {entry['discard_reason']}")
-    arrival = Arrival(make_report_id(), datetime.now(UTC), entry["remote"])
+    arrival = Arrival(make_uuid(), datetime.now(UTC), entry["remote"])
     if entry["state"] == "retried":
         # The claim finds the recorded event. The body is not needed, and may have been erased.
         report = Report(arrival, entry["order_no"] or "", "", None, "")

@@ -20,9 +20,9 @@ from service.ingest.parser import UnreadableError, parse
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
 from service.ingest.refusals import BodiesFullError, ReaderError, Refusals
-from service.ingest.report_ids import make_report_id
 from service.ingest.volume import Volume
 from service.ingest.webhook_auth import Sender, WebhookAuth
+from service.uuids import make_uuid
 
 # The sender documents PUT in its samples and POST in its tips.
 METHODS: Final = ("POST", "PUT")
@@ -74,7 +74,7 @@ class Webhook:
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or quarantine its body, and respond after the commit."""
         sender = _check_head(self._auth, request)
-        arrival = Arrival(make_report_id(), datetime.now(UTC), sender.address, sender.token_name)
+        arrival = Arrival(make_uuid(), datetime.now(UTC), sender.address, sender.token_name)
         try:
             body = await read_body(request)
         except OverBudgetError as error:

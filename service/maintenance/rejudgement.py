@@ -18,8 +18,8 @@ from service.event_log.codec import UndecodableEventError, decode_event
 from service.event_log.feed import Feed
 from service.event_log.store import RecordedEvent
 from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
-from service.ingest.report_ids import make_report_id
 from service.maintenance.audit import BATCH_EVENTS_MAX
+from service.uuids import make_uuid
 
 
 class PendingReport(NamedTuple):
@@ -46,7 +46,7 @@ class PendingReport(NamedTuple):
     def to_report(self, now: datetime) -> Report:
         """Return the report of the rejudgement: it has no body, and no airway bill, which may be outdated."""
         return Report(
-            Arrival(make_report_id(), now),
+            Arrival(make_uuid(), now),
             self.order_no,
             self.reported_status,
             None,

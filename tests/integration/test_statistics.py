@@ -7,6 +7,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from structlog.testing import capture_logs
 
 from domain.order import NEW_ORDER, Report, decide
 from domain.statuses import STANDARD_VOCABULARY
@@ -150,7 +151,12 @@ async def test_a_word_that_cannot_be_counted_parks_its_order_alone(dsn: str, con
     """In a rebuild, which sums up the whole log, an event that the view cannot store parks only its order."""
     words = [report("A", "word"), report("B", "nul \x00"), report("C", "word")]
     await store.append(connection, [decide(NEW_ORDER, one) for one in words])
-    assert await rebuilt(dsn, views=[VIEW]) == [("statistics", 1, 0)]
+    with capture_logs() as logs:
+        assert await rebuilt(dsn, views=[VIEW]) == [("statistics", 1, 0)]
+    assert [log["event"] for log in logs] == [
+        "an event cannot be added to a sum: the rebuild begins again",
+        "order parked",
+    ]
     parked = await connection.fetch("SELECT order_no, reason FROM statistics.parked_orders")
     assert [order_no for order_no, _ in parked] == ["B"]
     assert parked[0]["reason"].startswith("UntranslatableCharacterError")
