@@ -7,14 +7,14 @@ import signal
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 from typing import Final
 
 from tests.faults.fault import Fault
 from tests.faults.maintenance import rebuild
-from tests.faults.resources import Resources, children
+from tests.faults.resources import Resources
 from tests.faults.world import Layout, World
 from tests.support.connections import OK, get
+from tests.support.processes import worker_pids
 from tests.support.waiting import until_async
 
 PROCESSES: Final = 2
@@ -22,9 +22,9 @@ PROCESSES: Final = 2
 KILL_SECONDS: Final = 10.0
 # The memory of the last third of the time, as a multiple of that of the first third.
 MEMORY_RATIO_MAX: Final = 1.2
+REBUILD_SECONDS_MAX: Final = 600.0
 # One kill in this number hits the older process, so that the memory of a long-lived one is seen too.
 KILLS_OF_OLDEST: Final = 8
-WORKER: Final = b"service.cli.worker"
 
 
 def soak(seconds: float) -> Fault:
@@ -38,16 +38,18 @@ def soak(seconds: float) -> Fault:
 
 
 async def _soak(seconds: float, world: World) -> int:
+    # The log grows to hundreds of thousands of events, and the load has the processor too.
+    world.command_seconds_max = REBUILD_SECONDS_MAX
     until = time.monotonic() + seconds
     rebuilds = asyncio.create_task(_rebuild_until(until, world))
     memory = []
     kills = 0
     try:
-        while time.monotonic() < until:
+        while time.monotonic() < until and not rebuilds.done():
             await asyncio.sleep(KILL_SECONDS)
             memory.append(_memory_mb(world))
             kills += 1
-            workers = _workers(world)
+            workers = worker_pids(world.service)
             os.kill(workers[0] if kills % KILLS_OF_OLDEST == 0 else workers[-1], signal.SIGKILL)
             await until_async(partial(_are_ready, world, set(workers)))
         await rebuilds
@@ -73,24 +75,9 @@ async def _rebuild_until(due: float, world: World) -> int:
     return times
 
 
-def _workers(world: World) -> list[int]:
-    """Return the processes that serve, the oldest first."""
-    pids = []
-    for pid in children(world.service.process.pid):
-        process = Path("/proc") / str(pid)
-        try:
-            is_worker = WORKER in (process / "cmdline").read_bytes()
-            began = int((process / "stat").read_text().rpartition(")")[2].split()[19])
-        except FileNotFoundError:
-            continue
-        if is_worker:
-            pids.append((began, pid))
-    return [pid for _, pid in sorted(pids)]
-
-
 async def _are_ready(world: World, before: set[int]) -> bool:
     """Return whether another process has taken the place of a killed one, and all are ready."""
-    if not set(_workers(world)) - before:
+    if not set(worker_pids(world.service)) - before:
         return False
     answer = await world.connections.request(get("/readyz"))
     return (
@@ -99,5 +86,5 @@ async def _are_ready(world: World, before: set[int]) -> bool:
 
 
 def _memory_mb(world: World) -> float:
-    pids = [world.service.process.pid, *_workers(world)]
+    pids = [world.service.process.pid, *worker_pids(world.service)]
     return sum(Resources.of(pid, world.port).memory_mb for pid in pids)

@@ -27,7 +27,7 @@ from tests.support.account import Count, Exempt, Violations
 from tests.support.connections import Connections
 from tests.support.folders import make_folder
 from tests.support.load import Acknowledged, Journal, Load, Tail
-from tests.support.processes import COMMAND, RunningService, run_command
+from tests.support.processes import COMMAND, RunningService, run_command_for
 from tests.support.waiting import PATIENCE_SECONDS, until
 
 # The pool opens its 8 connections on demand and keeps them; the rest are a few log files.
@@ -148,6 +148,8 @@ class World:
         # Whether readers may be at positions that the log has lost.
         self.may_be_gone = False
         self.erased: set[str] = set()
+        # The time limit of each command.
+        self.command_seconds_max = PATIENCE_SECONDS
         self._ended_logs: list[str] = []
         self._settings: dict[str, str] = {"LOG_FORMAT": "json"}
         if layout.processes > 1:
@@ -318,7 +320,8 @@ class World:
 
     async def command(self, *arguments: str, **settings: str) -> tuple[int, str]:
         """Run a command of the service on this world's database, and return its exit code and output."""
-        ended = await in_thread(partial(run_command, self.state_dir, *arguments, **self._settings | settings))
+        run = partial(run_command_for, self.command_seconds_max, self.state_dir)
+        ended = await in_thread(partial(run, *arguments, **self._settings | settings))
         return ended.returncode, ended.stdout + ended.stderr
 
     def expect_in_time(self, holds: bool, line: str) -> None:  # noqa: FBT001 - read as a sentence

@@ -7,24 +7,25 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Self
 from uuid import uuid4
 
 import aiohttp
+import psutil  # type: ignore[import-untyped]  # it brings no types
 
+from service.cli import supervisor
 from service.database.embedded_postgres import running_dsn
 from tests.support.folders import ROOT
 from tests.support.waiting import PATIENCE_SECONDS, until
 
 LISTENS: Final = re.compile(r'order-tracking is listening on (?P<url>[^\s"]+)')
 COMMAND: Final = (sys.executable, "-m", "service")
+WORKER: Final = supervisor.COMMAND[-1]
 # This variable makes a child process measure its coverage, which makes it a third slower. Only a few tests need
 # that: ``call_command`` runs the same code in the test process.
 COVERAGE_VARIABLE: Final = "COVERAGE_PROCESS_CONFIG"
-# The longest command rebuilds the views of a soak, which has hundreds of thousands of events, under its load.
-COMMAND_SECONDS_MAX: Final = 10 * PATIENCE_SECONDS
 NOT_INHERITED: Final = ("ORDER_TRACKING_", COVERAGE_VARIABLE)
 
 
@@ -48,13 +49,20 @@ def environment(state_dir: Path, **settings: str) -> dict[str, str]:
 
 def run_command(state_dir: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
     """Run a command until it exits."""
+    return run_command_for(PATIENCE_SECONDS, state_dir, *arguments, **settings)
+
+
+def run_command_for(
+    seconds_max: float, state_dir: Path, *arguments: str, **settings: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command until it exits, for at most so many seconds."""
     return subprocess.run(
         [*COMMAND, *arguments],
         env=environment(state_dir, **settings),
         cwd=state_dir,
         capture_output=True,
         text=True,
-        timeout=COMMAND_SECONDS_MAX,
+        timeout=seconds_max,
         check=False,
     )
 
@@ -183,6 +191,17 @@ class RunningService:
                 self.terminate()
             except subprocess.TimeoutExpired:
                 self.kill()
+
+
+def worker_pids(service: RunningService) -> list[int]:
+    """Return the ids of the processes that serve for a supervisor, the oldest first."""
+    workers = []
+    for child in psutil.Process(service.process.pid).children():
+        # A killed process may disappear at any moment.
+        with suppress(psutil.NoSuchProcess):
+            if child.status() != psutil.STATUS_ZOMBIE and WORKER in child.cmdline():
+                workers.append((child.create_time(), child.pid))
+    return [pid for _, pid in sorted(workers)]
 
 
 @contextmanager
