@@ -1,7 +1,6 @@
 """What a large log costs: rebuilds, filtered lists, webhooks and reads, against a small or an empty log."""
 
 import asyncio
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,16 +97,11 @@ def _measure_loads(
 
 
 def _compare(what: str, pairs: list[tuple[load.Load, load.Load]], filled: _Filled) -> Row:
-    shares = [large.per_second / empty.per_second for large, empty in pairs]
-    large, empty = (statistics.median(one.per_second for one in loads) for loads in zip(*pairs, strict=True))
-    p99 = [statistics.median(one.p99_ms for one in loads) for loads in zip(*pairs, strict=True)]
-    row = ratio(
+    large, empty = zip(*pairs, strict=True)
+    failed = sum(one.failed for one in (*large, *empty))
+    return ratio(
         f"{what} with {filled.events:,} events of {filled.orders:,} orders, as a share of an empty log",
-        statistics.median(shares),
-        f"{large:,.0f}/s against {empty:,.0f}/s; by round {' '.join(f'{share:.2f}' for share in shares)}; "
-        f"p99 {p99[0]:.1f} ms against {p99[1]:.1f} ms",
+        load.median_ratio(large, empty),
+        load.compared(large, empty),
         least=LOAD_RATIO_MIN,
-    )
-    if failed := sum(one.failed for pair in pairs for one in pair):
-        return row._replace(measured="-", is_met=None, figures=f"{failed} requests had another status")
-    return row
+    ).unless(f"{failed} requests had another status" if failed else None)

@@ -163,6 +163,33 @@ class Load(NamedTuple):
         return self.answered / self.seconds
 
 
+Loads = list[Load] | tuple[Load, ...]
+
+
+def median(loads: Loads) -> float:
+    """Return the median of the responses a second."""
+    return statistics.median(done.per_second for done in loads)
+
+
+def by_round(ours: Loads, others: Loads) -> str:
+    """Return the ratio within each round."""
+    return " ".join(f"{one.per_second / other.per_second:.2f}" for one, other in zip(ours, others, strict=True))
+
+
+def median_ratio(ours: Loads, others: Loads) -> float:
+    """Return the median of the ratios within the rounds."""
+    return statistics.median(one.per_second / other.per_second for one, other in zip(ours, others, strict=True))
+
+
+def compared(ours: Loads, others: Loads) -> str:
+    """Describe two contenders: responses a second, by round, and the 99th percentiles."""
+    return (
+        f"{median(ours):,.0f}/s against {median(others):,.0f}/s; by round {by_round(ours, others)}; "
+        f"p99 {statistics.median(one.p99_ms for one in ours):.1f} ms against "
+        f"{statistics.median(one.p99_ms for one in others):.1f} ms"
+    )
+
+
 def run(requests: Reports | Reads, port: int, seconds: int, folder: Path) -> Load:
     """Send requests for some seconds over CONNECTIONS connections without pipelining."""
     time_max = seconds + OVERTIME_SECONDS_MAX

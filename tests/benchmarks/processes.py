@@ -100,21 +100,14 @@ def measure_processes(dsn: str, folder: Path, seconds: int) -> Iterator[Row]:
             for count, loads in found.items():
                 loads.append(measure(count))
     for count in COUNTS[1:]:
-        pairs = [*zip(found[count], found[1], strict=True)]
-        shares = [ours.done.per_second / one.done.per_second for ours, one in pairs]
-        failed = sum(ours.done.failed + one.done.failed for ours, one in pairs)
-        row = ratio(
+        ours, one = ([run.done for run in found[number]] for number in (count, 1))
+        failed = sum(done.failed for done in (*ours, *one))
+        yield ratio(
             f"durable webhooks/s of {count} processes, as a share of one",
-            statistics.median(shares),
-            f"{_describe(found[count])} against {_describe(found[1])}; by round "
-            + " ".join(f"{share:.2f}" for share in shares),
+            load.median_ratio(ours, one),
+            f"{_describe(found[count])} against {_describe(found[1])}; by round {load.by_round(ours, one)}",
             least=LEAST,
-        )
-        if failed:
-            row = row._replace(
-                measured="-", is_met=None, figures=f"{failed} webhooks were not answered with 200"
-            )
-        yield row
+        ).unless(f"{failed} webhooks were not answered with 200" if failed else None)
 
 
 def _describe(loads: list[_Loaded]) -> str:

@@ -34,6 +34,10 @@ class Row(NamedTuple):
     is_met: bool | None
     figures: str
 
+    def unless(self, fault: str | None) -> "Row":
+        """Return this row, or an invalid one that names the fault, if there is one."""
+        return self if fault is None else self._replace(measured="-", is_met=None, figures=fault)
+
 
 def ratio(what: str, measured: float, figures: str, *, least: float = 0, most: float = 0) -> Row:
     """Return a row whose target is a minimum or a maximum ratio."""

@@ -261,38 +261,28 @@ def measure_webhooks(dsn: str, library_dsn: str | None, folder: Path, seconds: i
             f"webhooks: {contest.answered} answered with 200, {fault or 'each in the log, once'}; "
             f"the views had the whole log {contest.catch_up_seconds:.2f} s after a load at the latest"
         )
-
-        def row(made: Row) -> Row:
-            return made if fault is None else made._replace(measured="-", is_met=None, figures=fault)
-
-        yield row(
-            ratio(
-                "durable webhooks/s, as a share of a handler that parses and does nothing",
-                _median_ratio(ours, nothing),
-                f"{_median(ours):,.0f}/s against {_median(nothing):,.0f}/s; "
-                f"by round {_by_round(ours, nothing)}",
-                least=0.60,
-            )
-        )
+        yield ratio(
+            "durable webhooks/s, as a share of a handler that parses and does nothing",
+            load.median_ratio(ours, nothing),
+            f"{load.median(ours):,.0f}/s against {load.median(nothing):,.0f}/s; "
+            f"by round {load.by_round(ours, nothing)}",
+            least=0.60,
+        ).unless(fault)
         p99 = [one.p99_ms / other.p99_ms for one, other in zip(ours, nothing, strict=True)]
-        yield row(
-            ratio(
-                "p99 of a webhook at that load, as a multiple of that handler's",
-                statistics.median(p99),
-                f"{statistics.median(one.p99_ms for one in ours):.1f} ms against "
-                f"{statistics.median(one.p99_ms for one in nothing):.1f} ms",
-                most=3,
-            )
-        )
+        yield ratio(
+            "p99 of a webhook at that load, as a multiple of that handler's",
+            statistics.median(p99),
+            f"{statistics.median(one.p99_ms for one in ours):.1f} ms against "
+            f"{statistics.median(one.p99_ms for one in nothing):.1f} ms",
+            most=3,
+        ).unless(fault)
         if library:
-            yield row(
-                ratio(
-                    "durable webhooks/s, against the library's own application and recorder",
-                    _median_ratio(ours, library[0]),
-                    f"{_median(ours):,.0f}/s against {_median(library[0]):,.0f}/s",
-                    least=15,
-                )
-            )
+            yield ratio(
+                "durable webhooks/s, against the library's own application and recorder",
+                load.median_ratio(ours, library[0]),
+                f"{load.median(ours):,.0f}/s against {load.median(library[0]):,.0f}/s",
+                least=15,
+            ).unless(fault)
         yield Row(
             "memory of the service after that load",
             f"{memory.now:.0f} MB",
@@ -336,29 +326,18 @@ def measure_reads(dsn: str, folder: Path, seconds: int) -> Iterator[Row]:
         for made in (
             ratio(
                 f"{path} per second, as a share of a handler that does nothing",
-                _median_ratio(known_loads, baselines),
-                f"{_compared(known_loads, baselines)}; {orders:,} orders",
+                load.median_ratio(known_loads, baselines),
+                f"{load.compared(known_loads, baselines)}; {orders:,} orders",
                 least=READ_PATHS[suffix],
             ),
             ratio(
                 f"{path} of unknown orders per second, as a share of known ones",
-                _median_ratio(unknown_loads, known_loads),
-                _compared(unknown_loads, known_loads),
+                load.median_ratio(unknown_loads, known_loads),
+                load.compared(unknown_loads, known_loads),
                 least=1,
             ),
         ):
-            if failed:
-                yield made._replace(measured="-", is_met=None, figures=f"{failed} reads had another status")
-            else:
-                yield made
-
-
-def _compared(ours: "Loads", others: "Loads") -> str:
-    return (
-        f"{_median(ours):,.0f}/s against {_median(others):,.0f}/s; by round {_by_round(ours, others)}; "
-        f"p99 {statistics.median(one.p99_ms for one in ours):.1f} ms against "
-        f"{statistics.median(one.p99_ms for one in others):.1f} ms"
-    )
+            yield made.unless(f"{failed} reads had another status" if failed else None)
 
 
 def measure_history(dsn: str, folder: Path) -> Row:
@@ -394,18 +373,3 @@ def measure_history(dsn: str, folder: Path) -> Row:
         f"the long one's first, not in memory yet, {first_long:.2f} ms",
         most=HISTORY_RATIO_MAX,
     )
-
-
-Loads = list[load.Load] | tuple[load.Load, ...]
-
-
-def _median(loads: Loads) -> float:
-    return statistics.median(done.per_second for done in loads)
-
-
-def _by_round(ours: Loads, others: Loads) -> str:
-    return " ".join(f"{one.per_second / other.per_second:.2f}" for one, other in zip(ours, others, strict=True))
-
-
-def _median_ratio(ours: Loads, others: Loads) -> float:
-    return statistics.median(one.per_second / other.per_second for one, other in zip(ours, others, strict=True))

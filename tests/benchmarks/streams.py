@@ -39,7 +39,7 @@ def measure_streams(dsn: str, folder: Path, seconds: int) -> Row:
         f"{' '.join(f'{share:.2f}' for share in shares)}",
         least=0.90,
     )
-    return made if fault is None else made._replace(measured="-", is_met=None, figures=fault)
+    return made.unless(fault)
 
 
 @contextmanager
