@@ -36,6 +36,7 @@ class Arrival(NamedTuple):
         token_name: the name of the token that the sender used, None if it has none.
         imported_at: when an operator imported the report; then ``received_at`` is the time that the operator
             gave. None for a webhook.
+        traceparent: the sender's trace (W3C Trace Context), None if it sent none.
     """
 
     report_id: str
@@ -43,6 +44,7 @@ class Arrival(NamedTuple):
     remote: str | None = None
     token_name: str | None = None
     imported_at: datetime | None = None
+    traceparent: str | None = None
 
 
 class EarlierReport(NamedTuple):
@@ -140,7 +142,8 @@ class Order(BaseAggregate[str]):
         judged. ``previous_since`` is when the order reached ``previous_status``. ``repeats`` is the version of
         the timeline entry that this report repeats. ``rejudges`` is the version of the report that an operator
         had judged again, after its word had become known; such an event is not a report of its own.
-        ``reported_at`` is when that report arrived, and so when the order reached the status.
+        ``reported_at`` is when that report arrived, and so when the order reached the status. ``traceparent`` is
+        the sender's trace.
 
         A member with a default was added after the first release. An event has it only if its value differs, so
         that events of every release have the same bytes.
@@ -170,6 +173,7 @@ class Order(BaseAggregate[str]):
         rejudges: int | None = field(default=None, kw_only=True)
         imported_at: datetime | None = field(default=None, kw_only=True)
         reported_at: datetime | None = field(default=None, kw_only=True)
+        traceparent: str | None = field(default=None, kw_only=True)
 
         @property
         def reached_at(self) -> datetime:
@@ -270,6 +274,8 @@ def decide(
         fields["rejudges"], fields["reported_at"] = report.rejudges
     if report.arrival.imported_at is not None:
         fields["imported_at"] = report.arrival.imported_at
+    if report.arrival.traceparent is not None:
+        fields["traceparent"] = report.arrival.traceparent
     return Order.StatusReported.from_fields(fields)
 
 

@@ -49,7 +49,7 @@ from service.http.addresses import LOOPBACK
 from service.http.auth_refusals import AuthRefusals
 from service.http.budgets import BUDGETS, Budgets
 from service.http.endpoints import Api, make_routes
-from service.http.request_ids import route_pattern
+from service.http.request_ids import TRACE_HEADER, caller_trace, route_pattern
 from service.http.server import HttpServer
 from service.http.share_links import ShareLinks
 from service.ingest.quarantine import Quarantine
@@ -263,7 +263,9 @@ class Service:
         self.metrics.measure_response(request, status, seconds)
         if self._logs_requests:
             route, milliseconds = route_pattern(request), round(seconds * 1_000, 1)
-            logger.info("request", method=request.method, route=route, status=status, ms=milliseconds)
+            trace = caller_trace(request)
+            more = {} if trace is None else {TRACE_HEADER: trace}
+            logger.info("request", method=request.method, route=route, status=status, ms=milliseconds, **more)
 
     def _make_projector(self, view: View) -> Projector:
         dedicated = self.projection_connections[view.name]

@@ -46,7 +46,8 @@ class StatusReported(TypedDict):
     timeline entry that the report repeats. ``body`` and ``remote`` are null for a key of the scope ``read``.
     Only some events have the members after ``reason``: ``token_name`` is the name of the sender's token,
     ``rejudges`` the version of the report that this event judges again, ``reported_at`` the time at which that
-    report arrived, and ``imported_at`` the time at which an operator imported the report.
+    report arrived, ``imported_at`` the time at which an operator imported the report, and ``traceparent`` the trace
+    of the webhook's request.
     """
 
     timestamp: UtcTime
@@ -72,6 +73,7 @@ class StatusReported(TypedDict):
     rejudges: NotRequired[int]
     reported_at: NotRequired[UtcTime]
     imported_at: NotRequired[UtcTime]
+    traceparent: NotRequired[str]
 
 
 class UndecodableEventError(Exception):

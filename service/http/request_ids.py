@@ -1,4 +1,4 @@
-"""Request ids, and the route patterns that stand for paths in logs and metrics."""
+"""Request ids, traces, and the route patterns that stand for paths in logs and metrics."""
 
 import re
 from collections.abc import MutableMapping
@@ -10,11 +10,14 @@ from aiohttp import web
 from service.uuids import make_uuid
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
+TRACE_HEADER: Final = "traceparent"
 # One name for all paths without a route, however many a client tries.
 UNKNOWN_ROUTE: Final = "unknown"
 
 # The ids that a caller or its proxy may choose. Other characters could look like part of a log line.
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._~+/=:-]{1,128}", re.ASCII)
+# Version 00 of W3C Trace Context. Ids of zeros alone are invalid.
+_TRACE: Final = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _KEY: Final = web.RequestKey("request_id", str)
 # The request that this task is handling. A connection's task handles one request after the other.
 _current: Final[ContextVar[web.BaseRequest | None]] = ContextVar("current", default=None)
@@ -29,6 +32,12 @@ def caller_request_id(request: web.BaseRequest) -> str | None:
     """Return the caller's own id of a request, None if absent or invalid."""
     request_id = request.headers.get(REQUEST_ID_HEADER)
     return request_id if request_id is not None and _REQUEST_ID.fullmatch(request_id) else None
+
+
+def caller_trace(request: web.BaseRequest) -> str | None:
+    """Return the caller's trace of a request (W3C Trace Context), None if absent or invalid."""
+    trace = request.headers.get(TRACE_HEADER)
+    return trace if trace is not None and _TRACE.fullmatch(trace) else None
 
 
 def request_id(request: web.BaseRequest) -> str:

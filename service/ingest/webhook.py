@@ -14,6 +14,7 @@ from service.database.log_identity import LogIdentity
 from service.http.body import read_body
 from service.http.budgets import OverBudgetError
 from service.http.problems import only_reads, unavailable
+from service.http.request_ids import caller_trace
 from service.http.responses import LOG_HEADER, json_response
 from service.ingest.idempotency import IdempotencyKey, read_key
 from service.ingest.parser import UnreadableError, parse
@@ -74,7 +75,13 @@ class Webhook:
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or quarantine its body, and respond after the commit."""
         sender = _check_head(self._auth, request)
-        arrival = Arrival(make_uuid(), datetime.now(UTC), sender.address, sender.token_name)
+        arrival = Arrival(
+            make_uuid(),
+            datetime.now(UTC),
+            sender.address,
+            sender.token_name,
+            traceparent=caller_trace(request),
+        )
         try:
             body = await read_body(request)
         except OverBudgetError as error:

@@ -325,3 +325,12 @@ async def test_the_name_of_a_token_is_in_the_event(dsn: str) -> None:
         events = (await client.get("/events"))["events"]
     assert [event["data"].get("token_name") for event in events] == ["shop", None]
     assert "token_name" not in events[1]["data"]
+
+
+async def test_the_trace_of_a_request_is_in_the_event(client: Client) -> None:
+    """A valid traceparent is recorded with the report; an invalid one is ignored."""
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for traceparent in (trace, "00-" + 32 * "0" + "-00f067aa0ba902b7-01", "nonsense"):
+        await client.raw(b'{"order_no":"KOM1","status":"Dikirim"}', traceparent=traceparent)
+    events = (await client.get("/events"))["events"]
+    assert [event["data"].get("traceparent") for event in events] == [trace, None, None]

@@ -200,7 +200,10 @@ def _misdecided(log: Sequence[Logged]) -> list[str]:
     differences = []
     for _, event in log:
         report = Report(
-            Arrival(event.report_id, event.timestamp, event.remote, event.token_name, event.imported_at),
+            Arrival(
+                *(event.report_id, event.timestamp, event.remote),
+                *(event.token_name, event.imported_at, event.traceparent),
+            ),
             event.originator_id,
             event.reported_status,
             event.reported_cnote,

@@ -67,6 +67,7 @@ EVENTS = st.builds(
     rejudges=st.none() | BIGINT,
     reported_at=st.none() | TIMES,
     imported_at=st.none() | TIMES,
+    traceparent=st.none() | TEXT,
 )
 TOPIC = "order.status_reported"
 
