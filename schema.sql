@@ -255,6 +255,53 @@ CREATE TABLE handled_contradictions (
 );
 
 ------------------------------------------------------------------------------------------------------------
+-- Subscriptions: endpoints of the shop to which order events are sent. A subscription is a position in the log.
+
+CREATE TABLE subscriptions (
+    subscription_id        uuid        NOT NULL DEFAULT gen_random_uuid() PRIMARY KEY,
+    url                    text        NOT NULL,
+    verdicts               text[]      NOT NULL,          -- of the events to send; empty for all
+    statuses               text[]      NOT NULL,          -- the same
+    include                text[]      NOT NULL,          -- what else the body has
+    secret                 text        NOT NULL,
+    previous_secret        text,                          -- still signs, until the time below
+    previous_secret_until  timestamptz,
+    state                  text        NOT NULL COLLATE "C" DEFAULT 'active'
+        CHECK (state IN ('active', 'paused', 'disabled')),
+    state_reason           text,                          -- why it is not active
+    created_at             timestamptz NOT NULL DEFAULT now(),
+    generation             bigint      NOT NULL DEFAULT 1,  -- higher after each change of an operator, and with each
+                                                          -- new deliverer: one with a lower number may not save
+    log_id                 uuid        NOT NULL,          -- the log of the position
+    position               bigint      NOT NULL,          -- every event up to it is done, or its order is held
+    report_id              text,                          -- of the event at the position, if it was read
+    delivered              bigint      NOT NULL DEFAULT 0,  -- the number of successful attempts
+    failed                 bigint      NOT NULL DEFAULT 0,  -- the number of the others
+    responses              json        NOT NULL DEFAULT '[]'  -- the latest ones
+) WITH (
+    -- The position moves with every few deliveries.
+    fillfactor = 50,
+    autovacuum_vacuum_scale_factor = 0.02
+);
+
+-- The orders with an undelivered event. Their later events wait behind it, up to the subscription's position.
+
+CREATE TABLE held_orders (
+    held_id          bigint      GENERATED ALWAYS AS IDENTITY,
+    subscription_id  uuid        NOT NULL REFERENCES subscriptions (subscription_id) ON DELETE CASCADE,
+    order_no         text        NOT NULL COLLATE "C",
+    version          bigint      NOT NULL,                -- of the undelivered event
+    position         bigint      NOT NULL,                -- the same
+    held_since       timestamptz NOT NULL,
+    attempts         integer     NOT NULL,                -- at this event
+    last_attempt_at  timestamptz,
+    next_attempt_at  timestamptz,                         -- null after the last attempt: an operator must act
+    last_error       text,
+    PRIMARY KEY (subscription_id, order_no)
+);
+CREATE INDEX held_orders_list_idx ON held_orders (subscription_id, held_id);
+
+------------------------------------------------------------------------------------------------------------
 -- Erasure: the one way in which an event's bytes change. The owner removes the body and the address. The verdicts and
 -- times stay, so every view and every audit stays the same.
 
@@ -311,7 +358,8 @@ BEGIN
         RETURN;
     END IF;
     GRANT SELECT ON schema_version, view_names, order_events, idempotency_keys, quarantine, api_keys, sessions,
-        operations, handled_contradictions, erasures, log_identity TO order_tracking_service;
+        operations, handled_contradictions, erasures, log_identity, subscriptions, held_orders
+        TO order_tracking_service;
     GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
     GRANT EXECUTE ON FUNCTION lock_order_events(), make_view_schema(text), swap_view_schemas(text)
         TO order_tracking_service;
@@ -324,6 +372,7 @@ BEGIN
     GRANT INSERT, DELETE, UPDATE (used_at) ON sessions TO order_tracking_service;
     GRANT INSERT (via, actor, action, subject, reason) ON operations TO order_tracking_service;
     GRANT INSERT ON handled_contradictions TO order_tracking_service;
+    GRANT INSERT, DELETE, UPDATE ON subscriptions, held_orders TO order_tracking_service;
     -- For a backup.
     GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO order_tracking_service;
 END $$;

@@ -138,12 +138,12 @@ class Order(BaseAggregate[str]):
         """One report and its verdict: the immutable record.
 
         ``timestamp`` is the time of arrival. ``status``, ``leg``, ``status_version`` and ``cnote`` are the
-        order's values after this event. ``recognised`` is the status that the reported string meant when it was
-        judged. ``previous_since`` is when the order reached ``previous_status``. ``repeats`` is the version of
-        the timeline entry that this report repeats. ``rejudges`` is the version of the report that an operator
-        had judged again, after its word had become known; such an event is not a report of its own.
-        ``reported_at`` is when that report arrived, and so when the order reached the status. ``traceparent`` is
-        the sender's trace.
+        order's values after this event. ``recognised`` is the status that the reported string meant when it
+        was judged. ``previous_since`` is when the order reached ``previous_status``. ``repeats`` is the
+        version of the timeline entry that this report repeats. ``rejudges`` is the version of the report that
+        an operator had judged again, after its word had become known; such an event is not a report of its
+        own. ``reported_at`` is when that report arrived, and so when the order reached the status.
+        ``traceparent`` is the sender's trace.
 
         A member with a default was added after the first release. An event has it only if its value differs, so
         that events of every release have the same bytes.

@@ -61,10 +61,17 @@ from service.ingest.webhook import RefusedWebhook, Webhook
 from service.ingest.webhook_auth import WebhookAuth
 from service.maintenance.replay import Rebuilder
 from service.maintenance.retention import PASS_SECONDS, Retention
+from service.pages.deliveries import DeliveryPages
 from service.pages.handlers import Pages
 from service.pages.render import IS_READER, ZONE
 from service.pages.share import SharePages
 from service.settings import Settings
+from service.subscriptions.api import SubscriptionsApi
+from service.subscriptions.dispatcher import Dispatcher
+from service.subscriptions.log_reader import LogReader
+from service.subscriptions.progress import Progress
+from service.subscriptions.sending import Sender
+from service.subscriptions.subscription import list_subscriptions
 
 # How long a projection may overlook an event whose notification is lost.
 POLL_SECONDS: Final = 1.0
@@ -128,6 +135,16 @@ class Service:
         volume = Volume(settings.webhook_bytes_hourly_max)
         auth_refusals = AuthRefusals(settings.trusted_proxies)
         self.refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
+        # A position that is lost in a crash of the server costs repeats, so no save waits for the disk.
+        self.subscriptions_connection = DedicatedConnection(partial(connect_hot, synchronous_commit="off"))
+        self.deliveries_connection = DedicatedConnection(connect_hot)
+        self.sender = Sender(settings.subscription_networks, self.log)
+        self.dispatcher = Dispatcher(
+            Progress(self.subscriptions_connection),
+            LogReader(self.feed, self.deliveries_connection),
+            self.sender,
+            settings.subscription_retry_seconds,
+        )
         self.retention: Retention | None = None
         if settings.body_retention_days:
             self.retention = Retention(self.pool, owner_dsn or dsn, dsn, settings.body_retention_days)
@@ -142,6 +159,8 @@ class Service:
             self.retention,
             lambda: self.recorder,
             processes,
+            deliveries=self.dispatcher.outcomes,
+            list_subscriptions=list_subscriptions,
         )
         self.recorder = Recorder(
             self.append_connection,
@@ -168,7 +187,14 @@ class Service:
         share_secret = settings.share_secret.get_secret_value()
         links = ShareLinks(share_secret) if share_secret else None
         self.pages = Pages(
-            self.pool, self.access, self.projectors, self.recorder, self.refusals, self.vocabulary, links=links
+            self.pool,
+            self.access,
+            self.projectors,
+            self.recorder,
+            self.refusals,
+            self.vocabulary,
+            links=links,
+            deliveries=DeliveryPages(self.pool, self.dispatcher, self.sender),
         )
         self.share_pages = SharePages(
             self.pool,
@@ -190,6 +216,7 @@ class Service:
             ContradictionsApi(self.pool, self.projectors),
             QuarantineApi(self.pool, self.recorder),
             SharesApi(self.pool, links),
+            SubscriptionsApi(self.pool, self.dispatcher, self.sender),
             OperationsApi(
                 self.pool,
                 self.auth_connection,
@@ -225,15 +252,18 @@ class Service:
             self.background.start(f"project {view.name}", project, restart_pause_seconds=RETRY_PAUSE_SECONDS)
         if self.retention is not None:
             self.background.start("erase old bodies", self.retention.run, restart_pause_seconds=PASS_SECONDS)
+        self.background.start("deliver", self.dispatcher.run)
         self.background.start("listen", partial(listen, self._connect, CHANNEL, self._wake))
 
     async def stop(self) -> None:
         """Answer the waiting reports, then stop everything."""
         await self.recorder.drain()
         await self.background.stop()
+        await self.dispatcher.stop()
         for dedicated in (
             *(self.append_connection, self.quarantine_connection, self.auth_connection),
             *(self.orders_connection, self.timelines_connection, self.log_connection),
+            *(self.subscriptions_connection, self.deliveries_connection),
             *self.projection_connections.values(),
         ):
             await dedicated.close()
@@ -316,6 +346,7 @@ class Service:
 
     def _wake(self, *_notification: object) -> None:
         self.events.tail.wake.set()
+        self.dispatcher.wake()
         for projector in self.projectors.values():
             projector.wake.set()
 

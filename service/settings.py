@@ -37,8 +37,11 @@ SECRETS: Final = ("webhook_tokens", "webhook_hmac_secret", "share_secret", "kome
 # The permissions of a file's group and of all other users.
 OTHER_USERS: Final = 0o077
 
-# Each process keeps up to 18 connections to the database.
+# Each process keeps up to 20 connections to the database.
 PROCESSES_MAX: Final = 64
+# The attempts to deliver one event of a subscription, and the longest pause before one of them.
+ATTEMPTS_MAX: Final = 100
+PAUSE_SECONDS_MAX: Final = 7 * 86_400
 # A shorter secret can be guessed.
 SECRET_CHARACTERS_MIN: Final = 16
 # Labels of letters, digits, hyphens and underscores. A last label of digits is a malformed IP address.
@@ -157,6 +160,16 @@ def _check_tokens(tokens: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
     return tokens
 
 
+def _check_pauses(pauses: tuple[float, ...]) -> tuple[float, ...]:
+    if not pauses or pauses[0] != 0:
+        raise ValueError("the first attempt follows at once: the list must begin with 0, as in 0,5,300")
+    if len(pauses) > ATTEMPTS_MAX or not all(0 <= pause <= PAUSE_SECONDS_MAX for pause in pauses):
+        raise ValueError(
+            f"expected up to {ATTEMPTS_MAX} pauses of 0 to {PAUSE_SECONDS_MAX} seconds, as in 0,5,300"
+        )
+    return pauses
+
+
 def _check_share_secret(secret: SecretStr) -> SecretStr:
     if 0 < len(secret.get_secret_value()) < SECRET_CHARACTERS_MIN:
         raise ValueError(
@@ -216,6 +229,12 @@ class Settings(BaseSettings):
     """the header with the body's HMAC-SHA256 in hex"""
     share_secret: Annotated[SecretStr, AfterValidator(_check_share_secret)] = SecretStr("")
     """the secret that signs links for buyers; another one revokes all links; empty for no links"""
+    subscription_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_list)] = ()
+    """comma-separated networks that subscriptions may send to, also by http, besides public addresses"""
+    subscription_retry_seconds: Annotated[
+        tuple[float, ...], NoDecode, BeforeValidator(_split_list), AfterValidator(_check_pauses)
+    ] = (0, 5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
+    """comma-separated seconds before each attempt to deliver an event; the first is 0"""
     trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_list)] = ()
     """comma-separated networks whose X-Forwarded-For header is trusted"""
     # At 64 KiB per body, the quarantine grows by at most 640 MB an hour.

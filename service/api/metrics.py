@@ -3,12 +3,12 @@
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
@@ -19,6 +19,7 @@ from prometheus_client.utils import floatToGoString
 from domain.order import Order
 from domain.transitions import VERDICTS
 from projections.engine import Projector
+from projections.postgres_errors import Connection
 from service.api.freshness import Lag, read_lag
 from service.build import build_info
 from service.database.connections import ConnectionPool, StorageUnavailableError
@@ -47,6 +48,7 @@ METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OP
 _by_state: Final = partial(GaugeMetricFamily, labels=["state"])
 _by_budget: Final = partial(GaugeMetricFamily, labels=["budget"])
 _by_view: Final = partial(GaugeMetricFamily, labels=["view"])
+_by_subscription: Final = partial(GaugeMetricFamily, labels=["subscription"])
 
 
 class ErasesByAge(Protocol):
@@ -108,6 +110,8 @@ class Metrics:
         retention: erases old bodies; None if it is off.
         recorder: returns the recorder, which is made after the metrics that it reports to.
         processes: the processes that serve the port together; None if this one serves it alone.
+        deliveries: the attempts to deliver, by subscription and outcome.
+        list_subscriptions: returns the subscriptions with their lags.
     """
 
     tag = Tag("metrics", "Metrics for Prometheus.")
@@ -124,6 +128,9 @@ class Metrics:
         retention: ErasesByAge | None,
         recorder: Callable[[], Recorder],
         processes: Processes | None = None,
+        *,
+        deliveries: Mapping[Any, int],
+        list_subscriptions: Callable[[Connection], Awaitable[Sequence[Mapping[str, Any]]]],
     ) -> None:
         self._pool = pool
         self._projectors = projectors
@@ -135,6 +142,8 @@ class Metrics:
         self._retention = retention
         self._recorder = recorder
         self._processes = processes
+        self._deliveries = deliveries
+        self._list_subscriptions = list_subscriptions
         self._outcomes: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         self._last_received = 0.0
         self._registry = CollectorRegistry()
@@ -183,15 +192,19 @@ class Metrics:
         """Get the service's metrics, in the text format of Prometheus."""
         lags: list[Lag] = []
         entries: dict[str, int] = {}
-        # Two reads, so that a slow one does not hide the other's gauges.
+        subscriptions: Sequence[Mapping[str, Any]] = ()
+        # Separate reads, so that a slow one does not hide the others' gauges.
         with suppress(StorageUnavailableError):
             async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
                 lags = [await read_lag(connection, projector) for projector in self._projectors]
         with suppress(StorageUnavailableError):
             async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
                 entries = await count_entries(connection)
+        with suppress(StorageUnavailableError):
+            async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
+                subscriptions = await self._list_subscriptions(connection)
         own_or_all = self.collect_all() if self._processes is None else await self._processes.sum_metrics()
-        families = [*own_or_all, *_collect_database(lags, entries)]
+        families = [*own_or_all, *_collect_database(lags, entries), *_collect_subscriptions(subscriptions)]
         return response(generate_latest(_Collected(families)), CONTENT_TYPE_LATEST)
 
     def collect_all(self) -> list[Metric]:
@@ -265,6 +278,12 @@ class Metrics:
                 "End of the last pass over the orders; 0 if none has ended.",
                 self._retention.last_pass_at,
             )
+        attempts = CounterMetricFamily(
+            "subscription_deliveries", "Attempts to deliver, by outcome.", labels=["subscription", "outcome"]
+        )
+        for (subscription, delivery_outcome), count in self._deliveries.items():
+            attempts.add_metric([str(subscription), delivery_outcome], count)
+        yield attempts
         pool = _by_state("db_client_connections", "Connections of the pool.")
         pool.add_metric(["idle"], self._pool.idle)
         pool.add_metric(["used"], self._pool.used)
@@ -286,3 +305,18 @@ def _collect_database(lags: Iterable[Lag], counts: dict[str, int]) -> Iterator[M
         seconds.add_metric([lag["view"]], lag["seconds"])
         parked.add_metric([lag["view"]], lag["parked"])
     yield from (events, seconds, parked)
+
+
+def _collect_subscriptions(subscriptions: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:
+    """Yield the gauges of the subscriptions, which all processes share."""
+    events = _by_subscription("subscription_lag_events", "Events above a subscription's position.")
+    seconds = _by_subscription("subscription_lag_seconds", "Age of the oldest of these events.")
+    held = _by_subscription("subscription_held_orders", "Orders with an undelivered event.")
+    stopped = _by_subscription("subscription_stopped", "1 if a subscription ended without an operator.")
+    for one in subscriptions:
+        labels = [str(one["subscription_id"])]
+        events.add_metric(labels, one["lag_events"])
+        seconds.add_metric(labels, one["lag_seconds"])
+        held.add_metric(labels, one["held_orders"])
+        stopped.add_metric(labels, one["state"] != "active" and one["reason"] != "operator")
+    yield from (events, seconds, held, stopped)

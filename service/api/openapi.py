@@ -67,6 +67,10 @@ PATH_PARAMETERS: Final[Mapping[str, dict[str, Any]]] = {
     "order_no": {"schema": {"type": "string", "minLength": 1}, "description": "the order number"},
     "version": {"schema": {"type": "integer", "minimum": 1}, "description": "the version of the event"},
     "quarantine_id": {"schema": {"type": "integer", "minimum": 1}, "description": "the id of the entry"},
+    "subscription_id": {
+        "schema": {"type": "string", "format": "uuid"},
+        "description": "the id of the subscription",
+    },
     "slug": {"schema": {"type": "string", "minLength": 1}, "description": "the end of a problem's `type`"},
     "token": {
         "schema": {"type": "string", "minLength": 1},
@@ -177,7 +181,7 @@ def _webhook_endpoints() -> Iterator[tuple[Tag, Endpoint]]:
 
 def _schemas(declared: Iterable[Endpoint]) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
     """Return every schema by its name, and the reference to each type's schema."""
-    types = {endpoint.response for endpoint in declared} | {one.body for one in declared if one.body}
+    types = {one.response for one in declared if one.response} | {one.body for one in declared if one.body}
     adapters = [(one, "serialization", TypeAdapter(one)) for one in sorted(types, key=str)]
     by_type, definitions = TypeAdapter.json_schemas(adapters, ref_template=REFERENCE)  # type: ignore[arg-type]
     enumerations = {
@@ -237,7 +241,7 @@ def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> 
             *_header_parameters(endpoint),
         ],
         "responses": {
-            "200": _success(endpoint, references[endpoint.response]),
+            str(endpoint.status.value): _success(endpoint, references.get(endpoint.response, {})),
             **({"304": {"description": "The client's copy is current."}} if endpoint.has_etag else {}),
             **_failures(endpoint),
         },
@@ -285,7 +289,7 @@ def _header_parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
 def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:
     description: str = NOT_JSON.get(endpoint.media, endpoint.summary)
     # The docstring of a plain dict or str would describe Python.
-    if endpoint.response.__module__ != "builtins":
+    if endpoint.response is not None and endpoint.response.__module__ != "builtins":
         description = _to_markdown(endpoint.response.__doc__)
     headers: dict[str, Any] = (
         _log_header() if endpoint.scope is not None or endpoint.response is Receipt else {}
@@ -295,11 +299,8 @@ def _success(endpoint: Endpoint, reference: dict[str, Any]) -> dict[str, Any]:
     if endpoint.media in {JSON, CSV} and endpoint.query is not None and "limit" in endpoint.query.model_fields:
         headers["Link"] = {"schema": {"type": "string"}, "description": "Leads to the next page (RFC 8288)."}
     schema = reference if endpoint.media == JSON else {"type": "string"}
-    return {
-        "description": description,
-        **({"headers": headers} if headers else {}),
-        "content": {endpoint.media: {"schema": schema}},
-    }
+    content = {} if endpoint.response is None else {"content": {endpoint.media: {"schema": schema}}}
+    return {"description": description, **({"headers": headers} if headers else {}), **content}
 
 
 def _log_header() -> dict[str, Any]:

@@ -38,6 +38,7 @@ COMMANDS: Final = (
     ("erase", "Erase an order's bodies and addresses permanently, and record who and why."),
     ("share", "Print a link to an order's page for its buyer, who needs no key."),
     ("keys", "Create, list and revoke API keys."),
+    ("subscriptions", "Send order events to your own endpoints: add, list, test, pause, replay, remove."),
     ("quarantine", "List, show, retry and discard unparseable bodies."),
 )
 SUMMARIES: Final = dict(COMMANDS)

@@ -24,6 +24,15 @@ Action: TypeAlias = Literal[
     "contradiction_handled",
     "setting_opened",
     "setting_closed",
+    "subscription_added",
+    "subscription_changed",
+    "subscription_paused",
+    "subscription_resumed",
+    "subscription_replayed",
+    "subscription_removed",
+    "secret_rotated",
+    "delivery_retried",
+    "delivery_skipped",
 ]
 
 RECORD: Final = """

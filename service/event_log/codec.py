@@ -42,12 +42,12 @@ class StatusReported(TypedDict):
 
     ``timestamp`` is the time of arrival. ``recognised`` is the status that ``reported_status`` stands for.
     ``status``, ``status_version``, ``leg`` and ``cnote`` are the order's values after the report;
-    ``previous_status`` and ``previous_since`` are its values before. ``repeats_version`` is the version of the
-    timeline entry that the report repeats. ``body`` and ``remote`` are null for a key of the scope ``read``.
-    Only some events have the members after ``reason``: ``token_name`` is the name of the sender's token,
-    ``rejudges`` the version of the report that this event judges again, ``reported_at`` the time at which that
-    report arrived, ``imported_at`` the time at which an operator imported the report, and ``traceparent`` the trace
-    of the webhook's request.
+    ``previous_status`` and ``previous_since`` are its values before. ``repeats_version`` is the version of
+    the timeline entry that the report repeats. ``body`` and ``remote`` are null for a key of the scope
+    ``read``. Only some events have the members after ``reason``: ``token_name`` is the name of the sender's
+    token, ``rejudges`` the version of the report that this event judges again, ``reported_at`` the time at
+    which that report arrived, ``imported_at`` the time at which an operator imported the report, and
+    ``traceparent`` the trace of the webhook's request.
     """
 
     timestamp: UtcTime

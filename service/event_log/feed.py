@@ -76,12 +76,18 @@ class Feed:
         self._memory, self._memory_characters = [], 0
         self._batch = ()
 
-    async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
-        """Return the events above a position, at most ``limit``, in the order of the log."""
+    def recall(self, after: int, limit: int) -> Sequence[LoggedEvent]:
+        """Return the events above a position from memory, empty if memory may lack some of them."""
         if self._memory:
             start = after + 1 - self._memory[0][0]
             if 0 <= start < len(self._memory):
                 return self._memory[start : start + limit]
+        return ()
+
+    async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
+        """Return the events above a position, at most ``limit``, in the order of the log."""
+        if recalled := self.recall(after, limit):
+            return recalled
         async with self._dedicated.connection() as connection:
             # The views wake together. While this one waited for its turn, another may have read the same ones.
             if self._batch and self._batch_after <= after < self._batch[-1][0]:

@@ -56,10 +56,11 @@ class Endpoint:
     Args:
         method: the HTTP method.
         path: the path, with its parameters in braces.
-        response: the type of a 200 response's content.
+        response: the type of a successful response's content, None if it has none.
         query: the model of the query parameters; None if all parameters are ignored.
         scope: the scope of the required API key; None if no key is required.
         body: the model of the request body, None if the endpoint has none.
+        status: the status of a successful response.
         problems: possible problems, besides those that the path, query, body, scope and media imply.
         media: the media type of the response. Each media type has its own path, since the clients that are
             generated from the contract can then give each response one type.
@@ -75,6 +76,7 @@ class Endpoint:
     query: type[Query] | None = Query
     scope: Scope | None = "read"
     body: type[BaseModel] | None = None
+    status: HTTPStatus = HTTPStatus.OK
     problems: tuple[ProblemType | HTTPStatus, ...] = ()
     media: str = JSON
     has_etag: bool = False

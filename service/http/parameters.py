@@ -32,7 +32,10 @@ TEXT_CHARACTERS_MAX: Final = 128
 # A hundred years: that long before now is still a valid time.
 DURATION_MAX: Final = timedelta(days=36_500)
 
-_ORDER_PATH: Final = re.compile(r"(?:https?://[^/?#]*)?/(?:orders|track)/(?P<order_no>[^/?#]+)", re.IGNORECASE)
+_ORDER_PATH: Final = re.compile(
+    r"(?:https?://[^/?#]*)?/(?:orders|track|(?:subscriptions|deliveries)/[^/?#]+/held)/(?P<order_no>[^/?#]+)",
+    re.IGNORECASE,
+)
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Weeks to seconds, since months and years have no fixed length. The digits cover DURATION_MAX in every unit.
 _DURATION: Final = re.compile(

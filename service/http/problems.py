@@ -42,9 +42,17 @@ class ProblemType(Enum):
     NO_SUCH_VERSION = 404, "No such version", "The order had no report at that version or time."
     UNKNOWN_ENTRY = 404, "Unknown entry", "The quarantine has no entry with this id."
     UNKNOWN_CONTRADICTION = 404, "Unknown contradiction", "The order has no refused report with this version."
+    UNKNOWN_SUBSCRIPTION = 404, "Unknown subscription", "There is no subscription with this id."
+    NOT_HELD = 404, "Not held", "The subscription does not hold this order."
     BODY_TIMEOUT = 408, "Body timeout", "The body took too long to arrive."
     NOT_OPEN = 409, "Not open", "The quarantined body has been retried or discarded already."
     ALREADY_HANDLED = 409, "Already handled", "The contradiction has been handled before."
+    TOO_MANY_SUBSCRIPTIONS = 409, "Too many subscriptions", "Remove a subscription before you add another one."
+    NOT_BACK = (
+        409,
+        "Not back",
+        "A replay goes back: its position must not be above the subscription's, or events would be left out.",
+    )
     SHARING_OFF = (
         409,
         "Sharing is off",
@@ -72,6 +80,11 @@ class ProblemType(Enum):
         429,
         "Over budget",
         "You, or all clients together, hold as many streams, reads or bytes as allowed; `budget` names which.",
+    )
+    LOOP_DETECTED = (
+        508,
+        "Loop detected",
+        "The webhook request is one of this service's own deliveries. It is not recorded.",
     )
     UNAVAILABLE = 503, "Temporarily unavailable", "Retry after `Retry-After` seconds."
     PARKED = 503, "Order parked", "A view could not apply an event of this order. A replay rebuilds the view."

@@ -13,7 +13,7 @@ from service.database.connections import StorageUnavailableError
 from service.database.log_identity import LogIdentity
 from service.http.body import read_body
 from service.http.budgets import OverBudgetError
-from service.http.problems import only_reads, unavailable
+from service.http.problems import ProblemError, ProblemType, only_reads, unavailable
 from service.http.request_ids import caller_trace
 from service.http.responses import LOG_HEADER, json_response
 from service.ingest.idempotency import IdempotencyKey, read_key
@@ -75,6 +75,11 @@ class Webhook:
     async def receive(self, request: web.Request) -> web.Response:
         """Record one report, or quarantine its body, and respond after the commit."""
         sender = _check_head(self._auth, request)
+        if request.headers.get(LOG_HEADER) == self._log.log_id:
+            # A delivery of this service, whose endpoint leads back here. Recorded, it would be delivered again.
+            problem = ProblemError(ProblemType.LOOP_DETECTED, "a subscription of this service leads back to it")
+            problem.headers[LOG_HEADER] = self._log.log_id
+            raise problem
         arrival = Arrival(
             make_uuid(),
             datetime.now(UTC),

@@ -41,6 +41,7 @@ from service.ingest.quarantine import QuarantineState
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
 from service.pages.charts import draw_charts
+from service.pages.deliveries import DeliveryPages
 from service.pages.order import read_history
 from service.pages.orders import (
     ROWS_SHOWN_MAX,
@@ -107,6 +108,7 @@ class Pages:
         refusals: the webhooks that got 503.
         vocabulary: the vocabulary.
         links: makes the links for buyers; None if sharing is off.
+        deliveries: the page of subscriptions.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the parts that the pages show
@@ -119,6 +121,7 @@ class Pages:
         vocabulary: VocabularyFile,
         *,
         links: ShareLinks | None,
+        deliveries: DeliveryPages,
     ) -> None:
         self._pool = pool
         self._access = access
@@ -127,6 +130,7 @@ class Pages:
         self._refusals = refusals
         self._vocabulary = vocabulary
         self._links = links
+        self._deliveries = deliveries
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes. Only the static files and the session need no key."""
@@ -149,6 +153,7 @@ class Pages:
             ),
             ("POST", "/quarantined/{quarantine_id:[^/]+}/retry", self.retry_quarantined),
             ("POST", "/quarantined/{quarantine_id:[^/]+}/discard", self.discard_quarantined),
+            *self._deliveries.routes(),
         ]
         return [
             *(

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote, urlencode
+from uuid import UUID
 from zoneinfo import ZoneInfo
 
 from aiohttp import hdrs, web
@@ -101,6 +102,11 @@ def track_path(order_no: str) -> str:
     return f"/track/{quote(order_no, safe='')}"
 
 
+def held_path(subscription_id: UUID, order_no: str, action: str) -> str:
+    """Return the path of a form that acts on an order held by a subscription, percent-encoded."""
+    return f"/deliveries/{subscription_id}/held/{quote(order_no, safe='')}/{action}"
+
+
 def isolate(text: str) -> str:
     """Return text in bidi isolates, for use outside an element, where it could reorder the text beside it."""
     return f"\u2068{text}\u2069"
@@ -146,7 +152,10 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    functions = (asset_url, choose_tone, decode_text, hex_dump, isolate, spell_out, to_rfc3339, track_path)
+    functions = (
+        *(asset_url, choose_tone, decode_text, held_path, hex_dump),
+        *(isolate, spell_out, to_rfc3339, track_path),
+    )
     environment.globals.update({function.__name__: function for function in functions}, verdicts=VERDICTS)
     return environment
 

@@ -391,7 +391,13 @@ def test_an_event_of_an_older_class_version_is_upcast_when_loaded() -> None:
     assert type(upcast) is StatusReportedWithCourier
     assert vars(upcast) == {**vars(SENT_EVENT), "courier": None}
     names = {field.name for field in dataclasses.fields(StatusReportedWithCourier)}
-    assert vars(upcast).keys() == names - {"token_name", "rejudges", "imported_at", "reported_at", "traceparent"}
+    assert vars(upcast).keys() == names - {
+        "token_name",
+        "rejudges",
+        "imported_at",
+        "reported_at",
+        "traceparent",
+    }
     assert (upcast.token_name, upcast.rejudges, upcast.imported_at) == (None, None, None)
     assert folded([upcast]).state == evolve(NEW_ORDER, SENT_EVENT)
 

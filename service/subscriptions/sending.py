@@ -1,0 +1,196 @@
+"""One attempt to deliver: a signed request to an endpoint, and what became of it."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from time import monotonic
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+import aiohttp
+from aiohttp import hdrs
+from aiohttp.abc import AbstractResolver
+from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
+from yarl import URL
+
+from service.build import build_info
+from service.database.log_identity import LogIdentity
+from service.http.addresses import Network
+from service.http.request_ids import TRACE_HEADER
+from service.http.responses import LOG_HEADER
+from service.subscriptions.message import encode_test, make_message_id
+from service.subscriptions.signing import sign
+from service.subscriptions.subscription import Subscription
+from service.subscriptions.targets import make_connector
+from service.uuids import make_uuid
+
+# Only a response within this time counts.
+ATTEMPT_SECONDS_MAX: Final = 15.0
+# A longer or slower body of a response is cut off.
+BODY_SECONDS_MAX: Final = 2.0
+RESPONSE_BYTES_MAX: Final = 64 * 1024
+ERROR_CHARACTERS_MAX: Final = 1_000
+# A later time in Retry-After is ignored.
+RETRY_AFTER_SECONDS_MAX: Final = 86_400.0
+SUCCESS: Final = range(200, 300)
+GONE: Final = 410
+LOOP_DETECTED: Final = 508
+
+# "gone": the endpoint wants no further request. "loop": the request came back to this service.
+Outcome: TypeAlias = Literal["delivered", "failed", "gone", "loop"]
+
+
+class Attempt(NamedTuple):
+    """The result of one request.
+
+    Attributes:
+        outcome: what it means for the subscription.
+        seconds: how long it took.
+        status: the status of the response, None if there was none.
+        error: why it failed, None if it did not.
+        retry_after_seconds: how long the endpoint asked to wait, None if it did not.
+    """
+
+    outcome: Outcome
+    seconds: float
+    status: int | None = None
+    error: str | None = None
+    retry_after_seconds: float | None = None
+
+
+class TestResult(TypedDict):
+    """The result of a test request. ``status`` is null if the endpoint did not respond."""
+
+    delivered: bool
+    status: int | None
+    ms: int
+    error: str | None
+
+
+class Sender:
+    """Sends messages to endpoints, and only to allowed addresses.
+
+    Args:
+        networks: the networks that are allowed besides the public internet.
+        log: the log's id, by which this service recognises its own requests.
+        resolver: resolves host names; None for the system's.
+    """
+
+    def __init__(
+        self, networks: Sequence[Network], log: LogIdentity, resolver: AbstractResolver | None = None
+    ) -> None:
+        self.networks = networks
+        self.resolver = resolver
+        self._log = log
+        self._sessions: dict[str, aiohttp.ClientSession] = {}
+        self._user_agent = f"order-tracking/{build_info()['version']}"
+
+    async def send(
+        self, url: URL, secrets: Sequence[str], message_id: str, body: bytes, traceparent: str | None = None
+    ) -> Attempt:
+        """Send a message once, and return the result.
+
+        Args:
+            url: the endpoint.
+            secrets: the secrets to sign with.
+            message_id: the message's id.
+            body: the message's body.
+            traceparent: the trace that the event belongs to, None if it has none.
+        """
+        headers = {
+            **sign(secrets, message_id, datetime.now(UTC), body),
+            hdrs.CONTENT_TYPE: "application/json",
+            hdrs.USER_AGENT: self._user_agent,
+            hdrs.ACCEPT_ENCODING: "identity",
+            LOG_HEADER: self._log.log_id,
+        }
+        if traceparent is not None:
+            headers[TRACE_HEADER] = traceparent
+        began = monotonic()
+        try:
+            async with asyncio.timeout(ATTEMPT_SECONDS_MAX):
+                response = await self._session(url).post(url, data=body, headers=headers, allow_redirects=False)
+        except TimeoutError:
+            return Attempt("failed", monotonic() - began, None, f"no response within {ATTEMPT_SECONDS_MAX:g} s")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            text = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS_MAX]
+            return Attempt("failed", monotonic() - began, None, text)
+        return self._judge(response, monotonic() - began, await _read_start(response))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        for session in self._sessions.values():
+            await session.close()
+        self._sessions.clear()
+
+    def _session(self, url: URL) -> aiohttp.ClientSession:
+        session = self._sessions.get(url.scheme)
+        if session is None:
+            session = self._sessions[url.scheme] = aiohttp.ClientSession(
+                connector=make_connector(self.networks, self.resolver, is_secure=url.scheme == "https"),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                # A response is never decompressed: a few bytes could become gigabytes.
+                auto_decompress=False,
+                timeout=aiohttp.ClientTimeout(total=None),
+            )
+        return session
+
+    def _judge(self, response: aiohttp.ClientResponse, seconds: float, body: bytes) -> Attempt:
+        status = response.status
+        if status in SUCCESS:
+            return Attempt("delivered", seconds, status)
+        text = body.decode(errors="replace").strip()
+        error = f"{status}: {text[:ERROR_CHARACTERS_MAX]}" if text else f"{status} {response.reason}"
+        outcome: Outcome = "failed"
+        if status == GONE:
+            outcome = "gone"
+        elif status == LOOP_DETECTED and response.headers.get(LOG_HEADER) == self._log.log_id:
+            outcome = "loop"
+        return Attempt(
+            outcome, seconds, status, error, _parse_retry_after(response.headers.get(hdrs.RETRY_AFTER))
+        )
+
+
+async def send_test(sender: Sender, found: Subscription, secrets: Sequence[str]) -> TestResult:
+    """Send a test request to a subscription's endpoint, which carries no order, and return its result."""
+    subscription_id = found["subscription_id"]
+    message_id = make_message_id(subscription_id, make_uuid())
+    attempt = await sender.send(URL(found["url"]), secrets, message_id, encode_test(subscription_id))
+    return {
+        "delivered": attempt.outcome == "delivered",
+        "status": attempt.status,
+        "ms": round(attempt.seconds * 1_000),
+        "error": attempt.error,
+    }
+
+
+async def _read_start(response: aiohttp.ClientResponse) -> bytes:
+    """Return a response's body; of a long or slow one, only the start. Its connection is closed then."""
+    start = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS_MAX):
+            while len(start) < RESPONSE_BYTES_MAX:
+                part = await response.content.read(RESPONSE_BYTES_MAX - len(start))
+                if not part:
+                    break
+                start += part
+    except (TimeoutError, aiohttp.ClientError, OSError):
+        # The status is the answer.
+        pass
+    finally:
+        response.release()
+    return bytes(start)
+
+
+def _parse_retry_after(value: str | None) -> float | None:
+    """Return the seconds that a header asks to wait, None if it is absent, invalid or too long."""
+    if value is None:
+        return None
+    try:
+        if value.strip().isdecimal():
+            seconds = float(value)
+        else:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return seconds if 0 <= seconds <= RETRY_AFTER_SECONDS_MAX else None

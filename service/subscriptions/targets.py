@@ -1,0 +1,157 @@
+"""Where a subscription may send: public addresses by https, and the operator's own networks also by http.
+
+An address is checked twice: when the subscription is declared, and again by the connector, on the address
+that it is about to connect to. A name that resolves to another address by then leads nowhere.
+"""
+
+import asyncio
+import socket
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import Any, Final
+
+from aiohttp import DefaultResolver, TCPConnector
+from aiohttp.abc import AbstractResolver
+from yarl import URL
+
+from service.http.addresses import Network, is_within
+
+URL_CHARACTERS_MAX: Final = 2_048
+RESOLVE_SECONDS_MAX: Final = 5.0
+SETTING: Final = "ORDER_TRACKING_SUBSCRIPTION_NETWORKS"
+# The only global unicast addresses of IPv6 in use. Outside are those that stand for IPv4 addresses, and others.
+GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
+
+
+class UnusableUrlError(Exception):
+    """The endpoint's URL is invalid or leads to a forbidden address. ``str()`` says what is expected."""
+
+
+class ForbiddenAddressError(OSError):
+    """The address is neither public nor in an allowed network. No packet was sent to it."""
+
+
+def is_public(address: IPv4Address | IPv6Address) -> bool:
+    """Return whether an address belongs to the public internet, and to no tunnel from it to IPv4."""
+    if not address.is_global or address.is_multicast or address.is_reserved:
+        return False
+    if isinstance(address, IPv4Address):
+        return True
+    return address in GLOBAL_UNICAST and address.sixtofour is None and address.teredo is None
+
+
+def check_address(text: str, networks: Sequence[Network], *, allows_public: bool) -> None:
+    """Check the address of a connection.
+
+    Args:
+        text: the address.
+        networks: the networks that are allowed besides the public internet.
+        allows_public: whether public addresses are allowed: with http, they are not.
+
+    Raises:
+        ForbiddenAddressError: the address is not allowed.
+    """
+    try:
+        address: IPv4Address | IPv6Address = ip_address(text.partition("%")[0])
+    except ValueError:
+        raise ForbiddenAddressError(f"{text} is not an IP address") from None
+    # The operating system connects to the IPv4 address.
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if is_within(address, networks) or (allows_public and is_public(address)):
+        return
+    if is_public(address):
+        raise ForbiddenAddressError(f"{address} is public: use https, which protects the orders on their way")
+    raise ForbiddenAddressError(f"{address} is not a public address, and {SETTING} does not allow it")
+
+
+def make_connector(
+    networks: Sequence[Network], resolver: AbstractResolver | None, *, is_secure: bool
+) -> TCPConnector:
+    """Return a connector that connects only to allowed addresses.
+
+    Args:
+        networks: the networks that are allowed besides the public internet.
+        resolver: resolves host names; None for the system's.
+        is_secure: whether the connections use TLS. Without it, only ``networks`` are allowed.
+    """
+
+    def open_socket(info: tuple[Any, ...]) -> socket.socket:
+        family, kind, protocol, _, address = info
+        check_address(address[0], networks, allows_public=is_secure)
+        return socket.socket(family, kind, protocol)
+
+    # Each subscription limits its own connections.
+    return TCPConnector(limit=0, resolver=resolver, socket_factory=open_socket)
+
+
+def parse_url(text: str, networks: Sequence[Network]) -> URL:
+    """Return the URL of an endpoint, without resolving its name.
+
+    Raises:
+        UnusableUrlError: the URL is malformed, or has a user, a password, a fragment or another scheme.
+    """
+    if len(text) > URL_CHARACTERS_MAX or not text.isprintable() or " " in text:
+        raise UnusableUrlError(
+            f"the URL must have at most {URL_CHARACTERS_MAX} printable characters, without spaces"
+        )
+    try:
+        url = URL(text)
+        is_valid = bool(url.host) and url.port is not None
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise UnusableUrlError("the URL is invalid. Expected https://host/path")
+    if url.scheme != "https" and not (url.scheme == "http" and networks):
+        raise UnusableUrlError(
+            f"the URL must begin with https://; http:// is only possible within the networks of {SETTING}"
+        )
+    if url.user is not None or url.password is not None:
+        raise UnusableUrlError(
+            "the URL must not contain a user or a password: put a token in its path or its query"
+        )
+    if "#" in text:
+        raise UnusableUrlError("the URL must not contain a fragment (#): it would never be sent")
+    return url
+
+
+async def check_url(text: str, networks: Sequence[Network], resolver: AbstractResolver | None = None) -> URL:
+    """Return the URL of an endpoint, after resolving its name and checking each of its addresses.
+
+    Args:
+        text: the URL as an operator wrote it.
+        networks: the networks that are allowed besides the public internet.
+        resolver: resolves host names; None for the system's.
+
+    Raises:
+        UnusableUrlError: the URL is invalid, its name does not resolve, or one of its addresses is not allowed.
+    """
+    url = parse_url(text, networks)
+    host = url.host or ""
+    try:
+        for address in await _resolve(host, url.port or 0, resolver):
+            check_address(address, networks, allows_public=url.scheme == "https")
+    except ForbiddenAddressError as error:
+        raise UnusableUrlError(f"{host} leads to a forbidden address: {error}") from None
+    return url
+
+
+async def _resolve(host: str, port: int, resolver: AbstractResolver | None) -> Sequence[str]:
+    try:
+        return [str(ip_address(host))]
+    except ValueError:
+        pass
+    own = DefaultResolver() if resolver is None else None
+    try:
+        async with asyncio.timeout(RESOLVE_SECONDS_MAX):
+            found = await (own or resolver or DefaultResolver()).resolve(host, port, socket.AF_UNSPEC)
+    except (OSError, UnicodeError) as error:
+        raise UnusableUrlError(
+            f"the host name {host} does not resolve: {error or 'no answer in time'}"
+        ) from None
+    finally:
+        if own is not None:
+            await own.close()
+    if not found:
+        raise UnusableUrlError(f"the host name {host} does not resolve: it has no address")
+    return [result["host"] for result in found]

@@ -1,0 +1,158 @@
+"""The events that were read from the log and are not all delivered yet, in order for each order.
+
+Plain data, without I/O. An event is *started* when a sender takes it and *done* when it is delivered or its
+order is held. The window's position can be saved up to the first event that is not done.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from time import monotonic
+from typing import Final, NamedTuple
+
+# Enough for all senders. More would only have to be read again after a restart.
+EVENTS_MAX: Final = 256
+BYTES_MAX: Final = 4 * 1024 * 1024
+
+
+class Place(NamedTuple):
+    """A position of the log, and the id of the report there; None if it is unknown."""
+
+    position: int
+    report_id: str | None
+
+
+class Message(NamedTuple):
+    """An event as it is sent.
+
+    Attributes:
+        order_no: its order.
+        version: its version.
+        message_id: the message's id.
+        body: the message's body.
+        traceparent: the trace that the event belongs to, None if it has none.
+    """
+
+    order_no: str
+    version: int
+    message_id: str
+    body: bytes
+    traceparent: str | None
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A message to deliver.
+
+    Attributes:
+        message: the message.
+        place: its event's place in the log.
+        before: the place up to which the log is done once all earlier entries are.
+        started_at: when a sender took it (monotonic clock); None before.
+        is_done: whether it is delivered or its order is held.
+    """
+
+    message: Message
+    place: Place
+    before: Place
+    started_at: float | None = None
+    is_done: bool = False
+
+
+class Window:
+    """The read events of one subscription.
+
+    Args:
+        place: the saved place, above which events are read.
+
+    Attributes:
+        read: the place of the last event that was read.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.read = place
+        self._entries: deque[Entry] = deque()
+        self._lanes: dict[str, deque[Entry]] = {}
+        # The orders whose first event may be started.
+        self._ready: deque[str] = deque()
+        self._bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further event should be read."""
+        return len(self._entries) >= EVENTS_MAX or self._bytes >= BYTES_MAX
+
+    @property
+    def done(self) -> Place:
+        """The place up to which everything is done."""
+        return self._entries[0].before if self._entries else self.read
+
+    @property
+    def first(self) -> Entry | None:
+        """The first entry that is not done."""
+        return self._entries[0] if self._entries else None
+
+    @property
+    def done_behind_first(self) -> int:
+        """How many entries are done but cannot be saved, because an earlier one is not."""
+        return sum(entry.is_done for entry in self._entries)
+
+    def pass_over(self, place: Place) -> None:
+        """Read an event that is not to be delivered, or that waits behind a held one."""
+        self.read = place
+
+    def add(self, place: Place, message: Message) -> None:
+        """Read an event that is to be delivered."""
+        entry = Entry(message, place, self.read)
+        self.read = place
+        self._entries.append(entry)
+        self._bytes += len(message.body)
+        lane = self._lanes.get(message.order_no)
+        if lane is None:
+            self._lanes[message.order_no] = deque([entry])
+            self._ready.append(message.order_no)
+        else:
+            lane.append(entry)
+
+    def start(self) -> Entry | None:
+        """Return the next event that may be started, None if there is none: one at a time for each order."""
+        while self._ready:
+            # An order may have become held in the meantime.
+            lane = self._lanes.get(self._ready.popleft())
+            if lane and lane[0].started_at is None:
+                lane[0].started_at = monotonic()
+                return lane[0]
+        return None
+
+    def postpone(self, entry: Entry) -> None:
+        """Take back the start of an event. Its order is not ready again until ``resume``."""
+        entry.started_at = None
+
+    def resume(self, order_no: str) -> None:
+        """Make a postponed order ready again."""
+        if order_no in self._lanes:
+            self._ready.append(order_no)
+
+    def finish(self, entry: Entry) -> int:
+        """Mark a started event as delivered. Return how many more started events can be saved now."""
+        lane = self._lanes[entry.message.order_no]
+        lane.popleft()
+        if lane:
+            self._ready.append(entry.message.order_no)
+        else:
+            del self._lanes[entry.message.order_no]
+        entry.is_done = True
+        return self._advance()
+
+    def release(self, order_no: str) -> int:
+        """Hand an order with all of its events to the held orders. Return as ``finish`` does."""
+        for entry in self._lanes.pop(order_no, ()):
+            entry.is_done = True
+        return self._advance()
+
+    def _advance(self) -> int:
+        started = 0
+        while self._entries and self._entries[0].is_done:
+            entry = self._entries.popleft()
+            self._bytes -= len(entry.message.body)
+            started += entry.started_at is not None
+        return started
