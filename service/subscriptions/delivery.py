@@ -401,7 +401,8 @@ class Delivery:
             self._give_up(work, order_no, held, event.reason)
             return False
         if work.selection.matches(event):
-            await self._await_save(work)
+            if not await self._may_begin(work):
+                return False
             attempt = await self._send(work, self._make_message(work, position, event), held.attempts + 1)
             if work is not self._work:
                 return False
@@ -412,14 +413,19 @@ class Delivery:
         self._go_on(work, order_no, held, version + 1)
         return not self._is_stopping
 
-    async def _await_save(self, work: _Work) -> None:
-        """Count a further request of a held order, once there are not too many unsaved ones."""
+    async def _may_begin(self, work: _Work) -> bool:
+        """Wait until there are not too many unsaved requests, and count a further one.
+
+        Returns:
+            False if the subscription was loaded again in the meantime.
+        """
         while work is self._work and work.unsaved >= UNSAVED_MAX:
             self._saved.clear()
             self._dirty.set()
             self._urgent.set()
             await _wait(self._saved, POLL_SECONDS)
         work.begun += 1
+        return work is self._work
 
     def _make_message(self, work: _Work, position: int, event: Order.StatusReported) -> Message:
         return Message(
@@ -499,17 +505,24 @@ class Delivery:
         now = self._now()
         held = work.held[order_no] = Held(version, position, now, 0, None, now, None, latest=version)
         work.covered += work.window.release(order_no)
+        _schedule(work, order_no, held)
         self._mark(work, order_no)
         return held
 
     def _hold_blocking_entry(self, work: _Work) -> None:
-        """Hold the order of an entry in flight that keeps others from being read or saved."""
+        """Hold the order of the first entry if it keeps others from being read or saved."""
         window, first = work.window, work.window.first
-        if first is None or first.started_at is None or first.is_done:
+        if first is None or first.is_done:
             return
-        if not window.is_full and work.unsaved < UNSAVED_MAX:
-            return
-        if window.done_behind_first >= BLOCKED_MAX or monotonic() - first.started_at > BLOCKED_SECONDS_MAX:
+        if first.started_at is None:
+            # It cannot be started before others are saved, and they cannot be saved before it is done.
+            is_blocking = work.unsaved >= UNSAVED_MAX
+        elif window.is_full or work.unsaved >= UNSAVED_MAX:
+            is_slow = monotonic() - first.started_at > BLOCKED_SECONDS_MAX
+            is_blocking = is_slow or window.done_behind_first >= BLOCKED_MAX
+        else:
+            is_blocking = False
+        if is_blocking:
             self._hold(work, first.message.order_no, first.message.version, first.place.position)
 
     def _postpone(self, work: _Work, order_no: str, held: Held, attempt: Attempt) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from service.http.server import raise_open_files_limit
+from tests.faults.deliveries import long_deliveries
 from tests.faults.fault import Fault
 from tests.faults.faults import FAULTS
 from tests.faults.mutations import MUTATIONS
@@ -37,6 +38,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--soak", type=float, metavar="SECONDS", help="instead, kills and rebuilds for so long, under load"
     )
+    parser.add_argument(
+        "--deliveries",
+        type=int,
+        metavar="EVENTS",
+        help="instead, deliver so many to a failing shop, with kills",
+    )
     arguments = parser.parse_args()
     known = {fault.name: fault for fault in (*FAULTS, *MUTATIONS)}
     names = [fault.name for fault in FAULTS if fault.is_short or not arguments.short]
@@ -44,7 +51,11 @@ def _arguments() -> argparse.Namespace:
         names = (arguments.mutation or arguments.only).split(",")
     if unknown := sorted(set(names) - set(known)):
         parser.error(f"there is no {unknown[0]}; there are {', '.join(known)}")
-    arguments.faults = [known[name] for name in names] if arguments.soak is None else [soak(arguments.soak)]
+    arguments.faults = [known[name] for name in names]
+    if arguments.soak is not None:
+        arguments.faults = [soak(arguments.soak)]
+    elif arguments.deliveries is not None:
+        arguments.faults = long_deliveries(arguments.deliveries)
     return arguments
 
 

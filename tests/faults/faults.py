@@ -4,6 +4,7 @@ import signal
 from functools import partial
 from typing import Final
 
+from tests.faults.deliveries import DELIVERIES
 from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
 from tests.faults.maintenance import maintain
 from tests.faults.network import IDLE_SECONDS, cut, drop_idle, slow_sockets, stall_readers
@@ -170,5 +171,6 @@ FAULTS: Final = (
     ),
     Fault("check-rights", "check without the right to append", OWN, check_without_rights),
     Fault("maintenance", "VACUUM, REINDEX, pg_dump, erase and replay at once", OWN, maintain),
+    *DELIVERIES,
     Fault("two-services", "two services killed in turn", Layout(given_postgres=True, services=2), kill_in_turn),
 )

@@ -101,6 +101,7 @@ class Layout:
         processes: the number of processes of a service.
         per_second: the rate of the reports; 0 for the effort's.
         has_load: whether reports arrive at that rate; if not, the fault sends its own.
+        settings: further settings of the services, without their prefix.
         server_settings: the settings of a given PostgreSQL.
         disk_mb: the size of a separate disk for the state folder; 0 for none.
         command: the command that starts the service.
@@ -114,6 +115,7 @@ class Layout:
     processes: int = 1
     per_second: float = 0.0
     has_load: bool = True
+    settings: Mapping[str, str] = field(default_factory=dict)
     server_settings: Mapping[str, str] = field(default_factory=dict)
     disk_mb: int = 0
     command: tuple[str, ...] = COMMAND
@@ -151,7 +153,7 @@ class World:
         # The time limit of each command.
         self.command_seconds_max = PATIENCE_SECONDS
         self._ended_logs: list[str] = []
-        self._settings: dict[str, str] = {"LOG_FORMAT": "json"}
+        self._settings: dict[str, str] = {"LOG_FORMAT": "json", **layout.settings}
         if layout.processes > 1:
             self._settings["PROCESSES"] = str(layout.processes)
         if layout.database_url:

@@ -75,6 +75,8 @@ class Load:
         self.unanswered: list[str] = []
         self.skipped = 0
         self.retries = True
+        # After so many reports of each hot order, other orders become hot; None for never.
+        self.reports_by_order: int | None = None
         self._chance = chance
         self._name = name
         self._numbers = count(1)
@@ -158,6 +160,8 @@ class Load:
         number = next(self._numbers)
         is_single = number % 2 == 0
         order = f"{self._name}-S{number}" if is_single else f"{self._name}-H{number % (2 * HOT_ORDERS)}"
+        if not is_single and self.reports_by_order is not None:
+            order += f"-{number // (2 * HOT_ORDERS * self.reports_by_order)}"
         status = self._chance.choice(STATUSES)
         text = {"order_no": order, "cnote": f"C{number}", "status": status, "mark": f"{self._name}-{number}"}
         return json.dumps(text), is_single

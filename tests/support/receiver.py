@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -14,8 +15,9 @@ from tests.support.waiting import condition, until_async
 
 
 class Received(NamedTuple):
-    """A request: its headers, its raw body, and the parsed one."""
+    """A request: itself, its headers, its raw body, and the parsed one."""
 
+    request: web.Request
     headers: dict[str, str]
     raw: bytes
     message: dict[str, Any]
@@ -70,7 +72,7 @@ class Receiver:
         """Handle a request."""
         raw = await request.read()
         headers = {name.lower(): value for name, value in request.headers.items()}
-        received = Received(headers, raw, json.loads(raw))
+        received = Received(request, headers, raw, json.loads(raw))
         self.requests.append(received)
         self._in_flight[received.order_no] += 1
         self.in_flight_max = max(self.in_flight_max, self._in_flight.total())
@@ -135,6 +137,25 @@ async def receiving() -> AsyncIterator[Receiver]:
         yield receiver
     finally:
         await runner.cleanup()
+
+
+def troubled(chance: random.Random, share: float) -> Respond:
+    """Return a response function that fails a share of the requests, each in one of four ways."""
+
+    async def respond(received: Received) -> web.StreamResponse:
+        if chance.random() >= share:
+            return web.Response(status=200)
+        trouble = chance.randrange(4)
+        if trouble == 0:
+            return web.Response(status=500, text="out of order")
+        if trouble == 1:
+            return web.Response(status=429, headers={"Retry-After": "1"})
+        # The sender does not learn whether the event was accepted.
+        if received.request.transport is not None:
+            received.request.transport.abort()
+        return web.Response(status=200 if trouble == 2 else 500)
+
+    return respond
 
 
 async def hang(_received: Received) -> web.StreamResponse:
