@@ -74,6 +74,7 @@ class _Work:
         saved: the number of those whose results are saved.
         failures: how many requests have failed in a row.
         failing: some of their orders.
+        probed: the order with a request ahead of its schedule, to find out whether the endpoint is up.
     """
 
     loaded: Loaded
@@ -93,6 +94,7 @@ class _Work:
     is_down: bool = False
     probe_at: datetime | None = None
     probe_seconds: float = PROBE_SECONDS_MIN
+    probed: str | None = None
 
     @property
     def selection(self) -> Selection:
@@ -310,7 +312,7 @@ class Delivery:
                 return None
             work.probe_seconds = min(PROBE_SECONDS_MAX, 2 * work.probe_seconds)
             work.probe_at = now + timedelta(seconds=work.probe_seconds)
-            order_no = self._earliest_held(work)
+            order_no = work.probed = self._earliest_held(work)
         if order_no is not None:
             return order_no, self._deliver_held(work, order_no, work.held[order_no])
         while (entry := work.window.start()) is not None:
@@ -468,7 +470,7 @@ class Delivery:
             work.delivered += 1
             if work.is_down:
                 self._recover(work, now)
-            work.failures, work.failing, work.failing_since = 0, set(), None
+            work.failures, work.failing, work.failing_since, work.probed = 0, set(), None, None
             return
         work.failed += 1
         work.failures += 1
@@ -527,8 +529,13 @@ class Delivery:
 
     def _postpone(self, work: _Work, order_no: str, held: Held, attempt: Attempt) -> None:
         now = self._now()
-        held.attempts += 1
         held.last_attempt_at, held.last_error = now, attempt.error
+        if order_no == work.probed:
+            # The order keeps its schedule.
+            work.probed = None
+            self._mark(work, order_no)
+            return
+        held.attempts += 1
         if held.attempts >= len(self._retry_seconds):
             self._give_up(work, order_no, held, attempt.error)
             return

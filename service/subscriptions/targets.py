@@ -5,13 +5,14 @@ that it is about to connect to. A name that resolves to another address by then 
 """
 
 import asyncio
+import errno
 import socket
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any, Final
 
 from aiohttp import DefaultResolver, TCPConnector
-from aiohttp.abc import AbstractResolver
+from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
 from service.http.addresses import Network, is_within
@@ -28,7 +29,13 @@ class UnusableUrlError(Exception):
 
 
 class ForbiddenAddressError(OSError):
-    """The address is neither public nor in an allowed network. No packet was sent to it."""
+    """The address is neither public nor in an allowed network. No packet was sent to it.
+
+    It is an OSError with an error number, since aiohttp shows the text of such errors alone.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(errno.EACCES, text)
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
@@ -51,10 +58,9 @@ def check_address(text: str, networks: Sequence[Network], *, allows_public: bool
     Raises:
         ForbiddenAddressError: the address is not allowed.
     """
-    try:
-        address: IPv4Address | IPv6Address = ip_address(text.partition("%")[0])
-    except ValueError:
-        raise ForbiddenAddressError(f"{text} is not an IP address") from None
+    address = _parse_address(text)
+    if address is None:
+        raise ForbiddenAddressError(f"{text} is not an IP address")
     # The operating system connects to the IPv4 address.
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
@@ -63,6 +69,38 @@ def check_address(text: str, networks: Sequence[Network], *, allows_public: bool
     if is_public(address):
         raise ForbiddenAddressError(f"{address} is public: use https, which protects the orders on their way")
     raise ForbiddenAddressError(f"{address} is not a public address, and {SETTING} does not allow it")
+
+
+class CheckedNames(AbstractResolver):
+    """Resolves a name only if all of its addresses are allowed.
+
+    Args:
+        resolver: resolves the names.
+        networks: the networks that are allowed besides the public internet.
+        allows_public: whether public addresses are allowed.
+    """
+
+    def __init__(self, resolver: AbstractResolver, networks: Sequence[Network], *, allows_public: bool) -> None:
+        self._resolver = resolver
+        self._networks = networks
+        self._allows_public = allows_public
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Resolve a name; see ``AbstractResolver``.
+
+        Raises:
+            ForbiddenAddressError: one of its addresses is not allowed.
+        """
+        found = await self._resolver.resolve(host, port, family)
+        for result in found:
+            check_address(result["host"], self._networks, allows_public=self._allows_public)
+        return found
+
+    async def close(self) -> None:
+        """Close the resolver."""
+        await self._resolver.close()
 
 
 def make_connector(
@@ -82,7 +120,8 @@ def make_connector(
         return socket.socket(family, kind, protocol)
 
     # Each subscription limits its own connections.
-    return TCPConnector(limit=0, resolver=resolver, socket_factory=open_socket)
+    names = CheckedNames(resolver or DefaultResolver(), networks, allows_public=is_secure)
+    return TCPConnector(limit=0, resolver=names, socket_factory=open_socket)
 
 
 def parse_url(text: str, networks: Sequence[Network]) -> URL:
@@ -129,29 +168,43 @@ async def check_url(text: str, networks: Sequence[Network], resolver: AbstractRe
     url = parse_url(text, networks)
     host = url.host or ""
     try:
-        for address in await _resolve(host, url.port or 0, resolver):
-            check_address(address, networks, allows_public=url.scheme == "https")
+        if (address := _parse_address(host)) is not None:
+            check_address(str(address), networks, allows_public=url.scheme == "https")
+        else:
+            await _resolve(host, url.port or 0, resolver, networks, allows_public=url.scheme == "https")
     except ForbiddenAddressError as error:
-        raise UnusableUrlError(f"{host} leads to a forbidden address: {error}") from None
+        raise UnusableUrlError(f"{host} leads to a forbidden address: {error.strerror}") from None
     return url
 
 
-async def _resolve(host: str, port: int, resolver: AbstractResolver | None) -> Sequence[str]:
-    try:
-        return [str(ip_address(host))]
-    except ValueError:
-        pass
-    own = DefaultResolver() if resolver is None else None
+async def _resolve(
+    host: str,
+    port: int,
+    resolver: AbstractResolver | None,
+    networks: Sequence[Network],
+    *,
+    allows_public: bool,
+) -> None:
+    used = resolver or DefaultResolver()
+    names = CheckedNames(used, networks, allows_public=allows_public)
     try:
         async with asyncio.timeout(RESOLVE_SECONDS_MAX):
-            found = await (own or resolver or DefaultResolver()).resolve(host, port, socket.AF_UNSPEC)
+            found = await names.resolve(host, port, socket.AF_UNSPEC)
+    except ForbiddenAddressError:
+        raise
     except (OSError, UnicodeError) as error:
         raise UnusableUrlError(
             f"the host name {host} does not resolve: {error or 'no answer in time'}"
         ) from None
     finally:
-        if own is not None:
-            await own.close()
+        if resolver is None:
+            await used.close()
     if not found:
         raise UnusableUrlError(f"the host name {host} does not resolve: it has no address")
-    return [result["host"] for result in found]
+
+
+def _parse_address(text: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(text.partition("%")[0])
+    except ValueError:
+        return None

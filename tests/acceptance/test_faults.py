@@ -49,6 +49,8 @@ FINDINGS = {
     "use-first-time-limit": "refused too early",
     "stay-silent": "the log does not give the cause lock_held",
     "trust-connections": "reports were refused after an idle time",
+    "forget-held": "lost deliveries",
+    "pass-held": "deliveries out of order",
     "lock-table-to-erase": "an erasure waits for VACUUM",
 }
 

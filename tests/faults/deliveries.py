@@ -99,10 +99,10 @@ async def _account(world: World, shop: Receiver, secret: str) -> None:
     due = time.monotonic() + CAUGHT_UP_SECONDS_MAX
     connection = await world.connect()
     try:
-        is_done, delivered, failed = await connection.fetchrow(SUBSCRIPTION)
+        ((is_done, delivered, failed),) = await connection.fetch(SUBSCRIPTION)
         while not is_done and time.monotonic() < due:
             await world.pause()
-            is_done, delivered, failed = await connection.fetchrow(SUBSCRIPTION)
+            ((is_done, delivered, failed),) = await connection.fetch(SUBSCRIPTION)
         expected = {(order_no, version) for order_no, version in await connection.fetch(EVENTS_OF_LOG)}
     finally:
         await connection.close()
@@ -118,7 +118,7 @@ async def _account(world: World, shop: Receiver, secret: str) -> None:
         "two requests of one order at once",
     )
     world.remarks.append(
-        f"{len(expected):,} events to a shop that fails {FAILING_SHARE:.0%} of {len(shop.requests):,} requests: "
+        f"{len(expected):,} events, {len(shop.requests):,} requests, {FAILING_SHARE:.0%} of them failing: "
         f"lost {len(expected - {*places})}, out of order {len(shop.out_of_order())}, "
         f"repeated {len(places) - len({*places}):,}; saved as {delivered:,} delivered, {failed:,} failed"
     )

@@ -8,7 +8,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from domain.order import Order, Report
 from projections.postgres_errors import Connection
@@ -21,6 +21,8 @@ from service.event_log import store
 from service.http import streaming
 from service.ingest.recorder import Receipt, Recorder, _receipt
 from service.ingest.refusals import Refusals
+from service.subscriptions.delivery import Delivery
+from service.subscriptions.progress import Progress
 
 COMMITTED_AFTER_SECONDS: Final = 0.5
 HELD_BYTES: Final = 512 * 1024
@@ -152,6 +154,28 @@ def believe_positions() -> None:
     _replace(events, "store", SimpleNamespace(**{**vars(store), "head_position": far}))
 
 
+def forget_held() -> None:
+    """Save how far a subscription is, but not which orders it holds."""
+    save = Progress.save
+
+    async def save_without_held(progress: Progress, *arguments: Any) -> Any:
+        return await cast("Any", save)(progress, *arguments[:-1], {})
+
+    _replace(Progress, "save", save_without_held)
+
+
+def pass_held() -> None:
+    """Deliver later events of an order while an earlier one is held."""
+    admit = Delivery._admit  # noqa: SLF001
+
+    def admit_all(delivery: Delivery, work: Any, position: int, event: Any) -> None:
+        held, work.held = work.held, {}
+        admit(delivery, work, position, event)
+        work.held = held
+
+    _replace(Delivery, "_admit", admit_all)
+
+
 MUTANTS: Final[dict[str, Callable[[], None]]] = {
     mutant.__name__.replace("_", "-"): mutant
     for mutant in (
@@ -165,6 +189,8 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
         stay_silent,
         believe_positions,
         hold_much,
+        forget_held,
+        pass_held,
     )
 }
 

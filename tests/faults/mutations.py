@@ -5,6 +5,7 @@ from functools import partial
 from typing import Final
 
 from tests.faults import mutants
+from tests.faults.deliveries import EVENTS, KILL_SECONDS, TWO_SERVICES, deliver, kill_a_service
 from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
 from tests.faults.maintenance import erase_beside_vacuum
 from tests.faults.network import IDLE_SECONDS, cut, drop_idle, stall_readers
@@ -134,6 +135,18 @@ MUTATIONS: Final = (
         "readers that read nothing, and large slices for each",
         replace(OWN, command=mutants.command(mutants.hold_much)),
         stall_readers,
+    ),
+    Fault(
+        "forget-held",
+        "a subscription that forgets its held orders, and kill -9",
+        replace(TWO_SERVICES, command=mutants.command(mutants.forget_held)),
+        partial(deliver, EVENTS, KILL_SECONDS, kill_a_service),
+    ),
+    Fault(
+        "pass-held",
+        "a subscription whose later events pass a held one",
+        replace(TWO_SERVICES, command=mutants.command(mutants.pass_held)),
+        partial(deliver, EVENTS, KILL_SECONDS, kill_a_service),
     ),
     Fault("lock-table-to-erase", "an erasure with a lock on the table", OWN, lock_table_to_erase),
 )

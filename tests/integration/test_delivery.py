@@ -1,0 +1,203 @@
+"""The deliverer with a clock of its own: endpoints that are down for long, schedules, and limits."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from ipaddress import ip_network
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from projections.postgres_errors import Connection
+from service.background import supervise
+from service.database.connections import DedicatedConnection, connect
+from service.database.log_identity import LogIdentity
+from service.database.operations import Actor
+from service.event_log.feed import Feed
+from service.subscriptions.delivery import IN_FLIGHT_MAX, PROBE_SECONDS_MAX
+from service.subscriptions.dispatcher import Dispatcher
+from service.subscriptions.log_reader import LogReader
+from service.subscriptions.progress import Progress
+from service.subscriptions.sending import Sender
+from service.subscriptions.subscription import Declaration, add_subscription, find_subscription
+from tests.support.client import serving_client
+from tests.support.receiver import Received, Receiver, receiving
+from tests.support.waiting import until_async
+
+ORDERS = 400
+NETWORK = "127.0.0.0/8"
+
+
+class Clock:
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = datetime.now(UTC)
+
+    def __call__(self) -> datetime:
+        """Return the time."""
+        return self.now
+
+    def move(self, **duration: float) -> None:
+        """Move it forward."""
+        self.now += timedelta(**duration)
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    """Return an endpoint."""
+    async with receiving() as receiver:
+        yield receiver
+
+
+@asynccontextmanager
+async def dispatching(dsn: str, clock: Clock, retry_seconds: tuple[float, ...]) -> AsyncIterator[Dispatcher]:
+    """Deliver without a service, by a clock."""
+    log = LogIdentity()
+    to_database = partial(connect, dsn, log.read)
+    reading, saving = DedicatedConnection(to_database), DedicatedConnection(to_database)
+    sender = Sender([ip_network(NETWORK)], log)
+    reader = LogReader(Feed(reading, to_database), reading)
+    dispatcher = Dispatcher(Progress(saving), reader, sender, retry_seconds, clock)
+    task = asyncio.create_task(supervise("deliver", dispatcher.run))
+    try:
+        yield dispatcher
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await dispatcher.stop()
+        await reading.close()
+        await saving.close()
+
+
+async def record(dsn: str, orders: int) -> None:
+    """Record one event for each of some orders, and two for the first."""
+    # This service delivers too.
+    async with serving_client(dsn, subscription_networks=NETWORK) as client:
+        await asyncio.gather(*(client.webhook(f"KOM{number}") for number in range(orders)))
+        await client.webhook("KOM0", "Diterima")
+
+
+async def add(connection: Connection, receiver: Receiver) -> Any:
+    """Add a subscription for all events."""
+    declaration = Declaration(receiver.url, [])
+    added = await add_subscription(connection, declaration, 0, Actor("cli", None))
+    return added["subscription_id"]
+
+
+def refuse(status: int) -> Callable[[Received], Awaitable[web.StreamResponse]]:
+    """Return a response function with one status."""
+
+    async def respond(_received: Received) -> web.StreamResponse:
+        return web.Response(status=status)
+
+    return respond
+
+
+async def test_an_endpoint_that_is_down_for_an_hour(
+    dsn: str, receiver: Receiver, connection: Connection
+) -> None:
+    """Few orders are held, the rest of the log is not read, and a request a minute finds out when it is up."""
+    await record(dsn, ORDERS)
+    subscription_id = await add(connection, receiver)
+    receiver.respond = refuse(503)
+    clock = Clock()
+    async with dispatching(dsn, clock, (0, 5, 7_200, 7_200)):
+        await until_async(is_quiet(receiver))
+        first = await find_subscription(connection, subscription_id)
+        for _ in range(60):
+            before = len(receiver.requests)
+            clock.move(minutes=1)
+            await receiver.wait_for_requests(before + 1)
+        await until_async(is_quiet(receiver))
+        last = await find_subscription(connection, subscription_id)
+        assert first["lag_events"] > ORDERS // 4
+        assert 1 <= first["held_orders"] <= last["held_orders"] <= 4 * IN_FLIGHT_MAX
+        assert len(receiver.requests) < ORDERS
+        receiver.respond = refuse(200)
+        clock.move(seconds=PROBE_SECONDS_MAX)
+        await receiver.wait_for(ORDERS + 1)
+        await until_async(partial(is_done, connection, subscription_id))
+    assert receiver.out_of_order() == []
+    assert len({*receiver.places()}) == ORDERS + 1
+
+
+def is_quiet(receiver: Receiver) -> Callable[[], Awaitable[bool]]:
+    """Return a condition: no request arrives for a while, as far as a test can tell."""
+    counts: list[int] = []
+
+    async def quiet() -> bool:
+        counts.append(len(receiver.requests))
+        return len(counts) > 25 and counts[-1] > 0 and len({*counts[-25:]}) == 1
+
+    return quiet
+
+
+async def is_done(connection: Connection, subscription_id: Any) -> bool:
+    """Return whether a subscription has nothing left to deliver."""
+    found = await find_subscription(connection, subscription_id)
+    return found["lag_events"] == 0 and found["held_orders"] == 0
+
+
+async def test_the_schedule_of_one_order(dsn: str, receiver: Receiver, connection: Connection) -> None:
+    """The attempts follow the schedule, with a jitter of a tenth; after the last one the order stays held."""
+    await record(dsn, 1)
+    subscription_id = await add(connection, receiver)
+    receiver.respond = refuse(500)
+    clock = Clock()
+    async with dispatching(dsn, clock, (0, 100, 1_000)) as dispatcher:
+        for attempts, seconds in ((1, 90), (2, 900)):
+            await receiver.wait_for_requests(attempts)
+            held = await until_async(partial(attempted, connection, attempts))
+            pause = (held["next_attempt_at"] - clock.now).total_seconds()
+            assert seconds <= pause <= seconds * 11 / 9
+            clock.move(seconds=pause + 0.1)
+        held = await until_async(partial(attempted, connection, 3))
+        assert held["next_attempt_at"] is None
+        clock.move(days=30)
+        dispatcher.wake()
+        await until_async(partial(attempted, connection, 3))
+    assert len(receiver.requests) == 3
+    assert not await is_done(connection, subscription_id)
+
+
+async def attempted(connection: Connection, attempts: int) -> Any:
+    """Return the held order, if it was attempted so often."""
+    return await connection.fetchrow("SELECT * FROM held_orders WHERE attempts = $1", attempts)
+
+
+async def test_another_process_takes_over(dsn: str, receiver: Receiver, connection: Connection) -> None:
+    """Of two processes one delivers; when its session ends, the other one goes on, and repeats little."""
+    await record(dsn, 20)
+    subscription_id = await add(connection, receiver)
+    clock = Clock()
+    async with dispatching(dsn, clock, (0, 1)), dispatching(dsn, clock, (0, 1)):
+        await receiver.wait_for(21)
+        await until_async(partial(is_done, connection, subscription_id))
+        locks = "SELECT pid FROM pg_locks WHERE locktype = 'advisory' AND database IS NOT NULL"
+        (pid,) = {row["pid"] for row in await connection.fetch(locks)}
+        await connection.execute("SELECT pg_terminate_backend($1)", pid)
+        await record(dsn, 30)
+        await receiver.wait_for(21 + 31)
+        await until_async(partial(is_done, connection, subscription_id))
+    assert receiver.out_of_order() == []
+    assert {order_no for order_no, _ in receiver.places()} == {f"KOM{number}" for number in range(30)}
+
+
+async def test_an_undecodable_event_holds_its_order(
+    dsn: str, receiver: Receiver, connection: Connection
+) -> None:
+    """An event that this release cannot read awaits an operator; the other orders go on."""
+    insert = "INSERT INTO order_events (originator_id, originator_version, topic, state) VALUES ($1, 1, $2, $3)"
+    await connection.execute(insert, "KOM9", "order.unknown", b"{}")
+    await record(dsn, 1)
+    subscription_id = await add(connection, receiver)
+    async with dispatching(dsn, Clock(), (0, 1)):
+        await receiver.wait_for(2)
+        held = await until_async(partial(attempted, connection, 0))
+        found = await find_subscription(connection, subscription_id)
+    assert (held["order_no"], held["next_attempt_at"]) == ("KOM9", None)
+    assert found["held_orders"] == 1
