@@ -17,6 +17,7 @@ from service.settings import read_settings
 from service.simulator.account import ServiceLog, UnreadableLogError, compare
 from service.simulator.lifecycles import METHODS, Plan, Troubles
 from service.simulator.registration import UnusableUrlError, check_url
+from service.simulator.shop import Shop, ShopTroubles
 from service.simulator.simulator import Registration, Simulator
 
 ORDERS_MAX: Final = 1_000_000
@@ -31,7 +32,11 @@ def _share(trouble: str) -> Any:
     return typer.Option(min=0, max=1, help=f"Share of the reports that are {trouble}.")
 
 
-async def simulate(  # noqa: PLR0913 - the options of the command
+def _share_of_requests(trouble: str) -> Any:
+    return typer.Option(min=0, max=1, help=f"With --shop, share of the requests that are {trouble}.")
+
+
+async def simulate(  # noqa: C901, PLR0913 - the options of the command, and its one story
     *,
     orders: Annotated[int, typer.Option(min=1, max=ORDERS_MAX, help="Number of orders.")] = 100,
     rate: Annotated[float, typer.Option(min=0, help="Reports per second; 0 for no limit.")] = 50.0,
@@ -43,6 +48,12 @@ async def simulate(  # noqa: PLR0913 - the options of the command
     lose: Annotated[float, _share("never sent")] = 0.0,
     hang_up: Annotated[float, _share("cut off before the response, then sent again")] = 0.0,
     unknown: Annotated[float, _share("sent with an unknown status word")] = 0.0,
+    shop: Annotated[
+        bool, typer.Option("--shop", help="Also simulate your shop, which subscribes to the service.")
+    ] = False,
+    shop_slow: Annotated[float, _share_of_requests("answered late")] = 0.05,
+    shop_fail: Annotated[float, _share_of_requests("answered with 500")] = 0.05,
+    shop_hang_up: Annotated[float, _share_of_requests("accepted and cut off")] = 0.05,
     url: Annotated[
         str,
         typer.Option(help="Webhook URL; by default the configured one, or with --listen the registered one."),
@@ -53,7 +64,10 @@ async def simulate(  # noqa: PLR0913 - the options of the command
     ] = None,
     read: Annotated[str, typer.Option(help="URL to read the log from; by default the webhook's host.")] = "",
     key: Annotated[
-        str, typer.Option(help="API key of the scope read:bodies, if your service requires keys.")
+        str,
+        typer.Option(
+            help="API key of the scope read:bodies, or admin with --shop, if your service requires keys."
+        ),
     ] = "",
 ) -> int | None:
     settings = read_settings()
@@ -76,6 +90,11 @@ async def simulate(  # noqa: PLR0913 - the options of the command
                 session = await stack.enter_async_context(aiohttp.ClientSession())
                 log = ServiceLog(session, read.rstrip("/") or origin, key)
                 start = await log.head()
+                subscriber: Shop | None = None
+                if shop:
+                    shop_troubles = ShopTroubles(shop_slow, shop_fail, shop_hang_up)
+                    subscriber = Shop(session, log.base, key, shop_troubles, seed)
+                    await stack.enter_async_context(subscriber.subscribing(start))
                 secret = settings.webhook_hmac_secret.get_secret_value()
                 scheme = make_scheme(secret, settings.webhook_hmac_header)
                 simulator = Simulator(registration, session, rate, seed, scheme)
@@ -88,17 +107,22 @@ async def simulate(  # noqa: PLR0913 - the options of the command
                 is_complete = await completes(simulator.run(plan.journeys(orders)), *interruptions)
                 progress.cancel()
                 await asyncio.gather(progress, return_exceptions=True)
-            account = compare(simulator.deliveries, [event async for event in log.events(start)], plan.prefix)
+                if not is_complete:
+                    reason = "stopped" if stopped.is_set() else "the webhook was deactivated"
+                    show(f"{reason} after {simulator.orders_done:,} of {orders:,} orders")
+                elif subscriber is not None:
+                    show("waiting until everything is delivered to the simulated shop")
+                    await completes(subscriber.settle(), stopped.wait())
+            events = [event async for event in log.events(start)]
     except UnusableUrlError as error:
         fail(error, EXIT_USAGE)
     except UnreadableLogError as error:
         fail(error)
-    if not is_complete:
-        reason = "stopped" if stopped.is_set() else "the webhook was deactivated"
-        show(f"{reason} after {simulator.orders_done:,} of {orders:,} orders")
-    for line in account.lines(simulator.reports_withheld):
+    account = compare(simulator.deliveries, events, plan.prefix)
+    shop_account = None if subscriber is None else subscriber.account(events)
+    for line in (*account.lines(simulator.reports_withheld), *(shop_account.lines() if shop_account else ())):
         show(line)
-    return None if account.agrees else EXIT_FAILURE
+    return None if account.agrees and (shop_account is None or shop_account.agrees) else EXIT_FAILURE
 
 
 async def _listen(stack: AsyncExitStack, registration: Registration, port: int) -> None:

@@ -1,12 +1,12 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar, get_args
 
 import typer
 
-from domain.statuses import Status
-from domain.transitions import Verdict
+from domain.statuses import STATUSES
+from domain.transitions import VERDICTS
 from projections.postgres_errors import Connection
 from service.cli.console import EXIT_USAGE, database, err, fail, show, show_table
 from service.database.connections import connected
@@ -42,6 +42,8 @@ FromTime = Annotated[
     typer.Option(help="Send the events recorded at or after this time, such as 2026-01-31T08:30:00+07:00."),
 ]
 
+AnyWord = TypeVar("AnyWord", bound=str)
+
 subscriptions = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
@@ -60,17 +62,17 @@ async def add(  # noqa: PLR0913 - the options of the command
     url: Annotated[str, typer.Argument(help="The endpoint: https, at a public address.")],
     *,
     verdict: Annotated[
-        list[Verdict] | None, typer.Option(help="Send events with this verdict; repeat it for several.")
+        list[str] | None, typer.Option(help="Send events with this verdict; repeat it for several.")
     ] = None,
     every_verdict: Annotated[
         bool, typer.Option("--all-verdicts", help="Send events with every verdict, not only 'advanced'.")
     ] = False,
     status: Annotated[
-        list[Status] | None,
+        list[str] | None,
         typer.Option(help="Send events after which the order has this status; repeat it for several."),
     ] = None,
     include: Annotated[
-        list[Include] | None, typer.Option(help="What else a message has: body, for the report's whole body.")
+        list[str] | None, typer.Option(help="What else a message has: body, for the report's whole body.")
     ] = None,
     from_position: FromPosition = None,
     from_time: FromTime = None,
@@ -82,8 +84,13 @@ async def add(  # noqa: PLR0913 - the options of the command
         checked = await check_url(url, read_settings().subscription_networks)
     except UnusableUrlError as error:
         fail(error, EXIT_USAGE)
-    verdicts = [] if every_verdict else verdict or [*VERDICTS_DEFAULT]
-    declaration = Declaration(str(checked), verdicts, status or [], include or [])
+    verdicts = _choose(verdict or [*VERDICTS_DEFAULT], VERDICTS, "--verdict")
+    declaration = Declaration(
+        str(checked),
+        [] if every_verdict else verdicts,
+        _choose(status or [], STATUSES, "--status"),
+        _choose(include or [], get_args(Include), "--include"),
+    )
     async with _connection() as connection:
         start = await _find_start(connection, from_position, from_time)
         added = await subscription.add_subscription(connection, declaration, start, system_user())
@@ -215,6 +222,14 @@ async def skip(
         except ValueError as error:
             fail(error, EXIT_USAGE)
     show(f"version {held['version']} of {order_no} is skipped")
+
+
+def _choose(words: Sequence[str], known: Sequence[AnyWord], option: str) -> list[AnyWord]:
+    """Return words that an option may have, each once."""
+    for word in words:
+        if word not in known:
+            fail(f"{option} {word} is unknown. Expected one of {', '.join(known)}", EXIT_USAGE)
+    return [word for word in known if word in words]
 
 
 async def _find_start(connection: Connection, position: int | None, time: str | None) -> int | None:

@@ -315,3 +315,32 @@ def test_a_port_that_is_taken_is_one_line(shared_service: RunningService) -> Non
     ended = call_command(shared_service.state_dir, "simulate", "--listen", port)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
     assert ended.stderr.startswith(f"cannot listen on 127.0.0.1 port {port}: ")
+
+
+def test_the_simulated_shop_accounts_for_every_event(state_dir: Path) -> None:
+    """The shop is slow, fails and hangs up, and yet gets every event, in order for each order."""
+    with running_service(state_dir, SUBSCRIPTION_NETWORKS="127.0.0.0/8") as service:
+        done = run_command(
+            service.state_dir,
+            *("simulate", "--orders", "20", "--rate", "0", "--seed", "7", "--url", f"{service.url}/webhook"),
+            *("--duplicates", "0.2", "--shop", "--shop-slow", "0.02", "--shop-fail", "0.1"),
+            *("--shop-hang-up", "0.1"),
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        counts = dict(
+            re.findall(r"^(delivered|repeated|lost|out of order|forged) +([\d,]+)", done.stdout, re.MULTILINE)
+        )
+        recorded = numbers(done.stdout)["recorded"]
+        assert int(counts["delivered"]) == recorded > 0
+        assert int(counts["repeated"]) > 0
+        assert (counts["lost"], counts["out of order"], counts["forged"]) == ("0", "0", "0")
+        with urllib.request.urlopen(f"{service.url}/subscriptions", timeout=PATIENCE_SECONDS) as response:  # noqa: S310 - our own
+            assert json.load(response)["subscriptions"] == []
+
+
+def test_the_simulated_shop_needs_an_allowed_network(shared_service: RunningService) -> None:
+    """A service that may not deliver to this machine refuses the shop, and the command says why."""
+    service = shared_service
+    done = run_command(service.state_dir, "simulate", "--shop", "--url", f"{service.url}/webhook")
+    assert done.returncode == 1
+    assert "ORDER_TRACKING_SUBSCRIPTION_NETWORKS" in done.stderr

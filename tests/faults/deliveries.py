@@ -136,7 +136,8 @@ def long_deliveries(events: int) -> list[Fault]:
                 settings=SETTINGS,
                 per_second=LONG_PER_SECOND,
             ),
-            partial(deliver, events, LONG_KILL_SECONDS, kill),
+            # Each service is killed every ten seconds.
+            partial(deliver, events, LONG_KILL_SECONDS / layout.services, kill),
         )
         for name, claim, layout, kill in (
             ("long-deliveries", "two services killed in turn", TWO_SERVICES, kill_a_service),
