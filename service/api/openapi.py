@@ -170,7 +170,7 @@ def _webhook_endpoints() -> Iterator[tuple[Tag, Endpoint]]:
                     body=ReportBody,
                     problems=(
                         *(ProblemType.BAD_SIGNATURE, ProblemType.FORBIDDEN),
-                        *(HTTPStatus.NOT_FOUND, ProblemType.UNAVAILABLE),
+                        *(HTTPStatus.NOT_FOUND, ProblemType.UNAVAILABLE, ProblemType.LOOP_DETECTED),
                     ),
                     summary=f"Send a report by {method}.",
                     description=f"200 means that the report is committed. {description}",

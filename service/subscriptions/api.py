@@ -8,7 +8,7 @@ from uuid import UUID
 
 from aiohttp import web
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
+from typing_extensions import TypeAliasType, TypedDict  # pydantic cannot read typing's own before Python 3.12
 from yarl import URL
 
 from domain.statuses import Status
@@ -52,6 +52,9 @@ class HeldOrderPage(TypedDict):
 
     held: list[HeldOrder]
     next: str | None
+
+
+RequestedState = TypeAliasType("RequestedState", Literal["active", "paused"])
 
 
 class _Body(BaseModel):
@@ -100,7 +103,7 @@ class ChangeRequest(_Body):
     verdicts: _Verdicts | None = None
     statuses: _Statuses | None = None
     include: _Includes | None = None
-    state: Literal["active", "paused"] | None = Field(
+    state: RequestedState | None = Field(
         default=None, description="paused to stop the deliveries, active to go on where they stopped"
     )
 

@@ -28,7 +28,7 @@ from service.subscriptions.log_reader import LogReader, LogWentBackError, place_
 from service.subscriptions.message import Selection, make_message_id
 from service.subscriptions.progress import Held, Loaded, Progress
 from service.subscriptions.sending import Attempt, Outcome, Sender
-from service.subscriptions.subscription import Response, State, StateReason  # noqa: TC001 - of attributes
+from service.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState  # noqa: TC001 - of attributes
 from service.subscriptions.window import Entry, Message, Window
 
 # The requests in flight of one subscription, and of one order: one.
@@ -152,7 +152,7 @@ class Delivery:
         # Set when the present work must end: to load it again, or to stop.
         self._interrupted = asyncio.Event()
         self._is_stopping = False
-        self._ending: tuple[State, StateReason] | None = None
+        self._ending: tuple[SubscriptionState, SubscriptionReason] | None = None
         self._tasks: dict[asyncio.Task[None], str] = {}
         # Orders with a request in flight, also of an earlier load.
         self._busy: set[str] = set()

@@ -16,8 +16,8 @@ from service.subscriptions.message import Selection
 from service.subscriptions.subscription import (
     Declaration,
     Response,
-    State,
-    StateReason,
+    SubscriptionReason,
+    SubscriptionState,
     pause_subscription,
     valid_secrets,
 )
@@ -104,7 +104,7 @@ class Loaded(NamedTuple):
 class Present(NamedTuple):
     """The present state of a subscription in the database."""
 
-    state: State
+    state: SubscriptionState
     generation: int
 
 
@@ -213,7 +213,7 @@ class Progress:
             )
         return bool(saved)
 
-    async def end(self, subscription_id: UUID, state: State, reason: StateReason) -> None:
+    async def end(self, subscription_id: UUID, state: SubscriptionState, reason: SubscriptionReason) -> None:
         """Stop the deliveries of a subscription until an operator resumes them."""
         async with self._dedicated.transaction() as connection:
             await pause_subscription(connection, subscription_id, reason, SERVICE, state=state)

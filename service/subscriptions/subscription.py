@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
 from uuid import UUID
 
 import asyncpg
-from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
+from typing_extensions import TypeAliasType, TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from domain.statuses import Status
 from domain.transitions import Verdict
@@ -17,9 +17,10 @@ from service.database.operations import Actor, record_operation
 from service.event_log import store
 from service.settings import STANDARD_PREFIX
 
-State: TypeAlias = Literal["active", "paused", "disabled"]
+# Named types have their own schemas in the contract.
+SubscriptionState = TypeAliasType("SubscriptionState", Literal["active", "paused", "disabled"])
 # Why a subscription is not active. "gone": its endpoint responded with 410. "loop": it leads back here.
-StateReason: TypeAlias = Literal["operator", "log_went_back", "gone", "loop"]
+SubscriptionReason = TypeAliasType("SubscriptionReason", Literal["operator", "log_went_back", "gone", "loop"])
 Include: TypeAlias = Literal["body"]
 
 # Each costs its deliverer up to IN_FLIGHT_MAX connections.
@@ -111,8 +112,8 @@ class Subscription(TypedDict):
     verdicts: list[Verdict]
     statuses: list[Status]
     include: list[Include]
-    state: State
-    reason: StateReason | None
+    state: SubscriptionState
+    reason: SubscriptionReason | None
     created_at: datetime
     log_id: UUID
     position: int
@@ -238,7 +239,7 @@ async def add_subscription(
         start = await store.head_position(connection) if position is None else position
         subscription_id = await connection.fetchval(ADD, *declaration, secret, start, SUBSCRIPTIONS_MAX)
         if subscription_id is None:
-            raise SubscriptionError(f"there are {SUBSCRIPTIONS_MAX} subscriptions already: remove one first")
+            raise SubscriptionError(f"{SUBSCRIPTIONS_MAX} subscriptions exist already: remove one first")
         await record_operation(
             connection, actor, "subscription_added", str(subscription_id), f"from position {start}"
         )
@@ -267,7 +268,12 @@ async def change_subscription(
 
 
 async def pause_subscription(
-    connection: Connection, subscription_id: UUID, reason: StateReason, actor: Actor, *, state: State = "paused"
+    connection: Connection,
+    subscription_id: UUID,
+    reason: SubscriptionReason,
+    actor: Actor,
+    *,
+    state: SubscriptionState = "paused",
 ) -> None:
     """Stop the deliveries of a subscription. What is in flight is completed.
 

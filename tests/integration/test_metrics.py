@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,12 +16,13 @@ from projections.postgres_errors import Connection
 from service.build import build_info
 from tests.support.client import Client, serving_client
 from tests.support.folders import ROOT
+from tests.support.waiting import until_async
 
 OPERATIONS = ROOT / "docs" / "operations"
 # The words of PromQL and the labels of our metrics.
 WORDS = {
     "sum", "by", "rate", "increase", "time", "max", "le", "histogram_quantile", "outcome", "view", "state",
-    "http_route", "http_response_status_code", "cause", "budget", "or", "absent", "d", "h", "m",
+    "http_route", "http_response_status_code", "subscription", "cause", "budget", "or", "absent", "d", "h", "m",
 }  # fmt: skip
 # This metric comes from backup.sh, through node_exporter.
 BACKUP_METRIC = "order_tracking_backup_timestamp_seconds"
@@ -105,9 +107,11 @@ SUPERVISOR_METRICS: Final = {"workers", "worker_restarts_total"}
 @pytest.mark.parametrize("file", ["alerts.yaml", "grafana.json"])
 async def test_alerts_and_dashboard_use_existing_metrics(dsn: str, file: str) -> None:
     """The alerts and the dashboard use only existing metrics."""
-    async with serving_client(dsn, body_retention_days=30) as client:
+    async with serving_client(dsn, body_retention_days=30, subscription_networks="127.0.0.0/8") as client:
+        await client.post("/subscriptions", 201, {"url": "http://127.0.0.1:9/"})
         await client.webhook("KOM1")
         await client.raw(b"not json")
+        await until_async(partial(has_attempted, client))
         exists = {*await scraped(client), BACKUP_METRIC, *SUPERVISOR_METRICS}
     text = (OPERATIONS / file).read_text(encoding="utf-8")
     if file == "grafana.json":
@@ -121,7 +125,14 @@ async def test_alerts_and_dashboard_use_existing_metrics(dsn: str, file: str) ->
         assert names <= exists, (expression, names - exists)
 
 
+async def has_attempted(client: Client) -> bool:
+    """Return whether a delivery was attempted."""
+    return "subscription_deliveries_total" in await scraped(client)
+
+
 # Each alert: its input, one value a minute; the time of the evaluation; the labels of the alerts that fire.
+SUBSCRIPTION_LAG: Final = 'subscription_lag_seconds{subscription="s1"}'
+SUBSCRIPTION_HELD: Final = 'subscription_held_orders{subscription="s1"}'
 FIRING: list[tuple[str, dict[str, str], str, list[dict[str, str]]]] = [
     (
         "ReportsAreTurnedAway",
@@ -170,10 +181,21 @@ FIRING: list[tuple[str, dict[str, str], str, list[dict[str, str]]]] = [
     ("RetentionStands", {"retention_last_pass_timestamp_seconds": "0+60x600"}, "7h", []),
     ("RetentionStands", {}, "7h", []),
     ("BackupIsOld", {}, "2h", [{}]),
+    ("SubscriptionIsBehind", {SUBSCRIPTION_LAG: "0+60x30"}, "25m", [{"subscription": "s1"}]),
+    ("SubscriptionIsBehind", {SUBSCRIPTION_LAG: "800x30"}, "25m", []),
+    ("SubscriptionHoldsOrders", {SUBSCRIPTION_HELD: "2x90"}, "80m", [{"subscription": "s1"}]),
+    ("SubscriptionHoldsOrders", {SUBSCRIPTION_HELD: "2x30 0x60"}, "80m", []),
+    (
+        "SubscriptionStopped",
+        {'subscription_stopped{subscription="s1"}': "0x5 1x5"},
+        "8m",
+        [{"subscription": "s1"}],
+    ),
+    ("SubscriptionStopped", {'subscription_stopped{subscription="s1"}': "0x9"}, "8m", []),
 ]
 
 
-CRITICAL = ("ReportsAreTurnedAway", "EventsWereLost", "BackupIsOld")
+CRITICAL = ("ReportsAreTurnedAway", "EventsWereLost", "BackupIsOld", "SubscriptionStopped")
 
 
 @pytest.mark.parametrize(("alert", "series", "time", "labels"), FIRING)
@@ -196,6 +218,9 @@ def test_an_alert_fires_when_it_should(
         "BudgetIsExhausted": {"summary": "The budget streams is exhausted."},
         "RetentionStands": {"summary": "Old bodies are not erased."},
         "ProcessesAreMissing": {"summary": "Only 2 of the service's processes are ready."},
+        "SubscriptionIsBehind": {"summary": "The subscription s1 has events that are older than 15 minutes."},
+        "SubscriptionHoldsOrders": {"summary": "The subscription s1 holds 2 orders."},
+        "SubscriptionStopped": {"summary": "The subscription s1 has stopped by itself."},
         "ProcessesDie": {"summary": "Processes of the service die and are started again."},
     }
     severity = "critical" if alert in CRITICAL else "warning"

@@ -21,6 +21,7 @@ from service.ingest import parser, webhook
 from service.ingest.refusals import Cause
 from service.pages.i18n import LOCALES, MESSAGES, UNREADABLE, Language, negotiate_language
 from service.pages.render import FOLDER, choose_tone, isolate, spell_out, track_path
+from service.subscriptions.subscription import SubscriptionReason, SubscriptionState
 
 ID, EN = LOCALES["id"], LOCALES["en"]
 # Names that the code composes from two parts.
@@ -38,6 +39,8 @@ COMPOSED_NAMES = {
     *(f"entry_{state}" for state in ("open", "retried", "discarded")),
     *(f"unreadable_{name}" for name in UNREADABLE),
     *(f"key_scope_{scope}" for scope in SCOPES),
+    *(f"subscription_{state}" for state in get_args(SubscriptionState.__value__)),
+    *(f"subscription_reason_{reason}" for reason in get_args(SubscriptionReason.__value__)),
 }
 
 
