@@ -64,8 +64,9 @@ class Table(NamedTuple):
     batch_rows: int = BATCH_ROWS_MAX
 
 
-# A row refers only to rows above it. Left out are the browsers' sessions, which end at a move, the views, which
-# are computed from the log, the log's id, which is in the header, and the two tables that the schema fills.
+# A row refers only to rows above it. Left out are the browsers' sessions, which end at a move, subscriptions,
+# which the old service may still deliver, the views, which are computed from the log, the log's id, which is
+# in the header, and the two tables that the schema fills.
 TABLES: Final = (
     Table(
         "order_events",

@@ -142,6 +142,10 @@ def all_routes(service: Service) -> list[tuple[str, str, str | None]]:
     return found
 
 
+SUBSCRIPTION = "/subscriptions/{subscription_id}"
+DELIVERIES = "/deliveries/{subscription_id}"
+
+
 async def test_every_route_requires_a_key_of_its_scope(dsn: str, connection: Connection) -> None:
     """Every route with a scope returns 401 without a key and 403 with a key of a lesser scope."""
     read = await api_keys.create_key(connection, "reader", "read", None)
@@ -163,12 +167,18 @@ async def test_every_route_requires_a_key_of_its_scope(dsn: str, connection: Con
             "/audit/operations", "/audit/operations.csv", "/operations",
             "/orders/{order_no}/contradictions/{version}/handle",
             "/track/{order_no}/contradictions/{version}/handle",
+            "/subscriptions", SUBSCRIPTION, f"{SUBSCRIPTION}/test", f"{SUBSCRIPTION}/replay",
+            f"{SUBSCRIPTION}/rotate-secret", f"{SUBSCRIPTION}/held",
+            f"{SUBSCRIPTION}/held/{{order_no}}/retry", f"{SUBSCRIPTION}/held/{{order_no}}/skip",
+            "/deliveries", f"{DELIVERIES}/test", f"{DELIVERIES}/pause", f"{DELIVERIES}/resume",
+            f"{DELIVERIES}/held/{{order_no}}/retry", f"{DELIVERIES}/held/{{order_no}}/skip",
         }  # fmt: skip
         for method, pattern, scope in routes:
             if pattern == "/session":
                 continue  # its body is the key
             path = pattern.replace("{order_no}", "KOM1").replace("{quarantine_id}", "1")
             path = path.replace("{slug}", "parked").replace("{version}", "1")
+            path = path.replace("{subscription_id}", "1")
             bare = await refusal(client, method, path, None)
             assert bare == (401 if scope else None), (method, path)
             assert await refusal(client, method, path, read) == (403 if scope == "admin" else None), (

@@ -291,11 +291,11 @@ async def test_a_log_of_every_shape(connection: Connection, dsn: str, owner_dsn:
             await erase_order(owner, service, ORDER_NO, "asked for", Actor("cli", "tests"))
         assert await rebuilt(dsn, verify=True) == EQUAL
         order = await client.get(f"/orders/{ORDER_NO}")
-        assert (order["status"], order["version"], order["rejudgements"]) == ("completed", 5, 1)
+        assert (order["status"], order["version"], order["rejudgements"]) == ("completed", 6, 1)
         assert order["parked"] is None
         events = (await client.get(f"/orders/{ORDER_NO}/events"))["events"]
-        assert [event["data"]["body"] for event in events] == [""] * 5
-        assert [event["data"].get("rejudges") for event in events] == [None, None, None, 3, None]
+        assert [event["data"]["body"] for event in events] == [""] * 6
+        assert [event["data"].get("rejudges") for event in events] == [None, None, None, 3, None, None]
 
 
 async def test_the_librarys_reader_reads_a_rejudgement(
