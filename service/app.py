@@ -342,6 +342,7 @@ class Service:
     def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self.feed.remember(events, positions)
         self.metrics.count_commit(events)
+        self.dispatcher.pace.observe_commit(len(events))
         self._wake()
 
     def _wake(self, *_notification: object) -> None:

@@ -26,20 +26,20 @@ from projections.engine import FailedEvent
 from service.http.times import to_rfc3339
 from service.subscriptions.log_reader import LogReader, LogWentBackError, place_of
 from service.subscriptions.message import Selection, make_message_id
+from service.subscriptions.pace import Pace
 from service.subscriptions.progress import Held, Loaded, Progress
 from service.subscriptions.sending import Attempt, Outcome, Sender
-from service.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState  # noqa: TC001 - of attributes
-from service.subscriptions.window import Entry, Message, Window
+from service.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState
+from service.subscriptions.window import STARTED_MAX, Entry, Message, Window
 
 # The requests in flight of one subscription, and of one order: one.
 IN_FLIGHT_MAX: Final = 32
 # Requests that were begun but whose results are not saved yet.
-UNSAVED_MAX: Final = 64
+UNSAVED_MAX: Final = STARTED_MAX
 # How long results wait for others to be saved with them.
 SAVE_SECONDS: Final = 0.05
-# An entry that keeps so many delivered ones from being saved, or for so long, becomes a held order.
-BLOCKED_MAX: Final = UNSAVED_MAX // 2
-BLOCKED_SECONDS_MAX: Final = 1.0
+# An entry in flight for so long, while no other one can be started, becomes a held order.
+BLOCKED_SECONDS_MAX: Final = 0.1
 # The longest pause, in case a wake is lost or the clock jumps.
 POLL_SECONDS: Final = 1.0
 # After so many failures in a row, of so many orders, the endpoint is down: no further event is read, so that
@@ -117,6 +117,7 @@ class Delivery:
         retry_seconds: the pauses before each attempt at an event, the first of which is 0.
         now: returns the time.
         outcomes: counts the attempts by subscription and outcome.
+        pace: delays requests while many reports arrive.
 
     Attributes:
         log_grown: set by others when the log has grown.
@@ -133,6 +134,7 @@ class Delivery:
         retry_seconds: Sequence[float],
         now: Clock,
         outcomes: Counter[tuple[UUID, Outcome]],
+        pace: Pace,
     ) -> None:
         self.subscription_id = subscription_id
         self.session = session
@@ -144,6 +146,7 @@ class Delivery:
         self._retry_seconds = retry_seconds
         self._now = now
         self._outcomes = outcomes
+        self._pace = pace
         self._work: _Work | None = None
         self._wake = asyncio.Event()
         self._space = asyncio.Event()
@@ -157,7 +160,7 @@ class Delivery:
         # Orders with a request in flight, also of an earlier load.
         self._busy: set[str] = set()
         self._failure: BaseException | None = None
-        self._responses: deque[Response] = deque(maxlen=RESPONSES_MAX)
+        self._responses: deque[tuple[datetime, str, int, int, Attempt]] = deque(maxlen=RESPONSES_MAX)
         self._responses_at = 0.0
         self._has_new_responses = False
         self._is_full = False
@@ -290,7 +293,10 @@ class Delivery:
     async def _start_requests(self, work: _Work) -> None:
         while True:
             self._wake.clear()
+            delay = 0.0
             while len(self._tasks) < IN_FLIGHT_MAX and work.unsaved < UNSAVED_MAX:
+                if delay := self._pace.delay_seconds():
+                    break
                 request = self._next_request(work)
                 if request is None:
                     break
@@ -298,10 +304,13 @@ class Delivery:
             self._hold_blocking_entry(work)
             if work.unsaved >= UNSAVED_MAX:
                 self._urgent.set()
-            pause = POLL_SECONDS
+            pause = BLOCKED_SECONDS_MAX if work.window.is_stuck else POLL_SECONDS
             if work.due:
                 pause = min(pause, max(0.0, (work.due[0][0] - self._now()).total_seconds()))
-            await _wait(self._wake, pause)
+            if delay:
+                await asyncio.sleep(delay)
+            else:
+                await _wait(self._wake, pause)
 
     def _next_request(self, work: _Work) -> tuple[str, Coroutine[Any, Any, None]] | None:
         """Return the next order and the work to do for it, None if nothing is due."""
@@ -342,7 +351,7 @@ class Delivery:
 
     def _start(self, order_no: str, request: Coroutine[Any, Any, None]) -> None:
         self._busy.add(order_no)
-        task = asyncio.create_task(request, context=Context())
+        task = asyncio.create_task(request)
         self._tasks[task] = order_no
         task.add_done_callback(self._end_request)
 
@@ -426,6 +435,7 @@ class Delivery:
             self._dirty.set()
             self._urgent.set()
             await _wait(self._saved, POLL_SECONDS)
+        await self._pace.take_turn()
         work.begun += 1
         return work is self._work
 
@@ -447,17 +457,7 @@ class Delivery:
             work.url, secrets, message.message_id, message.body, message.traceparent
         )
         self._outcomes[self.subscription_id, attempt.outcome] += 1
-        self._responses.appendleft(
-            {
-                "at": to_rfc3339(self._now()),
-                "order_no": message.order_no,
-                "version": message.version,
-                "attempt": number,
-                "status": attempt.status,
-                "ms": round(attempt.seconds * 1_000),
-                "error": attempt.error,
-            }
-        )
+        self._responses.appendleft((self._now(), message.order_no, message.version, number, attempt))
         self._has_new_responses = True
         if work is self._work:
             self._judge(work, message.order_no, attempt)
@@ -516,15 +516,9 @@ class Delivery:
         window, first = work.window, work.window.first
         if first is None or first.is_done:
             return
-        if first.started_at is None:
-            # It cannot be started before others are saved, and they cannot be saved before it is done.
-            is_blocking = work.unsaved >= UNSAVED_MAX
-        elif window.is_full or work.unsaved >= UNSAVED_MAX:
-            is_slow = monotonic() - first.started_at > BLOCKED_SECONDS_MAX
-            is_blocking = is_slow or window.done_behind_first >= BLOCKED_MAX
-        else:
-            is_blocking = False
-        if is_blocking:
+        # If it is not started, a request of before the last load holds up its order.
+        is_slow = first.started_at is None or monotonic() - first.started_at > BLOCKED_SECONDS_MAX
+        if window.is_stuck and is_slow:
             self._hold(work, first.message.order_no, first.message.version, first.place.position)
 
     def _postpone(self, work: _Work, order_no: str, held: Held, attempt: Attempt) -> None:
@@ -598,7 +592,7 @@ class Delivery:
         work.dirty, work.delivered, work.failed = set(), 0, 0
         responses = None
         if self._has_new_responses and (self._is_stopping or monotonic() >= self._responses_at):
-            responses, self._has_new_responses = [*self._responses], False
+            responses, self._has_new_responses = [_to_response(*one) for one in self._responses], False
             self._responses_at = monotonic() + RESPONSES_SECONDS
         elif self._has_new_responses:
             self._dirty.set()
@@ -616,6 +610,18 @@ class Delivery:
             self._saved.set()
         else:
             self._interrupted.set()
+
+
+def _to_response(at: datetime, order_no: str, version: int, number: int, attempt: Attempt) -> Response:
+    return {
+        "at": to_rfc3339(at),
+        "order_no": order_no,
+        "version": version,
+        "attempt": number,
+        "status": attempt.status,
+        "ms": round(attempt.seconds * 1_000),
+        "error": attempt.error,
+    }
 
 
 def _schedule(work: _Work, order_no: str, held: Held) -> None:

@@ -13,6 +13,7 @@ import structlog
 
 from service.subscriptions.delivery import Clock, Delivery
 from service.subscriptions.log_reader import LogReader
+from service.subscriptions.pace import Pace
 from service.subscriptions.progress import Progress
 from service.subscriptions.sending import Outcome, Sender
 
@@ -41,6 +42,7 @@ class Dispatcher:
     Attributes:
         outcomes: the attempts of this process, by subscription and outcome.
         changed: set when a subscription was changed through this process.
+        pace: delays requests while many reports arrive.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Dispatcher:
     ) -> None:
         self.outcomes: Counter[tuple[UUID, Outcome]] = Counter()
         self.changed = asyncio.Event()
+        self.pace = Pace()
         self._progress = progress
         self._reader = reader
         self._sender = sender
@@ -119,6 +122,7 @@ class Dispatcher:
             self._retry_seconds,
             self._now,
             self.outcomes,
+            self.pace,
         )
         name = f"deliver {subscription_id}"
         task = asyncio.create_task(delivery.run(), name=name, context=Context())

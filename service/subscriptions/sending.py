@@ -108,8 +108,7 @@ class Sender:
             headers[TRACE_HEADER] = traceparent
         began = monotonic()
         try:
-            async with asyncio.timeout(ATTEMPT_SECONDS_MAX):
-                response = await self._session(url).post(url, data=body, headers=headers, allow_redirects=False)
+            response = await self._session(url).post(url, data=body, headers=headers, allow_redirects=False)
         except TimeoutError:
             return Attempt("failed", monotonic() - began, None, f"no response within {ATTEMPT_SECONDS_MAX:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -131,7 +130,7 @@ class Sender:
                 cookie_jar=aiohttp.DummyCookieJar(),
                 # A response is never decompressed: a few bytes could become gigabytes.
                 auto_decompress=False,
-                timeout=aiohttp.ClientTimeout(total=None),
+                timeout=aiohttp.ClientTimeout(total=ATTEMPT_SECONDS_MAX),
             )
         return session
 
@@ -167,6 +166,14 @@ async def send_test(sender: Sender, found: Subscription, secrets: Sequence[str])
 async def _read_start(response: aiohttp.ClientResponse) -> bytes:
     """Return a response's body; of a long or slow one, only the start. Its connection is closed then."""
     start = bytearray()
+    if response.content.is_eof():
+        # The usual case: it arrived together with its head.
+        while not response.content.at_eof():
+            start += response.content.read_nowait(RESPONSE_BYTES_MAX - len(start))
+            if len(start) >= RESPONSE_BYTES_MAX:
+                break
+        response.release()
+        return bytes(start)
     try:
         async with asyncio.timeout(BODY_SECONDS_MAX):
             while len(start) < RESPONSE_BYTES_MAX:

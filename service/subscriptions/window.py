@@ -6,12 +6,15 @@ order is held. The window's position can be saved up to the first event that is 
 
 from collections import deque
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from time import monotonic
 from typing import Final, NamedTuple
 
 # Enough for all senders. More would only have to be read again after a restart.
 EVENTS_MAX: Final = 256
 BYTES_MAX: Final = 4 * 1024 * 1024
+# So many started events may wait for the first one, so that they can be saved.
+STARTED_MAX: Final = 64
 
 
 class Place(NamedTuple):
@@ -66,15 +69,23 @@ class Window:
 
     Attributes:
         read: the place of the last event that was read.
+        started: the number of started events that cannot be saved yet.
     """
 
     def __init__(self, place: Place) -> None:
         self.read = place
         self._entries: deque[Entry] = deque()
         self._lanes: dict[str, deque[Entry]] = {}
-        # The orders whose first event may be started.
-        self._ready: deque[str] = deque()
+        # The orders whose first event may be started, by its position: the lowest one first, since the place up
+        # to which all is done waits for it.
+        self._ready: list[tuple[int, str]] = []
         self._bytes = 0
+        self.started = 0
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether neither can an event be started nor a further one be read before the first one is done."""
+        return self.started >= STARTED_MAX or (self.is_full and not self._ready)
 
     @property
     def is_full(self) -> bool:
@@ -91,11 +102,6 @@ class Window:
         """The first entry that is not done."""
         return self._entries[0] if self._entries else None
 
-    @property
-    def done_behind_first(self) -> int:
-        """How many entries are done but cannot be saved, because an earlier one is not."""
-        return sum(entry.is_done for entry in self._entries)
-
     def pass_over(self, place: Place) -> None:
         """Read an event that is not to be delivered, or that waits behind a held one."""
         self.read = place
@@ -109,7 +115,7 @@ class Window:
         lane = self._lanes.get(message.order_no)
         if lane is None:
             self._lanes[message.order_no] = deque([entry])
-            self._ready.append(message.order_no)
+            self.resume(message.order_no)
         else:
             lane.append(entry)
 
@@ -117,27 +123,29 @@ class Window:
         """Return the next event that may be started, None if there is none: one at a time for each order."""
         while self._ready:
             # An order may have become held in the meantime.
-            lane = self._lanes.get(self._ready.popleft())
+            lane = self._lanes.get(heappop(self._ready)[1])
             if lane and lane[0].started_at is None:
                 lane[0].started_at = monotonic()
+                self.started += 1
                 return lane[0]
         return None
 
     def postpone(self, entry: Entry) -> None:
         """Take back the start of an event. Its order is not ready again until ``resume``."""
         entry.started_at = None
+        self.started -= 1
 
     def resume(self, order_no: str) -> None:
-        """Make a postponed order ready again."""
-        if order_no in self._lanes:
-            self._ready.append(order_no)
+        """Make an order ready: its first event may be started."""
+        if (lane := self._lanes.get(order_no)) is not None:
+            heappush(self._ready, (lane[0].place.position, order_no))
 
     def finish(self, entry: Entry) -> int:
         """Mark a started event as delivered. Return how many more started events can be saved now."""
         lane = self._lanes[entry.message.order_no]
         lane.popleft()
         if lane:
-            self._ready.append(entry.message.order_no)
+            self.resume(entry.message.order_no)
         else:
             del self._lanes[entry.message.order_no]
         entry.is_done = True
@@ -155,4 +163,5 @@ class Window:
             entry = self._entries.popleft()
             self._bytes -= len(entry.message.body)
             started += entry.started_at is not None
+        self.started -= started
         return started

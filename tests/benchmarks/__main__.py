@@ -20,6 +20,7 @@ from service.database.embedded_postgres import EmbeddedPostgres
 from service.database.schema import prepare_database
 from tests.benchmarks import load
 from tests.benchmarks.appending import measure_append_lock
+from tests.benchmarks.deliveries import measure_deliveries
 from tests.benchmarks.growth import measure_growth
 from tests.benchmarks.parsing import measure_parsing
 from tests.benchmarks.processes import measure_processes
@@ -28,7 +29,18 @@ from tests.benchmarks.report import Row, machine, out, print_table
 from tests.benchmarks.serving import measure_history, measure_reads, measure_webhooks
 from tests.benchmarks.streams import measure_streams
 
-PARTS: Final = ("ingest", "library", "read", "rebuild", "history", "parse", "streams", "processes", "lock")
+PARTS: Final = (
+    "ingest",
+    "library",
+    "read",
+    "rebuild",
+    "history",
+    "parse",
+    "streams",
+    "processes",
+    "lock",
+    "deliveries",
+)
 SECONDS: Final = 4
 EVENTS: Final = 400_000
 # With --large: it takes half an hour, and 25 GB of disk.
@@ -63,7 +75,9 @@ class Server:
         return dsn
 
 
-def _measure(server: Server, folder: Path, arguments: argparse.Namespace) -> Iterator[Row]:
+def _measure(  # noqa: C901 - one branch for each part
+    server: Server, folder: Path, arguments: argparse.Namespace
+) -> Iterator[Row]:
     if arguments.large:
         empty, small, large = (server.database(name, with_schema=True) for name in ("empty", "small", "large"))
         dsns = empty, small, large
@@ -81,6 +95,8 @@ def _measure(server: Server, folder: Path, arguments: argparse.Namespace) -> Ite
         yield from measure_processes(server.database("processes"), folder, seconds)
     if "lock" in parts:
         yield from measure_append_lock(server.database("lock", with_schema=True), seconds)
+    if "deliveries" in parts:
+        yield from measure_deliveries(server.database("deliveries"), folder, seconds)
     if "streams" in parts:
         yield measure_streams(server.database("streams"), folder, seconds)
     if "parse" in parts:

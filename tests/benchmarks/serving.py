@@ -75,14 +75,14 @@ class Process(NamedTuple):
         """Return the body of a response, and the headers that the handler set.
 
         Raises:
-            RuntimeError: the status is not 200.
+            RuntimeError: the request did not succeed.
         """
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=START_SECONDS_MAX)
         connection.request(method, path, body, {"Authorization": f"Bearer {key}"} if key else {})
         answer = connection.getresponse()
         text = answer.read().decode()
         connection.close()
-        if answer.status != HTTPStatus.OK:
+        if answer.status >= HTTPStatus.BAD_REQUEST:
             raise RuntimeError(f"{method} {path} was answered with {answer.status}: {text}")
         names = ("Content-Type", "Server", "ETag")
         return text, {name: value for name in names if (value := answer.getheader(name)) is not None}
@@ -126,7 +126,7 @@ async def _create_key(dsn: str) -> str:
     # The service, which starts later, finds the schema already made.
     await prepare_database(dsn)
     async with connected(dsn) as connection:
-        return await create_key(connection, "benchmarks", "read", None)
+        return await create_key(connection, "benchmarks", "admin", None)
 
 
 def _listens(port: int) -> bool:
@@ -144,12 +144,14 @@ class Contest:
         dsn: the DSN of an empty database.
         folder: the folder for scripts and logs.
         seconds: the duration of each load.
+        settings: further settings of the service, with their prefix.
     """
 
     _runs = itertools.count(1)
 
-    def __init__(self, dsn: str, folder: Path, seconds: int) -> None:
+    def __init__(self, dsn: str, folder: Path, seconds: int, **settings: str) -> None:
         self._dsn = dsn
+        self._settings = settings
         self.key = ""
         self._folder = folder
         self._seconds = seconds
@@ -161,11 +163,12 @@ class Contest:
         # With a webhook token, every reader needs a key.
         self.key = asyncio.run(_create_key(self._dsn))
         try:
-            self.ours = self._start(
+            self.ours = self.start(
                 "service",
                 "serve",
                 ORDER_TRACKING_DATABASE_URL=self._dsn,
                 ORDER_TRACKING_WEBHOOK_TOKENS=load.WEBHOOK_TOKEN,
+                **self._settings,
             )
             self._database = self._stack.enter_context(psycopg.connect(self._dsn, autocommit=True))
         except BaseException:
@@ -176,7 +179,8 @@ class Contest:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _start(self, module: str, *arguments: str, **settings: str) -> Process:
+    def start(self, module: str, *arguments: str, **settings: str) -> Process:
+        """Start another process until the contest ends; see ``running``."""
         return self._stack.enter_context(running(self._folder, module, *arguments, **settings))
 
     def start_nothing(self) -> Process:
@@ -191,11 +195,11 @@ class Contest:
             "order": self.ours.ask("GET", path, key=self.key),
             "timeline": self.ours.ask("GET", f"{path}/timeline", key=self.key),
         }
-        return self._start("tests.benchmarks.baselines", "nothing", "PORT", json.dumps(answers))
+        return self.start("tests.benchmarks.baselines", "nothing", "PORT", json.dumps(answers))
 
     def start_library(self, dsn: str) -> Process:
         """Start the library's own application on a separate database."""
-        return self._start("tests.benchmarks.baselines", "library", "PORT", dsn)
+        return self.start("tests.benchmarks.baselines", "library", "PORT", dsn)
 
     def send_reports(self, target: Process, seconds: int) -> tuple[load.Load, load.Reports]:
         """Load a contender with webhooks. If it is the service, wait for its views afterwards."""
@@ -354,7 +358,7 @@ def measure_history(dsn: str, folder: Path) -> Row:
             answer = connection.getresponse()
             answer.read()
             took = time.perf_counter() - began
-            if answer.status != HTTPStatus.OK:
+            if answer.status >= HTTPStatus.BAD_REQUEST:
                 raise RuntimeError(f"a webhook was answered with {answer.status}")
             return took * 1e3
 

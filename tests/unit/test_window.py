@@ -26,7 +26,6 @@ def test_an_order_has_one_event_in_flight() -> None:
     assert (first.message.order_no, other.message.order_no, window.start()) == ("A", "B", None)
     assert window.finish(other) == 0
     assert window.done == Place(10, "r10")
-    assert window.done_behind_first == 1
     assert window.finish(first) == 1
     assert window.done == Place(11, "r11")
     second = window.start()
