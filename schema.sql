@@ -270,13 +270,15 @@ CREATE TABLE subscriptions (
         CHECK (state IN ('active', 'paused', 'disabled')),
     state_reason           text,                          -- why it is not active
     created_at             timestamptz NOT NULL DEFAULT now(),
-    generation             bigint      NOT NULL DEFAULT 1,  -- higher after each change of an operator, and with each
-                                                          -- new deliverer: one with a lower number may not save
+    revision               bigint      NOT NULL DEFAULT 1,  -- higher after each change of an operator
+    generation             bigint      NOT NULL DEFAULT 1,  -- higher with each new deliverer, and after a replay: one
+                                                          -- with a lower number may not save
     log_id                 uuid        NOT NULL,          -- the log of the position
     position               bigint      NOT NULL,          -- every event up to it is done, or its order is held
     report_id              text,                          -- of the event at the position, if it was read
     delivered              bigint      NOT NULL DEFAULT 0,  -- the number of successful attempts
     failed                 bigint      NOT NULL DEFAULT 0,  -- the number of the others
+    down_since             timestamptz,                   -- if all recent attempts have failed
     responses              json        NOT NULL DEFAULT '[]'  -- the latest ones
 ) WITH (
     -- The position moves with every few deliveries.
@@ -297,6 +299,8 @@ CREATE TABLE held_orders (
     last_attempt_at  timestamptz,
     next_attempt_at  timestamptz,                         -- null after the last attempt: an operator must act
     last_error       text,
+    retry_requested  boolean     NOT NULL DEFAULT false,  -- by an operator, until the deliverer knows
+    skip_version     bigint,                              -- the same: the version to give up
     PRIMARY KEY (subscription_id, order_no)
 );
 CREATE INDEX held_orders_list_idx ON held_orders (subscription_id, held_id);

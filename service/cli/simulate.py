@@ -25,6 +25,8 @@ PORT_MAX: Final = 65_535
 # The interval between two lines or redraws of the progress: on a terminal, and in a pipe or a file.
 TERMINAL_SECONDS: Final = 0.1
 PIPED_SECONDS: Final = 5.0
+# Of each trouble of the simulated shop, if you choose no other.
+SHOP_SHARE: Final = 0.05
 LISTEN_HOST: Final = "127.0.0.1"
 
 
@@ -33,10 +35,12 @@ def _share(trouble: str) -> Any:
 
 
 def _share_of_requests(trouble: str) -> Any:
-    return typer.Option(min=0, max=1, help=f"With --shop, share of the requests that are {trouble}.")
+    return typer.Option(
+        min=0, max=1, help=f"With --shop, share of the requests that are {trouble}; 0.05 if left out."
+    )
 
 
-async def simulate(  # noqa: C901, PLR0913 - the options of the command, and its one story
+async def simulate(  # noqa: C901, PLR0913, PLR0915 - the options of the command, and its one story
     *,
     orders: Annotated[int, typer.Option(min=1, max=ORDERS_MAX, help="Number of orders.")] = 100,
     rate: Annotated[float, typer.Option(min=0, help="Reports per second; 0 for no limit.")] = 50.0,
@@ -51,9 +55,9 @@ async def simulate(  # noqa: C901, PLR0913 - the options of the command, and its
     shop: Annotated[
         bool, typer.Option("--shop", help="Also simulate your shop, which subscribes to the service.")
     ] = False,
-    shop_slow: Annotated[float, _share_of_requests("answered late")] = 0.05,
-    shop_fail: Annotated[float, _share_of_requests("answered with 500")] = 0.05,
-    shop_hang_up: Annotated[float, _share_of_requests("accepted and cut off")] = 0.05,
+    shop_slow: Annotated[float | None, _share_of_requests("answered late")] = None,
+    shop_fail: Annotated[float | None, _share_of_requests("answered with 500")] = None,
+    shop_hang_up: Annotated[float | None, _share_of_requests("accepted and cut off")] = None,
     url: Annotated[
         str,
         typer.Option(help="Webhook URL; by default the configured one, or with --listen the registered one."),
@@ -71,6 +75,9 @@ async def simulate(  # noqa: C901, PLR0913 - the options of the command, and its
     ] = "",
 ) -> int | None:
     settings = read_settings()
+    shop_shares = (shop_slow, shop_fail, shop_hang_up)
+    if not shop and shop_shares != (None, None, None):
+        fail("--shop-slow, --shop-fail and --shop-hang-up need --shop", EXIT_USAGE)
     methods = METHODS if method == "mixed" else (method,)
     troubles = Troubles(lose, duplicates, delay, reorder, hang_up, unknown)
     plan = Plan(seed, datetime.now(UTC), methods, troubles)
@@ -92,7 +99,8 @@ async def simulate(  # noqa: C901, PLR0913 - the options of the command, and its
                 start = await log.head()
                 subscriber: Shop | None = None
                 if shop:
-                    shop_troubles = ShopTroubles(shop_slow, shop_fail, shop_hang_up)
+                    shares = (SHOP_SHARE if share is None else share for share in shop_shares)
+                    shop_troubles = ShopTroubles(*shares)
                     subscriber = Shop(session, log.base, key, shop_troubles, seed)
                     await stack.enter_async_context(subscriber.subscribing(start))
                 secret = settings.webhook_hmac_secret.get_secret_value()

@@ -1,6 +1,6 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
-from datetime import datetime
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
 from typing import Annotated, Any, Final, TypeVar, get_args
 
 import typer
@@ -13,6 +13,7 @@ from service.database.connections import connected
 from service.database.log_identity import LogIdentity
 from service.database.operations import system_user
 from service.event_log import store
+from service.http.times import to_rfc3339
 from service.settings import read_settings
 from service.subscriptions import held_orders, subscription
 from service.subscriptions.held_orders import NotHeldError
@@ -79,18 +80,15 @@ async def add(  # noqa: PLR0913 - the options of the command
 ) -> None:
     """Add a subscription, and print its id and its secret, which you cannot print again."""
     if verdict and every_verdict:
-        fail("pass either --verdict or --all-verdicts", EXIT_USAGE)
+        fail("pass only one of --verdict and --all-verdicts", EXIT_USAGE)
+    verdicts = _choose(verdict or [*VERDICTS_DEFAULT], VERDICTS, "--verdict")
+    statuses = _choose(status or [], STATUSES, "--status")
+    included = _choose(include or [], get_args(Include), "--include")
     try:
         checked = await check_url(url, read_settings().subscription_networks)
     except UnusableUrlError as error:
         fail(error, EXIT_USAGE)
-    verdicts = _choose(verdict or [*VERDICTS_DEFAULT], VERDICTS, "--verdict")
-    declaration = Declaration(
-        str(checked),
-        [] if every_verdict else verdicts,
-        _choose(status or [], STATUSES, "--status"),
-        _choose(include or [], get_args(Include), "--include"),
-    )
+    declaration = Declaration(str(checked), [] if every_verdict else verdicts, statuses, included)
     async with _connection() as connection:
         start = await _find_start(connection, from_position, from_time)
         added = await subscription.add_subscription(connection, declaration, start, system_user())
@@ -121,8 +119,11 @@ async def show_one(subscription_id: Id) -> None:
         found = await subscription.find_subscription(connection, number)
         held = await held_orders.held_orders_page(connection, number, 0, PAGE_ROWS)
     for name, value in found.items():
-        if name != "responses" and value not in (None, []):
-            show(f"{name:<22} {', '.join(value) if isinstance(value, list) else value}")
+        if name == "responses" or value is None:
+            continue
+        text = describe(value) if isinstance(value, list) and name != "include" else value
+        text = to_rfc3339(value, "seconds") if isinstance(value, datetime) else text
+        show(f"{name:<22} {', '.join(text) if isinstance(text, list) else text}")
     _show_records(RESPONSE_COLUMNS, found["responses"], "responses")
     _show_records(HELD_COLUMNS, held, "held orders")
 
@@ -198,13 +199,30 @@ async def remove(subscription_id: Id) -> None:
 
 
 @subscriptions.command("retry")
-async def retry(subscription_id: Id, order_no: OrderNo) -> None:
+async def retry(
+    subscription_id: Id,
+    order_no: Annotated[str | None, typer.Argument(help="The order number.")] = None,
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Retry every held order.")] = False,
+) -> None:
     """Attempt the event of a held order at once, and then by the whole schedule again."""
+    if (order_no is None) != every:
+        fail("pass either an order number or --all", EXIT_USAGE)
+    last = 0
     async with _connection() as connection:
-        held = await held_orders.retry_held(
-            connection, parse_subscription_id(subscription_id), order_no, system_user()
-        )
-    show(f"version {held['version']} of {order_no} is attempted again")
+        number = parse_subscription_id(subscription_id)
+        if order_no is not None:
+            held = await held_orders.retry_held(connection, number, order_no, system_user())
+            show(f"version {held['version']} of {order_no} is due now")
+            return
+        await subscription.find_subscription(connection, number)
+        while page := await held_orders.held_orders_page(connection, number, last, PAGE_ROWS):
+            last = page[-1]["held_id"]
+            for one in page:
+                # It may have been delivered in the meantime.
+                with suppress(NotHeldError):
+                    await held_orders.retry_held(connection, number, one["order_no"], system_user())
+                    show(f"version {one['version']} of {one['order_no']} is due now")
 
 
 @subscriptions.command("skip")
@@ -235,12 +253,12 @@ def _choose(words: Sequence[str], known: Sequence[AnyWord], option: str) -> list
 async def _find_start(connection: Connection, position: int | None, time: str | None) -> int | None:
     """Return the position that the options name, None if they name none."""
     if position is not None and time is not None:
-        fail("pass either --from-position or --from-time", EXIT_USAGE)
+        fail("pass only one of --from-position and --from-time", EXIT_USAGE)
     if time is not None:
         return await store.position_before(connection, _parse_time(time))
     head = await store.head_position(connection)
     if position is not None and position > head:
-        fail(f"the log ends at position {head}, before {position}")
+        fail(f"the log ends at position {head}, before {position}: pass at most {head}")
     return position
 
 
@@ -251,10 +269,14 @@ def _parse_time(text: str) -> datetime:
         fail(f"{text} is not a time. Expected one such as 2026-01-31T08:30:00+07:00", EXIT_USAGE)
     if time.tzinfo is None:
         fail(f"{text} has no offset. Expected one, such as Z or +07:00", EXIT_USAGE)
+    if time > datetime.now(UTC):
+        fail(f"{text} lies in the future. Expected a time in the past", EXIT_USAGE)
     return time
 
 
 def _state(one: subscription.Subscription) -> str:
+    if one["down_since"] is not None:
+        return f"{one['state']}, endpoint down since {to_rfc3339(one['down_since'], 'seconds')}"
     return one["state"] if one["reason"] is None else f"{one['state']}: {one['reason']}"
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from uuid import UUID
@@ -79,7 +80,7 @@ class _Start(_Body):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.from_position is not None and self.from_time is not None:
-            raise ValueError("pass either from_position or from_time")
+            raise ValueError("pass only one of from_position and from_time")
         return self
 
 
@@ -190,6 +191,9 @@ class SubscriptionsApi:
     async def change_subscription(self, request: web.Request, _query: Query) -> web.Response:
         """Change what a subscription sends or where, pause it, or resume it."""
         changes = await _read_request(ChangeRequest, request)
+        if not changes.model_dump(exclude_none=True):
+            members = ", ".join(ChangeRequest.model_fields)
+            raise ProblemError(ProblemType.BAD_BODY, f"the body must have at least one of {members}")
         require_body_scope(request, changes.include or [])
         present = await self._find(request)
         url = str(await self._check_url(changes.url)) if changes.url is not None else present["url"]
@@ -365,6 +369,10 @@ class SubscriptionsApi:
         """Return the position that a request names, None if it names none."""
         async with self._pool.connection() as connection:
             if start.from_time is not None:
+                if start.from_time > datetime.now(UTC):
+                    raise ProblemError(
+                        ProblemType.BAD_BODY, f"from_time: {start.from_time.isoformat()} lies in the future"
+                    )
                 return await store.position_before(connection, start.from_time)
             head = await store.head_position(connection)
             if start.from_position is not None and start.from_position > head:
@@ -413,7 +421,21 @@ async def _read_request(model: type[AnyBody], request: web.Request) -> AnyBody:
     try:
         return model.model_validate_json(await read_body(request) or b"{}")
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        detail = first["msg"].removeprefix("Value error, ")
-        raise ProblemError(ProblemType.BAD_BODY, f"{name}: {detail}" if name else detail) from None
+        raise ProblemError(ProblemType.BAD_BODY, _describe(error.errors()[0], model)) from None
+
+
+def _describe(error: Any, model: type[_Body]) -> str:
+    """Return what is wrong with a body: the member, its value, and what was expected."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{name} is unknown. Known members: {', '.join(model.model_fields)}"
+        case "missing":
+            return f"{name} is required"
+        case "literal_error":
+            return f"{name}: {error['input']} is unknown. Expected {error['ctx']['expected']}"
+        case "json_invalid":
+            return "the body must be a JSON object"
+    detail = error["msg"].removeprefix("Value error, ")
+    value = f"{error['input']!r}: " if isinstance(error["input"], str | int | float | None) else ""
+    return f"{name}: {value}{detail}" if name else detail

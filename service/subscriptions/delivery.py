@@ -38,6 +38,8 @@ IN_FLIGHT_MAX: Final = 32
 UNSAVED_MAX: Final = STARTED_MAX
 # How long results wait for others to be saved with them.
 SAVE_SECONDS: Final = 0.05
+# How long a change waits for the requests in flight.
+DRAIN_SECONDS_MAX: Final = 2.0
 # An entry in flight for so long, while no other one can be started, becomes a held order.
 BLOCKED_SECONDS_MAX: Final = 0.1
 # The longest pause, in case a wake is lost or the clock jumps.
@@ -121,7 +123,7 @@ class Delivery:
 
     Attributes:
         log_grown: set by others when the log has grown.
-        generation: the generation of the subscription that is being delivered.
+        revision: the revision of the subscription that is being delivered; 0 before it is loaded.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the parts that it connects
@@ -139,7 +141,7 @@ class Delivery:
         self.subscription_id = subscription_id
         self.session = session
         self.log_grown = asyncio.Event()
-        self.generation = 0
+        self.revision = 0
         self._progress = progress
         self._reader = reader
         self._sender = sender
@@ -155,6 +157,7 @@ class Delivery:
         # Set when the present work must end: to load it again, or to stop.
         self._interrupted = asyncio.Event()
         self._is_stopping = False
+        self._is_draining = False
         self._ending: tuple[SubscriptionState, SubscriptionReason] | None = None
         self._tasks: dict[asyncio.Task[None], str] = {}
         # Orders with a request in flight, also of an earlier load.
@@ -168,7 +171,7 @@ class Delivery:
         self._saving: asyncio.Task[None] | None = None
 
     def reload(self) -> None:
-        """Load the subscription again, since an operator has changed it."""
+        """Save, and load the subscription again, since an operator has changed it."""
         self._interrupted.set()
 
     def stop(self) -> None:
@@ -212,7 +215,7 @@ class Delivery:
             await self._progress.end(self.subscription_id, state, reason)
 
     def _begin(self, loaded: Loaded) -> _Work:
-        self.generation = loaded.generation
+        self.revision = loaded.revision
         work = _Work(loaded, URL(loaded.url), Window(loaded.place), loaded.held)
         for order_no, held in work.held.items():
             _schedule(work, order_no, held)
@@ -220,7 +223,7 @@ class Delivery:
         return work
 
     async def _deliver(self, work: _Work) -> None:
-        """Follow the log until interrupted; then wait for the requests in flight, if the end is near."""
+        """Follow the log until interrupted; then wait for the requests in flight, and save their results."""
         loops = [
             asyncio.create_task(loop, context=Context())
             for loop in (self._read(work), self._start_requests(work), self._save_often(work))
@@ -239,10 +242,13 @@ class Delivery:
                 raise error
         if self._failure is not None:
             raise self._failure
-        if self._is_stopping or self._ending is not None:
-            if self._tasks:
-                await asyncio.wait(self._tasks)
-            await self._save(work)
+        if self._tasks:
+            is_end = self._is_stopping or self._ending is not None
+            self._is_draining = True
+            # A slow endpoint must not delay a change for long. What is in flight then is sent again.
+            await asyncio.wait(self._tasks, timeout=None if is_end else DRAIN_SECONDS_MAX)
+            self._is_draining = False
+        await self._save(work)
 
     # The log.
 
@@ -387,7 +393,7 @@ class Delivery:
 
     async def _deliver_held(self, work: _Work, order_no: str, held: Held) -> None:
         """Send the events of a held order, one after the other, until one fails or none waits any more."""
-        while work is self._work and not self._is_stopping:
+        while work is self._work and not self._is_draining:
             events = await self._reader.read_order(order_no, held.version - 1)
             if work is not self._work:
                 return
@@ -422,7 +428,7 @@ class Delivery:
                 self._postpone(work, order_no, held, attempt)
                 return False
         self._go_on(work, order_no, held, version + 1)
-        return not self._is_stopping
+        return not self._is_draining
 
     async def _may_begin(self, work: _Work) -> bool:
         """Wait until there are not too many unsaved requests, and count a further one.
@@ -479,6 +485,7 @@ class Delivery:
         if not work.is_down and work.failures >= DOWN_FAILURES and len(work.failing) >= DOWN_ORDERS:
             work.is_down, work.probe_seconds = True, PROBE_SECONDS_MIN
             work.probe_at = now + timedelta(seconds=PROBE_SECONDS_MIN)
+            self._dirty.set()
             logger.warning(
                 "endpoint of a subscription is down",
                 subscription=str(self.subscription_id),
@@ -599,11 +606,12 @@ class Delivery:
         is_saved = await self._progress.save(
             self.subscription_id,
             self.session,
-            self.generation,
+            work.loaded.generation,
             work.window.done,
             *counts,
             responses,
             held,
+            work.failing_since if work.is_down else None,
         )
         if is_saved:
             work.saved = covered

@@ -104,7 +104,7 @@ class Dispatcher:
                 del self._deliveries[subscription_id]
             elif present is None or present.state != "active":
                 delivery.stop()
-            elif present.generation > delivery.generation > 0:
+            elif present.revision > delivery.revision > 0:
                 delivery.reload()
         for subscription_id, present in states.items():
             if present.state == "active" and subscription_id not in self._deliveries:

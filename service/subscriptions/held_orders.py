@@ -11,9 +11,13 @@ from service.database.operations import Actor, record_operation
 
 REASON_CHARACTERS_MAX: Final = 500
 
-COLUMNS: Final = (
-    "order_no, version, position, held_since, attempts, last_attempt_at, next_attempt_at, last_error"
-)
+# As it will be when the deliverer knows what an operator has requested.
+COLUMNS: Final = """
+    order_no, version + (skip_version IS NOT DISTINCT FROM version)::integer AS version, position, held_since,
+    CASE WHEN retry_requested OR skip_version = version THEN 0 ELSE attempts END AS attempts, last_attempt_at,
+    CASE WHEN retry_requested OR skip_version = version THEN now() ELSE next_attempt_at END AS next_attempt_at,
+    CASE WHEN skip_version IS DISTINCT FROM version THEN last_error END AS last_error
+"""
 # The held orders of a subscription above an id, oldest first.
 PAGE: Final = f"""
     SELECT held_id, {COLUMNS} FROM public.held_orders
@@ -22,17 +26,16 @@ PAGE: Final = f"""
 FIND: Final = f"""
     SELECT held_id, {COLUMNS} FROM public.held_orders WHERE subscription_id = $1 AND order_no = $2
 """  # noqa: S608 - our own columns
-# The deliverer reads its held orders again when the generation rises.
-RAISE_GENERATION: Final = """
-    UPDATE public.subscriptions SET generation = generation + 1 WHERE subscription_id = $1
+# The deliverer reads its held orders again when the revision rises.
+RAISE_REVISION: Final = """
+    UPDATE public.subscriptions SET revision = revision + 1 WHERE subscription_id = $1
 """
 RETRY: Final = """
-    UPDATE public.held_orders SET attempts = 0, next_attempt_at = now()
+    UPDATE public.held_orders SET retry_requested = true
     WHERE subscription_id = $1 AND order_no = $2
 """
 SKIP: Final = """
-    UPDATE public.held_orders
-    SET version = version + 1, attempts = 0, next_attempt_at = now(), last_error = NULL
+    UPDATE public.held_orders SET skip_version = version
     WHERE subscription_id = $1 AND order_no = $2 AND version = $3
 """
 
@@ -74,7 +77,7 @@ async def find_held(connection: Connection, subscription_id: UUID, order_no: str
     """
     row = await connection.fetchrow(FIND, subscription_id, order_no)
     if row is None:
-        raise NotHeldError(f"the subscription does not hold the order {order_no}")
+        raise NotHeldError(f"the subscription does not hold the order {order_no}: see the list of held orders")
     return cast("HeldOrder", dict(row))
 
 
@@ -86,7 +89,7 @@ async def retry_held(connection: Connection, subscription_id: UUID, order_no: st
     """
     async with connection.transaction():
         # Before the order's row, as the deliverer does.
-        await connection.execute(RAISE_GENERATION, subscription_id)
+        await connection.execute(RAISE_REVISION, subscription_id)
         held = await find_held(connection, subscription_id, order_no)
         await connection.execute(RETRY, subscription_id, order_no)
         subject = f"{subscription_id} {order_no} version {held['version']}"
@@ -116,7 +119,7 @@ async def skip_held(
     if not reason.strip() or len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
         raise ValueError(f"the reason must have 1 to {REASON_CHARACTERS_MAX} printable characters")
     async with connection.transaction():
-        await connection.execute(RAISE_GENERATION, subscription_id)
+        await connection.execute(RAISE_REVISION, subscription_id)
         held = await find_held(connection, subscription_id, order_no)
         await connection.execute(SKIP, subscription_id, order_no, held["version"])
         subject = f"{subscription_id} {order_no} version {held['version']}"

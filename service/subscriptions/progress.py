@@ -26,15 +26,26 @@ from service.subscriptions.window import Place
 # The service's own actions in the record of operations.
 SERVICE: Final = Actor("service", None)
 
-STATES: Final = "SELECT subscription_id, state, generation FROM public.subscriptions"
+STATES: Final = "SELECT subscription_id, state, revision FROM public.subscriptions"
 # The session that holds this lock delivers the subscription. The generation is the fence: see SAVE.
 TRY_LEAD: Final = "SELECT pg_try_advisory_lock(hashtextextended('order_tracking subscription ' || $1, 0))"
 GIVE_UP_LEAD: Final = "SELECT pg_advisory_unlock(hashtextextended('order_tracking subscription ' || $1, 0))"
 TAKE: Final = """
-    UPDATE public.subscriptions SET generation = generation + 1
-    WHERE subscription_id = $1 AND state = 'active'
-    RETURNING generation, url, verdicts, statuses, include, secret, previous_secret, previous_secret_until,
+    UPDATE public.subscriptions SET generation = generation + 1 WHERE subscription_id = $1 AND state =
+    'active' RETURNING generation, revision, url, verdicts, statuses, include, secret, previous_secret,
+    previous_secret_until,
         log_id, (SELECT log_id FROM public.log_identity) AS present_log_id, position, report_id
+"""
+# What operators have requested about held orders. An event that was delivered in the meantime is not skipped.
+APPLY_REQUESTS: Final = """
+    UPDATE public.held_orders
+    SET version = version + (skip_version IS NOT DISTINCT FROM version)::integer,
+        attempts = CASE WHEN retry_requested OR skip_version = version THEN 0 ELSE attempts END,
+        next_attempt_at =
+            CASE WHEN retry_requested OR skip_version = version THEN now() ELSE next_attempt_at END,
+        last_error = CASE WHEN skip_version IS DISTINCT FROM version THEN last_error END,
+        retry_requested = false, skip_version = NULL
+    WHERE subscription_id = $1 AND (retry_requested OR skip_version IS NOT NULL)
 """
 HELD: Final = """
     SELECT order_no, version, position, held_since, attempts, last_attempt_at, next_attempt_at, last_error
@@ -45,7 +56,7 @@ SAVE: Final = """
     WITH saved AS (
         UPDATE public.subscriptions
         SET position = $3, report_id = $4, delivered = delivered + $5, failed = failed + $6,
-            responses = coalesce($7::json, responses)
+            responses = coalesce($7::json, responses), down_since = $17
         WHERE subscription_id = $1 AND generation = $2
         RETURNING subscription_id
     ), held AS (
@@ -92,6 +103,7 @@ class Loaded(NamedTuple):
     """
 
     generation: int
+    revision: int
     url: str
     selection: Selection
     secrets: tuple[str, ...]
@@ -105,7 +117,7 @@ class Present(NamedTuple):
     """The present state of a subscription in the database."""
 
     state: SubscriptionState
-    generation: int
+    revision: int
 
 
 class LeadLostError(ConnectionError):
@@ -153,11 +165,13 @@ class Progress:
             row = await connection.fetchrow(TAKE, subscription_id)
             if row is None:
                 return None
+            await connection.execute(APPLY_REQUESTS, subscription_id)
             held = {order_no: Held(*rest) for order_no, *rest in await connection.fetch(HELD, subscription_id)}
         declaration = Declaration(row["url"], row["verdicts"], row["statuses"], row["include"])
         secrets = valid_secrets(row, now)
         return Loaded(
             generation=row["generation"],
+            revision=row["revision"],
             url=row["url"],
             selection=Selection.of(declaration),
             secrets=secrets,
@@ -177,6 +191,7 @@ class Progress:
         failed: int,
         responses: Sequence[Response] | None,
         held: Mapping[str, Held | None],
+        down_since: datetime | None,
     ) -> bool:
         """Save what was delivered. Return whether the subscription has not changed in the meantime.
 
@@ -189,6 +204,7 @@ class Progress:
             failed: the number of the others.
             responses: the latest responses; None to keep those that were saved.
             held: the orders whose holding has changed, None for those that are not held any more.
+            down_since: since when all attempts have failed; None while the endpoint is up.
 
         Raises:
             LeadLostError: the session with the lock has ended.
@@ -209,7 +225,7 @@ class Progress:
             self._require(session)
             moved = (delivered, failed, responses)
             saved = await connection.fetchval(
-                SAVE, subscription_id, generation, *place, *moved, *columns, caught_up
+                SAVE, subscription_id, generation, *place, *moved, *columns, caught_up, down_since
             )
         return bool(saved)
 

@@ -112,8 +112,7 @@ class Sender:
         except TimeoutError:
             return Attempt("failed", monotonic() - began, None, f"no response within {ATTEMPT_SECONDS_MAX:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            text = f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS_MAX]
-            return Attempt("failed", monotonic() - began, None, text)
+            return Attempt("failed", monotonic() - began, None, _describe(error)[:ERROR_CHARACTERS_MAX])
         return self._judge(response, monotonic() - began, await _read_start(response))
 
     async def close(self) -> None:
@@ -144,7 +143,7 @@ class Sender:
         if status == GONE:
             outcome = "gone"
         elif status == LOOP_DETECTED and response.headers.get(LOG_HEADER) == self._log.log_id:
-            outcome = "loop"
+            outcome, error = "loop", f"{status}: the URL leads back to this service"
         return Attempt(
             outcome, seconds, status, error, _parse_retry_after(response.headers.get(hdrs.RETRY_AFTER))
         )
@@ -161,6 +160,16 @@ async def send_test(sender: Sender, found: Subscription, secrets: Sequence[str])
         "ms": round(attempt.seconds * 1_000),
         "error": attempt.error,
     }
+
+
+def _describe(error: Exception) -> str:
+    """Return why no response came."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        reason = error.os_error.strerror or str(error.os_error) or "no answer"
+        return f"cannot connect to {error.host}:{error.port}: {reason}"
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the connection was closed before a response"
+    return f"{type(error).__name__}: {error}"
 
 
 async def _read_start(response: aiohttp.ClientResponse) -> bytes:

@@ -35,7 +35,7 @@ LAG_EVENTS_MAX: Final = 100_000
 # Every subscription, oldest first, or the one with the id $1.
 LIST: Final = """
     SELECT subscription_id, url, verdicts, statuses, include, state, state_reason, created_at, log_id, position,
-        delivered, failed, responses, previous_secret_until,
+        delivered, failed, down_since, responses, previous_secret_until,
         (SELECT count(*) FROM public.held_orders AS held
          WHERE held.subscription_id = subscriptions.subscription_id) AS held_orders
     FROM public.subscriptions WHERE $1::uuid IS NULL OR subscription_id = $1
@@ -47,30 +47,31 @@ ADD: Final = """
     WHERE (SELECT count(*) FROM public.subscriptions) < $7
     RETURNING subscription_id
 """
-# A higher generation makes the deliverer read the subscription again; what it has not saved is sent again.
+# A higher revision makes the deliverer save and load the subscription again.
 CHANGE: Final = """
     UPDATE public.subscriptions
-    SET url = $2, verdicts = $3, statuses = $4, include = $5, generation = generation + 1
+    SET url = $2, verdicts = $3, statuses = $4, include = $5, revision = revision + 1
     WHERE subscription_id = $1
 """
 PAUSE: Final = """
     UPDATE public.subscriptions SET state = $2, state_reason = $3
-    WHERE subscription_id = $1 AND (state = 'active' OR state_reason IS DISTINCT FROM $3)
+    WHERE subscription_id = $1 AND state = 'active'
 """
 # A position beyond the head never existed in this log.
 RESUME: Final = """
     UPDATE public.subscriptions
-    SET state = 'active', state_reason = NULL, generation = generation + 1,
+    SET state = 'active', state_reason = NULL,
         position = least(position, $2),
         report_id = CASE WHEN state_reason = 'log_went_back' THEN NULL ELSE report_id END,
         log_id = (SELECT log_id FROM public.log_identity)
     WHERE subscription_id = $1
 """
-# The events above the position are sent again. An order that is held behind it is read from the log again.
+# The events above the position are sent again. An order that is held behind it is read from the log again. A
+# save of what is in flight must not move the position forward, so the generation rises too.
 REPLAY: Final = """
     WITH moved AS (
         UPDATE public.subscriptions
-        SET position = $2, report_id = NULL, generation = generation + 1,
+        SET position = $2, report_id = NULL, revision = revision + 1, generation = generation + 1,
             log_id = (SELECT log_id FROM public.log_identity)
         WHERE subscription_id = $1
     )
@@ -78,7 +79,7 @@ REPLAY: Final = """
 """
 ROTATE: Final = """
     UPDATE public.subscriptions
-    SET previous_secret = secret, previous_secret_until = $3, secret = $2, generation = generation + 1
+    SET previous_secret = secret, previous_secret_until = $3, secret = $2, revision = revision + 1
     WHERE subscription_id = $1
 """
 REMOVE: Final = "DELETE FROM public.subscriptions WHERE subscription_id = $1 RETURNING url"
@@ -104,7 +105,8 @@ class Subscription(TypedDict):
 
     Every event up to ``position`` is delivered or did not match, except those of held orders. ``lag_events``
     and ``lag_seconds`` are about the events above it, whether they match or not. ``delivered`` and ``failed``
-    count attempts. ``responses`` has the latest of them, newest first.
+    count attempts. ``down_since`` is since when all attempts have failed, null while the endpoint accepts
+    events. ``responses`` has the latest of them, newest first.
     """
 
     subscription_id: UUID
@@ -122,6 +124,7 @@ class Subscription(TypedDict):
     held_orders: int
     delivered: int
     failed: int
+    down_since: datetime | None
     responses: list[Response]
     previous_secret_until: datetime | None
 
@@ -165,7 +168,9 @@ def parse_subscription_id(text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        raise UnknownSubscriptionError(f"there is no subscription {text}") from None
+        raise UnknownSubscriptionError(
+            f"no subscription has the id {text}: see the list of subscriptions"
+        ) from None
 
 
 def make_secret() -> str:
@@ -186,7 +191,9 @@ async def find_subscription(connection: Connection, subscription_id: UUID) -> Su
     """
     found = await _read(connection, subscription_id)
     if not found:
-        raise UnknownSubscriptionError(f"there is no subscription {subscription_id}")
+        raise UnknownSubscriptionError(
+            f"no subscription has the id {subscription_id}: see the list of subscriptions"
+        )
     return found[0]
 
 
@@ -343,7 +350,9 @@ async def remove_subscription(connection: Connection, subscription_id: UUID, act
     """
     async with connection.transaction():
         if await connection.fetchval(REMOVE, subscription_id) is None:
-            raise UnknownSubscriptionError(f"there is no subscription {subscription_id}")
+            raise UnknownSubscriptionError(
+                f"no subscription has the id {subscription_id}: see the list of subscriptions"
+            )
         await record_operation(connection, actor, "subscription_removed", str(subscription_id))
 
 
@@ -355,7 +364,9 @@ async def read_secrets(connection: Connection, subscription_id: UUID) -> tuple[s
     """
     row = await connection.fetchrow(SECRETS, subscription_id)
     if row is None:
-        raise UnknownSubscriptionError(f"there is no subscription {subscription_id}")
+        raise UnknownSubscriptionError(
+            f"no subscription has the id {subscription_id}: see the list of subscriptions"
+        )
     return valid_secrets(row, datetime.now(UTC))
 
 

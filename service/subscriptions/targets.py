@@ -18,6 +18,8 @@ from yarl import URL
 from service.http.addresses import Network, is_within
 
 URL_CHARACTERS_MAX: Final = 2_048
+# Of a URL in an error.
+SHOWN_CHARACTERS_MAX: Final = 200
 RESOLVE_SECONDS_MAX: Final = 5.0
 SETTING: Final = "ORDER_TRACKING_SUBSCRIPTION_NETWORKS"
 # The only global unicast addresses of IPv6 in use. Outside are those that stand for IPv4 addresses, and others.
@@ -67,8 +69,10 @@ def check_address(text: str, networks: Sequence[Network], *, allows_public: bool
     if is_within(address, networks) or (allows_public and is_public(address)):
         return
     if is_public(address):
-        raise ForbiddenAddressError(f"{address} is public: use https, which protects the orders on their way")
-    raise ForbiddenAddressError(f"{address} is not a public address, and {SETTING} does not allow it")
+        raise ForbiddenAddressError(f"{address} is a public address, where http is not allowed: use https")
+    raise ForbiddenAddressError(
+        f"{address} is not a public address. To allow it, add its network to {SETTING}, and restart the service"
+    )
 
 
 class CheckedNames(AbstractResolver):
@@ -140,10 +144,11 @@ def parse_url(text: str, networks: Sequence[Network]) -> URL:
     except ValueError:
         is_valid = False
     if not is_valid:
-        raise UnusableUrlError("the URL is invalid. Expected https://host/path")
+        raise UnusableUrlError(f"{text[:SHOWN_CHARACTERS_MAX]!r} is not a URL. Expected https://host/path")
     if url.scheme != "https" and not (url.scheme == "http" and networks):
         raise UnusableUrlError(
-            f"the URL must begin with https://; http:// is only possible within the networks of {SETTING}"
+            f"{text[:SHOWN_CHARACTERS_MAX]} must begin with https://; http:// is only possible within the "
+            f"networks of {SETTING}"
         )
     if url.user is not None or url.password is not None:
         raise UnusableUrlError(
@@ -173,7 +178,7 @@ async def check_url(text: str, networks: Sequence[Network], resolver: AbstractRe
         else:
             await _resolve(host, url.port or 0, resolver, networks, allows_public=url.scheme == "https")
     except ForbiddenAddressError as error:
-        raise UnusableUrlError(f"{host} leads to a forbidden address: {error.strerror}") from None
+        raise UnusableUrlError(f"{text[:SHOWN_CHARACTERS_MAX]}: {error.strerror}") from None
     return url
 
 
@@ -193,8 +198,9 @@ async def _resolve(
     except ForbiddenAddressError:
         raise
     except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "no answer in time"
         raise UnusableUrlError(
-            f"the host name {host} does not resolve: {error or 'no answer in time'}"
+            f"the host name {host} does not resolve ({reason}): check its spelling, and this machine's DNS"
         ) from None
     finally:
         if resolver is None:

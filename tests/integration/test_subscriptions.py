@@ -1,5 +1,6 @@
 """Subscriptions: order events reach the shop's endpoint in order for each order, at least once, signed."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -268,6 +269,27 @@ async def test_two_secrets_during_a_rotation(dsn: str, receiver: Receiver) -> No
         assert secret not in everything
 
 
+async def test_an_operators_change_repeats_nothing(dsn: str, receiver: Receiver) -> None:
+    """The results of the requests in flight are saved before a change applies."""
+
+    async def respond(_received: Received) -> web.StreamResponse:
+        await asyncio.sleep(0.02)
+        return web.Response(status=204)
+
+    receiver.respond = respond
+    async with delivering(dsn) as client:
+        await asyncio.gather(*(client.webhook(f"KOM{number}") for number in range(300)))
+        added = await add(client, receiver, from_position=0)
+        for number in (50, 120, 200):
+            await receiver.wait_for(number)
+            await client.post(path(added, "rotate-secret"), 200)
+        await receiver.wait_for(250)
+        await change(client, added, state="paused")
+        await change(client, added, state="active")
+        await settled(client, added, lag_events=0, held_orders=0)
+    assert len(receiver.requests) == 300
+
+
 async def test_a_test_request(dsn: str, receiver: Receiver) -> None:
     """A test is signed and has its own type; the response tells its result."""
     async with delivering(dsn) as client:
@@ -357,20 +379,24 @@ async def test_a_log_that_went_back(dsn: str, receiver: Receiver, connection: Co
         await change(client, added, state="paused")
         await connection.execute("UPDATE subscriptions SET position = 1000, report_id = NULL")
         await change(client, added, state="active")
-        await connection.execute("UPDATE subscriptions SET position = 1000, generation = generation + 1")
+        await connection.execute(
+            "UPDATE subscriptions SET position = 1000, revision = revision + 1, generation = generation + 1"
+        )
         await settled(client, added, state="paused", reason="log_went_back")
         await change(client, added, state="active")
         await client.webhook("KOM2")
         await receiver.wait_for(2)
         # Another event at the position, as after a failover that lost some.
         await connection.execute(
-            "UPDATE subscriptions SET report_id = 'another', generation = generation + 1 WHERE position > 0"
+            "UPDATE subscriptions SET report_id = 'another', revision = revision + 1, "
+            "generation = generation + 1 WHERE position > 0"
         )
         await settled(client, added, state="paused", reason="log_went_back")
         # Another log, as after a restore.
         await change(client, added, state="active")
         await settled(client, added, state="active", lag_events=0)
         await connection.execute(
-            "UPDATE subscriptions SET log_id = gen_random_uuid(), generation = generation + 1"
+            "UPDATE subscriptions SET log_id = gen_random_uuid(), revision = revision + 1, "
+            "generation = generation + 1"
         )
         await settled(client, added, state="paused", reason="log_went_back")
