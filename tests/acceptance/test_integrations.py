@@ -32,8 +32,7 @@ LISTENS: Final = re.compile(r"listening on (\d+)|Development Server \(http://127
 
 def program(name: str) -> str:
     """Return the block of code that the page tells you to save under a name."""
-    before, after = PAGE.split(f"`{name}`", 1)
-    assert before
+    after = re.split(rf"[Ss]ave as\s+`{re.escape(name)}`", PAGE, maxsplit=1)[1]
     found = re.search(r"^```\w+\n(.*?)^```", after, re.MULTILINE | re.DOTALL)
     assert found is not None
     return found[1]
@@ -176,7 +175,7 @@ def test_the_php_receiver(service: RunningService, tmp_path: Path) -> None:
     (tmp_path / "receiver.php").write_text(program("receiver.php"), encoding="utf-8")
     number, secret = subscribe(service, f"http://127.0.0.1:{port}/receiver.php")
     command = ["php", "-S", f"127.0.0.1:{port}"]
-    with running(tmp_path, command, WEBHOOK_SECRET=secret) as process:
+    with running(tmp_path, command, WEBHOOK_SECRET=secret, DATABASE="orders.db") as process:
         assert port_of(tmp_path, process) == str(port)
         check_receiver(service, f"http://127.0.0.1:{port}/receiver.php", secret, number, read)
 
