@@ -40,7 +40,7 @@ HOSTILE_PATH: Final = f"/track/{quote(HOSTILE, safe='')}"
 PAGES: Final = (
     "/", f"/track/{ORDER}", f"/track/{ORDER}?version=2", HOSTILE_PATH, f"/track/{ORDER}/reports/1", "/track",
     "/track?verdict=refused", "/quarantined", "/quarantined/1", "/quarantined/2", "/operations",
-    "/conflicts", "/conflicts?handled=false", "/words",
+    "/conflicts", "/conflicts?handled=false", "/words", "/deliveries",
 )  # fmt: skip
 
 BINARY: Final = b"<script>alert(1)</script>\x00\xff" + bytes(range(256)) * 2
@@ -142,7 +142,12 @@ class PageMonitor:
 @pytest.fixture(scope="module")
 def shop(state_template: Path) -> Iterator[RunningService]:
     """Run a service for this module alone, because its tests count orders."""
-    with copied_folder(state_template) as copy, measured_service(copy, SHARE_SECRET=SECRET) as service:
+    with (
+        copied_folder(state_template) as copy,
+        measured_service(
+            copy, SHARE_SECRET=SECRET, SUBSCRIPTION_NETWORKS="127.0.0.0/8", SUBSCRIPTION_RETRY_SECONDS="0,600"
+        ) as service,
+    ):
         yield service
 
 
@@ -169,6 +174,11 @@ def api(playwright: Playwright, shop: RunningService) -> Iterator[APIRequestCont
     send_body(context, b'{"order_no":"KOM-3","state":"Dikirim"}')
     send_body(context, BINARY)
     assert context.get(f"/statistics?after_position={position}").ok
+    # Nothing listens there: every order is held, with its error.
+    subscription = {"url": "http://127.0.0.1:9/hooks", "verdicts": [], "from_position": 0}
+    added = context.post("/subscriptions", data=subscription).json()
+    path = f"/subscriptions/{added['subscription_id']}"
+    until(lambda: context.get(path).json()["failed"] >= len({order_no for order_no, _, _ in HISTORY}))
     yield context
     context.dispose()
 
@@ -850,3 +860,22 @@ def test_unknown_words_lead_to_what_heals_them(opened: Open) -> None:
     expect(page.locator("#unknown")).to_contain_text("Antar Ulang")
     expect(page.get_by_text("order-tracking rejudge --apply")).to_be_visible()
     expect(page.get_by_role("row", name="Delivered").first).to_contain_text("terkirim")
+
+
+def test_a_subscription_is_tested_and_its_orders_are_resolved(opened: Open) -> None:
+    """The page shows held orders with their errors; its buttons test, retry, skip, pause and resume."""
+    page = opened("/deliveries")
+    expect(page.get_by_role("link", name="Subscriptions")).to_have_attribute("aria-current", "page")
+    held = page.locator("li", has_text="KOM-20")
+    expect(held.first).to_contain_text("cannot connect to 127.0.0.1:9")
+    page.get_by_role("button", name="Send a test").click()
+    expect(page.get_by_role("status").first).to_contain_text("The test failed: cannot connect to 127.0.0.1:9")
+    page.locator("li", has_text="KOM-20").get_by_role("button", name="Retry now").click()
+    expect(page).to_have_url(re.compile("/deliveries#s"))
+    order = page.locator("li", has_text="KOM-21")
+    order.get_by_label("Reason").fill("the shop knows")
+    order.get_by_role("button", name="Skip").click()
+    page.get_by_role("button", name="Pause").click()
+    expect(page.get_by_text("Paused: by an operator")).to_be_visible()
+    page.get_by_role("button", name="Resume").click()
+    expect(page.get_by_role("button", name="Pause")).to_be_visible()
