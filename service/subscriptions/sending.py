@@ -1,6 +1,7 @@
 """One attempt to deliver: a signed request to an endpoint, and what became of it."""
 
 import asyncio
+import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -21,7 +22,7 @@ from service.http.responses import LOG_HEADER
 from service.subscriptions.message import encode_test, make_message_id
 from service.subscriptions.signing import sign
 from service.subscriptions.subscription import Subscription
-from service.subscriptions.targets import make_connector
+from service.subscriptions.targets import ForbiddenAddressError, make_connector
 from service.uuids import make_uuid
 
 # Only a response within this time counts.
@@ -165,7 +166,10 @@ async def send_test(sender: Sender, found: Subscription, secrets: Sequence[str])
 def _describe(error: Exception) -> str:
     """Return why no response came."""
     if isinstance(error, aiohttp.ClientConnectorError):
-        reason = error.os_error.strerror or str(error.os_error) or "no answer"
+        cause = error.os_error
+        # The text of the event loop repeats the address.
+        is_plain = cause.errno is not None and not isinstance(cause, ForbiddenAddressError)
+        reason = os.strerror(cause.errno) if is_plain and cause.errno else cause.strerror or str(cause)
         return f"cannot connect to {error.host}:{error.port}: {reason}"
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return "the connection was closed before a response"

@@ -56,7 +56,7 @@ async def test_the_page_shows_and_acts(dsn: str) -> None:
         assert "500: &lt;b&gt;no&lt;/b&gt;" in text
         assert "<b>no</b>" not in text
         assert added["secret"] not in text
-        assert "percobaan" in await page(client, "id")
+        assert "Percobaan: 1" in await page(client, "id")
         assert "The test was accepted: 200" in await submit(client, f"{path}/test")
         assert "Paused: by an operator" in await submit(client, f"{path}/pause")
         assert "Active" in await submit(client, f"{path}/resume")
