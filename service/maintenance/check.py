@@ -61,6 +61,14 @@ ARE_TABLES: Final = """
     SELECT count(*) FROM unnest($1::text[]) AS name JOIN pg_class ON oid = to_regclass(name) AND relkind = 'r'
 """
 
+SUBSCRIPTIONS: Final = """
+    SELECT subscription_id::text AS id, state, state_reason AS reason, down_since,
+        (SELECT count(*) FROM public.held_orders AS held
+         WHERE held.subscription_id = subscriptions.subscription_id AND next_attempt_at IS NULL
+            AND NOT retry_requested AND skip_version IS NULL) AS awaiting
+    FROM public.subscriptions ORDER BY created_at, subscription_id
+"""
+
 # When PostgreSQL released the embedded version. Its package does not contain that date.
 RELEASE_DATES: Final = {"18.6": date(2026, 8, 13)}
 # PostgreSQL has a minor release each quarter, so an older one lacks fixes.
@@ -161,6 +169,7 @@ async def check_database(
             *([await _check_retention(connection, retention_days)] if retention_days else []),
             *await check_keys(connection, is_open=is_open, is_reader=is_reader),
             *[await _check_view(connection, view, " on the primary" if is_reader else "") for view in VIEWS],
+            *await _check_subscriptions(connection),
         ]
     finally:
         await connection.close()
@@ -250,6 +259,26 @@ async def check_keys(connection: Connection, *, is_open: bool, is_reader: bool =
     if is_open and not keys:
         return [_note(f"API and pages are open to every program of this machine: {command} to close them")]
     return [_wrong(f"no API key is valid, so the API and the pages are closed: {command}")]
+
+
+async def _check_subscriptions(connection: Connection) -> list[Finding]:
+    """Check that subscriptions deliver."""
+    rows = await connection.fetch(SUBSCRIPTIONS)
+    findings = []
+    for row in rows:
+        name = f"the subscription {row['id']}"
+        act = f"see 'order-tracking subscriptions show {row['id']}'"
+        if row["state"] != "active" and row["reason"] != "operator":
+            findings.append(_wrong(f"{name} has stopped by itself ({row['reason']}): {act}"))
+        elif row["state"] == "active" and row["down_since"] is not None:
+            findings.append(
+                _note(f"the endpoint of {name} accepts nothing since {row['down_since']:%F %T} UTC: {act}")
+            )
+        if row["awaiting"]:
+            findings.append(_note(f"{name} has held orders that await you: {row['awaiting']}; {act}"))
+    if rows and not findings:
+        findings.append(_ok(f"all subscriptions deliver: {len(rows)}"))
+    return findings
 
 
 async def _check_view(connection: Connection, view: View, where: str) -> Finding:

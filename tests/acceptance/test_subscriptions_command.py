@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
+from service.database.embedded_postgres import running_dsn
 from tests.support.commands import Completed, call_command
 from tests.support.processes import RunningService, running_service
 from tests.support.waiting import until
@@ -79,6 +81,12 @@ def test_a_subscription_from_its_first_day_to_its_last(service: RunningService) 
     until(lambda: held(service, number) == [("KOM2", 2)], lambda: held(service, number))
     assert call(service, "pause", number).stdout == "paused\n"
     assert "paused: operator" in call(service, "list").stdout
+    checked = call_command(service.state_dir, "check", **NETWORKS)
+    assert f"the subscription {number} has held orders that await you: 1" in checked.stdout
+    with psycopg.connect(str(running_dsn(service.state_dir))) as connection:
+        connection.execute("UPDATE subscriptions SET state_reason = 'log_went_back'")
+    checked = call_command(service.state_dir, "check", **NETWORKS)
+    assert f"WRONG  the subscription {number} has stopped by itself (log_went_back)" in checked.stdout
     replayed = call(service, "replay", number, "--from-position", "0").stdout
     assert replayed == "the events above position 0 are sent again\n"
     call(service, "replay", number, "--from-time", "2026-01-01T00:00:00Z")
