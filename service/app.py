@@ -258,8 +258,8 @@ class Service:
     async def stop(self) -> None:
         """Answer the waiting reports, then stop everything."""
         await self.recorder.drain()
-        await self.background.stop()
         await self.dispatcher.stop()
+        await self.background.stop()
         for dedicated in (
             *(self.append_connection, self.quarantine_connection, self.auth_connection),
             *(self.orders_connection, self.timelines_connection, self.log_connection),

@@ -149,7 +149,7 @@ async def pause(subscription_id: Id) -> None:
     """Stop the deliveries. What happens in the meantime is delivered after 'resume'."""
     async with _connection() as connection, connection.transaction():
         found = await subscription.find_subscription(connection, parse_subscription_id(subscription_id))
-        await subscription.pause_subscription(connection, found["subscription_id"], "operator", system_user())
+        await subscription.pause_subscription(connection, found["subscription_id"], system_user())
     show("paused")
 
 

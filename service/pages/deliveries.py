@@ -82,7 +82,7 @@ class DeliveryPages:
 
         async def pause(connection: Connection, subscription_id: UUID) -> None:
             actor = admission(request).actor
-            await subscription.pause_subscription(connection, subscription_id, "operator", actor)
+            await subscription.pause_subscription(connection, subscription_id, actor)
 
         return await self._act(request, pause)
 
@@ -118,7 +118,7 @@ class DeliveryPages:
     ) -> web.Response:
         with as_problems():
             async with self._pool.connection() as connection, connection.transaction():
-                found = await subscription.find_subscription(connection, read_id(request))
+                found = await subscription.lock_subscription(connection, read_id(request))
                 await act(connection, found["subscription_id"])
         return self._return(found["subscription_id"])
 

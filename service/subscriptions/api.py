@@ -8,13 +8,15 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from uuid import UUID
 
 from aiohttp import web
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 from typing_extensions import TypeAliasType, TypedDict  # pydantic cannot read typing's own before Python 3.12
 from yarl import URL
 
 from domain.statuses import Status
 from domain.transitions import Verdict
+from projections.postgres_errors import Connection
 from service.database.connections import ConnectionPool
+from service.database.operations import Actor
 from service.event_log import store
 from service.http.access import admission, has_scope
 from service.http.body import read_body
@@ -64,17 +66,19 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def _unique(words: Any) -> Any:
-    return [*dict.fromkeys(words)] if isinstance(words, list) else words
+def _unique(words: list[Any]) -> list[Any]:
+    return [*dict.fromkeys(words)]
 
 
-_Verdicts = Annotated[list[Verdict], BeforeValidator(_unique)]
-_Statuses = Annotated[list[Status], BeforeValidator(_unique)]
-_Includes = Annotated[list[Include], BeforeValidator(_unique)]
+_Verdicts = Annotated[list[Verdict], AfterValidator(_unique)]
+_Statuses = Annotated[list[Status], AfterValidator(_unique)]
+_Includes = Annotated[list[Include], AfterValidator(_unique)]
 
 
 class _Start(_Body):
-    from_position: Position | None = Field(default=None, description="send the events above this position")
+    from_position: Annotated[Position, Strict()] | None = Field(
+        default=None, description="send the events above this position"
+    )
     from_time: Time | None = Field(default=None, description="send the events recorded at or after this time")
 
     @model_validator(mode="after")
@@ -98,7 +102,14 @@ class AddRequest(_Start):
 
 
 class ChangeRequest(_Body):
-    """Changes of a subscription. Absent members stay as they are."""
+    """Changes of a subscription, at least one. Absent members stay as they are."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        members = ", ".join(type(self).model_fields)
+        if not self.model_fields_set or any(getattr(self, name) is None for name in self.model_fields_set):
+            raise ValueError(f"expected at least one of {members}, and none of them null")
+        return self
 
     url: str | None = None
     verdicts: _Verdicts | None = None
@@ -191,14 +202,26 @@ class SubscriptionsApi:
     async def change_subscription(self, request: web.Request, _query: Query) -> web.Response:
         """Change what a subscription sends or where, pause it, or resume it."""
         changes = await _read_request(ChangeRequest, request)
-        if not changes.model_dump(exclude_none=True):
-            members = ", ".join(ChangeRequest.model_fields)
-            raise ProblemError(ProblemType.BAD_BODY, f"the body must have at least one of {members}")
         require_body_scope(request, changes.include or [])
-        present = await self._find(request)
-        url = str(await self._check_url(changes.url)) if changes.url is not None else present["url"]
+        url = None if changes.url is None else str(await self._check_url(changes.url))
+        actor = admission(request).actor
+        with as_problems():
+            async with self._pool.connection() as connection, connection.transaction():
+                present = await subscription.lock_subscription(connection, read_id(request))
+                await self._change(connection, present, changes, url, actor)
+        self._notice_change()
+        return json_response(await self._find(request))
+
+    async def _change(
+        self,
+        connection: Connection,
+        present: Subscription,
+        changes: ChangeRequest,
+        url: str | None,
+        actor: Actor,
+    ) -> None:
         declaration = Declaration(
-            url,
+            present["url"] if url is None else url,
             present["verdicts"] if changes.verdicts is None else changes.verdicts,
             present["statuses"] if changes.statuses is None else changes.statuses,
             present["include"] if changes.include is None else changes.include,
@@ -207,16 +230,13 @@ class SubscriptionsApi:
         changed = [
             name for name, old, new in zip(Declaration._fields, before, declaration, strict=True) if old != new
         ]
-        actor, subscription_id = admission(request).actor, present["subscription_id"]
-        async with self._pool.connection() as connection, connection.transaction():
-            if changed:
-                await subscription.change_subscription(connection, subscription_id, declaration, changed, actor)
-            if changes.state == "paused":
-                await subscription.pause_subscription(connection, subscription_id, "operator", actor)
-            elif changes.state == "active" and present["state"] != "active":
-                await subscription.resume_subscription(connection, subscription_id, actor)
-        self._notice_change()
-        return json_response(await self._find(request))
+        subscription_id = present["subscription_id"]
+        if changed:
+            await subscription.change_subscription(connection, subscription_id, declaration, changed, actor)
+        if changes.state == "paused":
+            await subscription.pause_subscription(connection, subscription_id, actor)
+        elif changes.state == "active" and present["state"] != "active":
+            await subscription.resume_subscription(connection, subscription_id, actor)
 
     @Endpoint(
         "DELETE",

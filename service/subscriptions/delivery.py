@@ -28,7 +28,7 @@ from service.subscriptions.log_reader import LogReader, LogWentBackError, place_
 from service.subscriptions.message import Selection, make_message_id
 from service.subscriptions.pace import Pace
 from service.subscriptions.progress import Held, Loaded, Progress
-from service.subscriptions.sending import Attempt, Outcome, Sender
+from service.subscriptions.sending import ATTEMPT_SECONDS_MAX, Attempt, Outcome, Sender
 from service.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState
 from service.subscriptions.window import STARTED_MAX, Entry, Message, Window
 
@@ -40,6 +40,8 @@ UNSAVED_MAX: Final = STARTED_MAX
 SAVE_SECONDS: Final = 0.05
 # How long a change waits for the requests in flight.
 DRAIN_SECONDS_MAX: Final = 2.0
+# How long the end of a subscription waits for them.
+END_SECONDS_MAX: Final = ATTEMPT_SECONDS_MAX + 5.0
 # An entry in flight for so long, while no other one can be started, becomes a held order.
 BLOCKED_SECONDS_MAX: Final = 0.1
 # The longest pause, in case a wake is lost or the clock jumps.
@@ -48,6 +50,8 @@ POLL_SECONDS: Final = 1.0
 # the held orders stay few. One request from time to time finds out whether it is up again.
 DOWN_FAILURES: Final = 32
 DOWN_ORDERS: Final = 16
+# With these, an endpoint that is up refuses one event.
+REFUSALS: Final = frozenset({400, 409, 413, 422})
 PROBE_SECONDS_MIN: Final = 5.0
 PROBE_SECONDS_MAX: Final = 60.0
 # With so many held orders, no further event is read until an operator retries or skips some.
@@ -76,6 +80,7 @@ class _Work:
         saved: the number of those whose results are saved.
         failures: how many requests have failed in a row.
         failing: some of their orders.
+        takes_held: whether the last request that had a choice was one of a held order.
         probed: the order with a request ahead of its schedule, to find out whether the endpoint is up.
     """
 
@@ -97,6 +102,7 @@ class _Work:
     probe_at: datetime | None = None
     probe_seconds: float = PROBE_SECONDS_MIN
     probed: str | None = None
+    takes_held: bool = False
 
     @property
     def selection(self) -> Selection:
@@ -159,6 +165,7 @@ class Delivery:
         self._is_stopping = False
         self._is_draining = False
         self._ending: tuple[SubscriptionState, SubscriptionReason] | None = None
+        self._has_ended = False
         self._tasks: dict[asyncio.Task[None], str] = {}
         # Orders with a request in flight, also of an earlier load.
         self._busy: set[str] = set()
@@ -187,35 +194,34 @@ class Delivery:
             Exception: whatever a read or a save raises. What was not saved is sent again after the next start.
         """
         try:
-            while not self._is_stopping and self._ending is None:
+            while not self._is_stopping and not self._has_ended:
                 self._interrupted.clear()
+                self._ending = None
                 loaded = await self._progress.load(self.subscription_id, self.session, self._now())
                 if loaded is None:
                     return
-                if loaded.is_other_log:
-                    # The position says nothing about this log, of which the endpoint may have seen another end.
-                    self._ending = ("paused", "log_went_back")
-                    break
+                self.revision = loaded.revision
                 try:
-                    await self._reader.verify(loaded.place)
+                    await self._reader.verify(loaded.place, is_other_log=loaded.is_other_log)
                     await self._deliver(self._begin(loaded))
                 except LogWentBackError:
-                    self._ending = ("paused", "log_went_back")
+                    await self._end(loaded, ("paused", "log_went_back"))
         finally:
             self._work = None
             remaining = [*self._tasks, *([self._saving] if self._saving is not None else [])]
             for task in remaining:
                 task.cancel()
             await asyncio.gather(*remaining, return_exceptions=True)
-        if self._ending is not None:
-            state, reason = self._ending
-            logger.warning(
-                "subscription ended", subscription=str(self.subscription_id), state=state, reason=reason
-            )
-            await self._progress.end(self.subscription_id, state, reason)
+
+    async def _end(self, loaded: Loaded, ending: tuple[SubscriptionState, SubscriptionReason]) -> None:
+        """Stop the subscription until an operator resumes it, unless one has changed it in the meantime."""
+        self._has_ended = await self._progress.end(self.subscription_id, loaded, *ending)
+        if self._has_ended:
+            state, reason = ending
+            subscription = str(self.subscription_id)
+            logger.warning("subscription ended", subscription=subscription, state=state, reason=reason)
 
     def _begin(self, loaded: Loaded) -> _Work:
-        self.revision = loaded.revision
         work = _Work(loaded, URL(loaded.url), Window(loaded.place), loaded.held)
         for order_no, held in work.held.items():
             _schedule(work, order_no, held)
@@ -242,11 +248,13 @@ class Delivery:
                 raise error
         if self._failure is not None:
             raise self._failure
+        if self._ending is not None:
+            await self._end(work.loaded, self._ending)
         if self._tasks:
-            is_end = self._is_stopping or self._ending is not None
+            is_end = self._is_stopping or self._has_ended
             self._is_draining = True
             # A slow endpoint must not delay a change for long. What is in flight then is sent again.
-            await asyncio.wait(self._tasks, timeout=None if is_end else DRAIN_SECONDS_MAX)
+            await asyncio.wait(self._tasks, timeout=END_SECONDS_MAX if is_end else DRAIN_SECONDS_MAX)
             self._is_draining = False
         await self._save(work)
 
@@ -287,8 +295,12 @@ class Delivery:
             held.latest = max(held.latest, version)
             work.window.pass_over(place)
         elif isinstance(event, FailedEvent):
+            is_next = work.window.first_of(order_no) is None
+            held = self._hold(work, order_no, version, position)
+            held.latest = version
             work.window.pass_over(place)
-            self._give_up(work, order_no, self._hold(work, order_no, version, position), event.reason)
+            if is_next:
+                self._give_up(work, order_no, held, event.reason)
         elif not work.selection.matches(event):
             work.window.pass_over(place)
         else:
@@ -319,24 +331,45 @@ class Delivery:
                 await _wait(self._wake, pause)
 
     def _next_request(self, work: _Work) -> tuple[str, Coroutine[Any, Any, None]] | None:
-        """Return the next order and the work to do for it, None if nothing is due."""
+        """Return the next order and the work to do for it, None if nothing is due.
+
+        Held orders and new events take turns, so that neither has to wait for all of the others.
+        """
         now = self._now()
+        if work.is_down:
+            return self._next_held(work, now) or self._next_probe(work, now)
+        work.takes_held = not work.takes_held
+        if work.takes_held:
+            return self._next_held(work, now) or self._next_entry(work)
+        return self._next_entry(work) or self._next_held(work, now)
+
+    def _next_held(self, work: _Work, now: datetime) -> tuple[str, Coroutine[Any, Any, None]] | None:
         order_no = self._next_due(work, now)
-        if order_no is None and work.is_down:
-            if work.probe_at is not None and now < work.probe_at:
-                return None
-            work.probe_seconds = min(PROBE_SECONDS_MAX, 2 * work.probe_seconds)
-            work.probe_at = now + timedelta(seconds=work.probe_seconds)
-            order_no = work.probed = self._earliest_held(work)
-        if order_no is not None:
-            return order_no, self._deliver_held(work, order_no, work.held[order_no])
-        while (entry := work.window.start()) is not None:
+        return None if order_no is None else (order_no, self._deliver_held(work, order_no, work.held[order_no]))
+
+    def _next_entry(
+        self, work: _Work, *, at_random: bool = False
+    ) -> tuple[str, Coroutine[Any, Any, None]] | None:
+        while (entry := work.window.start(at_random=at_random)) is not None:
             if entry.message.order_no not in self._busy:
                 work.begun += 1
                 return entry.message.order_no, self._deliver_entry(work, entry)
             # A request of before the last load is still in flight.
             work.window.postpone(entry)
         return None
+
+    def _next_probe(self, work: _Work, now: datetime) -> tuple[str, Coroutine[Any, Any, None]] | None:
+        """Return a request that finds out whether a down endpoint is up again, if it is time for one."""
+        if work.probe_at is not None and now < work.probe_at:
+            return None
+        work.probe_seconds = min(PROBE_SECONDS_MAX, 2 * work.probe_seconds)
+        work.probe_at = now + timedelta(seconds=work.probe_seconds)
+        # In turns, since the endpoint may refuse just those orders that are held, or just the next ones.
+        work.takes_held = not work.takes_held
+        if work.takes_held and (order_no := self._earliest_held(work)) is not None:
+            work.probed = order_no
+            return order_no, self._deliver_held(work, order_no, work.held[order_no])
+        return self._next_entry(work, at_random=True)
 
     def _next_due(self, work: _Work, now: datetime) -> str | None:
         while work.due and work.due[0][0] <= now:
@@ -351,7 +384,7 @@ class Delivery:
         waiting = (
             (held.next_attempt_at, order_no)
             for order_no, held in work.held.items()
-            if held.next_attempt_at is not None and order_no not in self._busy
+            if held.next_attempt_at is not None and order_no not in self._busy and not held.was_told_to_wait
         )
         return min(waiting, default=(None, None))[1]
 
@@ -434,9 +467,11 @@ class Delivery:
         """Wait until there are not too many unsaved requests, and count a further one.
 
         Returns:
-            False if the subscription was loaded again in the meantime.
+            False if the subscription is to be loaded again, or was so in the meantime.
         """
         while work is self._work and work.unsaved >= UNSAVED_MAX:
+            if self._is_draining:
+                return False
             self._saved.clear()
             self._dirty.set()
             self._urgent.set()
@@ -479,18 +514,23 @@ class Delivery:
             work.failures, work.failing, work.failing_since, work.probed = 0, set(), None, None
             return
         work.failed += 1
+        if attempt.status in REFUSALS:
+            return
         work.failures += 1
         work.failing.add(order_no)
         work.failing_since = work.failing_since or now
         if not work.is_down and work.failures >= DOWN_FAILURES and len(work.failing) >= DOWN_ORDERS:
-            work.is_down, work.probe_seconds = True, PROBE_SECONDS_MIN
+            work.is_down, work.probe_seconds, work.takes_held = True, PROBE_SECONDS_MIN, True
             work.probe_at = now + timedelta(seconds=PROBE_SECONDS_MIN)
             self._dirty.set()
             logger.warning(
                 "endpoint of a subscription is down",
                 subscription=str(self.subscription_id),
-                error=attempt.error,
+                status=attempt.status,
             )
+        if work.is_down and attempt.retry_after_seconds:
+            asked = now + timedelta(seconds=attempt.retry_after_seconds)
+            work.probe_at = max(work.probe_at or asked, asked)
         if attempt.outcome == "gone":
             self._ending = ("disabled", "gone")
             self._interrupted.set()
@@ -504,13 +544,18 @@ class Delivery:
         since, work.is_down, work.probe_at = work.failing_since or now, False, None
         for order_no, held in work.held.items():
             failed_at = held.last_attempt_at
-            if held.next_attempt_at is not None and failed_at is not None and failed_at >= since:
+            if held.was_told_to_wait or held.next_attempt_at is None:
+                continue
+            if failed_at is not None and failed_at >= since:
                 held.next_attempt_at = now
                 _schedule(work, order_no, held)
 
     # Held orders.
 
     def _hold(self, work: _Work, order_no: str, version: int, position: int) -> Held:
+        """Hold an order from its first event in the window on, from this one if it has none there."""
+        if (first := work.window.first_of(order_no)) is not None:
+            version, position = first.message.version, first.place.position
         now = self._now()
         held = work.held[order_no] = Held(version, position, now, 0, None, now, None, latest=version)
         work.covered += work.window.release(order_no)
@@ -531,6 +576,7 @@ class Delivery:
     def _postpone(self, work: _Work, order_no: str, held: Held, attempt: Attempt) -> None:
         now = self._now()
         held.last_attempt_at, held.last_error = now, attempt.error
+        held.was_told_to_wait = bool(attempt.retry_after_seconds)
         if order_no == work.probed:
             # The order keeps its schedule.
             work.probed = None

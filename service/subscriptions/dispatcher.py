@@ -63,6 +63,7 @@ class Dispatcher:
         self._now = now
         self._deliveries: dict[UUID, tuple[Delivery, asyncio.Task[None]]] = {}
         self._failures: dict[UUID, str] = {}
+        self._is_stopping = False
 
     def wake(self) -> None:
         """Let every deliverer look at the log at once."""
@@ -79,7 +80,8 @@ class Dispatcher:
                     await self.changed.wait()
 
     async def stop(self) -> None:
-        """Wait for the requests in flight, and end every deliverer."""
+        """Wait for the requests in flight, and end every deliverer. None is started any more."""
+        self._is_stopping = True
         for delivery, _ in self._deliveries.values():
             delivery.stop()
         tasks = [task for _, task in self._deliveries.values()]
@@ -92,7 +94,11 @@ class Dispatcher:
         await self._sender.close()
 
     async def _match(self) -> None:
+        if self._is_stopping:
+            return
         states = await self._progress.read_states()
+        for key in [key for key in self.outcomes if key[0] not in states]:
+            del self.outcomes[key]
         for subscription_id, (delivery, task) in [*self._deliveries.items()]:
             present = states.get(subscription_id)
             if task.done():

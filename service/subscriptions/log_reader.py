@@ -32,12 +32,19 @@ class LogReader:
         self._feed = feed
         self._dedicated = dedicated
 
-    async def verify(self, place: Place) -> None:
+    async def verify(self, place: Place, *, is_other_log: bool) -> None:
         """Check that the log still has a place.
 
+        Args:
+            place: the place.
+            is_other_log: whether it belongs to a log with another id, as after a restore. The endpoint may have
+                seen events that this log lacks.
+
         Raises:
-            LogWentBackError: the log ends before the place, or has another event there.
+            LogWentBackError: the log ends before the place, or has another event there, or is another one.
         """
+        if is_other_log:
+            raise LogWentBackError(f"position {place.position} belongs to another log")
         async with self._dedicated.connection() as connection:
             await _read_above(connection, place, 0)
 

@@ -11,14 +11,13 @@ from typing import Final, NamedTuple
 from uuid import UUID
 
 from service.database.connections import DedicatedConnection
-from service.database.operations import Actor
+from service.database.operations import Actor, record_operation
 from service.subscriptions.message import Selection
 from service.subscriptions.subscription import (
     Declaration,
     Response,
     SubscriptionReason,
     SubscriptionState,
-    pause_subscription,
     valid_secrets,
 )
 from service.subscriptions.window import Place
@@ -35,6 +34,10 @@ TAKE: Final = """
     'active' RETURNING generation, revision, url, verdicts, statuses, include, secret, previous_secret,
     previous_secret_until,
         log_id, (SELECT log_id FROM public.log_identity) AS present_log_id, position, report_id
+"""
+END: Final = """
+    UPDATE public.subscriptions SET state = $4, state_reason = $5
+    WHERE subscription_id = $1 AND generation = $2 AND revision = $3 AND state = 'active'
 """
 # What operators have requested about held orders. An event that was delivered in the meantime is not skipped.
 APPLY_REQUESTS: Final = """
@@ -83,6 +86,7 @@ class Held:
     Attributes:
         version: the first event that is not delivered.
         latest: the highest version that is known to wait.
+        was_told_to_wait: whether the endpoint has asked for the pause before the next attempt.
     """
 
     version: int
@@ -93,6 +97,7 @@ class Held:
     next_attempt_at: datetime | None
     last_error: str | None
     latest: int = 0
+    was_told_to_wait: bool = False
 
 
 class Loaded(NamedTuple):
@@ -229,10 +234,20 @@ class Progress:
             )
         return bool(saved)
 
-    async def end(self, subscription_id: UUID, state: SubscriptionState, reason: SubscriptionReason) -> None:
-        """Stop the deliveries of a subscription until an operator resumes them."""
+    async def end(
+        self, subscription_id: UUID, loaded: Loaded, state: SubscriptionState, reason: SubscriptionReason
+    ) -> bool:
+        """Stop the deliveries of a subscription until an operator resumes them.
+
+        Returns:
+            False if an operator has changed it since it was loaded: the reason may be gone.
+        """
+        place = (subscription_id, loaded.generation, loaded.revision)
         async with self._dedicated.transaction() as connection:
-            await pause_subscription(connection, subscription_id, reason, SERVICE, state=state)
+            if await connection.execute(END, *place, state, reason) != "UPDATE 1":
+                return False
+            await record_operation(connection, SERVICE, "subscription_paused", str(subscription_id), reason)
+        return True
 
     def _require(self, session: int) -> None:
         if self.session != session:

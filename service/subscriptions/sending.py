@@ -34,6 +34,8 @@ ERROR_CHARACTERS_MAX: Final = 1_000
 # A later time in Retry-After is ignored.
 RETRY_AFTER_SECONDS_MAX: Final = 86_400.0
 SUCCESS: Final = range(200, 300)
+# For a character that cannot be shown.
+REPLACEMENT: Final = "\ufffd"
 GONE: Final = 410
 LOOP_DETECTED: Final = 508
 
@@ -84,6 +86,8 @@ class Sender:
         self.resolver = resolver
         self._log = log
         self._sessions: dict[str, aiohttp.ClientSession] = {}
+        # Endpoints whose connections are used once: they may close them after any response.
+        self._closing: set[tuple[str, str | None, int | None]] = set()
         self._user_agent = f"order-tracking/{build_info()['version']}"
 
     async def send(
@@ -107,13 +111,19 @@ class Sender:
         }
         if traceparent is not None:
             headers[TRACE_HEADER] = traceparent
+        origin = (url.scheme, url.host, url.port)
+        if origin in self._closing:
+            headers[hdrs.CONNECTION] = "close"
         began = monotonic()
         try:
             response = await self._session(url).post(url, data=body, headers=headers, allow_redirects=False)
         except TimeoutError:
             return Attempt("failed", monotonic() - began, None, f"no response within {ATTEMPT_SECONDS_MAX:g} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Attempt("failed", monotonic() - began, None, _describe(error)[:ERROR_CHARACTERS_MAX])
+            if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
+                # Perhaps the endpoint had closed the connection, which was to be used again.
+                self._closing.add(origin)
+            return Attempt("failed", monotonic() - began, None, _clean(_describe(error)))
         return self._judge(response, monotonic() - began, await _read_start(response))
 
     async def close(self) -> None:
@@ -138,8 +148,9 @@ class Sender:
         status = response.status
         if status in SUCCESS:
             return Attempt("delivered", seconds, status)
-        text = body.decode(errors="replace").strip()
-        error = f"{status}: {text[:ERROR_CHARACTERS_MAX]}" if text else f"{status} {response.reason}"
+        # Cut first: of a large body, only the start is cleaned.
+        text = _clean(body[: 4 * ERROR_CHARACTERS_MAX].decode(errors="replace"))[:ERROR_CHARACTERS_MAX]
+        error = f"{status}: {text}" if text else f"{status} {_clean(response.reason or '')}".rstrip()
         outcome: Outcome = "failed"
         if status == GONE:
             outcome = "gone"
@@ -171,9 +182,18 @@ def _describe(error: Exception) -> str:
         is_plain = cause.errno is not None and not isinstance(cause, ForbiddenAddressError)
         reason = os.strerror(cause.errno) if is_plain and cause.errno else cause.strerror or str(cause)
         return f"cannot connect to {error.host}:{error.port}: {reason}"
-    if isinstance(error, aiohttp.ServerDisconnectedError):
+    # Other texts may have the URL, and so a token in it.
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return "the connection was closed before a response"
-    return f"{type(error).__name__}: {error}"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"the response is not valid HTTP: {error.message}"
+    return f"the request failed: {type(error).__name__}"
+
+
+def _clean(text: str) -> str:
+    """Return a text on one line, in which every character can be stored and printed."""
+    words = " ".join(text.encode(errors="replace").decode().split())
+    return "".join(character if character.isprintable() else REPLACEMENT for character in words)
 
 
 async def _read_start(response: aiohttp.ClientResponse) -> bytes:

@@ -47,14 +47,25 @@ ADD: Final = """
     WHERE (SELECT count(*) FROM public.subscriptions) < $7
     RETURNING subscription_id
 """
+LOCK: Final = "SELECT FROM public.subscriptions WHERE subscription_id = $1 FOR UPDATE"
 # A higher revision makes the deliverer save and load the subscription again.
 CHANGE: Final = """
     UPDATE public.subscriptions
     SET url = $2, verdicts = $3, statuses = $4, include = $5, revision = revision + 1
     WHERE subscription_id = $1
 """
+# Another endpoint, or another selection, may accept or pass over what is held.
+RETRY_ALL: Final = "UPDATE public.held_orders SET retry_requested = true WHERE subscription_id = $1"
+# After the log has lost events: those of held orders are not what was held any more.
+RELEASE_LOST: Final = """
+    DELETE FROM public.held_orders AS held WHERE subscription_id = $1 AND NOT EXISTS (
+        SELECT FROM public.order_events
+        WHERE originator_id = held.order_no AND originator_version IN (held.version, held.version - 1)
+            AND notification_id = held.position
+    )
+"""
 PAUSE: Final = """
-    UPDATE public.subscriptions SET state = $2, state_reason = $3
+    UPDATE public.subscriptions SET state = 'paused', state_reason = 'operator'
     WHERE subscription_id = $1 AND state = 'active'
 """
 # A position beyond the head never existed in this log.
@@ -271,32 +282,34 @@ async def change_subscription(
         actor: the operator.
     """
     await connection.execute(CHANGE, subscription_id, *declaration)
+    await connection.execute(RETRY_ALL, subscription_id)
     await record_operation(connection, actor, "subscription_changed", str(subscription_id), ", ".join(changed))
 
 
-async def pause_subscription(
-    connection: Connection,
-    subscription_id: UUID,
-    reason: SubscriptionReason,
-    actor: Actor,
-    *,
-    state: SubscriptionState = "paused",
-) -> None:
-    """Stop the deliveries of a subscription. What is in flight is completed.
+async def lock_subscription(connection: Connection, subscription_id: UUID) -> Subscription:
+    """Return a subscription that no other operator can change until the end of the transaction.
 
-    Args:
-        connection: a connection in a transaction.
-        subscription_id: the subscription.
-        reason: why.
-        actor: the operator, or the service.
-        state: "disabled" if the endpoint itself has ended the subscription.
+    Raises:
+        UnknownSubscriptionError: there is none with this id.
     """
-    if await connection.execute(PAUSE, subscription_id, state, reason) == "UPDATE 1":
-        await record_operation(connection, actor, "subscription_paused", str(subscription_id), reason)
+    await connection.execute(LOCK, subscription_id)
+    return await find_subscription(connection, subscription_id)
+
+
+async def pause_subscription(connection: Connection, subscription_id: UUID, actor: Actor) -> None:
+    """Stop the deliveries of a subscription, in a transaction. What is in flight is completed."""
+    if await connection.execute(PAUSE, subscription_id) == "UPDATE 1":
+        await record_operation(connection, actor, "subscription_paused", str(subscription_id), "operator")
 
 
 async def resume_subscription(connection: Connection, subscription_id: UUID, actor: Actor) -> None:
     """Make a subscription active again, in a transaction. A position beyond the head becomes the head."""
+    reason = (await lock_subscription(connection, subscription_id))["reason"]
+    if reason == "log_went_back":
+        await connection.execute(RELEASE_LOST, subscription_id)
+    elif reason in {"gone", "loop"}:
+        # The operator has corrected the endpoint.
+        await connection.execute(RETRY_ALL, subscription_id)
     await connection.execute(RESUME, subscription_id, await store.head_position(connection))
     await record_operation(connection, actor, "subscription_resumed", str(subscription_id))
 
@@ -316,7 +329,7 @@ async def replay_subscription(
         SubscriptionError: the position is above the subscription's: it would leave events out.
     """
     async with connection.transaction():
-        present = (await find_subscription(connection, subscription_id))["position"]
+        present = (await lock_subscription(connection, subscription_id))["position"]
         if position > present:
             raise SubscriptionError(
                 f"a replay goes back, but position {position} is above the subscription's, {present}: "

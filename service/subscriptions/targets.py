@@ -10,6 +10,7 @@ import socket
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from aiohttp import DefaultResolver, TCPConnector
 from aiohttp.abc import AbstractResolver, ResolveResult
@@ -140,7 +141,7 @@ def parse_url(text: str, networks: Sequence[Network]) -> URL:
         )
     try:
         url = URL(text)
-        is_valid = bool(url.host) and url.port is not None
+        is_valid = bool(url.host) and bool(url.port)
     except ValueError:
         is_valid = False
     if not is_valid:
@@ -150,7 +151,7 @@ def parse_url(text: str, networks: Sequence[Network]) -> URL:
             f"{text[:SHOWN_CHARACTERS_MAX]} must begin with https://; http:// is only possible within the "
             f"networks of {SETTING}"
         )
-    if url.user is not None or url.password is not None:
+    if "@" in urlsplit(text).netloc:
         raise UnusableUrlError(
             "the URL must not contain a user or a password: put a token in its path or its query"
         )

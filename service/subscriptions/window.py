@@ -4,9 +4,10 @@ Plain data, without I/O. An event is *started* when a sender takes it and *done*
 order is held. The window's position can be saved up to the first event that is not done.
 """
 
+import random
 from collections import deque
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from time import monotonic
 from typing import Final, NamedTuple
 
@@ -97,6 +98,11 @@ class Window:
         """The place up to which everything is done."""
         return self._entries[0].before if self._entries else self.read
 
+    def first_of(self, order_no: str) -> Entry | None:
+        """Return the first entry of an order, None if it has none."""
+        lane = self._lanes.get(order_no)
+        return lane[0] if lane else None
+
     @property
     def first(self) -> Entry | None:
         """The first entry that is not done."""
@@ -119,8 +125,17 @@ class Window:
         else:
             lane.append(entry)
 
-    def start(self) -> Entry | None:
-        """Return the next event that may be started, None if there is none: one at a time for each order."""
+    def start(self, *, at_random: bool = False) -> Entry | None:
+        """Return the next event that may be started, None if there is none: one at a time for each order.
+
+        Args:
+            at_random: return any of them instead of the one with the lowest position.
+        """
+        if at_random and self._ready:
+            chosen = random.randrange(len(self._ready))  # noqa: S311 - no secret  # nosec B311
+            # Zero is below every position.
+            self._ready[chosen] = (0, self._ready[chosen][1])
+            heapify(self._ready)
         while self._ready:
             # An order may have become held in the meantime.
             lane = self._lanes.get(heappop(self._ready)[1])
