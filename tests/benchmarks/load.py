@@ -1,5 +1,6 @@
 """HTTP load from wrk if it is on the PATH, otherwise from our own generator in a separate process."""
 
+import asyncio
 import json
 import random
 import re
@@ -14,7 +15,7 @@ from typing import Final, NamedTuple
 
 import uvloop
 
-from tests.support.connections import OK, Connections
+from tests.support.connections import OK, Answer, Connections
 from tests.support.load import request_all
 
 CONNECTIONS: Final = 64
@@ -205,8 +206,16 @@ def run(requests: Reports | Reads, port: int, seconds: int, folder: Path) -> Loa
         # wrk counts errors, not each status.
         expected = total - refused if _expected_status(requests) == OK else refused
         return Load(expected, total - expected + cut, duration_us / 1e6, p99_us / 1e3)
-    arguments = json.dumps([type(requests).__name__, list(requests), port, seconds])
+    arguments = json.dumps([type(requests).__name__, list(requests), port, seconds, 0])
     return Load(*json.loads(_output([sys.executable, "-m", __name__, arguments], time_max)))
+
+
+def run_at(requests: Reports | Reads, port: int, seconds: int, per_second: int) -> Load:
+    """Send requests on schedule, whether or not earlier ones were answered, with our own generator."""
+    arguments = json.dumps([type(requests).__name__, list(requests), port, seconds, per_second])
+    return Load(
+        *json.loads(_output([sys.executable, "-m", __name__, arguments], seconds + OVERTIME_SECONDS_MAX))
+    )
 
 
 def _expected_status(requests: Reports | Reads) -> int:
@@ -232,11 +241,25 @@ def _until(due: float, requests: Iterator[bytes]) -> Iterator[bytes]:
         yield next(requests)
 
 
-async def _generate(requests: Reports | Reads, port: int, seconds: int) -> Load:
+async def _send_on_schedule(
+    connections: Connections, requests: Iterator[bytes], seconds: int, per_second: int
+) -> list[Answer | None]:
+    began = time.perf_counter()
+    sent: list[asyncio.Task[Answer | None]] = []
+    for number in range(seconds * per_second):
+        await asyncio.sleep(max(0.0, began + number / per_second - time.perf_counter()))
+        sent.append(asyncio.create_task(connections.request(next(requests))))
+    return await asyncio.gather(*sent)
+
+
+async def _generate(requests: Reports | Reads, port: int, seconds: int, per_second: int) -> Load:
     connections = Connections(port)
     await connections.open(CONNECTIONS)
     began = time.perf_counter()
-    answers = await request_all(connections, _until(began + seconds, requests.requests()), CONNECTIONS)
+    if per_second:
+        answers = await _send_on_schedule(connections, requests.requests(), seconds, per_second)
+    else:
+        answers = await request_all(connections, _until(began + seconds, requests.requests()), CONNECTIONS)
     took = time.perf_counter() - began
     connections.close()
     status = _expected_status(requests)
@@ -246,6 +269,6 @@ async def _generate(requests: Reports | Reads, port: int, seconds: int) -> Load:
 
 
 if __name__ == "__main__":
-    kind, values, to_port, for_seconds = json.loads(sys.argv[1])
+    kind, values, to_port, for_seconds, at_rate = json.loads(sys.argv[1])
     wanted = {"Reports": Reports, "Reads": Reads}[kind](*values)
-    sys.stdout.write(json.dumps(uvloop.run(_generate(wanted, to_port, for_seconds))))
+    sys.stdout.write(json.dumps(uvloop.run(_generate(wanted, to_port, for_seconds, at_rate))))

@@ -32,6 +32,9 @@ from tests.benchmarks.report import Row, out, ratio, resident_mb
 ROOT: Final = Path(__file__).resolve().parents[2]
 ROUNDS: Final = 3
 WARM_SECONDS: Final = 2
+# A load at a fixed rate, which leaves time between the requests.
+FIXED_SECONDS: Final = 20
+FIXED_PER_SECOND: Final = 1_000
 # The seconds of webhooks that create the orders to read.
 SEED_SECONDS: Final = 4
 START_SECONDS_MAX: Final = 30.0
@@ -201,11 +204,19 @@ class Contest:
         """Start the library's own application on a separate database."""
         return self.start("tests.benchmarks.baselines", "library", "PORT", dsn)
 
-    def send_reports(self, target: Process, seconds: int) -> tuple[load.Load, load.Reports]:
-        """Load a contender with webhooks. If it is the service, wait for its views afterwards."""
+    def send_reports(
+        self, target: Process, seconds: int, per_second: int = 0
+    ) -> tuple[load.Load, load.Reports]:
+        """Load a contender with webhooks, as many as it can answer, or so many a second.
+
+        If it is the service, wait for its views afterwards.
+        """
         self._database.execute("CHECKPOINT")
         reports = load.Reports(next(self._runs))
-        done = load.run(reports, target.port, seconds, self._folder)
+        if per_second:
+            done = load.run_at(reports, target.port, seconds, per_second)
+        else:
+            done = load.run(reports, target.port, seconds, self._folder)
         if target is self.ours:
             self.answered += done.answered
             self.failed += done.failed
@@ -255,7 +266,10 @@ def measure_webhooks(dsn: str, library_dsn: str | None, folder: Path, seconds: i
         targets = [contest.start_nothing(), contest.ours]
         if library_dsn is not None:
             targets.append(contest.start_library(library_dsn))
+        # Nothing was recorded before: the server's folder and the service are new.
+        fresh = _compare_at_rate(contest, targets[0], "of a fresh folder")
         nothing, ours, *library = contest.rounds(*targets)
+        warm = _compare_at_rate(contest, targets[0], "after the loads")
         fault = contest.fault()
         memory = resident_mb(contest.ours.pid)
         others_failed = sum(done.failed for done in itertools.chain(nothing, *library))
@@ -280,6 +294,8 @@ def measure_webhooks(dsn: str, library_dsn: str | None, folder: Path, seconds: i
             f"{statistics.median(one.p99_ms for one in nothing):.1f} ms",
             most=3,
         ).unless(fault)
+        yield fresh.unless(fault)
+        yield warm.unless(fault)
         if library:
             yield ratio(
                 "durable webhooks/s, against the library's own application and recorder",
@@ -294,6 +310,19 @@ def measure_webhooks(dsn: str, library_dsn: str | None, folder: Path, seconds: i
             memory.most < MEMORY_MB_MAX,
             f"at its most {memory.most:.0f} MB, {contest.answered:,} webhooks",
         )
+
+
+def _compare_at_rate(contest: Contest, nothing: Process, when: str) -> Row:
+    """Compare the 99th percentiles of the service and of the handler that does nothing at a fixed rate."""
+    (theirs, _), (ours, _) = (
+        contest.send_reports(target, FIXED_SECONDS, FIXED_PER_SECOND) for target in (nothing, contest.ours)
+    )
+    return ratio(
+        f"p99 of a webhook at {FIXED_PER_SECOND:,}/s {when}, as a multiple of that handler's",
+        ours.p99_ms / theirs.p99_ms,
+        f"{ours.p99_ms:.1f} ms against {theirs.p99_ms:.1f} ms, by a generator of our own",
+        most=3,
+    )
 
 
 def measure_reads(dsn: str, folder: Path, seconds: int) -> Iterator[Row]:
