@@ -37,7 +37,7 @@ IN_FLIGHT_MAX: Final = 32
 # Requests that were begun but whose results are not saved yet.
 UNSAVED_MAX: Final = STARTED_MAX
 # How long results wait for others to be saved with them.
-SAVE_SECONDS: Final = 0.05
+SAVE_SECONDS: Final = 0.1
 # How long a change waits for the requests in flight.
 DRAIN_SECONDS_MAX: Final = 2.0
 # How long the end of a subscription waits for them.

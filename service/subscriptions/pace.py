@@ -9,7 +9,7 @@ BUSY_REPORTS: Final = 16
 # For how long such a commit counts.
 BUSY_SECONDS: Final = 0.2
 # All requests of a busy process. Each costs about as much processor time as a webhook.
-BUSY_REQUESTS_PER_SECOND: Final = 150
+BUSY_REQUESTS_PER_SECOND: Final = 100
 
 
 class Pace:
