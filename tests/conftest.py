@@ -6,6 +6,7 @@ import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import coverage
 import pytest
 
 from projections.postgres_errors import Connection
@@ -36,8 +37,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fail the run if it left processes, files or changes behind."""
+    """Fail the run if it left processes, files or changes behind.
+
+    The measured coverage is saved here: pytest-xdist kills a worker whose exit takes long, and all of its
+    coverage would be lost.
+    """
     leftovers.end(session)
+    if (measured := coverage.Coverage.current()) is not None:
+        measured.save()
 
 
 @pytest.fixture(autouse=True)
