@@ -47,6 +47,13 @@ async def supervise(
         await asyncio.sleep(restart_pause_seconds)
 
 
+async def wait_for_event(event: asyncio.Event, seconds_max: float) -> None:
+    """Wait until an event is set, or until the time is over."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds_max):
+            await event.wait()
+
+
 async def follow(
     step: Callable[[], Awaitable[int]],
     wake: asyncio.Event,
@@ -73,9 +80,7 @@ async def follow(
         while events := await step():
             if events < batch_events_max:
                 await asyncio.sleep(idle_seconds)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(poll_seconds):
-                await wake.wait()
+        await wait_for_event(wake, poll_seconds)
 
 
 async def listen(connect: Callable[[], Awaitable[Connection]], channel: str, wake: Callable[..., None]) -> None:
@@ -95,11 +100,10 @@ async def listen(connect: Callable[[], Awaitable[Connection]], channel: str, wak
         await connection.add_listener(channel, wake)
         # First listen, then wake: whatever was appended before is read now.
         wake()
-        while not ended.is_set():
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LISTEN_CHECK_SECONDS):
-                    await ended.wait()
-                    return
+        while True:
+            await wait_for_event(ended, LISTEN_CHECK_SECONDS)
+            if ended.is_set():
+                return
             async with asyncio.timeout(LISTEN_CHECK_SECONDS):
                 await connection.execute(IS_ALIVE)
     finally:

@@ -2,13 +2,13 @@
 
 import asyncio
 from collections import Counter
-from contextlib import suppress
 from time import monotonic
 from typing import Final
 
 import structlog
 from aiohttp import web
 
+from service.background import wait_for_event
 from service.build import build_info
 from service.http.problems import unavailable
 from service.http.responses import json_response
@@ -83,9 +83,7 @@ class Waiting:
             return json_response({"status": "alive", **build_info()})
         if request.path == READINESS_PATH:
             raise unavailable("the service waits for its database", cause=self.cause)
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._seconds_max):
-                await self._is_decided.wait()
+        await wait_for_event(self._is_decided, self._seconds_max)
         if self._successor is not None:
             return await self._successor(request)
         if request.path.startswith(WEBHOOK_PATH):

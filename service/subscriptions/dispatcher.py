@@ -3,7 +3,6 @@
 import asyncio
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from contextvars import Context
 from datetime import UTC, datetime
 from typing import Final, NoReturn
@@ -11,6 +10,7 @@ from uuid import UUID
 
 import structlog
 
+from service.background import wait_for_event
 from service.subscriptions.delivery import Clock, Delivery
 from service.subscriptions.log_reader import LogReader
 from service.subscriptions.pace import Pace
@@ -75,9 +75,7 @@ class Dispatcher:
         while True:
             self.changed.clear()
             await self._match()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(POLL_SECONDS):
-                    await self.changed.wait()
+            await wait_for_event(self.changed, POLL_SECONDS)
 
     async def stop(self) -> None:
         """Wait for the requests in flight, and end every deliverer. None is started any more."""
