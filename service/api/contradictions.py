@@ -12,7 +12,7 @@ from projections.engine import Projector
 from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.database.connections import ConnectionPool
-from service.database.operations import Actor
+from service.database.operations import REASON_CHARACTERS_MAX, Actor
 from service.event_log import contradictions
 from service.event_log.contradictions import AlreadyHandledError, Contradiction, UnknownContradictionError
 from service.http.access import admission
@@ -44,7 +44,7 @@ class HandleRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    note: str = Field(min_length=1, max_length=contradictions.NOTE_CHARACTERS_MAX)
+    note: str = Field(min_length=1, max_length=REASON_CHARACTERS_MAX)
 
 
 class ContradictionsApi:

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from datetime import UTC, datetime
 from math import isfinite
 from typing import Final, NamedTuple
 
@@ -25,8 +24,6 @@ AFTER_POSITION_SECONDS_MAX: Final = 5.0
 HEAD_READ_SECONDS_MAX: Final = 2.0
 # A view that needs longer is usually not behind: the position lies beyond the log's head.
 HEAD_SECONDS: Final = 0.25
-# Counting the events behind the head stops here: a larger number is no more useful.
-LAG_EVENTS_MAX: Final = 100_000
 PARKED_LISTED_MAX: Final = 100
 
 # Headers of a response from views that other processes write: the position up to which the views certainly
@@ -118,9 +115,7 @@ def beyond(projectors: Mapping[str, Projector], position: int, head: int) -> Pro
 async def read_age(connection: Connection, position: int) -> float:
     """Return for how many seconds a view at a position may have missed reports; infinite if that is unknown."""
     replica = await read_replica(connection)
-    oldest = await store.oldest_after(connection, position)
-    lag_seconds = 0.0 if oldest is None else (datetime.now(UTC) - oldest).total_seconds()
-    return max(replica.age_seconds, lag_seconds)
+    return max(replica.age_seconds, await store.read_lag_seconds(connection, position))
 
 
 async def _reach(projectors: Mapping[str, Projector], position: int, views: Sequence[str]) -> None:
@@ -152,10 +147,7 @@ async def read_lag(connection: Connection, projector: Projector) -> Lag:
         position: int = await connection.fetchval(POSITION) or 0
         # An outdated view may have other tables.
         parked = 0 if projector.is_outdated else await count_parked(connection)
-    events, seconds = 0, 0.0
-    if (oldest := await store.oldest_after(connection, position)) is not None:
-        events = await store.count_after(connection, position, LAG_EVENTS_MAX)
-        seconds = max(0.0, (datetime.now(UTC) - oldest).total_seconds())
+    events, seconds = await store.read_lag(connection, position)
     return Lag(view=projector.view.name, position=position, events=events, seconds=seconds, parked=parked)
 
 

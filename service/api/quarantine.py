@@ -10,7 +10,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from projections.windows import POSITION_MAX
 from service.database.connections import ConnectionPool
-from service.database.operations import Actor
+from service.database.operations import REASON_CHARACTERS_MAX, Actor
 from service.http.access import admission, has_scope
 from service.http.body import read_body
 from service.http.endpoints import Endpoint, Tag
@@ -53,7 +53,7 @@ class DiscardRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    reason: str = Field(min_length=1, max_length=quarantine.REASON_CHARACTERS_MAX)
+    reason: str = Field(min_length=1, max_length=REASON_CHARACTERS_MAX)
 
 
 class QuarantineApi:

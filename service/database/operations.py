@@ -35,6 +35,9 @@ Action: TypeAlias = Literal[
     "delivery_skipped",
 ]
 
+# Of a reason or a note that an operator gives.
+REASON_CHARACTERS_MAX: Final = 500
+
 RECORD: Final = """
     INSERT INTO public.operations (via, actor, action, subject, reason) VALUES ($1, $2, $3, $4, $5)
     RETURNING operation_id
@@ -83,6 +86,20 @@ def system_user() -> Actor:
         # The user has no name, as in some containers.
         name = f"uid {os.getuid()}"
     return Actor("cli", name)
+
+
+def check_reason(text: str, name: str = "reason") -> None:
+    """Check what an operator gives as a reason.
+
+    Args:
+        text: the reason.
+        name: what to call it in the error.
+
+    Raises:
+        ValueError: it is empty, not printable, or longer than REASON_CHARACTERS_MAX.
+    """
+    if not text.strip() or len(text) > REASON_CHARACTERS_MAX or not text.isprintable():
+        raise ValueError(f"the {name} must have 1 to {REASON_CHARACTERS_MAX} printable characters")
 
 
 async def record_operation(

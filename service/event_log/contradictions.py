@@ -9,9 +9,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.statuses import Status
 from projections.postgres_errors import Connection
 from projections.windows import WALKED_ROWS_MAX, Window
-from service.database.operations import Actor, record_operation
-
-NOTE_CHARACTERS_MAX: Final = 500
+from service.database.operations import Actor, check_reason, record_operation
 
 # The columns of a contradiction.
 COLUMNS: Final = """
@@ -139,12 +137,11 @@ async def handle_contradiction(
         actor: the operator.
 
     Raises:
-        ValueError: the note is empty, not printable, or longer than NOTE_CHARACTERS_MAX.
+        ValueError: the note is empty, not printable, or longer than REASON_CHARACTERS_MAX.
         UnknownContradictionError: the view has no refused report with this version.
         AlreadyHandledError: it was handled before.
     """
-    if not note.strip() or len(note) > NOTE_CHARACTERS_MAX or not note.isprintable():
-        raise ValueError(f"the note must have 1 to {NOTE_CHARACTERS_MAX} printable characters")
+    check_reason(note, "note")
     try:
         async with connection.transaction():
             _refuse_handled(await find_contradiction(connection, order_no, version))

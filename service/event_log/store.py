@@ -5,7 +5,7 @@ named ``order`` with text ids. Every function takes a connection.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
@@ -32,6 +32,8 @@ CHANNEL: Final = "order_events"
 APPEND_LOCK: Final = 0x4F52444552
 # A batch is limited by rows and by bytes, since a body may be a thousand times larger than usual.
 BATCH_BYTES_MAX: Final = 2 * 1024 * 1024
+# Counting the events behind the head stops here: a larger number is no more useful.
+LAG_EVENTS_MAX: Final = 100_000
 
 
 class VersionTakenError(Exception):
@@ -357,13 +359,13 @@ async def position_before(connection: Connection, time: datetime) -> int:
     return low
 
 
-async def oldest_after(connection: Connection, position: int) -> datetime | None:
-    """Return when the first event above a position was recorded, None if there is no such event."""
+async def read_lag_seconds(connection: Connection, position: int) -> float:
+    """Return how long ago the first event above a position was recorded; 0 if there is no such event."""
     recorded_at: datetime | None = await connection.fetchval(OLDEST_AFTER, position)
-    return recorded_at
+    return 0.0 if recorded_at is None else max(0.0, (datetime.now(UTC) - recorded_at).total_seconds())
 
 
-async def count_after(connection: Connection, position: int, limit: int) -> int:
-    """Return how many events lie above a position; counting stops at ``limit``."""
-    count: int = await connection.fetchval(COUNT_AFTER, position, limit)
-    return count
+async def read_lag(connection: Connection, position: int) -> tuple[int, float]:
+    """Return how many events lie above a position, LAG_EVENTS_MAX at most, and the first one's age in s."""
+    events: int = await connection.fetchval(COUNT_AFTER, position, LAG_EVENTS_MAX)
+    return events, await read_lag_seconds(connection, position) if events else 0.0

@@ -12,7 +12,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.order import Arrival, Order, Report
 from projections.postgres_errors import Connection
 from service.database.connections import DedicatedConnection, StorageUnavailableError
-from service.database.operations import Actor, record_operation
+from service.database.operations import Actor, check_reason, record_operation
 from service.database.sequences import require_rising_numbers
 from service.event_log.codec import decode_event
 from service.event_log.store import UNREPLICATED, UnreplicatedCommitError
@@ -27,7 +27,6 @@ QuarantineState: TypeAlias = Literal["open", "retried", "discarded"]
 CAP_PERIOD: Final = timedelta(hours=1)
 # A refused body is logged at most once in this interval.
 LOG_SECONDS: Final = 60.0
-REASON_CHARACTERS_MAX: Final = 500
 
 # A retry records as many events in one transaction.
 SHARED_MAX: Final = 1_000
@@ -169,8 +168,7 @@ async def discard(connection: Connection, quarantine_id: int, reason: str, actor
         NotOpenError: the entry has already been retried or discarded.
         ValueError: the reason is empty, not printable, or longer than REASON_CHARACTERS_MAX.
     """
-    if not reason.strip() or len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
-        raise ValueError(f"the reason must have 1 to {REASON_CHARACTERS_MAX} printable characters")
+    check_reason(reason)
     async with connection.transaction():
         if await connection.execute(DISCARD, quarantine_id, datetime.now(UTC), reason) == "UPDATE 0":
             entry, _ = await find_entry(connection, quarantine_id)

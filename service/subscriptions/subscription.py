@@ -29,8 +29,6 @@ VERDICTS_DEFAULT: Final[tuple[Verdict, ...]] = ("advanced",)
 SECRET_BYTES: Final = 32
 # How long the previous secret still signs after a rotation. In the meantime, the receiver gets the new one.
 ROTATION_OVERLAP: Final = timedelta(hours=24)
-# Counting the events behind the head stops here: a larger number is no more useful.
-LAG_EVENTS_MAX: Final = 100_000
 
 # Every subscription, oldest first, or the one with the id $1.
 LIST: Final = """
@@ -149,6 +147,9 @@ class SubscriptionWithSecret(Subscription):
 class UnknownSubscriptionError(Exception):
     """There is no subscription with this id. ``str()`` names it."""
 
+    def __init__(self, subscription_id: UUID | str) -> None:
+        super().__init__(f"no subscription has the id {subscription_id}: see the list of subscriptions")
+
 
 class SubscriptionError(Exception):
     """The subscription cannot be added or changed so. ``str()`` says why and what to do."""
@@ -179,9 +180,7 @@ def parse_subscription_id(text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        raise UnknownSubscriptionError(
-            f"no subscription has the id {text}: see the list of subscriptions"
-        ) from None
+        raise UnknownSubscriptionError(text) from None
 
 
 def make_secret() -> str:
@@ -202,9 +201,7 @@ async def find_subscription(connection: Connection, subscription_id: UUID) -> Su
     """
     found = await _read(connection, subscription_id)
     if not found:
-        raise UnknownSubscriptionError(
-            f"no subscription has the id {subscription_id}: see the list of subscriptions"
-        )
+        raise UnknownSubscriptionError(subscription_id)
     return found[0]
 
 
@@ -215,7 +212,7 @@ async def _read(connection: Connection, subscription_id: UUID | None) -> list[Su
         fields = dict(row)
         position = fields["position"]
         if position not in lags:
-            lags[position] = await _read_lag(connection, position)
+            lags[position] = await store.read_lag(connection, position)
         fields["reason"] = fields.pop("state_reason")
         # orjson encodes UUIDs, but not those of the driver's own class.
         for name in ("subscription_id", "log_id"):
@@ -228,14 +225,6 @@ async def _read(connection: Connection, subscription_id: UUID | None) -> list[Su
             cast("Subscription", {name: fields[name] for name in Subscription.__annotations__})
         )
     return subscriptions
-
-
-async def _read_lag(connection: Connection, position: int) -> tuple[int, float]:
-    oldest = await store.oldest_after(connection, position)
-    if oldest is None:
-        return 0, 0.0
-    events = await store.count_after(connection, position, LAG_EVENTS_MAX)
-    return events, max(0.0, (datetime.now(UTC) - oldest).total_seconds())
 
 
 async def add_subscription(
@@ -363,9 +352,7 @@ async def remove_subscription(connection: Connection, subscription_id: UUID, act
     """
     async with connection.transaction():
         if await connection.fetchval(REMOVE, subscription_id) is None:
-            raise UnknownSubscriptionError(
-                f"no subscription has the id {subscription_id}: see the list of subscriptions"
-            )
+            raise UnknownSubscriptionError(subscription_id)
         await record_operation(connection, actor, "subscription_removed", str(subscription_id))
 
 
@@ -377,9 +364,7 @@ async def read_secrets(connection: Connection, subscription_id: UUID) -> tuple[s
     """
     row = await connection.fetchrow(SECRETS, subscription_id)
     if row is None:
-        raise UnknownSubscriptionError(
-            f"no subscription has the id {subscription_id}: see the list of subscriptions"
-        )
+        raise UnknownSubscriptionError(subscription_id)
     return valid_secrets(row, datetime.now(UTC))
 
 

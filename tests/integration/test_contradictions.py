@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from projections.postgres_errors import Connection
-from service.event_log.contradictions import NOTE_CHARACTERS_MAX
+from service.database.operations import REASON_CHARACTERS_MAX
 from tests.support.client import Client
 from tests.support.recording import EQUAL, logged_events, rebuilt
 from tests.support.waiting import until_async
@@ -81,7 +81,7 @@ async def test_two_operators_at_once(client: Client, connection: Connection) -> 
         ("/orders/KOM1/contradictions/2/handle", {"note": ""}, 400, "bad-body"),
         ("/orders/KOM1/contradictions/2/handle", {"note": " "}, 400, "bad-body"),
         ("/orders/KOM1/contradictions/2/handle", {"note": "a\nb"}, 400, "bad-body"),
-        ("/orders/KOM1/contradictions/2/handle", {"note": "x" * (NOTE_CHARACTERS_MAX + 1)}, 400, "bad-body"),
+        ("/orders/KOM1/contradictions/2/handle", {"note": "x" * (REASON_CHARACTERS_MAX + 1)}, 400, "bad-body"),
         ("/orders/KOM1/contradictions/2/handle", {"reason": "x"}, 400, "bad-body"),
         ("/orders/KOM1/contradictions/2/handle", [], 400, "bad-body"),
     ],
