@@ -16,7 +16,7 @@ from domain.statuses import Status
 from domain.transitions import Verdict
 from projections.postgres_errors import Connection
 from service.database.connections import ConnectionPool
-from service.database.operations import Actor
+from service.database.operations import REASON_CHARACTERS_MAX, Actor
 from service.event_log import store
 from service.http.access import admission, has_scope
 from service.http.body import read_body
@@ -104,13 +104,6 @@ class AddRequest(_Start):
 class ChangeRequest(_Body):
     """Changes of a subscription, at least one. Absent members stay as they are."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        members = ", ".join(type(self).model_fields)
-        if not self.model_fields_set or any(getattr(self, name) is None for name in self.model_fields_set):
-            raise ValueError(f"expected at least one of {members}, and none of them null")
-        return self
-
     url: str | None = None
     verdicts: _Verdicts | None = None
     statuses: _Statuses | None = None
@@ -118,6 +111,13 @@ class ChangeRequest(_Body):
     state: RequestedState | None = Field(
         default=None, description="paused to stop the deliveries, active to go on where they stopped"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        members = ", ".join(type(self).model_fields)
+        if not self.model_fields_set or any(getattr(self, name) is None for name in self.model_fields_set):
+            raise ValueError(f"expected at least one of {members}, and none of them null")
+        return self
 
 
 class ReplayRequest(_Start):
@@ -127,7 +127,7 @@ class ReplayRequest(_Start):
 class SkipRequest(_Body):
     """Why an event is given up."""
 
-    reason: str = Field(min_length=1, max_length=held_orders.REASON_CHARACTERS_MAX)
+    reason: str = Field(min_length=1, max_length=REASON_CHARACTERS_MAX)
 
 
 AnyBody = TypeVar("AnyBody", bound=_Body)
@@ -226,7 +226,7 @@ class SubscriptionsApi:
             present["statuses"] if changes.statuses is None else changes.statuses,
             present["include"] if changes.include is None else changes.include,
         )
-        before = Declaration(*(present["url"], present["verdicts"], present["statuses"], present["include"]))
+        before = Declaration(present["url"], present["verdicts"], present["statuses"], present["include"])
         changed = [
             name for name, old, new in zip(Declaration._fields, before, declaration, strict=True) if old != new
         ]
@@ -267,9 +267,10 @@ class SubscriptionsApi:
         It has the type `subscription.test`, carries no order, and is sent once, even if the subscription is
         paused.
         """
-        found = await self._find(request)
-        async with self._pool.connection() as connection:
-            secrets = await subscription.read_secrets(connection, found["subscription_id"])
+        with as_problems():
+            async with self._pool.connection() as connection:
+                found = await subscription.find_subscription(connection, read_id(request))
+                secrets = await subscription.read_secrets(connection, found["subscription_id"])
         return json_response(await send_test(self._sender, found, secrets))
 
     @Endpoint(
@@ -289,12 +290,12 @@ class SubscriptionsApi:
         position = await self._find_start(replay)
         if position is None:
             raise ProblemError(ProblemType.BAD_BODY, "from_position or from_time is required")
-        found = await self._find(request)
         try:
-            async with self._pool.connection() as connection:
-                await subscription.replay_subscription(
-                    connection, found["subscription_id"], position, admission(request).actor
-                )
+            with as_problems():
+                async with self._pool.connection() as connection:
+                    await subscription.replay_subscription(
+                        connection, read_id(request), position, admission(request).actor
+                    )
         except SubscriptionError as error:
             raise ProblemError(ProblemType.NOT_BACK, str(error)) from None
         self._notice_change()
@@ -330,11 +331,12 @@ class SubscriptionsApi:
     )
     async def list_held_orders(self, request: web.Request, query: PageQuery) -> web.Response:
         """List the orders with an undelivered event, those that have been held for longest first."""
-        found = await self._find(request)
-        async with self._pool.connection() as connection:
-            rows = await held_orders.held_orders_page(
-                connection, found["subscription_id"], query.cursor or 0, query.limit + 1
-            )
+        with as_problems():
+            async with self._pool.connection() as connection:
+                found = await subscription.find_subscription(connection, read_id(request))
+                rows = await held_orders.held_orders_page(
+                    connection, found["subscription_id"], query.cursor or 0, query.limit + 1
+                )
         page = cut_page(rows, query.limit, lambda row: row["held_id"])
         return list_response(query, "held", page, request.path)
 
