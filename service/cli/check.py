@@ -3,6 +3,7 @@ from datetime import UTC, datetime
 from service.cli.console import EXIT_FAILURE, database, show
 from service.maintenance import check as checks
 from service.settings import read_settings
+from service.subscriptions.held_orders import HELD_ORDERS_MAX
 
 
 async def check() -> int | None:
@@ -18,6 +19,7 @@ async def check() -> int | None:
                 is_open=settings.is_open,
                 retention_days=settings.body_retention_days,
                 replica_age_seconds_max=settings.replica_age_seconds_max if settings.read_only else None,
+                held_orders_max=HELD_ORDERS_MAX,
             ),
         ]
     findings += checks.check_embedded(settings, datetime.now(UTC).date())

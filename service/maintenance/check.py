@@ -63,10 +63,12 @@ ARE_TABLES: Final = """
 
 SUBSCRIPTIONS: Final = """
     SELECT subscription_id::text AS id, state, state_reason AS reason, down_since,
-        (SELECT count(*) FROM public.held_orders AS held
-         WHERE held.subscription_id = subscriptions.subscription_id AND next_attempt_at IS NULL
-            AND NOT retry_requested AND skip_version IS NULL) AS awaiting
-    FROM public.subscriptions ORDER BY created_at, subscription_id
+        count(held_id) AS held,
+        count(held_id) FILTER (
+            WHERE next_attempt_at IS NULL AND NOT retry_requested AND skip_version IS NULL
+        ) AS awaiting
+    FROM public.subscriptions LEFT JOIN public.held_orders USING (subscription_id)
+    GROUP BY subscription_id ORDER BY created_at, subscription_id
 """
 
 # When PostgreSQL released the embedded version. Its package does not contain that date.
@@ -136,11 +138,21 @@ def check_account(settings: Settings) -> list[Finding]:
 
 
 async def check_database(
-    dsn: str, *, is_open: bool = True, retention_days: int = 0, replica_age_seconds_max: float | None = None
+    dsn: str,
+    *,
+    is_open: bool = True,
+    retention_days: int = 0,
+    replica_age_seconds_max: float | None = None,
+    held_orders_max: int | None = None,
 ) -> list[Finding]:
-    """Check the database and its content, with the settings of these names.
+    """Check the database and its content.
 
-    The last one is None if the service records.
+    Args:
+        dsn: the database.
+        is_open: the setting of this name.
+        retention_days: the setting of this name.
+        replica_age_seconds_max: the setting of this name; None if the service records.
+        held_orders_max: how many held orders stop a subscription; None for no limit.
     """
     is_reader = replica_age_seconds_max is not None
     try:
@@ -169,7 +181,7 @@ async def check_database(
             *([await _check_retention(connection, retention_days)] if retention_days else []),
             *await check_keys(connection, is_open=is_open, is_reader=is_reader),
             *[await _check_view(connection, view, " on the primary" if is_reader else "") for view in VIEWS],
-            *await _check_subscriptions(connection),
+            *await _check_subscriptions(connection, held_orders_max),
         ]
     finally:
         await connection.close()
@@ -261,7 +273,7 @@ async def check_keys(connection: Connection, *, is_open: bool, is_reader: bool =
     return [_wrong(f"no API key is valid, so the API and the pages are closed: {command}")]
 
 
-async def _check_subscriptions(connection: Connection) -> list[Finding]:
+async def _check_subscriptions(connection: Connection, held_orders_max: int | None) -> list[Finding]:
     """Check that subscriptions deliver."""
     rows = await connection.fetch(SUBSCRIPTIONS)
     findings = []
@@ -274,7 +286,13 @@ async def _check_subscriptions(connection: Connection) -> list[Finding]:
             findings.append(
                 _note(f"the endpoint of {name} accepts nothing since {row['down_since']:%F %T} UTC: {act}")
             )
-        if row["awaiting"]:
+        if held_orders_max is not None and row["held"] >= held_orders_max:
+            findings.append(
+                _wrong(
+                    f"{name} holds {row['held']:,} orders and reads no further event: retry or skip some; {act}"
+                )
+            )
+        elif row["awaiting"]:
             findings.append(_note(f"{name} has held orders that await you: {row['awaiting']}; {act}"))
     if rows and not findings:
         findings.append(_ok(f"all subscriptions deliver: {len(rows)}"))

@@ -9,7 +9,6 @@ import asyncio
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -23,7 +22,9 @@ from yarl import URL
 
 from domain.order import Order
 from projections.engine import FailedEvent
+from service.background import wait_for_event
 from service.http.times import to_rfc3339
+from service.subscriptions.held_orders import HELD_ORDERS_MAX
 from service.subscriptions.log_reader import LogReader, LogWentBackError, place_of
 from service.subscriptions.message import Selection, make_message_id
 from service.subscriptions.pace import Pace
@@ -54,8 +55,6 @@ DOWN_ORDERS: Final = 16
 REFUSALS: Final = frozenset({400, 409, 413, 422})
 PROBE_SECONDS_MIN: Final = 5.0
 PROBE_SECONDS_MAX: Final = 60.0
-# With so many held orders, no further event is read until an operator retries or skips some.
-HELD_ORDERS_MAX: Final = 10_000
 # The share by which a pause before the next attempt is longer or shorter at random.
 JITTER: Final = 0.1
 RESPONSES_MAX: Final = 20
@@ -265,7 +264,7 @@ class Delivery:
             self.log_grown.clear()
             if self._must_not_read(work):
                 self._space.clear()
-                await _wait(self._space, POLL_SECONDS)
+                await wait_for_event(self._space, POLL_SECONDS)
                 continue
             events = await self._reader.read(work.window.read, BATCH_EVENTS)
             for position, event in events:
@@ -274,7 +273,7 @@ class Delivery:
                 self._wake.set()
                 self._dirty.set()
             else:
-                await _wait(self.log_grown, POLL_SECONDS)
+                await wait_for_event(self.log_grown, POLL_SECONDS)
 
     def _must_not_read(self, work: _Work) -> bool:
         is_full = len(work.held) >= HELD_ORDERS_MAX
@@ -328,7 +327,7 @@ class Delivery:
             if delay:
                 await asyncio.sleep(delay)
             else:
-                await _wait(self._wake, pause)
+                await wait_for_event(self._wake, pause)
 
     def _next_request(self, work: _Work) -> tuple[str, Coroutine[Any, Any, None]] | None:
         """Return the next order and the work to do for it, None if nothing is due.
@@ -475,7 +474,7 @@ class Delivery:
             self._saved.clear()
             self._dirty.set()
             self._urgent.set()
-            await _wait(self._saved, POLL_SECONDS)
+            await wait_for_event(self._saved, POLL_SECONDS)
         await self._pace.take_turn()
         work.begun += 1
         return work is self._work
@@ -623,7 +622,7 @@ class Delivery:
     async def _save_often(self, work: _Work) -> None:
         while True:
             await self._dirty.wait()
-            await _wait(self._urgent, SAVE_SECONDS)
+            await wait_for_event(self._urgent, SAVE_SECONDS)
             self._dirty.clear()
             self._urgent.clear()
             await self._save(work)
@@ -681,9 +680,3 @@ def _to_response(at: datetime, order_no: str, version: int, number: int, attempt
 def _schedule(work: _Work, order_no: str, held: Held) -> None:
     if held.next_attempt_at is not None:
         heappush(work.due, (held.next_attempt_at, order_no))
-
-
-async def _wait(event: asyncio.Event, seconds_max: float) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds_max):
-            await event.wait()

@@ -7,17 +7,30 @@ from uuid import UUID
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from projections.postgres_errors import Connection
-from service.database.operations import Actor, record_operation
+from service.database.operations import Actor, check_reason, record_operation
 
-REASON_CHARACTERS_MAX: Final = 500
+# With so many held orders, a subscription reads no further event until an operator retries or skips some.
+HELD_ORDERS_MAX: Final = 10_000
 
-# As it will be when the deliverer knows what an operator has requested.
-COLUMNS: Final = """
-    order_no, version + (skip_version IS NOT DISTINCT FROM version)::integer AS version, position, held_since,
-    CASE WHEN retry_requested OR skip_version = version THEN 0 ELSE attempts END AS attempts, last_attempt_at,
-    CASE WHEN retry_requested OR skip_version = version THEN now() ELSE next_attempt_at END AS next_attempt_at,
-    CASE WHEN skip_version IS DISTINCT FROM version THEN last_error END AS last_error
+# An operator's request waits in the row until the deliverer applies it. An event that was delivered in the
+# meantime is not skipped.
+IS_SKIPPED: Final = "skip_version IS NOT DISTINCT FROM version"
+IS_DUE: Final = f"(retry_requested OR {IS_SKIPPED})"
+VERSION: Final = f"version + ({IS_SKIPPED})::integer"
+ATTEMPTS: Final = f"CASE WHEN {IS_DUE} THEN 0 ELSE attempts END"
+NEXT_ATTEMPT_AT: Final = f"CASE WHEN {IS_DUE} THEN now() ELSE next_attempt_at END"
+LAST_ERROR: Final = f"CASE WHEN NOT ({IS_SKIPPED}) THEN last_error END"
+# Each order as the deliverer will have it.
+COLUMNS: Final = f"""
+    order_no, {VERSION} AS version, position, held_since, {ATTEMPTS} AS attempts, last_attempt_at,
+    {NEXT_ATTEMPT_AT} AS next_attempt_at, {LAST_ERROR} AS last_error
 """
+APPLY_REQUESTS: Final = f"""
+    UPDATE public.held_orders
+    SET version = {VERSION}, attempts = {ATTEMPTS}, next_attempt_at = {NEXT_ATTEMPT_AT},
+        last_error = {LAST_ERROR}, retry_requested = false, skip_version = NULL
+    WHERE subscription_id = $1 AND (retry_requested OR skip_version IS NOT NULL)
+"""  # noqa: S608 - our own columns
 # The held orders of a subscription above an id, oldest first.
 PAGE: Final = f"""
     SELECT held_id, {COLUMNS} FROM public.held_orders
@@ -81,6 +94,11 @@ async def find_held(connection: Connection, subscription_id: UUID, order_no: str
     return cast("HeldOrder", dict(row))
 
 
+async def apply_requests(connection: Connection, subscription_id: UUID) -> None:
+    """Apply what operators have requested about the held orders of a subscription."""
+    await connection.execute(APPLY_REQUESTS, subscription_id)
+
+
 async def retry_held(connection: Connection, subscription_id: UUID, order_no: str, actor: Actor) -> HeldOrder:
     """Attempt a held order's event at once, and then by the whole schedule again.
 
@@ -116,8 +134,7 @@ async def skip_held(
         ValueError: the reason is empty, not printable, or longer than REASON_CHARACTERS_MAX.
         NotHeldError: the subscription does not hold the order.
     """
-    if not reason.strip() or len(reason) > REASON_CHARACTERS_MAX or not reason.isprintable():
-        raise ValueError(f"the reason must have 1 to {REASON_CHARACTERS_MAX} printable characters")
+    check_reason(reason)
     async with connection.transaction():
         await connection.execute(RAISE_REVISION, subscription_id)
         held = await find_held(connection, subscription_id, order_no)

@@ -12,6 +12,7 @@ from uuid import UUID
 
 from service.database.connections import DedicatedConnection
 from service.database.operations import Actor, record_operation
+from service.subscriptions.held_orders import apply_requests
 from service.subscriptions.message import Selection
 from service.subscriptions.subscription import (
     Declaration,
@@ -30,25 +31,15 @@ STATES: Final = "SELECT subscription_id, state, revision FROM public.subscriptio
 TRY_LEAD: Final = "SELECT pg_try_advisory_lock(hashtextextended('order_tracking subscription ' || $1, 0))"
 GIVE_UP_LEAD: Final = "SELECT pg_advisory_unlock(hashtextextended('order_tracking subscription ' || $1, 0))"
 TAKE: Final = """
-    UPDATE public.subscriptions SET generation = generation + 1 WHERE subscription_id = $1 AND state =
-    'active' RETURNING generation, revision, url, verdicts, statuses, include, secret, previous_secret,
-    previous_secret_until,
-        log_id, (SELECT log_id FROM public.log_identity) AS present_log_id, position, report_id
+    UPDATE public.subscriptions SET generation = generation + 1
+    WHERE subscription_id = $1 AND state = 'active'
+    RETURNING generation, revision, url, verdicts, statuses, include, secret, previous_secret,
+        previous_secret_until, log_id, (SELECT log_id FROM public.log_identity) AS present_log_id, position,
+        report_id
 """
 END: Final = """
     UPDATE public.subscriptions SET state = $4, state_reason = $5
     WHERE subscription_id = $1 AND generation = $2 AND revision = $3 AND state = 'active'
-"""
-# What operators have requested about held orders. An event that was delivered in the meantime is not skipped.
-APPLY_REQUESTS: Final = """
-    UPDATE public.held_orders
-    SET version = version + (skip_version IS NOT DISTINCT FROM version)::integer,
-        attempts = CASE WHEN retry_requested OR skip_version = version THEN 0 ELSE attempts END,
-        next_attempt_at =
-            CASE WHEN retry_requested OR skip_version = version THEN now() ELSE next_attempt_at END,
-        last_error = CASE WHEN skip_version IS DISTINCT FROM version THEN last_error END,
-        retry_requested = false, skip_version = NULL
-    WHERE subscription_id = $1 AND (retry_requested OR skip_version IS NOT NULL)
 """
 HELD: Final = """
     SELECT order_no, version, position, held_since, attempts, last_attempt_at, next_attempt_at, last_error
@@ -170,7 +161,7 @@ class Progress:
             row = await connection.fetchrow(TAKE, subscription_id)
             if row is None:
                 return None
-            await connection.execute(APPLY_REQUESTS, subscription_id)
+            await apply_requests(connection, subscription_id)
             held = {order_no: Held(*rest) for order_no, *rest in await connection.fetch(HELD, subscription_id)}
         declaration = Declaration(row["url"], row["verdicts"], row["statuses"], row["include"])
         secrets = valid_secrets(row, now)

@@ -1,7 +1,7 @@
 """The deliverer with a clock of its own: endpoints that are down for long, schedules, and limits."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from structlog.testing import capture_logs
 
 from projections.postgres_errors import Connection
 from service.background import supervise
@@ -17,8 +18,10 @@ from service.database.connections import DedicatedConnection, connect
 from service.database.log_identity import LogIdentity
 from service.database.operations import Actor
 from service.event_log.feed import Feed
+from service.maintenance.check import check_database
 from service.subscriptions.delivery import IN_FLIGHT_MAX, PROBE_SECONDS_MAX
 from service.subscriptions.dispatcher import Dispatcher
+from service.subscriptions.held_orders import HELD_ORDERS_MAX, retry_held
 from service.subscriptions.log_reader import LogReader
 from service.subscriptions.progress import Progress
 from service.subscriptions.sending import Sender
@@ -201,3 +204,31 @@ async def test_an_undecodable_event_holds_its_order(
         found = await find_subscription(connection, subscription_id)
     assert (held["order_no"], held["next_attempt_at"]) == ("KOM9", None)
     assert found["held_orders"] == 1
+
+
+async def test_too_many_held_orders(dsn: str, receiver: Receiver, connection: Connection) -> None:
+    """A subscription with too many held orders reads nothing further, and the log and ``check`` say so."""
+    await record(dsn, 1)
+    subscription_id = await add(connection, receiver)
+    hold = """
+        INSERT INTO held_orders (subscription_id, order_no, version, position, held_since, attempts)
+        SELECT $1, 'OLD' || number, 1, 0, now(), 10 FROM generate_series(1, $2) AS number
+    """
+    await connection.execute(hold, subscription_id, HELD_ORDERS_MAX)
+    clock = Clock()
+    with capture_logs() as logs:
+        async with dispatching(dsn, clock, (0, 1)):
+            (logged,) = await until_async(partial(errors, logs))
+            assert logged["held_orders"] == HELD_ORDERS_MAX
+            findings = await check_database(dsn, held_orders_max=HELD_ORDERS_MAX)
+            assert [one.text for one in findings if one.kind == "WRONG" and "holds 10,000 orders" in one.text]
+            assert receiver.requests == []
+            await retry_held(connection, subscription_id, "OLD1", Actor("cli", None))
+            clock.move(minutes=1)
+            await receiver.wait_for(2)
+    assert len(await errors(logs)) == 1
+
+
+async def errors(logs: Sequence[Any]) -> list[Any]:
+    """Return the logged errors."""
+    return [one for one in logs if one["log_level"] == "error"]
