@@ -70,7 +70,7 @@ from service.subscriptions.api import SubscriptionsApi
 from service.subscriptions.dispatcher import Dispatcher
 from service.subscriptions.log_reader import LogReader
 from service.subscriptions.progress import Progress
-from service.subscriptions.sending import Sender
+from service.subscriptions.sending import REQUESTS, Sender
 from service.subscriptions.subscription import list_subscriptions
 
 # How long a projection may overlook an event whose notification is lost.
@@ -227,7 +227,7 @@ class Service:
             ),
             self.metrics,
         ]
-        self.openapi = OpenApi(self.apis)
+        self.openapi = OpenApi(self.apis, REQUESTS)
         self.apis.append(self.openapi)
         self.background = BackgroundTasks()
         self._connect = partial(connect, dsn)

@@ -16,7 +16,7 @@ from projections.order_list import Sort
 from service import VERSION
 from service.api.events import LAST_EVENT_ID
 from service.database.operations import Action, Via
-from service.http.endpoints import CSV, JSON, NDJSON, SSE, TEXT, Api, Endpoint, Tag, endpoints
+from service.http.endpoints import CSV, JSON, NDJSON, SSE, TEXT, Api, Endpoint, OutgoingRequest, Tag, endpoints
 from service.http.parameters import Query
 from service.http.problems import ProblemError, ProblemType
 from service.http.responses import LOG_HEADER, json_response, response
@@ -105,13 +105,14 @@ class OpenApi:
 
     Args:
         apis: the objects whose endpoints are documented.
+        outgoing: the requests to other systems, which are documented too.
     """
 
     tag = Tag("contract", "This document, and the explanations of problem types.")
 
-    def __init__(self, apis: Iterable[Api]) -> None:
+    def __init__(self, apis: Iterable[Api], outgoing: Collection[OutgoingRequest]) -> None:
         declared = [(api.tag, endpoint) for api in (*apis, self) for endpoint, _ in endpoints(api)]
-        self.document = make_document([*_webhook_endpoints(), *declared])
+        self.document = make_document([*_webhook_endpoints(), *declared], outgoing)
 
     @Endpoint("GET", "/openapi.json", dict, scope=None)
     async def get_openapi(self, _request: web.Request, _query: Query) -> web.Response:
@@ -128,9 +129,12 @@ class OpenApi:
         raise ProblemError(HTTPStatus.NOT_FOUND)
 
 
-def make_document(declared: Collection[tuple[Tag, Endpoint]]) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of endpoints, each with its tag."""
-    schemas, references = _schemas([endpoint for _, endpoint in declared])
+def make_document(
+    declared: Collection[tuple[Tag, Endpoint]], outgoing: Collection[OutgoingRequest]
+) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of endpoints, each with its tag, and of requests to other systems."""
+    types = {one for _, endpoint in declared for one in (endpoint.response, endpoint.body) if one}
+    schemas, references = _schemas(types | {one.body for one in outgoing})
     paths: dict[str, dict[str, Any]] = {}
     for tag, endpoint in declared:
         operation = {"tags": [tag.name], **_operation(endpoint, references)}
@@ -149,6 +153,7 @@ def make_document(declared: Collection[tuple[Tag, Endpoint]]) -> dict[str, Any]:
         "security": [{"key": []}, {}],
         "tags": [tag._asdict() for tag in dict.fromkeys(tag for tag, _ in declared)],
         "paths": paths,
+        "webhooks": {one.name: {"post": _receive(one, references[one.body])} for one in outgoing},
         "components": {
             "schemas": schemas,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "`otk_...`"}},
@@ -179,9 +184,27 @@ def _webhook_endpoints() -> Iterator[tuple[Tag, Endpoint]]:
             )
 
 
-def _schemas(declared: Iterable[Endpoint]) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
+def _receive(request: OutgoingRequest, reference: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the operation that an endpoint of another system has for a request."""
+    return {
+        "operationId": f"receive{request.name[0].upper()}{request.name[1:]}",
+        "summary": request.summary,
+        "security": [],
+        "parameters": [
+            {"name": name, "in": "header", "schema": {"type": "string"}, "description": description}
+            for name, description in request.headers.items()
+        ],
+        "requestBody": {"required": True, "content": {JSON: {"schema": reference}}},
+        "responses": {
+            "2XX": {"description": "The message is accepted."},
+            "410": {"description": "An event is refused, and the subscription is disabled."},
+            "default": {"description": "A failure. An event is sent again later."},
+        },
+    }
+
+
+def _schemas(types: Iterable[Any]) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
     """Return every schema by its name, and the reference to each type's schema."""
-    types = {one.response for one in declared if one.response} | {one.body for one in declared if one.body}
     adapters = [(one, "serialization", TypeAdapter(one)) for one in sorted(types, key=str)]
     by_type, definitions = TypeAdapter.json_schemas(adapters, ref_template=REFERENCE)  # type: ignore[arg-type]
     enumerations = {

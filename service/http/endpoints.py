@@ -1,6 +1,6 @@
 """Endpoints: the declaration of each handler defines its route, parses its query and documents it."""
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from inspect import cleandoc
@@ -121,6 +121,22 @@ class Endpoint:
         )
         setattr(method, _DECLARATION, declaration)
         return method
+
+
+class OutgoingRequest(NamedTuple):
+    """A request that the service sends to other systems, as the contract describes it.
+
+    Attributes:
+        name: its name.
+        summary: one line.
+        body: the type of its body.
+        headers: its headers, each with a description.
+    """
+
+    name: str
+    summary: str
+    body: Any
+    headers: Mapping[str, str]
 
 
 def _to_camel_case(name: str) -> str:

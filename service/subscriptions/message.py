@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from datetime import UTC, datetime
-from typing import Final, NamedTuple, NotRequired
+from typing import Final, Literal, NamedTuple, NotRequired
 from uuid import UUID, uuid5
 
 import orjson
@@ -11,17 +11,17 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.order import Order
 from domain.statuses import Label, Status, status_label
 from domain.transitions import Verdict
-from service.event_log.codec import UtcTime
 from service.subscriptions.subscription import Declaration
 
-TEST_TYPE: Final = "subscription.test"
 _OPTIONS: Final = orjson.OPT_UTC_Z
 
 
 class OrderData(TypedDict):
-    """An order after an event. ``skipped``, ``verdict`` and ``reason`` are the judgement on the report.
+    """An event, and its order after it.
 
-    ``body`` is the report's whole body; only a subscription that includes it gets it.
+    ``verdict``, ``skipped`` and ``reason`` are the judgement on the report, ``reported_status`` is the sender's
+    word. ``version`` is the number of the event within its order. ``body`` is the report's whole body; only a
+    subscription that includes it gets it.
     """
 
     order_no: str
@@ -35,17 +35,34 @@ class OrderData(TypedDict):
     reported_status: str
     skipped: list[Status]
     reason: str | None
-    received_at: UtcTime
-    occurred_at: UtcTime | None
+    received_at: datetime
+    occurred_at: datetime | None
     body: NotRequired[str]
 
 
 class OrderMessage(TypedDict):
-    """The body of a request to a subscription's endpoint. ``timestamp`` is when the report was received."""
+    """The body of a request for an event. ``type`` is ``order.`` and the verdict.
+
+    ``timestamp`` is when the report was received.
+    """
 
     type: str
-    timestamp: UtcTime
+    timestamp: datetime
     data: OrderData
+
+
+class TestData(TypedDict):
+    """What a test request is about."""
+
+    subscription_id: UUID
+
+
+class TestMessage(TypedDict):
+    """The body of a test request, which carries no order."""
+
+    type: Literal["subscription.test"]
+    timestamp: datetime
+    data: TestData
 
 
 class Selection(NamedTuple):
@@ -76,7 +93,7 @@ class Selection(NamedTuple):
 
     def encode(self, position: int, event: Order.StatusReported) -> bytes:
         """Return the body of the request for an event. It is the same at each attempt."""
-        data: dict[str, object] = {
+        data: OrderData = {
             "order_no": event.originator_id,
             "cnote": event.cnote,
             "status": event.status,
@@ -93,7 +110,7 @@ class Selection(NamedTuple):
         }
         if self.with_body:
             data["body"] = event.body
-        message = {"type": f"order.{event.verdict}", "timestamp": event.timestamp, "data": data}
+        message: OrderMessage = {"type": f"order.{event.verdict}", "timestamp": event.timestamp, "data": data}
         return orjson.dumps(message, option=_OPTIONS)
 
 
@@ -103,9 +120,12 @@ def make_message_id(subscription_id: UUID, report_id: str) -> str:
 
 
 def encode_test(subscription_id: UUID) -> bytes:
-    """Return the body of a test request, which carries no order."""
-    now = datetime.now(UTC)
-    message = {"type": TEST_TYPE, "timestamp": now, "data": {"subscription_id": subscription_id}}
+    """Return the body of a test request."""
+    message: TestMessage = {
+        "type": "subscription.test",
+        "timestamp": datetime.now(UTC),
+        "data": {"subscription_id": subscription_id},
+    }
     return orjson.dumps(message, option=_OPTIONS)
 
 

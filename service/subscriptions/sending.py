@@ -17,10 +17,11 @@ from yarl import URL
 from service.build import build_info
 from service.database.log_identity import LogIdentity
 from service.http.addresses import Network
+from service.http.endpoints import OutgoingRequest
 from service.http.request_ids import TRACE_HEADER
 from service.http.responses import LOG_HEADER
-from service.subscriptions.message import encode_test, make_message_id
-from service.subscriptions.signing import sign
+from service.subscriptions.message import OrderMessage, TestMessage, encode_test, make_message_id
+from service.subscriptions.signing import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign
 from service.subscriptions.subscription import Subscription
 from service.subscriptions.targets import ForbiddenAddressError, make_connector
 from service.uuids import make_uuid
@@ -38,6 +39,23 @@ SUCCESS: Final = range(200, 300)
 REPLACEMENT: Final = "\ufffd"
 GONE: Final = 410
 LOOP_DETECTED: Final = 508
+
+# What an endpoint receives.
+HEADERS: Final = {
+    ID_HEADER: "The id of the message: the same at each attempt and at each replay.",
+    TIMESTAMP_HEADER: "The time of this attempt, in seconds since 1970.",
+    SIGNATURE_HEADER: "One or two signatures by Standard Webhooks, separated by a space.",
+    LOG_HEADER: "The id of the log that positions belong to.",
+}
+REQUESTS: Final = (
+    OutgoingRequest(
+        "orderEvent",
+        "Receive an event of an order.",
+        OrderMessage,
+        {**HEADERS, TRACE_HEADER: "The trace of the report, if it had one."},
+    ),
+    OutgoingRequest("test", "Receive a test request.", TestMessage, HEADERS),
+)
 
 # "gone": the endpoint wants no further request. "loop": the request came back to this service.
 Outcome: TypeAlias = Literal["delivered", "failed", "gone", "loop"]

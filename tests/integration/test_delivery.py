@@ -128,6 +128,37 @@ async def test_an_endpoint_that_is_down_for_an_hour(
     assert len({*receiver.places()}) == ORDERS + 1
 
 
+async def test_an_endpoint_that_fails_for_some_orders(
+    dsn: str, receiver: Receiver, connection: Connection
+) -> None:
+    """It seems to be down, but requests for other orders find out that it is up."""
+    async with serving_client(dsn) as client:
+        for number in range(80):
+            await client.webhook(f"BAD{number}")
+        for number in range(100):
+            await client.webhook(f"GOOD{number}")
+    subscription_id = await add(connection, receiver)
+
+    async def respond(received: Received) -> web.StreamResponse:
+        return web.Response(status=500 if received.order_no.startswith("BAD") else 200)
+
+    async def are_delivered() -> bool:
+        clock.move(seconds=PROBE_SECONDS_MAX)
+        found = await find_subscription(connection, subscription_id)
+        return (len(receiver.accepted), found["held_orders"], found["lag_events"]) == (100, 80, 0)
+
+    receiver.respond = respond
+    clock = Clock()
+    async with dispatching(dsn, clock, (0, 86_400)):
+        await until_async(partial(is_down, connection, subscription_id))
+        await until_async(are_delivered)
+
+
+async def is_down(connection: Connection, subscription_id: Any) -> bool:
+    """Return whether the endpoint is known to be down."""
+    return (await find_subscription(connection, subscription_id))["down_since"] is not None
+
+
 def is_quiet(receiver: Receiver) -> Callable[[], Awaitable[bool]]:
     """Return a condition: no request arrives for a while, as far as a test can tell."""
     counts: list[int] = []
