@@ -217,6 +217,8 @@ expected-statuses = ["2xx", "3xx", "4xx", 503]
 NOT_CHECKED = "negative_data_rejection,positive_data_acceptance"
 # Streams never end, so a test cannot wait for their end.
 ENDLESS = "/stream$"
+# A read of new events may wait for 30 s.
+REQUEST_SECONDS_MAX = 60
 
 
 def find_contradictions(service: RunningService, folder: Path, examples_max: int, phases: str) -> str:
@@ -227,6 +229,7 @@ def find_contradictions(service: RunningService, folder: Path, examples_max: int
         *("run", f"{service.url}/openapi.json", "--phases", phases),
         *("--max-examples", str(examples_max), "--seed", "1", "--checks", "all"),
         *("--exclude-checks", NOT_CHECKED, "--exclude-path-regex", ENDLESS, "--no-color"),
+        *("--request-timeout", str(REQUEST_SECONDS_MAX)),
     ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
     return "" if done.returncode == 0 else done.stdout[-6_000:] + done.stderr[-2_000:]
