@@ -306,6 +306,99 @@ CREATE TABLE held_orders (
 CREATE INDEX held_orders_list_idx ON held_orders (subscription_id, held_id);
 
 ------------------------------------------------------------------------------------------------------------
+-- The provable history: a Merkle tree over the log (docs/proof.md). A restart begins another tree; the last one is in
+-- use. These tables only grow, except that an erasure zeroes salts.
+
+CREATE TABLE history_trees (
+    tree        integer     NOT NULL PRIMARY KEY,       -- 1, 2, 3, ...
+    header      text        NOT NULL,                   -- the entry at index 0
+    created_at  timestamptz NOT NULL DEFAULT now()
+);
+
+CREATE TABLE history_tiles (
+    tree    integer  NOT NULL REFERENCES history_trees (tree),
+    level   smallint NOT NULL,
+    tile    bigint   NOT NULL,
+    hashes  bytea    NOT NULL CHECK (length(hashes) % 32 = 0 AND length(hashes) BETWEEN 32 AND 8192),
+    PRIMARY KEY (tree, level, tile)
+) WITH (autovacuum_vacuum_scale_factor = 0.02, toast.autovacuum_vacuum_scale_factor = 0.02);
+-- Hashes cannot be compressed, so PostgreSQL shall not try.
+ALTER TABLE history_tiles ALTER COLUMN hashes SET STORAGE EXTERNAL;
+
+-- The salts of 256 positions. Zeros after an erasure.
+CREATE TABLE history_salts (
+    tile   bigint NOT NULL PRIMARY KEY,
+    salts  bytea  NOT NULL CHECK (length(salts) % 16 = 0 AND length(salts) BETWEEN 16 AND 4096)
+) WITH (autovacuum_vacuum_scale_factor = 0.02, toast.autovacuum_vacuum_scale_factor = 0.02);
+ALTER TABLE history_salts ALTER COLUMN salts SET STORAGE EXTERNAL;
+
+-- The commitments to erased bodies. Null marks an event that no tree had at its erasure.
+CREATE TABLE history_commitments (
+    position    bigint NOT NULL PRIMARY KEY,
+    commitment  bytea  CHECK (length(commitment) = 32)
+);
+
+-- The last signed checkpoint of each tree.
+CREATE TABLE history_checkpoints (
+    tree  integer NOT NULL PRIMARY KEY REFERENCES history_trees (tree),
+    size  bigint  NOT NULL,
+    note  text    NOT NULL
+);
+
+CREATE FUNCTION refuse_history_change() RETURNS trigger LANGUAGE plpgsql
+    SET search_path = pg_catalog, public, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'UPDATE' AND TG_TABLE_NAME = 'history_salts' THEN
+        -- Only an erasure, by a member of the owner, passes: each salt stays or becomes zeros.
+        IF NEW.tile = OLD.tile AND length(NEW.salts) = length(OLD.salts)
+            AND pg_has_role((SELECT relowner FROM pg_class WHERE oid = TG_RELID), 'USAGE')
+            AND (SELECT bool_and(substr(NEW.salts, at, 16) IN (substr(OLD.salts, at, 16), decode(repeat('00', 16), 'hex')))
+                 FROM generate_series(1, length(OLD.salts), 16) AS at) THEN
+            RETURN NEW;
+        END IF;
+    END IF;
+    RAISE EXCEPTION '% of % is refused: the history only grows', TG_OP, TG_TABLE_NAME
+        USING ERRCODE = 'integrity_constraint_violation';
+END $$;
+
+CREATE TRIGGER history_trees_kept BEFORE UPDATE OR DELETE OR TRUNCATE ON history_trees
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_history_change();
+CREATE TRIGGER history_tiles_kept BEFORE DELETE OR TRUNCATE ON history_tiles
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_history_change();
+CREATE TRIGGER history_tiles_grow BEFORE UPDATE ON history_tiles FOR EACH ROW
+    WHEN ((NEW.tree, NEW.level, NEW.tile) <> (OLD.tree, OLD.level, OLD.tile)
+        OR substr(NEW.hashes, 1, length(OLD.hashes)) <> OLD.hashes)
+    EXECUTE FUNCTION refuse_history_change();
+CREATE TRIGGER history_salts_kept BEFORE DELETE OR TRUNCATE ON history_salts
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_history_change();
+CREATE TRIGGER history_salts_grow BEFORE UPDATE ON history_salts FOR EACH ROW
+    WHEN (NEW.tile <> OLD.tile OR substr(NEW.salts, 1, length(OLD.salts)) <> OLD.salts)
+    EXECUTE FUNCTION refuse_history_change();
+CREATE TRIGGER history_commitments_kept BEFORE DELETE OR TRUNCATE ON history_commitments
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_history_change();
+CREATE TRIGGER history_commitments_grow BEFORE UPDATE ON history_commitments FOR EACH ROW
+    WHEN (NEW.position <> OLD.position OR OLD.commitment IS NOT NULL)
+    EXECUTE FUNCTION refuse_history_change();
+CREATE TRIGGER history_checkpoints_kept BEFORE DELETE OR TRUNCATE ON history_checkpoints
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_history_change();
+CREATE TRIGGER history_checkpoints_grow BEFORE UPDATE ON history_checkpoints FOR EACH ROW
+    WHEN (NEW.tree <> OLD.tree OR NEW.size < OLD.size)
+    EXECUTE FUNCTION refuse_history_change();
+ALTER TABLE history_trees ENABLE ALWAYS TRIGGER history_trees_kept;
+ALTER TABLE history_tiles ENABLE ALWAYS TRIGGER history_tiles_kept;
+ALTER TABLE history_tiles ENABLE ALWAYS TRIGGER history_tiles_grow;
+ALTER TABLE history_salts ENABLE ALWAYS TRIGGER history_salts_kept;
+ALTER TABLE history_salts ENABLE ALWAYS TRIGGER history_salts_grow;
+ALTER TABLE history_commitments ENABLE ALWAYS TRIGGER history_commitments_kept;
+ALTER TABLE history_commitments ENABLE ALWAYS TRIGGER history_commitments_grow;
+ALTER TABLE history_checkpoints ENABLE ALWAYS TRIGGER history_checkpoints_kept;
+ALTER TABLE history_checkpoints ENABLE ALWAYS TRIGGER history_checkpoints_grow;
+
+-- Waits for the transaction that adds to the history, and keeps others from it until the end of this one.
+CREATE FUNCTION lock_history() RETURNS void LANGUAGE sql SET search_path = pg_catalog, pg_temp
+    AS $$ SELECT pg_advisory_xact_lock(hashtextextended('order_tracking history', 0)) $$;
+
+------------------------------------------------------------------------------------------------------------
 -- Erasure: the one way in which an event's bytes change. The owner removes the body and the address. The verdicts and
 -- times stay, so every view and every audit stays the same.
 
@@ -328,11 +421,33 @@ CREATE PROCEDURE erase_order(erased_order_no text, erasure_reason text, last_ver
 DECLARE
     events bigint;
     entries bigint;
+    event_position bigint;
 BEGIN
     -- Erasures take turns, so that their ids rise in the order of their commits.
     PERFORM pg_advisory_xact_lock(hashtextextended('order_tracking erasure', 0));
     last_version := coalesce(last_version, (
         SELECT max(originator_version) FROM order_events WHERE originator_id = erased_order_no));
+    -- In the history, a commitment takes the place of each salt, with which a guess at the body could be confirmed.
+    PERFORM lock_history();
+    INSERT INTO history_commitments (position, commitment)
+    SELECT event.notification_id, sha256(
+        substr(salts, (event.notification_id % 256)::integer * 16 + 1, 16)
+        || CASE WHEN jsonb_typeof(convert_from(event.state, 'UTF8')::jsonb -> 'body') = 'string'
+            THEN convert_to(convert_from(event.state, 'UTF8')::jsonb ->> 'body', 'UTF8') ELSE event.state END)
+    FROM order_events AS event
+    LEFT JOIN history_salts ON tile = event.notification_id / 256
+        AND length(salts) > event.notification_id % 256 * 16
+    WHERE event.originator_id = erased_order_no AND event.originator_version <= last_version
+    ON CONFLICT DO NOTHING;
+    FOR event_position IN
+        SELECT notification_id FROM order_events
+        WHERE originator_id = erased_order_no AND originator_version <= last_version
+    LOOP
+        UPDATE history_salts
+        SET salts = overlay(salts PLACING decode(repeat('00', 16), 'hex')
+            FROM (event_position % 256)::integer * 16 + 1 FOR 16)
+        WHERE tile = event_position / 256 AND length(salts) > event_position % 256 * 16;
+    END LOOP;
     UPDATE order_events SET state = erased(state)
     WHERE originator_id = erased_order_no AND originator_version <= last_version;
     GET DIAGNOSTICS events = ROW_COUNT;
@@ -362,7 +477,8 @@ BEGIN
         RETURN;
     END IF;
     GRANT SELECT ON schema_version, view_names, order_events, idempotency_keys, quarantine, api_keys, sessions,
-        operations, handled_contradictions, erasures, log_identity, subscriptions, held_orders
+        operations, handled_contradictions, erasures, log_identity, subscriptions, held_orders,
+        history_trees, history_tiles, history_salts, history_commitments, history_checkpoints
         TO order_tracking_service;
     GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
     GRANT EXECUTE ON FUNCTION lock_order_events(), make_view_schema(text), swap_view_schemas(text)
@@ -377,6 +493,11 @@ BEGIN
     GRANT INSERT (via, actor, action, subject, reason) ON operations TO order_tracking_service;
     GRANT INSERT ON handled_contradictions TO order_tracking_service;
     GRANT INSERT, DELETE, UPDATE ON subscriptions, held_orders TO order_tracking_service;
+    GRANT INSERT (tree, header) ON history_trees TO order_tracking_service;
+    GRANT INSERT, UPDATE (hashes) ON history_tiles TO order_tracking_service;
+    GRANT INSERT, UPDATE (salts) ON history_salts TO order_tracking_service;
+    GRANT UPDATE (commitment) ON history_commitments TO order_tracking_service;
+    GRANT INSERT, UPDATE (size, note) ON history_checkpoints TO order_tracking_service;
     -- For a backup.
     GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO order_tracking_service;
 END $$;

@@ -44,6 +44,10 @@ from service.database.schema import VIEWS, prepare_database
 from service.dsn import LOCAL_SOCKET, as_reader, read_hosts
 from service.event_log.feed import Feed
 from service.event_log.store import CHANNEL, last_arrival
+from service.history.api import HistoryApi
+from service.history.follower import Follower
+from service.history.signer import Signer
+from service.history.status import read_status
 from service.http.access import Access
 from service.http.addresses import LOOPBACK
 from service.http.auth_refusals import AuthRefusals
@@ -92,7 +96,7 @@ class Service:
         processes: the processes that serve the port together; None if this one serves it alone.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0915 - every part is made here
         self,
         settings: Settings,
         dsn: str,
@@ -145,6 +149,10 @@ class Service:
             self.sender,
             settings.subscription_retry_seconds,
         )
+        self.signer = Signer(settings.history_key, settings.history_origin)
+        # An entry that is signed must survive a crash of the server.
+        self.history_connection = DedicatedConnection(partial(connect_hot, synchronous_commit="on"))
+        self.history = Follower(self.history_connection, self.feed, self.signer)
         self.retention: Retention | None = None
         if settings.body_retention_days:
             self.retention = Retention(self.pool, owner_dsn or dsn, dsn, settings.body_retention_days)
@@ -161,6 +169,7 @@ class Service:
             processes,
             deliveries=self.dispatcher.outcomes,
             list_subscriptions=list_subscriptions,
+            read_history=partial(read_status, self.signer),
         )
         self.recorder = Recorder(
             self.append_connection,
@@ -217,6 +226,7 @@ class Service:
             QuarantineApi(self.pool, self.recorder),
             SharesApi(self.pool, links),
             SubscriptionsApi(self.pool, self.dispatcher, self.sender),
+            HistoryApi(self.pool, self.signer, is_public=settings.history_public),
             OperationsApi(
                 self.pool,
                 self.auth_connection,
@@ -253,6 +263,7 @@ class Service:
         if self.retention is not None:
             self.background.start("erase old bodies", self.retention.run, restart_pause_seconds=PASS_SECONDS)
         self.background.start("deliver", self.dispatcher.run)
+        self.background.start("add to the history", self.history.run)
         self.background.start("listen", partial(listen, self._connect, CHANNEL, self._wake))
 
     async def stop(self) -> None:
@@ -263,7 +274,7 @@ class Service:
         for dedicated in (
             *(self.append_connection, self.quarantine_connection, self.auth_connection),
             *(self.orders_connection, self.timelines_connection, self.log_connection),
-            *(self.subscriptions_connection, self.deliveries_connection),
+            *(self.subscriptions_connection, self.deliveries_connection, self.history_connection),
             *self.projection_connections.values(),
         ):
             await dedicated.close()
@@ -348,6 +359,7 @@ class Service:
     def _wake(self, *_notification: object) -> None:
         self.events.tail.wake.set()
         self.dispatcher.wake()
+        self.history.wake.set()
         for projector in self.projectors.values():
             projector.wake.set()
 

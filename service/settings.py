@@ -170,6 +170,12 @@ def _check_pauses(pauses: tuple[float, ...]) -> tuple[float, ...]:
     return pauses
 
 
+def _check_origin(origin: str) -> str:
+    if not origin.isprintable() or " " in origin or "+" in origin:
+        raise ValueError(f"{origin!r} has a space or a plus. Expected a name such as shop.example/orders")
+    return origin
+
+
 def _check_share_secret(secret: SecretStr) -> SecretStr:
     if 0 < len(secret.get_secret_value()) < SECRET_CHARACTERS_MIN:
         raise ValueError(
@@ -254,6 +260,14 @@ class Settings(BaseSettings):
     """the maximum number of reports that wait for their commit"""
     body_retention_days: int = Field(default=0, ge=0, le=36_500)
     """the days after which bodies of settled orders are erased; 0 for never"""
+    history_key_file: Annotated[
+        Path | None, AfterValidator(lambda path: path and path.expanduser().absolute())
+    ] = None
+    """the file of the key that signs the history; empty for history.key in STATE_DIR"""
+    history_origin: Annotated[str, AfterValidator(_check_origin)] = ""
+    """the name of the history for a new key, such as shop.example/orders; empty for a random one"""
+    history_public: bool = False
+    """whether the history's checkpoint, keys, tiles and verifiers need no API key"""
     timezone: Annotated[str, AfterValidator(_check_timezone)] = "Asia/Jakarta"
     """the time zone of the pages' times and of the days of the statistics, as an IANA name"""
     log_format: Literal["human", "json"] = "human"
@@ -297,6 +311,11 @@ class Settings(BaseSettings):
     def is_local(self) -> bool:
         """Whether only this machine can reach the service: it listens on loopback and trusts no proxy."""
         return not self.trusted_proxies and is_loopback(self.host)
+
+    @property
+    def history_key(self) -> Path:
+        """The file of the key that signs the history."""
+        return self.history_key_file or self.state_dir / "history.key"
 
     @property
     def zone(self) -> ZoneInfo:

@@ -71,6 +71,25 @@ class Processes(Protocol):
         ...
 
 
+class HistorySizes(Protocol):
+    """The state of the history."""
+
+    @property
+    def entries(self) -> int:
+        """The number of its entries."""
+        ...
+
+    @property
+    def signed(self) -> int:
+        """The number of those that are signed."""
+        ...
+
+    @property
+    def halted(self) -> str | None:
+        """Why it is not signed any more."""
+        ...
+
+
 class _Collected:
     """Metrics that were collected, in the form that prometheus_client writes."""
 
@@ -112,6 +131,7 @@ class Metrics:
         processes: the processes that serve the port together; None if this one serves it alone.
         deliveries: the attempts to deliver, by subscription and outcome.
         list_subscriptions: returns the subscriptions with their lags.
+        read_history: returns the history's size, signed size, and why it is halted.
     """
 
     tag = Tag("metrics", "Metrics for Prometheus.")
@@ -131,6 +151,7 @@ class Metrics:
         *,
         deliveries: Mapping[Any, int],
         list_subscriptions: Callable[[Connection], Awaitable[Sequence[Mapping[str, Any]]]],
+        read_history: Callable[[Connection], Awaitable[HistorySizes]],
     ) -> None:
         self._pool = pool
         self._projectors = projectors
@@ -144,6 +165,7 @@ class Metrics:
         self._processes = processes
         self._deliveries = deliveries
         self._list_subscriptions = list_subscriptions
+        self._read_history = read_history
         self._outcomes: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         self._last_received = 0.0
         self._registry = CollectorRegistry()
@@ -203,8 +225,15 @@ class Metrics:
         with suppress(StorageUnavailableError):
             async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
                 subscriptions = await self._list_subscriptions(connection)
+        history: HistorySizes | None = None
+        with suppress(StorageUnavailableError):
+            async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
+                history = await self._read_history(connection)
         own_or_all = self.collect_all() if self._processes is None else await self._processes.sum_metrics()
-        families = [*own_or_all, *_collect_database(lags, entries), *_collect_subscriptions(subscriptions)]
+        families = [
+            *(*own_or_all, *_collect_database(lags, entries)),
+            *(*_collect_subscriptions(subscriptions), *_collect_history(history)),
+        ]
         return response(generate_latest(_Collected(families)), CONTENT_TYPE_LATEST)
 
     def collect_all(self) -> list[Metric]:
@@ -305,6 +334,16 @@ def _collect_database(lags: Iterable[Lag], counts: dict[str, int]) -> Iterator[M
         seconds.add_metric([lag["view"]], lag["seconds"])
         parked.add_metric([lag["view"]], lag["parked"])
     yield from (events, seconds, parked)
+
+
+def _collect_history(history: HistorySizes | None) -> Iterator[Metric]:
+    """Yield the gauges of the history, which all processes share."""
+    if history is not None:
+        yield GaugeMetricFamily("history_entries", "Entries of the history.", history.entries)
+        yield GaugeMetricFamily("history_signed_entries", "Entries that are signed.", history.signed)
+        yield GaugeMetricFamily(
+            "history_halted", "1 if the history does not continue what was signed.", history.halted is not None
+        )
 
 
 def _collect_subscriptions(subscriptions: Iterable[Mapping[str, Any]]) -> Iterator[Metric]:

@@ -54,6 +54,7 @@ ENUMERATIONS: Final[Mapping[str, tuple[Any, str]]] = {
     "Via": (Via, "The way by which an operator acted."),
     "Sort": (Sort, "The report by which orders are sorted, newest first."),
 }
+PUBLIC: Final = " With `ORDER_TRACKING_HISTORY_PUBLIC`, it requires none."
 # The description of a response that has no JSON schema.
 NOT_JSON: Final = {
     CSV: "A list or a page of it as CSV (RFC 4180) with a heading. Nested members are columns: `counts.late`.",
@@ -70,6 +71,11 @@ PATH_PARAMETERS: Final[Mapping[str, dict[str, Any]]] = {
     "subscription_id": {
         "schema": {"type": "string", "format": "uuid"},
         "description": "the id of the subscription",
+    },
+    "level": {"schema": {"type": "integer", "minimum": 0, "maximum": 63}, "description": "the tile's level"},
+    "tile": {
+        "schema": {"type": "string", "minLength": 3},
+        "description": "the tile's number, and its width if it is partial, as in `x001/067.p/8` (tlog-tiles)",
     },
     "slug": {"schema": {"type": "string", "minLength": 1}, "description": "the end of a problem's `type`"},
     "token": {
@@ -257,7 +263,7 @@ def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> 
     operation: dict[str, Any] = {
         "operationId": endpoint.operation_id,
         "summary": endpoint.summary,
-        "description": f"{endpoint.description} {access}".strip(),
+        "description": f"{endpoint.description} {access}{PUBLIC if endpoint.may_be_public else ''}".strip(),
         "parameters": [
             *_path_parameters(endpoint.path),
             *_query_parameters(endpoint.query),

@@ -33,6 +33,7 @@ Action: TypeAlias = Literal[
     "secret_rotated",
     "delivery_retried",
     "delivery_skipped",
+    "history_restarted",
 ]
 
 # Of a reason or a note that an operator gives.

@@ -21,6 +21,8 @@ CSV: Final = "text/csv"
 NDJSON: Final = "application/x-ndjson"
 SSE: Final = "text/event-stream"
 TEXT: Final = "text/plain"
+HTML: Final = "text/html"
+OCTETS: Final = "application/octet-stream"
 # The ends of the paths of the media types that a list may also have.
 SUFFIXES: Final = {CSV: ".csv", NDJSON: ".ndjson"}
 JSON_FORMAT: Final = "json"
@@ -65,6 +67,8 @@ class Endpoint:
         media: the media type of the response. Each media type has its own path, since the clients that are
             generated from the contract can then give each response one type.
         has_etag: whether the response has an entity tag, and may be 304.
+        has_path_rest: whether the last parameter of the path may have slashes.
+        may_be_public: whether the endpoint needs no key if its API is public.
         summary: one line; by default the first line of the method's docstring.
         description: further sentences; by default the rest of the docstring.
         operation_id: the name of the operation; by default the method's name in camel case.
@@ -80,6 +84,8 @@ class Endpoint:
     problems: tuple[ProblemType | HTTPStatus, ...] = ()
     media: str = JSON
     has_etag: bool = False
+    has_path_rest: bool = False
+    may_be_public: bool = False
     summary: str = ""
     description: str = ""
     operation_id: str = ""
@@ -171,10 +177,14 @@ def make_routes(api: object, access: Access, log: LogIdentity) -> list[web.Route
                     _with_query(log, other, other_method.__get__(api), FORMAT),
                     _with_query(log, endpoint, method.__get__(api), FORMAT),
                 )
-        if endpoint.scope is not None:
+        is_public = endpoint.may_be_public and getattr(api, "is_public", False)
+        if endpoint.scope is not None and not is_public:
             handler = access.require(endpoint.scope, handler)
         # aiohttp's own pattern of a parameter excludes braces, which an order number may have.
-        routes.append(web.route(endpoint.method, endpoint.path.replace("}", ":[^/]+}"), handler))
+        path = endpoint.path.replace("}", ":[^/]+}")
+        if endpoint.has_path_rest:
+            path = f"{path.removesuffix(':[^/]+}')}:.+}}"
+        routes.append(web.route(endpoint.method, path, handler))
     return routes
 
 

@@ -14,8 +14,8 @@ from service.http.request_ids import route_pattern
 
 # A client that retries at once would meet the same problem.
 RETRY_AFTER_SECONDS: Final = 2
-# An operator must start a replay.
-RETRY_AFTER_REPLAY_SECONDS: Final = 300
+# An operator must act, such as start a replay.
+RETRY_AFTER_OPERATOR_SECONDS: Final = 300
 
 logger = structlog.get_logger()
 
@@ -43,6 +43,12 @@ class ProblemType(Enum):
     UNKNOWN_ENTRY = 404, "Unknown entry", "The quarantine has no entry with this id."
     UNKNOWN_CONTRADICTION = 404, "Unknown contradiction", "The order has no refused report with this version."
     UNKNOWN_SUBSCRIPTION = 404, "Unknown subscription", "There is no subscription with this id."
+    NO_SUCH_TILE = 404, "No such tile", "The signed history is too small to have this tile."
+    NOT_IN_HISTORY = (
+        404,
+        "Not in the history",
+        "The signed history has no entry of this order, or of this version.",
+    )
     NOT_HELD = 404, "Not held", "The subscription does not hold this order."
     BODY_TIMEOUT = 408, "Body timeout", "The body took too long to arrive."
     NOT_OPEN = 409, "Not open", "The quarantined body has been retried or discarded already."
@@ -87,6 +93,11 @@ class ProblemType(Enum):
         "The webhook request is one of this service's own deliveries. It is not recorded.",
     )
     UNAVAILABLE = 503, "Temporarily unavailable", "Retry after `Retry-After` seconds."
+    HISTORY_HALTED = (
+        503,
+        "History halted",
+        "The history does not continue what was signed, as after a restore. An operator must act.",
+    )
     PARKED = 503, "Order parked", "A view could not apply an event of this order. A replay rebuilds the view."
     HTTP_VERSION = 505, "HTTP version not supported", "Supported versions: HTTP/1.0, HTTP/1.1."
 
@@ -182,9 +193,15 @@ def another_log(log_id: str, expected: str) -> ProblemError:
     return ProblemError(ProblemType.ANOTHER_LOG, detail, log=log_id)
 
 
+def history_halted(detail: str) -> ProblemError:
+    """Return the problem for a history that is not signed until an operator acts."""
+    headers = {"Retry-After": str(RETRY_AFTER_OPERATOR_SECONDS)}
+    return ProblemError(ProblemType.HISTORY_HALTED, detail, headers=headers)
+
+
 def order_parked(detail: str, **members: Any) -> ProblemError:
     """Return the problem for an order that a view cannot show until a replay."""
-    headers = {"Retry-After": str(RETRY_AFTER_REPLAY_SECONDS)}
+    headers = {"Retry-After": str(RETRY_AFTER_OPERATOR_SECONDS)}
     return ProblemError(ProblemType.PARKED, detail, headers=headers, **members)
 
 

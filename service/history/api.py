@@ -1,0 +1,229 @@
+"""The history over HTTP: checkpoint, keys and tiles as in C2SP tlog-tiles, and proofs of orders and events."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote
+
+from aiohttp import hdrs, web
+from pydantic import Field
+
+from service.database.connections import ConnectionPool
+from service.history import bundles, storage
+from service.history.bundles import (
+    Bundle,
+    NotInHistoryError,
+    SinceError,
+    make_bundle,
+    make_event_proof,
+    suggest_name,
+)
+from service.history.notes import Checkpoint
+from service.history.signer import HistoryHaltedError, NotSigningError, Signed, Signer, read_published
+from service.history.tree import HASH_BYTES, TILE_HASHES, TILE_LEVELS, TileId
+from service.http.access import has_scope
+from service.http.endpoints import HTML, OCTETS, TEXT, Endpoint, Tag
+from service.http.parameters import Position, Query, parse_number, parse_order_no
+from service.http.problems import ProblemError, ProblemType, bad_parameter, history_halted, unavailable
+from service.http.responses import json_response, response
+
+# The paths below which the resources of tlog-tiles lie.
+PREFIX: Final = "/history"
+# A tile or an entry never changes.
+IMMUTABLE: Final = "private, max-age=31536000, immutable"
+IMMUTABLE_PUBLIC: Final = "public, max-age=31536000, immutable"
+LEVEL_MAX: Final = 63
+# 1234067 is x001/x234/067. A partial tile ends with its width.
+_TILE_PATH: Final = re.compile(r"((?:x\d{3}/){0,5}\d{3})(?:\.p/([1-9]\d{0,2}))?")
+ENTRY_LENGTH_BYTES: Final = 2
+
+_FOLDER: Final = Path(__file__).resolve().parent
+VERIFY_PY: Final = _FOLDER / "verify.py"
+VERIFY_HTML: Final = _FOLDER / "verify.html"
+PLAIN: Final = "text/plain; charset=utf-8"
+
+
+class ProofQuery(Query):
+    """What the proof of an order has."""
+
+    bodies: bool = Field(
+        default=False, description="with the reports' bodies; needs a key of the scope `read:bodies`"
+    )
+    since: int | None = Field(
+        default=None, ge=1, description="with a proof that the history continues that of this size"
+    )
+    after_position: Position = Field(default=0, description="begin after this position of the log")
+
+
+class HistoryApi:
+    """Serves the history.
+
+    Args:
+        pool: the connections to read with.
+        signer: the key and its guard.
+        is_public: whether checkpoint, keys, tiles and verifiers need no API key.
+    """
+
+    tag = Tag("history", "Proofs of orders that anyone verifies offline: see docs/proof.md.")
+
+    def __init__(self, pool: ConnectionPool, signer: Signer, *, is_public: bool) -> None:
+        self._pool = pool
+        self._signer = signer
+        self.is_public = is_public
+        self._immutable: dict[str, str] = {hdrs.CACHE_CONTROL: IMMUTABLE_PUBLIC if is_public else IMMUTABLE}
+
+    @Endpoint("GET", "/history/checkpoint", str, media=TEXT, may_be_public=True)
+    async def get_checkpoint(self, _request: web.Request, _query: Query) -> web.Response:
+        """Get the last signed checkpoint of the history: its origin, size and root hash."""
+        signed = await self._read_published()
+        return response(signed.note.encode(), PLAIN)
+
+    @Endpoint("GET", "/history/key", str, media=TEXT, may_be_public=True)
+    async def get_verifier_keys(self, _request: web.Request, _query: Query) -> web.Response:
+        """Get the public keys of the history, one on each line. Verifiers must know them from elsewhere too."""
+        signed = await self._read_published()
+        keys = self._signer.find_verifiers(signed.tree)
+        return response("".join(f"{key}\n" for key in keys).encode(), PLAIN)
+
+    @Endpoint(
+        "GET",
+        "/history/tile/entries/{tile}",
+        bytes,
+        media=OCTETS,
+        problems=(ProblemType.NO_SUCH_TILE,),
+        has_path_rest=True,
+    )
+    async def get_entry_bundle(self, request: web.Request, _query: Query) -> web.Response:
+        """Get up to 256 entries of the history, each after its length in two bytes."""
+        signed = await self._read_published()
+        tile, width = _parse_tile(request, 0, signed.checkpoint)
+        start = tile.number * TILE_HASHES
+        async with self._pool.connection() as connection, connection.transaction(isolation="repeatable_read"):
+            entries = await bundles.read_range(connection, signed.tree, start, start + width)
+        body = b"".join(len(entry).to_bytes(ENTRY_LENGTH_BYTES) + entry for entry in entries)
+        return response(body, OCTETS, headers={hdrs.CACHE_CONTROL: IMMUTABLE})
+
+    @Endpoint(
+        "GET",
+        "/history/tile/{level}/{tile}",
+        bytes,
+        media=OCTETS,
+        problems=(ProblemType.NO_SUCH_TILE,),
+        has_path_rest=True,
+        may_be_public=True,
+    )
+    async def get_tile(self, request: web.Request, _query: Query) -> web.Response:
+        """Get up to 256 hashes of one level of the history."""
+        signed = await self._read_published()
+        text = request.match_info["level"]
+        level = int(text) if re.fullmatch(r"0|[1-9]\d?", text, re.ASCII) else LEVEL_MAX + 1
+        tile, width = _parse_tile(request, level, signed.checkpoint)
+        async with self._pool.connection() as connection:
+            tiles = await storage.read_tiles(connection, signed.tree.number, [tile])
+        return response(tiles[tile][: width * HASH_BYTES], OCTETS, headers=self._immutable)
+
+    @Endpoint("GET", "/history/verify.py", str, media=TEXT, may_be_public=True)
+    async def get_verifier(self, _request: web.Request, _query: Query) -> web.Response:
+        """Get the verifier: one file for Python 3.9 or newer, which needs nothing else. Keep it."""
+        return response(VERIFY_PY.read_bytes(), PLAIN, headers=_attachment(VERIFY_PY.name))
+
+    @Endpoint("GET", "/history/verify.html", str, media=HTML, may_be_public=True)
+    async def get_verifier_page(self, _request: web.Request, _query: Query) -> web.Response:
+        """Get the verifier as a page that works offline in a browser. Keep it."""
+        return response(
+            VERIFY_HTML.read_bytes(), f"{HTML}; charset=utf-8", headers=_attachment(VERIFY_HTML.name)
+        )
+
+    @Endpoint(
+        "GET",
+        "/orders/{order_no}/proof",
+        Bundle,
+        query=ProofQuery,
+        problems=(ProblemType.NOT_IN_HISTORY, ProblemType.HISTORY_HALTED),
+    )
+    async def get_order_proof(self, request: web.Request, query: ProofQuery) -> web.Response:
+        """Get the proof of an order's timeline, at most 1,000 events, which verify.py verifies offline."""
+        order_no = parse_order_no(request)
+        if query.bodies and not has_scope(request, "read:bodies"):
+            raise ProblemError(ProblemType.FORBIDDEN, "bodies=true needs an API key with the scope read:bodies")
+        with _problems(order_no):
+            async with self._pool.connection() as connection:
+                bundle = await make_bundle(
+                    connection,
+                    self._signer,
+                    order_no,
+                    with_bodies=query.bodies,
+                    since=query.since,
+                    after_position=query.after_position,
+                )
+        return json_response(bundle, headers=_attachment(f"{suggest_name(order_no)}.proof.json"))
+
+    @Endpoint(
+        "GET",
+        "/orders/{order_no}/events/{version}/proof",
+        str,
+        media=TEXT,
+        problems=(ProblemType.NOT_IN_HISTORY, ProblemType.HISTORY_HALTED),
+    )
+    async def get_event_proof(self, request: web.Request, _query: Query) -> web.Response:
+        """Get the proof of one event in the format of C2SP tlog-proof; its extra data is the entry."""
+        order_no, version = parse_order_no(request), parse_number(request.match_info["version"])
+        with _problems(order_no):
+            if not version:
+                raise NotInHistoryError
+            async with self._pool.connection() as connection:
+                proof = await make_event_proof(connection, self._signer, order_no, version)
+        return response(
+            proof.encode(), PLAIN, headers=_attachment(f"{suggest_name(order_no)}-{version}.tlog-proof")
+        )
+
+    async def _read_published(self) -> Signed:
+        async with self._pool.connection() as connection:
+            tree = await storage.read_tree(connection)
+            signed = None
+            if tree is not None:
+                signed = await read_published(connection, tree, self._signer.find_verifiers(tree))
+        if signed is None:
+            raise unavailable("the history has no signed checkpoint yet")
+        return signed
+
+
+def _parse_tile(request: web.Request, level: int, checkpoint: Checkpoint) -> tuple[TileId, int]:
+    """Return the tile that a path names, and how many of its hashes.
+
+    Raises:
+        ProblemError: 404, the signed history has no such tile.
+    """
+    match = _TILE_PATH.fullmatch(request.match_info["tile"])
+    if match is not None and level <= LEVEL_MAX:
+        number = int(match[1].replace("x", "").replace("/", ""))
+        width = int(match[2] or TILE_HASHES)
+        available = (checkpoint.size >> TILE_LEVELS * level) - number * TILE_HASHES
+        is_canonical = len(match[1]) == len("000") or not match[1].startswith("x000")
+        if is_canonical and width <= min(available, TILE_HASHES):
+            return TileId(level, number), width
+    detail = (
+        f"the signed history has {checkpoint.size} entries: expected a path of its tiles, such as 0/000.p/1"
+    )
+    raise ProblemError(ProblemType.NO_SUCH_TILE, detail)
+
+
+@contextmanager
+def _problems(order_no: str) -> Iterator[None]:
+    try:
+        yield
+    except NotInHistoryError:
+        detail = f"the signed history has no such event of {order_no}; a new one is there after a moment"
+        raise ProblemError(ProblemType.NOT_IN_HISTORY, detail, order_no=order_no) from None
+    except SinceError as error:
+        raise bad_parameter("since", str(error)) from None
+    except HistoryHaltedError as error:
+        raise history_halted(str(error)) from None
+    except NotSigningError as error:
+        raise unavailable(str(error)) from None
+
+
+def _attachment(name: str) -> dict[str, str]:
+    return {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}

@@ -1,0 +1,135 @@
+"""The entries of the tree: what it proves of each event, as canonical JSON (RFC 8785).
+
+An entry has all stored members of an event except those that an erasure empties. Of these, it has a commitment:
+the hash of a random salt and the body. Without the salt, a guess at the body cannot be confirmed.
+"""
+
+import hashlib
+from base64 import b64encode
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from domain.order import Order
+
+LOG: Final = "order-tracking.history.v1"
+SALT_BYTES: Final = 16
+NO_SALT: Final = bytes(SALT_BYTES)
+# The length of an entry has two bytes (tlog-tiles).
+ENTRY_BYTES_MAX: Final = 0xFFFF
+
+# What an erasure empties. The body has the status that was reported.
+ERASED: Final = ("body", "remote")
+ERASED_IF_UNRECOGNISED: Final = "reported_status"
+_TIME_MEMBERS: Final = {"_type_", "_data_"}
+
+
+class Place(NamedTuple):
+    """Where an event is recorded, and its topic."""
+
+    position: int
+    order_no: str
+    version: int
+    topic: str
+
+
+def _encode(members: Mapping[str, Any]) -> bytes:
+    # orjson escapes as RFC 8785 does, and all names are ASCII, so any order of bytes is that of UTF-16.
+    return orjson.dumps(members, option=orjson.OPT_SORT_KEYS)
+
+
+def encode_header(origin: str, key: str, existing: int, continues: Mapping[str, str] | None) -> bytes:
+    """Return the entry at index 0.
+
+    Args:
+        origin: the log's name.
+        key: the verifier key.
+        existing: how many events were recorded before the history began.
+        continues: after a restart, the last signed checkpoint (``note``) and the ``reason``; else None.
+    """
+    return _encode({"continues": continues, "existing": existing, "key": key, "log": LOG, "origin": origin})
+
+
+def encode_gap(position: int) -> bytes:
+    """Return the entry of a position without an event. A later one has an event, so it stays empty."""
+    return b'{"gap":%d}' % position
+
+
+def commit(salt: bytes, content: bytes) -> bytes:
+    """Return the commitment to a body, or to the whole state of an event that has none."""
+    return hashlib.sha256(salt + content).digest()
+
+
+def read_members(state: bytes) -> dict[str, Any] | None:
+    """Return the stored members of an event, times as text; None if the state has no text body."""
+    try:
+        members = orjson.loads(state)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(members, dict) or not isinstance(members.get("body"), str):
+        return None
+    for name, value in members.items():
+        if type(value) is dict and value.keys() == _TIME_MEMBERS:
+            members[name] = value["_data_"]
+    return members
+
+
+def members_of(event: Order.StatusReported) -> dict[str, Any]:
+    """Return the members that are stored of an event. Its times are encoded as the log has them."""
+    members = vars(event).copy()
+    del members["originator_id"], members["originator_version"]
+    return members
+
+
+def encode_event(place: Place, members: dict[str, Any], commitment: bytes) -> bytes:
+    """Return the entry of an event. This changes ``members``.
+
+    Args:
+        place: where it is recorded.
+        members: its stored members.
+        commitment: the commitment to its body.
+    """
+    for name in ERASED:
+        members.pop(name, None)
+    if members.get("verdict") == "unrecognised":
+        members.pop(ERASED_IF_UNRECOGNISED, None)
+    return _encode({"body": b64encode(commitment).decode(), "event": members, **place._asdict()})
+
+
+def encode_raw(place: Place, commitment: bytes) -> bytes:
+    """Return the entry of an event whose state has no text body.
+
+    Args:
+        place: where it is recorded.
+        commitment: the commitment to its whole state.
+    """
+    return _encode({"raw": b64encode(commitment).decode(), **place._asdict()})
+
+
+class Leaf(NamedTuple):
+    """An event that becomes an entry.
+
+    Attributes:
+        place: where it is recorded.
+        members: its stored members; None if its state has no text body.
+        content: the bytes to commit to: its body, or its whole state.
+    """
+
+    place: Place
+    members: dict[str, Any] | None
+    content: bytes
+
+    @classmethod
+    def of(cls, place: Place, state: bytes) -> "Leaf":
+        """Return the leaf of a recorded event."""
+        members = read_members(state)
+        return cls(place, members, state if members is None else members["body"].encode())
+
+    def encode(self, commitment: bytes) -> bytes:
+        """Return the entry. This changes ``members``."""
+        if self.members is not None:
+            entry = encode_event(self.place, self.members, commitment)
+            if len(entry) <= ENTRY_BYTES_MAX:
+                return entry
+        return encode_raw(self.place, commitment)

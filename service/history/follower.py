@@ -1,0 +1,222 @@
+"""The follower: it adds each event to the tree, a moment after its commit, and signs the tree at rest.
+
+Any process may add to the tree; they take turns. Only one that has the key signs. Neither delays a webhook.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping, Sequence
+from time import monotonic
+from typing import Final, NoReturn
+
+import structlog
+
+from projections.engine import FailedEvent
+from projections.postgres_errors import Connection
+from service.background import follow
+from service.database.connections import DedicatedConnection
+from service.event_log import store
+from service.event_log.feed import Feed
+from service.history import storage
+from service.history.entries import (
+    NO_SALT,
+    SALT_BYTES,
+    Leaf,
+    Place,
+    commit,
+    encode_gap,
+    encode_header,
+    members_of,
+)
+from service.history.notes import Checkpoint
+from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signer
+from service.history.storage import Tree
+from service.history.tree import Edge, hash_leaf
+
+# The event loop is held while a batch is hashed: about 3 ms.
+BATCH_LEAVES_MAX: Final = 500
+# The pause after a batch that was not full. It shares the cost of a transaction and of a signature.
+IDLE_SECONDS: Final = 1.0
+POLL_SECONDS: Final = 1.0
+SIGN_SECONDS_MIN: Final = 1.0
+
+logger = structlog.get_logger()
+
+
+class Follower:
+    """Adds events to the tree, and signs it.
+
+    Args:
+        dedicated: the connection, whose commits wait for the disk.
+        feed: the events of this process that are still in memory.
+        signer: the key and its guard.
+
+    Attributes:
+        wake: set when the log has grown.
+    """
+
+    def __init__(self, dedicated: DedicatedConnection, feed: Feed, signer: Signer) -> None:
+        self._dedicated = dedicated
+        self._feed = feed
+        self._signer = signer
+        self.wake = asyncio.Event()
+        # The right edge of the tree, as this connection to the database has seen it.
+        self._edge = Edge(0, {})
+        self._edge_of = (0, 0)
+        self._signed: tuple[int, int, int] | None = None
+        self._sign_at = 0.0
+        self._problem = ""
+
+    async def run(self) -> NoReturn:
+        """Follow the log. Run this under ``supervise``."""
+        await follow(
+            self.step,
+            self.wake,
+            batch_events_max=BATCH_LEAVES_MAX,
+            poll_seconds=POLL_SECONDS,
+            idle_seconds=IDLE_SECONDS,
+        )
+
+    async def step(self) -> int:
+        """Add the next events, or sign those that were added; return the number of entries that were added."""
+        async with self._dedicated.connection() as connection:
+            tree = await storage.read_tree(connection)
+        added = 0
+        if tree is None or tree.head >= tree.size:
+            async with self._dedicated.transaction() as connection:
+                if await storage.try_lock(connection):
+                    added = await self._add(connection)
+        if added < BATCH_LEAVES_MAX or monotonic() > self._sign_at:
+            self._sign_at = monotonic() + SIGN_SECONDS_MIN
+            await self._sign()
+        return added
+
+    async def _sign(self) -> None:
+        async with self._dedicated.transaction() as connection:
+            tree = await storage.read_tree(connection)
+            if tree is None or self._state_of(tree) == self._signed or not await storage.try_lock(connection):
+                return
+            try:
+                tree = (await self._signer.sign(connection)).tree
+            except (HistoryHaltedError, NotSigningError, KeyFileError) as error:
+                self._report(str(error))
+            else:
+                self._signed = self._state_of(tree)
+                self._report("")
+
+    def _state_of(self, tree: Tree) -> tuple[int, int, int]:
+        # After a reconnect, the database may be another one.
+        return self._dedicated.times_opened, tree.number, tree.size
+
+    async def _add(self, connection: Connection) -> int:
+        tree = await storage.read_tree(connection)
+        if tree is None:
+            return await self._begin(connection)
+        state = self._state_of(tree)
+        if state != (*self._edge_of, self._edge.size):
+            self._edge_of, self._edge = state[:2], await storage.read_edge(connection, tree)
+        leaves = await self._read(connection, tree)
+        if not leaves:
+            return 0
+        positions = range(tree.size, min(leaves[-1].place.position + 1, tree.size + BATCH_LEAVES_MAX))
+        salts = await self._draw_salts(connection, tree, positions)
+        erased: Mapping[int, bytes | None] = {}
+        if tree.has_commitments:
+            erased = await storage.read_commitments(connection, positions)
+        by_position = {leaf.place.position: leaf for leaf in leaves}
+        hashes, marked = [], {}
+        for position in positions:
+            leaf = by_position.get(position)
+            if leaf is None:
+                hashes.append(hash_leaf(encode_gap(position)))
+                continue
+            commitment = erased.get(position) or commit(salts[position], leaf.content)
+            if position in erased:
+                # Memory may still have the body, so the salt is thrown away.
+                marked[position], salts[position] = commitment, NO_SALT
+            hashes.append(hash_leaf(leaf.encode(commitment)))
+        new_salts = [salts[position] for position in positions if position >= tree.salted]
+        await self._write(connection, tree, hashes, new_salts)
+        if marked:
+            await storage.set_commitments(connection, marked)
+        return len(hashes)
+
+    async def _draw_salts(
+        self, connection: Connection, tree: Tree, positions: Sequence[int]
+    ) -> dict[int, bytes]:
+        """Return the salts of some positions. After a restart, some have theirs already."""
+        drawn = {position: os.urandom(SALT_BYTES) for position in positions}
+        if tree.salted > tree.size:
+            drawn |= await storage.read_salts(connection, positions)
+        return drawn
+
+    async def _write(
+        self, connection: Connection, tree: Tree, hashes: Sequence[bytes], salts: Sequence[bytes]
+    ) -> None:
+        # If the transaction fails, the edge is read again.
+        edge, self._edge = self._edge, Edge(0, {})
+        await storage.grow(connection, tree.number, edge.append(hashes))
+        await storage.add_salts(connection, max(tree.salted, tree.size), salts)
+        self._edge = edge
+
+    async def _begin(self, connection: Connection) -> int:
+        """Begin the first tree, with a new key unless there is one."""
+        try:
+            key = self._signer.make_keys()[0].verifier
+        except KeyFileError as error:
+            self._report(str(error))
+            return 0
+        existing = await storage.count_events(connection)
+        header = encode_header(key.name, str(key), existing, None).decode()
+        tree = Tree(1, header, size=0, salted=0, has_commitments=False, head=0)
+        await begin(connection, tree)
+        logger.info("the history has begun", origin=key.name, key=str(key), existing=existing)
+        return 1
+
+    async def _read(self, connection: Connection, tree: Tree) -> list[Leaf]:
+        """Return the next events above a tree, from memory if they are there."""
+        after = tree.size - 1
+        recalled = self._feed.recall(after, BATCH_LEAVES_MAX)
+        if recalled:
+            leaves = []
+            for position, event in recalled:
+                if isinstance(event, FailedEvent):
+                    break
+                place = Place(position, event.originator_id, event.originator_version, event.TOPIC)
+                leaves.append(Leaf(place, members_of(event), event.body.encode()))
+            # If the database has the last of these events, it has the others: they were committed before it.
+            last = await store.read_positions(connection, [leaves[-1].place.position]) if leaves else []
+            if last and (last[0].order_no, last[0].report_id) == _identity(leaves[-1]):
+                return leaves
+        return [
+            Leaf.of(Place(*event[:4]), event.state)
+            for event in await store.read_log(connection, after, BATCH_LEAVES_MAX)
+        ]
+
+    def _report(self, problem: str) -> None:
+        """Log why the history is not signed, once."""
+        if problem not in {"", self._problem}:
+            logger.warning("the history is not signed", reason=problem)
+        elif self._problem and not problem:
+            logger.info("the history is signed again")
+        self._problem = problem
+
+
+def _identity(leaf: Leaf) -> tuple[str, str | None]:
+    return leaf.place.order_no, (leaf.members or {}).get("report_id")
+
+
+async def begin(connection: Connection, tree: Tree) -> Checkpoint:
+    """Begin a tree with its header as the only entry, and return its checkpoint.
+
+    Args:
+        connection: a connection in a transaction that holds the history's lock.
+        tree: the new tree, of size 0.
+    """
+    header = tree.header.encode()
+    leaf = hash_leaf(header)
+    await storage.begin_tree(connection, tree.number, header)
+    await storage.grow(connection, tree.number, Edge(0, {}).append([leaf]))
+    if not tree.salted:
+        await storage.add_salts(connection, 0, [NO_SALT])
+    return Checkpoint(tree.origin, 1, leaf)

@@ -1,0 +1,63 @@
+"""The restart of the history by an operator, after a restore or a failover has lost signed entries."""
+
+from typing import Final
+
+from projections.postgres_errors import Connection
+from service.database.operations import Actor, record_operation
+from service.history import storage
+from service.history.entries import encode_header
+from service.history.follower import begin
+from service.history.notes import Checkpoint, NoteError, open_note, read_checkpoint, sign_note
+from service.history.signer import NotSigningError, Signer
+from service.history.storage import Tree
+
+ACTION: Final = "history_restarted"
+
+
+async def restart(connection: Connection, signer: Signer, reason: str, actor: Actor) -> Checkpoint:
+    """Begin another tree, whose first entry has the last signed checkpoint and the reason.
+
+    Args:
+        connection: a connection outside any transaction.
+        signer: the key, which is made if there is none. Its guard then begins again.
+        reason: why.
+        actor: who restarts it.
+
+    Raises:
+        NotSigningError: there is no history.
+        KeyFileError: the key or its guard cannot be used.
+    """
+    async with connection.transaction():
+        await storage.lock(connection)
+        tree = await storage.read_tree(connection)
+        if tree is None:
+            raise NotSigningError("the history has not begun yet, so there is nothing to restart: run 'serve'")
+        keys = signer.make_keys()
+        key = keys[0].verifier
+        continues = {"note": await _last_note(connection, signer, tree), "reason": reason}
+        existing = await storage.count_events(connection)
+        header = encode_header(key.name, str(key), existing, continues).decode()
+        checkpoint = await begin(connection, tree._replace(number=tree.number + 1, header=header, size=0))
+        note = sign_note(checkpoint.text, keys)
+        await storage.set_checkpoint(connection, tree.number + 1, checkpoint, note)
+        await record_operation(connection, actor, ACTION, key.name, reason)
+        # Before the commit: if that fails, the guard refuses the old tree too, until another restart.
+        await signer.write_guard(note)
+    return checkpoint
+
+
+async def _last_note(connection: Connection, signer: Signer, tree: Tree) -> str:
+    """Return the largest checkpoint that the tree's key has signed, empty if there is none."""
+    notes = [
+        note
+        for note in (signer.read_guard(), await storage.read_checkpoint_note(connection, tree.number))
+        if note
+    ]
+    signed = {}
+    for note in notes:
+        try:
+            signed[read_checkpoint(open_note(note, [tree.key])).size] = note
+        except NoteError:
+            # Another key signed it, or it is damaged.
+            continue
+    return signed[max(signed)] if signed else ""

@@ -1,0 +1,261 @@
+"""The operator's key, its guard, and the signatures.
+
+The key is a file outside the database. Beside it is the guard: the last checkpoint that the key has signed.
+Only a tree that continues the guard is signed. So a history that was changed, or that a restore or a failover has
+shortened, stays without a signature until an operator restarts it with a reason.
+"""
+
+import asyncio
+import os
+import secrets
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from projections.postgres_errors import Connection
+from service.history import storage
+from service.history.notes import (
+    Checkpoint,
+    NoteError,
+    SigningKey,
+    VerifierKey,
+    make_key,
+    open_note,
+    read_checkpoint,
+    read_signing_key,
+    sign_note,
+)
+from service.history.storage import Tree
+
+GUARD_SUFFIX: Final = ".signed"
+DEFAULT_ORIGIN: Final = "order-tracking.invalid/{}"
+ORIGIN_BYTES: Final = 8
+LAST: Final = "order-tracking.last.v1"
+
+
+class HistoryHaltedError(Exception):
+    """The tree does not continue what was signed, so it is not signed. ``str()`` is the reason."""
+
+
+class NotSigningError(Exception):
+    """This process does not sign the history: it has no key, or another one. ``str()`` is the reason."""
+
+
+class KeyFileError(Exception):
+    """The key's file cannot be read, written or used. ``str()`` is the reason."""
+
+
+class Signed(NamedTuple):
+    """A signed checkpoint: its tree, itself, and its note."""
+
+    tree: Tree
+    checkpoint: Checkpoint
+    note: str
+
+
+class Signer:
+    """Signs checkpoints and statements, if this machine has the key of the tree.
+
+    Args:
+        key_file: the file with the key.
+        origin: the log's name for a new key; empty for a random one.
+    """
+
+    def __init__(self, key_file: Path, origin: str = "") -> None:
+        self.key_file = key_file
+        self.guard_file = key_file.with_suffix(GUARD_SUFFIX)
+        self._origin = origin
+
+    def read_keys(self) -> list[SigningKey]:
+        """Return the keys of the key file, none if there is no such file. Each of them signs.
+
+        Raises:
+            KeyFileError: the file cannot be read, or a line is not a key.
+        """
+        try:
+            lines = self.key_file.read_text(encoding="utf-8").splitlines()
+            keys = [read_signing_key(line.strip()) for line in lines if line.strip()]
+        except FileNotFoundError:
+            return []
+        except (OSError, UnicodeError) as error:
+            raise KeyFileError(f"cannot read the history's key: {error}") from None
+        except NoteError as error:
+            raise KeyFileError(f"{self.key_file} is not a key file: {error}") from None
+        if not keys or len({key.name for key in keys}) > 1:
+            raise KeyFileError(f"{self.key_file} must have one key, or several of one name")
+        return keys
+
+    def make_keys(self) -> list[SigningKey]:
+        """Return the keys of the key file, which is made with a new key if there is none.
+
+        Raises:
+            KeyFileError: the file can be neither read nor made.
+        """
+        if keys := self.read_keys():
+            return keys
+        key = make_key(self._origin or DEFAULT_ORIGIN.format(secrets.token_hex(ORIGIN_BYTES)))
+        try:
+            self.key_file.parent.mkdir(parents=True, exist_ok=True)
+            _write(self.key_file, f"{key.text}\n", may_replace=False)
+        except FileExistsError:
+            # Another process was first.
+            return self.read_keys()
+        except OSError as error:
+            raise KeyFileError(f"cannot make the history's key {self.key_file}: {error.strerror}") from None
+        return [key]
+
+    async def sign(self, connection: Connection) -> Signed:
+        """Sign the tree at its present size, and publish the checkpoint.
+
+        Args:
+            connection: a connection whose transaction holds the lock and has not added to the tree.
+
+        Raises:
+            NotSigningError: the history has not begun, or this machine has not the tree's key.
+            HistoryHaltedError: the tree does not continue what was signed.
+            KeyFileError: the guard cannot be written.
+        """
+        tree, keys = await self._read_own_tree(connection)
+        guard = await self._require_continuity(connection, tree, keys)
+        checkpoint = Checkpoint(
+            tree.origin, tree.size, await storage.read_root(connection, tree.number, tree.size)
+        )
+        note = sign_note(checkpoint.text, keys)
+        if guard != note:
+            await self.write_guard(note)
+        await storage.set_checkpoint(connection, tree.number, checkpoint, note)
+        return Signed(tree, checkpoint, note)
+
+    async def write_guard(self, note: str) -> None:
+        """Record what is signed, before anyone can see it.
+
+        Raises:
+            KeyFileError: the file cannot be written.
+        """
+        try:
+            await asyncio.to_thread(_write, self.guard_file, note)
+        except OSError as error:
+            raise KeyFileError(f"cannot write {self.guard_file}: {error.strerror}") from None
+
+    async def read_signed(self, connection: Connection) -> Signed:
+        """Return the last signed checkpoint, from which proofs may be given.
+
+        Raises:
+            NotSigningError: nothing is signed yet, or this machine has not the tree's key.
+            HistoryHaltedError: the tree does not continue what was signed.
+        """
+        tree, keys = await self._read_own_tree(connection)
+        guard = await self._require_continuity(connection, tree, keys)
+        published = await read_published(connection, tree, [key.verifier for key in keys])
+        if guard is None or published is None:
+            raise NotSigningError("nothing is signed yet")
+        return published
+
+    def state_last(self, signed: Signed, first: int, last: int, count: int) -> str:
+        """Return the signed statement that an order has these events below a checkpoint, and no other.
+
+        Args:
+            signed: the checkpoint.
+            first: the index of the order's first event.
+            last: that of its last one.
+            count: the number of its events.
+        """
+        text = f"{LAST}\n{signed.checkpoint.text}{first} {last} {count}\n"
+        return sign_note(text, self._keys_of(signed.tree))
+
+    async def _read_own_tree(self, connection: Connection) -> tuple[Tree, list[SigningKey]]:
+        tree = await storage.read_tree(connection)
+        if tree is None:
+            raise NotSigningError("the history has not begun yet")
+        return tree, self._keys_of(tree)
+
+    def find_verifiers(self, tree: Tree) -> list[VerifierKey]:
+        """Return the public keys that sign a tree: those of the key file if the tree's is one of them."""
+        try:
+            return [key.verifier for key in self._keys_of(tree)]
+        except NotSigningError:
+            return [tree.key]
+
+    def _keys_of(self, tree: Tree) -> list[SigningKey]:
+        try:
+            keys = self.read_keys()
+        except KeyFileError as error:
+            raise NotSigningError(str(error)) from None
+        if not keys:
+            raise NotSigningError(f"{self.key_file} does not exist: the history's key is on another machine")
+        if tree.key not in [key.verifier for key in keys]:
+            raise NotSigningError(f"{self.key_file} is not the history's key, which is {tree.key}")
+        if self._origin not in {"", tree.origin}:
+            raise NotSigningError(
+                f"ORDER_TRACKING_HISTORY_ORIGIN is {self._origin}, but the history's origin is {tree.origin}"
+            )
+        return keys
+
+    async def _require_continuity(
+        self, connection: Connection, tree: Tree, keys: Sequence[SigningKey]
+    ) -> str | None:
+        """Return the guard's note, None if nothing was ever signed."""
+        note = self.read_guard()
+        if note is None:
+            if await storage.read_checkpoint_note(connection, tree.number) is not None:
+                raise HistoryHaltedError(
+                    f"the guard {self.guard_file} is missing, so what was signed is unknown: put it back"
+                )
+            return None
+        try:
+            signed = read_checkpoint(open_note(note, [key.verifier for key in keys]))
+        except NoteError as error:
+            raise HistoryHaltedError(f"the guard {self.guard_file} cannot be used: {error}") from None
+        if signed.size > tree.size:
+            raise HistoryHaltedError(f"the history has {tree.size} entries, but {signed.size} were signed")
+        if await storage.read_root(connection, tree.number, signed.size) != signed.root:
+            raise HistoryHaltedError(f"the first {signed.size} entries are not those that were signed")
+        return note
+
+    def read_guard(self) -> str | None:
+        """Return the note of the last checkpoint that was signed, None if there is no guard.
+
+        Raises:
+            HistoryHaltedError: the file cannot be read.
+        """
+        try:
+            return self.guard_file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeError) as error:
+            raise HistoryHaltedError(f"the guard {self.guard_file} cannot be read: {error}") from None
+
+
+async def read_published(connection: Connection, tree: Tree, keys: Sequence[VerifierKey]) -> Signed | None:
+    """Return the last published checkpoint of a tree if one of the keys has signed it; else None."""
+    note = await storage.read_checkpoint_note(connection, tree.number)
+    if note is None:
+        return None
+    with suppress(NoteError):
+        checkpoint = read_checkpoint(open_note(note, keys))
+        if checkpoint.origin == tree.origin and checkpoint.size <= tree.size:
+            return Signed(tree, checkpoint, note)
+    return None
+
+
+def _write(file: Path, text: str, *, may_replace: bool = True) -> None:
+    """Write a private file, whole or not at all, even in a power cut."""
+    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as written:
+            written.write(text)
+            written.flush()
+            os.fsync(descriptor)
+        if may_replace:
+            Path(name).replace(file)
+        else:
+            file.hardlink_to(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,202 @@
+"""The history in the database: trees, tiles, salts, commitments to erased bodies, and checkpoints.
+
+Every function takes a connection. Only ``begin_tree`` and ``grow`` write to a tree, in a transaction that holds
+the lock of ``try_lock`` or ``lock``: so do erasures.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
+
+import orjson
+
+from projections.postgres_errors import Connection
+from service.history.entries import SALT_BYTES
+from service.history.notes import Checkpoint, VerifierKey, read_verifier_key
+from service.history.tree import HASH_BYTES, TILE_HASHES, Edge, Range, TileId, edge_tiles, hash_range, tiles_of
+
+LOCK: Final = "SELECT lock_history()"
+TRY_LOCK: Final = "SELECT pg_try_advisory_xact_lock(hashtextextended('order_tracking history', 0))"
+# The last tree and its size, how many positions have salts, whether an event above the tree's size has a
+# commitment or a mark, and the log's head.
+STATE: Final = f"""
+    SELECT tree, header, coalesce(size, 0) AS size,
+        coalesce((
+            SELECT tile * {TILE_HASHES} + length(salts) / {SALT_BYTES}
+            FROM public.history_salts ORDER BY tile DESC LIMIT 1), 0) AS salted,
+        EXISTS (SELECT FROM public.history_commitments WHERE position >= size) AS has_commitments,
+        (SELECT max(notification_id) FROM public.order_events) AS head
+    FROM (SELECT tree, header FROM public.history_trees ORDER BY tree DESC LIMIT 1) AS last
+    LEFT JOIN LATERAL (
+        SELECT tile * {TILE_HASHES} + length(hashes) / {HASH_BYTES} AS size FROM public.history_tiles AS tiles
+        WHERE tiles.tree = last.tree AND level = 0 ORDER BY tile DESC LIMIT 1
+    ) AS leaves ON true
+"""  # noqa: S608 - numbers
+INSERT_TREE: Final = "INSERT INTO history_trees (tree, header) VALUES ($1, $2)"
+COUNT_EVENTS: Final = "SELECT count(*) FROM order_events"
+GROW_TILES: Final = """
+    INSERT INTO history_tiles AS tiles (tree, level, tile, hashes)
+    SELECT $1, * FROM unnest($2::smallint[], $3::bigint[], $4::bytea[])
+    ON CONFLICT (tree, level, tile) DO UPDATE SET hashes = tiles.hashes || excluded.hashes
+"""
+GROW_SALTS: Final = """
+    INSERT INTO history_salts AS kept (tile, salts) SELECT * FROM unnest($1::bigint[], $2::bytea[])
+    ON CONFLICT (tile) DO UPDATE SET salts = kept.salts || excluded.salts
+"""
+SET_COMMITMENTS: Final = """
+    UPDATE history_commitments AS kept SET commitment = given.commitment
+    FROM unnest($1::bigint[], $2::bytea[]) AS given (position, commitment)
+    WHERE kept.position = given.position AND kept.commitment IS NULL
+"""
+TILES: Final = """
+    SELECT level, tile, hashes FROM public.history_tiles JOIN unnest($2::smallint[], $3::bigint[])
+        AS wanted (level, tile) USING (level, tile)
+    WHERE tree = $1
+"""
+SALTS: Final = "SELECT tile, salts FROM public.history_salts WHERE tile = ANY($1::bigint[])"
+COMMITMENTS: Final = """
+    SELECT position, commitment FROM public.history_commitments WHERE position = ANY($1::bigint[])
+"""
+CHECKPOINT: Final = "SELECT note FROM public.history_checkpoints WHERE tree = $1"
+SET_CHECKPOINT: Final = """
+    INSERT INTO history_checkpoints (tree, size, note) VALUES ($1, $2, $3)
+    ON CONFLICT (tree) DO UPDATE SET size = excluded.size, note = excluded.note
+"""
+
+
+class Tree(NamedTuple):
+    """The tree in use.
+
+    Attributes:
+        number: its number; a restart begins another one.
+        header: its entry at index 0.
+        size: the number of its entries.
+        salted: how many positions have salts; more than ``size`` while a tree is built after a restart.
+        has_commitments: whether there is a commitment or a mark for an event that the tree does not have yet.
+        head: the log's head.
+    """
+
+    number: int
+    header: str
+    size: int
+    salted: int
+    has_commitments: bool
+    head: int
+
+    @property
+    def origin(self) -> str:
+        """The log's name."""
+        origin: str = orjson.loads(self.header)["origin"]
+        return origin
+
+    @property
+    def key(self) -> VerifierKey:
+        """The key that signs the tree."""
+        return read_verifier_key(orjson.loads(self.header)["key"])
+
+
+async def try_lock(connection: Connection) -> bool:
+    """Keep others from writing to the history until the transaction ends; return False if one writes now."""
+    return bool(await connection.fetchval(TRY_LOCK))
+
+
+async def lock(connection: Connection) -> None:
+    """Wait until no other transaction writes to the history, and keep others from it."""
+    await connection.execute(LOCK)
+
+
+async def read_tree(connection: Connection) -> Tree | None:
+    """Return the tree in use, None before the first."""
+    row = await connection.fetchrow(STATE)
+    return None if row is None else Tree(*row)._replace(head=row["head"] or 0)
+
+
+async def begin_tree(connection: Connection, number: int, header: bytes) -> None:
+    """Begin a tree without any entry. ``grow`` adds the header as the first one."""
+    await connection.execute(INSERT_TREE, number, header.decode())
+
+
+async def count_events(connection: Connection) -> int:
+    """Return the number of events in the log. This reads all of them."""
+    count: int = await connection.fetchval(COUNT_EVENTS)
+    return count
+
+
+async def grow(connection: Connection, number: int, added: Mapping[TileId, bytes]) -> None:
+    """Add hashes to the tiles of a tree."""
+    levels, indexes = [tile.level for tile in added], [tile.number for tile in added]
+    await connection.execute(GROW_TILES, number, levels, indexes, [*added.values()])
+
+
+async def add_salts(connection: Connection, start: int, salts: Sequence[bytes]) -> None:
+    """Add the salts of the positions from ``start`` on, which must be the first without."""
+    tiles: dict[int, bytes] = {}
+    at = 0
+    while at < len(salts):
+        tile, index = divmod(start + at, TILE_HASHES)
+        part = salts[at : at + TILE_HASHES - index]
+        tiles[tile] = b"".join(part)
+        at += len(part)
+    if tiles:
+        await connection.execute(GROW_SALTS, [*tiles], [*tiles.values()])
+
+
+async def set_commitments(connection: Connection, commitments: Mapping[int, bytes]) -> None:
+    """Fill in the commitments of marked positions."""
+    await connection.execute(SET_COMMITMENTS, [*commitments], [*commitments.values()])
+
+
+async def read_tiles(connection: Connection, number: int, tiles: Iterable[TileId]) -> dict[TileId, bytes]:
+    """Return those of the tiles that exist."""
+    wanted = [*tiles]
+    rows = await connection.fetch(TILES, number, [one.level for one in wanted], [one.number for one in wanted])
+    return {TileId(level, index): hashes for level, index, hashes in rows}
+
+
+async def read_edge(connection: Connection, tree: Tree) -> Edge:
+    """Return the right edge of a tree."""
+    return Edge(tree.size, await read_tiles(connection, tree.number, edge_tiles(tree.size)))
+
+
+async def hash_ranges(connection: Connection, number: int, *proofs: Sequence[Range]) -> list[list[bytes]]:
+    """Return the hashes of one or more proofs.
+
+    Raises:
+        KeyError: the tree is smaller than the proofs' tree.
+    """
+    tiles = await read_tiles(connection, number, tiles_of(leaves for proof in proofs for leaves in proof))
+    return [[hash_range(leaves, tiles) for leaves in proof] for proof in proofs]
+
+
+async def read_root(connection: Connection, number: int, size: int) -> bytes:
+    """Return the root that a tree had when it had this size, at least 1."""
+    ((root,),) = await hash_ranges(connection, number, [Range(0, size)])
+    return root
+
+
+async def read_salts(connection: Connection, positions: Iterable[int]) -> dict[int, bytes]:
+    """Return the salts of those positions that have one."""
+    wanted = [*positions]
+    tiles = sorted({position // TILE_HASHES for position in wanted})
+    salts: dict[int, bytes] = dict(map(tuple, await connection.fetch(SALTS, tiles)))
+    found = {}
+    for position in wanted:
+        at = position % TILE_HASHES * SALT_BYTES
+        if salt := salts.get(position // TILE_HASHES, b"")[at : at + SALT_BYTES]:
+            found[position] = salt
+    return found
+
+
+async def read_commitments(connection: Connection, positions: Iterable[int]) -> dict[int, bytes | None]:
+    """Return the commitments to those of the positions that were erased, None for a mark."""
+    return dict(map(tuple, await connection.fetch(COMMITMENTS, [*positions])))
+
+
+async def read_checkpoint_note(connection: Connection, number: int) -> str | None:
+    """Return the last signed checkpoint of a tree, None before the first."""
+    note: str | None = await connection.fetchval(CHECKPOINT, number)
+    return note
+
+
+async def set_checkpoint(connection: Connection, number: int, checkpoint: Checkpoint, note: str) -> None:
+    """Publish a signed checkpoint."""
+    await connection.execute(SET_CHECKPOINT, number, checkpoint.size, note)
