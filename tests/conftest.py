@@ -5,6 +5,7 @@ import gc
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import coverage
 import pytest
@@ -54,6 +55,13 @@ def _collected_garbage(request: pytest.FixtureRequest) -> Iterator[None]:
     # Tests without an event loop, a database or a service open no resources.
     if "state_template" in request.fixturenames or request.node.get_closest_marker("asyncio") is not None:
         gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _own_state_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give each test its own folder for the key of the history, which a service of this process may make."""
+    folder = tmp_path_factory.getbasetemp() / f"state-{uuid4().hex}"
+    monkeypatch.setenv("ORDER_TRACKING_STATE_DIR", str(folder))
 
 
 @pytest.fixture(scope="session")

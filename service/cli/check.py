@@ -1,28 +1,85 @@
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from shlex import quote
+from typing import Annotated
+
+import typer
 
 from service.cli.console import EXIT_FAILURE, database, show
+from service.cli.progress import showing_rows
+from service.database.connections import connected
+from service.history.check import Checked, check_history
+from service.history.signer import Signer
 from service.maintenance import check as checks
-from service.settings import read_settings
+from service.maintenance.check import Finding
+from service.settings import OTHER_USERS, Settings, read_settings
 from service.subscriptions.held_orders import HELD_ORDERS_MAX
 
 
-async def check() -> int | None:
+async def check(
+    *,
+    history: Annotated[
+        bool,
+        typer.Option(
+            "--history", help="Compare every event with the history, not only the newest and some others."
+        ),
+    ] = False,
+) -> int | None:
     settings = read_settings()
     async with database(as_service=False) as dsn:
+        found = await checks.check_database(
+            dsn,
+            is_open=settings.is_open,
+            retention_days=settings.body_retention_days,
+            replica_age_seconds_max=settings.replica_age_seconds_max if settings.read_only else None,
+            held_orders_max=HELD_ORDERS_MAX,
+        )
         findings = [
             checks.check_webhook(settings),
             *checks.check_settings_file(),
             checks.describe_database(settings, dsn),
             *checks.check_account(settings),
-            *await checks.check_database(
-                dsn,
-                is_open=settings.is_open,
-                retention_days=settings.body_retention_days,
-                replica_age_seconds_max=settings.replica_age_seconds_max if settings.read_only else None,
-                held_orders_max=HELD_ORDERS_MAX,
-            ),
+            *found,
         ]
+        # Without its schema, the database has no history.
+        if checks.is_current(found):
+            findings += await _check_history(settings, dsn, whole=history)
     findings += checks.check_embedded(settings, datetime.now(UTC).date())
     for finding in findings:
         show(f"{finding.kind:<5}  {finding.text}")
     return EXIT_FAILURE if any(finding.kind == "WRONG" for finding in findings) else None
+
+
+async def _check_history(settings: Settings, dsn: str, *, whole: bool) -> list[Finding]:
+    signer = Signer(settings.history_key, settings.history_origin)
+    with showing_rows("comparing", is_shown=whole) as progress:
+        # A policy on a table is a function of its owner's; it must not run as the operator.
+        async with connected(dsn, row_security="off") as connection:
+            checked = await check_history(connection, signer, whole=whole, progress=progress)
+    return [*_describe(checked), *_check_key_file(signer)]
+
+
+def _describe(checked: Checked) -> Iterator[Finding]:
+    status = checked.status
+    if status.halted is not None:
+        yield Finding("WRONG", f"the history is not signed any more: {status.halted}")
+    elif status.unsigned is not None:
+        yield Finding("note", f"this machine does not sign the history: {status.unsigned}")
+    for position, problem in checked.differences:
+        yield Finding("WRONG", f"position {position} differs from the history: {problem}")
+    if more := checked.differing - len(checked.differences):
+        yield Finding("WRONG", f"further positions that differ from the history: {more:,}")
+    for level, number in checked.tiles:
+        yield Finding("WRONG", f"the history's tile {number} of level {level} does not fit the tiles below it")
+    if status.entries and not checked.differing and not checked.tiles:
+        yield Finding(
+            "ok",
+            f"the history has {status.entries:,} entries, of which {status.signed:,} are signed; "
+            f"{checked.compared:,} were compared with the log",
+        )
+
+
+def _check_key_file(signer: Signer) -> Iterator[Finding]:
+    file = signer.key_file
+    if file.exists() and file.stat().st_mode & OTHER_USERS:
+        yield Finding("WRONG", f"other users can read the history's key: run 'chmod 600 {quote(str(file))}'")

@@ -29,6 +29,7 @@ from service.database.connections import (
 from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
 from service.database.schema import SchemaError, service_dsn
 from service.event_log.codec import UndecodableEventError
+from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError
 from service.http.times import to_rfc3339
 from service.ingest.quarantine import NotOpenError, UnknownEntryError
 from service.maintenance.backup import BackupError
@@ -41,6 +42,13 @@ EXIT_USAGE: Final = 2
 PIPED_COLUMNS: Final = 200
 # New objects between two collections. The default, a few hundred, costs 5 % of the time under load.
 GC_OBJECTS: Final = 50_000
+
+# Errors whose text says all that an operator needs.
+FAILURES: Final = (
+    *(BackupError, TransferError, SchemaError, EmbeddedPostgresError, OutdatedViewError),
+    *(InvalidKeyError, NotOpenError, UnknownEntryError),
+    *(HistoryHaltedError, NotSigningError, KeyFileError),
+)
 
 # Much of the output comes from senders, so brackets and colons in it are never markup or emoji.
 _PlainConsole = partial(Console, markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -84,9 +92,7 @@ def friendly_errors() -> Iterator[None]:
         fail(f"the database rejected the command: {str(error).partition(chr(10))[0]}")
     except UndecodableEventError as error:
         fail(f"the log holds an event that cannot be decoded: {error}")
-    except (BackupError, TransferError, SchemaError, EmbeddedPostgresError, OutdatedViewError) as error:
-        fail(error)
-    except (InvalidKeyError, NotOpenError, UnknownEntryError) as error:
+    except FAILURES as error:
         fail(error)
 
 

@@ -1,8 +1,8 @@
 """The operator's key, its guard, and the signatures.
 
 The key is a file outside the database. Beside it is the guard: the last checkpoint that the key has signed.
-Only a tree that continues the guard is signed. So a history that was changed, or that a restore or a failover has
-shortened, stays without a signature until an operator restarts it with a reason.
+Only a tree that continues the guard is signed. So a history that was changed, or that a restore or a failover
+has made shorter, stays without a signature until an operator restarts it with a reason.
 """
 
 import asyncio
@@ -33,6 +33,7 @@ GUARD_SUFFIX: Final = ".signed"
 DEFAULT_ORIGIN: Final = "order-tracking.invalid/{}"
 ORIGIN_BYTES: Final = 8
 LAST: Final = "order-tracking.last.v1"
+RESTART: Final = "if a restore or a failover is the cause, run 'history restart REASON'"
 
 
 class HistoryHaltedError(Exception):
@@ -209,9 +210,13 @@ class Signer:
         except NoteError as error:
             raise HistoryHaltedError(f"the guard {self.guard_file} cannot be used: {error}") from None
         if signed.size > tree.size:
-            raise HistoryHaltedError(f"the history has {tree.size} entries, but {signed.size} were signed")
+            raise HistoryHaltedError(
+                f"the history has {tree.size} entries, but {signed.size} were signed: {RESTART}"
+            )
         if await storage.read_root(connection, tree.number, signed.size) != signed.root:
-            raise HistoryHaltedError(f"the first {signed.size} entries are not those that were signed")
+            raise HistoryHaltedError(
+                f"the first {signed.size} entries are not those that were signed: {RESTART}"
+            )
         return note
 
     def read_guard(self) -> str | None:

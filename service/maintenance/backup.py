@@ -36,6 +36,8 @@ WITHOUT_LOG_ID: Final = f"--exclude-table-data=public.{LOG_IDENTITY}"
 ENTRY: Final = re.compile(rb"(\d+); \d+ \d+ [A-Z ]+ public .+ %b" % OWNER_ROLE.encode())
 # In a dump that was made without that option.
 LOG_ID_ENTRY: Final = b" TABLE DATA public %b " % LOG_IDENTITY.encode()
+# The data of the provable history, which a restore may leave out.
+HISTORY_ENTRY: Final = b" TABLE DATA public history_"
 OTHER_TABLE: Final = re.compile(rb"\d+; \d+ \d+ TABLE (public .+)")
 LOG_TABLE: Final = b" TABLE public order_events "
 # A child process copies standard input, so that Ctrl-C ends a copy that waits for input.
@@ -81,7 +83,15 @@ async def make(connection: Connection, dsn: str, file: Path | None, bindir: Path
     return head
 
 
-async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Path, folder: Path) -> int:
+async def restore(  # noqa: PLR0913 - each is named in the docstring
+    connection: Connection,
+    dsn: str,
+    file: IO[bytes],
+    bindir: Path,
+    folder: Path,
+    *,
+    with_history: bool | None = True,
+) -> int:
     """Restore the log's part of a dump into an empty database, migrate it, and return its log's last position.
 
     Args:
@@ -90,6 +100,7 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
         file: the dump.
         bindir: the folder of pg_restore.
         folder: a folder for temporary files, on a disk that has room for the dump.
+        with_history: whether to restore the provable history too; None to refuse a dump that has it.
 
     Raises:
         BackupError: the database is not empty, or pg_restore failed and changed nothing.
@@ -108,7 +119,7 @@ async def restore(connection: Connection, dsn: str, file: IO[bytes], bindir: Pat
             if not file.seekable():  # a pipe cannot be read twice
                 await _copy(file, spool, folder)
                 file = spool
-            chosen.write(await _choose(file, bindir))
+            chosen.write(await _choose(file, bindir, with_history=with_history))
             chosen.flush()
             options = ("--exit-on-error", "--single-transaction", f"--use-list={chosen.name}")
             await _run(bindir / "pg_restore", *options, f"--dbname={dsn}", stdin=file)
@@ -135,13 +146,21 @@ async def _copy(file: IO[bytes], spool: IO[bytes], folder: Path) -> None:
     spool.seek(0)
 
 
-async def _choose(dump: IO[bytes], bindir: Path) -> bytes:
+async def _choose(dump: IO[bytes], bindir: Path, *, with_history: bool | None) -> bytes:
     """Return the numbers of the entries to restore, as pg_restore --use-list expects them."""
     lines = (await _run(bindir / "pg_restore", "--list", stdin=dump, stdout=subprocess.PIPE)).splitlines()
     dump.seek(0)
     chosen = [match for line in lines if (match := ENTRY.fullmatch(line))]
     if not any(LOG_TABLE in match[0] for match in chosen):
         raise BackupError("the dump is not a backup of this service")
+    has_history = any(HISTORY_ENTRY in match[0] for match in chosen)
+    if has_history and with_history is None:
+        raise BackupError(
+            "the dump has a signed history, but the guard of its key is not here: copy history.key and "
+            "history.signed from the old service, or pass --new-history to begin a new history with a new key"
+        )
+    if not with_history:
+        chosen = [match for match in chosen if HISTORY_ENTRY not in match[0]]
     others = [match for line in lines if (match := OTHER_TABLE.fullmatch(line)) and not ENTRY.fullmatch(line)]
     if others:
         names = ", ".join(match[1].decode(errors="replace") for match in others)

@@ -26,15 +26,20 @@ from service.settings import Settings, find_exposed_file
 
 # The triggers that are ENABLE ALWAYS.
 TRIGGERS: Final = """
-    SELECT tgname FROM pg_trigger
-    WHERE tgrelid IN ('public.order_events'::regclass, 'public.api_keys'::regclass) AND tgenabled = 'A'
+    SELECT tgname FROM pg_trigger WHERE tgrelid::regclass::text = ANY($1::text[]) AND tgenabled = 'A'
 """
-# Each with its protection, and what is possible without it.
 EXPECTED_TRIGGERS: Final = (
     ("order_events_immutable", "keeps the log immutable", "the log can be changed"),
     ("order_events_kept", "keeps the log immutable", "the log can be changed"),
     ("api_keys_stay_revoked", "keeps revoked keys revoked", "the service can bring a revoked key back"),
 )
+# Those of the history: each table with the names of its triggers.
+HISTORY_TRIGGERS: Final = {
+    "history_trees": ("kept",),
+    **dict.fromkeys(
+        ("history_tiles", "history_salts", "history_commitments", "history_checkpoints"), ("kept", "grow")
+    ),
+}
 SERVER_VERSION: Final = "SHOW server_version"
 # The rights of the role that the service runs as. A role that may insert a position or a time can forge events.
 ROLE: Final = """
@@ -87,6 +92,7 @@ class Finding(NamedTuple):
 _ok = partial(Finding, "ok")
 _note = partial(Finding, "note")
 _wrong = partial(Finding, "WRONG")
+SCHEMA_FOUND: Final = _ok(f"the schema has version {SCHEMA_VERSION}")
 
 
 def check_webhook(settings: Settings) -> Finding:
@@ -173,7 +179,7 @@ async def check_database(
             return [*findings, _wrong(str(error))]
         return [
             *findings,
-            _ok(f"the schema has version {SCHEMA_VERSION}"),
+            SCHEMA_FOUND,
             *await _check_triggers(connection),
             *await _check_sequences(connection),
             *await _check_role(dsn),
@@ -185,6 +191,11 @@ async def check_database(
         ]
     finally:
         await connection.close()
+
+
+def is_current(findings: list[Finding]) -> bool:
+    """Return whether the findings of a database include that it has this release's schema."""
+    return SCHEMA_FOUND in findings
 
 
 def _describe_replica(replica: Replica, age_seconds_max: float) -> Finding:
@@ -200,12 +211,21 @@ def _describe_replica(replica: Replica, age_seconds_max: float) -> Finding:
 
 
 async def _check_triggers(connection: Connection) -> list[Finding]:
-    always_enabled = {name for (name,) in await connection.fetch(TRIGGERS)}
+    tables = ["order_events", "api_keys", *HISTORY_TRIGGERS]
+    rows = await connection.fetch(TRIGGERS, [*tables, *(f"public.{table}" for table in tables)])
+    always_enabled = {name for (name,) in rows}
+    history = [f"{table}_{suffix}" for table, suffixes in HISTORY_TRIGGERS.items() for suffix in suffixes]
+    missing = [name for name in history if name not in always_enabled]
     return [
-        _ok(f"trigger {name} {protection}")
-        if name in always_enabled
-        else _wrong(f"trigger {name} is not ENABLE ALWAYS: {danger}")
-        for name, protection, danger in EXPECTED_TRIGGERS
+        *(
+            _ok(f"trigger {name} {protection}")
+            if name in always_enabled
+            else _wrong(f"trigger {name} is not ENABLE ALWAYS: {danger}")
+            for name, protection, danger in EXPECTED_TRIGGERS
+        ),
+        _wrong(f"triggers are not ENABLE ALWAYS, so the history can be changed: {', '.join(missing)}")
+        if missing
+        else _ok("the history can only grow"),
     ]
 
 

@@ -24,6 +24,7 @@ from service.event_log.feed import NO_TIMEOUTS
 from service.event_log.store import RecordedEvent
 from service.maintenance.transfer_file import (
     BATCH_ROWS_MAX,
+    HISTORY_PREFIX,
     LOG,
     TABLES,
     Batch,
@@ -36,7 +37,7 @@ from service.maintenance.transfer_file import (
 )
 
 # The rows of a table other than the log, by their primary key.
-SELECT: Final = "SELECT {columns} FROM public.{table} ORDER BY 1, 2"
+SELECT: Final = "SELECT {columns} FROM public.{table} ORDER BY {key}"
 COUNT: Final = "SELECT count(*) FROM public.{table}"
 # The role that imports, and whether it may choose positions.
 IMPORTER: Final = """
@@ -103,12 +104,15 @@ async def _read_events(connection: Connection) -> AsyncGenerator[Sequence[Record
 
 async def _read_rows(connection: Connection, table: Table) -> AsyncGenerator[Sequence[asyncpg.Record]]:
     columns = ", ".join(column.sql_name for column in table.columns)
-    cursor = await connection.cursor(SELECT.format(columns=columns, table=table.name))
+    key = ", ".join(str(number) for number in range(1, table.key_columns + 1))
+    cursor = await connection.cursor(SELECT.format(columns=columns, table=table.name, key=key))
     while batch := await cursor.fetch(table.batch_rows):
         yield batch
 
 
-async def import_log(connection: Connection, reader: LogReader, header: Header, progress: Progress) -> Moved:
+async def import_log(
+    connection: Connection, reader: LogReader, header: Header, progress: Progress, *, with_history: bool = True
+) -> Moved:
     """Import a file into an empty database in one transaction: all of it, or nothing.
 
     Args:
@@ -116,6 +120,7 @@ async def import_log(connection: Connection, reader: LogReader, header: Header, 
         reader: the file, of which the header was read.
         header: the header.
         progress: receives the progress.
+        with_history: whether to import the provable history too, if the file has it.
 
     Raises:
         TransferError: the database is not empty, its role may not import, or the file is malformed, damaged or
@@ -132,8 +137,9 @@ async def import_log(connection: Connection, reader: LogReader, header: Header, 
         await _refuse_others(connection)
         rows = dict.fromkeys(header.parts, 0)
         async for batch in reader.batches(header):
-            await _copy(connection, batch)
-            rows[batch.table.name] += len(batch.rows)
+            if with_history or not batch.table.name.startswith(HISTORY_PREFIX):
+                await _copy(connection, batch)
+                rows[batch.table.name] += len(batch.rows)
             progress(sum(rows.values()), header.rows)
         for name, part in header.parts.items():
             if part.last_number is not None:

@@ -57,12 +57,17 @@ class Column(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of the log: its columns, the first of which orders its rows, and the rows of a batch."""
+    """A table of the log: its columns, of which the first ones are its key, and the rows of a batch."""
 
     name: str
     columns: tuple[Column, ...]
     batch_rows: int = BATCH_ROWS_MAX
+    key_columns: int = 2
 
+
+# The first table of the provable history.
+HISTORY: Final = "history_trees"
+HISTORY_PREFIX: Final = "history_"
 
 # A row refers only to rows above it. Left out are the browsers' sessions, which end at a move, subscriptions,
 # which the old service may still deliver, the views, which are computed from the log, the log's id, which is
@@ -153,6 +158,49 @@ TABLES: Final = (
             Column("version", "integer", is_nullable=True),
         ),
     ),
+    Table(
+        HISTORY,
+        (
+            Column("tree", "integer"),
+            Column("header", "text"),
+            Column("created_at", "time"),
+        ),
+    ),
+    Table(
+        "history_tiles",
+        (
+            Column("tree", "integer"),
+            Column("level", "integer"),
+            Column("tile", "integer"),
+            Column("hashes", "bytes"),
+        ),
+        # Each has up to 8 KiB.
+        batch_rows=128,
+        key_columns=3,
+    ),
+    Table(
+        "history_salts",
+        (
+            Column("tile", "integer"),
+            Column("salts", "bytes"),
+        ),
+        batch_rows=256,
+    ),
+    Table(
+        "history_commitments",
+        (
+            Column("position", "integer"),
+            Column("commitment", "bytes", is_nullable=True),
+        ),
+    ),
+    Table(
+        "history_checkpoints",
+        (
+            Column("tree", "integer"),
+            Column("size", "integer"),
+            Column("note", "text"),
+        ),
+    ),
 )
 TABLES_BY_NAME: Final = {table.name: table for table in TABLES}
 LOG: Final = TABLES[0]
@@ -179,6 +227,11 @@ class Header(NamedTuple):
     def rows(self) -> int:
         """The number of rows of all tables."""
         return sum(part.rows for part in self.parts.values())
+
+    @property
+    def has_history(self) -> bool:
+        """Whether the file has the provable history of the log."""
+        return HISTORY in self.parts and self.parts[HISTORY].rows > 0
 
 
 class Batch(NamedTuple):
