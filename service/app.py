@@ -67,6 +67,7 @@ from service.maintenance.replay import Rebuilder
 from service.maintenance.retention import PASS_SECONDS, Retention
 from service.pages.deliveries import DeliveryPages
 from service.pages.handlers import Pages
+from service.pages.proof import ProofPages
 from service.pages.render import IS_READER, ZONE
 from service.pages.share import SharePages
 from service.settings import Settings
@@ -204,6 +205,7 @@ class Service:
             self.vocabulary,
             links=links,
             deliveries=DeliveryPages(self.pool, self.dispatcher, self.sender),
+            proofs=ProofPages(self.pool, self.signer),
         )
         self.share_pages = SharePages(
             self.pool,

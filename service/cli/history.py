@@ -21,8 +21,11 @@ history = typer.Typer(no_args_is_help=True, add_completion=False)
 @history.command("key")
 async def key() -> None:
     """Print the public keys that sign the history, one on each line. Give them to those who verify proofs."""
-    signed = await _read_published()
-    for verifier in _signer().find_verifiers(signed.tree):
+    async with database() as dsn, connected(dsn) as connection:
+        keys = _signer().find_verifiers(await storage.read_tree(connection))
+    if not keys:
+        fail("the history has no key yet: run 'serve', which makes one")
+    for verifier in keys:
         show(str(verifier))
 
 
@@ -57,8 +60,12 @@ def keeps_history(settings: Settings, *, new_history: bool) -> bool | None:
         new_history: whether the operator wants a new history.
     """
     signer = Signer(settings.history_key, settings.history_origin)
-    if new_history and signer.key_file.exists():
-        fail(f"--new-history makes a new key, but {signer.key_file} exists: move it away", EXIT_USAGE)
+    if new_history and signer.guard_file.exists():
+        fail(
+            f"--new-history makes a new key, but {signer.key_file} has signed a history: move it and "
+            f"{signer.guard_file.name} away",
+            EXIT_USAGE,
+        )
     return False if new_history else signer.guard_file.exists() or None
 
 

@@ -43,6 +43,7 @@ async def import_(
     err.print(f"imported: the log ends at position {moved.head} ({counts})")
     if header.has_history and not new_history and not settings.history_key.exists():
         err.print(
-            f"the history stays unsigned until you copy history.key and history.signed to {settings.history_key.parent}"
+            "the history stays unsigned until you copy history.key and history.signed from the old service to "
+            f"{settings.history_key.parent}"
         )
     err.print("the next 'serve' or 'replay' rebuilds the views; then run 'check' to check the database")

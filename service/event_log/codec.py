@@ -29,7 +29,7 @@ _ADDED: Final = frozenset(field.name for field in fields(Order.StatusReported) i
 _REQUIRED: Final = _FIELDS - _ADDED
 _STATE_FIELDS: Final = _REQUIRED - {"originator_id", "originator_version"}
 # Times that may be null or absent; ``timestamp`` never is.
-_TIMES: Final = ("occurred_at", "previous_since", "imported_at", "reported_at")
+TIMES: Final = ("occurred_at", "previous_since", "imported_at", "reported_at")
 # Members with another name outside the log: in a timeline, ``repeats`` is a count.
 _SHOWN_NAMES: Final = {"repeats": "repeats_version"}
 _UTC_OFFSET: Final = "+00:00"
@@ -85,7 +85,7 @@ def encode_event(event: Order.StatusReported) -> bytes:
     state = vars(event).copy()
     del state["originator_id"], state["originator_version"]
     state["timestamp"] = _encode_time(event.timestamp)
-    for name in _TIMES:
+    for name in TIMES:
         if state.get(name) is not None:
             state[name] = _encode_time(state[name])
     return orjson.dumps(state)
@@ -105,7 +105,7 @@ def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order
         values = orjson.loads(state)
         if topic == Order.StatusReported.TOPIC and values.keys() - _ADDED == _STATE_FIELDS:
             values["timestamp"] = datetime.fromisoformat(values["timestamp"]["_data_"])
-            for name in _TIMES:
+            for name in TIMES:
                 if values.get(name) is not None:
                     values[name] = datetime.fromisoformat(values[name]["_data_"])
             values["originator_id"] = order_no

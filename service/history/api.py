@@ -11,6 +11,7 @@ from aiohttp import hdrs, web
 from pydantic import Field
 
 from service.database.connections import ConnectionPool
+from service.event_log.store import head_position
 from service.history import bundles, storage
 from service.history.bundles import (
     Bundle,
@@ -26,7 +27,14 @@ from service.history.tree import HASH_BYTES, TILE_HASHES, TILE_LEVELS, TileId
 from service.http.access import has_scope
 from service.http.endpoints import HTML, OCTETS, TEXT, Endpoint, Tag
 from service.http.parameters import Position, Query, parse_number, parse_order_no
-from service.http.problems import ProblemError, ProblemType, bad_parameter, history_halted, unavailable
+from service.http.problems import (
+    ProblemError,
+    ProblemType,
+    bad_parameter,
+    beyond_head,
+    history_halted,
+    unavailable,
+)
 from service.http.responses import json_response, response
 
 # The paths below which the resources of tlog-tiles lie.
@@ -83,8 +91,10 @@ class HistoryApi:
     @Endpoint("GET", "/history/key", str, media=TEXT, may_be_public=True)
     async def get_verifier_keys(self, _request: web.Request, _query: Query) -> web.Response:
         """Get the public keys of the history, one on each line. Verifiers must know them from elsewhere too."""
-        signed = await self._read_published()
-        keys = self._signer.find_verifiers(signed.tree)
+        async with self._pool.connection() as connection:
+            keys = self._signer.find_verifiers(await storage.read_tree(connection))
+        if not keys:
+            raise unavailable("the history has no key yet")
         return response("".join(f"{key}\n" for key in keys).encode(), PLAIN)
 
     @Endpoint(
@@ -150,6 +160,8 @@ class HistoryApi:
             raise ProblemError(ProblemType.FORBIDDEN, "bodies=true needs an API key with the scope read:bodies")
         with _problems(order_no):
             async with self._pool.connection() as connection:
+                if query.after_position and query.after_position > (head := await head_position(connection)):
+                    raise beyond_head(query.after_position, head)
                 bundle = await make_bundle(
                     connection,
                     self._signer,

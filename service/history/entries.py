@@ -7,11 +7,13 @@ the hash of a random salt and the body. Without the salt, a guess at the body ca
 import hashlib
 from base64 import b64encode
 from collections.abc import Mapping
+from datetime import UTC
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from domain.order import Order
+from service.event_log.codec import TIMES
 
 LOG: Final = "order-tracking.history.v1"
 SALT_BYTES: Final = 16
@@ -22,6 +24,7 @@ ENTRY_BYTES_MAX: Final = 0xFFFF
 # What an erasure empties. The body has the status that was reported.
 ERASED: Final = ("body", "remote")
 ERASED_IF_UNRECOGNISED: Final = "reported_status"
+TIME_NAMES: Final = ("timestamp", *TIMES)
 _TIME_MEMBERS: Final = {"_type_", "_data_"}
 
 
@@ -76,9 +79,12 @@ def read_members(state: bytes) -> dict[str, Any] | None:
 
 
 def members_of(event: Order.StatusReported) -> dict[str, Any]:
-    """Return the members that are stored of an event. Its times are encoded as the log has them."""
+    """Return the members that are stored of an event, times as text or as ``_encode`` writes them."""
     members = vars(event).copy()
     del members["originator_id"], members["originator_version"]
+    for name in TIME_NAMES:
+        if (time := members.get(name)) is not None and time.tzinfo is not UTC:
+            members[name] = time.isoformat()
     return members
 
 

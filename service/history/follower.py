@@ -160,11 +160,14 @@ class Follower:
         self._edge = edge
 
     async def _begin(self, connection: Connection) -> int:
-        """Begin the first tree, with a new key unless there is one."""
+        """Begin the first tree with the first event, and make the key before, unless there is one."""
         try:
             key = self._signer.make_keys()[0].verifier
         except KeyFileError as error:
             self._report(str(error))
+            return 0
+        # Until then, an import may bring its own tree.
+        if not await store.head_position(connection):
             return 0
         existing = await storage.count_events(connection)
         header = encode_header(key.name, str(key), existing, None).decode()

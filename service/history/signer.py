@@ -172,12 +172,15 @@ class Signer:
             raise NotSigningError("the history has not begun yet")
         return tree, self._keys_of(tree)
 
-    def find_verifiers(self, tree: Tree) -> list[VerifierKey]:
-        """Return the public keys that sign a tree: those of the key file if the tree's is one of them."""
+    def find_verifiers(self, tree: Tree | None) -> list[VerifierKey]:
+        """Return the public keys that sign a tree: those of the key file if the tree's is one of them.
+
+        Before the first tree, return those of the key file.
+        """
         try:
-            return [key.verifier for key in self._keys_of(tree)]
-        except NotSigningError:
-            return [tree.key]
+            return [key.verifier for key in (self.read_keys() if tree is None else self._keys_of(tree))]
+        except (NotSigningError, KeyFileError):
+            return [] if tree is None else [tree.key]
 
     def _keys_of(self, tree: Tree) -> list[SigningKey]:
         try:

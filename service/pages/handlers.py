@@ -22,6 +22,7 @@ from service.database.operations import Action, operations_page
 from service.event_log import store
 from service.event_log.codec import read_fields
 from service.event_log.contradictions import contradictions_page
+from service.history.status import read_status
 from service.http.access import SAFE_METHODS, Access, Handler, admission, has_scope
 from service.http.pagination import cut_page
 from service.http.parameters import (
@@ -52,6 +53,8 @@ from service.pages.orders import (
     read_list,
 )
 from service.pages.overview import COUNTED_MAX, DAYS_SHOWN, LISTED_MAX, STUCK_DAYS, read_overview
+from service.pages.proof import PATH as VERIFY_PATH
+from service.pages.proof import ProofPages
 from service.pages.render import ZONE, accepts_html, choose_locale, render_page, serve_asset, track_path
 from service.pages.session import (
     change_session,
@@ -109,6 +112,7 @@ class Pages:
         vocabulary: the vocabulary.
         links: makes the links for buyers; None if sharing is off.
         deliveries: the page of subscriptions.
+        proofs: the page that explains proofs.
     """
 
     def __init__(  # noqa: PLR0913, PLR0917 - the parts that the pages show
@@ -122,6 +126,7 @@ class Pages:
         *,
         links: ShareLinks | None,
         deliveries: DeliveryPages,
+        proofs: ProofPages,
     ) -> None:
         self._pool = pool
         self._access = access
@@ -131,6 +136,7 @@ class Pages:
         self._vocabulary = vocabulary
         self._links = links
         self._deliveries = deliveries
+        self._proofs = proofs
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes. Only the static files and the session need no key."""
@@ -141,6 +147,7 @@ class Pages:
             "/track/{order_no:[^/]+}/reports/{version:[^/]+}": self.show_report,
             "/conflicts": self.list_conflicts,
             "/words": self.show_words,
+            VERIFY_PATH: self._proofs.show,
             "/quarantined": self.list_quarantined,
             "/quarantined/{quarantine_id:[^/]+}": self.show_quarantined,
         }
@@ -230,6 +237,7 @@ class Pages:
         await wait_for(self._projectors, query.after_position, current_status.VIEW.name, timeline.VIEW.name)
         async with self._pool.connection() as connection:
             history = await read_history(connection, order_no, query.version, query.before)
+            proven = await read_status(self._proofs.signer, connection)
         position = history.order["position"]
         path, stream = track_path(order_no), f"{order_path(order_no, 'stream')}?after={position}"
         return render_page(
@@ -240,6 +248,8 @@ class Pages:
             order_no=order_no,
             history=history,
             before=query.before,
+            proven=proven,
+            may_see=has_scope(request, "read:bodies"),
             share_path=self._links.make(order_no).path if self._links is not None else None,
         )
 

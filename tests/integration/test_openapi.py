@@ -59,7 +59,7 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any], *, has_tok
 
 
 # HTML pages are not a part of the contract.
-PAGES = r"/$|/(t|static|track|conflicts|words|quarantined|operations|deliveries|session|overview|metrics)\b"
+PAGES = r"/$|/(t|static|track|verify|conflicts|words|quarantined|operations|deliveries|session|metrics)\b"
 
 
 async def test_every_problem_belongs_to_an_operation(document: dict[str, Any]) -> None:
@@ -125,6 +125,8 @@ OPERATION_IDS = {
     "listSubscriptions", "addSubscription", "getSubscription", "changeSubscription", "removeSubscription",
     "testSubscription", "replaySubscription", "rotateSecret",
     "listHeldOrders", "retryHeldOrder", "skipHeldOrder",
+    "getCheckpoint", "getVerifierKeys", "getTile", "getEntryBundle", "getVerifier", "getVerifierPage",
+    "getOrderProof", "getEventProof",
     "getProjections", "getLiveness", "getReadiness", "getMetrics", "getOpenapi", "getProblemType",
 }  # fmt: skip
 

@@ -1,18 +1,14 @@
 """The bytes of an event equal those of the eventsourcing library, and decode to the same event."""
 
 import dataclasses
-from datetime import timedelta, timezone
-from typing import Any, get_args
+from typing import Any
 
 import orjson
 import pytest
 from eventsourcing.persistence import StoredEvent
 from hypothesis import given
-from hypothesis import strategies as st
 
 from domain.order import Order
-from domain.statuses import STATUSES
-from domain.transitions import Leg, Verdict
 from service.event_log.codec import (
     MAPPER,
     StatusReported,
@@ -23,52 +19,8 @@ from service.event_log.codec import (
     read_status_reported,
 )
 from tests.support.examples import GOLDEN_EVENTS, ORDER_NO, SENT_EVENT, SENT_STATE
-from tests.support.properties import MANY
+from tests.support.properties import EVENTS, MANY
 
-# Characters that JSON writers encode differently: controls, quotes, line separators, DEL, byte order marks, and
-# characters beyond the BMP.
-ODD = (
-    '\x00\x01\b\t\n\f\r\x1b\x1f"\\/\x7f\x80\x85\x9f\u00a0\u2028\u2029\u202e\ufeff\ufffe\uffff'
-    "😀👩‍🚀\U0010ffff<&'"
-)
-TEXT = st.text(st.one_of(st.sampled_from(ODD), st.characters(exclude_categories=["Cs"])), max_size=40)
-TIMES = st.datetimes(
-    timezones=st.builds(
-        lambda seconds: timezone(timedelta(seconds=seconds)), st.integers(-86399, 86399) | st.just(0)
-    )
-)
-
-STATUS = st.none() | st.sampled_from(STATUSES)
-BIGINT = st.integers(1, 2**63 - 1)
-EVENTS = st.builds(
-    Order.StatusReported,
-    originator_id=TEXT,
-    originator_version=BIGINT,
-    timestamp=TIMES,
-    report_id=st.uuids().map(str),
-    body=TEXT,
-    reported_status=TEXT,
-    reported_cnote=st.none() | TEXT,
-    occurred_at=st.none() | TIMES,
-    remote=st.none() | TEXT,
-    quarantine_id=st.none() | BIGINT,
-    verdict=st.sampled_from(get_args(Verdict)),
-    recognised=STATUS,
-    previous_status=STATUS,
-    previous_since=st.none() | TIMES,
-    status=STATUS,
-    status_version=st.none() | BIGINT,
-    leg=st.none() | st.sampled_from(get_args(Leg)),
-    cnote=st.none() | TEXT,
-    skipped=st.lists(st.sampled_from(STATUSES), max_size=4),
-    repeats=st.none() | BIGINT,
-    reason=st.none() | TEXT,
-    token_name=st.none() | TEXT,
-    rejudges=st.none() | BIGINT,
-    reported_at=st.none() | TIMES,
-    imported_at=st.none() | TIMES,
-    traceparent=st.none() | TEXT,
-)
 TOPIC = "order.status_reported"
 
 

@@ -1,0 +1,55 @@
+"""The history in tests: waiting for a signature, and the verifier as a stranger runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from service.history.api import VERIFY_PY
+from tests.support.client import Client
+from tests.support.waiting import PATIENCE_SECONDS, until_async
+
+
+class Result(NamedTuple):
+    """The exit code of the verifier, and its output."""
+
+    code: int
+    text: str
+
+
+async def until_signed(client: Client, size: int) -> str:
+    """Wait until the history is signed at a size or above, and return the checkpoint."""
+    notes: list[str] = []
+
+    async def is_signed() -> bool:
+        async with client.session.get(client.url("/history/checkpoint")) as response:
+            if response.status != 200:
+                return False
+            notes.append(await response.text())
+        return read_size(notes[-1]) >= size
+
+    await until_async(is_signed)
+    return notes[-1]
+
+
+def read_size(note: str) -> int:
+    """Return the size of a checkpoint."""
+    return int(note.splitlines()[1])
+
+
+def verify(bundle: Any, key: str, folder: Path, *options: str, others: tuple[Any, ...] = ()) -> Result:
+    """Verify a bundle, or several, with the verifier alone: a file, in an isolated Python."""
+    files = []
+    for number, one in enumerate((bundle, *others)):
+        file = folder / f"{number}.proof.json"
+        file.write_text(one if isinstance(one, str) else json.dumps(one), encoding="utf-8")
+        files.append(str(file))
+    done = subprocess.run(
+        [sys.executable, "-I", str(VERIFY_PY), *files, "--key", key, *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+    return Result(done.returncode, done.stdout + done.stderr)
