@@ -487,7 +487,7 @@ async def test_a_lossy_failover_halts_until_a_restart(
             await restart(own, signer, "the standby lost a second of commits", OPERATOR)
         await until_signed(client, 5)
         bundle = await client.get("/orders/KOM3/proof")
-        (operation,) = (await client.get("/operations?action=history_restarted"))["operations"]
+        (operation,) = (await client.get("/audit/operations?action=history_restarted"))["operations"]
     assert operation["reason"] == "the standby lost a second of commits"
     result = verify(bundle, key, tmp_path)
     assert (result.code, "restarted the history: the standby lost a second" in result.text) == (0, True)
