@@ -6,6 +6,7 @@ the hash of a random salt and the body. Without the salt, a guess at the body ca
 
 import hashlib
 from base64 import b64encode
+from binascii import b2a_base64
 from collections.abc import Mapping
 from datetime import UTC
 from typing import Any, Final, NamedTuple
@@ -100,7 +101,16 @@ def encode_event(place: Place, members: dict[str, Any], commitment: bytes) -> by
         members.pop(name, None)
     if members.get("verdict") == "unrecognised":
         members.pop(ERASED_IF_UNRECOGNISED, None)
-    return _encode({"body": b64encode(commitment).decode(), "event": members, **place._asdict()})
+    return _encode(
+        {
+            "body": b2a_base64(commitment, newline=False).decode(),
+            "event": members,
+            "order_no": place.order_no,
+            "position": place.position,
+            "topic": place.topic,
+            "version": place.version,
+        }
+    )
 
 
 def encode_raw(place: Place, commitment: bytes) -> bytes:

@@ -63,6 +63,8 @@ class Follower:
         # The right edge of the tree, as this connection to the database has seen it.
         self._edge = Edge(0, {})
         self._edge_of = (0, 0)
+        # Whether the last batch was full, so that there may be another one.
+        self._is_full = False
         self._signed: tuple[int, int, int] | None = None
         self._sign_at = 0.0
         self._problem = ""
@@ -79,23 +81,27 @@ class Follower:
 
     async def step(self) -> int:
         """Add the next events, or sign those that were added; return the number of entries that were added."""
-        async with self._dedicated.connection() as connection:
-            tree = await storage.read_tree(connection)
         added = 0
-        if tree is None or tree.head >= tree.size:
-            async with self._dedicated.transaction() as connection:
-                if await storage.try_lock(connection):
-                    added = await self._add(connection)
-        if added < BATCH_LEAVES_MAX or monotonic() > self._sign_at:
+        if self._is_full or await self._has_events():
+            async with self._dedicated.transaction(storage.BEGIN_LOCKED) as connection:
+                added = await self._add(connection)
+        self._is_full = added >= BATCH_LEAVES_MAX
+        if not self._is_full or monotonic() > self._sign_at:
             self._sign_at = monotonic() + SIGN_SECONDS_MIN
             await self._sign()
         return added
 
-    async def _sign(self) -> None:
-        async with self._dedicated.transaction() as connection:
+    async def _has_events(self) -> bool:
+        async with self._dedicated.connection() as connection:
             tree = await storage.read_tree(connection)
-            if tree is None or self._state_of(tree) == self._signed or not await storage.try_lock(connection):
-                return
+        return tree is None or tree.head >= tree.size
+
+    async def _sign(self) -> None:
+        async with self._dedicated.connection() as connection:
+            tree = await storage.read_tree(connection)
+        if tree is None or self._state_of(tree) == self._signed:
+            return
+        async with self._dedicated.transaction(storage.BEGIN_LOCKED) as connection:
             try:
                 tree = (await self._signer.sign(connection)).tree
             except (HistoryHaltedError, NotSigningError, KeyFileError) as error:
@@ -145,7 +151,11 @@ class Follower:
         self, connection: Connection, tree: Tree, positions: Sequence[int]
     ) -> dict[int, bytes]:
         """Return the salts of some positions. After a restart, some have theirs already."""
-        drawn = {position: os.urandom(SALT_BYTES) for position in positions}
+        random = os.urandom(SALT_BYTES * len(positions))
+        drawn = {
+            position: random[at : at + SALT_BYTES]
+            for position, at in zip(positions, range(0, len(random), SALT_BYTES), strict=True)
+        }
         if tree.salted > tree.size:
             drawn |= await storage.read_salts(connection, positions)
         return drawn
@@ -155,8 +165,7 @@ class Follower:
     ) -> None:
         # If the transaction fails, the edge is read again.
         edge, self._edge = self._edge, Edge(0, {})
-        await storage.grow(connection, tree.number, edge.append(hashes))
-        await storage.add_salts(connection, max(tree.salted, tree.size), salts)
+        await storage.grow(connection, tree.number, edge.append(hashes), max(tree.salted, tree.size), salts)
         self._edge = edge
 
     async def _begin(self, connection: Connection) -> int:
@@ -219,7 +228,6 @@ async def begin(connection: Connection, tree: Tree) -> Checkpoint:
     header = tree.header.encode()
     leaf = hash_leaf(header)
     await storage.begin_tree(connection, tree.number, header)
-    await storage.grow(connection, tree.number, Edge(0, {}).append([leaf]))
-    if not tree.salted:
-        await storage.add_salts(connection, 0, [NO_SALT])
+    salts = [] if tree.salted else [NO_SALT]
+    await storage.grow(connection, tree.number, Edge(0, {}).append([leaf]), 0, salts)
     return Checkpoint(tree.origin, 1, leaf)

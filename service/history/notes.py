@@ -4,6 +4,7 @@ import binascii
 import hashlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from cryptography.exceptions import InvalidSignature
@@ -47,7 +48,7 @@ class SigningKey(NamedTuple):
     @property
     def verifier(self) -> VerifierKey:
         """The public key."""
-        return VerifierKey(self.name, self._private.public_key().public_bytes_raw())
+        return VerifierKey(self.name, _private_key(self.seed).public_key().public_bytes_raw())
 
     @property
     def text(self) -> str:
@@ -55,17 +56,18 @@ class SigningKey(NamedTuple):
         secret = b64encode(ED25519 + self.seed).decode()
         return f"{PRIVATE_PREFIX}{self.name}+{self.verifier.key_id.hex()}+{secret}"
 
-    @property
-    def _private(self) -> Ed25519PrivateKey:
-        return Ed25519PrivateKey.from_private_bytes(self.seed)
-
     def __repr__(self) -> str:
         return f"SigningKey({self.name!r})"
 
     def sign(self, text: str) -> str:
         """Return the signature line of a note with this text."""
-        signature = self._private.sign(text.encode())
+        signature = _private_key(self.seed).sign(text.encode())
         return f"{SIGNATURE_PREFIX}{self.name} {b64encode(self.verifier.key_id + signature).decode()}\n"
+
+
+@lru_cache
+def _private_key(seed: bytes) -> Ed25519PrivateKey:
+    return Ed25519PrivateKey.from_private_bytes(seed)
 
 
 def make_key(name: str) -> SigningKey:

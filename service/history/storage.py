@@ -1,7 +1,6 @@
 """The history in the database: trees, tiles, salts, commitments to erased bodies, and checkpoints.
 
-Every function takes a connection. Only ``begin_tree`` and ``grow`` write to a tree, in a transaction that holds
-the lock of ``try_lock`` or ``lock``: so do erasures.
+Every function takes a connection. Those that write need a transaction that holds the lock, as erasures do.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from service.history.notes import Checkpoint, VerifierKey, read_verifier_key
 from service.history.tree import HASH_BYTES, TILE_HASHES, Edge, Range, TileId, edge_tiles, hash_range, tiles_of
 
 LOCK: Final = "SELECT lock_history()"
-TRY_LOCK: Final = "SELECT pg_try_advisory_xact_lock(hashtextextended('order_tracking history', 0))"
+BEGIN_LOCKED: Final = f"BEGIN; {LOCK}"
 # The last tree and its size, how many positions have salts, whether an event above the tree's size has a
 # commitment or a mark, and the log's head.
 STATE: Final = f"""
@@ -33,14 +32,14 @@ STATE: Final = f"""
 """  # noqa: S608 - numbers
 INSERT_TREE: Final = "INSERT INTO history_trees (tree, header) VALUES ($1, $2)"
 COUNT_EVENTS: Final = "SELECT count(*) FROM order_events"
-GROW_TILES: Final = """
+GROW: Final = """
+    WITH salted AS (
+        INSERT INTO history_salts AS kept (tile, salts) SELECT * FROM unnest($5::bigint[], $6::bytea[])
+        ON CONFLICT (tile) DO UPDATE SET salts = kept.salts || excluded.salts
+    )
     INSERT INTO history_tiles AS tiles (tree, level, tile, hashes)
     SELECT $1, * FROM unnest($2::smallint[], $3::bigint[], $4::bytea[])
     ON CONFLICT (tree, level, tile) DO UPDATE SET hashes = tiles.hashes || excluded.hashes
-"""
-GROW_SALTS: Final = """
-    INSERT INTO history_salts AS kept (tile, salts) SELECT * FROM unnest($1::bigint[], $2::bytea[])
-    ON CONFLICT (tile) DO UPDATE SET salts = kept.salts || excluded.salts
 """
 SET_COMMITMENTS: Final = """
     UPDATE history_commitments AS kept SET commitment = given.commitment
@@ -94,11 +93,6 @@ class Tree(NamedTuple):
         return read_verifier_key(orjson.loads(self.header)["key"])
 
 
-async def try_lock(connection: Connection) -> bool:
-    """Keep others from writing to the history until the transaction ends; return False if one writes now."""
-    return bool(await connection.fetchval(TRY_LOCK))
-
-
 async def lock(connection: Connection) -> None:
     """Wait until no other transaction writes to the history, and keep others from it."""
     await connection.execute(LOCK)
@@ -121,23 +115,27 @@ async def count_events(connection: Connection) -> int:
     return count
 
 
-async def grow(connection: Connection, number: int, added: Mapping[TileId, bytes]) -> None:
-    """Add hashes to the tiles of a tree."""
-    levels, indexes = [tile.level for tile in added], [tile.number for tile in added]
-    await connection.execute(GROW_TILES, number, levels, indexes, [*added.values()])
+async def grow(
+    connection: Connection, number: int, added: Mapping[TileId, bytes], start: int, salts: Sequence[bytes]
+) -> None:
+    """Add hashes to the tiles of a tree, and salts to those that there are.
 
-
-async def add_salts(connection: Connection, start: int, salts: Sequence[bytes]) -> None:
-    """Add the salts of the positions from ``start`` on, which must be the first without."""
-    tiles: dict[int, bytes] = {}
+    Args:
+        connection: the connection.
+        number: the tree.
+        added: the new hashes of each tile.
+        start: the first position without a salt.
+        salts: the salts of the positions from there on.
+    """
+    salted: dict[int, bytes] = {}
     at = 0
     while at < len(salts):
-        tile, index = divmod(start + at, TILE_HASHES)
-        part = salts[at : at + TILE_HASHES - index]
-        tiles[tile] = b"".join(part)
+        tile, first = divmod(start + at, TILE_HASHES)
+        part = salts[at : at + TILE_HASHES - first]
+        salted[tile] = b"".join(part)
         at += len(part)
-    if tiles:
-        await connection.execute(GROW_SALTS, [*tiles], [*tiles.values()])
+    levels, numbers = [tile.level for tile in added], [tile.number for tile in added]
+    await connection.execute(GROW, number, levels, numbers, [*added.values()], [*salted], [*salted.values()])
 
 
 async def set_commitments(connection: Connection, commitments: Mapping[int, bytes]) -> None:
@@ -163,8 +161,10 @@ async def hash_ranges(connection: Connection, number: int, *proofs: Sequence[Ran
     Raises:
         KeyError: the tree is smaller than the proofs' tree.
     """
-    tiles = await read_tiles(connection, number, tiles_of(leaves for proof in proofs for leaves in proof))
-    return [[hash_range(leaves, tiles) for leaves in proof] for proof in proofs]
+    ranges = {leaves for proof in proofs for leaves in proof}
+    tiles = await read_tiles(connection, number, tiles_of(ranges))
+    hashes = {leaves: hash_range(leaves, tiles) for leaves in ranges}
+    return [[hashes[leaves] for leaves in proof] for proof in proofs]
 
 
 async def read_root(connection: Connection, number: int, size: int) -> bytes:

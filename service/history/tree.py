@@ -47,8 +47,8 @@ class _Subtree(NamedTuple):
     def root(self, tile: bytes) -> bytes:
         """Return the subtree's root, from its tile."""
         levels = self.height % TILE_LEVELS
-        first = (self.number << levels) % TILE_HASHES
-        return root_of(split(tile)[first : first + (1 << levels)])
+        first = (self.number << levels) % TILE_HASHES * HASH_BYTES
+        return root_of(split(tile[first : first + (HASH_BYTES << levels)]))
 
 
 def hash_leaf(entry: bytes) -> bytes:
