@@ -51,6 +51,7 @@ FINDINGS = {
     "trust-connections": "reports were refused after an idle time",
     "forget-held": "lost deliveries",
     "pass-held": "deliveries out of order",
+    "sign-anything": "is not continued",
     "lock-table-to-erase": "an erasure waits for VACUUM",
 }
 

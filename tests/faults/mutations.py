@@ -148,5 +148,11 @@ MUTATIONS: Final = (
         replace(TWO_SERVICES, command=mutants.command(mutants.pass_held)),
         partial(deliver, EVENTS, KILL_SECONDS, kill_a_service),
     ),
+    Fault(
+        "sign-anything",
+        "a restore under a service whose guard lets everything pass",
+        replace(GIVEN, command=mutants.command(mutants.sign_anything)),
+        restore_backup,
+    ),
     Fault("lock-table-to-erase", "an erasure with a lock on the table", OWN, lock_table_to_erase),
 )

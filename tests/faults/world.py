@@ -18,6 +18,7 @@ import asyncpg
 
 from projections.postgres_errors import Connection
 from service.database.embedded_postgres import NAME, EmbeddedPostgres, running_dsn
+from tests.faults.history import Checkpoints
 from tests.faults.operator import Operator, Told
 from tests.faults.proxy import Proxy
 from tests.faults.resources import Resources, children
@@ -145,6 +146,7 @@ class World:
         self.load = self.new_load("KOM")
         self.tail = Tail(self.connections)
         self.operator = Operator(self.port, self._read_logs)
+        self.checkpoints = Checkpoints(self.port, self.state_dir)
         # Reports that an operator's server never had or that an operator erased: see account.Exempt.
         self.missing: set[str] = set()
         # Whether readers may be at positions that the log has lost.
@@ -162,6 +164,7 @@ class World:
         self._baseline: list[Resources] = []
         self._tail_task: asyncio.Task[None] | None = None
         self._operator_task: asyncio.Task[None] | None = None
+        self._checkpoints_task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start all parts, and send reports until everything is warm."""
@@ -182,6 +185,7 @@ class World:
         self._stack.callback(self.connections.close)
         self._tail_task = self.background(self.tail.follow())
         self._operator_task = self.background(self.operator.watch())
+        self._checkpoints_task = self.background(self.checkpoints.watch())
         if self.layout.has_load:
             self.background(self.load.run(self.per_second))
             await self.load.recovered()
@@ -350,6 +354,9 @@ class World:
         # If other reports are lost, the views cannot reach the head of their log.
         if found.lost <= len(self.missing):
             await account.check_views(log, self.connections, self.violations)
+            may_halt = bool(self.missing) or self.may_be_gone
+            await self._end(self._checkpoints_task)
+            await self.checkpoints.account(self.dsn, self.command, self.violations, may_halt=may_halt)
             await self._verify()
         account.check_answers(
             self.connections, self.effort.answered_seconds_max, self.violations, may_be_gone=self.may_be_gone
