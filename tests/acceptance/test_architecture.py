@@ -16,7 +16,7 @@ from tests.support.folders import ROOT, temporary_folder
 PAGE: Final = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 SECTIONS: Final = dict(re.findall(r"^##+ (.+)\n((?:(?!##)(?:```[\s\S]*?^```|.*)\n)*)", PAGE, re.MULTILINE))
 PATHS: Final = [title for title in SECTIONS if title.startswith("The path of")]
-PATHS_EXPECTED: Final = 4
+PATHS_EXPECTED: Final = 5
 RECIPES: Final = ["Add a status word", "Add a view", "Add an endpoint"]
 # A step of a path, and the files below it that the step uses.
 STEP: Final = re.compile(r"^(\d+)\. `([\w./]+)`|^   - `([\w./]+)`", re.MULTILINE)
@@ -27,7 +27,7 @@ RECIPE_SECONDS_MAX: Final = 240
 
 
 def test_the_page_has_every_path() -> None:
-    """The page describes the paths of a report, of an event, of a read and of a delivery."""
+    """The page describes the paths of a report, of an event, of a read, of a delivery and of an entry."""
     assert len(PATHS) == PATHS_EXPECTED
 
 
