@@ -1,7 +1,6 @@
 """The pages in a headless Chromium that reads from a running service."""
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,26 +11,14 @@ from zoneinfo import ZoneInfo
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
-from playwright.sync_api import APIRequestContext, Browser, Page, Playwright, expect, sync_playwright
+from playwright.sync_api import APIRequestContext, Browser, Page, Playwright, expect
 
 from service.pages.render import ASSETS, SECURITY_POLICY
+from tests.acceptance.conftest import MILLISECONDS_MAX
 from tests.support.commands import call_command
 from tests.support.folders import copied_folder
 from tests.support.processes import RunningService, measured_service
-from tests.support.waiting import PATIENCE_SECONDS, until
-
-CHROMIUM: Final = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ARGUMENTS: Final = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-MILLISECONDS_MAX: Final = PATIENCE_SECONDS * 1_000
-expect.set_options(timeout=MILLISECONDS_MAX)
+from tests.support.waiting import until
 
 SECRET: Final = "a-secret-of-16-characters"  # noqa: S105 - of a service that lives for this module
 ORDER: Final = "KOM-1"
@@ -40,7 +27,7 @@ HOSTILE_PATH: Final = f"/track/{quote(HOSTILE, safe='')}"
 PAGES: Final = (
     "/", f"/track/{ORDER}", f"/track/{ORDER}?version=2", HOSTILE_PATH, f"/track/{ORDER}/reports/1", "/track",
     "/track?verdict=refused", "/quarantined", "/quarantined/1", "/quarantined/2", "/operations",
-    "/conflicts", "/conflicts?handled=false", "/words", "/deliveries",
+    "/conflicts", "/conflicts?handled=false", "/words", "/deliveries", "/verify",
 )  # fmt: skip
 
 BINARY: Final = b"<script>alert(1)</script>\x00\xff" + bytes(range(256)) * 2
@@ -149,21 +136,6 @@ def shop(state_template: Path) -> Iterator[RunningService]:
         ) as service,
     ):
         yield service
-
-
-@pytest.fixture(scope="module")
-def playwright() -> Iterator[Playwright]:
-    with sync_playwright() as playwright:
-        yield playwright
-
-
-@pytest.fixture(scope="module")
-def browser(playwright: Playwright) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed (apt-get install chromium)")
-    browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-    yield browser
-    browser.close()
 
 
 @pytest.fixture(scope="module")
