@@ -17,6 +17,8 @@ STALLS_PER_SECOND: Final = 100.0
 # Shorter than a report's time of 3 s by far and by little, and longer by little and by far.
 STALLS_SECONDS: Final = (0.5, 2.9, 3.1, 10.0)
 REPORT_SECONDS: Final = 3.0
+# The service's event loop reads the clock once for each turn, so a time limit may end a little early.
+CLOCK_SECONDS: Final = 0.02
 
 
 async def lock_table(world: World) -> int:
@@ -49,7 +51,7 @@ async def hold_append_lock(stalls_seconds: Sequence[float], world: World) -> int
         await world.load.recovered()
         waits = refused[already:]
         world.remarks.append(f"{seconds} s: {len(waits)} refused")
-        early = [wait for wait in waits if wait < REPORT_SECONDS]
+        early = [wait for wait in waits if wait < REPORT_SECONDS - CLOCK_SECONDS]
         shortest = f", one after {min(early):.2f} s" if early else ""
         world.violations.expect(not early, f"a stall of {seconds} s: {len(early)} refused too early{shortest}")
         if seconds < REPORT_SECONDS:
