@@ -89,12 +89,12 @@ class Entry(NamedTuple):
     Attributes:
         position: its index, the position of its event.
         data: its bytes.
-        salt: the salt of its commitment; None after an erasure, or if there is none.
+        opened: the salt and the body of its commitment; None after an erasure, or if there is no body.
     """
 
     position: int
     data: bytes
-    salt: bytes | None
+    opened: Opened | None
 
 
 async def make_bundle(  # noqa: PLR0913 - the parameters of the request
@@ -131,10 +131,9 @@ async def make_bundle(  # noqa: PLR0913 - the parameters of the request
         ((first, last, count),) = await connection.fetch(SUMMARY, order_no, size)
         if not count:
             raise NotInHistoryError(order_no)
-        events = await _read_events(
-            connection, order_no, after_position, size, events_max, with_bodies=with_bodies
+        entries = await _read_order(
+            connection, signed.tree, order_no, after_position, size, events_max, with_bodies=with_bodies
         )
-        entries = await read_entries(connection, signed.tree, events)
         header, *proofs = await storage.hash_ranges(
             connection,
             signed.tree.number,
@@ -151,11 +150,14 @@ async def make_bundle(  # noqa: PLR0913 - the parameters of the request
         "log": {"entry": signed.tree.header, "proof": _encode(header)},
         "events": [],
     }
-    for event, entry, proof in zip(events, entries, proofs, strict=False):
-        proven: ProvenEvent = {"index": entry.position, "entry": entry.data.decode(), "proof": _encode(proof)}
-        leaf = _leaf_of(event)
-        if with_bodies and entry.salt is not None and leaf.members is not None:
-            proven["opened"] = {"salt": b64encode(entry.salt).decode(), "body": leaf.content.decode()}
+    for entry, proof in zip(entries, proofs, strict=False):
+        proven: ProvenEvent = {
+            "index": entry.position,
+            "entry": entry.data.decode(),
+            "proof": _encode(proof),
+        }
+        if entry.opened is not None:
+            proven["opened"] = entry.opened
         bundle["events"].append(proven)
     if since is not None:
         bundle["since"] = {"size": since, "proof": _encode(proofs[-1])}
@@ -182,7 +184,9 @@ async def make_event_proof(connection: Connection, signer: Signer, order_no: str
     return "\n".join([*lines, "", signed.note])
 
 
-async def read_entries(connection: Connection, tree: Tree, events: Sequence[RecordedEvent]) -> list[Entry]:
+async def read_entries(
+    connection: Connection, tree: Tree, events: Sequence[RecordedEvent], *, with_bodies: bool = False
+) -> list[Entry]:
     """Return the entries of some events, in their order."""
     positions = [event.position for event in events]
     salts = await storage.read_salts(connection, positions)
@@ -199,7 +203,10 @@ async def read_entries(connection: Connection, tree: Tree, events: Sequence[Reco
         salt = salts.get(position, NO_SALT)
         commitment = commitments.get(position)
         if commitment is None:
-            entries.append(Entry(position, leaf.encode(commit(salt, leaf.content)), salt))
+            opened: Opened | None = None
+            if with_bodies and leaf.members is not None:
+                opened = {"salt": b64encode(salt).decode(), "body": leaf.content.decode()}
+            entries.append(Entry(position, leaf.encode(commit(salt, leaf.content)), opened))
             continue
         data = leaf.encode(commitment)
         raw = encode_raw(leaf.place, commitment)
@@ -216,32 +223,34 @@ async def read_range(connection: Connection, tree: Tree, start: int, end: int) -
         start: the first index.
         end: the index after the last one, at most the tree's size.
     """
-    events: list[RecordedEvent] = []
+    by_index: dict[int, bytes] = {}
     after = max(start, 1) - 1
+    # Batch by batch, since the bodies may be large.
     while after < end - 1 and (batch := await store.read_log(connection, after, end - 1 - after)):
-        events += [event for event in batch if event.position < end]
+        events = [event for event in batch if event.position < end]
+        by_index |= {entry.position: entry.data for entry in await read_entries(connection, tree, events)}
         after = batch[-1].position
-    by_index = {entry.position: entry.data for entry in await read_entries(connection, tree, events)}
     entries = [by_index.get(index) or encode_gap(index) for index in range(start, end)]
     if start == 0:
         entries[0] = tree.header.encode()
     return entries
 
 
-async def _read_events(  # noqa: PLR0913 - as above
+async def _read_order(  # noqa: PLR0913, PLR0917 - as above
     connection: Connection,
+    tree: Tree,
     order_no: str,
     after_position: int,
     size: int,
     events_max: int | None,
     *,
     with_bodies: bool,
-) -> list[RecordedEvent]:
-    events: list[RecordedEvent] = []
+) -> list[Entry]:
+    entries: list[Entry] = []
     body_bytes = 0
     version = await store.version_at(connection, order_no, after_position) if after_position else 0
-    while events_max is None or (len(events) < events_max and body_bytes <= BODIES_BYTES_MAX):
-        limit = EVENTS_MAX if events_max is None else events_max - len(events)
+    while events_max is None or (len(entries) < events_max and body_bytes <= BODIES_BYTES_MAX):
+        limit = EVENTS_MAX if events_max is None else events_max - len(entries)
         batch = [
             event
             for event in await store.read_stream(connection, order_no, version, limit)
@@ -249,10 +258,11 @@ async def _read_events(  # noqa: PLR0913 - as above
         ]
         if not batch:
             break
-        events += batch
+        added = await read_entries(connection, tree, batch, with_bodies=with_bodies)
+        entries += added
         version = batch[-1].version
-        body_bytes += sum(len(event.state) for event in batch) if with_bodies else 0
-    return events
+        body_bytes += sum(len(entry.opened["body"]) for entry in added if entry.opened is not None)
+    return entries
 
 
 def _leaf_of(event: RecordedEvent) -> Leaf:

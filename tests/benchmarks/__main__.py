@@ -24,6 +24,7 @@ from tests.benchmarks.deliveries import measure_deliveries
 from tests.benchmarks.growth import measure_growth
 from tests.benchmarks.parsing import measure_parsing
 from tests.benchmarks.processes import measure_processes
+from tests.benchmarks.proofs import measure_proofs
 from tests.benchmarks.rebuilds import measure_rebuild
 from tests.benchmarks.report import Row, machine, out, print_table
 from tests.benchmarks.serving import measure_history, measure_reads, measure_webhooks
@@ -40,6 +41,7 @@ PARTS: Final = (
     "processes",
     "lock",
     "deliveries",
+    "proofs",
 )
 SECONDS: Final = 4
 EVENTS: Final = 400_000
@@ -97,6 +99,10 @@ def _measure(  # noqa: C901 - one branch for each part
         yield from measure_append_lock(server.database("lock", with_schema=True), seconds)
     if "deliveries" in parts:
         yield from measure_deliveries(server.database("deliveries"), folder, seconds)
+    if "proofs" in parts:
+        names = ("proofs", "with_history", "without_history")
+        first, second, third = (server.database(name, with_schema=name == "proofs") for name in names)
+        yield from measure_proofs((first, second, third), folder, seconds)
     if "streams" in parts:
         yield measure_streams(server.database("streams"), folder, seconds)
     if "parse" in parts:

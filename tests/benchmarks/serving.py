@@ -97,7 +97,9 @@ def running(folder: Path, module: str, *arguments: str, **settings: str) -> Iter
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("ORDER_TRACKING_")}
-    environment = {**inherited, "PYTHONPATH": str(ROOT), "ORDER_TRACKING_PORT": str(port), **settings}
+    # A folder of its own: the service keeps the key of its history there.
+    own = {"ORDER_TRACKING_PORT": str(port), "ORDER_TRACKING_STATE_DIR": str(folder / f"state-{port}")}
+    environment = {**inherited, "PYTHONPATH": str(ROOT), **own, **settings}
     words = [str(port) if argument == "PORT" else argument for argument in arguments]
     errors = folder / f"{module}-{port}.log"
     # Run it outside the project, which may contain a .env file.
@@ -147,13 +149,22 @@ class Contest:
         dsn: the DSN of an empty database.
         folder: the folder for scripts and logs.
         seconds: the duration of each load.
+        program: the service's module and its arguments.
         settings: further settings of the service, with their prefix.
     """
 
     _runs = itertools.count(1)
 
-    def __init__(self, dsn: str, folder: Path, seconds: int, **settings: str) -> None:
+    def __init__(
+        self,
+        dsn: str,
+        folder: Path,
+        seconds: int,
+        program: tuple[str, ...] = ("service", "serve"),
+        **settings: str,
+    ) -> None:
         self._dsn = dsn
+        self._program = program
         self._settings = settings
         self.key = ""
         self._folder = folder
@@ -167,8 +178,7 @@ class Contest:
         self.key = asyncio.run(_create_key(self._dsn))
         try:
             self.ours = self.start(
-                "service",
-                "serve",
+                *self._program,
                 ORDER_TRACKING_DATABASE_URL=self._dsn,
                 ORDER_TRACKING_WEBHOOK_TOKENS=load.WEBHOOK_TOKEN,
                 **self._settings,
