@@ -46,7 +46,7 @@ from service.event_log.feed import Feed
 from service.event_log.store import CHANNEL, last_arrival
 from service.history.api import HistoryApi
 from service.history.follower import Follower
-from service.history.signer import Signer
+from service.history.signer import make_signer
 from service.history.status import read_status
 from service.http.access import Access
 from service.http.addresses import LOOPBACK
@@ -150,7 +150,7 @@ class Service:
             self.sender,
             settings.subscription_retry_seconds,
         )
-        self.signer = Signer(settings.history_key, settings.history_origin)
+        self.signer = make_signer(settings)
         # An entry that is signed must survive a crash of the server.
         self.history_connection = DedicatedConnection(partial(connect_hot, synchronous_commit="on"))
         self.history = Follower(self.history_connection, self.feed, self.signer)

@@ -9,7 +9,7 @@ from service.cli.console import EXIT_FAILURE, database, show
 from service.cli.progress import showing_rows
 from service.database.connections import connected
 from service.history.check import Checked, check_history
-from service.history.signer import Signer
+from service.history.signer import Signer, make_signer
 from service.maintenance import check as checks
 from service.maintenance.check import Finding
 from service.settings import OTHER_USERS, Settings, read_settings
@@ -51,7 +51,7 @@ async def check(
 
 
 async def _check_history(settings: Settings, dsn: str, *, whole: bool) -> list[Finding]:
-    signer = Signer(settings.history_key, settings.history_origin)
+    signer = make_signer(settings)
     with showing_rows("comparing", is_shown=whole) as progress:
         # A policy on a table is a function of its owner's; it must not run as the operator.
         async with connected(dsn, row_security="off") as connection:

@@ -7,7 +7,7 @@ from service.database.connections import connected
 from service.database.operations import check_reason, system_user
 from service.history import storage
 from service.history.restart import restart as restart_history
-from service.history.signer import Signed, Signer, read_published
+from service.history.signer import Signed, Signer, make_signer, read_published
 from service.settings import Settings, read_settings
 
 NewHistory = Annotated[
@@ -59,7 +59,7 @@ def keeps_history(settings: Settings, *, new_history: bool) -> bool | None:
         settings: the settings.
         new_history: whether the operator wants a new history.
     """
-    signer = Signer(settings.history_key, settings.history_origin)
+    signer = make_signer(settings)
     if new_history and signer.guard_file.exists():
         fail(
             f"--new-history makes a new key, but {signer.key_file} has signed a history: move it and "
@@ -70,8 +70,7 @@ def keeps_history(settings: Settings, *, new_history: bool) -> bool | None:
 
 
 def _signer() -> Signer:
-    settings = read_settings()
-    return Signer(settings.history_key, settings.history_origin)
+    return make_signer(read_settings())
 
 
 async def _read_published() -> Signed:

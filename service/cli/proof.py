@@ -8,7 +8,7 @@ from service.cli.console import EXIT_USAGE, database, fail
 from service.database.connections import connected
 from service.history.bundles import NotInHistoryError, SinceError, make_bundle
 from service.history.notes import NoteError, read_checkpoint
-from service.history.signer import Signer
+from service.history.signer import make_signer
 from service.settings import read_settings
 
 
@@ -28,7 +28,7 @@ async def proof(
         try:
             bundle = await make_bundle(
                 connection,
-                Signer(settings.history_key, settings.history_origin),
+                make_signer(settings),
                 order_no,
                 with_bodies=bodies,
                 since=size,

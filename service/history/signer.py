@@ -28,6 +28,7 @@ from service.history.notes import (
     sign_note,
 )
 from service.history.storage import Tree
+from service.settings import Settings
 
 GUARD_SUFFIX: Final = ".signed"
 DEFAULT_ORIGIN: Final = "order-tracking.invalid/{}"
@@ -62,10 +63,12 @@ class Signer:
     Args:
         key_file: the file with the key.
         origin: the log's name for a new key; empty for a random one.
+        is_reader: whether this process only reads, perhaps from a standby that is behind. It signs nothing.
     """
 
-    def __init__(self, key_file: Path, origin: str = "") -> None:
+    def __init__(self, key_file: Path, origin: str = "", *, is_reader: bool = False) -> None:
         self.key_file = key_file
+        self._is_reader = is_reader
         self.guard_file = key_file.with_suffix(GUARD_SUFFIX)
         self._origin = origin
 
@@ -183,6 +186,8 @@ class Signer:
             return [] if tree is None else [tree.key]
 
     def _keys_of(self, tree: Tree) -> list[SigningKey]:
+        if self._is_reader:
+            raise NotSigningError("this process only reads (ORDER_TRACKING_READ_ONLY): ask one that records")
         try:
             keys = self.read_keys()
         except KeyFileError as error:
@@ -234,6 +239,11 @@ class Signer:
             return None
         except (OSError, UnicodeError) as error:
             raise HistoryHaltedError(f"the guard {self.guard_file} cannot be read: {error}") from None
+
+
+def make_signer(settings: Settings) -> Signer:
+    """Return the signer of a configured service."""
+    return Signer(settings.history_key, settings.history_origin, is_reader=settings.read_only)
 
 
 async def read_published(connection: Connection, tree: Tree, keys: Sequence[VerifierKey]) -> Signed | None:

@@ -718,6 +718,23 @@ async def test_only_what_is_public_needs_no_key(dsn: str, tmp_path: Path) -> Non
             assert [await client.status("GET", one) for one in private] == [401] * 3
 
 
+async def test_a_reader_serves_the_checkpoint_and_no_proof(served: Client, dsn: str, tmp_path: Path) -> None:
+    """Its standby may be behind what was signed, so it says who gives proofs, and is not halted."""
+    async with serving_client(dsn, state_dir=tmp_path, read_only=True, database_url=dsn) as reader:
+        assert await reader.text("/history/checkpoint") == await served.text("/history/checkpoint")
+        assert await reader.text("/history/key") == await served.text("/history/key")
+        async with reader.session.get(reader.url("/history/tile/0/000.p/4")) as response:
+            assert response.status == 200
+        problem = await reader.get(f"{ORDER}/proof", 503)
+        assert (problem["type"], "ask one that records" in problem["detail"]) == (
+            "/problems/temporarily-unavailable",
+            True,
+        )
+        assert "history_halted 0.0" in await reader.text("/metrics")
+        page = await reader.text("/track/KOM%201%2F%C3%A4?lang=en")
+        assert ("does not sign it" in page, "/proof" in page) == (True, False)
+
+
 async def test_a_reader_of_bodies_needs_the_scope(dsn: str, owner_dsn: str, tmp_path: Path) -> None:
     """A key with the scope read gets proofs without bodies alone."""
     async with connected(owner_dsn) as connection:
