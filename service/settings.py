@@ -176,6 +176,14 @@ def _check_origin(origin: str) -> str:
     return origin
 
 
+def _check_key_file(path: Path | None) -> Path | None:
+    if path is not None and path.suffix == ".signed":
+        raise ValueError(
+            f"{path} ends with .signed, as the key's guard does. Expected a name such as history.key"
+        )
+    return path and path.expanduser().absolute()
+
+
 def _check_share_secret(secret: SecretStr) -> SecretStr:
     if 0 < len(secret.get_secret_value()) < SECRET_CHARACTERS_MIN:
         raise ValueError(
@@ -260,9 +268,7 @@ class Settings(BaseSettings):
     """the maximum number of reports that wait for their commit"""
     body_retention_days: int = Field(default=0, ge=0, le=36_500)
     """the days after which bodies of settled orders are erased; 0 for never"""
-    history_key_file: Annotated[
-        Path | None, AfterValidator(lambda path: path and path.expanduser().absolute())
-    ] = None
+    history_key_file: Annotated[Path | None, AfterValidator(_check_key_file)] = None
     """the file of the key that signs the history; empty for history.key in STATE_DIR"""
     history_origin: Annotated[str, AfterValidator(_check_origin)] = ""
     """the name of the history for a new key, such as shop.example/orders; empty for a random one"""

@@ -121,8 +121,9 @@ class Signer:
             HistoryHaltedError: the tree does not continue what was signed.
             KeyFileError: the guard cannot be written.
         """
+        guard = self.read_guard()
         tree, keys = await self._read_own_tree(connection)
-        guard = await self._require_continuity(connection, tree, keys)
+        await self._require_continuity(connection, tree, keys, guard)
         checkpoint = Checkpoint(
             tree.origin, tree.size, await storage.read_root(connection, tree.number, tree.size)
         )
@@ -146,12 +147,17 @@ class Signer:
     async def read_signed(self, connection: Connection) -> Signed:
         """Return the last signed checkpoint, from which proofs may be given.
 
+        Args:
+            connection: a connection. In a transaction that sees one state of the database, nothing may have
+                been read before: the guard must not be newer than that state.
+
         Raises:
             NotSigningError: nothing is signed yet, or this machine has not the tree's key.
             HistoryHaltedError: the tree does not continue what was signed.
         """
+        guard = self.read_guard()
         tree, keys = await self._read_own_tree(connection)
-        guard = await self._require_continuity(connection, tree, keys)
+        await self._require_continuity(connection, tree, keys, guard)
         published = await read_published(connection, tree, [key.verifier for key in keys])
         if guard is None or published is None:
             raise NotSigningError("nothing is signed yet")
@@ -203,18 +209,17 @@ class Signer:
         return keys
 
     async def _require_continuity(
-        self, connection: Connection, tree: Tree, keys: Sequence[SigningKey]
-    ) -> str | None:
-        """Return the guard's note, None if nothing was ever signed."""
-        note = self.read_guard()
-        if note is None:
+        self, connection: Connection, tree: Tree, keys: Sequence[SigningKey], guard: str | None
+    ) -> None:
+        if guard is None:
+            # Then nothing may ever have been signed.
             if await storage.read_checkpoint_note(connection, tree.number) is not None:
                 raise HistoryHaltedError(
                     f"the guard {self.guard_file} is missing, so what was signed is unknown: put it back"
                 )
-            return None
+            return
         try:
-            signed = read_checkpoint(open_note(note, [key.verifier for key in keys]))
+            signed = read_checkpoint(open_note(guard, [key.verifier for key in keys]))
         except NoteError as error:
             raise HistoryHaltedError(f"the guard {self.guard_file} cannot be used: {error}") from None
         if signed.size > tree.size:
@@ -225,7 +230,6 @@ class Signer:
             raise HistoryHaltedError(
                 f"the first {signed.size} entries are not those that were signed: {RESTART}"
             )
-        return note
 
     def read_guard(self) -> str | None:
         """Return the note of the last checkpoint that was signed, None if there is no guard.

@@ -31,15 +31,15 @@ async def read_status(signer: Signer, connection: Connection) -> Status:
         connection: a connection outside any transaction.
     """
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        tree = await storage.read_tree(connection)
-        if tree is None:
-            return Status(0, 0, unsigned="the history has not begun yet")
-        published = await read_published(connection, tree, signer.find_verifiers(tree))
-        status = Status(tree.size, published.checkpoint.size if published is not None else 0)
+        halted = unsigned = None
         try:
             await signer.read_signed(connection)
         except HistoryHaltedError as error:
-            return status._replace(halted=str(error))
+            halted = str(error)
         except NotSigningError as error:
-            return status._replace(unsigned=str(error))
-    return status
+            unsigned = str(error)
+        tree = await storage.read_tree(connection)
+        if tree is None:
+            return Status(0, 0, unsigned=unsigned)
+        published = await read_published(connection, tree, signer.find_verifiers(tree))
+    return Status(tree.size, published.checkpoint.size if published is not None else 0, halted, unsigned)

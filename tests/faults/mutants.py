@@ -180,8 +180,8 @@ def pass_held() -> None:
 def sign_anything() -> None:
     """Sign the history whatever the guard has."""
 
-    async def trust(signer: Signer, *_: Any) -> str | None:
-        return signer.read_guard()
+    async def trust(*_: Any) -> None:
+        return
 
     _replace(Signer, "_require_continuity", trust)
 
