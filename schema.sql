@@ -332,10 +332,12 @@ CREATE TABLE history_salts (
 ) WITH (autovacuum_vacuum_scale_factor = 0.02, toast.autovacuum_vacuum_scale_factor = 0.02);
 ALTER TABLE history_salts ALTER COLUMN salts SET STORAGE EXTERNAL;
 
--- The commitments to erased bodies. Null marks an event that no tree had at its erasure.
+-- The commitments to erased bodies, and to the whole states, which an entry may have instead. Null marks an event that no
+-- tree had at its erasure.
 CREATE TABLE history_commitments (
     position    bigint NOT NULL PRIMARY KEY,
-    commitment  bytea  CHECK (length(commitment) = 32)
+    commitment  bytea  CHECK (length(commitment) = 32),
+    raw         bytea  CHECK (length(raw) = 32)
 );
 
 -- The last signed checkpoint of each tree.
@@ -429,14 +431,15 @@ BEGIN
         SELECT max(originator_version) FROM order_events WHERE originator_id = erased_order_no));
     -- In the history, a commitment takes the place of each salt, with which a guess at the body could be confirmed.
     PERFORM lock_history();
-    INSERT INTO history_commitments (position, commitment)
-    SELECT event.notification_id, sha256(
-        substr(salts, (event.notification_id % 256)::integer * 16 + 1, 16)
-        || CASE WHEN jsonb_typeof(convert_from(event.state, 'UTF8')::jsonb -> 'body') = 'string'
-            THEN convert_to(convert_from(event.state, 'UTF8')::jsonb ->> 'body', 'UTF8') ELSE event.state END)
+    INSERT INTO history_commitments (position, commitment, raw)
+    SELECT event.notification_id,
+        sha256(salt || convert_to(coalesce(convert_from(event.state, 'UTF8')::jsonb ->> 'body', ''), 'UTF8')),
+        sha256(salt || event.state)
     FROM order_events AS event
-    LEFT JOIN history_salts ON tile = event.notification_id / 256
-        AND length(salts) > event.notification_id % 256 * 16
+    LEFT JOIN LATERAL (
+        SELECT substr(salts, (event.notification_id % 256)::integer * 16 + 1, 16) AS salt FROM history_salts
+        WHERE tile = event.notification_id / 256 AND length(salts) > event.notification_id % 256 * 16
+    ) AS salted ON true
     WHERE event.originator_id = erased_order_no AND event.originator_version <= last_version
     ON CONFLICT DO NOTHING;
     FOR event_position IN
@@ -496,7 +499,7 @@ BEGIN
     GRANT INSERT (tree, header) ON history_trees TO order_tracking_service;
     GRANT INSERT, UPDATE (hashes) ON history_tiles TO order_tracking_service;
     GRANT INSERT, UPDATE (salts) ON history_salts TO order_tracking_service;
-    GRANT UPDATE (commitment) ON history_commitments TO order_tracking_service;
+    GRANT UPDATE (commitment, raw) ON history_commitments TO order_tracking_service;
     GRANT INSERT, UPDATE (size, note) ON history_checkpoints TO order_tracking_service;
     -- For a backup.
     GRANT SELECT ON ALL SEQUENCES IN SCHEMA public TO order_tracking_service;

@@ -63,6 +63,8 @@ def _describe(checked: Checked) -> Iterator[Finding]:
     status = checked.status
     if status.halted is not None:
         yield Finding("WRONG", f"the history is not signed any more: {status.halted}")
+    elif status.fault is not None:
+        yield Finding("WRONG", f"the history is not signed: {status.fault}")
     elif status.unsigned is not None:
         yield Finding("note", f"this machine does not sign the history: {status.unsigned}")
     for position, problem in checked.differences:
@@ -71,7 +73,10 @@ def _describe(checked: Checked) -> Iterator[Finding]:
         yield Finding("WRONG", f"further positions that differ from the history: {more:,}")
     for level, number in checked.tiles:
         yield Finding("WRONG", f"the history's tile {number} of level {level} does not fit the tiles below it")
-    if status.entries and not checked.differing and not checked.tiles:
+    if not checked.fits_checkpoint:
+        yield Finding("WRONG", "the history has another root than its signed checkpoint: it was changed")
+    is_whole = not checked.differing and not checked.tiles and checked.fits_checkpoint
+    if status.entries and status.halted is None and is_whole:
         yield Finding(
             "ok",
             f"the history has {status.entries:,} entries, of which {status.signed:,} are signed; "

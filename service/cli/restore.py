@@ -24,4 +24,6 @@ async def restore(
                 connection, dsn, dump, tools, settings.state_dir, with_history=with_history
             )
     err.print(f"restored: the log ends at position {head}")
+    if with_history:
+        err.print("if more entries of the history were signed than the dump has, run 'history restart REASON'")
     err.print("the next 'serve' or 'replay' rebuilds the views; then run 'check' to check the database")

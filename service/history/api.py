@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
-from urllib.parse import quote
 
 from aiohttp import hdrs, web
 from pydantic import Field
@@ -17,16 +16,25 @@ from service.history.bundles import (
     Bundle,
     NotInHistoryError,
     SinceError,
+    is_last,
     make_bundle,
     make_event_proof,
     suggest_name,
 )
-from service.history.notes import Checkpoint
-from service.history.signer import HistoryHaltedError, NotSigningError, Signed, Signer, read_published
+from service.history.notes import Checkpoint, read_checkpoint
+from service.history.signer import (
+    HistoryHaltedError,
+    KeyFileError,
+    NotSigningError,
+    Signed,
+    Signer,
+    read_published,
+)
+from service.history.status import read_status
 from service.history.tree import HASH_BYTES, TILE_HASHES, TILE_LEVELS, TileId
 from service.http.access import has_scope
 from service.http.endpoints import HTML, OCTETS, TEXT, Endpoint, Tag
-from service.http.parameters import Position, Query, parse_number, parse_order_no
+from service.http.parameters import Position, Query, order_path, parse_number, parse_order_no
 from service.http.problems import (
     ProblemError,
     ProblemType,
@@ -44,7 +52,7 @@ IMMUTABLE: Final = "private, max-age=31536000, immutable"
 IMMUTABLE_PUBLIC: Final = "public, max-age=31536000, immutable"
 LEVEL_MAX: Final = 63
 # 1234067 is x001/x234/067. A partial tile ends with its width.
-_TILE_PATH: Final = re.compile(r"((?:x\d{3}/){0,5}\d{3})(?:\.p/([1-9]\d{0,2}))?")
+_TILE_PATH: Final = re.compile(r"((?:x\d{3}/){0,5}\d{3})(?:\.p/([1-9]\d{0,2}))?", re.ASCII)
 ENTRY_LENGTH_BYTES: Final = 2
 
 _FOLDER: Final = Path(__file__).resolve().parent
@@ -82,9 +90,21 @@ class HistoryApi:
         self.is_public = is_public
         self._immutable: dict[str, str] = {hdrs.CACHE_CONTROL: IMMUTABLE_PUBLIC if is_public else IMMUTABLE}
 
-    @Endpoint("GET", "/history/checkpoint", str, media=TEXT, may_be_public=True)
+    @Endpoint(
+        "GET",
+        "/history/checkpoint",
+        str,
+        media=TEXT,
+        problems=(ProblemType.HISTORY_HALTED,),
+        may_be_public=True,
+    )
     async def get_checkpoint(self, _request: web.Request, _query: Query) -> web.Response:
         """Get the last signed checkpoint of the history: its origin, size and root hash."""
+        async with self._pool.connection() as connection:
+            status = await read_status(self._signer, connection)
+        if status.halted is not None:
+            # The published one is then older than the last that was signed.
+            raise self._halted(status.halted)
         signed = await self._read_published()
         return response(signed.note.encode(), PLAIN)
 
@@ -158,7 +178,7 @@ class HistoryApi:
         order_no = parse_order_no(request)
         if query.bodies and not has_scope(request, "read:bodies"):
             raise ProblemError(ProblemType.FORBIDDEN, "bodies=true needs an API key with the scope read:bodies")
-        with _problems(order_no):
+        with self._problems(order_no):
             async with self._pool.connection() as connection:
                 if query.after_position and query.after_position > (head := await head_position(connection)):
                     raise beyond_head(query.after_position, head)
@@ -170,7 +190,13 @@ class HistoryApi:
                     since=query.since,
                     after_position=query.after_position,
                 )
-        return json_response(bundle, headers=_attachment(f"{suggest_name(order_no)}.proof.json"))
+        headers = _attachment(f"{suggest_name(order_no)}.proof.json")
+        if bundle["events"] and not is_last(bundle):
+            # The next file must show that its history continues this one's.
+            after, size = bundle["events"][-1]["index"], read_checkpoint(bundle["checkpoint"]).size
+            path = order_path(order_no, f"proof?since={size}&after_position={after}")
+            headers["Link"] = f'<{path}{"&bodies=true" if query.bodies else ""}>; rel="next"'
+        return json_response(bundle, headers=headers)
 
     @Endpoint(
         "GET",
@@ -182,7 +208,7 @@ class HistoryApi:
     async def get_event_proof(self, request: web.Request, _query: Query) -> web.Response:
         """Get the proof of one event in the format of C2SP tlog-proof; its extra data is the entry."""
         order_no, version = parse_order_no(request), parse_number(request.match_info["version"])
-        with _problems(order_no):
+        with self._problems(order_no):
             if not version:
                 raise NotInHistoryError
             async with self._pool.connection() as connection:
@@ -190,6 +216,32 @@ class HistoryApi:
         return response(
             proof.encode(), PLAIN, headers=_attachment(f"{suggest_name(order_no)}-{version}.tlog-proof")
         )
+
+    @contextmanager
+    def _problems(self, order_no: str) -> Iterator[None]:
+        try:
+            yield
+        except NotInHistoryError:
+            detail = (
+                f"the signed history has no such event of {order_no}: check the number; a new report is there "
+                "after about a second"
+            )
+            raise ProblemError(ProblemType.NOT_IN_HISTORY, detail, order_no=order_no) from None
+        except SinceError as error:
+            raise bad_parameter("since", str(error)) from None
+        except HistoryHaltedError as error:
+            raise self._halted(str(error)) from None
+        except KeyFileError:
+            # The file's path is the operator's business.
+            raise unavailable("the history's key cannot be used: see 'order-tracking check'") from None
+        except NotSigningError as error:
+            raise unavailable(self._without_folder(str(error))) from None
+
+    def _halted(self, reason: str) -> ProblemError:
+        return history_halted(self._without_folder(reason))
+
+    def _without_folder(self, text: str) -> str:
+        return text.replace(f"{self._signer.key_file.parent}/", "")
 
     async def _read_published(self) -> Signed:
         async with self._pool.connection() as connection:
@@ -222,20 +274,5 @@ def _parse_tile(request: web.Request, level: int, checkpoint: Checkpoint) -> tup
     raise ProblemError(ProblemType.NO_SUCH_TILE, detail)
 
 
-@contextmanager
-def _problems(order_no: str) -> Iterator[None]:
-    try:
-        yield
-    except NotInHistoryError:
-        detail = f"the signed history has no such event of {order_no}; a new one is there after a moment"
-        raise ProblemError(ProblemType.NOT_IN_HISTORY, detail, order_no=order_no) from None
-    except SinceError as error:
-        raise bad_parameter("since", str(error)) from None
-    except HistoryHaltedError as error:
-        raise history_halted(str(error)) from None
-    except NotSigningError as error:
-        raise unavailable(str(error)) from None
-
-
 def _attachment(name: str) -> dict[str, str]:
-    return {"Content-Disposition": f"attachment; filename*=UTF-8''{quote(name)}"}
+    return {"Content-Disposition": f'attachment; filename="{name}"'}

@@ -164,6 +164,12 @@ async def make_bundle(  # noqa: PLR0913 - the parameters of the request
     return bundle
 
 
+def is_last(bundle: Bundle) -> bool:
+    """Return whether a bundle has the last event that its statement names."""
+    last = int(bundle["last"].partition("\n\n")[0].split()[-2])
+    return bundle["events"][-1]["index"] == last
+
+
 async def make_event_proof(connection: Connection, signer: Signer, order_no: str, version: int) -> str:
     """Return the proof of one event, as C2SP tlog-proof.
 
@@ -201,16 +207,16 @@ async def read_entries(
     for event in events:
         position, leaf = event.position, _leaf_of(event)
         salt = salts.get(position, NO_SALT)
-        commitment = commitments.get(position)
-        if commitment is None:
-            opened: Opened | None = None
-            if with_bodies and leaf.members is not None:
-                opened = {"salt": b64encode(salt).decode(), "body": leaf.content.decode()}
-            entries.append(Entry(position, leaf.encode(commit(salt, leaf.content)), opened))
+        kept = commitments.get(position)
+        # Only an erased event has lost what its commitment is to.
+        if kept is not None and kept.body is not None and kept.state is not None and leaf.is_erased:
+            raw, data = encode_raw(leaf.place, kept.state), leaf.encode(kept.body)
+            entries.append(Entry(position, raw if leaves.get(position) == hash_leaf(raw) else data, None))
             continue
-        data = leaf.encode(commitment)
-        raw = encode_raw(leaf.place, commitment)
-        entries.append(Entry(position, raw if leaves.get(position) == hash_leaf(raw) else data, None))
+        opened: Opened | None = None
+        if with_bodies and leaf.members is not None:
+            opened = {"salt": b64encode(salt).decode(), "body": leaf.content.decode()}
+        entries.append(Entry(position, leaf.encode(commit(salt, leaf.content)), opened))
     return entries
 
 

@@ -8,7 +8,7 @@ from projections.postgres_errors import Connection
 from service.history import storage
 from service.history.bundles import read_range
 from service.history.entries import encode_gap
-from service.history.signer import Signer
+from service.history.signer import Signer, read_published
 from service.history.status import Status, read_status
 from service.history.storage import Tree
 from service.history.tree import TILE_HASHES, TileId, hash_leaf, root_of, split
@@ -18,6 +18,8 @@ NEWEST_TILES: Final = 16
 RANDOM_TILES: Final = 64
 # Entries that are compared at a time.
 BATCH_TILES: Final = 8
+# Events that the tree cannot have.
+BELOW: Final = "SELECT notification_id FROM public.order_events WHERE notification_id < 1 LIMIT $1"
 # More differences are counted, but not named.
 NAMED_MAX: Final = 20
 
@@ -38,6 +40,7 @@ class Checked(NamedTuple):
         differences: where the log differs, at most NAMED_MAX of them.
         differing: how many differences there are.
         tiles: the tiles that do not fit the tiles below them.
+        fits_checkpoint: whether the tree has the root of its last checkpoint, if that is signed.
     """
 
     status: Status
@@ -45,6 +48,7 @@ class Checked(NamedTuple):
     differences: list[Difference]
     differing: int
     tiles: list[TileId]
+    fits_checkpoint: bool = True
 
 
 async def check_history(
@@ -77,8 +81,21 @@ async def check_history(
             differences += found[: NAMED_MAX - len(differences)]
             done += compared
             progress(done, tree.size)
+        for (position,) in await connection.fetch(BELOW, NAMED_MAX):
+            differing += 1
+            differences.append(Difference(position, "no position of the log is below 1"))
         tiles = [tile async for tile in _misfits(connection, tree, whole=whole)]
-    return Checked(status, done, differences, differing, tiles)
+        fits = await _fits_checkpoint(connection, tree)
+    return Checked(status, done, differences, differing, tiles, fits_checkpoint=fits)
+
+
+async def _fits_checkpoint(connection: Connection, tree: Tree) -> bool:
+    """Compare the tree with its published checkpoint, which needs no private key."""
+    published = await read_published(connection, tree, [tree.key])
+    if published is None or published.checkpoint.size == 0:
+        return True
+    _, size, root = published.checkpoint
+    return await storage.read_root(connection, tree.number, size) == root
 
 
 def _choose(total: int) -> set[int]:

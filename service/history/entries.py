@@ -21,6 +21,9 @@ SALT_BYTES: Final = 16
 NO_SALT: Final = bytes(SALT_BYTES)
 # The length of an entry has two bytes (tlog-tiles).
 ENTRY_BYTES_MAX: Final = 0xFFFF
+# A shorter state has a shorter entry.
+STATE_BYTES_SHORT: Final = 0xF000
+NESTED_MAX: Final = 8
 
 # What an erasure empties. The body has the status that was reported.
 ERASED: Final = ("body", "remote")
@@ -66,7 +69,10 @@ def commit(salt: bytes, content: bytes) -> bytes:
 
 
 def read_members(state: bytes) -> dict[str, Any] | None:
-    """Return the stored members of an event, times as text; None if the state has no text body."""
+    """Return the stored members of an event, times as text; None if its entry has none of them.
+
+    That is so if the state is not a JSON object with a text body, or if JSON writers could disagree about it.
+    """
     try:
         members = orjson.loads(state)
     except orjson.JSONDecodeError:
@@ -76,7 +82,18 @@ def read_members(state: bytes) -> dict[str, Any] | None:
     for name, value in members.items():
         if type(value) is dict and value.keys() == _TIME_MEMBERS:
             members[name] = value["_data_"]
+        elif not _is_plain(value, NESTED_MAX):
+            return None
     return members
+
+
+def _is_plain(value: Any, nested_max: int) -> bool:
+    """Return whether a value has no fraction, which an erasure could write in another way, and is not deep."""
+    if value is None or isinstance(value, str | int):
+        return True
+    if isinstance(value, float) or not nested_max:
+        return False
+    return all(_is_plain(one, nested_max - 1) for one in (value.values() if isinstance(value, dict) else value))
 
 
 def members_of(event: Order.StatusReported) -> dict[str, Any]:
@@ -130,22 +147,36 @@ class Leaf(NamedTuple):
         place: where it is recorded.
         members: its stored members; None if its state has no text body.
         content: the bytes to commit to: its body, or its whole state.
+        state: its bytes in the log; empty if it is from memory.
     """
 
     place: Place
     members: dict[str, Any] | None
     content: bytes
+    state: bytes = b""
 
     @classmethod
     def of(cls, place: Place, state: bytes) -> "Leaf":
         """Return the leaf of a recorded event."""
         members = read_members(state)
-        return cls(place, members, state if members is None else members["body"].encode())
+        if members is not None and len(state) > STATE_BYTES_SHORT:
+            entry = encode_event(place, members.copy(), bytes(hashlib.sha256().digest_size))
+            members = members if len(entry) <= ENTRY_BYTES_MAX else None
+        return cls(place, members, state if members is None else members["body"].encode(), state)
+
+    @property
+    def is_erased(self) -> bool:
+        """Whether the recorded event is as an erasure leaves it."""
+        try:
+            members = orjson.loads(self.state or b"{}")
+        except orjson.JSONDecodeError:
+            return False
+        if not isinstance(members, dict) or members.get("body") != "" or members.get("remote") is not None:
+            return False
+        return members.get("verdict") != "unrecognised" or members.get(ERASED_IF_UNRECOGNISED) == ""
 
     def encode(self, commitment: bytes) -> bytes:
         """Return the entry. This changes ``members``."""
-        if self.members is not None:
-            entry = encode_event(self.place, self.members, commitment)
-            if len(entry) <= ENTRY_BYTES_MAX:
-                return entry
-        return encode_raw(self.place, commitment)
+        if self.members is None:
+            return encode_raw(self.place, commitment)
+        return encode_event(self.place, self.members, commitment)

@@ -30,7 +30,7 @@ from service.history.entries import (
 )
 from service.history.notes import Checkpoint
 from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signer
-from service.history.storage import Tree
+from service.history.storage import Commitments, Tree
 from service.history.tree import Edge, hash_leaf
 
 # The event loop is held while a batch is hashed: about 3 ms.
@@ -65,7 +65,7 @@ class Follower:
         self._edge_of = (0, 0)
         # Whether the last batch was full, so that there may be another one.
         self._is_full = False
-        self._signed: tuple[int, int, int] | None = None
+        self._signed: tuple[int, ...] | None = None
         self._sign_at = 0.0
         self._problem = ""
 
@@ -83,8 +83,11 @@ class Follower:
         """Add the next events, or sign those that were added; return the number of entries that were added."""
         added = 0
         if self._is_full or await self._has_events():
+            # Until the commit, this process does not know the edge.
+            edge, self._edge = self._edge, Edge(0, {})
             async with self._dedicated.transaction(storage.BEGIN_LOCKED) as connection:
-                added = await self._add(connection)
+                added, edge = await self._add(connection, edge)
+            self._edge = edge
         self._is_full = added >= BATCH_LEAVES_MAX
         if not self._is_full or monotonic() > self._sign_at:
             self._sign_at = monotonic() + SIGN_SECONDS_MIN
@@ -99,7 +102,7 @@ class Follower:
     async def _sign(self) -> None:
         async with self._dedicated.connection() as connection:
             tree = await storage.read_tree(connection)
-        if tree is None or self._state_of(tree) == self._signed:
+        if tree is None or (*self._state_of(tree), self._signer.key_changed_at) == self._signed:
             return
         async with self._dedicated.transaction(storage.BEGIN_LOCKED) as connection:
             try:
@@ -107,45 +110,38 @@ class Follower:
             except (HistoryHaltedError, NotSigningError, KeyFileError) as error:
                 self._report(str(error))
             else:
-                self._signed = self._state_of(tree)
+                self._signed = *self._state_of(tree), self._signer.key_changed_at
                 self._report("")
 
     def _state_of(self, tree: Tree) -> tuple[int, int, int]:
         # After a reconnect, the database may be another one.
         return self._dedicated.times_opened, tree.number, tree.size
 
-    async def _add(self, connection: Connection) -> int:
+    async def _add(self, connection: Connection, edge: Edge) -> tuple[int, Edge]:
+        """Add the next events; return the number of entries that were added, and the new edge."""
         tree = await storage.read_tree(connection)
         if tree is None:
-            return await self._begin(connection)
+            return await self._begin(connection), edge
         state = self._state_of(tree)
-        if state != (*self._edge_of, self._edge.size):
-            self._edge_of, self._edge = state[:2], await storage.read_edge(connection, tree)
+        if self._edge_of[1] not in {0, tree.number}:
+            logger.info("the history was restarted", tree=tree.number, header=tree.header)
+        if state != (*self._edge_of, edge.size):
+            self._edge_of, edge = state[:2], await storage.read_edge(connection, tree)
         leaves = await self._read(connection, tree)
         if not leaves:
-            return 0
+            return 0, edge
         positions = range(tree.size, min(leaves[-1].place.position + 1, tree.size + BATCH_LEAVES_MAX))
         salts = await self._draw_salts(connection, tree, positions)
-        erased: Mapping[int, bytes | None] = {}
+        erased: Mapping[int, Commitments] = {}
         if tree.has_commitments:
             erased = await storage.read_commitments(connection, positions)
-        by_position = {leaf.place.position: leaf for leaf in leaves}
-        hashes, marked = [], {}
-        for position in positions:
-            leaf = by_position.get(position)
-            if leaf is None:
-                hashes.append(hash_leaf(encode_gap(position)))
-                continue
-            commitment = erased.get(position) or commit(salts[position], leaf.content)
-            if position in erased:
-                # Memory may still have the body, so the salt is thrown away.
-                marked[position], salts[position] = commitment, NO_SALT
-            hashes.append(hash_leaf(leaf.encode(commitment)))
+        hashes, marked = _hash_entries(positions, leaves, salts, erased)
         new_salts = [salts[position] for position in positions if position >= tree.salted]
-        await self._write(connection, tree, hashes, new_salts)
+        start = max(tree.salted, tree.size)
+        await storage.grow(connection, tree.number, edge.append(hashes), start, new_salts)
         if marked:
             await storage.set_commitments(connection, marked)
-        return len(hashes)
+        return len(hashes), edge
 
     async def _draw_salts(
         self, connection: Connection, tree: Tree, positions: Sequence[int]
@@ -159,14 +155,6 @@ class Follower:
         if tree.salted > tree.size:
             drawn |= await storage.read_salts(connection, positions)
         return drawn
-
-    async def _write(
-        self, connection: Connection, tree: Tree, hashes: Sequence[bytes], salts: Sequence[bytes]
-    ) -> None:
-        # If the transaction fails, the edge is read again.
-        edge, self._edge = self._edge, Edge(0, {})
-        await storage.grow(connection, tree.number, edge.append(hashes), max(tree.salted, tree.size), salts)
-        self._edge = edge
 
     async def _begin(self, connection: Connection) -> int:
         """Begin the first tree with the first event, and make the key before, unless there is one."""
@@ -188,8 +176,8 @@ class Follower:
     async def _read(self, connection: Connection, tree: Tree) -> list[Leaf]:
         """Return the next events above a tree, from memory if they are there."""
         after = tree.size - 1
-        recalled = self._feed.recall(after, BATCH_LEAVES_MAX)
-        if recalled:
+        # Memory may still have the body of an erased event.
+        if not tree.has_commitments and (recalled := self._feed.recall(after, BATCH_LEAVES_MAX)):
             leaves = []
             for position, event in recalled:
                 if isinstance(event, FailedEvent):
@@ -212,6 +200,34 @@ class Follower:
         elif self._problem and not problem:
             logger.info("the history is signed again")
         self._problem = problem
+
+
+def _hash_entries(
+    positions: Sequence[int],
+    leaves: Sequence[Leaf],
+    salts: dict[int, bytes],
+    erased: Mapping[int, Commitments],
+) -> tuple[list[bytes], dict[int, bytes]]:
+    """Return the hashes of the entries at some positions, and the commitments of marked ones.
+
+    The salts of erased events become zeros.
+    """
+    by_position = {leaf.place.position: leaf for leaf in leaves}
+    hashes, marked = [], {}
+    for position in positions:
+        leaf = by_position.get(position)
+        if leaf is None:
+            hashes.append(hash_leaf(encode_gap(position)))
+            continue
+        commitment = commit(salts[position], leaf.content)
+        if (kept := erased.get(position)) is not None:
+            salts[position] = NO_SALT
+            if kept.body is None:
+                marked[position] = commitment
+            elif leaf.is_erased:
+                commitment = kept.body
+        hashes.append(hash_leaf(leaf.encode(commitment)))
+    return hashes, marked
 
 
 def _identity(leaf: Leaf) -> tuple[str, str | None]:

@@ -1,5 +1,7 @@
 """The restart of the history by an operator, after a restore or a failover has lost signed entries."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Final
 
 from projections.postgres_errors import Connection
@@ -7,8 +9,8 @@ from service.database.operations import Actor, record_operation
 from service.history import storage
 from service.history.entries import encode_header
 from service.history.follower import begin
-from service.history.notes import Checkpoint, NoteError, open_note, read_checkpoint, sign_note
-from service.history.signer import NotSigningError, Signer
+from service.history.notes import Checkpoint, NoteError, VerifierKey, open_note, read_checkpoint, sign_note
+from service.history.signer import HistoryHaltedError, NotSigningError, Signer
 from service.history.storage import Tree
 
 ACTION: Final = "history_restarted"
@@ -42,22 +44,25 @@ async def restart(connection: Connection, signer: Signer, reason: str, actor: Ac
         await storage.set_checkpoint(connection, tree.number + 1, checkpoint, note)
         await record_operation(connection, actor, ACTION, key.name, reason)
         # Before the commit: if that fails, the guard refuses the old tree too, until another restart.
-        await signer.write_guard(note)
+        async with signer.locked():
+            await signer.write_guard(note)
     return checkpoint
 
 
 async def _last_note(connection: Connection, signer: Signer, tree: Tree) -> str:
-    """Return the largest checkpoint that the tree's key has signed, empty if there is none."""
-    notes = [
-        note
-        for note in (signer.read_guard(), await storage.read_checkpoint_note(connection, tree.number))
-        if note
-    ]
-    signed = {}
-    for note in notes:
-        try:
-            signed[read_checkpoint(open_note(note, [tree.key])).size] = note
-        except NoteError:
-            # Another key signed it, or it is damaged.
-            continue
-    return signed[max(signed)] if signed else ""
+    """Return the last checkpoint that was signed: the guard's, or else the published one, or else nothing."""
+    verifiers = [tree.key, *signer.find_verifiers(None)]
+    with suppress(HistoryHaltedError):
+        if _is_signed(note := signer.read_guard(), verifiers):
+            return note or ""
+    note = await storage.read_checkpoint_note(connection, tree.number)
+    return note or "" if _is_signed(note, verifiers) else ""
+
+
+def _is_signed(note: str | None, verifiers: Sequence[VerifierKey]) -> bool:
+    try:
+        read_checkpoint(open_note(note or "", verifiers))
+    except NoteError:
+        # There is none, another key signed it, or it is damaged.
+        return False
+    return True

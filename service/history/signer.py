@@ -6,11 +6,12 @@ has made shorter, stays without a signature until an operator restarts it with a
 """
 
 import asyncio
+import fcntl
 import os
 import secrets
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -30,7 +31,11 @@ from service.history.notes import (
 from service.history.storage import Tree
 from service.settings import Settings
 
+KEY_SUFFIX: Final = ".key"
 GUARD_SUFFIX: Final = ".signed"
+LOCK_SUFFIX: Final = ".lock"
+# The guard of a key that has signed nothing yet.
+NOTHING: Final = ""
 DEFAULT_ORIGIN: Final = "order-tracking.invalid/{}"
 ORIGIN_BYTES: Final = 8
 LAST: Final = "order-tracking.last.v1"
@@ -46,7 +51,7 @@ class NotSigningError(Exception):
 
 
 class KeyFileError(Exception):
-    """The key's file cannot be read, written or used. ``str()`` is the reason."""
+    """The key's file or its guard cannot be read, written or used. ``str()`` is the reason, and what to do."""
 
 
 class Signed(NamedTuple):
@@ -69,7 +74,9 @@ class Signer:
     def __init__(self, key_file: Path, origin: str = "", *, is_reader: bool = False) -> None:
         self.key_file = key_file
         self._is_reader = is_reader
-        self.guard_file = key_file.with_suffix(GUARD_SUFFIX)
+        name = key_file.name.removesuffix(KEY_SUFFIX)
+        self.guard_file = key_file.with_name(f"{name}{GUARD_SUFFIX}")
+        self._lock_file = key_file.with_name(f"{name}{LOCK_SUFFIX}")
         self._origin = origin
 
     def read_keys(self) -> list[SigningKey]:
@@ -86,10 +93,35 @@ class Signer:
         except (OSError, UnicodeError) as error:
             raise KeyFileError(f"cannot read the history's key: {error}") from None
         except NoteError as error:
-            raise KeyFileError(f"{self.key_file} is not a key file: {error}") from None
+            raise KeyFileError(f"{self.key_file} is not a key file: {error}; put the right one there") from None
         if not keys or len({key.name for key in keys}) > 1:
             raise KeyFileError(f"{self.key_file} must have one key, or several of one name")
         return keys
+
+    @property
+    def key_changed_at(self) -> int:
+        """When the key file was changed last, in nanoseconds; 0 if there is none."""
+        try:
+            return self.key_file.stat().st_mtime_ns
+        except OSError:
+            return 0
+
+    @asynccontextmanager
+    async def locked(self) -> AsyncIterator[None]:
+        """Keep other processes of this machine from signing, also those that use another database.
+
+        Raises:
+            KeyFileError: the file of the lock cannot be made.
+        """
+        try:
+            descriptor = os.open(self._lock_file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise KeyFileError(f"cannot make {self._lock_file}: {error.strerror}") from None
+        try:
+            await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
 
     def make_keys(self) -> list[SigningKey]:
         """Return the keys of the key file, which is made with a new key if there is none.
@@ -102,6 +134,9 @@ class Signer:
         key = make_key(self._origin or DEFAULT_ORIGIN.format(secrets.token_hex(ORIGIN_BYTES)))
         try:
             self.key_file.parent.mkdir(parents=True, exist_ok=True)
+            if not self.guard_file.exists():
+                # Before the key: a key without a guard may have signed anything.
+                _write(self.guard_file, NOTHING, may_replace=False)
             _write(self.key_file, f"{key.text}\n", may_replace=False)
         except FileExistsError:
             # Another process was first.
@@ -117,19 +152,19 @@ class Signer:
             connection: a connection whose transaction holds the lock and has not added to the tree.
 
         Raises:
-            NotSigningError: the history has not begun, or this machine has not the tree's key.
+            NotSigningError: the history has not begun, or this machine has no key.
+            KeyFileError: the key is not the tree's, or cannot be used, or the guard cannot be written.
             HistoryHaltedError: the tree does not continue what was signed.
-            KeyFileError: the guard cannot be written.
         """
-        guard = self.read_guard()
         tree, keys = await self._read_own_tree(connection)
-        await self._require_continuity(connection, tree, keys, guard)
-        checkpoint = Checkpoint(
-            tree.origin, tree.size, await storage.read_root(connection, tree.number, tree.size)
-        )
-        note = sign_note(checkpoint.text, keys)
-        if guard != note:
-            await self.write_guard(note)
+        async with self.locked():
+            guard = self.read_guard()
+            await self._require_continuity(connection, tree, keys, guard)
+            root = await storage.read_root(connection, tree.number, tree.size)
+            checkpoint = Checkpoint(tree.origin, tree.size, root)
+            note = sign_note(checkpoint.text, keys)
+            if guard != note:
+                await self.write_guard(note)
         await storage.set_checkpoint(connection, tree.number, checkpoint, note)
         return Signed(tree, checkpoint, note)
 
@@ -152,14 +187,15 @@ class Signer:
                 been read before: the guard must not be newer than that state.
 
         Raises:
-            NotSigningError: nothing is signed yet, or this machine has not the tree's key.
+            NotSigningError: nothing is signed yet, or this machine has no key.
+            KeyFileError: the key is not the tree's, or cannot be used.
             HistoryHaltedError: the tree does not continue what was signed.
         """
         guard = self.read_guard()
         tree, keys = await self._read_own_tree(connection)
         await self._require_continuity(connection, tree, keys, guard)
         published = await read_published(connection, tree, [key.verifier for key in keys])
-        if guard is None or published is None:
+        if published is None:
             raise NotSigningError("nothing is signed yet")
         return published
 
@@ -194,17 +230,20 @@ class Signer:
     def _keys_of(self, tree: Tree) -> list[SigningKey]:
         if self._is_reader:
             raise NotSigningError("this process only reads (ORDER_TRACKING_READ_ONLY): ask one that records")
-        try:
-            keys = self.read_keys()
-        except KeyFileError as error:
-            raise NotSigningError(str(error)) from None
+        keys = self.read_keys()
         if not keys:
-            raise NotSigningError(f"{self.key_file} does not exist: the history's key is on another machine")
-        if tree.key not in [key.verifier for key in keys]:
-            raise NotSigningError(f"{self.key_file} is not the history's key, which is {tree.key}")
-        if self._origin not in {"", tree.origin}:
             raise NotSigningError(
-                f"ORDER_TRACKING_HISTORY_ORIGIN is {self._origin}, but the history's origin is {tree.origin}"
+                f"{self.key_file} does not exist: the history's key is on another machine, or must be put back"
+            )
+        if tree.key not in [key.verifier for key in keys]:
+            raise KeyFileError(
+                f"{self.key_file} is not the history's key, which is {tree.key}: put that key there, or, if it "
+                "is lost, run 'history restart REASON'"
+            )
+        if self._origin not in {"", tree.origin}:
+            raise KeyFileError(
+                f"ORDER_TRACKING_HISTORY_ORIGIN is {self._origin}, but the history's origin is {tree.origin}: "
+                "remove the setting"
             )
         return keys
 
@@ -212,10 +251,14 @@ class Signer:
         self, connection: Connection, tree: Tree, keys: Sequence[SigningKey], guard: str | None
     ) -> None:
         if guard is None:
-            # Then nothing may ever have been signed.
+            raise HistoryHaltedError(
+                f"the guard {self.guard_file} is missing, so what was signed is unknown: put it back, or, "
+                "if it is lost, run 'history restart REASON'"
+            )
+        if guard == NOTHING:
             if await storage.read_checkpoint_note(connection, tree.number) is not None:
                 raise HistoryHaltedError(
-                    f"the guard {self.guard_file} is missing, so what was signed is unknown: put it back"
+                    f"the guard {self.guard_file} is of a key that has signed nothing: put the right one there"
                 )
             return
         try:
@@ -232,7 +275,7 @@ class Signer:
             )
 
     def read_guard(self) -> str | None:
-        """Return the note of the last checkpoint that was signed, None if there is no guard.
+        """Return the last checkpoint's note, NOTHING before the first, None if there is no guard.
 
         Raises:
             HistoryHaltedError: the file cannot be read.

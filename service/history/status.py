@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from projections.postgres_errors import Connection
 from service.history import storage
-from service.history.signer import HistoryHaltedError, NotSigningError, Signer, read_published
+from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signer, read_published
 
 
 class Status(NamedTuple):
@@ -15,12 +15,14 @@ class Status(NamedTuple):
         signed: the number of those that are signed.
         halted: why it is not signed until an operator acts; else None.
         unsigned: why this machine does not sign it; else None.
+        fault: why this machine's key cannot sign it; else None.
     """
 
     entries: int
     signed: int
     halted: str | None = None
     unsigned: str | None = None
+    fault: str | None = None
 
 
 async def read_status(signer: Signer, connection: Connection) -> Status:
@@ -31,15 +33,18 @@ async def read_status(signer: Signer, connection: Connection) -> Status:
         connection: a connection outside any transaction.
     """
     async with connection.transaction(isolation="repeatable_read", readonly=True):
-        halted = unsigned = None
+        halted = unsigned = fault = None
         try:
             await signer.read_signed(connection)
         except HistoryHaltedError as error:
             halted = str(error)
         except NotSigningError as error:
             unsigned = str(error)
+        except KeyFileError as error:
+            fault = str(error)
         tree = await storage.read_tree(connection)
         if tree is None:
-            return Status(0, 0, unsigned=unsigned)
+            return Status(0, 0, unsigned=unsigned, fault=fault)
         published = await read_published(connection, tree, signer.find_verifiers(tree))
-    return Status(tree.size, published.checkpoint.size if published is not None else 0, halted, unsigned)
+    signed = published.checkpoint.size if published is not None else 0
+    return Status(tree.size, signed, halted, unsigned, fault)

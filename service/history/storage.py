@@ -3,6 +3,7 @@
 Every function takes a connection. Those that write need a transaction that holds the lock, as erasures do.
 """
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final, NamedTuple
 
@@ -42,7 +43,7 @@ GROW: Final = """
     ON CONFLICT (tree, level, tile) DO UPDATE SET hashes = tiles.hashes || excluded.hashes
 """
 SET_COMMITMENTS: Final = """
-    UPDATE history_commitments AS kept SET commitment = given.commitment
+    UPDATE history_commitments AS kept SET commitment = given.commitment, raw = given.commitment
     FROM unnest($1::bigint[], $2::bytea[]) AS given (position, commitment)
     WHERE kept.position = given.position AND kept.commitment IS NULL
 """
@@ -53,7 +54,7 @@ TILES: Final = """
 """
 SALTS: Final = "SELECT tile, salts FROM public.history_salts WHERE tile = ANY($1::bigint[])"
 COMMITMENTS: Final = """
-    SELECT position, commitment FROM public.history_commitments WHERE position = ANY($1::bigint[])
+    SELECT position, commitment, raw FROM public.history_commitments WHERE position = ANY($1::bigint[])
 """
 CHECKPOINT: Final = "SELECT note FROM public.history_checkpoints WHERE tree = $1"
 SET_CHECKPOINT: Final = """
@@ -163,7 +164,8 @@ async def hash_ranges(connection: Connection, number: int, *proofs: Sequence[Ran
     """
     ranges = {leaves for proof in proofs for leaves in proof}
     tiles = await read_tiles(connection, number, tiles_of(ranges))
-    hashes = {leaves: hash_range(leaves, tiles) for leaves in ranges}
+    # In a thread, so that a long proof does not hold the event loop.
+    hashes = await asyncio.to_thread(lambda: {leaves: hash_range(leaves, tiles) for leaves in ranges})
     return [[hashes[leaves] for leaves in proof] for proof in proofs]
 
 
@@ -186,9 +188,17 @@ async def read_salts(connection: Connection, positions: Iterable[int]) -> dict[i
     return found
 
 
-async def read_commitments(connection: Connection, positions: Iterable[int]) -> dict[int, bytes | None]:
-    """Return the commitments to those of the positions that were erased, None for a mark."""
-    return dict(map(tuple, await connection.fetch(COMMITMENTS, [*positions])))
+class Commitments(NamedTuple):
+    """The commitments of an erased event: to its body, and to its whole state. Both are None in a mark."""
+
+    body: bytes | None
+    state: bytes | None
+
+
+async def read_commitments(connection: Connection, positions: Iterable[int]) -> dict[int, Commitments]:
+    """Return the commitments of those of the positions that were erased."""
+    rows = await connection.fetch(COMMITMENTS, [*positions])
+    return {position: Commitments(body, state) for position, body, state in rows}
 
 
 async def read_checkpoint_note(connection: Connection, number: int) -> str | None:

@@ -2,13 +2,14 @@
 
     python3 verify.py KOM1.proof.json --key 'shop.example/orders+1a2b3c4d+AX...'
 
-The exit code is 0 if the proof is valid, 1 if it is not, and 2 if the command is wrong. A proof of more than
-1,000 events has several files: pass all of them, in their order.
+The exit code is 0 if the proof is valid, 1 if it is not, and 2 if the command is wrong or a
+file cannot be read. A proof of more than 1,000 events has several files: pass all of them, in their order.
 """
 
 import argparse
 import base64
 import hashlib
+import http.client
 import json
 import os
 import sys
@@ -103,21 +104,25 @@ def require_included(index: int, entry: str, proof: list[str], tree: Checkpoint)
     require(roots == [tree.root], f"entry {index} is not the one in the history")
 
 
-def require_continued(old: Checkpoint, new: Checkpoint, since: Any) -> None:
-    """Require that the tree of one checkpoint is the beginning of that of another."""
-    reason = f"checkpoint {new.size} does not continue checkpoint {old.size}: the history was changed"
+def require_continued(old: Checkpoint, proof: Any) -> None:
+    """Require that the tree of a checkpoint is the beginning of a proof's tree."""
+    new, since, restart = proof.tree, proof.since, proof.header["continues"]
+    why = f"the operator restarted it: {restart['reason']}" if restart else "it was changed"
+    reason = f"the history at checkpoint {new.size} does not continue checkpoint {old.size}: {why}"
+    require(old.size <= new.size, f"checkpoint {old.size} is newer than the proof: get a newer proof")
     if old.size == new.size:
         require(old == new, reason)
         return
-    require(since and since["size"] == old.size, f"the proof begins elsewhere: get it with since={old.size}")
-    node, last, proof = old.size - 1, new.size - 1, [*map(decode, since["proof"])]
+    require(
+        since and since["size"] == old.size > 0, f"get the proof with since={old.size}: it begins elsewhere"
+    )
+    node, last, hashes = old.size - 1, new.size - 1, [*map(decode, since["proof"])]
     while node & 1:
         node, last = node >> 1, last >> 1
-    first, *rest = proof if node else [old.root, *proof]
-    require(old[:2] < new[:2] and climb(node, last, [first, first], rest) == [new.root, old.root], reason)
+    first, *rest = hashes if node else [old.root, *hashes]
+    require(old[0] == new[0] and climb(node, last, [first, first], rest) == [new.root, old.root], reason)
 
 
-# Notes and bundles.
 class Proof(NamedTuple):
     order_no: str
     tree: Checkpoint
@@ -142,26 +147,28 @@ def members(value: Any, required: str, optional: str = "") -> dict[str, Any]:
     return found
 
 
-def read_key(line: str) -> Any:
-    """Return the name, the id and the key of a text such as shop.example/orders+1a2b3c4d+AX..."""
-    name, key_id, encoded = line.split("+", 2)
-    data = decode(encoded)
-    key = (name, sha256(name.encode(), b"\n", data)[:4], data[1:])
-    require(data[:1] == b"\x01" and key[1].hex() == key_id, f"{line} is not a key")
-    return key
+def read_keys(text: str) -> list[Any]:
+    """Return the name, the id and the key of each text like shop.example/orders+1a2b3c4d+AX..., or file."""
+    keys = []
+    try:
+        for line in (Path(text).read_text("utf-8") if Path(text).is_file() else text).split() or [""]:
+            name, key_id, encoded = line.split("+", 2)
+            data = decode(encoded)
+            keys.append((name, sha256(name.encode(), b"\n", data)[:4], data[1:]))
+            require(data[:1] == b"\x01" and keys[-1][1].hex() == key_id, "it is damaged")
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a public key like NAME+ID+KEY ({error})") from None
+    return keys
 
 
 def open_note(note: str, keys: list[Any]) -> list[str]:
     """Return the lines of a note that one of the keys has signed (C2SP signed-note)."""
     text, _, signatures = note.rpartition("\n\n")
-    signers = 0
-    for line in signatures.splitlines():
-        dash, name, encoded = line.split(" ")
-        for key in keys:
-            if (dash, name, decode(encoded)[:4]) == ("\u2014", *key[:2]):
-                require_signed(key[2], f"{text}\n".encode(), decode(encoded)[4:])
-                signers += 1
-    require(signers > 0, "the key did not sign it")
+    lines = [line.split(" ") for line in signatures.split("\n")]
+    found = [(key, decode(line[2])) for line in lines for key in keys if line[:2] == ["\u2014", key[0]]]
+    for key, data in (signed := [(key, data) for key, data in found if data[:4] == key[1]]):
+        require_signed(key[2], f"{text}\n".encode(), data[4:])
+    require(signed, f"the key {keys[0][0]} did not sign it: is it of another history?")
     return text.split("\n")
 
 
@@ -183,36 +190,33 @@ def verify(text: str, keys: list[Any]) -> Proof:
     *about, last = open_note(bundle["last"], keys)
     expected = ["order-tracking.last.v1", tree.origin, str(tree.size), base64.b64encode(tree.root).decode()]
     require(about == expected, "the statement of the last event is about another checkpoint")
-    entries: dict[int, Any] = {}
-    bodies: dict[int, str] = {}
+    since = members(bundle["since"], "size proof") if "since" in bundle else None
+    proof = Proof(order_no, tree, header, {}, {}, tuple(map(int, last.split())), since)
     for event in bundle["events"]:
         index = members(event, "index entry proof", "opened")["index"]
         require_included(index, event["entry"], event["proof"], tree)
         entry = members(event["entry"], "order_no position topic version", "body event raw")
-        require(
-            (entry["order_no"], entry["position"]) == (order_no, index), f"entry {index} is another order's"
-        )
-        require(index > max(entries, default=0), "the entries are not in their order")
-        entries[index] = entry
+        place = (entry["order_no"], entry["position"], index > next(reversed(proof.entries), 0))
+        require(place == (order_no, index, True), f"entry {index} is out of place")
+        proof.entries[index] = entry
         if "opened" in event:
             opened = members(event["opened"], "salt body")
             commitment = sha256(decode(opened["salt"]), opened["body"].encode())
             require(decode(entry["body"]) == commitment, f"the body of entry {index} is not the recorded one")
-            bodies[index] = opened["body"]
-    since = members(bundle["since"], "size proof") if "since" in bundle else None
-    return Proof(order_no, tree, header, entries, bodies, tuple(map(int, last.split())), since)
+            proof.bodies[index] = opened["body"]
+    return proof
 
 
 def join(pages: list[Proof]) -> Proof:
     whole = pages[0]
     for page in pages[1:]:
         require(page.order_no == whole.order_no, "the files are proofs of several orders")
-        require_continued(whole.tree, page.tree, page.since)
+        require_continued(whole.tree, page)
         whole = page._replace(entries={**whole.entries, **page.entries}, bodies={**whole.bodies, **page.bodies})
     versions = [entry["version"] for _, entry in sorted(whole.entries.items())]
     require(versions == [*range(1, len(versions) + 1)], f"events are left out: the versions are {versions}")
     shown = (min(whole.entries, default=0), max(whole.entries, default=0), len(versions))
-    require(shown == whole.stated, f"first entry, last entry, events: {shown}, but {whole.stated} are stated")
+    require(shown == whole.stated, f"first, last, events: {shown}; stated: {whole.stated}; pass all files")
     return whole
 
 
@@ -221,77 +225,73 @@ def compare(proof: Proof, other: Proof) -> None:
     for one, another in ((old, new), (new, old)) if old.order_no == new.order_no else ():
         only = [index for index in one.entries if index < another.tree.size and index not in another.entries]
         require(not only, f"the proofs contradict each other: only one of them has the entries {only}")
-    require_continued(old.tree, new.tree, new.since)
+    require_continued(old.tree, new)
 
 
 def scan(proof: Proof, source: str) -> None:
-    """Read every entry: they must be those of the checkpoint, and no other one may be of the order."""
+    base = source if "://" in source else Path(source).absolute().as_uri()
     headers = {"Authorization": f"Bearer {os.environ.get('HISTORY_API_KEY', '')}"}
     hashes: list[bytes] = []
     for number in range((proof.tree.size + 255) // 256):
         path = f"x{number // 10**6:03}/x{number // 1000 % 1000:03}/{number % 1000:03}"
-        width = min(256, proof.tree.size - 256 * number)
-        suffix = f".p/{width}" if width < 256 else ""
-        place = f"{source}/tile/entries/{path[5 * (number < 10**6) + 5 * (number < 1000) :]}{suffix}"
-        if source.startswith(("http://", "https://")):
-            data = urllib.request.urlopen(urllib.request.Request(place, headers=headers), timeout=60).read()
-        else:
-            data = Path(place).read_bytes()
+        suffix = f".p/{width}" if (width := proof.tree.size - 256 * number) < 256 else ""
+        place = f"{base}/tile/entries/{path[5 * (number < 10**6) + 5 * (number < 1000) :]}{suffix}"
+        data = urllib.request.urlopen(urllib.request.Request(place, headers=headers)).read()
         while data:
             end = 2 + int.from_bytes(data[:2], "big")
             entry, data = data[2:end], data[end:]
             is_own = json.loads(entry).get("order_no") == proof.order_no
             require(is_own == (len(hashes) in proof.entries), f"entry {len(hashes)} of the order is left out")
             hashes.append(sha256(b"\x00", entry))
-    size = len(hashes)
     while len(hashes) > 1:
         odd = hashes[-1:] if len(hashes) % 2 else []
         hashes = [sha256(b"\x01", *pair) for pair in zip(hashes[::2], hashes[1::2])] + odd
-    require([size, *hashes] == [*proof.tree[1:]], "the entries are not those of the checkpoint")
+    require(hashes == [proof.tree.root], "the entries are not those of the checkpoint")
 
 
-def describe(proof: Proof) -> str:
-    lines = [f"Valid: order {proof.order_no}, {len(proof.entries)} events"]
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def describe(proof: Proof, given: Any) -> str:
+    lines = [f"Valid: order {proof.order_no}, events: {len(proof.entries)}"]
     for index, entry in sorted(proof.entries.items()):
         names = ("timestamp", "status", "verdict", "reported_status")
         values = [str(entry.get("event", {}).get(name, "-")) for name in names]
         lines.append(f"  {entry['version']}. entry {index}: {', '.join(values)}")
         lines += [f"     {proof.bodies[index]}"] if index in proof.bodies else []
-    lines.append(f"History: {proof.tree.origin}; it began when {proof.header['existing']} events were recorded")
+    lines.append(f"History: {proof.tree.origin}; events recorded before it began: {proof.header['existing']}")
     if proof.header["continues"]:
         lines.append(f"The operator has restarted the history: {proof.header['continues']['reason']}")
-    text = "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)
-    return text + CLAIMS.format(size=proof.tree.size)
+    lines += [f"Also verified: --{k} {v}" for k, v in vars(given).items() if v and k not in {"bundle", "key"}]
+    return "\n".join(map(printable, lines)) + CLAIMS.format(size=proof.tree.size)
 
 
 def main(arguments: Any = None) -> int:
     parser = argparse.ArgumentParser(prog="verify", description="Verify the proof of an order's timeline.")
     parser.add_argument("bundle", nargs="+", help="the file of a proof; all of its files if it has several")
-    parser.add_argument("--key", required=True, help="the operator's public key, or a file with it")
+    parser.add_argument("--key", required=True, type=read_keys, help="the operator's public key, or its file")
     parser.add_argument("--since", help="a file with an older checkpoint, which the history must continue")
     parser.add_argument("--against", help="another proof, which must not contradict this one")
     parser.add_argument("--scan", help="the URL of the history, or a folder with its tiles: read every entry")
     given = parser.parse_args(arguments)
+    getattr(sys.stdout, "reconfigure", lambda **_: None)(errors="backslashreplace")
     try:
-        files = {
-            one: Path(one).read_text("utf-8") for one in (*given.bundle, given.since, given.against) if one
-        }
-        text = Path(given.key).read_text("utf-8") if Path(given.key).exists() else given.key
-        keys = [read_key(line) for line in text.split()]
-    except (OSError, ValueError) as error:
-        print(f"cannot begin: {error}", file=sys.stderr)
-        return USAGE
-    try:
-        proof = join([verify(files[name], keys) for name in given.bundle])
+        names = filter(None, (*given.bundle, given.since, given.against))
+        files = {name: Path(name).read_text("utf-8") for name in names}
+        proof = join([verify(files[name], given.key) for name in given.bundle])
         if given.since:
-            require_continued(read_checkpoint(files[given.since], keys), proof.tree, proof.since)
+            require_continued(read_checkpoint(files[given.since], given.key), proof)
         if given.against:
-            compare(proof, join([verify(files[given.against], keys)]))
+            compare(proof, join([verify(files[given.against], given.key)]))
         if given.scan:
             scan(proof, given.scan)
-        print(describe(proof))
-    except (ValueError, OSError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        print(f"NOT VALID: {error}")
+        print(describe(proof, given))
+    except (OSError, http.client.HTTPException) as error:
+        print(printable(f"cannot verify: {error}; --scan of a URL may need HISTORY_API_KEY"), file=sys.stderr)
+        return USAGE
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        print(printable(f"NOT VALID: {error}"))
         return INVALID
     return VALID
 

@@ -10,6 +10,7 @@ from aiohttp import hdrs, web
 from pydantic import BaseModel
 
 from service.database.api_keys import Scope
+from service.database.connections import READER
 from service.database.log_identity import LogIdentity
 from service.http.access import Access, Handler
 from service.http.parameters import FORMAT, Query, read_query
@@ -26,6 +27,8 @@ OCTETS: Final = "application/octet-stream"
 # The ends of the paths of the media types that a list may also have.
 SUFFIXES: Final = {CSV: ".csv", NDJSON: ".ndjson"}
 JSON_FORMAT: Final = "json"
+# No key can have this name.
+STRANGER: Final = ""
 
 # A method of an API: it receives its object, the request and the parsed query.
 Method = Callable[[Any, web.Request, Any], Awaitable[web.StreamResponse]]
@@ -178,7 +181,9 @@ def make_routes(api: object, access: Access, log: LogIdentity) -> list[web.Route
                     _with_query(log, endpoint, method.__get__(api), FORMAT),
                 )
         is_public = endpoint.may_be_public and getattr(api, "is_public", False)
-        if endpoint.scope is not None and not is_public:
+        if is_public:
+            handler = _as_stranger(handler)
+        elif endpoint.scope is not None:
             handler = access.require(endpoint.scope, handler)
         # aiohttp's own pattern of a parameter excludes braces, which an order number may have.
         path = endpoint.path.replace("}", ":[^/]+}")
@@ -186,6 +191,16 @@ def make_routes(api: object, access: Access, log: LogIdentity) -> list[web.Route
             path = f"{path.removesuffix(':[^/]+}')}:.+}}"
         routes.append(web.route(endpoint.method, path, handler))
     return routes
+
+
+def _as_stranger(handler: Handler) -> Handler:
+    """Return a handler whose readers have one share of the database's connections, as one key has."""
+
+    async def serve(request: web.Request) -> web.StreamResponse:
+        READER.set(STRANGER)
+        return await handler(request)
+
+    return serve
 
 
 def _negotiating(media: str, other: Handler, handler: Handler) -> Handler:

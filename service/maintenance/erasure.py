@@ -48,7 +48,7 @@ VIEWS_SECONDS_MAX: Final = 10.0
 POLL_SECONDS: Final = 0.05
 # Until then, the old versions of the rows keep their bytes. If another session is vacuuming a table or creating
 # an index on it, the erasure does not wait: that VACUUM, or the next automatic one, does the same.
-VACUUM: Final = "VACUUM (SKIP_LOCKED) order_events, quarantine, idempotency_keys"
+VACUUM: Final = "VACUUM (SKIP_LOCKED) order_events, quarantine, idempotency_keys, history_salts"
 
 
 class Erased(NamedTuple):

@@ -31,6 +31,8 @@ CANDIDATES: Final = """
           SELECT FROM erasures WHERE erasures.order_no = settled.order_no AND erased_at > last_reported_at)
     ORDER BY last_reported_at, order_no LIMIT $5
 """
+# Until then, the old versions of the rows keep their salts, with which a guess at a body could be confirmed.
+VACUUM_SALTS: Final = "VACUUM (SKIP_LOCKED) history_salts"
 MAY_ERASE: Final = """
     SELECT pg_has_role(relowner, 'MEMBER') FROM pg_class WHERE oid = 'public.order_events'::regclass
 """
@@ -88,6 +90,8 @@ class Retention:
                         reason = str(error)
                         logger.error("an order could not be erased", order_no=order_no, error=reason)  # noqa: TRY400
                     self._after = (last_reported_at, order_no)
+            if erased:
+                await owner.execute(VACUUM_SALTS)
         self.last_pass_at = time()
         if erased:
             logger.info("bodies of settled orders were erased", orders=erased)

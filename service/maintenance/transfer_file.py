@@ -191,6 +191,7 @@ TABLES: Final = (
         (
             Column("position", "integer"),
             Column("commitment", "bytes", is_nullable=True),
+            Column("raw", "bytes", is_nullable=True),
         ),
     ),
     Table(

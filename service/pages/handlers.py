@@ -22,6 +22,7 @@ from service.database.operations import Action, operations_page
 from service.event_log import store
 from service.event_log.codec import read_fields
 from service.event_log.contradictions import contradictions_page
+from service.history.bundles import EVENTS_MAX
 from service.history.status import read_status
 from service.http.access import SAFE_METHODS, Access, Handler, admission, has_scope
 from service.http.pagination import cut_page
@@ -249,6 +250,7 @@ class Pages:
             history=history,
             before=query.before,
             proven=proven,
+            proof_events_max=EVENTS_MAX,
             may_see=has_scope(request, "read:bodies"),
             share_path=self._links.make(order_no).path if self._links is not None else None,
         )

@@ -57,7 +57,7 @@ async def test_a_proof_is_made_and_verified(service: RunningService, tmp_path: P
     bundle.write_text(succeed(call_command(state, "proof", "KOM1", "--bodies", f"--since={tmp_path / 'old'}")))
     options = ("--since", str(tmp_path / "old"))
     alone = verify(bundle.read_text(), key, tmp_path, *options)
-    assert (alone.code, "3 events" in alone.text, '"status": "Dikirim"' in alone.text) == (0, True, True)
+    assert (alone.code, "events: 3" in alone.text, '"status": "Dikirim"' in alone.text) == (0, True, True)
     key_file = tmp_path / "key"
     key_file.write_text(f"{key}\n", encoding="utf-8")
     done = call_command(state, "verify", str(bundle), "--key", str(key_file), *options)
@@ -94,6 +94,28 @@ async def test_the_check_compares_the_history(service: RunningService) -> None:
     assert (done.returncode, "the history is not signed any more: the guard" in done.stdout) == (1, True)
 
 
+async def test_a_key_is_replaced(service: RunningService, tmp_path: Path) -> None:
+    """A second line signs too; without the key, a restart makes a new one, and says so."""
+    state = service.state_dir
+    await report(service, 2, ("KOM1", "Diajukan"))
+    old = succeed(call_command(state, "history", "key")).strip()
+    with (state / "history.key").open("a", encoding="utf-8") as file:
+        file.write(succeed(call_command(state, "history", "new-key")))
+    await report(service, 3, ("KOM1", "Dikirim"))
+    keys = succeed(call_command(state, "history", "key")).split()
+    assert (len(keys), keys[0]) == (2, old)
+    bundle = succeed(call_command(state, "proof", "KOM1"))
+    for key in keys:
+        assert verify(bundle, key, tmp_path).code == 0
+    (state / "history.key").unlink()
+    done = call_command(state, "proof", "KOM1")
+    assert (done.returncode, "must be put back" in done.stderr) == (1, True)
+    done = call_command(state, "history", "restart", "the key was lost")
+    assert (done.returncode, "there is a new key" in done.stderr) == (0, True)
+    await report(service, 3)
+    assert succeed(call_command(state, "history", "key")).strip() not in keys
+
+
 def test_nothing_is_restarted_without_a_history(state_dir: Path) -> None:
     """Before the first event there is nothing to print and nothing to restart, and a reason is needed."""
     for arguments in (("history", "key"), ("history", "checkpoint"), ("history", "restart", "a reason")):
@@ -122,7 +144,7 @@ async def test_a_restored_backup_is_not_signed_until_a_restart(
     for name in FILES:
         shutil.copy(state / name, new / name)
     again = call_command(new, "restore", "--new-history", str(dump))
-    assert (again.returncode, "has signed a history" in again.stderr) == (2, True)
+    assert (again.returncode, "belong to another history" in again.stderr) == (2, True)
     succeed(call_command(new, "restore", str(dump)))
     with running_service(new) as restored:
         async with aiohttp.ClientSession() as session:
@@ -135,12 +157,20 @@ async def test_a_restored_backup_is_not_signed_until_a_restart(
         assert (checked.returncode, "but 103 were signed" in checked.stdout) == (1, True)
         done = call_command(new, "proof", "KOM1")
         assert (done.returncode, "history restart REASON" in done.stderr) == (1, True)
+        assert "is not the newest checkpoint" in call_command(new, "history", "checkpoint").stderr
+        status, problem = await get(restored, "/history/checkpoint")
+        assert (status, problem["type"]) == (503, "/problems/history-halted")
         succeed(call_command(new, "history", "restart", "restored the backup of noon"))
         await report(restored, 4)
         bundle = succeed(call_command(new, "proof", "KOM2"))
+        again = call_command(new, "history", "restart", "once more")
+        assert (again.returncode, "nothing to restart; --force" in again.stderr) == (1, True)
         assert "4 entries, of which 4 are signed" in succeed(call_command(new, "check", "--history"))
     result = verify(bundle, key, tmp_path)
     assert (result.code, "restored the backup of noon" in result.text) == (0, True)
+    (tmp_path / "old").write_text(note, encoding="utf-8")
+    result = verify(bundle, key, tmp_path, "--since", str(tmp_path / "old"))
+    assert (result.code, "is newer than the proof" in result.text) == (1, True)
     assert json.loads(json.loads(bundle)["log"]["entry"])["continues"]["note"] == note
     assert verify(old, key, tmp_path).code == 0
 
@@ -157,7 +187,7 @@ async def test_a_restore_can_begin_a_new_history(service: RunningService, new: P
         bundle = succeed(call_command(new, "proof", "KOM1"))
     assert key != succeed(call_command(state, "history", "key")).strip()
     result = verify(bundle, key, tmp_path)
-    assert (result.code, "began when 2 events were recorded" in result.text) == (0, True)
+    assert (result.code, "recorded before it began: 2" in result.text) == (0, True)
 
 
 async def test_a_moved_log_keeps_its_history(service: RunningService, new: Path, tmp_path: Path) -> None:
@@ -186,7 +216,7 @@ async def test_a_moved_log_keeps_its_history(service: RunningService, new: Path,
         await report(moved, 4)
         bundle = succeed(call_command(new, "proof", "KOM1", f"--since={tmp_path / 'old'}"))
     result = verify(bundle, key, tmp_path, "--since", str(tmp_path / "old"))
-    assert (result.code, "3 events" in result.text) == (0, True), result.text
+    assert (result.code, "events: 3" in result.text) == (0, True), result.text
 
 
 async def test_an_export_without_a_history_needs_a_decision(

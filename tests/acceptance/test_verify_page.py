@@ -83,12 +83,12 @@ def test_a_proof_is_valid(page: Page, proofs: dict[str, Path]) -> None:
     verify(page, key, proofs["late"], since=proofs["old"], against=proofs["early"])
     result = page.locator("output")
     expect(result).to_have_class("valid")
-    expect(result).to_contain_text("Valid: order KOM1, 4 events")
+    expect(result).to_contain_text("Valid: order KOM1, events: 4")
     expect(result).to_contain_text('"status":"Diterima"')
     for word in ("Proven: ", "Stated by the operator's signature: ", "Not claimed: "):
         expect(result).to_contain_text(word)
     verify(page, key, proofs["early"])
-    expect(result).to_contain_text("Valid: order KOM1, 3 events")
+    expect(result).to_contain_text("Valid: order KOM1, events: 3")
 
 
 def changed(proofs: dict[str, Path], change: Any) -> Path:
@@ -102,9 +102,9 @@ def changed(proofs: dict[str, Path], change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda bundle: bundle["events"].pop(), "are stated"),
+        (lambda bundle: bundle["events"].pop(), "pass all files"),
         (lambda bundle: bundle["events"].pop(1), "events are left out"),
-        (lambda bundle: bundle["events"].reverse(), "not in their order"),
+        (lambda bundle: bundle["events"].reverse(), "is out of place"),
         (lambda bundle: bundle["events"][1]["opened"].update(body="{}"), "is not the recorded one"),
         (lambda bundle: bundle["events"][1].update(entry="{}"), "is not the one in the history"),
         (

@@ -138,7 +138,7 @@ async def _measure_follower(dsn: str, folder: Path) -> list[Row]:
                 began = time.perf_counter()
                 bundle = await make_bundle(connection, signer, "KOM0000007", with_bodies=False)
                 took.append(time.perf_counter() - began)
-            text, keys = json.dumps(bundle), [verifier.read_key(str(signer.read_keys()[0].verifier))]
+            text, keys = json.dumps(bundle), [*verifier.read_keys(str(signer.read_keys()[0].verifier))]
             began = time.perf_counter()
             verifier.join([verifier.verify(text, keys)])
             verified = time.perf_counter() - began

@@ -148,10 +148,11 @@ def test_a_consistency_proof_is_that_of_the_definition(data: st.DataObject, size
     before = verify.Checkpoint("log", old, merkle_tree_hash(ENTRIES[:old]))
     after = verify.Checkpoint("log", size, merkle_tree_hash(ENTRIES[:size]))
     since = {"size": old, "proof": [b64encode(one).decode() for one in proof]}
-    verify.require_continued(before, after, since)
+    newer = verify.Proof("KOM1", after, {"continues": None}, {}, {}, (), since)
+    verify.require_continued(before, newer)
     changed = before._replace(root=merkle_tree_hash([b"another", *ENTRIES[1:old]]))
     try:
-        verify.require_continued(changed, after, since)
+        verify.require_continued(changed, newer)
     except ValueError as error:
         assert "does not continue" in str(error)  # noqa: PT017 - both outcomes are compared
     else:

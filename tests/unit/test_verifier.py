@@ -47,10 +47,15 @@ def test_it_is_called_wrongly(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     """A missing file or a wrong key is wrong usage, not an invalid proof."""
     bundle = tmp_path / "bundle"
     bundle.write_text("{}", encoding="utf-8")
-    assert verify.main([str(tmp_path / "absent"), "--key", "log+1+2"]) == verify.USAGE
-    assert verify.main([str(bundle), "--key", "log+1+2"]) == verify.USAGE
-    assert verify.main([str(bundle), "--key", "no key"]) == verify.USAGE
+    key = ("--key", "PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW")
+    for option in (("--since", str(tmp_path / "absent")), ("--against", str(tmp_path / "absent"))):
+        assert verify.main([str(bundle), *key, *option]) == verify.USAGE
+    assert "cannot verify" in capsys.readouterr().err
+    for text in ("log+1+2", "no key", "", key[1][:-4], str(bundle)):
+        with pytest.raises(SystemExit) as info:
+            verify.main([str(bundle), "--key", text])
+        assert info.value.code == verify.USAGE
+        assert "is not a public key like NAME+ID+KEY" in capsys.readouterr().err
     with pytest.raises(SystemExit) as info:
         verify.main([str(bundle)])
     assert info.value.code == verify.USAGE
-    assert "cannot begin" in capsys.readouterr().err
