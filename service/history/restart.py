@@ -63,6 +63,6 @@ def _is_signed(note: str | None, verifiers: Sequence[VerifierKey]) -> bool:
     try:
         read_checkpoint(open_note(note or "", verifiers))
     except NoteError:
-        # There is none, another key signed it, or it is damaged.
+        # It is missing or damaged, or another key signed it.
         return False
     return True
