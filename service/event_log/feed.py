@@ -76,7 +76,7 @@ class Feed:
         self._memory, self._memory_characters = [], 0
         self._batch = ()
 
-    def recall(self, after: int, limit: int) -> Sequence[LoggedEvent]:
+    def recall(self, after: int, limit: int) -> Sequence[DecodedEvent]:
         """Return the events above a position from memory, empty if memory may lack some of them."""
         if self._memory:
             start = after + 1 - self._memory[0][0]

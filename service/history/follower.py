@@ -5,15 +5,14 @@ Any process may add to the tree; they take turns. Only one that has the key sign
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from time import monotonic
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 import structlog
 
-from projections.engine import FailedEvent
 from projections.postgres_errors import Connection
-from service.background import follow
+from service.background import wait_for_event
 from service.database.connections import DedicatedConnection
 from service.event_log import store
 from service.event_log.feed import Feed
@@ -33,12 +32,18 @@ from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningE
 from service.history.storage import Commitments, Tree
 from service.history.tree import Edge, hash_leaf
 
-# The event loop is held while a batch is hashed: about 3 ms.
-BATCH_LEAVES_MAX: Final = 500
-# The pause after a batch that was not full. It shares the cost of a transaction and of a signature.
+# A batch shares a transaction. Memory keeps at least twice as many events.
+BATCH_LEAVES_MAX: Final = 1_000
+# The event loop is held while so many leaves are made or hashed: about 3 ms.
+SLICE_LEAVES: Final = 500
+# The pause after a batch ends when memory has a full one, or else after so long. The next batch then shares the
+# cost of a transaction and of a signature.
 IDLE_SECONDS: Final = 1.0
+GATHER_SECONDS: Final = 0.05
 POLL_SECONDS: Final = 1.0
 SIGN_SECONDS_MIN: Final = 1.0
+
+T = TypeVar("T")
 
 logger = structlog.get_logger()
 
@@ -71,13 +76,21 @@ class Follower:
 
     async def run(self) -> NoReturn:
         """Follow the log. Run this under ``supervise``."""
-        await follow(
-            self.step,
-            self.wake,
-            batch_events_max=BATCH_LEAVES_MAX,
-            poll_seconds=POLL_SECONDS,
-            idle_seconds=IDLE_SECONDS,
-        )
+        while True:
+            self.wake.clear()
+            while added := await self.step():
+                await self._rest(added)
+            await wait_for_event(self.wake, POLL_SECONDS)
+
+    async def _rest(self, added: int) -> None:
+        """Let events gather in memory after a batch, but not so many that memory drops them."""
+        if added == BATCH_LEAVES_MAX and not self._feed.recall(self._edge.size - 1, 1):
+            # The log may have more.
+            return
+        for _ in range(round(IDLE_SECONDS / GATHER_SECONDS)):
+            if self._feed.recall(self._edge.size + BATCH_LEAVES_MAX - 2, 1):
+                break
+            await asyncio.sleep(GATHER_SECONDS)
 
     async def step(self) -> int:
         """Add the next events, or sign those that were added; return the number of entries that were added."""
@@ -135,7 +148,7 @@ class Follower:
         erased: Mapping[int, Commitments] = {}
         if tree.has_commitments:
             erased = await storage.read_commitments(connection, positions)
-        hashes, marked = _hash_entries(positions, leaves, salts, erased)
+        hashes, marked = await _hash_entries(positions, leaves, salts, erased)
         new_salts = [salts[position] for position in positions if position >= tree.salted]
         start = max(tree.salted, tree.size)
         await storage.grow(connection, tree.number, edge.append(hashes), start, new_salts)
@@ -178,20 +191,19 @@ class Follower:
         after = tree.size - 1
         # Memory may still have the body of an erased event.
         if not tree.has_commitments and (recalled := self._feed.recall(after, BATCH_LEAVES_MAX)):
-            leaves = []
-            for position, event in recalled:
-                if isinstance(event, FailedEvent):
-                    break
-                place = Place(position, event.originator_id, event.originator_version, event.TOPIC)
-                leaves.append(Leaf(place, members_of(event), event.body.encode()))
+            leaves: list[Leaf] = []
+            async for part in _slices(recalled):
+                for position, event in part:
+                    place = Place(position, event.originator_id, event.originator_version, event.TOPIC)
+                    leaves.append(Leaf(place, members_of(event), event.body.encode()))
             # If the database has the last of these events, it has the others: they were committed before it.
-            last = await store.read_positions(connection, [leaves[-1].place.position]) if leaves else []
+            last = await store.read_positions(connection, [leaves[-1].place.position])
             if last and (last[0].order_no, last[0].report_id) == _identity(leaves[-1]):
                 return leaves
-        return [
-            Leaf.of(Place(*event[:4]), event.state)
-            for event in await store.read_log(connection, after, BATCH_LEAVES_MAX)
-        ]
+        leaves = []
+        async for events in _slices(await store.read_log(connection, after, BATCH_LEAVES_MAX)):
+            leaves += [Leaf.of(Place(*event[:4]), event.state) for event in events]
+        return leaves
 
     def _report(self, problem: str) -> None:
         """Log why the history is not signed, once."""
@@ -202,7 +214,14 @@ class Follower:
         self._problem = problem
 
 
-def _hash_entries(
+async def _slices(items: Sequence[T]) -> AsyncIterator[Sequence[T]]:
+    """Yield the items in slices, between which other tasks run."""
+    for start in range(0, len(items), SLICE_LEAVES):
+        yield items[start : start + SLICE_LEAVES]
+        await asyncio.sleep(0)
+
+
+async def _hash_entries(
     positions: Sequence[int],
     leaves: Sequence[Leaf],
     salts: dict[int, bytes],
@@ -214,19 +233,20 @@ def _hash_entries(
     """
     by_position = {leaf.place.position: leaf for leaf in leaves}
     hashes, marked = [], {}
-    for position in positions:
-        leaf = by_position.get(position)
-        if leaf is None:
-            hashes.append(hash_leaf(encode_gap(position)))
-            continue
-        commitment = commit(salts[position], leaf.content)
-        if (kept := erased.get(position)) is not None:
-            salts[position] = NO_SALT
-            if kept.body is None:
-                marked[position] = commitment
-            elif leaf.is_erased:
-                commitment = kept.body
-        hashes.append(hash_leaf(leaf.encode(commitment)))
+    async for part in _slices(positions):
+        for position in part:
+            leaf = by_position.get(position)
+            if leaf is None:
+                hashes.append(hash_leaf(encode_gap(position)))
+                continue
+            commitment = commit(salts[position], leaf.content)
+            if (kept := erased.get(position)) is not None:
+                salts[position] = NO_SALT
+                if kept.body is None:
+                    marked[position] = commitment
+                elif leaf.is_erased:
+                    commitment = kept.body
+            hashes.append(hash_leaf(leaf.encode(commitment)))
     return hashes, marked
 
 
