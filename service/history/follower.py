@@ -179,7 +179,8 @@ class Follower:
         # Until then, an import may bring its own tree.
         if not await store.head_position(connection):
             return 0
-        existing = await storage.count_events(connection)
+        # If this process recorded the first event a moment ago, it has followed the log from the beginning.
+        existing = 0 if self._feed.recall(0, 1) else await storage.count_events(connection)
         header = encode_header(key.name, str(key), existing, None).decode()
         tree = Tree(1, header, size=0, salted=0, has_commitments=False, head=0)
         await begin(connection, tree)

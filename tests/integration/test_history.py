@@ -262,6 +262,12 @@ async def test_a_log_before_the_history(history: History) -> None:
     assert json.loads(tree.header)["existing"] == 3
 
 
+async def test_a_history_from_the_first_event(history: History) -> None:
+    """If this process has just recorded the first event, no event was there before."""
+    await record(history, "KOM1", *STATUSES, remember=True)
+    assert json.loads((await history.build()).header)["existing"] == 0
+
+
 async def test_nothing_is_begun_for_an_empty_log(history: History) -> None:
     """The key is made, and the tree begins with the first event: until then, an import may bring its own."""
     assert await history.follower.step() == 0
