@@ -85,6 +85,11 @@ class HistorySizes(Protocol):
         ...
 
     @property
+    def lag_seconds(self) -> float:
+        """The age of the oldest event that is not signed."""
+        ...
+
+    @property
     def halted(self) -> str | None:
         """Why it is not signed any more."""
         ...
@@ -342,7 +347,12 @@ def _collect_history(history: HistorySizes | None) -> Iterator[Metric]:
         yield GaugeMetricFamily("history_entries", "Entries of the history.", history.entries)
         yield GaugeMetricFamily("history_signed_entries", "Entries that are signed.", history.signed)
         yield GaugeMetricFamily(
-            "history_halted", "1 if the history does not continue what was signed.", history.halted is not None
+            "history_lag_seconds", "Age of the oldest event that is not signed.", history.lag_seconds
+        )
+        yield GaugeMetricFamily(
+            "history_halted",
+            "1 if the history does not continue its last signed checkpoint.",
+            history.halted is not None,
         )
 
 

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from shlex import quote
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -14,6 +14,9 @@ from service.maintenance import check as checks
 from service.maintenance.check import Finding
 from service.settings import OTHER_USERS, Settings, read_settings
 from service.subscriptions.held_orders import HELD_ORDERS_MAX
+
+# An event is signed about a second after it is recorded.
+LAG_SECONDS_MAX: Final = 60.0
 
 
 async def check(
@@ -67,6 +70,12 @@ def _describe(checked: Checked) -> Iterator[Finding]:
         yield Finding("WRONG", f"the history is not signed: {status.fault}")
     elif status.unsigned is not None:
         yield Finding("note", f"this machine does not sign the history: {status.unsigned}")
+    if status.halted is None and status.lag_seconds > LAG_SECONDS_MAX:
+        yield Finding(
+            "note",
+            f"the oldest event that is not signed was recorded {status.lag_seconds:,.0f} s ago: see the "
+            "service's log for the reason, unless the service has just begun to build the history",
+        )
     for position, problem in checked.differences:
         yield Finding("WRONG", f"position {position} differs from the history: {problem}")
     if more := checked.differing - len(checked.differences):

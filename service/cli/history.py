@@ -8,8 +8,8 @@ from service.database.operations import check_reason, system_user
 from service.history import storage
 from service.history.notes import make_key
 from service.history.restart import restart as restart_history
-from service.history.signer import NOTHING, Signed, Signer, make_signer, read_published
-from service.history.status import Status, read_status
+from service.history.signer import NOTHING, Signer, make_signer
+from service.history.status import read_status
 from service.settings import Settings, read_settings
 
 NewHistory = Annotated[
@@ -34,8 +34,11 @@ async def key() -> None:
 @history.command("checkpoint")
 async def checkpoint() -> None:
     """Print the last signed checkpoint. Keep it elsewhere: it shows later that the history only grew."""
-    signed, status = await _read_published()
-    typer.echo(signed.note, nl=False)
+    async with database() as dsn, connected(dsn) as connection:
+        status = await read_status(_signer(), connection)
+    if status.published is None:
+        fail("the history has no signed checkpoint yet: run 'serve', and see 'check'")
+    typer.echo(status.published.note, nl=False)
     if status.halted is not None:
         err.print(f"this is not the newest checkpoint that was signed: {status.halted}", style="red")
 
@@ -97,15 +100,3 @@ def keeps_history(settings: Settings, *, new_history: bool) -> bool | None:
 
 def _signer() -> Signer:
     return make_signer(read_settings())
-
-
-async def _read_published() -> tuple[Signed, Status]:
-    async with database() as dsn, connected(dsn) as connection:
-        status = await read_status(_signer(), connection)
-        tree = await storage.read_tree(connection)
-        signed = None
-        if tree is not None:
-            signed = await read_published(connection, tree, _signer().find_verifiers(tree))
-    if signed is None:
-        fail("the history has no signed checkpoint yet: run 'serve', and see 'check'")
-    return signed, status

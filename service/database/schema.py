@@ -57,6 +57,8 @@ SET_SEARCH_PATH: Final = "SELECT set_config('search_path', $1, true)"
 CLEAR_DEFINITION: Final = "UPDATE projection SET definition = ''"
 INSERT_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
 
+# The tables of the provable history have names that begin with this.
+HISTORY_PREFIX: Final = "history_"
 OWNER_ROLE: Final = "order_tracking_owner"
 SERVICE_ROLE: Final = "order_tracking_service"
 IS_SERVICE: Final = "SELECT current_user = 'order_tracking_service'"

@@ -19,17 +19,9 @@ from service.history.bundles import (
     is_last,
     make_bundle,
     make_event_proof,
-    suggest_name,
 )
 from service.history.notes import Checkpoint, read_checkpoint
-from service.history.signer import (
-    HistoryHaltedError,
-    KeyFileError,
-    NotSigningError,
-    Signed,
-    Signer,
-    read_published,
-)
+from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signed, Signer
 from service.history.status import read_status
 from service.history.tree import HASH_BYTES, TILE_HASHES, TILE_LEVELS, TileId
 from service.http.access import has_scope
@@ -105,8 +97,9 @@ class HistoryApi:
         if status.halted is not None:
             # The published one is then older than the last that was signed.
             raise self._halted(status.halted)
-        signed = await self._read_published()
-        return response(signed.note.encode(), PLAIN)
+        if status.published is None:
+            raise _no_checkpoint()
+        return response(status.published.note.encode(), PLAIN)
 
     @Endpoint("GET", "/history/key", str, media=TEXT, may_be_public=True)
     async def get_verifier_keys(self, _request: web.Request, _query: Query) -> web.Response:
@@ -190,7 +183,7 @@ class HistoryApi:
                     since=query.since,
                     after_position=query.after_position,
                 )
-        headers = _attachment(f"{suggest_name(order_no)}.proof.json")
+        headers = _attachment(f"{_suggest_name(order_no)}.proof.json")
         if bundle["events"] and not is_last(bundle):
             # The next file must show that its history continues this one's.
             after, size = bundle["events"][-1]["index"], read_checkpoint(bundle["checkpoint"]).size
@@ -214,7 +207,7 @@ class HistoryApi:
             async with self._pool.connection() as connection:
                 proof = await make_event_proof(connection, self._signer, order_no, version)
         return response(
-            proof.encode(), PLAIN, headers=_attachment(f"{suggest_name(order_no)}-{version}.tlog-proof")
+            proof.encode(), PLAIN, headers=_attachment(f"{_suggest_name(order_no)}-{version}.tlog-proof")
         )
 
     @contextmanager
@@ -245,13 +238,14 @@ class HistoryApi:
 
     async def _read_published(self) -> Signed:
         async with self._pool.connection() as connection:
-            tree = await storage.read_tree(connection)
-            signed = None
-            if tree is not None:
-                signed = await read_published(connection, tree, self._signer.find_verifiers(tree))
+            signed = await self._signer.read_published(connection, await storage.read_tree(connection))
         if signed is None:
-            raise unavailable("the history has no signed checkpoint yet")
+            raise _no_checkpoint()
         return signed
+
+
+def _no_checkpoint() -> ProblemError:
+    return unavailable("the history has no signed checkpoint yet")
 
 
 def _parse_tile(request: web.Request, level: int, checkpoint: Checkpoint) -> tuple[TileId, int]:
@@ -272,6 +266,12 @@ def _parse_tile(request: web.Request, level: int, checkpoint: Checkpoint) -> tup
         f"the signed history has {checkpoint.size} entries: expected a path of its tiles, such as 0/000.p/1"
     )
     raise ProblemError(ProblemType.NO_SUCH_TILE, detail)
+
+
+def _suggest_name(order_no: str) -> str:
+    """Return an order number as a part of a file's name: letters, digits, dots, hyphens and underscores."""
+    kept = "".join(one if one.isascii() and (one.isalnum() or one in "._-") else "_" for one in order_no)
+    return kept.lstrip(".") or "order"
 
 
 def _attachment(name: str) -> dict[str, str]:

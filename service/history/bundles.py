@@ -277,9 +277,3 @@ def _leaf_of(event: RecordedEvent) -> Leaf:
 
 def _encode(hashes: Sequence[bytes]) -> list[str]:
     return [b64encode(one).decode() for one in hashes]
-
-
-def suggest_name(order_no: str) -> str:
-    """Return an order number as a part of a file's name: letters, digits, dots, hyphens and underscores."""
-    kept = "".join(one if one.isascii() and (one.isalnum() or one in "._-") else "_" for one in order_no)
-    return kept.lstrip(".") or "order"

@@ -43,7 +43,7 @@ RESTART: Final = "if a restore or a failover is the cause, run 'history restart 
 
 
 class HistoryHaltedError(Exception):
-    """The tree does not continue what was signed, so it is not signed. ``str()`` is the reason."""
+    """The tree does not continue the guard, so it is not signed. ``str()`` is the reason."""
 
 
 class NotSigningError(Exception):
@@ -154,7 +154,7 @@ class Signer:
         Raises:
             NotSigningError: the history has not begun, or this machine has no key.
             KeyFileError: the key is not the tree's, or cannot be used, or the guard cannot be written.
-            HistoryHaltedError: the tree does not continue what was signed.
+            HistoryHaltedError: the tree does not continue the guard.
         """
         tree, keys = await self._read_own_tree(connection)
         async with self.locked():
@@ -189,15 +189,26 @@ class Signer:
         Raises:
             NotSigningError: nothing is signed yet, or this machine has no key.
             KeyFileError: the key is not the tree's, or cannot be used.
-            HistoryHaltedError: the tree does not continue what was signed.
+            HistoryHaltedError: the tree does not continue the guard.
         """
         guard = self.read_guard()
         tree, keys = await self._read_own_tree(connection)
         await self._require_continuity(connection, tree, keys, guard)
-        published = await read_published(connection, tree, [key.verifier for key in keys])
+        published = await self.read_published(connection, tree)
         if published is None:
             raise NotSigningError("nothing is signed yet")
         return published
+
+    async def read_published(self, connection: Connection, tree: Tree | None) -> Signed | None:
+        """Return the last published checkpoint of a tree; None if none of its keys has signed it."""
+        note = None if tree is None else await storage.read_checkpoint_note(connection, tree.number)
+        if tree is None or note is None:
+            return None
+        with suppress(NoteError):
+            checkpoint = read_checkpoint(open_note(note, self.find_verifiers(tree)))
+            if checkpoint.origin == tree.origin and checkpoint.size <= tree.size:
+                return Signed(tree, checkpoint, note)
+        return None
 
     def state_last(self, signed: Signed, first: int, last: int, count: int) -> str:
         """Return the signed statement that an order has these events below a checkpoint, and no other.
@@ -252,8 +263,8 @@ class Signer:
     ) -> None:
         if guard is None:
             raise HistoryHaltedError(
-                f"the guard {self.guard_file} is missing, so what was signed is unknown: put it back, or, "
-                "if it is lost, run 'history restart REASON'"
+                f"the guard {self.guard_file} is missing, so the last signed checkpoint is unknown: put it "
+                "back, or, if it is lost, run 'history restart REASON'"
             )
         if guard == NOTHING:
             if await storage.read_checkpoint_note(connection, tree.number) is not None:
@@ -291,18 +302,6 @@ class Signer:
 def make_signer(settings: Settings) -> Signer:
     """Return the signer of a configured service."""
     return Signer(settings.history_key, settings.history_origin, is_reader=settings.read_only)
-
-
-async def read_published(connection: Connection, tree: Tree, keys: Sequence[VerifierKey]) -> Signed | None:
-    """Return the last published checkpoint of a tree if one of the keys has signed it; else None."""
-    note = await storage.read_checkpoint_note(connection, tree.number)
-    if note is None:
-        return None
-    with suppress(NoteError):
-        checkpoint = read_checkpoint(open_note(note, keys))
-        if checkpoint.origin == tree.origin and checkpoint.size <= tree.size:
-            return Signed(tree, checkpoint, note)
-    return None
 
 
 def _write(file: Path, text: str, *, may_replace: bool = True) -> None:

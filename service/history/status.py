@@ -3,26 +3,40 @@
 from typing import NamedTuple
 
 from projections.postgres_errors import Connection
+from service.event_log import store
 from service.history import storage
-from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signer, read_published
+from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signed, Signer
+from service.history.storage import Tree
 
 
 class Status(NamedTuple):
     """The state of the history.
 
     Attributes:
-        entries: the number of its entries, 0 before it has begun.
-        signed: the number of those that are signed.
+        tree: its tree; None before it has begun.
+        published: its last signed checkpoint; None before the first.
+        lag_seconds: the age of the oldest event that is not signed, 0 if all are.
         halted: why it is not signed until an operator acts; else None.
         unsigned: why this machine does not sign it; else None.
         fault: why this machine's key cannot sign it; else None.
     """
 
-    entries: int
-    signed: int
+    tree: Tree | None
+    published: Signed | None
+    lag_seconds: float
     halted: str | None = None
     unsigned: str | None = None
     fault: str | None = None
+
+    @property
+    def entries(self) -> int:
+        """The number of its entries, 0 before it has begun."""
+        return 0 if self.tree is None else self.tree.size
+
+    @property
+    def signed(self) -> int:
+        """The number of those that are signed."""
+        return 0 if self.published is None else self.published.checkpoint.size
 
 
 async def read_status(signer: Signer, connection: Connection) -> Status:
@@ -43,8 +57,6 @@ async def read_status(signer: Signer, connection: Connection) -> Status:
         except KeyFileError as error:
             fault = str(error)
         tree = await storage.read_tree(connection)
-        if tree is None:
-            return Status(0, 0, unsigned=unsigned, fault=fault)
-        published = await read_published(connection, tree, signer.find_verifiers(tree))
-    signed = published.checkpoint.size if published is not None else 0
-    return Status(tree.size, signed, halted, unsigned, fault)
+        status = Status(tree, await signer.read_published(connection, tree), 0.0, halted, unsigned, fault)
+        lag_seconds = await store.read_lag_seconds(connection, max(0, status.signed - 1))
+    return status._replace(lag_seconds=lag_seconds)

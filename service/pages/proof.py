@@ -5,7 +5,6 @@ from typing import Final
 from aiohttp import web
 
 from service.database.connections import ConnectionPool
-from service.history import storage
 from service.history.signer import Signer
 from service.history.status import read_status
 from service.http.parameters import read_query
@@ -31,12 +30,11 @@ class ProofPages:
         """Show how to verify a proof, the public keys, and how far the history is signed."""
         read_query(CommonQuery, request)
         async with self._pool.connection() as connection:
-            tree = await storage.read_tree(connection)
             status = await read_status(self.signer, connection)
         return render_page(
             request,
             "verify.html",
             PATH,
-            keys=[str(key) for key in self.signer.find_verifiers(tree)],
+            keys=[str(key) for key in self.signer.find_verifiers(status.tree)],
             proven=status,
         )

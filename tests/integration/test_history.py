@@ -457,6 +457,25 @@ async def test_a_rebuilt_tree_is_not_signed(history: History, tmp_path: Path) ->
     assert (result.code, "does not continue" in result.text or "has another" in result.text) == (1, True)
 
 
+async def test_a_history_that_cannot_begin_is_seen(history: History, dsn: str) -> None:
+    """If the key cannot be made, the log grows and the history does not: its lag shows it."""
+    await record(history, "KOM1", "Diajukan")
+    file = history.signer.key_file.with_name("file")
+    file.touch()
+    blocked = Signer(file / "history.key")
+    own = as_role(dsn, SERVICE_ROLE)
+    writing = DedicatedConnection(partial(connect, own))
+    with capture_logs() as logs:
+        assert await Follower(writing, history.feed, blocked).step() == 0
+    await writing.close()
+    assert [log["event"] for log in logs] == ["the history is not signed"]
+    status = await read_status(history.signer, history.connection)
+    assert (status.entries, status.signed, status.lag_seconds > 0) == (0, 0, True)
+    await history.build()
+    status = await read_status(history.signer, history.connection)
+    assert (status.signed, status.lag_seconds) == (2, 0)
+
+
 async def test_a_missing_guard_stops_the_signatures(history: History) -> None:
     """Without the guard, what was signed is unknown; put back, it is signed again."""
     await record(history, "KOM1", "Diajukan")
