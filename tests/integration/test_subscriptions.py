@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from aiohttp import web
 from openapi_schema_validator import OAS31Validator, oas31_format_checker
 
 from projections.postgres_errors import Connection
+from service.subscriptions.progress import TRY_LEAD
 from tests.support.client import Client, serving_client
 from tests.support.receiver import Received, Receiver, hang, is_signed, receiving
 from tests.support.waiting import until_async
@@ -47,6 +49,15 @@ async def change(client: Client, subscription: Any, status: int = 200, **changes
     async with client.session.patch(url, json=changes) as response:
         assert response.status == status, await response.text()
         return await response.json(content_type=None)
+
+
+async def pause(client: Client, connection: Connection, subscription: Any) -> Any:
+    """Pause a subscription, wait until no process delivers it any more, and return it."""
+    paused = await change(client, subscription, state="paused")
+    # The process that delivers learns of the change a moment later, and may send an event until then.
+    lock = TRY_LEAD.replace("pg_try_advisory_lock", "pg_try_advisory_xact_lock")
+    await until_async(partial(connection.fetchval, lock, subscription["subscription_id"]))
+    return paused
 
 
 def path(subscription: Any, *segments: str) -> str:
@@ -233,7 +244,7 @@ async def test_after_the_last_attempt_it_awaits_an_operator(
     assert [*map(tuple, recorded)][-1] == ("delivery_skipped", "the shop knows")
 
 
-async def test_a_replay_sends_the_same_ids(dsn: str, receiver: Receiver) -> None:
+async def test_a_replay_sends_the_same_ids(dsn: str, receiver: Receiver, connection: Connection) -> None:
     """A replay goes back to a position or a time, and sends the same messages under the same ids."""
     async with delivering(dsn) as client:
         added = await add(client, receiver)
@@ -249,7 +260,7 @@ async def test_a_replay_sends_the_same_ids(dsn: str, receiver: Receiver) -> None
         hour = timedelta(hours=1)
         await client.post(path(added, "replay"), 200, {"from_time": (datetime.now(UTC) - hour).isoformat()})
         after = await receiver.wait_for(9)
-        await change(client, added, state="paused")
+        await pause(client, connection, added)
         await client.webhook("KOM2")
         await client.post(path(added, "replay"), 409, {"from_position": found["position"] + 1})
     for again in (after[3:6], after[6:9]):
@@ -257,13 +268,13 @@ async def test_a_replay_sends_the_same_ids(dsn: str, receiver: Receiver) -> None
         assert [one.raw for one in again] == [one.raw for one in before]
 
 
-async def test_pausing_and_resuming(dsn: str, receiver: Receiver) -> None:
+async def test_pausing_and_resuming(dsn: str, receiver: Receiver, connection: Connection) -> None:
     """What happens during a pause is delivered after it; a change of the filter applies at once."""
     async with delivering(dsn) as client:
         added = await add(client, receiver)
         await client.webhook("KOM1")
         await receiver.wait_for(1)
-        paused = await change(client, added, state="paused")
+        paused = await pause(client, connection, added)
         assert (paused["state"], paused["reason"]) == ("paused", "operator")
         await client.webhook("KOM2")
         await settled(client, added, lag_events=1)
