@@ -134,7 +134,7 @@ async def make_bundle(  # noqa: PLR0913 - the parameters of the request
         entries = await _read_order(
             connection, signed.tree, order_no, after_position, size, events_max, with_bodies=with_bodies
         )
-        header, *proofs = await storage.hash_ranges(
+        header, *proofs = await storage.read_proofs(
             connection,
             signed.tree.number,
             inclusion_ranges(0, size),
@@ -185,7 +185,7 @@ async def make_event_proof(connection: Connection, signer: Signer, order_no: str
             raise NotInHistoryError(f"{order_no} version {version}")
         (entry,) = await read_entries(connection, signed.tree, events)
         ranges = inclusion_ranges(entry.position, size)
-        (proof,) = await storage.hash_ranges(connection, signed.tree.number, ranges)
+        (proof,) = await storage.read_proofs(connection, signed.tree.number, ranges)
     lines = [TLOG_PROOF, f"extra {b64encode(entry.data).decode()}", f"index {entry.position}", *_encode(proof)]
     return "\n".join([*lines, "", signed.note])
 

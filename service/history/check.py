@@ -94,7 +94,7 @@ async def _fits_checkpoint(connection: Connection, published: Signed | None) -> 
     if published is None or published.checkpoint.size == 0:
         return True
     _, size, root = published.checkpoint
-    return await storage.read_root(connection, published.tree.number, size) == root
+    return await storage.read_roots(connection, published.tree.number, size) == [root]
 
 
 def _choose(total: int) -> set[int]:

@@ -25,8 +25,7 @@ ENTRY_BYTES_MAX: Final = 0xFFFF
 STATE_BYTES_SHORT: Final = 0xF000
 NESTED_MAX: Final = 8
 
-# What an erasure empties. The body has the status that was reported.
-ERASED: Final = ("body", "remote")
+# An erasure empties the body, which has the status that was reported, and the sender's address, ``remote``.
 ERASED_IF_UNRECOGNISED: Final = "reported_status"
 TIME_NAMES: Final = ("timestamp", *TIMES)
 _TIME_MEMBERS: Final = {"_type_", "_data_"}
@@ -96,36 +95,44 @@ def _is_plain(value: Any, nested_max: int) -> bool:
     return all(_is_plain(one, nested_max - 1) for one in (value.values() if isinstance(value, dict) else value))
 
 
-def members_of(event: Order.StatusReported) -> dict[str, Any]:
-    """Return the members that are stored of an event, times as text or as ``_encode`` writes them."""
+def encode_recorded(position: int, event: Order.StatusReported, commitment: bytes) -> bytes:
+    """Return the entry of an event that is still in memory: the same as that of its recorded state.
+
+    Args:
+        position: where it is recorded.
+        event: the event.
+        commitment: the commitment to its body.
+    """
     members = vars(event).copy()
-    del members["originator_id"], members["originator_version"]
+    order_no, version = members.pop("originator_id"), members.pop("originator_version")
     for name in TIME_NAMES:
+        # orjson writes a time in UTC as it is stored.
         if (time := members.get(name)) is not None and time.tzinfo is not UTC:
             members[name] = time.isoformat()
-    return members
+    return encode_event((position, order_no, version, event.TOPIC), members, commitment)
 
 
-def encode_event(place: Place, members: dict[str, Any], commitment: bytes) -> bytes:
+def encode_event(place: tuple[int, str, int, str], members: dict[str, Any], commitment: bytes) -> bytes:
     """Return the entry of an event. This changes ``members``.
 
     Args:
-        place: where it is recorded.
+        place: where it is recorded: a Place, or a plain tuple, which takes less time.
         members: its stored members.
         commitment: the commitment to its body.
     """
-    for name in ERASED:
-        members.pop(name, None)
+    position, order_no, version, topic = place
+    members.pop("body", None)
+    members.pop("remote", None)
     if members.get("verdict") == "unrecognised":
         members.pop(ERASED_IF_UNRECOGNISED, None)
     return _encode(
         {
             "body": b2a_base64(commitment, newline=False).decode(),
             "event": members,
-            "order_no": place.order_no,
-            "position": place.position,
-            "topic": place.topic,
-            "version": place.version,
+            "order_no": order_no,
+            "position": position,
+            "topic": topic,
+            "version": version,
         }
     )
 
@@ -147,13 +154,13 @@ class Leaf(NamedTuple):
         place: where it is recorded.
         members: its stored members; None if its state has no text body.
         content: the bytes to commit to: its body, or its whole state.
-        state: its bytes in the log; empty if it is from memory.
+        state: its bytes in the log.
     """
 
     place: Place
     members: dict[str, Any] | None
     content: bytes
-    state: bytes = b""
+    state: bytes
 
     @classmethod
     def of(cls, place: Place, state: bytes) -> "Leaf":
@@ -168,7 +175,7 @@ class Leaf(NamedTuple):
     def is_erased(self) -> bool:
         """Whether the recorded event is as an erasure leaves it."""
         try:
-            members = orjson.loads(self.state or b"{}")
+            members = orjson.loads(self.state)
         except orjson.JSONDecodeError:
             return False
         if not isinstance(members, dict) or members.get("body") != "" or members.get("remote") is not None:

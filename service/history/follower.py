@@ -7,7 +7,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from time import monotonic
-from typing import Final, NoReturn, TypeVar
+from typing import Final, NamedTuple, NoReturn, TypeVar
 
 import structlog
 
@@ -25,7 +25,7 @@ from service.history.entries import (
     commit,
     encode_gap,
     encode_header,
-    members_of,
+    encode_recorded,
 )
 from service.history.notes import Checkpoint
 from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signer
@@ -44,6 +44,21 @@ POLL_SECONDS: Final = 1.0
 SIGN_SECONDS_MIN: Final = 1.0
 
 T = TypeVar("T")
+
+
+class _Entries(NamedTuple):
+    """The next entries of a tree.
+
+    Attributes:
+        hashes: their hashes.
+        salts: the salts of those positions that had none, joined.
+        commitments: the commitments of positions that an erasure has marked.
+    """
+
+    hashes: list[bytes]
+    salts: bytes
+    commitments: Mapping[int, bytes]
+
 
 logger = structlog.get_logger()
 
@@ -95,7 +110,7 @@ class Follower:
     async def step(self) -> int:
         """Add the next events, or sign those that were added; return the number of entries that were added."""
         added = 0
-        if self._is_full or await self._has_events():
+        if self._is_full or self._feed.recall(self._edge.size - 1, 1) or await self._has_events():
             # Until the commit, this process does not know the edge.
             edge, self._edge = self._edge, Edge(0, {})
             async with self._dedicated.transaction(storage.BEGIN_LOCKED) as connection:
@@ -104,7 +119,7 @@ class Follower:
         self._is_full = added >= BATCH_LEAVES_MAX
         if not self._is_full or monotonic() > self._sign_at:
             self._sign_at = monotonic() + SIGN_SECONDS_MIN
-            await self._sign()
+            await self._sign(is_grown=added > 0)
         return added
 
     async def _has_events(self) -> bool:
@@ -112,11 +127,12 @@ class Follower:
             tree = await storage.read_tree(connection)
         return tree is None or tree.head >= tree.size
 
-    async def _sign(self) -> None:
-        async with self._dedicated.connection() as connection:
-            tree = await storage.read_tree(connection)
-        if tree is None or (*self._state_of(tree), self._signer.key_changed_at) == self._signed:
-            return
+    async def _sign(self, *, is_grown: bool) -> None:
+        if not is_grown:
+            async with self._dedicated.connection() as connection:
+                tree = await storage.read_tree(connection)
+            if tree is None or (*self._state_of(tree), self._signer.key_changed_at) == self._signed:
+                return
         async with self._dedicated.transaction(storage.BEGIN_LOCKED) as connection:
             try:
                 tree = (await self._signer.sign(connection)).tree
@@ -140,34 +156,15 @@ class Follower:
             logger.info("the history was restarted", tree=tree.number, header=tree.header)
         if state != (*self._edge_of, edge.size):
             self._edge_of, edge = state[:2], await storage.read_edge(connection, tree)
-        leaves = await self._read(connection, tree)
-        if not leaves:
+        made = await self._recall(connection, tree) or await _read(connection, tree)
+        if made is None:
             return 0, edge
-        positions = range(tree.size, min(leaves[-1].place.position + 1, tree.size + BATCH_LEAVES_MAX))
-        salts = await self._draw_salts(connection, tree, positions)
-        erased: Mapping[int, Commitments] = {}
-        if tree.has_commitments:
-            erased = await storage.read_commitments(connection, positions)
-        hashes, marked = await _hash_entries(positions, leaves, salts, erased)
-        new_salts = [salts[position] for position in positions if position >= tree.salted]
+        hashes, salts, commitments = made
         start = max(tree.salted, tree.size)
-        await storage.grow(connection, tree.number, edge.append(hashes), start, new_salts)
-        if marked:
-            await storage.set_commitments(connection, marked)
+        await storage.grow(connection, tree.number, edge.append(hashes), start, salts)
+        if commitments:
+            await storage.set_commitments(connection, commitments)
         return len(hashes), edge
-
-    async def _draw_salts(
-        self, connection: Connection, tree: Tree, positions: Sequence[int]
-    ) -> dict[int, bytes]:
-        """Return the salts of some positions. After a restart, some have theirs already."""
-        random = os.urandom(SALT_BYTES * len(positions))
-        drawn = {
-            position: random[at : at + SALT_BYTES]
-            for position, at in zip(positions, range(0, len(random), SALT_BYTES), strict=True)
-        }
-        if tree.salted > tree.size:
-            drawn |= await storage.read_salts(connection, positions)
-        return drawn
 
     async def _begin(self, connection: Connection) -> int:
         """Begin the first tree with the first event, and make the key before, unless there is one."""
@@ -187,24 +184,25 @@ class Follower:
         logger.info("the history has begun", origin=key.name, key=str(key), existing=existing)
         return 1
 
-    async def _read(self, connection: Connection, tree: Tree) -> list[Leaf]:
-        """Return the next events above a tree, from memory if they are there."""
-        after = tree.size - 1
-        # Memory may still have the body of an erased event.
-        if not tree.has_commitments and (recalled := self._feed.recall(after, BATCH_LEAVES_MAX)):
-            leaves: list[Leaf] = []
-            async for part in _slices(recalled):
-                for position, event in part:
-                    place = Place(position, event.originator_id, event.originator_version, event.TOPIC)
-                    leaves.append(Leaf(place, members_of(event), event.body.encode()))
-            # If the database has the last of these events, it has the others: they were committed before it.
-            last = await store.read_positions(connection, [leaves[-1].place.position])
-            if last and (last[0].order_no, last[0].report_id) == _identity(leaves[-1]):
-                return leaves
-        leaves = []
-        async for events in _slices(await store.read_log(connection, after, BATCH_LEAVES_MAX)):
-            leaves += [Leaf.of(Place(*event[:4]), event.state) for event in events]
-        return leaves
+    async def _recall(self, connection: Connection, tree: Tree) -> _Entries | None:
+        """Return the next entries from memory, None if they must be made from the log."""
+        recalled = self._feed.recall(tree.size - 1, BATCH_LEAVES_MAX)
+        # Memory may still have the body of an erased event. After a restart, there are salts already.
+        if not recalled or tree.has_commitments or tree.salted > tree.size:
+            return None
+        # If the database has the last of these events, it has the others: they were committed before it.
+        position, event = recalled[-1]
+        last = await store.read_positions(connection, [position])
+        if not last or (last[0].order_no, last[0].report_id) != (event.originator_id, event.report_id):
+            return None
+        salts = os.urandom(SALT_BYTES * len(recalled))
+        hashes: list[bytes] = []
+        async for part in _slices([*zip(_split(salts), recalled, strict=True)]):
+            hashes += [
+                hash_leaf(encode_recorded(position, event, commit(salt, event.body.encode())))
+                for salt, (position, event) in part
+            ]
+        return _Entries(hashes, salts, {})
 
     def _report(self, problem: str) -> None:
         """Log why the history is not signed, once."""
@@ -222,17 +220,30 @@ async def _slices(items: Sequence[T]) -> AsyncIterator[Sequence[T]]:
         await asyncio.sleep(0)
 
 
-async def _hash_entries(
-    positions: Sequence[int],
-    leaves: Sequence[Leaf],
-    salts: dict[int, bytes],
-    erased: Mapping[int, Commitments],
-) -> tuple[list[bytes], dict[int, bytes]]:
-    """Return the hashes of the entries at some positions, and the commitments of marked ones.
+def _split(salts: bytes) -> list[bytes]:
+    return [salts[at : at + SALT_BYTES] for at in range(0, len(salts), SALT_BYTES)]
 
-    The salts of erased events become zeros.
-    """
-    by_position = {leaf.place.position: leaf for leaf in leaves}
+
+async def _draw_salts(connection: Connection, tree: Tree, positions: Sequence[int]) -> dict[int, bytes]:
+    """Return the salts of some positions. After a restart, some have theirs already."""
+    drawn = dict(zip(positions, _split(os.urandom(SALT_BYTES * len(positions))), strict=True))
+    if tree.salted > tree.size:
+        drawn |= await storage.read_salts(connection, positions)
+    return drawn
+
+
+async def _read(connection: Connection, tree: Tree) -> _Entries | None:
+    """Return the next entries from the log, None if there are none. Erased events get salts of zeros."""
+    by_position: dict[int, Leaf] = {}
+    async for events in _slices(await store.read_log(connection, tree.size - 1, BATCH_LEAVES_MAX)):
+        by_position |= {event.position: Leaf.of(Place(*event[:4]), event.state) for event in events}
+    if not by_position:
+        return None
+    positions = range(tree.size, min(max(by_position) + 1, tree.size + BATCH_LEAVES_MAX))
+    salts = await _draw_salts(connection, tree, positions)
+    erased: Mapping[int, Commitments] = {}
+    if tree.has_commitments:
+        erased = await storage.read_commitments(connection, positions)
     hashes, marked = [], {}
     async for part in _slices(positions):
         for position in part:
@@ -248,11 +259,8 @@ async def _hash_entries(
                 elif leaf.is_erased:
                     commitment = kept.body
             hashes.append(hash_leaf(leaf.encode(commitment)))
-    return hashes, marked
-
-
-def _identity(leaf: Leaf) -> tuple[str, str | None]:
-    return leaf.place.order_no, (leaf.members or {}).get("report_id")
+    new_salts = b"".join(salts[position] for position in positions if position >= tree.salted)
+    return _Entries(hashes, new_salts, marked)
 
 
 async def begin(connection: Connection, tree: Tree) -> Checkpoint:
@@ -265,6 +273,6 @@ async def begin(connection: Connection, tree: Tree) -> Checkpoint:
     header = tree.header.encode()
     leaf = hash_leaf(header)
     await storage.begin_tree(connection, tree.number, header)
-    salts = [] if tree.salted else [NO_SALT]
+    salts = b"" if tree.salted else NO_SALT
     await storage.grow(connection, tree.number, Edge(0, {}).append([leaf]), 0, salts)
     return Checkpoint(tree.origin, 1, leaf)

@@ -48,7 +48,7 @@ class SigningKey(NamedTuple):
     @property
     def verifier(self) -> VerifierKey:
         """The public key."""
-        return VerifierKey(self.name, _private_key(self.seed).public_key().public_bytes_raw())
+        return VerifierKey(self.name, _public_bytes(self.seed))
 
     @property
     def text(self) -> str:
@@ -68,6 +68,11 @@ class SigningKey(NamedTuple):
 @lru_cache
 def _private_key(seed: bytes) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.from_private_bytes(seed)
+
+
+@lru_cache
+def _public_bytes(seed: bytes) -> bytes:
+    return _private_key(seed).public_key().public_bytes_raw()
 
 
 def make_key(name: str) -> SigningKey:

@@ -118,7 +118,10 @@ class Signer:
         except OSError as error:
             raise KeyFileError(f"cannot make {self._lock_file}: {error.strerror}") from None
         try:
-            await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
@@ -159,8 +162,7 @@ class Signer:
         tree, keys = await self._read_own_tree(connection)
         async with self.locked():
             guard = self.read_guard()
-            await self._require_continuity(connection, tree, keys, guard)
-            root = await storage.read_root(connection, tree.number, tree.size)
+            (root,) = await self._read_roots(connection, tree, keys, guard, tree.size)
             checkpoint = Checkpoint(tree.origin, tree.size, root)
             note = sign_note(checkpoint.text, keys)
             if guard != note:
@@ -193,7 +195,7 @@ class Signer:
         """
         guard = self.read_guard()
         tree, keys = await self._read_own_tree(connection)
-        await self._require_continuity(connection, tree, keys, guard)
+        await self._read_roots(connection, tree, keys, guard)
         published = await self.read_published(connection, tree)
         if published is None:
             raise NotSigningError("nothing is signed yet")
@@ -258,9 +260,14 @@ class Signer:
             )
         return keys
 
-    async def _require_continuity(
-        self, connection: Connection, tree: Tree, keys: Sequence[SigningKey], guard: str | None
-    ) -> None:
+    async def _read_roots(
+        self, connection: Connection, tree: Tree, keys: Sequence[SigningKey], guard: str | None, *sizes: int
+    ) -> list[bytes]:
+        """Return the roots at some sizes of a tree that continues the guard.
+
+        Raises:
+            HistoryHaltedError: it does not.
+        """
         if guard is None:
             raise HistoryHaltedError(
                 f"the guard {self.guard_file} is missing, so the last signed checkpoint is unknown: put it "
@@ -271,7 +278,7 @@ class Signer:
                 raise HistoryHaltedError(
                     f"the guard {self.guard_file} is of a key that has signed nothing: put the right one there"
                 )
-            return
+            return await storage.read_roots(connection, tree.number, *sizes)
         try:
             signed = read_checkpoint(open_note(guard, [key.verifier for key in keys]))
         except NoteError as error:
@@ -280,10 +287,12 @@ class Signer:
             raise HistoryHaltedError(
                 f"the history has {tree.size} entries, but {signed.size} were signed: {RESTART}"
             )
-        if await storage.read_root(connection, tree.number, signed.size) != signed.root:
+        guarded, *roots = await storage.read_roots(connection, tree.number, signed.size, *sizes)
+        if guarded != signed.root:
             raise HistoryHaltedError(
                 f"the first {signed.size} entries are not those that were signed: {RESTART}"
             )
+        return roots
 
     def read_guard(self) -> str | None:
         """Return the last checkpoint's note, NOTHING before the first, None if there is no guard.

@@ -12,7 +12,10 @@ import orjson
 from projections.postgres_errors import Connection
 from service.history.entries import SALT_BYTES
 from service.history.notes import Checkpoint, VerifierKey, read_verifier_key
-from service.history.tree import HASH_BYTES, TILE_HASHES, Edge, Range, TileId, edge_tiles, hash_range, tiles_of
+from service.history.tree import HASH_BYTES, TILE_HASHES, Edge, Range, TileId, edge_tiles, hash_ranges, tiles_of
+
+# More ranges are hashed in a thread, so that a long proof does not hold the event loop. One takes up to 0.5 ms.
+INLINE_RANGES_MAX: Final = 2
 
 LOCK: Final = "SELECT lock_history()"
 BEGIN_LOCKED: Final = f"BEGIN; {LOCK}"
@@ -117,7 +120,7 @@ async def count_events(connection: Connection) -> int:
 
 
 async def grow(
-    connection: Connection, number: int, added: Mapping[TileId, bytes], start: int, salts: Sequence[bytes]
+    connection: Connection, number: int, added: Mapping[TileId, bytes], start: int, salts: bytes
 ) -> None:
     """Add hashes to the tiles of a tree, and salts to those that there are.
 
@@ -126,15 +129,14 @@ async def grow(
         number: the tree.
         added: the new hashes of each tile.
         start: the first position without a salt.
-        salts: the salts of the positions from there on.
+        salts: the salts of the positions from there on, joined.
     """
     salted: dict[int, bytes] = {}
     at = 0
     while at < len(salts):
-        tile, first = divmod(start + at, TILE_HASHES)
-        part = salts[at : at + TILE_HASHES - first]
-        salted[tile] = b"".join(part)
-        at += len(part)
+        tile, first = divmod(start + at // SALT_BYTES, TILE_HASHES)
+        salted[tile] = salts[at : at + (TILE_HASHES - first) * SALT_BYTES]
+        at += len(salted[tile])
     levels, numbers = [tile.level for tile in added], [tile.number for tile in added]
     await connection.execute(GROW, number, levels, numbers, [*added.values()], [*salted], [*salted.values()])
 
@@ -156,7 +158,7 @@ async def read_edge(connection: Connection, tree: Tree) -> Edge:
     return Edge(tree.size, await read_tiles(connection, tree.number, edge_tiles(tree.size)))
 
 
-async def hash_ranges(connection: Connection, number: int, *proofs: Sequence[Range]) -> list[list[bytes]]:
+async def read_proofs(connection: Connection, number: int, *proofs: Sequence[Range]) -> list[list[bytes]]:
     """Return the hashes of one or more proofs.
 
     Raises:
@@ -164,15 +166,17 @@ async def hash_ranges(connection: Connection, number: int, *proofs: Sequence[Ran
     """
     ranges = {leaves for proof in proofs for leaves in proof}
     tiles = await read_tiles(connection, number, tiles_of(ranges))
-    # In a thread, so that a long proof does not hold the event loop.
-    hashes = await asyncio.to_thread(lambda: {leaves: hash_range(leaves, tiles) for leaves in ranges})
+    if len(ranges) <= INLINE_RANGES_MAX:
+        hashes = hash_ranges(ranges, tiles)
+    else:
+        hashes = await asyncio.to_thread(hash_ranges, ranges, tiles)
     return [[hashes[leaves] for leaves in proof] for proof in proofs]
 
 
-async def read_root(connection: Connection, number: int, size: int) -> bytes:
-    """Return the root that a tree had when it had this size, at least 1."""
-    ((root,),) = await hash_ranges(connection, number, [Range(0, size)])
-    return root
+async def read_roots(connection: Connection, number: int, *sizes: int) -> list[bytes]:
+    """Return the roots that a tree had at some sizes, each at least 1."""
+    (roots,) = await read_proofs(connection, number, [Range(0, size) for size in sizes])
+    return roots
 
 
 async def read_salts(connection: Connection, positions: Iterable[int]) -> dict[int, bytes]:

@@ -7,6 +7,7 @@ steps: name its ranges, read the tiles that they need, and hash.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache, reduce
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -138,18 +139,22 @@ def tiles_of(ranges: Iterable[Range]) -> set[TileId]:
     return {subtree.tile for leaves in ranges for subtree in _subtrees(leaves)}
 
 
-def hash_range(leaves: Range, tiles: Mapping[TileId, bytes]) -> bytes:
-    """Return the root over a range of leaves.
+def hash_ranges(ranges: Iterable[Range], tiles: Mapping[TileId, bytes]) -> dict[Range, bytes]:
+    """Return the root over each range of leaves.
 
     Args:
-        leaves: the range.
+        ranges: the ranges.
         tiles: the tiles that ``tiles_of`` names, and perhaps more.
     """
-    roots = [subtree.root(tiles[subtree.tile]) for subtree in _subtrees(leaves)]
-    root = roots.pop()
-    while roots:
-        root = hash_children(roots.pop(), root)
-    return root
+    # Ranges share their large subtrees: those of two sizes of a tree, say.
+    root_of_subtree = cache(lambda subtree: subtree.root(tiles[subtree.tile]))
+    return {
+        leaves: reduce(
+            lambda right, left: hash_children(left, right),
+            [root_of_subtree(subtree) for subtree in _subtrees(leaves)][::-1],
+        )
+        for leaves in {*ranges}
+    }
 
 
 def edge_tiles(size: int) -> dict[TileId, int]:

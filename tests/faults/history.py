@@ -76,7 +76,7 @@ class Checkpoints:
             )
             for note in self.seen:
                 checkpoint = read_checkpoint(open_note(note, self._signer.find_verifiers(tree)))
-                is_continued = checkpoint.size <= tree.size and checkpoint.root == await storage.read_root(
+                is_continued = checkpoint.size <= tree.size and [checkpoint.root] == await storage.read_roots(
                     connection, tree.number, checkpoint.size
                 )
                 violations.expect(is_continued, f"checkpoint {checkpoint.size} is not continued")
