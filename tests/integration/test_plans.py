@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 import pytest
@@ -29,9 +30,12 @@ from projections.windows import POSITION_MAX
 from service.database.connections import HOT_SETTINGS, POOL_SETTINGS, connect, connected
 from service.event_log import contradictions, store
 from service.event_log import feed as log_reader
+from service.history import bundles
+from service.history import storage as history
 from service.ingest import quarantine
 from tests.support.databases import TestServer
 from tests.support.filler import NO_CNOTE, fill_log
+from tests.support.history import build_history
 from tests.support.recording import rebuilt
 
 ORDERS: Final = 5_000
@@ -72,6 +76,13 @@ HOT: Final = {
     ),
     "the head of the log": Statement(engine.LOG_HEAD, 0),
     "move a view": Statement(engine.ADVANCE, 5, timeline.VIEW.name),
+    "the tree of the history": Statement(history.STATE, 0),
+    "add to the history": Statement(history.GROW, 6),
+    "tiles of the history": Statement(history.TILES, 3),
+    "salts of the history": Statement(history.SALTS, 1),
+    "commitments of the history": Statement(history.COMMITMENTS, 1),
+    "commit to erased events": Statement(history.SET_COMMITMENTS, 2),
+    "publish a checkpoint": Statement(history.SET_CHECKPOINT, 3),
 }
 # The table has one row, the view's position, and so has a sequence. A scan is the best plan for one row.
 SCANS_ALLOWED: Final = ("Seq Scan on projection", "Seq Scan on order_events_notification_id_seq")
@@ -112,7 +123,16 @@ FILL_HANDLED: Final = """
     SELECT order_no, version, operation_id FROM timeline.entries, done WHERE verdict = 'refused'
 """
 
+# As after the erasure of one order in a hundred.
+FILL_COMMITMENTS: Final = """
+    INSERT INTO history_commitments
+    SELECT notification_id, sha256(state), sha256(state) FROM order_events WHERE originator_id LIKE '%77'
+"""
+
 HANDLED_ORDER: Final = "(SELECT order_no FROM handled_contradictions LIMIT 1)"
+ERASED_POSITIONS: Final = (
+    "(SELECT array_agg(position) FROM (SELECT position FROM history_commitments LIMIT 9) AS a)"
+)
 LATELY: Final = "now() - interval '20 s'"
 LONG_AGO: Final = "now() - interval '350 days'"
 LONGER_AGO: Final = "now() - interval '900 days'"
@@ -138,18 +158,26 @@ PAGES: Final = {
     "the blocks of a time": (order_list.SPAN, "0", "9000000000", LONG_AGO, "NULL", LONG_AGO, "now()"),
     "quarantine by state": (quarantine.ENTRIES_PAGE, END, "'open'", "100"),
     "quarantine to retry": (quarantine.OPEN_ENTRIES,),
+    "an order in the history": (bundles.SUMMARY, "'KOM77'", "20000"),
+    "the tree of the history": (history.STATE,),
+    "tiles of a proof": (history.TILES, "1", "ARRAY[0, 0, 1]::smallint[]", "ARRAY[5, 50, 0]"),
+    "salts of a proof": (history.SALTS, "ARRAY[5, 50]"),
+    "commitments of a proof": (history.COMMITMENTS, ERASED_POSITIONS),
+    "the checkpoint of the history": (history.CHECKPOINT, "1"),
 }  # fmt: skip
 
 
-def fill(dsn: str, orders: int) -> None:
+def fill(dsn: str, orders: int, folder: Path) -> None:
     """Fill a database with skewed data: few orders are lost, unsettled or contradicted."""
     fill_log(dsn, orders)
 
     async def make_views() -> None:
         await rebuilt(dsn)
+        await build_history(dsn, folder / "history.key")
         async with connected(dsn) as connection:
             await connection.execute(FILL_QUARANTINE, orders)
             await connection.execute(FILL_HANDLED)
+            await connection.execute(FILL_COMMITMENTS)
             # Do what autovacuum does, for the planner's statistics.
             await connection.execute("VACUUM ANALYZE")
 
@@ -157,10 +185,10 @@ def fill(dsn: str, orders: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def filled_dsn(server: TestServer) -> Iterator[str]:
+def filled_dsn(server: TestServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Return the DSN of a database with ORDERS orders, which the tests of this module only read."""
     with server.database() as dsn:
-        fill(dsn, ORDERS)
+        fill(dsn, ORDERS, tmp_path_factory.mktemp("history"))
         yield dsn
 
 
@@ -405,9 +433,9 @@ async def test_a_count_is_bounded_and_says_whether_it_is_exact(
 
 @pytest.mark.long
 @pytest.mark.timeout(1_200)
-async def test_a_page_reads_no_more_rows_of_a_million(owner_dsn: str) -> None:
+async def test_a_page_reads_no_more_rows_of_a_million(owner_dsn: str, tmp_path: Path) -> None:
     """On a million events, the statements stay within the same limit, and each filtered page within its own."""
-    await asyncio.to_thread(fill, owner_dsn, ORDERS_AT_LENGTH)
+    await asyncio.to_thread(fill, owner_dsn, ORDERS_AT_LENGTH, tmp_path)
     connection = await connect(owner_dsn, **POOL_SETTINGS)
     try:
         too_many = {

@@ -3,10 +3,16 @@
 import json
 import subprocess
 import sys
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from projections.postgres_errors import Connection
+from service.database.connections import DedicatedConnection, connect
+from service.event_log.feed import Feed
 from service.history.api import VERIFY_PY
+from service.history.follower import Follower
+from service.history.signer import Signer
 from tests.support.client import Client
 from tests.support.waiting import PATIENCE_SECONDS, until_async
 
@@ -31,6 +37,21 @@ async def until_signed(client: Client, size: int) -> str:
 
     await until_async(is_signed)
     return notes[-1]
+
+
+async def build_history(dsn: str, key_file: Path) -> None:
+    """Add every event of a log to its history, and sign it."""
+
+    def connect_again() -> Awaitable[Connection]:
+        return connect(dsn)
+
+    writing = DedicatedConnection(connect_again)
+    try:
+        follower = Follower(writing, Feed(writing, connect_again), Signer(key_file))
+        while await follower.step():
+            pass
+    finally:
+        await writing.close()
 
 
 def read_size(note: str) -> int:
