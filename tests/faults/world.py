@@ -351,11 +351,11 @@ class World:
             partial(account.compare, exempt=exempt),
             *(log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations),
         )
+        await self._end(self._checkpoints_task)
         # If other reports are lost, the views cannot reach the head of their log.
         if found.lost <= len(self.missing):
             await account.check_views(log, self.connections, self.violations)
             may_halt = bool(self.missing) or self.may_be_gone
-            await self._end(self._checkpoints_task)
             await self.checkpoints.account(self.dsn, self.command, self.violations, may_halt=may_halt)
             await self._verify()
         account.check_answers(
