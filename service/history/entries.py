@@ -25,7 +25,7 @@ ENTRY_BYTES_MAX: Final = 0xFFFF
 STATE_BYTES_SHORT: Final = 0xF000
 NESTED_MAX: Final = 8
 
-# An erasure empties the body, which has the status that was reported, and the sender's address, ``remote``.
+# An erasure empties this member too if the verdict is unrecognised. The body has it as well.
 ERASED_IF_UNRECOGNISED: Final = "reported_status"
 TIME_NAMES: Final = ("timestamp", *TIMES)
 _TIME_MEMBERS: Final = {"_type_", "_data_"}
@@ -121,6 +121,7 @@ def encode_event(place: tuple[int, str, int, str], members: dict[str, Any], comm
         commitment: the commitment to its body.
     """
     position, order_no, version, topic = place
+    # What an erasure empties.
     members.pop("body", None)
     members.pop("remote", None)
     if members.get("verdict") == "unrecognised":

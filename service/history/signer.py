@@ -195,6 +195,7 @@ class Signer:
         """
         guard = self.read_guard()
         tree, keys = await self._read_own_tree(connection)
+        # This raises an error if the tree does not continue the guard.
         await self._read_roots(connection, tree, keys, guard)
         published = await self.read_published(connection, tree)
         if published is None:

@@ -14,7 +14,7 @@ from service.history.entries import SALT_BYTES
 from service.history.notes import Checkpoint, VerifierKey, read_verifier_key
 from service.history.tree import HASH_BYTES, TILE_HASHES, Edge, Range, TileId, edge_tiles, hash_ranges, tiles_of
 
-# More ranges are hashed in a thread, so that a long proof does not hold the event loop. One takes up to 0.5 ms.
+# More ranges are hashed in a thread, so that a long proof does not hold the event loop. One takes up to 0.6 ms.
 INLINE_RANGES_MAX: Final = 2
 
 LOCK: Final = "SELECT lock_history()"

@@ -1,5 +1,8 @@
 """A short selection of ``make faults``, and the proof that the harness finds faults."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.faults.fault import Fault
@@ -72,3 +75,10 @@ async def test_the_harness_finds_a_mutation(mutation: Fault) -> None:
     outcome = await run(mutation, SHORT, SEED)
     with pytest.raises(ViolatedError, match=FINDINGS[mutation.name]):
         outcome.raise_where_violated()
+
+
+def test_each_mutant_replaces_code_that_is_there() -> None:
+    """A mutant names the code that it replaces. After a change of that name, it would have no effect."""
+    install = "from tests.faults.mutants import MUTANTS\nfor install in MUTANTS.values(): install()"
+    done = subprocess.run([sys.executable, "-c", install], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """The cost of the provable history: of the follower, of webhooks beside it, of proofs and of the check.
 
 ``python -m tests.benchmarks.proofs with serve`` is the service; ``without serve``, one without the follower.
-Both import the same modules: what a process has imported alone can change its cost by 10 us a webhook.
+Both import the same modules, since other imports can already change the cost of a webhook by 10 us.
 """
 
 import asyncio

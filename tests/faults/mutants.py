@@ -18,7 +18,9 @@ from service.batcher import Batcher
 from service.cli.main import cli
 from service.database import connections
 from service.event_log import store
+from service.history import storage
 from service.history.signer import Signer
+from service.history.storage import Tree
 from service.http import streaming
 from service.ingest.recorder import Receipt, Recorder, _receipt
 from service.ingest.refusals import Refusals
@@ -180,10 +182,12 @@ def pass_held() -> None:
 def sign_anything() -> None:
     """Sign the history whatever the guard has."""
 
-    async def trust(*_: Any) -> None:
-        return
+    async def trust(
+        _: Signer, connection: Connection, tree: Tree, _keys: object, _guard: object, *sizes: int
+    ) -> list[bytes]:
+        return await storage.read_roots(connection, tree.number, *sizes)
 
-    _replace(Signer, "_require_continuity", trust)
+    _replace(Signer, "_read_roots", trust)
 
 
 MUTANTS: Final[dict[str, Callable[[], None]]] = {
