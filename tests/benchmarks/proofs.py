@@ -9,10 +9,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import psutil  # type: ignore[import-untyped]  # it brings no types
 
@@ -33,6 +33,8 @@ from tests.benchmarks.report import Row, figure, ratio
 from tests.benchmarks.serving import ROUNDS, WARM_SECONDS, Contest
 from tests.support.reports import report
 
+T = TypeVar("T")
+
 WITH: Final = "with"
 WITHOUT: Final = "without"
 # Events that are added from the log, and those that are added from memory.
@@ -41,6 +43,8 @@ REMEMBERED: Final = 50_000
 EVENTS_OF_AN_ORDER: Final = 10
 APPENDED: Final = 1_000
 FOLLOWER_MICROSECONDS_MAX: Final = 6.0
+# The differences are smaller than the noise of a round.
+PAIRS: Final = 8
 RATE_SECONDS: Final = 10
 RATE: Final = 1_000
 SIZES: Final = """
@@ -64,13 +68,9 @@ def measure_proofs(dsns: tuple[str, str, str], folder: Path, seconds: int) -> It
         both = (with_it, without)
         for contest in both:
             contest.send_reports(contest.ours, WARM_SECONDS)
-        loads: list[list[load.Load]] = [[], []]
-        costs: list[list[float]] = [[], []]
-        for number in range(ROUNDS):
-            turns = [*zip(both, loads, costs, strict=True)]
-            for contest, found, cost in reversed(turns) if number % 2 else turns:
-                found.append(contest.send_reports(contest.ours, seconds)[0])
-                cost.append(_cpu_at_rate(contest))
+        # One after the other: after a full load, the views still have work to do.
+        costs = _in_turns(both, _cpu_at_rate)
+        loads = _in_turns(both, lambda contest: contest.send_reports(contest.ours, seconds)[0])
         fault = with_it.fault() or without.fault()
     differences = [one - other for one, other in zip(*costs, strict=True)]
     yield Row(
@@ -88,6 +88,16 @@ def measure_proofs(dsns: tuple[str, str, str], folder: Path, seconds: int) -> It
         f"by round {load.by_round(*loads)}",
         least=0.97,
     ).unless(fault)
+
+
+def _in_turns(contests: tuple[Contest, Contest], measure: Callable[[Contest], T]) -> tuple[list[T], list[T]]:
+    """Measure two contests in turns, so that each is the first in every second round."""
+    found: tuple[list[T], list[T]] = ([], [])
+    for number in range(PAIRS):
+        turns = [*zip(contests, found, strict=True)]
+        for contest, results in reversed(turns) if number % 2 else turns:
+            results.append(measure(contest))
+    return found
 
 
 def _cpu_at_rate(contest: Contest) -> float:
