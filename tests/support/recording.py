@@ -3,9 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 from domain.order import Order, Report
+from projections.locks import TRY_REBUILD_LOCK
 from projections.postgres_errors import Connection
 from projections.rebuild import RebuiltView
 from service.app import Service
@@ -16,7 +18,7 @@ from service.event_log.codec import decode_event
 from service.event_log.feed import Feed
 from service.ingest.recorder import Recorder
 from service.maintenance.replay import rebuild_views
-from tests.support.waiting import PATIENCE_SECONDS
+from tests.support.waiting import PATIENCE_SECONDS, until_async
 
 # The result of a verification that finds every view equal.
 EQUAL: Final = [RebuiltView(view.name, 0, 0) for view in VIEWS]
@@ -44,8 +46,15 @@ async def dedicated_connection(dsn: str) -> AsyncIterator[DedicatedConnection]:
         await held.close()
 
 
-async def rebuilt(dsn: str, *, verify: bool = False, views: Any = VIEWS) -> list[RebuiltView]:
+async def rebuilt(
+    dsn: str, *, verify: bool = False, views: Any = VIEWS, waits: bool = True
+) -> list[RebuiltView]:
+    """Rebuild views, or compare them with a replay. By default, wait for a rebuild that has not quite ended."""
     async with dedicated_connection(dsn) as held:
+        if waits:
+            async with held.connection() as connection:
+                lock = TRY_REBUILD_LOCK.replace("pg_try_advisory_lock", "pg_try_advisory_xact_lock")
+                await until_async(partial(connection.fetchval, lock))
         reader = Feed(held, lambda: connect(dsn))
         return await rebuild_views(dsn, views, reader, lambda _done, _total: None, verify=verify)
 
