@@ -231,7 +231,7 @@ def find_contradictions(service: RunningService, folder: Path, examples_max: int
         *("run", f"{service.url}/openapi.json", "--phases", phases),
         *("--max-examples", str(examples_max), "--seed", "1", "--checks", "all"),
         *("--exclude-checks", NOT_CHECKED, "--exclude-path-regex", ENDLESS, "--no-color"),
-        *("--request-timeout", str(REQUEST_SECONDS_MAX)),
+        *("--request-timeout", str(REQUEST_SECONDS_MAX), "--max-response-time", str(REQUEST_SECONDS_MAX)),
     ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS_MAX, check=False)
     return "" if done.returncode == 0 else done.stdout[-6_000:] + done.stderr[-2_000:]
