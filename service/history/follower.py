@@ -156,15 +156,14 @@ class Follower:
             logger.info("the history was restarted", tree=tree.number, header=tree.header)
         if state != (*self._edge_of, edge.size):
             self._edge_of, edge = state[:2], await storage.read_edge(connection, tree)
-        made = await self._recall(connection, tree) or await _read(connection, tree)
-        if made is None:
+        entries = await self._recall(connection, tree) or await _read(connection, tree)
+        if entries is None:
             return 0, edge
-        hashes, salts, commitments = made
         start = max(tree.salted, tree.size)
-        await storage.grow(connection, tree.number, edge.append(hashes), start, salts)
-        if commitments:
-            await storage.set_commitments(connection, commitments)
-        return len(hashes), edge
+        await storage.grow(connection, tree.number, edge.append(entries.hashes), start, entries.salts)
+        if entries.commitments:
+            await storage.set_commitments(connection, entries.commitments)
+        return len(entries.hashes), edge
 
     async def _begin(self, connection: Connection) -> int:
         """Begin the first tree with the first event, and make the key before, unless there is one."""
@@ -185,7 +184,7 @@ class Follower:
         return 1
 
     async def _recall(self, connection: Connection, tree: Tree) -> _Entries | None:
-        """Return the next entries from memory, None if they must be made from the log."""
+        """Make the next entries from memory; return None if only the log has their events for certain."""
         recalled = self._feed.recall(tree.size - 1, BATCH_LEAVES_MAX)
         # Memory may still have the body of an erased event. After a restart, there are salts already.
         if not recalled or tree.has_commitments or tree.salted > tree.size:
@@ -233,7 +232,7 @@ async def _draw_salts(connection: Connection, tree: Tree, positions: Sequence[in
 
 
 async def _read(connection: Connection, tree: Tree) -> _Entries | None:
-    """Return the next entries from the log, None if there are none. Erased events get salts of zeros."""
+    """Make the next entries from the log; return None at its head. The salt of an erased event is zeros."""
     by_position: dict[int, Leaf] = {}
     async for events in _slices(await store.read_log(connection, tree.size - 1, BATCH_LEAVES_MAX)):
         by_position |= {event.position: Leaf.of(Place(*event[:4]), event.state) for event in events}
