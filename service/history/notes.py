@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from nacl.exceptions import CryptoError
+from nacl.signing import SigningKey as PrivateKey
+from nacl.signing import VerifyKey as PublicKey
 
 from service.history.tree import HASH_BYTES
 
@@ -48,7 +49,7 @@ class SigningKey(NamedTuple):
     @property
     def verifier(self) -> VerifierKey:
         """The public key."""
-        return VerifierKey(self.name, _public_bytes(self.seed))
+        return VerifierKey(self.name, bytes(_private_key(self.seed).verify_key))
 
     @property
     def text(self) -> str:
@@ -61,23 +62,18 @@ class SigningKey(NamedTuple):
 
     def sign(self, text: str) -> str:
         """Return the signature line of a note with this text."""
-        signature = _private_key(self.seed).sign(text.encode())
+        signature = _private_key(self.seed).sign(text.encode()).signature
         return f"{SIGNATURE_PREFIX}{self.name} {b64encode(self.verifier.key_id + signature).decode()}\n"
 
 
 @lru_cache
-def _private_key(seed: bytes) -> Ed25519PrivateKey:
-    return Ed25519PrivateKey.from_private_bytes(seed)
-
-
-@lru_cache
-def _public_bytes(seed: bytes) -> bytes:
-    return _private_key(seed).public_key().public_bytes_raw()
+def _private_key(seed: bytes) -> PrivateKey:
+    return PrivateKey(seed)
 
 
 def make_key(name: str) -> SigningKey:
     """Return a new key."""
-    return SigningKey(name, Ed25519PrivateKey.generate().private_bytes_raw())
+    return SigningKey(name, bytes(PrivateKey.generate()))
 
 
 def is_key_name(name: str) -> bool:
@@ -156,8 +152,8 @@ def open_note(note: str, keys: Sequence[VerifierKey]) -> str:
         if (key := by_id.get((name, signature[:KEY_ID_BYTES]))) is None:
             continue
         try:
-            Ed25519PublicKey.from_public_bytes(key.public).verify(signature[KEY_ID_BYTES:], text.encode())
-        except InvalidSignature:
+            PublicKey(key.public).verify(text.encode(), signature[KEY_ID_BYTES:])
+        except CryptoError:
             raise NoteError(f"the signature of {name} is wrong") from None
         signers += 1
     if not signers:

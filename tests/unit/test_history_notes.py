@@ -61,6 +61,7 @@ def test_several_keys_sign_one_note() -> None:
         SIGNED.replace("PeterNeumann", "Other"),
         SIGNED.replace("x08go/ZJ", "x08go/ZK"),
         SIGNED.replace("x08go", "\u00e9"),
+        SIGNED.replace("nAM=", ""),  # a signature that is too short
     ],
 )
 def test_a_wrong_note_is_refused(note: str) -> None:
