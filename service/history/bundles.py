@@ -135,7 +135,7 @@ async def make_bundle(  # noqa: PLR0913 - the parameters of the request
         if not count:
             raise NotInHistoryError(order_no)
         entries = await _read_order(
-            connection, signed.tree, order_no, after_position, size, events_max, with_bodies=with_bodies
+            connection, signed.tree, order_no, after_position, last, events_max, with_bodies=with_bodies
         )
         header, *proofs = await storage.read_proofs(
             connection,
@@ -250,26 +250,28 @@ async def _read_order(  # noqa: PLR0913, PLR0917 - as above
     tree: Tree,
     order_no: str,
     after_position: int,
-    size: int,
+    last: int,
     events_max: int | None,
     *,
     with_bodies: bool,
 ) -> list[Entry]:
+    """Return an order's entries from above one position to another, the last of the order that is signed."""
     entries: list[Entry] = []
     body_bytes = 0
     version = await store.version_at(connection, order_no, after_position) if after_position else 0
-    while events_max is None or (len(entries) < events_max and body_bytes <= BODIES_BYTES_MAX):
+    position = after_position
+    while position < last and (
+        events_max is None or (len(entries) < events_max and body_bytes <= BODIES_BYTES_MAX)
+    ):
         limit = EVENTS_MAX if events_max is None else events_max - len(entries)
         batch = [
             event
             for event in await store.read_stream(connection, order_no, version, limit)
-            if event.position < size
+            if event.position <= last
         ]
-        if not batch:
-            break
         added = await read_entries(connection, tree, batch, with_bodies=with_bodies)
         entries += added
-        version = batch[-1].version
+        position, version = batch[-1].position, batch[-1].version
         body_bytes += sum(len(entry.opened["body"]) for entry in added if entry.opened is not None)
     return entries
 

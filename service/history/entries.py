@@ -29,6 +29,7 @@ NESTED_MAX: Final = 8
 ERASED_IF_UNRECOGNISED: Final = "reported_status"
 TIME_NAMES: Final = ("timestamp", *TIMES)
 _TIME_MEMBERS: Final = {"_type_", "_data_"}
+_PLAIN: Final = frozenset({str, int, bool, type(None)})
 
 
 class Place(NamedTuple):
@@ -79,6 +80,8 @@ def read_members(state: bytes) -> dict[str, Any] | None:
     if not isinstance(members, dict) or not isinstance(members.get("body"), str):
         return None
     for name, value in members.items():
+        if type(value) in _PLAIN:
+            continue
         if type(value) is dict and value.keys() == _TIME_MEMBERS:
             members[name] = value["_data_"]
         elif not _is_plain(value, NESTED_MAX):
@@ -88,7 +91,7 @@ def read_members(state: bytes) -> dict[str, Any] | None:
 
 def _is_plain(value: Any, nested_max: int) -> bool:
     """Return whether a value has no fraction, which an erasure could write in another way, and is not deep."""
-    if value is None or isinstance(value, str | int):
+    if type(value) in _PLAIN:
         return True
     if isinstance(value, float) or not nested_max:
         return False
