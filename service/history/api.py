@@ -238,7 +238,7 @@ class HistoryApi:
 
     async def _read_published(self) -> Signed:
         async with self._pool.connection() as connection:
-            signed = await self._signer.read_published(connection, await storage.read_tree(connection))
+            signed = self._signer.find_published(await storage.read_tree(connection))
         if signed is None:
             raise _no_checkpoint()
         return signed

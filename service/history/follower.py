@@ -178,7 +178,7 @@ class Follower:
         # If this process recorded the first event a moment ago, it has followed the log from the beginning.
         existing = 0 if self._feed.recall(0, 1) else await storage.count_events(connection)
         header = encode_header(key.name, str(key), existing, None).decode()
-        tree = Tree(1, header, size=0, salted=0, has_commitments=False, head=0)
+        tree = Tree(1, header, size=0, salted=0, has_commitments=False, head=0, note=None)
         await begin(connection, tree)
         logger.info("the history has begun", origin=key.name, key=str(key), existing=existing)
         return 1

@@ -36,12 +36,13 @@ async def restart(connection: Connection, signer: Signer, reason: str, actor: Ac
             raise NotSigningError("the history has not begun yet, so there is nothing to restart: run 'serve'")
         keys = signer.make_keys()
         key = keys[0].verifier
-        continues = {"note": await _last_note(connection, signer, tree), "reason": reason}
+        continues = {"note": _last_note(signer, tree), "reason": reason}
         existing = await storage.count_events(connection)
         header = encode_header(key.name, str(key), existing, continues).decode()
-        checkpoint = await begin(connection, tree._replace(number=tree.number + 1, header=header, size=0))
+        new = tree._replace(number=tree.number + 1, header=header, size=0, note=None)
+        checkpoint = await begin(connection, new)
         note = sign_note(checkpoint.text, keys)
-        await storage.set_checkpoint(connection, tree.number + 1, checkpoint, note)
+        await storage.set_checkpoint(connection, new.number, checkpoint, note)
         await record_operation(connection, actor, ACTION, key.name, reason)
         # Before the commit: if that fails, the guard refuses the old tree too, until another restart.
         async with signer.locked():
@@ -49,14 +50,13 @@ async def restart(connection: Connection, signer: Signer, reason: str, actor: Ac
     return checkpoint
 
 
-async def _last_note(connection: Connection, signer: Signer, tree: Tree) -> str:
+def _last_note(signer: Signer, tree: Tree) -> str:
     """Return the last checkpoint that was signed: the guard's, or else the published one, or else nothing."""
     verifiers = [tree.key, *signer.find_verifiers(None)]
     with suppress(HistoryHaltedError):
         if _is_signed(note := signer.read_guard(), verifiers):
             return note or ""
-    note = await storage.read_checkpoint_note(connection, tree.number)
-    return note or "" if _is_signed(note, verifiers) else ""
+    return tree.note or "" if _is_signed(tree.note, verifiers) else ""
 
 
 def _is_signed(note: str | None, verifiers: Sequence[VerifierKey]) -> bool:

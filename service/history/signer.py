@@ -197,20 +197,19 @@ class Signer:
         tree, keys = await self._read_own_tree(connection)
         # This raises an error if the tree does not continue the guard.
         await self._read_roots(connection, tree, keys, guard)
-        published = await self.read_published(connection, tree)
+        published = self.find_published(tree)
         if published is None:
             raise NotSigningError("nothing is signed yet")
         return published
 
-    async def read_published(self, connection: Connection, tree: Tree | None) -> Signed | None:
+    def find_published(self, tree: Tree | None) -> Signed | None:
         """Return the last published checkpoint of a tree; None if none of its keys has signed it."""
-        note = None if tree is None else await storage.read_checkpoint_note(connection, tree.number)
-        if tree is None or note is None:
+        if tree is None or tree.note is None:
             return None
         with suppress(NoteError):
-            checkpoint = read_checkpoint(open_note(note, self.find_verifiers(tree)))
+            checkpoint = read_checkpoint(open_note(tree.note, self.find_verifiers(tree)))
             if checkpoint.origin == tree.origin and checkpoint.size <= tree.size:
-                return Signed(tree, checkpoint, note)
+                return Signed(tree, checkpoint, tree.note)
         return None
 
     def state_last(self, signed: Signed, first: int, last: int, count: int) -> str:
@@ -275,7 +274,7 @@ class Signer:
                 "back, or, if it is lost, run 'history restart REASON'"
             )
         if guard == NOTHING:
-            if await storage.read_checkpoint_note(connection, tree.number) is not None:
+            if tree.note is not None:
                 raise HistoryHaltedError(
                     f"the guard {self.guard_file} is of a key that has signed nothing: put the right one there"
                 )

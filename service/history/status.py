@@ -57,6 +57,6 @@ async def read_status(signer: Signer, connection: Connection) -> Status:
         except KeyFileError as error:
             fault = str(error)
         tree = await storage.read_tree(connection)
-        status = Status(tree, await signer.read_published(connection, tree), 0.0, halted, unsigned, fault)
+        status = Status(tree, signer.find_published(tree), 0.0, halted, unsigned, fault)
         lag_seconds = await store.read_lag_seconds(connection, max(0, status.signed - 1))
     return status._replace(lag_seconds=lag_seconds)

@@ -20,14 +20,15 @@ INLINE_RANGES_MAX: Final = 2
 LOCK: Final = "SELECT lock_history()"
 BEGIN_LOCKED: Final = f"BEGIN; {LOCK}"
 # The last tree and its size, how many positions have salts, whether an event above the tree's size has a
-# commitment or a mark, and the log's head.
+# commitment or a mark, the log's head, and the last checkpoint.
 STATE: Final = f"""
     SELECT tree, header, coalesce(size, 0) AS size,
         coalesce((
             SELECT tile * {TILE_HASHES} + length(salts) / {SALT_BYTES}
             FROM public.history_salts ORDER BY tile DESC LIMIT 1), 0) AS salted,
         EXISTS (SELECT FROM public.history_commitments WHERE position >= size) AS has_commitments,
-        (SELECT max(notification_id) FROM public.order_events) AS head
+        (SELECT max(notification_id) FROM public.order_events) AS head,
+        (SELECT note FROM public.history_checkpoints AS published WHERE published.tree = last.tree) AS note
     FROM (SELECT tree, header FROM public.history_trees ORDER BY tree DESC LIMIT 1) AS last
     LEFT JOIN LATERAL (
         SELECT tile * {TILE_HASHES} + length(hashes) / {HASH_BYTES} AS size FROM public.history_tiles AS tiles
@@ -59,7 +60,6 @@ SALTS: Final = "SELECT tile, salts FROM public.history_salts WHERE tile = ANY($1
 COMMITMENTS: Final = """
     SELECT position, commitment, raw FROM public.history_commitments WHERE position = ANY($1::bigint[])
 """
-CHECKPOINT: Final = "SELECT note FROM public.history_checkpoints WHERE tree = $1"
 SET_CHECKPOINT: Final = """
     INSERT INTO history_checkpoints (tree, size, note) VALUES ($1, $2, $3)
     ON CONFLICT (tree) DO UPDATE SET size = excluded.size, note = excluded.note
@@ -76,6 +76,7 @@ class Tree(NamedTuple):
         salted: how many positions have salts; more than ``size`` while a tree is built after a restart.
         has_commitments: whether there is a commitment or a mark for an event that the tree does not have yet.
         head: the log's head.
+        note: its last signed checkpoint; None before the first.
     """
 
     number: int
@@ -84,6 +85,7 @@ class Tree(NamedTuple):
     salted: int
     has_commitments: bool
     head: int
+    note: str | None
 
     @property
     def origin(self) -> str:
@@ -203,12 +205,6 @@ async def read_commitments(connection: Connection, positions: Iterable[int]) -> 
     """Return the commitments of those of the positions that were erased."""
     rows = await connection.fetch(COMMITMENTS, [*positions])
     return {position: Commitments(body, state) for position, body, state in rows}
-
-
-async def read_checkpoint_note(connection: Connection, number: int) -> str | None:
-    """Return the last signed checkpoint of a tree, None before the first."""
-    note: str | None = await connection.fetchval(CHECKPOINT, number)
-    return note
 
 
 async def set_checkpoint(connection: Connection, number: int, checkpoint: Checkpoint, note: str) -> None:

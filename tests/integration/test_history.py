@@ -115,6 +115,14 @@ async def prove(history: History, order_no: str, **options: Any) -> Any:
     return await make_bundle(history.connection, history.signer, order_no, **{"with_bodies": False, **options})
 
 
+async def checkpoint_of(history: History) -> str:
+    """Return the published checkpoint."""
+    tree = await storage.read_tree(history.connection)
+    assert tree is not None
+    assert tree.note is not None
+    return tree.note
+
+
 def key_of(history: History) -> str:
     return str(history.signer.read_keys()[0].verifier)
 
@@ -424,8 +432,7 @@ async def test_a_rebuilt_tree_is_not_signed(history: History, tmp_path: Path) ->
     await record(history, "KOM1", *STATUSES)
     await record(history, "KOM2", *STATUSES)
     await history.build()
-    old = await storage.read_checkpoint_note(history.connection, 1)
-    assert old is not None
+    old = await checkpoint_of(history)
     (tmp_path / "old").write_text(old, encoding="utf-8")
     await history.connection.execute(
         """
@@ -529,7 +536,7 @@ async def test_a_restart_with_a_guard_that_cannot_be_read(history: History, dsn:
     """The published checkpoint is then the one that the new tree continues."""
     await record(history, "KOM1", "Diajukan")
     await history.build()
-    note = await storage.read_checkpoint_note(history.connection, 1)
+    note = await checkpoint_of(history)
     history.signer.guard_file.write_bytes(b"\xff")
     assert "cannot be read" in str((await read_status(history.signer, history.connection)).halted)
     async with connected(dsn) as own:
@@ -1016,8 +1023,7 @@ async def test_a_forgery_is_found(history: History, tmp_path: Path, kind: str) -
     """Each change of a bundle is refused, with a reason."""
     await record(history, "KOM1", "Diajukan", "Dikirim")
     await history.build()
-    old = await storage.read_checkpoint_note(history.connection, 1)
-    (tmp_path / "old").write_text(str(old), encoding="utf-8")
+    (tmp_path / "old").write_text(await checkpoint_of(history), encoding="utf-8")
     await record(history, "KOM1", "Diterima", "Selesai")
     await record(history, "KOM2", "Diajukan")
     await history.build()

@@ -163,7 +163,6 @@ PAGES: Final = {
     "tiles of a proof": (history.TILES, "1", "ARRAY[0, 0, 1]::smallint[]", "ARRAY[5, 50, 0]"),
     "salts of a proof": (history.SALTS, "ARRAY[5, 50]"),
     "commitments of a proof": (history.COMMITMENTS, ERASED_POSITIONS),
-    "the checkpoint of the history": (history.CHECKPOINT, "1"),
 }  # fmt: skip
 
 
