@@ -14,8 +14,8 @@ from service.history.entries import SALT_BYTES
 from service.history.notes import Checkpoint, VerifierKey, read_verifier_key
 from service.history.tree import HASH_BYTES, TILE_HASHES, Edge, Range, TileId, edge_tiles, hash_ranges, tiles_of
 
-# More ranges are hashed in a thread, so that a long proof does not hold the event loop. One takes up to 0.6 ms.
-INLINE_RANGES_MAX: Final = 2
+# More tiles are hashed in a thread, so that a long proof does not hold the event loop. One takes 0.1 ms.
+INLINE_TILES_MAX: Final = 16
 
 LOCK: Final = "SELECT lock_history()"
 BEGIN_LOCKED: Final = f"BEGIN; {LOCK}"
@@ -168,7 +168,7 @@ async def read_proofs(connection: Connection, number: int, *proofs: Sequence[Ran
     """
     ranges = {leaves for proof in proofs for leaves in proof}
     tiles = await read_tiles(connection, number, tiles_of(ranges))
-    if len(ranges) <= INLINE_RANGES_MAX:
+    if len(tiles) <= INLINE_TILES_MAX:
         hashes = hash_ranges(ranges, tiles)
     else:
         hashes = await asyncio.to_thread(hash_ranges, ranges, tiles)
