@@ -122,7 +122,8 @@ class Batcher(Generic[Item, Outcome]):
     def _expect(self, items_max: int, seconds: float) -> None:
         """Update the number of items that may wait, from the expected duration of the next batch."""
         self._batch_seconds += BATCH_SECONDS_SMOOTHING * (seconds - self._batch_seconds)
-        batches = max(1.0, self._wait_seconds_max / max(self._batch_seconds, 1e-9))
+        # Whole batches: whatever is beyond them waits for one more.
+        batches = max(1.0, self._wait_seconds_max // max(self._batch_seconds, 1e-9))
         self._waiting_items_max = int(min(self._queue_items_max, batches * items_max))
 
     def _take(self) -> list[_Call[Item, Outcome]]:

@@ -156,6 +156,29 @@ async def test_the_queue_limits_exclude_the_running_batch() -> None:
     assert await asyncio.gather(*first, *second) == [2, 4, 6, 8, 10, 12]
 
 
+async def test_no_call_waits_for_a_batch_that_begins_too_late() -> None:
+    """A wait of one and a half batches is time for one more, however the next one is filled."""
+    gate = asyncio.Event()
+
+    async def work(items: list[int], _due: float) -> Sequence[int | Exception]:
+        # The first batch takes so long that each further one is expected to take a tenth of it, or more.
+        await (asyncio.sleep(0.2) if items == [0] else gate.wait())
+        return items
+
+    calls: Batcher[int, int] = Batcher(
+        work, batch_items_max=3, queue_items_max=100, seconds_max=SECONDS_MAX, wait_seconds_max=0.03
+    )
+    assert await calls.submit(0) == 0
+    running = await begin(calls, 1)
+    await asyncio.sleep(0)
+    assert not calls.waiting
+    waiting = await begin(calls, 2, 3, 4)
+    with pytest.raises(OverloadedError):
+        await calls.submit(5)
+    gate.set()
+    assert await asyncio.gather(*running, *waiting) == [1, 2, 3, 4]
+
+
 async def test_an_item_whose_time_is_over_before_its_batch_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """An item that expires before its batch gets TimeoutError and is not processed; the others are."""
     loop = asyncio.get_running_loop()
