@@ -259,19 +259,20 @@ async def _read_order(  # noqa: PLR0913, PLR0917 - as above
     entries: list[Entry] = []
     body_bytes = 0
     version = await store.version_at(connection, order_no, after_position) if after_position else 0
-    position = after_position
-    while position < last and (
-        events_max is None or (len(entries) < events_max and body_bytes <= BODIES_BYTES_MAX)
-    ):
+    while events_max is None or (len(entries) < events_max and body_bytes <= BODIES_BYTES_MAX):
         limit = EVENTS_MAX if events_max is None else events_max - len(entries)
         batch = [
             event
             for event in await store.read_stream(connection, order_no, version, limit)
             if event.position <= last
         ]
+        if not batch:
+            break
         added = await read_entries(connection, tree, batch, with_bodies=with_bodies)
         entries += added
-        position, version = batch[-1].position, batch[-1].version
+        version = batch[-1].version
+        if batch[-1].position == last:
+            break
         body_bytes += sum(len(entry.opened["body"]) for entry in added if entry.opened is not None)
     return entries
 

@@ -1056,6 +1056,23 @@ async def test_a_lying_operator_is_refuted(history: History, tmp_path: Path) -> 
     assert verify(honest, key_of(history), tmp_path, "--against", str(tmp_path / "other.json")).code == 0
 
 
+async def test_a_proof_of_swapped_versions_is_not_valid(history: History, tmp_path: Path) -> None:
+    """A superuser swaps the versions of two events. The proof is given, and refused."""
+    await record(history, "KOM1", *STATUSES)
+    await history.build()
+    await history.connection.execute(
+        """
+        ALTER TABLE order_events DISABLE TRIGGER order_events_immutable;
+        UPDATE order_events SET originator_version = 9 WHERE notification_id = 3;
+        UPDATE order_events SET originator_version = 3 WHERE notification_id = 2;
+        UPDATE order_events SET originator_version = 2 WHERE notification_id = 3;
+        """
+    )
+    bundle = await prove(history, "KOM1")
+    assert [event["index"] for event in bundle["events"]] == [1, 3, 2]
+    assert verify(bundle, key_of(history), tmp_path).code == 1
+
+
 async def test_a_changed_character_changes_nothing_or_is_found(history: History, tmp_path: Path) -> None:
     """Of 650 changes of one character, each is refused, or the verified output is the same."""
     await record(history, "KOM1", *STATUSES, "Wat")
