@@ -122,9 +122,10 @@ class Batcher(Generic[Item, Outcome]):
     def _expect(self, items_max: int, seconds: float) -> None:
         """Update the number of items that may wait, from the expected duration of the next batch."""
         self._batch_seconds += BATCH_SECONDS_SMOOTHING * (seconds - self._batch_seconds)
-        # Whole batches: whatever is beyond them waits for one more.
-        batches = max(1.0, self._wait_seconds_max // max(self._batch_seconds, 1e-9))
-        self._waiting_items_max = int(min(self._queue_items_max, batches * items_max))
+        batches = max(1.0, self._wait_seconds_max / max(self._batch_seconds, 1e-9))
+        # Whole batches: an item beyond them waits for one more. A batch has at least one item.
+        whole_batches = int(min(self._queue_items_max, batches))
+        self._waiting_items_max = min(self._queue_items_max, whole_batches * items_max)
 
     def _take(self) -> list[_Call[Item, Outcome]]:
         now = asyncio.get_running_loop().time()

@@ -29,7 +29,8 @@ from service.database.connections import (
 from service.database.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, has_data, running_dsn
 from service.database.schema import SchemaError, service_dsn
 from service.event_log.codec import UndecodableEventError
-from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError
+from service.history.signer import KeyFileError, NotSigningError
+from service.history.storage import HistoryHaltedError
 from service.http.times import to_rfc3339
 from service.ingest.quarantine import NotOpenError, UnknownEntryError
 from service.maintenance.backup import BackupError

@@ -21,8 +21,9 @@ from service.history.bundles import (
     make_event_proof,
 )
 from service.history.notes import Checkpoint, read_checkpoint
-from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signed, Signer
+from service.history.signer import KeyFileError, NotSigningError, Signed, Signer
 from service.history.status import read_status
+from service.history.storage import HistoryHaltedError
 from service.history.tree import HASH_BYTES, TILE_HASHES, TILE_LEVELS, TileId
 from service.http.access import has_scope
 from service.http.endpoints import HTML, OCTETS, TEXT, Endpoint, Tag

@@ -10,7 +10,7 @@ from service.history.bundles import read_range
 from service.history.entries import encode_gap
 from service.history.signer import Signed, Signer
 from service.history.status import Status, read_status
-from service.history.storage import Tree
+from service.history.storage import HistoryHaltedError, Tree
 from service.history.tree import TILE_HASHES, TileId, hash_leaf, root_of, split
 
 # Without --history, so many tiles are checked: the newest ones, and others at random.
@@ -94,7 +94,10 @@ async def _fits_checkpoint(connection: Connection, published: Signed | None) -> 
     if published is None or published.checkpoint.size == 0:
         return True
     _, size, root = published.checkpoint
-    return await storage.read_roots(connection, published.tree.number, size) == [root]
+    try:
+        return await storage.read_roots(connection, published.tree.number, size) == [root]
+    except HistoryHaltedError:
+        return False
 
 
 def _choose(total: int) -> set[int]:
@@ -120,18 +123,22 @@ async def _compare(connection: Connection, tree: Tree, numbers: range) -> tuple[
     """Compare the entries of some adjacent tiles; return the differences, and how many were compared."""
     start, end = numbers.start * TILE_HASHES, min(numbers.stop * TILE_HASHES, tree.size)
     tiles = await storage.read_tiles(connection, tree.number, [TileId(0, number) for number in numbers])
-    leaves = [leaf for number in numbers for leaf in split(tiles.get(TileId(0, number), b""))]
+    leaves: list[bytes | None] = []
+    for number in numbers:
+        hashes = split(tiles.get(TileId(0, number), b""))
+        leaves += [*hashes, *[None] * (TILE_HASHES - len(hashes))]
     entries = await read_range(connection, tree, start, end)
-    differences = []
-    for position, (entry, leaf) in enumerate(zip(entries, leaves, strict=False), start):
-        if hash_leaf(entry) != leaf:
-            differences.append(Difference(position, _describe(position, entry, leaf)))
-    if len(leaves) < len(entries):
-        differences.append(Difference(start + len(leaves), "its hash is missing from the history"))
+    differences = [
+        Difference(position, _describe(position, entry, leaf))
+        for position, (entry, leaf) in enumerate(zip(entries, leaves, strict=False), start)
+        if hash_leaf(entry) != leaf
+    ]
     return differences, len(entries)
 
 
-def _describe(position: int, entry: bytes, leaf: bytes) -> str:
+def _describe(position: int, entry: bytes, leaf: bytes | None) -> str:
+    if leaf is None:
+        return "its hash is missing from the history"
     if position == 0:
         return "the header of the history was changed"
     gap = encode_gap(position)

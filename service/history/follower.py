@@ -28,8 +28,8 @@ from service.history.entries import (
     encode_recorded,
 )
 from service.history.notes import Checkpoint
-from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signer
-from service.history.storage import Commitments, Tree
+from service.history.signer import KeyFileError, NotSigningError, Signer
+from service.history.storage import Commitments, HistoryHaltedError, Tree
 from service.history.tree import Edge, hash_leaf
 
 # A batch shares a transaction. Memory keeps at least twice as many events.

@@ -10,8 +10,8 @@ from service.history import storage
 from service.history.entries import encode_header
 from service.history.follower import begin
 from service.history.notes import Checkpoint, NoteError, VerifierKey, open_note, read_checkpoint, sign_note
-from service.history.signer import HistoryHaltedError, NotSigningError, Signer
-from service.history.storage import Tree
+from service.history.signer import NotSigningError, Signer
+from service.history.storage import HistoryHaltedError, Tree
 
 ACTION: Final = "history_restarted"
 

@@ -28,7 +28,7 @@ from service.history.notes import (
     read_signing_key,
     sign_note,
 )
-from service.history.storage import Tree
+from service.history.storage import RESTART, HistoryHaltedError, Tree
 from service.settings import Settings
 
 KEY_SUFFIX: Final = ".key"
@@ -39,11 +39,6 @@ NOTHING: Final = ""
 DEFAULT_ORIGIN: Final = "order-tracking.invalid/{}"
 ORIGIN_BYTES: Final = 8
 LAST: Final = "order-tracking.last.v1"
-RESTART: Final = "if a restore or a failover is the cause, run 'history restart REASON'"
-
-
-class HistoryHaltedError(Exception):
-    """The tree does not continue the guard, so it is not signed. ``str()`` is the reason."""
 
 
 class NotSigningError(Exception):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 from projections.postgres_errors import Connection
 from service.event_log import store
 from service.history import storage
-from service.history.signer import HistoryHaltedError, KeyFileError, NotSigningError, Signed, Signer
-from service.history.storage import Tree
+from service.history.signer import KeyFileError, NotSigningError, Signed, Signer
+from service.history.storage import HistoryHaltedError, Tree
 
 
 class Status(NamedTuple):

@@ -14,8 +14,9 @@ from service.history.entries import SALT_BYTES
 from service.history.notes import Checkpoint, VerifierKey, read_verifier_key
 from service.history.tree import HASH_BYTES, TILE_HASHES, Edge, Range, TileId, edge_tiles, hash_ranges, tiles_of
 
-# More tiles are hashed in a thread, so that a long proof does not hold the event loop. One takes 0.1 ms.
-INLINE_TILES_MAX: Final = 16
+# More ranges are hashed in a thread, so that the event loop is not held: so many take up to 3 ms.
+INLINE_RANGES_MAX: Final = 200
+RESTART: Final = "if a restore or a failover is the cause, run 'history restart REASON'"
 
 LOCK: Final = "SELECT lock_history()"
 BEGIN_LOCKED: Final = f"BEGIN; {LOCK}"
@@ -64,6 +65,10 @@ SET_CHECKPOINT: Final = """
     INSERT INTO history_checkpoints (tree, size, note) VALUES ($1, $2, $3)
     ON CONFLICT (tree) DO UPDATE SET size = excluded.size, note = excluded.note
 """
+
+
+class HistoryHaltedError(Exception):
+    """The tree is not what was signed, so it is neither signed nor proven from. ``str()`` is the reason."""
 
 
 class Tree(NamedTuple):
@@ -164,19 +169,28 @@ async def read_proofs(connection: Connection, number: int, *proofs: Sequence[Ran
     """Return the hashes of one or more proofs.
 
     Raises:
-        KeyError: the tree is smaller than the proofs' tree.
+        HistoryHaltedError: the tree lacks hashes that it should have.
     """
     ranges = {leaves for proof in proofs for leaves in proof}
     tiles = await read_tiles(connection, number, tiles_of(ranges))
-    if len(tiles) <= INLINE_TILES_MAX:
-        hashes = hash_ranges(ranges, tiles)
-    else:
-        hashes = await asyncio.to_thread(hash_ranges, ranges, tiles)
+    try:
+        if len(ranges) <= INLINE_RANGES_MAX:
+            hashes = hash_ranges(ranges, tiles)
+        else:
+            hashes = await asyncio.to_thread(hash_ranges, ranges, tiles)
+    except LookupError:
+        raise HistoryHaltedError(
+            f"hashes are missing from the history: 'check --history' names their tiles; {RESTART}"
+        ) from None
     return [[hashes[leaves] for leaves in proof] for proof in proofs]
 
 
 async def read_roots(connection: Connection, number: int, *sizes: int) -> list[bytes]:
-    """Return the roots that a tree had at some sizes, each at least 1."""
+    """Return the roots that a tree had at some sizes, each at least 1.
+
+    Raises:
+        HistoryHaltedError: see ``read_proofs``.
+    """
     (roots,) = await read_proofs(connection, number, [Range(0, size) for size in sizes])
     return roots
 

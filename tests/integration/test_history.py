@@ -32,8 +32,9 @@ from service.history.entries import NO_SALT
 from service.history.follower import BATCH_LEAVES_MAX, Follower
 from service.history.notes import read_checkpoint, read_verifier_key
 from service.history.restart import restart
-from service.history.signer import NOTHING, HistoryHaltedError, KeyFileError, NotSigningError, Signer
+from service.history.signer import NOTHING, KeyFileError, NotSigningError, Signer
 from service.history.status import read_status
+from service.history.storage import HistoryHaltedError
 from service.history.tree import TILE_HASHES, TileId, hash_leaf, root_of, split
 from service.maintenance import erasure
 from service.maintenance.erasure import erase_order
@@ -763,6 +764,32 @@ async def test_the_check_finds_changed_tiles(history: History) -> None:
         [(1, "its event was changed")],
         [TileId(1, 0)],
     )
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        ("UPDATE history_tiles SET hashes = substr(hashes, 1, 32) WHERE level = $1 AND tile = 0", 1),
+        ("DELETE FROM history_tiles WHERE level = $1 AND tile = 0", 0),
+    ],
+)
+async def test_missing_hashes_halt_the_history(history: History, level: int, damage: str, kept: int) -> None:
+    """Nothing is signed or proven from a tree that a superuser has cut, and the check says where."""
+    order_nos = [f"KOM{number}" for number in range(600)]
+    states = await store.order_states(history.connection, order_nos)
+    await store.append(history.connection, [decide(states[one], report(one)) for one in order_nos])
+    await history.build()
+    await history.connection.execute("ALTER TABLE history_tiles DISABLE TRIGGER USER")
+    await history.connection.execute(damage, level)
+    with pytest.raises(HistoryHaltedError, match="hashes are missing"):
+        await prove(history, "KOM1")
+    checked = await check(history)
+    assert checked.tiles == [TileId(1, 0)]
+    # Of the entries, only those without a hash differ.
+    missing = range(kept, TILE_HASHES) if level == 0 else range(0)
+    assert checked.differing == len(missing)
+    assert [one.position for one in checked.differences[:2]] == [*missing[:2]]
 
 
 # Over HTTP.

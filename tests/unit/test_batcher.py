@@ -179,6 +179,20 @@ async def test_no_call_waits_for_a_batch_that_begins_too_late() -> None:
     assert await asyncio.gather(*running, *waiting) == [1, 2, 3, 4]
 
 
+async def test_without_a_limit_of_the_wait_the_queue_stays_long() -> None:
+    """However long batches take, as many calls may wait as the queue has places."""
+    work = Work()
+    calls = batcher(work, batch_items_max=2, queue_items_max=9)
+    assert await calls.submit(0) == 0
+    first = await held(work, calls)
+    waiting = await begin(calls, *range(9))
+    assert calls.waiting == len(waiting)
+    with pytest.raises(OverloadedError):
+        await calls.submit(9)
+    work.gate.set()
+    await asyncio.gather(first, *waiting)
+
+
 async def test_an_item_whose_time_is_over_before_its_batch_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """An item that expires before its batch gets TimeoutError and is not processed; the others are."""
     loop = asyncio.get_running_loop()
