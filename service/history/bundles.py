@@ -1,7 +1,7 @@
 """Proofs: the bundle of an order's timeline, and the proof of one event (C2SP tlog-proof)."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple, NotRequired
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
@@ -12,7 +12,7 @@ from service.event_log.store import RecordedEvent
 from service.history import storage
 from service.history.entries import NO_SALT, Leaf, Place, commit, encode_gap, encode_raw
 from service.history.signer import Signer
-from service.history.storage import Tree
+from service.history.storage import Commitments, Tree
 from service.history.tree import TILE_HASHES, TileId, consistency_ranges, hash_leaf, inclusion_ranges, split
 
 FORMAT: Final = "order-tracking.proof.v1"
@@ -199,9 +199,11 @@ async def read_entries(
     """Return the entries of some events, in their order."""
     positions = [event.position for event in events]
     salts = await storage.read_salts(connection, positions)
-    commitments = await storage.read_commitments(connection, positions)
+    commitments: Mapping[int, Commitments] = {}
     leaves: dict[int, bytes] = {}
-    if commitments:
+    # An erasure leaves a commitment in the place of each salt.
+    if erased := [position for position in positions if salts.get(position, NO_SALT) == NO_SALT]:
+        commitments = await storage.read_commitments(connection, erased)
         # An erased event does not show which of two forms its entry has: the tree does.
         tiles = {TileId(0, position // TILE_HASHES) for position in commitments}
         for tile, hashes in (await storage.read_tiles(connection, tree.number, tiles)).items():
