@@ -24,7 +24,7 @@ from service.history.notes import Checkpoint, read_checkpoint
 from service.history.signer import KeyFileError, NotSigningError, Signed, Signer
 from service.history.status import read_status
 from service.history.storage import HistoryHaltedError
-from service.history.tree import HASH_BYTES, TILE_HASHES, TILE_LEVELS, TileId
+from service.history.tree import TILE_HASHES, TILE_LEVELS, TileId
 from service.http.access import has_scope
 from service.http.endpoints import HTML, OCTETS, TEXT, Endpoint, Tag
 from service.http.parameters import Position, Query, order_path, parse_number, parse_order_no
@@ -134,7 +134,7 @@ class HistoryApi:
         "/history/tile/{level}/{tile}",
         bytes,
         media=OCTETS,
-        problems=(ProblemType.NO_SUCH_TILE,),
+        problems=(ProblemType.NO_SUCH_TILE, ProblemType.HISTORY_HALTED),
         has_path_rest=True,
         may_be_public=True,
     )
@@ -144,9 +144,12 @@ class HistoryApi:
         text = request.match_info["level"]
         level = int(text) if re.fullmatch(r"0|[1-9]\d?", text, re.ASCII) else LEVEL_MAX + 1
         tile, width = _parse_tile(request, level, signed.checkpoint)
-        async with self._pool.connection() as connection:
-            tiles = await storage.read_tiles(connection, signed.tree.number, [tile])
-        return response(tiles[tile][: width * HASH_BYTES], OCTETS, headers=self._immutable)
+        try:
+            async with self._pool.connection() as connection:
+                hashes = await storage.read_tile(connection, signed.tree.number, tile, width)
+        except HistoryHaltedError as error:
+            raise self._halted(str(error)) from None
+        return response(hashes, OCTETS, headers=self._immutable)
 
     @Endpoint("GET", "/history/verify.py", str, media=TEXT, may_be_public=True)
     async def get_verifier(self, _request: web.Request, _query: Query) -> web.Response:

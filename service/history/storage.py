@@ -17,6 +17,7 @@ from service.history.tree import HASH_BYTES, TILE_HASHES, Edge, Range, TileId, e
 # More ranges are hashed in a thread, so that the event loop is not held: so many take up to 3 ms.
 INLINE_RANGES_MAX: Final = 200
 RESTART: Final = "if a restore or a failover is the cause, run 'history restart REASON'"
+MISSING: Final = f"hashes are missing from the history: 'check --history' says where; {RESTART}"
 
 LOCK: Final = "SELECT lock_history()"
 BEGIN_LOCKED: Final = f"BEGIN; {LOCK}"
@@ -160,6 +161,18 @@ async def read_tiles(connection: Connection, number: int, tiles: Iterable[TileId
     return {TileId(level, index): hashes for level, index, hashes in rows}
 
 
+async def read_tile(connection: Connection, number: int, tile: TileId, width: int) -> bytes:
+    """Return the first ``width`` hashes of a tile.
+
+    Raises:
+        HistoryHaltedError: the tree lacks some of them.
+    """
+    hashes = (await read_tiles(connection, number, [tile])).get(tile, b"")[: width * HASH_BYTES]
+    if len(hashes) < width * HASH_BYTES:
+        raise HistoryHaltedError(MISSING)
+    return hashes
+
+
 async def read_edge(connection: Connection, tree: Tree) -> Edge:
     """Return the right edge of a tree."""
     return Edge(tree.size, await read_tiles(connection, tree.number, edge_tiles(tree.size)))
@@ -179,9 +192,7 @@ async def read_proofs(connection: Connection, number: int, *proofs: Sequence[Ran
         else:
             hashes = await asyncio.to_thread(hash_ranges, ranges, tiles)
     except LookupError:
-        raise HistoryHaltedError(
-            f"hashes are missing from the history: 'check --history' names their tiles; {RESTART}"
-        ) from None
+        raise HistoryHaltedError(MISSING) from None
     return [[hashes[leaves] for leaves in proof] for proof in proofs]
 
 

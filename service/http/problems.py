@@ -96,7 +96,7 @@ class ProblemType(Enum):
     HISTORY_HALTED = (
         503,
         "History halted",
-        "The history does not continue its last signed checkpoint, as after a restore. An operator must act.",
+        "The history lacks hashes, or does not continue its last checkpoint. An operator must act.",
     )
     PARKED = 503, "Order parked", "A view could not apply an event of this order. A replay rebuilds the view."
     HTTP_VERSION = 505, "HTTP version not supported", "Supported versions: HTTP/1.0, HTTP/1.1."

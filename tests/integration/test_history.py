@@ -906,6 +906,21 @@ async def test_a_tile_beyond_the_signed_history_is_unknown(served: Client, tile:
     assert problem["type"] == "/problems/no-such-tile"
 
 
+async def test_a_tile_that_lacks_hashes_is_not_served(served: Client, owner_dsn: str) -> None:
+    """Caches would keep a part of a tile for good."""
+    for number in range(TILE_HASHES):
+        await served.webhook(f"OTHER{number}")
+    await until_signed(served, TILE_HASHES + 4)
+    async with connected(owner_dsn) as owner:
+        await owner.execute("ALTER TABLE history_tiles DISABLE TRIGGER USER")
+        await owner.execute(
+            "UPDATE history_tiles SET hashes = substr(hashes, 1, 64) WHERE level = 0 AND tile = 0"
+        )
+        await owner.execute("DELETE FROM history_tiles WHERE level = 1")
+    for tile in ("0/000", "1/000.p/1"):
+        assert (await served.get(f"/history/tile/{tile}", 503))["type"] == "/problems/history-halted"
+
+
 async def test_the_proof_of_one_event(served: Client) -> None:
     """It is a C2SP tlog-proof; its extra data is the entry."""
     lines = (await served.text(f"{ORDER}/events/2/proof")).split("\n")
