@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import structlog
 from aiohttp import hdrs, web
 from pydantic import Field
 
@@ -23,8 +24,8 @@ from service.history.bundles import (
 from service.history.notes import Checkpoint, read_checkpoint
 from service.history.signer import KeyFileError, NotSigningError, Signed, Signer
 from service.history.status import read_status
-from service.history.storage import HistoryHaltedError
-from service.history.tree import TILE_HASHES, TILE_LEVELS, TileId
+from service.history.storage import DAMAGED, HistoryHaltedError
+from service.history.tree import TILE_HASHES, TileId, width_of
 from service.http.access import has_scope
 from service.http.endpoints import HTML, OCTETS, TEXT, Endpoint, Tag
 from service.http.parameters import Position, Query, order_path, parse_number, parse_order_no
@@ -47,6 +48,8 @@ LEVEL_MAX: Final = 63
 # 1234067 is x001/x234/067. A partial tile ends with its width.
 _TILE_PATH: Final = re.compile(r"((?:x\d{3}/){0,5}\d{3})(?:\.p/([1-9]\d{0,2}))?", re.ASCII)
 ENTRY_LENGTH_BYTES: Final = 2
+
+logger = structlog.get_logger()
 
 _FOLDER: Final = Path(__file__).resolve().parent
 VERIFY_PY: Final = _FOLDER / "verify.py"
@@ -80,6 +83,7 @@ class HistoryApi:
     def __init__(self, pool: ConnectionPool, signer: Signer, *, is_public: bool) -> None:
         self._pool = pool
         self._signer = signer
+        self._is_damage_logged = False
         self.is_public = is_public
         self._immutable: dict[str, str] = {hdrs.CACHE_CONTROL: IMMUTABLE_PUBLIC if is_public else IMMUTABLE}
 
@@ -235,6 +239,10 @@ class HistoryApi:
             raise unavailable(self._without_folder(str(error))) from None
 
     def _halted(self, reason: str) -> ProblemError:
+        if reason == DAMAGED and not self._is_damage_logged:
+            # The follower logs all other reasons; it does not read these hashes.
+            self._is_damage_logged = True
+            logger.error("the history is damaged", reason=reason)
         return history_halted(self._without_folder(reason))
 
     def _without_folder(self, text: str) -> str:
@@ -262,10 +270,10 @@ def _parse_tile(request: web.Request, level: int, checkpoint: Checkpoint) -> tup
     if match is not None and level <= LEVEL_MAX:
         number = int(match[1].replace("x", "").replace("/", ""))
         width = int(match[2] or TILE_HASHES)
-        available = (checkpoint.size >> TILE_LEVELS * level) - number * TILE_HASHES
+        tile = TileId(level, number)
         is_canonical = len(match[1]) == len("000") or not match[1].startswith("x000")
-        if is_canonical and width <= min(available, TILE_HASHES):
-            return TileId(level, number), width
+        if is_canonical and width <= width_of(tile, checkpoint.size):
+            return tile, width
     detail = (
         f"the signed history has {checkpoint.size} entries: expected a path of its tiles, such as 0/000.p/1"
     )

@@ -11,7 +11,7 @@ from service.history.entries import encode_gap
 from service.history.signer import Signed, Signer
 from service.history.status import Status, read_status
 from service.history.storage import HistoryHaltedError, Tree
-from service.history.tree import TILE_HASHES, TileId, hash_leaf, root_of, split
+from service.history.tree import TILE_HASHES, TileId, hash_leaf, root_of, split, width_of
 
 # Without --history, so many tiles are checked: the newest ones, and others at random.
 NEWEST_TILES: Final = 16
@@ -155,12 +155,12 @@ async def _misfits(connection: Connection, tree: Tree, *, whole: bool) -> AsyncI
         for number in range(total) if whole else sorted(_choose(total)):
             tile = TileId(level, number)
             hashes = split((await storage.read_tiles(connection, tree.number, [tile])).get(tile, b""))
-            expected = min(TILE_HASHES, count - number * TILE_HASHES)
+            expected = width_of(tile, tree.size)
             # Each hash costs a tile, so a part of the tiles is enough unless everything is to be checked.
             chosen: Sequence[int] = range(expected) if whole else [secrets.randbelow(expected)]
             below = [TileId(level - 1, number * TILE_HASHES + at) for at in chosen]
             full = await storage.read_tiles(connection, tree.number, below)
             roots = [root_of(split(full.get(one, b""))) for one in below]
-            if len(hashes) < expected or [hashes[at] for at in chosen] != roots:
+            if len(hashes) != expected or [hashes[at] for at in chosen] != roots:
                 yield tile
         level += 1

@@ -113,8 +113,15 @@ class Follower:
         if self._is_full or self._feed.recall(self._edge.size - 1, 1) or await self._has_events():
             # Until the commit, this process does not know the edge.
             edge, self._edge = self._edge, Edge(0, {})
-            async with self._dedicated.transaction(storage.BEGIN_LOCKED) as connection:
-                added, edge = await self._add(connection, edge)
+            try:
+                async with self._dedicated.transaction(storage.BEGIN_LOCKED) as connection:
+                    added, edge = await self._add(connection, edge)
+            except HistoryHaltedError as error:
+                # Nothing was added. Each webhook wakes this task, but an operator must act first.
+                self._is_full = False
+                self._report(str(error))
+                await asyncio.sleep(POLL_SECONDS)
+                return 0
             self._edge = edge
         self._is_full = added >= BATCH_LEAVES_MAX
         if not self._is_full or monotonic() > self._sign_at:
@@ -159,8 +166,8 @@ class Follower:
         entries = await self._recall(connection, tree) or await _read(connection, tree)
         if entries is None:
             return 0, edge
-        start = max(tree.salted, tree.size)
-        await storage.grow(connection, tree.number, edge.append(entries.hashes), start, entries.salts)
+        start, added = max(tree.salted, tree.size), edge.append(entries.hashes)
+        await storage.grow(connection, tree.number, edge.size, added, start, entries.salts)
         if entries.commitments:
             await storage.set_commitments(connection, entries.commitments)
         return len(entries.hashes), edge
@@ -273,5 +280,5 @@ async def begin(connection: Connection, tree: Tree) -> Checkpoint:
     leaf = hash_leaf(header)
     await storage.begin_tree(connection, tree.number, header)
     salts = b"" if tree.salted else NO_SALT
-    await storage.grow(connection, tree.number, Edge(0, {}).append([leaf]), 0, salts)
+    await storage.grow(connection, tree.number, 1, Edge(0, {}).append([leaf]), 0, salts)
     return Checkpoint(tree.origin, 1, leaf)

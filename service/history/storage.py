@@ -12,12 +12,25 @@ import orjson
 from projections.postgres_errors import Connection
 from service.history.entries import SALT_BYTES
 from service.history.notes import Checkpoint, VerifierKey, read_verifier_key
-from service.history.tree import HASH_BYTES, TILE_HASHES, Edge, Range, TileId, edge_tiles, hash_ranges, tiles_of
+from service.history.tree import (
+    HASH_BYTES,
+    TILE_HASHES,
+    Edge,
+    Range,
+    TileId,
+    edge_tiles,
+    hash_ranges,
+    tiles_of,
+    width_of,
+)
 
 # More ranges are hashed in a thread, so that the event loop is not held: so many take up to 3 ms.
 INLINE_RANGES_MAX: Final = 200
 RESTART: Final = "if a restore or a failover is the cause, run 'history restart REASON'"
-MISSING: Final = f"hashes are missing from the history: 'check --history' says where; {RESTART}"
+DAMAGED: Final = (
+    "the history's hashes or salts were changed: 'check --history' says where; put them back, or run "
+    "'history restart --force REASON'"
+)
 
 LOCK: Final = "SELECT lock_history()"
 BEGIN_LOCKED: Final = f"BEGIN; {LOCK}"
@@ -39,14 +52,19 @@ STATE: Final = f"""
 """  # noqa: S608 - numbers
 INSERT_TREE: Final = "INSERT INTO history_trees (tree, header) VALUES ($1, $2)"
 COUNT_EVENTS: Final = "SELECT count(*) FROM order_events"
+# Returns the new length of each tile, and of those with salts, whose level is null.
 GROW: Final = """
     WITH salted AS (
         INSERT INTO history_salts AS kept (tile, salts) SELECT * FROM unnest($5::bigint[], $6::bytea[])
         ON CONFLICT (tile) DO UPDATE SET salts = kept.salts || excluded.salts
+        RETURNING tile, length(salts) AS bytes
+    ), grown AS (
+        INSERT INTO history_tiles AS tiles (tree, level, tile, hashes)
+        SELECT $1, * FROM unnest($2::smallint[], $3::bigint[], $4::bytea[])
+        ON CONFLICT (tree, level, tile) DO UPDATE SET hashes = tiles.hashes || excluded.hashes
+        RETURNING level, tile, length(hashes) AS bytes
     )
-    INSERT INTO history_tiles AS tiles (tree, level, tile, hashes)
-    SELECT $1, * FROM unnest($2::smallint[], $3::bigint[], $4::bytea[])
-    ON CONFLICT (tree, level, tile) DO UPDATE SET hashes = tiles.hashes || excluded.hashes
+    SELECT NULL AS level, tile, bytes FROM salted UNION ALL SELECT level, tile, bytes FROM grown
 """
 SET_COMMITMENTS: Final = """
     UPDATE history_commitments AS kept SET commitment = given.commitment, raw = given.commitment
@@ -69,7 +87,7 @@ SET_CHECKPOINT: Final = """
 
 
 class HistoryHaltedError(Exception):
-    """The tree is not what was signed, so it is neither signed nor proven from. ``str()`` is the reason."""
+    """What was asked for cannot be proven, since the tree is not what was signed. ``str()`` is the reason."""
 
 
 class Tree(NamedTuple):
@@ -127,17 +145,21 @@ async def count_events(connection: Connection) -> int:
     return count
 
 
-async def grow(
-    connection: Connection, number: int, added: Mapping[TileId, bytes], start: int, salts: bytes
+async def grow(  # noqa: PLR0913, PLR0917 - what is added, and where
+    connection: Connection, number: int, size: int, added: Mapping[TileId, bytes], start: int, salts: bytes
 ) -> None:
     """Add hashes to the tiles of a tree, and salts to those that there are.
 
     Args:
-        connection: the connection.
+        connection: a connection in a transaction, which the caller must undo after an error.
         number: the tree.
+        size: its new size.
         added: the new hashes of each tile.
         start: the first position without a salt.
         salts: the salts of the positions from there on, joined.
+
+    Raises:
+        HistoryHaltedError: the tiles were not those of the tree, so the new hashes are in a wrong place.
     """
     salted: dict[int, bytes] = {}
     at = 0
@@ -146,7 +168,17 @@ async def grow(
         salted[tile] = salts[at : at + (TILE_HASHES - first) * SALT_BYTES]
         at += len(salted[tile])
     levels, numbers = [tile.level for tile in added], [tile.number for tile in added]
-    await connection.execute(GROW, number, levels, numbers, [*added.values()], [*salted], [*salted.values()])
+    grown = await connection.fetch(
+        GROW, number, levels, numbers, [*added.values()], [*salted], [*salted.values()]
+    )
+    ends = start + len(salts) // SALT_BYTES
+    for level, tile, length in grown:
+        if level is None:
+            expected = width_of(TileId(0, tile), ends) * SALT_BYTES
+        else:
+            expected = width_of(TileId(level, tile), size) * HASH_BYTES
+        if length != expected:
+            raise HistoryHaltedError(DAMAGED)
 
 
 async def set_commitments(connection: Connection, commitments: Mapping[int, bytes]) -> None:
@@ -169,12 +201,12 @@ async def read_tile(connection: Connection, number: int, tile: TileId, width: in
     """
     hashes = (await read_tiles(connection, number, [tile])).get(tile, b"")[: width * HASH_BYTES]
     if len(hashes) < width * HASH_BYTES:
-        raise HistoryHaltedError(MISSING)
+        raise HistoryHaltedError(DAMAGED)
     return hashes
 
 
 async def read_edge(connection: Connection, tree: Tree) -> Edge:
-    """Return the right edge of a tree."""
+    """Return the right edge of a tree. If its tiles are damaged, ``grow`` notices."""
     return Edge(tree.size, await read_tiles(connection, tree.number, edge_tiles(tree.size)))
 
 
@@ -192,7 +224,7 @@ async def read_proofs(connection: Connection, number: int, *proofs: Sequence[Ran
         else:
             hashes = await asyncio.to_thread(hash_ranges, ranges, tiles)
     except LookupError:
-        raise HistoryHaltedError(MISSING) from None
+        raise HistoryHaltedError(DAMAGED) from None
     return [[hashes[leaves] for leaves in proof] for proof in proofs]
 
 

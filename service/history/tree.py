@@ -169,14 +169,17 @@ def hash_ranges(ranges: Iterable[Range], tiles: Mapping[TileId, bytes]) -> dict[
     }
 
 
-def edge_tiles(size: int) -> dict[TileId, int]:
-    """Return the partial tile of each level that has one, and how many hashes it has."""
-    edges: dict[TileId, int] = {}
-    level, count = 0, size
-    while count:
-        if width := count % TILE_HASHES:
-            edges[TileId(level, count // TILE_HASHES)] = width
-        level, count = level + 1, count // TILE_HASHES
+def width_of(tile: TileId, size: int) -> int:
+    """Return how many hashes a tile has in a tree of so many leaves."""
+    count = size >> TILE_LEVELS * tile.level
+    return max(0, min(TILE_HASHES, count - tile.number * TILE_HASHES))
+
+
+def edge_tiles(size: int) -> list[TileId]:
+    """Return the tile of each level to which the next hash is added."""
+    edges: list[TileId] = []
+    while count := size >> TILE_LEVELS * len(edges):
+        edges.append(TileId(len(edges), count // TILE_HASHES))
     return edges
 
 
@@ -185,12 +188,12 @@ class Edge:
 
     Args:
         size: the number of leaves.
-        tiles: the tiles that ``edge_tiles`` names.
+        tiles: those tiles that ``edge_tiles`` names and that have a hash.
     """
 
     def __init__(self, size: int, tiles: Mapping[TileId, bytes]) -> None:
         self.size = size
-        self._hashes = {tile.level: split(tiles[tile])[:width] for tile, width in edge_tiles(size).items()}
+        self._hashes = {tile.level: split(tiles.get(tile, b"")) for tile in edge_tiles(size)}
 
     def append(self, leaves: Sequence[bytes]) -> dict[TileId, bytes]:
         """Append leaves, by their hashes, and return the hashes that are added to each tile."""

@@ -103,6 +103,13 @@ async def record(history: History, order_no: str, *words: str, remember: bool = 
     return positions
 
 
+async def append_orders(history: History, count: int, name: str = "KOM") -> None:
+    """Record a report of each of some new orders."""
+    order_nos = [f"{name}{number}" for number in range(count)]
+    states = await store.order_states(history.connection, order_nos)
+    await store.append(history.connection, [decide(states[one], report(one)) for one in order_nos])
+
+
 async def salts(connection: Connection, positions: list[int]) -> list[bytes]:
     found = await storage.read_salts(connection, positions)
     return [found[position] for position in positions]
@@ -776,13 +783,11 @@ async def test_the_check_finds_changed_tiles(history: History) -> None:
 )
 async def test_missing_hashes_halt_the_history(history: History, level: int, damage: str, kept: int) -> None:
     """Nothing is signed or proven from a tree that a superuser has cut, and the check says where."""
-    order_nos = [f"KOM{number}" for number in range(600)]
-    states = await store.order_states(history.connection, order_nos)
-    await store.append(history.connection, [decide(states[one], report(one)) for one in order_nos])
+    await append_orders(history, 600)
     await history.build()
     await history.connection.execute("ALTER TABLE history_tiles DISABLE TRIGGER USER")
     await history.connection.execute(damage, level)
-    with pytest.raises(HistoryHaltedError, match="hashes are missing"):
+    with pytest.raises(HistoryHaltedError, match="hashes or salts were changed"):
         await prove(history, "KOM1")
     checked = await check(history)
     assert checked.tiles == [TileId(1, 0)]
@@ -790,6 +795,43 @@ async def test_missing_hashes_halt_the_history(history: History, level: int, dam
     missing = range(kept, TILE_HASHES) if level == 0 else range(0)
     assert checked.differing == len(missing)
     assert [one.position for one in checked.differences[:2]] == [*missing[:2]]
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM history_tiles WHERE level = 0 AND tile >= 1",
+        "DELETE FROM history_tiles WHERE level = 1",
+        "UPDATE history_tiles SET hashes = substr(hashes, 1, 32) WHERE level = 1",
+        "UPDATE history_tiles SET hashes = hashes || substr(hashes, 1, 32) WHERE level = 1",
+        "UPDATE history_salts SET salts = substr(salts, 1, 16) WHERE tile = 2",
+    ],
+)
+async def test_nothing_is_added_to_a_damaged_tree(
+    history: History, monkeypatch: pytest.MonkeyPatch, damage: str, *, is_new: bool
+) -> None:
+    """The new hashes would be in a wrong place, and a wrong root would be signed. It is logged once."""
+    monkeypatch.setattr("service.history.follower.POLL_SECONDS", 0.0)
+    await append_orders(history, 600)
+    await history.build()
+    for table in ("history_tiles", "history_salts"):
+        await history.connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER USER")
+    await history.connection.execute(damage)
+    damaged = await storage.read_tree(history.connection)
+    await append_orders(history, 200, "NEW")
+    if is_new:
+        # Another follower has no tile of the tree in memory.
+        await history.follower._dedicated.close()  # noqa: SLF001
+    with capture_logs() as logs:
+        for _ in range(3):
+            assert not await history.follower.step()
+    assert [log["event"] for log in logs] == ["the history is not signed"]
+    assert logs[0]["reason"] == storage.DAMAGED
+    tree = await storage.read_tree(history.connection)
+    assert (tree and tree.size, tree and tree.note) == (damaged and damaged.size, damaged and damaged.note)
+    checked = await check(history)
+    assert checked.differing or checked.tiles or checked.status.halted
 
 
 # Over HTTP.

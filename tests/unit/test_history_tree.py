@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from service.history import verify
 from service.history.tree import (
+    HASH_BYTES,
     TILE_HASHES,
     Edge,
     Range,
@@ -19,6 +20,7 @@ from service.history.tree import (
     inclusion_ranges,
     root_of,
     tiles_of,
+    width_of,
 )
 from tests.support.properties import MANY
 
@@ -84,7 +86,7 @@ def build(batches: list[int]) -> dict[TileId, bytes]:
     tiles: dict[TileId, bytes] = {}
     size = turn = 0
     while size < SIZE_MAX:
-        edge = Edge(size, {tile: tiles[tile] for tile in edge_tiles(size)})
+        edge = Edge(size, {tile: tiles[tile] for tile in edge_tiles(size) if tile in tiles})
         batch = ENTRIES[size : size + batches[turn % len(batches)]]
         for tile, added in edge.append([hash_leaf(entry) for entry in batch]).items():
             tiles[tile] = tiles.get(tile, b"") + added
@@ -106,6 +108,9 @@ def test_the_known_answers() -> None:
 def test_batches_and_restarts_make_the_same_tiles(batches: list[int]) -> None:
     """However the entries arrive, and whenever the builder begins again, the tiles are the same."""
     assert build(batches) == TILES
+    assert {tile: width_of(tile, SIZE_MAX) for tile in TILES} == {
+        tile: len(hashes) // HASH_BYTES for tile, hashes in TILES.items()
+    }
 
 
 def test_the_tiles_are_those_of_the_format() -> None:
