@@ -34,8 +34,8 @@ from service.history.tree import Edge, hash_leaf
 
 # A batch shares a transaction. Memory keeps at least twice as many events.
 BATCH_LEAVES_MAX: Final = 1_000
-# The event loop is held while so many leaves are made or hashed: about 3 ms.
-SLICE_LEAVES: Final = 500
+# The event loop is held while so many leaves are made or hashed: about 0.3 ms.
+SLICE_LEAVES: Final = 50
 # The pause after a batch ends when memory has a full one, or else after so long. The next batch then shares the
 # cost of a transaction and of a signature.
 IDLE_SECONDS: Final = 1.0
