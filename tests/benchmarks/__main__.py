@@ -100,9 +100,7 @@ def _measure(  # noqa: C901 - one branch for each part
     if "deliveries" in parts:
         yield from measure_deliveries(server.database("deliveries"), folder, seconds)
     if "proofs" in parts:
-        names = ("proofs", "with_history", "without_history")
-        first, second, third = (server.database(name, with_schema=name == "proofs") for name in names)
-        yield from measure_proofs((first, second, third), folder, seconds)
+        yield from measure_proofs(server.database("proofs", with_schema=True), server.database, folder, seconds)
     if "streams" in parts:
         yield measure_streams(server.database("streams"), folder, seconds)
     if "parse" in parts:

@@ -43,8 +43,9 @@ REMEMBERED: Final = 50_000
 EVENTS_OF_AN_ORDER: Final = 10
 APPENDED: Final = 1_000
 FOLLOWER_MICROSECONDS_MAX: Final = 6.0
-# The differences are smaller than the noise of a round.
-PAIRS: Final = 8
+# The differences are smaller than the noise of a round, and two processes of one program differ as much.
+STARTS: Final = 4
+PAIRS: Final = 2
 RATE_SECONDS: Final = 10
 RATE: Final = 1_000
 SIZES: Final = """
@@ -52,26 +53,32 @@ SIZES: Final = """
 """
 
 
-def measure_proofs(dsns: tuple[str, str, str], folder: Path, seconds: int) -> Iterator[Row]:
+def measure_proofs(dsn: str, database: Callable[[str], str], folder: Path, seconds: int) -> Iterator[Row]:
     """Measure the follower by itself, and webhooks with it and without it.
 
     Args:
-        dsns: three databases, of which the first has the schema.
+        dsn: a database with the schema.
+        database: makes an empty database of a name, and returns its DSN.
         folder: the folder for keys, scripts and logs.
         seconds: the duration of each load.
     """
-    yield from asyncio.run(_measure_follower(dsns[0], folder))
-    with (
-        Contest(dsns[1], folder, seconds, program=(__name__, WITH, "serve")) as with_it,
-        Contest(dsns[2], folder, seconds, program=(__name__, WITHOUT, "serve")) as without,
-    ):
-        both = (with_it, without)
-        for contest in both:
-            contest.send_reports(contest.ours, WARM_SECONDS)
-        # One after the other: after a full load, the views still have work to do.
-        costs = _in_turns(both, _cpu_at_rate)
-        loads = _in_turns(both, lambda contest: contest.send_reports(contest.ours, seconds)[0])
-        fault = with_it.fault() or without.fault()
+    yield from asyncio.run(_measure_follower(dsn, folder))
+    costs: tuple[list[float], list[float]] = ([], [])
+    loads: tuple[list[load.Load], list[load.Load]] = ([], [])
+    fault = None
+    for start in range(STARTS):
+        dsns = [database(f"{name}_history_{start}") for name in (WITH, WITHOUT)]
+        with (
+            Contest(dsns[0], folder, seconds, program=(__name__, WITH, "serve")) as with_it,
+            Contest(dsns[1], folder, seconds, program=(__name__, WITHOUT, "serve")) as without,
+        ):
+            both = (with_it, without)
+            for contest in both:
+                contest.send_reports(contest.ours, WARM_SECONDS)
+            # One after the other: after a full load, the views still have work to do.
+            _in_turns(both, costs, _cpu_at_rate)
+            _in_turns(both, loads, lambda contest: contest.send_reports(contest.ours, seconds)[0])
+            fault = fault or with_it.fault() or without.fault()
     differences = [one - other for one, other in zip(*costs, strict=True)]
     yield Row(
         f"CPU of the service for a webhook at {RATE:,}/s, with the history more than without",
@@ -90,14 +97,14 @@ def measure_proofs(dsns: tuple[str, str, str], folder: Path, seconds: int) -> It
     ).unless(fault)
 
 
-def _in_turns(contests: tuple[Contest, Contest], measure: Callable[[Contest], T]) -> tuple[list[T], list[T]]:
-    """Measure two contests in turns, so that each is the first in every second round."""
-    found: tuple[list[T], list[T]] = ([], [])
+def _in_turns(
+    contests: tuple[Contest, Contest], found: tuple[list[T], list[T]], measure: Callable[[Contest], T]
+) -> None:
+    """Measure two contests in turns, so that each is the first in every second round; add the results."""
     for number in range(PAIRS):
         turns = [*zip(contests, found, strict=True)]
         for contest, results in reversed(turns) if number % 2 else turns:
             results.append(measure(contest))
-    return found
 
 
 def _cpu_at_rate(contest: Contest) -> float:
