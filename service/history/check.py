@@ -11,7 +11,7 @@ from service.history.entries import encode_gap
 from service.history.signer import Signed, Signer
 from service.history.status import Status, read_status
 from service.history.storage import HistoryHaltedError, Tree
-from service.history.tree import TILE_HASHES, TileId, hash_leaf, root_of, split, width_of
+from service.history.tree import TILE_HASHES, TILE_LEVELS, TileId, hash_leaf, root_of, split, width_of
 
 # Without --history, so many tiles are checked: the newest ones, and others at random.
 NEWEST_TILES: Final = 16
@@ -150,7 +150,7 @@ def _describe(position: int, entry: bytes, leaf: bytes | None) -> str:
 async def _misfits(connection: Connection, tree: Tree, *, whole: bool) -> AsyncIterator[TileId]:
     """Yield the tiles above level 0 that have another hash than the root of the full tile below."""
     level = 1
-    while count := tree.size >> 8 * level:
+    while count := tree.size >> TILE_LEVELS * level:
         total = -(-count // TILE_HASHES)
         for number in range(total) if whole else sorted(_choose(total)):
             tile = TileId(level, number)

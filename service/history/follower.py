@@ -166,8 +166,7 @@ class Follower:
         entries = await self._recall(connection, tree) or await _read(connection, tree)
         if entries is None:
             return 0, edge
-        start, added = max(tree.salted, tree.size), edge.append(entries.hashes)
-        await storage.grow(connection, tree.number, edge.size, added, start, entries.salts)
+        await storage.grow(connection, tree, edge, entries.hashes, entries.salts)
         if entries.commitments:
             await storage.set_commitments(connection, entries.commitments)
         return len(entries.hashes), edge
@@ -280,5 +279,5 @@ async def begin(connection: Connection, tree: Tree) -> Checkpoint:
     leaf = hash_leaf(header)
     await storage.begin_tree(connection, tree.number, header)
     salts = b"" if tree.salted else NO_SALT
-    await storage.grow(connection, tree.number, 1, Edge(0, {}).append([leaf]), 0, salts)
+    await storage.grow(connection, tree, Edge(0, {}), [leaf], salts)
     return Checkpoint(tree.origin, 1, leaf)

@@ -87,7 +87,7 @@ SET_CHECKPOINT: Final = """
 
 
 class HistoryHaltedError(Exception):
-    """What was asked for cannot be proven, since the tree is not what was signed. ``str()`` is the reason."""
+    """The tree is not the one that was signed, so it proves nothing more. ``str()`` is the reason."""
 
 
 class Tree(NamedTuple):
@@ -145,22 +145,20 @@ async def count_events(connection: Connection) -> int:
     return count
 
 
-async def grow(  # noqa: PLR0913, PLR0917 - what is added, and where
-    connection: Connection, number: int, size: int, added: Mapping[TileId, bytes], start: int, salts: bytes
-) -> None:
-    """Add hashes to the tiles of a tree, and salts to those that there are.
+async def grow(connection: Connection, tree: Tree, edge: Edge, leaves: Sequence[bytes], salts: bytes) -> None:
+    """Add leaves to a tree and to its edge, and salts to those that there are.
 
     Args:
         connection: a connection in a transaction, which the caller must undo after an error.
-        number: the tree.
-        size: its new size.
-        added: the new hashes of each tile.
-        start: the first position without a salt.
-        salts: the salts of the positions from there on, joined.
+        tree: the tree.
+        edge: its right edge.
+        leaves: the hashes of the next entries.
+        salts: the salts of the first positions that have none, joined.
 
     Raises:
-        HistoryHaltedError: the tiles were not those of the tree, so the new hashes are in a wrong place.
+        HistoryHaltedError: a tile is longer or shorter than the tree's size says. It was changed.
     """
+    added, start = edge.append(leaves), max(tree.salted, tree.size)
     salted: dict[int, bytes] = {}
     at = 0
     while at < len(salts):
@@ -169,14 +167,14 @@ async def grow(  # noqa: PLR0913, PLR0917 - what is added, and where
         at += len(salted[tile])
     levels, numbers = [tile.level for tile in added], [tile.number for tile in added]
     grown = await connection.fetch(
-        GROW, number, levels, numbers, [*added.values()], [*salted], [*salted.values()]
+        GROW, tree.number, levels, numbers, [*added.values()], [*salted], [*salted.values()]
     )
     ends = start + len(salts) // SALT_BYTES
     for level, tile, length in grown:
         if level is None:
             expected = width_of(TileId(0, tile), ends) * SALT_BYTES
         else:
-            expected = width_of(TileId(level, tile), size) * HASH_BYTES
+            expected = width_of(TileId(level, tile), edge.size) * HASH_BYTES
         if length != expected:
             raise HistoryHaltedError(DAMAGED)
 

@@ -194,7 +194,7 @@ def another_log(log_id: str, expected: str) -> ProblemError:
 
 
 def history_halted(detail: str) -> ProblemError:
-    """Return the problem for what cannot be proven until an operator acts."""
+    """Return the problem for a proof that the history cannot give until an operator acts."""
     headers = {"Retry-After": str(RETRY_AFTER_OPERATOR_SECONDS)}
     return ProblemError(ProblemType.HISTORY_HALTED, detail, headers=headers)
 
