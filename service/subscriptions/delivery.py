@@ -41,7 +41,7 @@ UNSAVED_MAX: Final = STARTED_MAX
 SAVE_SECONDS: Final = 0.1
 # How long a change waits for the requests in flight.
 DRAIN_SECONDS_MAX: Final = 2.0
-# How long the end of a subscription waits for them.
+# How long a pause, a removal or the end of the process waits for them.
 END_SECONDS_MAX: Final = ATTEMPT_SECONDS_MAX + 5.0
 # An entry in flight for so long, while no other one can be started, becomes a held order.
 BLOCKED_SECONDS_MAX: Final = 0.1
@@ -247,15 +247,16 @@ class Delivery:
                 raise error
         if self._failure is not None:
             raise self._failure
-        if self._ending is not None:
-            await self._end(work.loaded, self._ending)
         if self._tasks:
-            is_end = self._is_stopping or self._has_ended
             self._is_draining = True
             # A slow endpoint must not delay a change for long. What is in flight then is sent again.
-            await asyncio.wait(self._tasks, timeout=END_SECONDS_MAX if is_end else DRAIN_SECONDS_MAX)
+            seconds = END_SECONDS_MAX if self._is_stopping else DRAIN_SECONDS_MAX
+            await asyncio.wait(self._tasks, timeout=seconds)
             self._is_draining = False
         await self._save(work)
+        if self._ending is not None:
+            # After the save: who resumes the subscription retries the held orders that are saved.
+            await self._end(work.loaded, self._ending)
 
     # The log.
 

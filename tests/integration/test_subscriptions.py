@@ -544,6 +544,28 @@ async def test_a_410_while_held_orders_catch_up(dsn: str, receiver: Receiver) ->
     assert len({*receiver.places()}) == 301
 
 
+async def test_the_refused_event_is_due_when_the_subscription_is_resumed(dsn: str, receiver: Receiver) -> None:
+    """No event of before a 410 waits for its schedule then, though another request was still in flight."""
+    slow = asyncio.Event()
+
+    async def respond(received: Received) -> web.StreamResponse:
+        if received.order_no == "SLOW":
+            await slow.wait()
+        return web.Response(status=410 if received.order_no == "GONE" else 204)
+
+    receiver.respond = respond
+    async with delivering(dsn, subscription_retry_seconds="0,600") as client:
+        added = await add(client, receiver)
+        await client.webhook("SLOW")
+        await receiver.wait_for_requests(1)
+        await client.webhook("GONE")
+        await settled(client, added, state="disabled", reason="gone")
+        receiver.respond = refusing()
+        await change(client, added, state="active")
+        slow.set()
+        await settled(client, added, state="active", held_orders=0, lag_events=0)
+
+
 async def test_a_changed_url_outlives_a_410_of_the_old_one(dsn: str, receiver: Receiver) -> None:
     """An answer of the old endpoint does not stop the new one, and what it refused is attempted again."""
     gone = asyncio.Event()
