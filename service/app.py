@@ -356,6 +356,7 @@ class Service:
         self.feed.remember(events, positions)
         self.metrics.count_commit(events)
         self.dispatcher.pace.observe_commit(len(events))
+        self.history.notice(positions[-1])
         self._wake()
 
     def _wake(self, *_notification: object) -> None:

@@ -98,13 +98,13 @@ def _is_plain(value: Any, nested_max: int) -> bool:
     return all(_is_plain(one, nested_max - 1) for one in (value.values() if isinstance(value, dict) else value))
 
 
-def encode_recorded(position: int, event: Order.StatusReported, commitment: bytes) -> bytes:
+def encode_recorded(position: int, event: Order.StatusReported, salt: bytes) -> bytes:
     """Return the entry of an event that is still in memory: the same as that of its recorded state.
 
     Args:
         position: where it is recorded.
         event: the event.
-        commitment: the commitment to its body.
+        salt: the salt of the commitment to its body.
     """
     members = vars(event).copy()
     order_no, version = members.pop("originator_id"), members.pop("originator_version")
@@ -112,7 +112,8 @@ def encode_recorded(position: int, event: Order.StatusReported, commitment: byte
         # orjson writes a time in UTC as it is stored.
         if (time := members.get(name)) is not None and time.tzinfo is not UTC:
             members[name] = time.isoformat()
-    return encode_event((position, order_no, version, event.TOPIC), members, commitment)
+    place = (position, order_no, version, event.TOPIC)
+    return encode_event(place, members, commit(salt, event.body.encode()))
 
 
 def encode_event(place: tuple[int, str, int, str], members: dict[str, Any], commitment: bytes) -> bytes:

@@ -39,7 +39,6 @@ SLICE_LEAVES: Final = 50
 # The pause after a batch ends when memory has a full one, or else after so long. The next batch then shares the
 # cost of a transaction and of a signature.
 IDLE_SECONDS: Final = 1.0
-GATHER_SECONDS: Final = 0.05
 POLL_SECONDS: Final = 1.0
 SIGN_SECONDS_MIN: Final = 1.0
 
@@ -85,9 +84,21 @@ class Follower:
         self._edge_of = (0, 0)
         # Whether the last batch was full, so that there may be another one.
         self._is_full = False
+        # Set when memory has the event at this position, with which the next batch is full.
+        self._has_full_batch = asyncio.Event()
+        self._full_at = 0
         self._signed: tuple[int, ...] | None = None
         self._sign_at = 0.0
         self._problem = ""
+
+    def notice(self, position: int) -> None:
+        """End the rest if memory has a full batch by now.
+
+        Args:
+            position: that of the last event in memory.
+        """
+        if position >= self._full_at:
+            self._has_full_batch.set()
 
     async def run(self) -> NoReturn:
         """Follow the log. Run this under ``supervise``."""
@@ -102,10 +113,10 @@ class Follower:
         if added == BATCH_LEAVES_MAX and not self._feed.recall(self._edge.size - 1, 1):
             # The log may have more.
             return
-        for _ in range(round(IDLE_SECONDS / GATHER_SECONDS)):
-            if self._feed.recall(self._edge.size + BATCH_LEAVES_MAX - 2, 1):
-                break
-            await asyncio.sleep(GATHER_SECONDS)
+        self._full_at = self._edge.size + BATCH_LEAVES_MAX - 1
+        self._has_full_batch.clear()
+        if not self._feed.recall(self._full_at - 1, 1):
+            await wait_for_event(self._has_full_batch, IDLE_SECONDS)
 
     async def step(self) -> int:
         """Add the next events, or sign those that were added; return the number of entries that were added."""
@@ -200,14 +211,12 @@ class Follower:
         last = await store.read_positions(connection, [position])
         if not last or (last[0].order_no, last[0].report_id) != (event.originator_id, event.report_id):
             return None
-        salts = os.urandom(SALT_BYTES * len(recalled))
+        salts = _split(os.urandom(SALT_BYTES * len(recalled)))
         hashes: list[bytes] = []
-        async for part in _slices([*zip(_split(salts), recalled, strict=True)]):
-            hashes += [
-                hash_leaf(encode_recorded(position, event, commit(salt, event.body.encode())))
-                for salt, (position, event) in part
-            ]
-        return _Entries(hashes, salts, {})
+        async for part in _slices(recalled):
+            salted = zip(salts[len(hashes) :], part, strict=False)
+            hashes += [hash_leaf(encode_recorded(position, event, salt)) for salt, (position, event) in salted]
+        return _Entries(hashes, b"".join(salts), {})
 
     def _report(self, problem: str) -> None:
         """Log why the history is not signed, once."""
