@@ -8,7 +8,7 @@ later events wait while the other orders go on. After a kill, at most UNSAVED_MA
 import asyncio
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -41,7 +41,7 @@ UNSAVED_MAX: Final = STARTED_MAX
 SAVE_SECONDS: Final = 0.1
 # How long a change waits for the requests in flight.
 DRAIN_SECONDS_MAX: Final = 2.0
-# How long a pause, a removal or the end of the process waits for them.
+# How long the end of a subscription waits for them.
 END_SECONDS_MAX: Final = ATTEMPT_SECONDS_MAX + 5.0
 # An entry in flight for so long, while no other one can be started, becomes a held order.
 BLOCKED_SECONDS_MAX: Final = 0.1
@@ -51,6 +51,11 @@ POLL_SECONDS: Final = 1.0
 # the held orders stay few. One request from time to time finds out whether it is up again.
 DOWN_FAILURES: Final = 32
 DOWN_ORDERS: Final = 16
+# These end the subscription until an operator resumes it.
+ENDINGS: Final[Mapping[Outcome, tuple[SubscriptionState, SubscriptionReason]]] = {
+    "gone": ("disabled", "gone"),
+    "loop": ("paused", "loop"),
+}
 # With these, an endpoint that is up refuses one event.
 REFUSALS: Final = frozenset({400, 409, 413, 422})
 PROBE_SECONDS_MIN: Final = 5.0
@@ -159,10 +164,9 @@ class Delivery:
         self._space = asyncio.Event()
         self._dirty = asyncio.Event()
         self._urgent = asyncio.Event()
-        # Set when the present work must end: to load it again, or to stop.
+        # Set when the present work must end: to load it again, or to stop. No further request is begun then.
         self._interrupted = asyncio.Event()
         self._is_stopping = False
-        self._is_draining = False
         self._ending: tuple[SubscriptionState, SubscriptionReason] | None = None
         self._has_ended = False
         self._tasks: dict[asyncio.Task[None], str] = {}
@@ -194,6 +198,8 @@ class Delivery:
         """
         try:
             while not self._is_stopping and not self._has_ended:
+                # A request that is still in flight says nothing about what is loaded now.
+                self._work = None
                 self._interrupted.clear()
                 self._ending = None
                 loaded = await self._progress.load(self.subscription_id, self.session, self._now())
@@ -247,16 +253,13 @@ class Delivery:
                 raise error
         if self._failure is not None:
             raise self._failure
-        if self._tasks:
-            self._is_draining = True
-            # A slow endpoint must not delay a change for long. What is in flight then is sent again.
-            seconds = END_SECONDS_MAX if self._is_stopping else DRAIN_SECONDS_MAX
-            await asyncio.wait(self._tasks, timeout=seconds)
-            self._is_draining = False
-        await self._save(work)
         if self._ending is not None:
-            # After the save: who resumes the subscription retries the held orders that are saved.
             await self._end(work.loaded, self._ending)
+        if self._tasks:
+            is_end = self._is_stopping or self._has_ended
+            # A slow endpoint must not delay a change for long. What is in flight then is sent again.
+            await asyncio.wait(self._tasks, timeout=END_SECONDS_MAX if is_end else DRAIN_SECONDS_MAX)
+        await self._save(work)
 
     # The log.
 
@@ -312,7 +315,11 @@ class Delivery:
         while True:
             self._wake.clear()
             delay = 0.0
-            while len(self._tasks) < IN_FLIGHT_MAX and work.unsaved < UNSAVED_MAX:
+            while (
+                len(self._tasks) < IN_FLIGHT_MAX
+                and work.unsaved < UNSAVED_MAX
+                and not self._interrupted.is_set()
+            ):
                 if delay := self._pace.delay_seconds():
                     break
                 request = self._next_request(work)
@@ -426,7 +433,7 @@ class Delivery:
 
     async def _deliver_held(self, work: _Work, order_no: str, held: Held) -> None:
         """Send the events of a held order, one after the other, until one fails or none waits any more."""
-        while work is self._work and not self._is_draining:
+        while work is self._work and not self._interrupted.is_set():
             events = await self._reader.read_order(order_no, held.version - 1)
             if work is not self._work:
                 return
@@ -461,7 +468,7 @@ class Delivery:
                 self._postpone(work, order_no, held, attempt)
                 return False
         self._go_on(work, order_no, held, version + 1)
-        return not self._is_draining
+        return not self._interrupted.is_set()
 
     async def _may_begin(self, work: _Work) -> bool:
         """Wait until there are not too many unsaved requests, and count a further one.
@@ -470,13 +477,15 @@ class Delivery:
             False if the subscription is to be loaded again, or was so in the meantime.
         """
         while work is self._work and work.unsaved >= UNSAVED_MAX:
-            if self._is_draining:
+            if self._interrupted.is_set():
                 return False
             self._saved.clear()
             self._dirty.set()
             self._urgent.set()
             await wait_for_event(self._saved, POLL_SECONDS)
         await self._pace.take_turn()
+        if self._interrupted.is_set():
+            return False
         work.begun += 1
         return work is self._work
 
@@ -531,11 +540,8 @@ class Delivery:
         if work.is_down and attempt.retry_after_seconds:
             asked = now + timedelta(seconds=attempt.retry_after_seconds)
             work.probe_at = max(work.probe_at or asked, asked)
-        if attempt.outcome == "gone":
-            self._ending = ("disabled", "gone")
-            self._interrupted.set()
-        elif attempt.outcome == "loop":
-            self._ending = ("paused", "loop")
+        if (ending := ENDINGS.get(attempt.outcome)) is not None:
+            self._ending = ending
             self._interrupted.set()
 
     def _recover(self, work: _Work, now: datetime) -> None:
@@ -577,6 +583,11 @@ class Delivery:
         now = self._now()
         held.last_attempt_at, held.last_error = now, attempt.error
         held.was_told_to_wait = bool(attempt.retry_after_seconds)
+        if attempt.outcome in ENDINGS:
+            # This is about the endpoint. The event is due whenever the subscription goes on.
+            held.next_attempt_at = now
+            self._mark(work, order_no)
+            return
         if order_no == work.probed:
             # The order keeps its schedule.
             work.probed = None
@@ -644,7 +655,7 @@ class Delivery:
         covered = work.covered
         work.dirty, work.delivered, work.failed = set(), 0, 0
         responses = None
-        if self._has_new_responses and (self._is_stopping or monotonic() >= self._responses_at):
+        if self._has_new_responses and (self._interrupted.is_set() or monotonic() >= self._responses_at):
             responses, self._has_new_responses = [_to_response(*one) for one in self._responses], False
             self._responses_at = monotonic() + RESPONSES_SECONDS
         elif self._has_new_responses:

@@ -544,8 +544,11 @@ async def test_a_410_while_held_orders_catch_up(dsn: str, receiver: Receiver) ->
     assert len({*receiver.places()}) == 301
 
 
-async def test_the_refused_event_is_due_when_the_subscription_is_resumed(dsn: str, receiver: Receiver) -> None:
-    """No event of before a 410 waits for its schedule then, though another request was still in flight."""
+@pytest.mark.parametrize("retry_seconds", ["0", "0,600"])
+async def test_the_event_that_got_a_410_is_due_when_its_subscription_is_resumed(
+    dsn: str, receiver: Receiver, retry_seconds: str
+) -> None:
+    """So it is even if a request was still in flight by then, and the event not saved as held."""
     slow = asyncio.Event()
 
     async def respond(received: Received) -> web.StreamResponse:
@@ -554,7 +557,7 @@ async def test_the_refused_event_is_due_when_the_subscription_is_resumed(dsn: st
         return web.Response(status=410 if received.order_no == "GONE" else 204)
 
     receiver.respond = respond
-    async with delivering(dsn, subscription_retry_seconds="0,600") as client:
+    async with delivering(dsn, subscription_retry_seconds=retry_seconds) as client:
         added = await add(client, receiver)
         await client.webhook("SLOW")
         await receiver.wait_for_requests(1)
