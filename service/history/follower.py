@@ -97,7 +97,7 @@ class Follower:
         Args:
             position: that of the last event in memory.
         """
-        if position >= self._full_at:
+        if position >= self._full_at and self._feed.recall(self._edge.size - 1, 1):
             self._has_full_batch.set()
 
     async def run(self) -> NoReturn:
