@@ -84,9 +84,9 @@ class Follower:
         self._edge_of = (0, 0)
         # Whether the last batch was full, so that there may be another one.
         self._is_full = False
-        # Set when memory has the event at this position, with which the next batch is full.
-        self._has_full_batch = asyncio.Event()
+        # The last position of the next batch if that is full, and whether memory has the batch.
         self._full_at = 0
+        self._has_full_batch = asyncio.Event()
         self._signed: tuple[int, ...] | None = None
         self._sign_at = 0.0
         self._problem = ""

@@ -51,7 +51,7 @@ POLL_SECONDS: Final = 1.0
 # the held orders stay few. One request from time to time finds out whether it is up again.
 DOWN_FAILURES: Final = 32
 DOWN_ORDERS: Final = 16
-# These end the subscription until an operator resumes it.
+# These outcomes stop the subscription until an operator resumes it.
 ENDINGS: Final[Mapping[Outcome, tuple[SubscriptionState, SubscriptionReason]]] = {
     "gone": ("disabled", "gone"),
     "loop": ("paused", "loop"),
@@ -198,7 +198,7 @@ class Delivery:
         """
         try:
             while not self._is_stopping and not self._has_ended:
-                # A request that is still in flight says nothing about what is loaded now.
+                # From here on, the results of earlier requests are dropped.
                 self._work = None
                 self._interrupted.clear()
                 self._ending = None
@@ -315,11 +315,7 @@ class Delivery:
         while True:
             self._wake.clear()
             delay = 0.0
-            while (
-                len(self._tasks) < IN_FLIGHT_MAX
-                and work.unsaved < UNSAVED_MAX
-                and not self._interrupted.is_set()
-            ):
+            while len(self._tasks) < IN_FLIGHT_MAX and work.unsaved < UNSAVED_MAX and self._goes_on(work):
                 if delay := self._pace.delay_seconds():
                     break
                 request = self._next_request(work)
@@ -433,7 +429,7 @@ class Delivery:
 
     async def _deliver_held(self, work: _Work, order_no: str, held: Held) -> None:
         """Send the events of a held order, one after the other, until one fails or none waits any more."""
-        while work is self._work and not self._interrupted.is_set():
+        while self._goes_on(work):
             events = await self._reader.read_order(order_no, held.version - 1)
             if work is not self._work:
                 return
@@ -468,7 +464,11 @@ class Delivery:
                 self._postpone(work, order_no, held, attempt)
                 return False
         self._go_on(work, order_no, held, version + 1)
-        return not self._interrupted.is_set()
+        return self._goes_on(work)
+
+    def _goes_on(self, work: _Work) -> bool:
+        """Return whether requests may still be begun for what was loaded then."""
+        return work is self._work and not self._interrupted.is_set()
 
     async def _may_begin(self, work: _Work) -> bool:
         """Wait until there are not too many unsaved requests, and count a further one.
@@ -476,18 +476,16 @@ class Delivery:
         Returns:
             False if the subscription is to be loaded again, or was so in the meantime.
         """
-        while work is self._work and work.unsaved >= UNSAVED_MAX:
-            if self._interrupted.is_set():
-                return False
+        while self._goes_on(work) and work.unsaved >= UNSAVED_MAX:
             self._saved.clear()
             self._dirty.set()
             self._urgent.set()
             await wait_for_event(self._saved, POLL_SECONDS)
         await self._pace.take_turn()
-        if self._interrupted.is_set():
+        if not self._goes_on(work):
             return False
         work.begun += 1
-        return work is self._work
+        return True
 
     def _make_message(self, work: _Work, position: int, event: Order.StatusReported) -> Message:
         return Message(
@@ -584,7 +582,7 @@ class Delivery:
         held.last_attempt_at, held.last_error = now, attempt.error
         held.was_told_to_wait = bool(attempt.retry_after_seconds)
         if attempt.outcome in ENDINGS:
-            # This is about the endpoint. The event is due whenever the subscription goes on.
+            # The endpoint refuses every event, not just this one, which is due once the subscription goes on.
             held.next_attempt_at = now
             self._mark(work, order_no)
             return

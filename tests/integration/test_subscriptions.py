@@ -548,7 +548,7 @@ async def test_a_410_while_held_orders_catch_up(dsn: str, receiver: Receiver) ->
 async def test_the_event_that_got_a_410_is_due_when_its_subscription_is_resumed(
     dsn: str, receiver: Receiver, retry_seconds: str
 ) -> None:
-    """So it is even if a request was still in flight by then, and the event not saved as held."""
+    """An operator may resume the subscription before the event is saved as held: it is sent all the same."""
     slow = asyncio.Event()
 
     async def respond(received: Received) -> web.StreamResponse:

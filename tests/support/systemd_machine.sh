@@ -34,7 +34,7 @@ mount -t tmpfs -o mode=755 tmpfs "$disk"
 mkdir "$disk/up" "$disk/work" "$root"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$disk/up,workdir=$disk/work" "$root"
 mount -t proc proc "$root/proc"
-# The data of a service that runs on this machine is not the test's.
+# Hide the data of a service that runs on this machine.
 [ ! -d "$root/var/lib/order-tracking" ] || mount -t tmpfs -o mode=755 tmpfs "$root/var/lib/order-tracking"
 mount --bind "$root/proc/sys" "$root/proc/sys"
 mount -o remount,bind,ro "$root/proc/sys"
