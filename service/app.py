@@ -14,6 +14,7 @@ from aiohttp import web
 from domain.order import Order
 from projections.engine import Projector, View
 from projections.observer import OBSERVE_SECONDS, Observer
+from projections.postgres_errors import Connection
 from service.api.audit import AuditApi
 from service.api.contradictions import ContradictionsApi
 from service.api.events import EventsApi
@@ -37,6 +38,7 @@ from service.database.connections import (
     UnsupportedServerError,
     as_unavailable,
     connect,
+    end_abandoned,
 )
 from service.database.durability import read_durability
 from service.database.log_identity import LogIdentity
@@ -118,8 +120,14 @@ class Service:
         self.log_connection = DedicatedConnection(connect_hot)
         self.orders_connection = DedicatedConnection(connect_hot)
         self.timelines_connection = DedicatedConnection(connect_hot)
+
+        async def prepare_append(connection: Connection) -> None:
+            await self.log.read(connection)
+            await end_abandoned(connection, seconds_max)
+
         self.append_connection = DedicatedConnection(
-            partial(connect_hot, idle_in_transaction_session_timeout="5s"), on_open=self._forget
+            partial(connect, dsn, prepare_append, **HOT_SETTINGS, idle_in_transaction_session_timeout="5s"),
+            on_open=self._forget,
         )
         # Slow reads may use the whole pool. Quarantining a body and checking an API key must not wait for them.
         self.quarantine_connection = DedicatedConnection(connect_timely, seconds_max)
@@ -175,6 +183,7 @@ class Service:
         self.recorder = Recorder(
             self.append_connection,
             self._on_commit,
+            on_loss=self._forget,
             queue_reports_max=settings.queue_reports_max,
             seconds_max=seconds_max,
             recognise=self.vocabulary.recognise,

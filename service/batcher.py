@@ -30,9 +30,10 @@ class Batcher(Generic[Item, Outcome]):
     """Gathers calls into batches. The first call starts a leader task, which runs until no call waits.
 
     Args:
-        work: receives a batch's items and the loop time at which the last of them is due; returns an outcome
-            for each item, in the same order. An outcome that is an exception is raised in its caller. A caller
-            whose time limit is reached earlier is answered then, while the work continues for the others.
+        work: receives a batch's items and the loop times at which they are due, both sorted by these times;
+            returns an outcome for each item, in the same order. An outcome that is an exception is raised in
+            its caller. A caller is answered as soon as its own item is due, while the work continues for the
+            others: the work must begin nothing more for an item that is due.
         batch_items_max: the maximum number of items in a batch.
         queue_items_max: the maximum number of waiting items; further ones are refused at once.
         seconds_max: the time limit for a call, including its wait.
@@ -44,7 +45,7 @@ class Batcher(Generic[Item, Outcome]):
 
     def __init__(  # noqa: PLR0913 - every limit is named by its caller
         self,
-        work: Callable[[list[Item], float], Awaitable[Sequence[Outcome | Exception]]],
+        work: Callable[[list[Item], Sequence[float]], Awaitable[Sequence[Outcome | Exception]]],
         *,
         batch_items_max: int,
         queue_items_max: int,
@@ -148,12 +149,10 @@ class Batcher(Generic[Item, Outcome]):
         return batch
 
     async def _work_on(self, batch: list[_Call[Item, Outcome]]) -> None:
-        _, _, first_due, _ = batch[0]
-        _, _, last_due, _ = batch[-1]
-        loop = asyncio.get_running_loop()
-        self._expiry = loop.call_at(first_due + EXPIRY_SECONDS, self._expire, batch)
+        items, _, dues, _ = zip(*batch, strict=True)
+        self._expiry = asyncio.get_running_loop().call_at(dues[0] + EXPIRY_SECONDS, self._expire, batch)
         try:
-            outcomes = await self._work([item for item, *_ in batch], last_due)
+            outcomes = await self._work([*items], dues)
             answered = list(zip(batch, outcomes, strict=True))
         except BaseException as error:
             for *_, caller in batch:

@@ -421,12 +421,14 @@ class OrdersApi:
             return key(rows[last_written])
         return key(rows[-1]) if len(rows) == limit else reached
 
-    async def _find_orders(self, order_nos: list[str], due: float) -> Sequence[FoundOrder]:
-        async with asyncio.timeout_at(due), self._orders_connection.connection() as connection:
+    async def _find_orders(self, order_nos: list[str], dues: Sequence[float]) -> Sequence[FoundOrder]:
+        async with asyncio.timeout_at(dues[-1]), self._orders_connection.connection() as connection:
             return await current_status.find_orders(connection, order_nos)
 
-    async def _find_timelines(self, order_nos: list[str], due: float) -> Sequence[WholeTimeline | None]:
-        async with asyncio.timeout_at(due), self._timelines_connection.connection() as connection:
+    async def _find_timelines(
+        self, order_nos: list[str], dues: Sequence[float]
+    ) -> Sequence[WholeTimeline | None]:
+        async with asyncio.timeout_at(dues[-1]), self._timelines_connection.connection() as connection:
             return await timeline.find_timelines(connection, order_nos, TIMELINE_REPORTS_MAX)
 
     @asynccontextmanager

@@ -2,8 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
+from math import inf
 from time import monotonic
 from typing import Final, TypeAlias, cast
 from urllib.parse import parse_qsl, urlsplit
@@ -57,6 +58,7 @@ SERVER_SETTINGS: Final = {
     # The database's own defaults must reach neither the append nor a rebuild, which takes as long as it takes.
     "default_transaction_isolation": "read committed",
     "default_transaction_read_only": "off",
+    "search_path": "public",
     "idle_session_timeout": "0",
     "lock_timeout": "0",
     "statement_timeout": "0",
@@ -101,6 +103,27 @@ class UnsupportedServerError(StorageUnavailableError):
     """The database can be reached, but this service cannot use it. ``str()`` says what to do."""
 
 
+# How often a server looks for the client of a running statement. One that has gone leaves a backend that waits
+# for a lock, and takes a connection, until its time limit.
+CLIENT_CHECK: Final = "100ms"
+# A statement may wait for a lock for this much longer than the caller has time: the caller gives up first.
+LOCK_SECONDS_MORE: Final = 0.5
+
+
+async def end_abandoned(connection: Connection, seconds_max: float) -> None:
+    """Let the server end a statement soon after its client has gone, or if it waits too long for a lock.
+
+    Args:
+        connection: the connection.
+        seconds_max: the time limit of the callers.
+    """
+    lock_milliseconds = round((seconds_max + LOCK_SECONDS_MORE) * 1_000)
+    await connection.execute(f"SET lock_timeout = {lock_milliseconds}")
+    # A server on Windows refuses it.
+    with suppress(asyncpg.InvalidParameterValueError):
+        await connection.execute(f"SET client_connection_check_interval = '{CLIENT_CHECK}'")
+
+
 async def connect(dsn: str, on_connect: OnConnect | None = None, /, **settings: str) -> Connection:
     """Open a connection with the service's settings and the given ones.
 
@@ -137,7 +160,7 @@ async def connect(dsn: str, on_connect: OnConnect | None = None, /, **settings: 
             if host is not None:
                 _last_host[dsn] = host
             return connection
-    texts = (f"{host or LOCAL_SOCKET}: {error or 'no answer in time'}" for host, error in failures)
+    texts = (f"{host or LOCAL_SOCKET}: {str(error) or 'no answer in time'}" for host, error in failures)
     raise StorageUnavailableError(f"cannot connect to {'; '.join(texts)}") from failures[-1][1]
 
 
@@ -325,37 +348,43 @@ class DedicatedConnection:
         self._turn = asyncio.Lock()
 
     @asynccontextmanager
-    async def connection(self, seconds_max: float | None = None) -> AsyncIterator[Connection]:
+    async def connection(
+        self, seconds_max: float | None = None, *, open_until: float = inf
+    ) -> AsyncIterator[Connection]:
         """Lend the connection. After an error it is rolled back or closed.
 
         Args:
             seconds_max: the time limit, None for the one of the constructor.
+            open_until: the time of the event loop from which on no connection is opened for this use.
 
         Raises:
-            StorageUnavailableError: only with a limit: it was reached, or the connection was lost.
+            StorageUnavailableError: only with a limit: it was reached, or the connection was lost; or there is
+                no connection, and it is too late to open one.
         """
         limit = self._seconds_max if seconds_max is None else seconds_max
         with nullcontext() if limit is None else as_unavailable():
-            async with asyncio.timeout(limit), self._use() as connection:
+            async with asyncio.timeout(limit), self._use(open_until) as connection:
                 yield connection
 
     @asynccontextmanager
-    async def transaction(self, begin: str = "BEGIN") -> AsyncIterator[Connection]:
+    async def transaction(self, begin: str = "BEGIN", *, open_until: float = inf) -> AsyncIterator[Connection]:
         """Lend the connection in a transaction: committed at the end of the block, rolled back after an error.
 
         asyncpg's own context manager would send a ROLLBACK and wait for it even when cancelled.
         """
-        async with self.connection() as connection:
+        async with self.connection(open_until=open_until) as connection:
             await connection.execute(begin)
             yield connection
             await connection.execute("COMMIT")
 
     @asynccontextmanager
-    async def _use(self) -> AsyncIterator[Connection]:
+    async def _use(self, open_until: float) -> AsyncIterator[Connection]:
         async with self._turn:
             if self._connection is not None and monotonic() - self._used_at > self._idle_seconds_max:
                 await _terminate_if_silent(self._connection)
             if self._connection is None or self._connection.is_closed():
+                if asyncio.get_running_loop().time() > open_until:
+                    raise StorageUnavailableError("too little time is left to open a connection")
                 self._connection = await self._connect()
                 self._connection.add_log_listener(self._count_warning)
                 self.times_opened += 1

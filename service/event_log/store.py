@@ -40,11 +40,35 @@ class VersionTakenError(Exception):
     """Another writer recorded one of these versions first. The append recorded nothing."""
 
 
+class LogWentBackError(Exception):
+    """The log no longer has an event that this process has seen. The append recorded nothing."""
+
+
+# Of the log's constraints, the only one that a report can meet: two writers decided on the same version.
+VERSIONS_KEY: Final = "order_events_pkey"
 UNREPLICATED: Final = "the commit's wait for a standby was cancelled"
 
 
 class UnreplicatedCommitError(ConnectionError):
     """A commit is durable on this server, but its wait for a standby was cancelled."""
+
+
+class SeenEvent(NamedTuple):
+    """An event that this process has read or committed: its place in the log, and the id of its report.
+
+    A failover or a restore loses the end of a log, never its middle. So a log that still has this event has all
+    earlier events that this process has seen, and has them unchanged.
+    """
+
+    position: int
+    order_no: str
+    version: int
+    report_id: str
+
+    @classmethod
+    def of(cls, event: Order.StatusReported, position: int) -> "SeenEvent":
+        """Return the place of an event."""
+        return cls(position, event.originator_id, event.originator_version, event.report_id)
 
 
 class RecordedEvent(NamedTuple):
@@ -94,6 +118,8 @@ def to_log_event(event: RecordedEvent, *, with_bodies: bool) -> LogEvent:
 # The statement itself takes the lock, which saves a round trip. Only rows of the join draw a position, and the
 # join has no rows until the lock is held, so positions increase in the order of the commits. It appends nothing
 # if the sequence is behind the log, as after a cut-over by logical replication: no reader would see the event.
+# Nor does it append if the log has lost an event that the decisions rely on. The statement locks the table
+# before it looks, so that no restore can come in between.
 APPEND: Final = """
     INSERT INTO order_events (originator_id, originator_version, topic, state)
     SELECT event.*
@@ -101,6 +127,13 @@ APPEND: Final = """
          unnest($1::text[], $2::bigint[], $3::text[], $4::bytea[]) AS event
     WHERE (SELECT last_value - 1 + is_called::integer FROM order_events_notification_id_seq)
         >= coalesce((SELECT max(notification_id) FROM order_events), 0)
+      AND NOT EXISTS (
+        SELECT FROM unnest($6::bigint[], $7::text[], $8::bigint[], $9::text[])
+            AS seen (position, order_no, version, report_id)
+        WHERE NOT EXISTS (
+            SELECT FROM order_events
+            WHERE notification_id = seen.position AND originator_id = seen.order_no
+              AND originator_version = seen.version AND position(convert_to(report_id, 'UTF8') IN state) > 0))
     RETURNING originator_id, originator_version, notification_id
 """
 
@@ -129,10 +162,10 @@ LAST_ARRIVAL: Final = """
 
 # The last event of each of these orders, if it lies above the version that is known.
 LAST_EVENTS: Final = """
-    SELECT requested.order_no, last.originator_version, last.topic, last.state
+    SELECT last.notification_id, requested.order_no, last.originator_version, last.topic, last.state
     FROM unnest($1::text[], $2::bigint[]) AS requested (order_no, known_version),
     LATERAL (
-        SELECT originator_version, topic, state
+        SELECT notification_id, originator_version, topic, state
         FROM order_events
         WHERE originator_id = requested.order_no AND originator_version > requested.known_version
         ORDER BY originator_version DESC
@@ -146,6 +179,12 @@ EVENTS_AT: Final = """
     FROM unnest($1::text[], $2::bigint[]) AS requested (order_no, version)
     JOIN order_events AS logged
       ON logged.originator_id = requested.order_no AND logged.originator_version = requested.version
+"""
+
+HAS_EVENT: Final = """
+    SELECT EXISTS (
+        SELECT FROM order_events WHERE notification_id = $1 AND originator_id = $2 AND originator_version = $3
+            AND position(convert_to($4, 'UTF8') IN state) > 0)
 """
 
 # A batch of one order's events above a version. The first event is returned whatever its size.
@@ -211,18 +250,24 @@ COUNT_AFTER: Final = """
 
 
 async def append(
-    connection: Connection, events: Sequence[Order.StatusReported], *, notify: bool = True
+    connection: Connection,
+    events: Sequence[Order.StatusReported],
+    seen: Sequence[SeenEvent] = (),
+    *,
+    notify: bool = True,
 ) -> list[int]:
     """Append events in one statement, all or none, and return their positions.
 
     Args:
         connection: a connection to the log.
         events: the events, each with the next version of its order.
+        seen: the events that their decisions rely on, which the log must still have.
         notify: notify the listeners. In a transaction they never are: a full queue would fail its commit.
 
     Raises:
         asyncpg.ProgramLimitExceededError: the notification queue is full. Nothing was appended.
         VersionTakenError: another writer recorded one of the versions first.
+        LogWentBackError: the log has lost one of ``seen``.
         UnsupportedServerError: the next position would lie within the log.
     """
     values = (
@@ -231,14 +276,21 @@ async def append(
         [event.TOPIC for event in events],
         [encode_event(event) for event in events],
         APPEND_LOCK,
+        [event.position for event in seen],
+        [event.order_no for event in seen],
+        [event.version for event in seen],
+        [event.report_id for event in seen],
     )
     try:
         statement = APPEND if notify and not connection.is_in_transaction() else APPEND_SILENTLY
         rows = await connection.fetch(statement, *values)
     except asyncpg.UniqueViolationError as error:
+        if error.constraint_name != VERSIONS_KEY:
+            raise
         raise VersionTakenError(str(error)) from error
     if not rows:
         await require_rising_numbers(connection)
+        raise LogWentBackError("the log has lost events that this process has seen")
     # An event is recorded only if the server returned its position; the absence of an error is not enough.
     positions = {(order_no, version): position for order_no, version, position in rows}
     return [positions[event.originator_id, event.originator_version] for event in events]
@@ -259,9 +311,15 @@ async def await_standby(connection: Connection) -> None:
     await connection.execute(WRITE_MESSAGE)
 
 
-async def order_states(
+async def order_states(connection: Connection, order_nos: Iterable[str]) -> dict[str, OrderState]:
+    """Return the states of these orders; see ``read_states``."""
+    states, _ = await read_states(connection, order_nos)
+    return states
+
+
+async def read_states(
     connection: Connection, order_nos: Iterable[str], known: Mapping[str, OrderState] = MappingProxyType({})
-) -> dict[str, OrderState]:
+) -> tuple[dict[str, OrderState], SeenEvent | None]:
     """Return the states of these orders, each from its last event alone; NEW_ORDER if an order has none.
 
     Args:
@@ -269,18 +327,24 @@ async def order_states(
         order_nos: the orders.
         known: states that may be stale. Only the events of later versions are read.
 
+    Returns:
+        The states, and the newest event that was read, if any.
+
     Raises:
         UndecodableEventError: an order's last event cannot be read, or left the order in a status that the
             transition table does not have.
     """
     states = {order_no: known.get(order_no, NEW_ORDER) for order_no in order_nos}
     versions = [state.version for state in states.values()]
-    for order_no, version, topic, state in await connection.fetch(LAST_EVENTS, [*states], versions):
+    newest: SeenEvent | None = None
+    for position, order_no, version, topic, state in await connection.fetch(LAST_EVENTS, [*states], versions):
         event = decode_event(order_no, version, topic, state)
         if (event.status, event.leg) not in TABLE:
             raise UndecodableEventError(f"the transition table does not have the status of {order_no}")
         states[order_no] = evolve(NEW_ORDER, event)
-    return states
+        if newest is None or position > newest.position:
+            newest = SeenEvent.of(event, position)
+    return states, newest
 
 
 async def find_positions(connection: Connection, events: Sequence[Order.StatusReported]) -> list[int] | None:
@@ -300,6 +364,12 @@ async def find_positions(connection: Connection, events: Sequence[Order.StatusRe
     if len(found) != len(events):
         raise RuntimeError("an append was committed in part, although it is one statement")
     return found
+
+
+async def has_event(connection: Connection, seen: SeenEvent) -> bool:
+    """Return whether the log still has an event."""
+    has: bool = await connection.fetchval(HAS_EVENT, *seen)
+    return has
 
 
 def _report_id(order_no: str, version: int, topic: str, state: bytes) -> str | None:

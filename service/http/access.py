@@ -198,11 +198,11 @@ class Access:
         if self._is_reader:
             raise only_reads()
 
-    async def _read_keys(self, callers: Sequence[None], due: float) -> Sequence[None]:
+    async def _read_keys(self, callers: Sequence[None], dues: Sequence[float]) -> Sequence[None]:
         if monotonic() < self._retry_at:
             raise StorageUnavailableError("the API keys could not be read a moment ago")
         try:
-            async with asyncio.timeout_at(due), self._dedicated.connection() as connection:
+            async with asyncio.timeout_at(dues[-1]), self._dedicated.connection() as connection:
                 keys = await list_keys(connection)
                 live = await sessions.list_sessions(connection)
         except (StorageUnavailableError, TimeoutError):

@@ -1,6 +1,15 @@
-"""The recorder: it decides and appends reports in batches, and returns their receipts after the commit."""
+"""The recorder: it decides and appends reports in batches, and returns their receipts after the commit.
+
+Two rules hold for every way through this module:
+
+- A report whose caller was answered is never begun. A report is due at its time limit, when its caller gets
+  503. From then on no append is sent with it; only one that was sent before may still be committed.
+- What this process has seen of the log is used only together with a proof that the log still has it. Each
+  append carries the newest events that its decisions rely on, and appends nothing if the log has lost one.
+"""
 
 import asyncio
+from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -13,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.order import Order, OrderState, Report, decide, evolve
 from domain.statuses import STANDARD_VOCABULARY, Recognise, Status
 from domain.transitions import Verdict
-from projections.postgres_errors import Connection, is_connection_lost, is_value_refused
+from projections.postgres_errors import Connection, is_report_at_fault, is_row_at_fault, is_worth_repeating
 from service.batcher import Batcher, BatchFailedError, OverloadedError
 from service.database.connections import (
     RECONNECT_PAUSE_SECONDS,
@@ -23,7 +32,7 @@ from service.database.connections import (
 )
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError
-from service.event_log.store import UnreplicatedCommitError, VersionTakenError
+from service.event_log.store import LogWentBackError, SeenEvent, UnreplicatedCommitError, VersionTakenError
 from service.ingest.order_states import OrderStates
 from service.ingest.parser import ignored_members
 
@@ -38,6 +47,10 @@ QUEUE_BYTES_MAX: Final = 32 * 1024 * 1024
 WAIT_SECONDS_MAX: Final = 0.4
 # Reports with a claim are recorded one by one on the batches' connection: more of them would starve batches.
 CLAIMED_REPORTS_MAX: Final = 64
+# The share of its time limit that a report must have left to open a connection. One that its caller abandons
+# holds a backend until the server notices. While the log is locked, late callers could use up all of the
+# server's.
+OPENING_SHARE_MIN: Final = 0.1
 # A full notification queue is logged at most once in this interval.
 WARN_SECONDS: Final = 300.0
 # For this long after another process has appended, each batch first looks for events above its cached states,
@@ -46,6 +59,7 @@ SHARED_SECONDS: Final = 1.0
 # About 500 bytes each: 50 MB.
 ORDER_STATES_MAX: Final = 100_000
 
+NOT_BEGUN: Final = "the time limit was reached before the report was sent to the database; it is not recorded"
 
 logger = structlog.get_logger()
 
@@ -92,6 +106,10 @@ class Claim(Protocol):
         ...
 
 
+class StalledError(ConnectionError):
+    """The present batch has waited for the database for longer than any report may wait for its turn."""
+
+
 class UnrecordableReportError(Exception):
     """The database rejects this report, or its order's last event is undecodable. No retry can succeed."""
 
@@ -102,6 +120,7 @@ class Recorder:
     Args:
         dedicated: the connection to the log.
         on_commit: called with the events and positions of every commit, in the order of the log.
+        on_loss: called when the log has lost events that this process has seen, so that it forgets them.
         queue_reports_max: the maximum number of waiting reports.
         seconds_max: the time limit for one report, including its wait.
         recognise: the vocabulary.
@@ -113,6 +132,7 @@ class Recorder:
         dedicated: DedicatedConnection,
         on_commit: Callable[[Sequence[Order.StatusReported], Sequence[int]], None],
         *,
+        on_loss: Callable[[], None] = lambda: None,
         queue_reports_max: int,
         seconds_max: float,
         recognise: Recognise = STANDARD_VOCABULARY.recognise,
@@ -122,13 +142,15 @@ class Recorder:
         self._recognise = recognise
         self._on_batch = on_batch
         self._on_commit = on_commit
+        self._on_loss = on_loss
         self._seconds_max = seconds_max
         self._states = OrderStates(ORDER_STATES_MAX)
         self._claimed_waiting = 0
         self._trouble: Exception | None = None
-        # The last commit, and how often the connection was opened when it was last known to be in the log.
-        self._last: tuple[Order.StatusReported, int] | None = None
-        self._looked_at = 0
+        # When the present batch began, by the loop's clock; None if there is none.
+        self._batch_began: float | None = None
+        # The last commit.
+        self._last: SeenEvent | None = None
         self.losses = 0
         self._shared_until = 0.0
         self._warn_at = 0.0
@@ -144,7 +166,11 @@ class Recorder:
 
     @property
     def trouble(self) -> Exception | None:
-        """The error of the last attempt to append, None if it was committed."""
+        """Why reports are not being committed now, None if they are."""
+        if self._trouble is None and self._batch_began is not None:
+            seconds = asyncio.get_running_loop().time() - self._batch_began
+            if seconds > WAIT_SECONDS_MAX:
+                return StalledError(f"a batch has been waiting for the database for {seconds:.1f} s")
         return self._trouble
 
     @property
@@ -170,7 +196,8 @@ class Recorder:
 
         Raises:
             OverloadedError: too many reports are waiting; nothing was recorded.
-            StorageUnavailableError: no commit was confirmed in time. The report may or may not be recorded.
+            StorageUnavailableError: no commit was confirmed in time. The report is not recorded, unless its
+                append had been sent by then.
             UnrecordableReportError: this release cannot record the report.
         """
         if claim is None:
@@ -178,11 +205,14 @@ class Recorder:
         if self._claimed_waiting >= CLAIMED_REPORTS_MAX:
             raise OverloadedError("too many reports with idempotency keys are waiting")
         self._claimed_waiting += 1
+        due = asyncio.get_running_loop().time() + self._seconds_max
         try:
-            async with _time_limit(asyncio.get_running_loop().time() + self._seconds_max):
-                return await self._record_claimed(report, claim) or await self._record_in_batch(report)
+            async with _time_limit(due):
+                receipt = await self._record_claimed(report, claim, due)
         finally:
             self._claimed_waiting -= 1
+        # Outside of the time limit: its batch has one of its own, after which nothing is begun.
+        return receipt or await self._record_in_batch(report)
 
     async def _record_in_batch(self, report: Report) -> Receipt:
         try:
@@ -194,57 +224,85 @@ class Recorder:
                 raise StorageUnavailableError(str(error)) from error
             raise
 
-    async def _record_batch(self, reports: list[Report], due: float) -> Sequence[Receipt | Exception]:
-        began = monotonic()
-        async with _time_limit(due):
-            receipts = await self._record(reports)
-        self._on_batch(len(reports), monotonic() - began)
+    async def _record_batch(
+        self, reports: list[Report], dues: Sequence[float]
+    ) -> Sequence[Receipt | Exception]:
+        loop = asyncio.get_running_loop()
+        began = self._batch_began = loop.time()
+        try:
+            async with _time_limit(dues[-1]):
+                receipts = await self._record(reports, dues)
+        except StorageUnavailableError as error:
+            self._trouble = self._trouble or error
+            raise
+        except asyncpg.PostgresError as error:
+            self._trouble = error
+            raise _rejected(error) from error
+        finally:
+            self._batch_began = None
+        self._on_batch(len(reports), loop.time() - began)
         return receipts
 
-    async def _record(self, reports: list[Report]) -> Sequence[Receipt | Exception]:
+    async def _record(self, reports: list[Report], dues: Sequence[float]) -> Sequence[Receipt | Exception]:
         try:
-            return await self._record_together(reports)
+            return await self._record_together(reports, dues)
         except Exception as error:
-            if not _is_unrecordable(error):
+            if _is_unrecordable(error):
+                failure: Exception = UnrecordableReportError(str(error))
+            elif is_row_at_fault(error):
+                # Such as by a constraint that somebody has added: no fault of the report.
+                failure = _rejected(error)
+            else:
                 raise
             if len(reports) == 1:
-                return [UnrecordableReportError(str(error))]
+                return [failure]
         # One bad report must not fail the others in its batch. Halving the batch isolates it.
         middle = len(reports) // 2
-        return [*await self._record(reports[:middle]), *await self._record(reports[middle:])]
+        return [
+            *await self._record(reports[:middle], dues[:middle]),
+            *await self._record(reports[middle:], dues[middle:]),
+        ]
 
-    async def _record_together(self, reports: list[Report]) -> Sequence[Receipt]:
+    async def _record_together(
+        self, reports: list[Report], dues: Sequence[float]
+    ) -> Sequence[Receipt | Exception]:
         order_nos = {report.order_no for report in reports}
         # The events that may have been committed.
         sent: list[Order.StatusReported] | None = None
-        times_opened = self._dedicated.times_opened
         try:
-            sent = self._decide_all(reports, await self._known_states(order_nos))
-            positions = await self._append(sent, times_opened)
-        except VersionTakenError:
-            # A state was stale. The whole statement was refused, or not sent.
-            sent, positions = await self._record_locked(reports, order_nos, None)
+            states, newest = await self._known_states(order_nos, dues)
+            sent = self._decide_all(reports, states)
+            positions = await self._append(sent, newest, dues)
+        except (VersionTakenError, LogWentBackError, _LockNeededError) as error:
+            # A state was stale, or the log has lost events. The whole statement was refused, or not sent.
+            sent, positions = await self._record_locked(reports, dues, None, error)
         except Exception as error:
             if not _may_succeed_at_once(error):
                 self._states.forget(order_nos)
                 raise
-            sent, positions = await self._record_locked(reports, order_nos, sent)
+            sent, positions = await self._record_locked(reports, dues, sent, error)
         except BaseException:
             self._states.forget(order_nos)
             raise
-        self._commit(sent, positions)
-        return [_receipt(event, position) for event, position in zip(sent, positions, strict=True)]
+        if sent:
+            self._commit(sent, positions)
+        # The first reports may have been left out, since they were due.
+        late = [StorageUnavailableError(NOT_BEGUN) for _ in range(len(reports) - len(sent))]
+        return [*late, *map(_receipt, sent, positions)]
 
-    async def _append(self, events: list[Order.StatusReported], times_opened: int) -> list[int]:
-        async with self._dedicated.connection() as connection:
-            if not times_opened == self._looked_at == self._dedicated.times_opened:
-                # The states may come from commits that this server has lost, and be ahead of its log.
-                raise VersionTakenError
+    async def _append(
+        self, events: list[Order.StatusReported], newest: SeenEvent | None, dues: Sequence[float]
+    ) -> list[int]:
+        async with self._dedicated.connection(open_until=self._open_until(dues[-1])) as connection:
+            if self._trouble is not None or asyncio.get_running_loop().time() >= dues[0]:
+                raise _LockNeededError
+            # The cached states are at most as new as the last commit.
+            seen = [one for one in (self._last, newest) if one is not None]
             warnings = self._dedicated.warnings
             try:
-                positions = await store.append(connection, events)
+                positions = await store.append(connection, events, seen)
             except asyncpg.ProgramLimitExceededError as error:
-                positions = await store.append(connection, events, notify=False)
+                positions = await store.append(connection, events, seen, notify=False)
                 await store.clear_notifications(connection)
                 self._warn_of_full_queue(error)
         if self._dedicated.warnings != warnings:
@@ -252,34 +310,45 @@ class Recorder:
         return positions
 
     async def _record_locked(
-        self, reports: list[Report], order_nos: set[str], sent: list[Order.StatusReported] | None
+        self,
+        reports: list[Report],
+        dues: Sequence[float],
+        sent: list[Order.StatusReported] | None,
+        failure: Exception,
     ) -> tuple[list[Order.StatusReported], list[int]]:
         """Record under the append lock, after a first attempt that was refused or whose outcome is unknown.
 
         A lost connection is reopened until the time limit. Under the lock, events that may have been committed
         are searched for: the transaction that wrote them holds the lock until it ends.
+
+        Returns:
+            The events and their positions, of all reports or of the last ones: the others were due.
         """
-        self._states.forget(order_nos)
+        self._states.forget({report.order_no for report in reports})
+        has_lost = isinstance(failure, LogWentBackError)
         doubtful = [sent] if sent else []
         while True:
             try:
-                async with self._locked() as connection:
-                    for events in doubtful:
-                        if positions := await store.find_positions(connection, events):
-                            await store.await_standby(connection)
-                            break
-                    else:
-                        events = self._decide_all(reports, await store.order_states(connection, order_nos))
-                        # Kept before the append, so that these events are searched for if it fails.
-                        doubtful.append(events)
-                        positions = await store.append(connection, events)
-            except VersionTakenError:
-                # Another writer does not take the lock, or its commit was not visible yet. This append recorded
-                # nothing; the earlier ones are searched for again.
+                async with self._locked(dues[-1]) as connection:
+                    if has_lost:
+                        await self._forget_loss(connection)
+                        has_lost = False
+                    if found := await self._find_commit(connection, doubtful):
+                        return found
+                    events = await self._decide_undue(connection, reports, dues)
+                    if not events:
+                        return [], []
+                    # Kept before the append, so that these events are searched for if it fails.
+                    doubtful.append(events)
+                    positions = await store.append(connection, events, self._chain())
+            except (VersionTakenError, LogWentBackError) as error:
+                # Another writer does not take the lock, or its commit was not visible yet, or the log has lost
+                # events. This append recorded nothing; the earlier ones are searched for again.
                 doubtful.pop()
+                has_lost = isinstance(error, LogWentBackError)
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
             except Exception as error:
-                if _is_unrecordable(error):
+                if _is_unrecordable(error) or is_row_at_fault(error):
                     raise
                 self._trouble = error
                 if not _may_succeed_at_once(error):
@@ -288,16 +357,38 @@ class Recorder:
             else:
                 return events, positions
 
-    async def _record_claimed(self, report: Report, claim: Claim) -> Receipt | None:
+    async def _find_commit(
+        self, connection: Connection, doubtful: Sequence[list[Order.StatusReported]]
+    ) -> tuple[list[Order.StatusReported], list[int]] | None:
+        """Return the events that were committed without a confirmation, and their positions, if any were."""
+        for events in doubtful:
+            if positions := await store.find_positions(connection, events):
+                await store.await_standby(connection)
+                return events, positions
+        return None
+
+    async def _decide_undue(
+        self, connection: Connection, reports: list[Report], dues: Sequence[float]
+    ) -> list[Order.StatusReported]:
+        """Decide, from states read under the lock, on the reports whose callers were not answered yet."""
+        states = await store.order_states(connection, {report.order_no for report in reports})
+        now = asyncio.get_running_loop().time()
+        return self._decide_all(reports[bisect_right(dues, now) :], states)
+
+    async def _record_claimed(self, report: Report, claim: Claim, due: float) -> Receipt | None:
         """Record the reports of a claim together with it, in a transaction of their own.
 
         Returns:
             The receipt; the first receipt again if the claim was used with this body; None if it was used with
             another body.
         """
+        has_lost = False
         while True:
             try:
-                async with self._locked() as connection:
+                async with self._locked(due) as connection:
+                    if has_lost:
+                        await self._forget_loss(connection)
+                        has_lost = False
                     claimed = await claim.find(connection, report)
                     if isinstance(claimed, ClaimedEvent):
                         await store.await_standby(connection)
@@ -305,15 +396,18 @@ class Recorder:
                         order_nos = {one.order_no for one in claimed}
                         states = await store.order_states(connection, order_nos)
                         events = self._decide_all(claimed, states)
-                        positions = await store.append(connection, events)
+                        positions = await store.append(connection, events, self._chain())
                         await claim.keep(connection, report, events[0])
-            except VersionTakenError:
+            except (VersionTakenError, LogWentBackError) as error:
+                has_lost = isinstance(error, LogWentBackError)
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
             except Exception as error:
                 if _is_unrecordable(error):
                     raise UnrecordableReportError(str(error)) from error
                 self._trouble = error
+                if isinstance(error, asyncpg.PostgresError) and not _may_succeed_at_once(error):
+                    raise _rejected(error) from error
                 if not _may_succeed_at_once(error):
                     raise
                 # The next attempt finds the claim if this one was committed.
@@ -336,23 +430,29 @@ class Recorder:
             events.append(event)
         return events
 
-    async def _known_states(self, order_nos: set[str]) -> dict[str, OrderState]:
+    async def _known_states(
+        self, order_nos: set[str], dues: Sequence[float]
+    ) -> tuple[dict[str, OrderState], SeenEvent | None]:
+        """Return the states of these orders, and the newest event that was read for them, if any."""
         known, missing = self._states.look_up(order_nos)
         doubtful: Iterable[str] = order_nos if monotonic() < self._shared_until else missing
+        newest = None
         if doubtful:
-            async with self._dedicated.connection() as connection:
-                known.update(await store.order_states(connection, doubtful, known))
-        return known
+            async with self._dedicated.connection(open_until=self._open_until(dues[-1])) as connection:
+                read, newest = await store.read_states(connection, doubtful, known)
+            known.update(read)
+        return known, newest
+
+    def _open_until(self, due: float) -> float:
+        return due - OPENING_SHARE_MIN * self._seconds_max
 
     @asynccontextmanager
-    async def _locked(self) -> AsyncIterator[Connection]:
+    async def _locked(self, due: float) -> AsyncIterator[Connection]:
         """Keep all other writers from appending until the end of the block, which commits."""
         warnings = self._dedicated.warnings
-        async with self._dedicated.transaction(store.BEGIN_LOCKED) as connection:
+        transaction = self._dedicated.transaction(store.BEGIN_LOCKED, open_until=self._open_until(due))
+        async with transaction as connection:
             await store.take_append_lock(connection)
-            if self._looked_at != self._dedicated.times_opened:
-                await self._look_for_last(connection)
-                self._looked_at = self._dedicated.times_opened
             yield connection
         if self._dedicated.warnings != warnings:
             raise UnreplicatedCommitError(store.UNREPLICATED)
@@ -362,22 +462,31 @@ class Recorder:
             self._warn_at = monotonic() + WARN_SECONDS
             logger.warning("the notification queue is full: views and streams are late", error=str(error))
 
-    async def _look_for_last(self, connection: Connection) -> None:
-        """Report whether the log still has the last commit: a failover or a restore may have lost it."""
-        if self._last is None:
-            return
-        event, position = self._last
-        if await store.find_positions(connection, [event]) is None:
+    def _chain(self) -> list[SeenEvent]:
+        """Return what to prove even if all states were just read: the feed takes its commits for one log."""
+        return [] if self._last is None else [self._last]
+
+    async def _forget_loss(self, connection: Connection) -> None:
+        """Forget what this process has seen of the log, which has lost some of it, by a failover or a restore.
+
+        The loss is logged and counted if it has a commit of this process.
+        """
+        self._on_loss()
+        self.forget()
+        if self._last is not None and not await store.has_event(connection, self._last):
             self.losses += 1
             head = await store.head_position(connection)
-            logger.error("the database has lost acknowledged reports", last_position=position, head=head)
+            logger.error(
+                "the database has lost acknowledged reports", last_position=self._last.position, head=head
+            )
+        self._last = None
 
     def _commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         self._trouble = None
-        if self._last is not None and positions[0] != self._last[1] + 1:
+        if self._last is not None and positions[0] != self._last.position + 1:
             # Another process appends too. A gap of another origin costs a second of reading.
             self._shared_until = monotonic() + SHARED_SECONDS
-        self._last = events[-1], positions[-1]
+        self._last = SeenEvent.of(events[-1], positions[-1])
         self._states.learn(events)
         self._on_commit(events, positions)
 
@@ -391,13 +500,28 @@ async def _time_limit(due: float) -> AsyncIterator[None]:
         raise StorageUnavailableError("the commit was not confirmed in time") from None
 
 
+class _LockNeededError(Exception):
+    """The first reports of the batch are due, so they must be left out; or the last append was not committed.
+
+    An append that its callers abandon may be committed, unless it is in a transaction.
+    """
+
+
 def _may_succeed_at_once(error: Exception) -> bool:
     """Return whether another attempt may succeed without an operator. A commit may be in doubt."""
-    return is_connection_lost(error) and not isinstance(error, UnsupportedServerError)
+    return is_worth_repeating(error) and not isinstance(error, UnsupportedServerError)
+
+
+def _rejected(error: Exception) -> UnsupportedServerError:
+    """Return the error of a report that the database rejects although the report is not to blame."""
+    # Only the first line: PostgreSQL's further lines may quote a row.
+    rejected = UnsupportedServerError(f"the database rejects reports: {str(error).partition(chr(10))[0]}")
+    rejected.__cause__ = error
+    return rejected
 
 
 def _is_unrecordable(error: Exception) -> bool:
-    return isinstance(error, UndecodableEventError) or is_value_refused(error)
+    return isinstance(error, UndecodableEventError) or is_report_at_fault(error)
 
 
 def _receipt(event: Order.StatusReported, position: int) -> Receipt:

@@ -8,19 +8,17 @@ import structlog
 from aiohttp import web
 
 from domain.order import Arrival
-from service.batcher import OverloadedError
-from service.database.connections import StorageUnavailableError
 from service.database.log_identity import LogIdentity
 from service.http.body import read_body
 from service.http.budgets import OverBudgetError
 from service.http.problems import ProblemError, ProblemType, only_reads, unavailable
 from service.http.request_ids import caller_trace
 from service.http.responses import LOG_HEADER, json_response
-from service.ingest.idempotency import IdempotencyKey, read_key
+from service.ingest.idempotency import read_key
 from service.ingest.parser import UnreadableError, parse
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
-from service.ingest.refusals import BodiesFullError, ReaderError, Refusals
+from service.ingest.refusals import EXPLANATIONS, BodiesFullError, Path, ReaderError, Refusals
 from service.ingest.volume import Volume
 from service.ingest.webhook_auth import Sender, WebhookAuth
 from service.uuids import make_uuid
@@ -87,35 +85,43 @@ class Webhook:
             sender.token_name,
             traceparent=caller_trace(request),
         )
+        path: Path = "body"
         try:
-            body = await read_body(request)
-        except OverBudgetError as error:
-            await self._refusals.count(BodiesFullError(str(error)))
-            raise unavailable("too many large bodies are arriving") from None
-        self._auth.check_signature(request, body)
-        try:
-            self._volume.accept(len(body))
-            receipt = await self._keep(body, arrival, read_key(request.headers))
-        except (OverloadedError, StorageUnavailableError) as error:
-            await self._refusals.count(error)
+            body = await self._read(request)
+            claim = read_key(request.headers)
+            try:
+                report = parse(body, arrival)
+                path = "plain" if claim is None else "keyed"
+                receipt = await self._recorder.record(report, claim)
+            except UnreadableError as error:
+                path = "quarantine"
+                receipt = await self._quarantine_body(body, arrival, str(error), error.order_no)
+            except UnrecordableReportError as error:
+                path = "quarantine"
+                logger.warning("report cannot be recorded", report_id=arrival.report_id, error=str(error))
+                reason = "the report cannot be recorded"
+                receipt = await self._quarantine_body(body, arrival, reason, report.order_no)
+        except (ProblemError, web.HTTPException):
+            # The request is at fault, or its sender.
             raise
-        # Bodies are quarantined without the append lock, so they may be kept while no report can be recorded.
-        if receipt["outcome"] != "quarantined":
-            self._refusals.end()
+        except Exception as error:
+            cause = await self._refusals.count(error, path)
+            if cause == "failed":
+                raise
+            raise unavailable(EXPLANATIONS[cause], cause=cause) from error
+        self._refusals.end(path)
         response = json_response(receipt)
         response.headers[LOG_HEADER] = self._log.log_id
         return response
 
-    async def _keep(self, body: bytes, arrival: Arrival, claim: IdempotencyKey | None) -> Receipt:
+    async def _read(self, request: web.Request) -> bytes:
         try:
-            report = parse(body, arrival)
-        except UnreadableError as error:
-            return await self._quarantine_body(body, arrival, str(error), error.order_no)
-        try:
-            return await self._recorder.record(report, claim)
-        except UnrecordableReportError as error:
-            logger.warning("report cannot be recorded", report_id=arrival.report_id, error=str(error))
-            return await self._quarantine_body(body, arrival, "the report cannot be recorded", report.order_no)
+            body = await read_body(request)
+        except OverBudgetError as error:
+            raise BodiesFullError(str(error)) from None
+        self._auth.check_signature(request, body)
+        self._volume.accept(len(body))
+        return body
 
     async def _quarantine_body(
         self, body: bytes, arrival: Arrival, reason: str, order_no: str | None
@@ -156,7 +162,7 @@ class RefusedWebhook:
         """Refuse one report."""
         _check_head(self._auth, request)
         problem = only_reads()
-        await self._refusals.count(ReaderError(problem.detail))
+        await self._refusals.count(ReaderError(problem.detail), "body")
         raise problem
 
 

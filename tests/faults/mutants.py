@@ -7,6 +7,7 @@ replaces code of the service, because it tests the harness.
 import asyncio
 import sys
 from collections.abc import Callable, Sequence
+from math import inf
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
@@ -44,9 +45,9 @@ class EarlyRecorder:
     async def record(self, recorder: Recorder, reports: list[Report]) -> list[Receipt]:
         """Replace ``Recorder._record_together``."""
         order_nos = {report.order_no for report in reports}
-        events = recorder._decide_all(reports, await recorder._known_states(order_nos))  # noqa: SLF001
+        events = recorder._decide_all(reports, (await recorder._known_states(order_nos, [inf]))[0])  # noqa: SLF001
         if self._position is None:
-            async with recorder._locked() as connection:  # noqa: SLF001
+            async with recorder._locked(inf) as connection:  # noqa: SLF001
                 self._position = await store.head_position(connection)
         first = self._position + 1
         self._position += len(events)
@@ -59,7 +60,7 @@ class EarlyRecorder:
     async def _commit(self, recorder: Recorder, events: Sequence[Order.StatusReported]) -> None:
         await asyncio.sleep(COMMITTED_AFTER_SECONDS)
         # The lock is fair, so the commits follow the order of the acknowledgements.
-        async with self._turn, recorder._locked() as connection:  # noqa: SLF001
+        async with self._turn, recorder._locked(inf) as connection:  # noqa: SLF001
             await store.append(connection, events)
 
 
@@ -72,21 +73,27 @@ def acknowledge_early() -> None:
     """Acknowledge reports before they are committed."""
     early = EarlyRecorder()
 
-    async def record(recorder: Recorder, reports: list[Report]) -> Sequence[Receipt]:
+    async def record(recorder: Recorder, reports: list[Report], _dues: object) -> Sequence[Receipt]:
         return await early.record(recorder, reports)
 
     _replace(Recorder, "_record_together", record)
 
 
 def keep_memory() -> None:
-    """Keep the order states and the log's tail when a connection is opened again."""
+    """Keep the order states and the log's tail when a connection is opened again; prove nothing."""
+    append = store.append
 
-    async def append(recorder: Recorder, sent: list[Order.StatusReported], _times_opened: int) -> list[int]:
-        async with recorder._dedicated.connection() as connection:  # noqa: SLF001
-            return await store.append(connection, sent)
+    async def append_unproved(
+        connection: Connection,
+        events: Sequence[Order.StatusReported],
+        _seen: object = (),
+        *,
+        notify: bool = True,
+    ) -> list[int]:
+        return await append(connection, events, notify=notify)
 
     _replace(Service, "_forget", lambda _service: None)
-    _replace(Recorder, "_append", append)
+    _replace(store, "append", append_unproved)
 
 
 def retry_blindly() -> None:
@@ -111,7 +118,7 @@ def use_first_time_limit() -> None:
 
     async def work_on_in_time(batcher: Batcher[Any, Any], batch: list[Any]) -> None:
         work, (_, _, first_due, _) = batcher._work, batch[0]  # noqa: SLF001
-        batcher._work = lambda items, _last_due: work(items, first_due)  # noqa: SLF001
+        batcher._work = lambda items, _dues: work(items, [first_due] * len(items))  # noqa: SLF001
         try:
             await work_on(batcher, batch)
         finally:
@@ -137,8 +144,8 @@ def require_notifications() -> None:
 def stay_silent() -> None:
     """Neither count nor log refused webhooks."""
 
-    async def ignore(_refusals: Refusals, _error: Exception) -> None:
-        pass
+    async def ignore(_refusals: Refusals, _error: Exception, _path: str) -> str:
+        return "no_answer"
 
     _replace(Refusals, "count", ignore)
 

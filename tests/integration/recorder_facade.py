@@ -67,6 +67,7 @@ class LogInThread:
                     [event.topic for event in stored],
                     [event.state for event in stored],
                     store.APPEND_LOCK,
+                    *([], [], [], []),
                 )
             positions = {(order_no, version): position for order_no, version, position in rows}
             return [positions[str(event.originator_id), event.originator_version] for event in stored]

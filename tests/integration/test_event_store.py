@@ -220,7 +220,7 @@ async def tail_while_writing(dsn: str, append_statement: str) -> tuple[int, int]
         connection = await connect(dsn)
         for i in range(APPENDS_EACH):
             ids = [f"W{number}-{i}-{k}" for k in range(5)]
-            await connection.fetch(append_statement, ids, [1] * 5, ["t"] * 5, [b"{}"] * 5, 1)
+            await connection.fetch(append_statement, ids, [1] * 5, ["t"] * 5, [b"{}"] * 5, 1, [], [], [], [])
         await connection.close()
 
     async def tail() -> int:

@@ -64,7 +64,7 @@ class Statement(NamedTuple):
 
 # The statements that a dedicated connection plans once, generically.
 HOT: Final = {
-    "append": Statement(store.APPEND, 5),
+    "append": Statement(store.APPEND, 9),
     "last events": Statement(store.LAST_EVENTS, 2),
     "the fate of an append": Statement(store.EVENTS_AT, 2),
     "the log after a position": Statement(store.LOG, 3),

@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from math import inf
 from typing import Any
 from uuid import uuid4
 
@@ -121,9 +122,11 @@ async def test_a_lost_connection_leaves_one_event(dsn: str, point: str) -> None:
 
     class CuttingConnection(DedicatedConnection):
         @asynccontextmanager
-        async def connection(self, seconds_max: float | None = None) -> AsyncIterator[Connection]:
+        async def connection(
+            self, seconds_max: float | None = None, *, open_until: float = inf
+        ) -> AsyncIterator[Connection]:
             cut = next(cuts, False)
-            async with super().connection(seconds_max) as connection:
+            async with super().connection(seconds_max, open_until=open_until) as connection:
                 if cut and point == "before it is sent":
                     await terminate_backends(dsn)
                 yield connection

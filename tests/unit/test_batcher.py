@@ -17,14 +17,14 @@ class Work:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
-        self.dues: list[float] = []
+        self.dues: list[Sequence[float]] = []
         self.begun = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
 
-    async def __call__(self, items: list[int], due: float) -> Sequence[int | Exception]:
+    async def __call__(self, items: list[int], dues: Sequence[float]) -> Sequence[int | Exception]:
         self.batches.append(items)
-        self.dues.append(due)
+        self.dues.append(dues)
         self.begun.set()
         await self.gate.wait()
         return [item * 2 for item in items]
@@ -160,7 +160,7 @@ async def test_no_call_waits_for_a_batch_that_begins_too_late() -> None:
     """A wait of one and a half batches is time for one more, however the next one is filled."""
     gate = asyncio.Event()
 
-    async def work(items: list[int], _due: float) -> Sequence[int | Exception]:
+    async def work(items: list[int], _dues: Sequence[float]) -> Sequence[int | Exception]:
         # The first batch takes so long that each further one is expected to take a tenth of it, or more.
         await (asyncio.sleep(0.2) if items == [0] else gate.wait())
         return items
@@ -223,8 +223,8 @@ async def test_a_batch_of_expired_items_does_not_call_the_work() -> None:
     assert work.batches == []
 
 
-async def test_the_work_receives_the_deadline_of_its_last_item() -> None:
-    """The work receives the deadline of its last item, by the loop's clock from the time of submission."""
+async def test_the_work_receives_the_deadline_of_each_item() -> None:
+    """The work receives each item's deadline, sorted, by the loop's clock from the time of submission."""
     work = Work()
     calls = batcher(work)
     loop = asyncio.get_running_loop()
@@ -236,7 +236,8 @@ async def test_the_work_receives_the_deadline_of_its_last_item() -> None:
     work.gate.set()
     await asyncio.gather(first, second)
     assert work.batches[1] == [1, 2]
-    assert before_last + SECONDS_MAX <= work.dues[1] <= loop.time() + SECONDS_MAX
+    first_due, last_due = work.dues[1]
+    assert first_due < before_last + SECONDS_MAX <= last_due <= loop.time() + SECONDS_MAX
 
 
 async def test_each_caller_of_a_stalled_batch_has_its_own_time() -> None:
@@ -293,8 +294,8 @@ async def test_failed_work_fails_its_whole_batch_and_no_other() -> None:
     work = Work()
     failure = OSError("the disk is full")
 
-    async def fail_once(items: list[int], due: float) -> Sequence[int | Exception]:
-        outcomes = await work(items, due)
+    async def fail_once(items: list[int], dues: Sequence[float]) -> Sequence[int | Exception]:
+        outcomes = await work(items, dues)
         if len(work.batches) == 1:
             raise failure
         return outcomes
@@ -319,7 +320,7 @@ async def test_an_error_of_many_callers_stays_small() -> None:
     One exception instance that is raised in every caller would add each caller's frames to its traceback.
     """
 
-    async def fail(_items: list[int], _due: float) -> Sequence[int | Exception]:
+    async def fail(_items: list[int], _dues: Sequence[float]) -> Sequence[int | Exception]:
         raise OSError
 
     calls: Batcher[int, int] = Batcher(fail, batch_items_max=512, queue_items_max=512, seconds_max=SECONDS_MAX)
@@ -339,7 +340,7 @@ async def test_another_number_of_outcomes_than_items_is_a_failure(outcomes: list
     Otherwise a caller could get the outcome of another caller's item.
     """
 
-    async def miscount(_items: list[int], _due: float) -> Sequence[int | Exception]:
+    async def miscount(_items: list[int], _dues: Sequence[float]) -> Sequence[int | Exception]:
         return outcomes
 
     calls: Batcher[int, int] = Batcher(miscount, batch_items_max=3, queue_items_max=3, seconds_max=SECONDS_MAX)
@@ -352,7 +353,7 @@ async def test_an_outcome_that_is_an_error_is_raised_in_its_caller_alone() -> No
     """An outcome that is an exception is raised only in the caller of that item."""
     bad = KeyError("bad")
 
-    async def work(items: list[int], _due: float) -> Sequence[int | Exception]:
+    async def work(items: list[int], _dues: Sequence[float]) -> Sequence[int | Exception]:
         return [bad if item == 2 else item for item in items]
 
     calls: Batcher[int, int] = Batcher(work, batch_items_max=3, queue_items_max=3, seconds_max=SECONDS_MAX)
@@ -374,7 +375,7 @@ async def test_the_leader_ends_and_another_one_begins() -> None:
 async def test_a_leader_that_met_a_failure_is_replaced() -> None:
     """A call after a failed batch is processed."""
 
-    async def work(items: list[int], _due: float) -> Sequence[int | Exception]:
+    async def work(items: list[int], _dues: Sequence[float]) -> Sequence[int | Exception]:
         if items == [0]:
             raise OSError
         return items
@@ -393,7 +394,7 @@ async def test_the_leader_does_not_inherit_its_first_callers_context() -> None:
     request: ContextVar[str] = ContextVar("request")
     seen: list[str | None] = []
 
-    async def look(items: list[int], _due: float) -> Sequence[int | Exception]:
+    async def look(items: list[int], _dues: Sequence[float]) -> Sequence[int | Exception]:
         seen.append(request.get(None))
         return items
 
