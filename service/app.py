@@ -147,7 +147,7 @@ class Service:
         projectors = [*self.projectors.values()]
         volume = Volume(settings.webhook_bytes_hourly_max)
         auth_refusals = AuthRefusals(settings.trusted_proxies)
-        self.refusals = Refusals(self.auth_connection, lambda: self.recorder.trouble)
+        self.refusals = Refusals(self.auth_connection, lambda keyed: self.recorder.trouble(keyed=keyed))
         # A position that is lost in a crash of the server costs repeats, so no save waits for the disk.
         self.subscriptions_connection = DedicatedConnection(partial(connect_hot, synchronous_commit="off"))
         self.deliveries_connection = DedicatedConnection(connect_hot)

@@ -99,6 +99,10 @@ class StorageUnavailableError(ConnectionError):
     """The database cannot be reached, or did not answer in time."""
 
 
+class TooLateError(StorageUnavailableError):
+    """There is no connection, and its caller has too little time left to open one."""
+
+
 class UnsupportedServerError(StorageUnavailableError):
     """The database can be reached, but this service cannot use it. ``str()`` says what to do."""
 
@@ -358,8 +362,8 @@ class DedicatedConnection:
             open_until: the time of the event loop from which on no connection is opened for this use.
 
         Raises:
-            StorageUnavailableError: only with a limit: it was reached, or the connection was lost; or there is
-                no connection, and it is too late to open one.
+            StorageUnavailableError: only with a limit: it was reached, or the connection was lost.
+            TooLateError: it is later than ``open_until``.
         """
         limit = self._seconds_max if seconds_max is None else seconds_max
         with nullcontext() if limit is None else as_unavailable():
@@ -384,7 +388,7 @@ class DedicatedConnection:
                 await _terminate_if_silent(self._connection)
             if self._connection is None or self._connection.is_closed():
                 if asyncio.get_running_loop().time() > open_until:
-                    raise StorageUnavailableError("too little time is left to open a connection")
+                    raise TooLateError("too little time is left to open a connection")
                 self._connection = await self._connect()
                 self._connection.add_log_listener(self._count_warning)
                 self.times_opened += 1

@@ -143,11 +143,11 @@ APPEND_SILENTLY: Final = APPEND.replace(", pg_notify('order_events', '')", "")
 
 # Inserting no rows takes the table's lock before the advisory lock, as the append and the library's recorder
 # do: another order could deadlock. A grant on columns does not allow LOCK TABLE.
-BEGIN_LOCKED: Final = """
-    BEGIN;
+LOCK_TABLE: Final = """
     INSERT INTO order_events (originator_id, originator_version, topic, state)
     SELECT '', 0, '', '' WHERE false
 """
+BEGIN_LOCKED: Final = f"BEGIN; {LOCK_TABLE}"
 TAKE_APPEND_LOCK: Final = "SELECT pg_advisory_xact_lock($1)"
 
 # A transaction that has written something waits at its end for the standby, and so for all commits before it.

@@ -28,6 +28,7 @@ from service.database.connections import (
     RECONNECT_PAUSE_SECONDS,
     DedicatedConnection,
     StorageUnavailableError,
+    TooLateError,
     UnsupportedServerError,
 )
 from service.event_log import store
@@ -146,11 +147,15 @@ class Recorder:
         self._seconds_max = seconds_max
         self._states = OrderStates(ORDER_STATES_MAX)
         self._claimed_waiting = 0
+        # The errors of the last batch and of the last report with a claim, None if they were committed.
         self._trouble: Exception | None = None
+        self._claimed_trouble: Exception | None = None
         # When the present batch began, by the loop's clock; None if there is none.
         self._batch_began: float | None = None
         # The last commit.
         self._last: SeenEvent | None = None
+        # Whether the log was found to have lost something that this process has seen, and not yet forgotten.
+        self._went_back = False
         self.losses = 0
         self._shared_until = 0.0
         self._warn_at = 0.0
@@ -164,9 +169,14 @@ class Recorder:
             wait_seconds_max=WAIT_SECONDS_MAX,
         )
 
-    @property
-    def trouble(self) -> Exception | None:
-        """Why reports are not being committed now, None if they are."""
+    def trouble(self, *, keyed: bool = False) -> Exception | None:
+        """Return why reports are not being committed now, None if they are.
+
+        Args:
+            keyed: reports with a claim, or else those without.
+        """
+        if keyed:
+            return self._claimed_trouble
         if self._trouble is None and self._batch_began is not None:
             seconds = asyncio.get_running_loop().time() - self._batch_began
             if seconds > WAIT_SECONDS_MAX:
@@ -275,16 +285,18 @@ class Recorder:
             positions = await self._append(sent, newest, dues)
         except (VersionTakenError, LogWentBackError, _LockNeededError) as error:
             # A state was stale, or the log has lost events. The whole statement was refused, or not sent.
-            sent, positions = await self._record_locked(reports, dues, None, error)
+            self._went_back |= isinstance(error, LogWentBackError)
+            sent, positions = await self._record_locked(reports, dues, None)
         except Exception as error:
             if not _may_succeed_at_once(error):
                 self._states.forget(order_nos)
                 raise
-            sent, positions = await self._record_locked(reports, dues, sent, error)
+            sent, positions = await self._record_locked(reports, dues, sent)
         except BaseException:
             self._states.forget(order_nos)
             raise
         if sent:
+            self._trouble = None
             self._commit(sent, positions)
         # The first reports may have been left out, since they were due.
         late = [StorageUnavailableError(NOT_BEGUN) for _ in range(len(reports) - len(sent))]
@@ -314,7 +326,6 @@ class Recorder:
         reports: list[Report],
         dues: Sequence[float],
         sent: list[Order.StatusReported] | None,
-        failure: Exception,
     ) -> tuple[list[Order.StatusReported], list[int]]:
         """Record under the append lock, after a first attempt that was refused or whose outcome is unknown.
 
@@ -325,14 +336,10 @@ class Recorder:
             The events and their positions, of all reports or of the last ones: the others were due.
         """
         self._states.forget({report.order_no for report in reports})
-        has_lost = isinstance(failure, LogWentBackError)
         doubtful = [sent] if sent else []
         while True:
             try:
                 async with self._locked(dues[-1]) as connection:
-                    if has_lost:
-                        await self._forget_loss(connection)
-                        has_lost = False
                     if found := await self._find_commit(connection, doubtful):
                         return found
                     events = await self._decide_undue(connection, reports, dues)
@@ -340,17 +347,17 @@ class Recorder:
                         return [], []
                     # Kept before the append, so that these events are searched for if it fails.
                     doubtful.append(events)
-                    positions = await store.append(connection, events, self._chain())
-            except (VersionTakenError, LogWentBackError) as error:
+                    positions = await self._append_locked(connection, events)
+            except (VersionTakenError, LogWentBackError):
                 # Another writer does not take the lock, or its commit was not visible yet, or the log has lost
                 # events. This append recorded nothing; the earlier ones are searched for again.
                 doubtful.pop()
-                has_lost = isinstance(error, LogWentBackError)
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
             except Exception as error:
                 if _is_unrecordable(error) or is_row_at_fault(error):
                     raise
-                self._trouble = error
+                if not isinstance(error, TooLateError):
+                    self._trouble = error
                 if not _may_succeed_at_once(error):
                     raise
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
@@ -382,13 +389,9 @@ class Recorder:
             The receipt; the first receipt again if the claim was used with this body; None if it was used with
             another body.
         """
-        has_lost = False
         while True:
             try:
                 async with self._locked(due) as connection:
-                    if has_lost:
-                        await self._forget_loss(connection)
-                        has_lost = False
                     claimed = await claim.find(connection, report)
                     if isinstance(claimed, ClaimedEvent):
                         await store.await_standby(connection)
@@ -396,23 +399,24 @@ class Recorder:
                         order_nos = {one.order_no for one in claimed}
                         states = await store.order_states(connection, order_nos)
                         events = self._decide_all(claimed, states)
-                        positions = await store.append(connection, events, self._chain())
+                        positions = await self._append_locked(connection, events)
                         await claim.keep(connection, report, events[0])
-            except (VersionTakenError, LogWentBackError) as error:
-                has_lost = isinstance(error, LogWentBackError)
+            except (VersionTakenError, LogWentBackError):
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
             except Exception as error:
                 if _is_unrecordable(error):
                     raise UnrecordableReportError(str(error)) from error
-                self._trouble = error
-                if isinstance(error, asyncpg.PostgresError) and not _may_succeed_at_once(error):
+                if not isinstance(error, TooLateError):
+                    self._claimed_trouble = error
+                if isinstance(error, asyncpg.PostgresError) and not is_worth_repeating(error):
                     raise _rejected(error) from error
                 if not _may_succeed_at_once(error):
                     raise
                 # The next attempt finds the claim if this one was committed.
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
                 continue
+            self._claimed_trouble = None
             if not isinstance(claimed, ClaimedEvent):
                 self._commit(events, positions)
                 return _receipt(events[0], positions[0])
@@ -453,6 +457,8 @@ class Recorder:
         transaction = self._dedicated.transaction(store.BEGIN_LOCKED, open_until=self._open_until(due))
         async with transaction as connection:
             await store.take_append_lock(connection)
+            if self._went_back:
+                await self._forget_loss(connection)
             yield connection
         if self._dedicated.warnings != warnings:
             raise UnreplicatedCommitError(store.UNREPLICATED)
@@ -462,9 +468,16 @@ class Recorder:
             self._warn_at = monotonic() + WARN_SECONDS
             logger.warning("the notification queue is full: views and streams are late", error=str(error))
 
-    def _chain(self) -> list[SeenEvent]:
-        """Return what to prove even if all states were just read: the feed takes its commits for one log."""
-        return [] if self._last is None else [self._last]
+    async def _append_locked(self, connection: Connection, events: list[Order.StatusReported]) -> list[int]:
+        """Append events that were decided from states that were read under the lock.
+
+        The last commit is proved even so: the feed and the next decisions take it and these events for one log.
+        """
+        try:
+            return await store.append(connection, events, [] if self._last is None else [self._last])
+        except LogWentBackError:
+            self._went_back = True
+            raise
 
     async def _forget_loss(self, connection: Connection) -> None:
         """Forget what this process has seen of the log, which has lost some of it, by a failover or a restore.
@@ -480,9 +493,9 @@ class Recorder:
                 "the database has lost acknowledged reports", last_position=self._last.position, head=head
             )
         self._last = None
+        self._went_back = False
 
     def _commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
-        self._trouble = None
         if self._last is not None and positions[0] != self._last.position + 1:
             # Another process appends too. A gap of another origin costs a second of reading.
             self._shared_until = monotonic() + SHARED_SECONDS
@@ -509,7 +522,7 @@ class _LockNeededError(Exception):
 
 def _may_succeed_at_once(error: Exception) -> bool:
     """Return whether another attempt may succeed without an operator. A commit may be in doubt."""
-    return is_worth_repeating(error) and not isinstance(error, UnsupportedServerError)
+    return is_worth_repeating(error) and not isinstance(error, UnsupportedServerError | TooLateError)
 
 
 def _rejected(error: Exception) -> UnsupportedServerError:

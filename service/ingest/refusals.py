@@ -10,10 +10,11 @@ from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 import asyncpg
 import structlog
 
+from projections.postgres_errors import Connection
 from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError, UnsupportedServerError
 from service.database.schema import OldReplicaError
-from service.event_log.store import APPEND_LOCK, UnreplicatedCommitError
+from service.event_log.store import LOCK_TABLE, UnreplicatedCommitError, take_append_lock
 from service.ingest.volume import VolumeFullError
 
 
@@ -114,31 +115,23 @@ CAUSES_BY_TYPE: Final[dict[type[BaseException], Cause]] = {
     # Of several servers, none can be written.
     asyncpg.TargetServerAttributeNotMatched: "read_only",
 }
-# What an append waits for. A commit that waits for its standby also keeps the append lock, even after its time
-# limit. Every role can see locks, but not what other roles' sessions wait for: if a standby is required and
-# nobody else holds a lock, the commit waits for the standby. An append whose caller has given up no longer
-# waits for its lock, so the holders are looked for too: a session of another program, or one that is idle.
+# What an append waits for, if the lock was held ($1) for a moment. A commit that waits for its standby also
+# keeps the append lock, even after its time limit. Every role can see locks, but not what other roles' sessions
+# wait for: if a standby is required and nobody holds the lock, the commit waits for the standby.
 DIAGNOSE: Final = """
     SELECT CASE
         WHEN EXISTS (
             SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'SyncRep')
             THEN 'replication_wait'
-        WHEN EXISTS (
-            SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)
-            WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database())
-              AND (relation = 'public.order_events'::regclass
-                   AND (NOT granted OR mode IN (
-                       'ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))
-                   OR locktype = 'advisory' AND classid::bigint << 32 | objid::bigint = $1)
-              AND (NOT granted OR application_name <> current_setting('application_name')
-                   OR state LIKE 'idle in transaction%'))
-            THEN 'lock_held'
+        WHEN $1 THEN 'lock_held'
         WHEN current_setting('synchronous_standby_names') <> ''
              AND current_setting('synchronous_commit') NOT IN ('off', 'local')
             THEN 'replication_wait'
         ELSE 'no_answer'
     END
 """
+# A lock that is not free for this long is held: an append takes a few milliseconds.
+LOCK_TIMEOUT: Final = "SET LOCAL lock_timeout = '100ms'"
 
 logger = structlog.get_logger()
 
@@ -170,10 +163,11 @@ class Refusals:
 
     Args:
         dedicated: the connection to ask the server with; not the one that appends.
-        trouble: returns why reports are not being committed now, None if they are.
+        trouble: returns why reports are not being committed now, None if they are. It is called with whether
+            they have idempotency keys.
     """
 
-    def __init__(self, dedicated: DedicatedConnection, trouble: Callable[[], Exception | None]) -> None:
+    def __init__(self, dedicated: DedicatedConnection, trouble: Callable[[bool], Exception | None]) -> None:
         self._dedicated = dedicated
         self._trouble = trouble
         self.counts: Counter[Cause] = Counter(dict.fromkeys(CAUSES, 0))
@@ -190,7 +184,7 @@ class Refusals:
             path: the path on which it was refused.
         """
         # A queue is full because nothing is being committed, or because too much arrives.
-        reason = (self._trouble() or error) if path in {"plain", "keyed"} else error
+        reason = (self._trouble(path == "keyed") or error) if path in {"plain", "keyed"} else error
         cause = find_cause(reason)
         if cause == "no_answer":
             cause = await self._diagnose()
@@ -247,11 +241,23 @@ class Refusals:
             if monotonic() >= self._diagnose_at:
                 try:
                     async with self._dedicated.connection(DIAGNOSIS_SECONDS_MAX) as connection:
-                        self._diagnosis = await connection.fetchval(DIAGNOSE, APPEND_LOCK)
+                        self._diagnosis = await connection.fetchval(DIAGNOSE, await _is_locked(connection))
                 except StorageUnavailableError as error:
                     self._diagnosis = find_cause(error)
                 self._diagnose_at = monotonic() + DIAGNOSIS_SECONDS
         return self._diagnosis
+
+
+async def _is_locked(connection: Connection) -> bool:
+    """Return whether another session keeps appends from their locks."""
+    try:
+        async with connection.transaction():
+            await connection.execute(LOCK_TIMEOUT)
+            await connection.execute(LOCK_TABLE)
+            await take_append_lock(connection)
+    except asyncpg.LockNotAvailableError:
+        return True
+    return False
 
 
 def find_cause(error: BaseException) -> Cause:

@@ -6,6 +6,7 @@ is left.
 
 import asyncio
 from collections.abc import AsyncIterator
+from math import inf
 
 import pytest
 from structlog.testing import capture_logs
@@ -15,11 +16,12 @@ from projections.postgres_errors import Connection
 from service.app import Service
 from service.database.connections import connect
 from service.event_log import store
+from service.event_log.store import LogWentBackError
 from service.maintenance.check import check_database
 from service.settings import Settings
 from tests.support.client import Client
 from tests.support.databases import TestServer
-from tests.support.recording import EQUAL, rebuilt, record
+from tests.support.recording import EQUAL, caught_up, dedicated_connection, make_recorder, rebuilt, record
 from tests.support.reports import report
 from tests.support.waiting import until_async
 
@@ -60,6 +62,37 @@ async def test_an_order_goes_on_from_its_last_event_in_the_log(
     assert await versions(connection, "KOM1") == [1, 2, 3]
     await connection.close()
     assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_a_restore_that_cuts_no_connection_is_noticed(
+    server: TestServer, service: Service, dsn: str
+) -> None:
+    """Each append proves what the process has seen, since a restored log need not cut its connections."""
+    await record(service, report("KOM1", "Diajukan"), report("KOM1", "Dipacking"))
+    dump = await asyncio.to_thread(server.dump, dsn)
+    await record(service, report("KOM1", "Dijemput"), report("KOM1", "Dikirim"), report("KOM2", "Diantar"))
+    await asyncio.to_thread(server.restore_clean, dsn, dump)
+    with capture_logs() as logs:
+        receipt = await service.recorder.record(report("KOM1", "Dijemput"))
+    assert (receipt["outcome"], receipt["version"], receipt["position"]) == ("advanced", 3, 3)
+    (lost,) = [log for log in logs if log["event"] == "the database has lost acknowledged reports"]
+    assert (lost["last_position"], lost["head"], service.recorder.losses) == (5, 2, 1)
+    await caught_up(service, 3)
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_what_another_process_wrote_is_proved_too(server: TestServer, dsn: str) -> None:
+    """A state that was read from the log, not committed by this process, is lost with the log that had it."""
+    async with dedicated_connection(dsn) as held, dedicated_connection(dsn) as other_held:
+        recorder, other = make_recorder(held), make_recorder(other_held)
+        await recorder.record(report("KOM1", "Diajukan"))
+        dump = await asyncio.to_thread(server.dump, dsn)
+        await other.record(report("KOM2", "Diajukan"))
+        states, newest = await recorder._known_states({"KOM2"}, [inf])  # noqa: SLF001
+        events = recorder._decide_all([report("KOM2", "Dipacking")], states)  # noqa: SLF001
+        await asyncio.to_thread(server.restore_clean, dsn, dump)
+        with pytest.raises(LogWentBackError):
+            await recorder._append(events, newest, [inf])  # noqa: SLF001
 
 
 async def test_lost_events_are_not_applied_to_the_views(server: TestServer, service: Service, dsn: str) -> None:

@@ -12,20 +12,26 @@ from math import inf
 from typing import Any
 from uuid import uuid4
 
+import asyncpg
 import pytest
 
 from domain.order import NEW_ORDER, Arrival, Order, OrderState, Report, decide, evolve
 from projections.postgres_errors import Connection
 from service.batcher import OverloadedError
-from service.database.connections import DedicatedConnection, StorageUnavailableError, connect
+from service.database.connections import (
+    DedicatedConnection,
+    StorageUnavailableError,
+    connect,
+    end_abandoned,
+)
 from service.database.schema import SERVICE_ROLE
 from service.event_log import store
 from service.ingest.idempotency import IdempotencyKey
 from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
-from tests.support.databases import TestServer, wait_for_locked
+from tests.support.databases import WAITING_FOR_LOCKS, TestServer, wait_for_locked
 from tests.support.recording import locked_log, logged_events, make_recorder
 from tests.support.reports import NOW, report
-from tests.support.waiting import PATIENCE_SECONDS
+from tests.support.waiting import PATIENCE_SECONDS, until_async
 
 # The time limit of a report. It is generous: only tests of the limit itself set a short one.
 
@@ -169,6 +175,97 @@ async def test_no_database_is_unavailable_within_the_time() -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         outcomes = await asyncio.gather(*(recorder.record(report()) for _ in range(5)), return_exceptions=True)
     assert all(isinstance(outcome, StorageUnavailableError) for outcome in outcomes)
+
+
+PAST, FUTURE = 0.0, inf
+
+
+async def test_a_report_whose_caller_was_answered_is_never_begun(
+    recorder: Recorder, connection: Connection
+) -> None:
+    """A report that is due when its batch is sent is left out, and the later ones of the batch are recorded."""
+    late, timely = report("KOM1", "Dikirim"), report("KOM1", "Diterima")
+    for _ in range(2):
+        outcomes = await recorder._record_batch([late, late, timely], [PAST, PAST, FUTURE])  # noqa: SLF001
+        assert [type(outcome) for outcome in outcomes] == [StorageUnavailableError] * 2 + [dict]
+    events = [event for _, event in await logged_events(connection)]
+    assert [event.report_id for event in events] == [timely.arrival.report_id] * 2
+    assert_judged_in_order(events)
+
+
+async def test_reports_that_are_all_due_are_not_recorded(recorder: Recorder, connection: Connection) -> None:
+    """Nothing is sent for a batch whose callers were all answered."""
+    due = asyncio.get_running_loop().time() + 1e-6
+    with pytest.raises(StorageUnavailableError):
+        await recorder._record_batch([report("KOM1"), report("KOM2")], [PAST, due])  # noqa: SLF001
+    assert await logged_events(connection) == []
+
+
+async def test_a_commit_in_doubt_is_found_after_its_caller_was_answered(dsn: str) -> None:
+    """A report that is due is still found if its append was committed, but not begun again if it was not."""
+    cuts = iter([False, True])
+
+    class CuttingConnection(DedicatedConnection):
+        @asynccontextmanager
+        async def connection(
+            self, seconds_max: float | None = None, *, open_until: float = inf
+        ) -> AsyncIterator[Connection]:
+            cut = next(cuts, False)
+            async with super().connection(seconds_max, open_until=open_until) as connection:
+                yield connection
+                if cut:
+                    await asyncio.sleep(max(0.0, dues[0] - asyncio.get_running_loop().time()))
+                    raise ConnectionResetError("cut after the commit")
+
+    cutting = CuttingConnection(lambda: connect(dsn))
+    dues = [asyncio.get_running_loop().time() + 1.0, FUTURE]
+    outcomes = await make_recorder(cutting)._record_batch([report("KOM1"), report("KOM2")], dues)  # noqa: SLF001
+    await cutting.close()
+    assert [type(outcome) for outcome in outcomes] == [dict, dict]
+    async with locked_log(dsn) as holder:
+        assert len(await logged_events(holder)) == 2
+
+
+async def test_a_caller_with_little_time_left_opens_no_connection(dsn: str) -> None:
+    """While the log is locked, callers that give up do not each leave a backend behind."""
+    opened = 0
+
+    async def counted() -> Connection:
+        nonlocal opened
+        opened += 1
+        return await connect(dsn)
+
+    held = DedicatedConnection(counted)
+    recorder = make_recorder(held, seconds_max=1.0)
+    async with locked_log(dsn):
+        calls = []
+        for number in range(40):
+            calls.append(asyncio.create_task(recorder.record(report(f"K{number}"), IdempotencyKey("key"))))
+            await asyncio.sleep(0.01)
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(outcome, StorageUnavailableError) for outcome in outcomes)
+    # The first call gives up after a second. Each later one has 10 ms more, so one in ten opens a connection.
+    assert opened <= 1 + 4
+    await held.close()
+
+
+async def test_the_server_ends_an_append_whose_client_has_gone(dsn: str, connection: Connection) -> None:
+    """An abandoned append does not wait for the lock, where it would hold a backend, and be committed later."""
+    other = await connect(dsn)
+    await end_abandoned(other, 60.0)
+    async with locked_log(dsn) as holder:
+        sent = asyncio.create_task(store.append(other, [decide(NEW_ORDER, report("KOM1"))]))
+        await wait_for_locked(holder)
+        other.terminate()
+        with pytest.raises(asyncpg.ConnectionDoesNotExistError):
+            await sent
+
+        async def is_gone() -> bool:
+            waiting: int = await holder.fetchval(WAITING_FOR_LOCKS)
+            return waiting == 0
+
+        await until_async(is_gone)
+    assert await logged_events(connection) == []
 
 
 async def test_a_full_queue_refuses_at_once(held: DedicatedConnection) -> None:

