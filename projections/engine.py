@@ -140,6 +140,13 @@ LOOK: Final = """
     SELECT position, definition, CASE definition WHEN $1 THEN {try_lead} ELSE false END FROM projection
 """
 LOG_HEAD: Final = "SELECT notification_id FROM public.order_events ORDER BY notification_id DESC LIMIT 1"
+HAS_EVENT: Final = """
+    SELECT EXISTS (
+        SELECT FROM public.order_events
+        WHERE notification_id = $1 AND originator_id = $2 AND originator_version = $3
+            AND position(convert_to($4, 'UTF8') IN state) > 0
+    )
+"""
 # The first condition fails only if another process moved the view without the lock. The second one fails if the
 # batch is from another server's log. Equal last events imply equal logs up to them: each report has its own id.
 ADVANCE: Final = """
@@ -170,6 +177,29 @@ async def log_head(connection: Connection) -> int:
     return head or 0
 
 
+async def has_event(connection: Connection, position: int, order_no: str, version: int, report_id: str) -> bool:
+    """Return whether the log has this event; an empty ``report_id`` stands for any report."""
+    has: bool = await connection.fetchval(HAS_EVENT, position, order_no, version, report_id)
+    return has
+
+
+async def require_event(connection: Connection, last: LoggedEvent | None) -> None:
+    """Prove that the log still has what was read from it, up to its last event; None if nothing was read.
+
+    Raises:
+        OtherLogError: the log does not have the event.
+    """
+    if last is not None and not await has_event(connection, last[0], *_identity(last[1])):
+        raise OtherLogError(f"the log has lost the event at position {last[0]}, up to which it was read")
+
+
+def _identity(event: Order.StatusReported | FailedEvent) -> tuple[str, int, str]:
+    """Return an event's order, version and report; the report of an undecodable event is unknown."""
+    # Any state contains the empty string.
+    report_id = "" if isinstance(event, FailedEvent) else event.report_id
+    return event.originator_id, event.originator_version, report_id
+
+
 async def advance(connection: Connection, old: int, last: LoggedEvent) -> None:
     """Move the view's position from ``old`` to that of the last event, in the transaction that applied it.
 
@@ -177,10 +207,7 @@ async def advance(connection: Connection, old: int, last: LoggedEvent) -> None:
         OtherLogError: the log of this connection's server does not have the event, or the view was moved.
     """
     position, event = last
-    # The id of an undecodable event is unknown: any state contains the empty string.
-    report_id = "" if isinstance(event, FailedEvent) else event.report_id
-    place = (position, event.originator_id, event.originator_version)
-    if await connection.execute(ADVANCE, old, *place, report_id) != "UPDATE 1":
+    if await connection.execute(ADVANCE, old, position, *_identity(event)) != "UPDATE 1":
         raise OtherLogError(f"the server of the view does not have the log's event at position {position}")
 
 

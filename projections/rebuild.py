@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Final, NamedTuple, Protocol
 
 import asyncpg
@@ -17,6 +18,7 @@ from projections.engine import (
     View,
     advance,
     apply_batch,
+    require_event,
     view_state,
     without_parked,
 )
@@ -53,6 +55,20 @@ class RebuildRunningError(Exception):
     """Another rebuild, or a backup, is running."""
 
 
+class Snapshot(NamedTuple):
+    """The log at one moment.
+
+    Attributes:
+        last: its last event; None if it is empty.
+        total: the number of its events.
+        batches: its events in batches, sorted by order number and version.
+    """
+
+    last: LoggedEvent | None
+    total: int
+    batches: AsyncGenerator[Sequence[LoggedEvent]]
+
+
 class Log(Protocol):
     """The log, as a rebuild reads it."""
 
@@ -64,12 +80,8 @@ class Log(Protocol):
         """Return the highest position."""
         ...
 
-    async def count(self, head: int) -> int:
-        """Return the approximate number of events up to a position."""
-        ...
-
-    def read_streams(self, head: int) -> AsyncGenerator[Sequence[LoggedEvent]]:
-        """Yield the events up to a position in batches, sorted by order number and version."""
+    def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
+        """Read the log as it is now until the block ends."""
         ...
 
 
@@ -109,6 +121,7 @@ async def rebuild(
     Raises:
         RebuildRunningError: another rebuild or a backup is running, in this process or another.
         OutdatedViewError: a live view to be compared was built with another definition.
+        OtherLogError: the log has lost events, by a failover or a restore, while it was read.
     """
     async with contextlib.AsyncExitStack() as stack:
 
@@ -124,20 +137,20 @@ async def rebuild(
             await guard.execute(TAKE_SWAP_LOCK)
         rebuilt = [_NextView(view, await open_connection(f"{view.name}_next")) for view in views]
         try:
-            await _fill(rebuilt, guard, log, progress, gathers=True)
+            last = await _fill(rebuilt, guard, log, progress, gathers=True)
         except Exception as error:
             if any(connection.is_closed() for _, connection in rebuilt) or not is_event_at_fault(error):
                 raise
             # Batch by batch, the order with the event at fault is found and parked.
             logger.warning("an event cannot be added to a sum: the rebuild begins again", error=repr(error))
-            await _fill(rebuilt, guard, log, progress, gathers=False)
+            last = await _fill(rebuilt, guard, log, progress, gathers=False)
         for view, connection in rebuilt:
             # Apply most of the new events now, so that the live projector waits only for the rest.
             for _ in range(CATCH_UP_ROUNDS):
                 await _catch_up(connection, view, log.read_log, await log.head())
         if verify:
-            return [await _compare(*next_view, connect, guard, log.read_log) for next_view in rebuilt]
-        return [await _swap(*next_view, guard, log) for next_view in rebuilt]
+            return [await _compare(*next_view, connect, guard, log.read_log, last) for next_view in rebuilt]
+        return [await _swap(*next_view, guard, log, last) for next_view in rebuilt]
 
 
 async def _create_tables(view: View, connection: Connection, guard: Connection, head: int) -> None:
@@ -149,26 +162,35 @@ async def _create_tables(view: View, connection: Connection, guard: Connection, 
 
 async def _fill(
     rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: Progress, *, gathers: bool
-) -> None:
-    """Write the log up to its current head into new tables, order by order, then create their indexes.
+) -> LoggedEvent | None:
+    """Write the log as it is now into new tables, order by order, then create their indexes.
 
     The log is read once, and each view writes at its own pace: while the server writes one batch, the next ones
     are decoded and folded. With ``gathers``, views that can gather write the sum of many batches.
+
+    Returns:
+        The last event that was read. The log may lose it before the new tables are used.
     """
-    head = await log.head()
-    total = await log.count(head)
-    for view, connection in rebuilt:
-        await _create_tables(view, connection, guard, head)
+    async with log.snapshot() as snapshot:
+        for view, connection in rebuilt:
+            await _create_tables(view, connection, guard, snapshot.last[0] if snapshot.last else 0)
+        await _write_all(rebuilt, snapshot, progress, gathers=gathers)
+    return snapshot.last
+
+
+async def _write_all(
+    rebuilt: Sequence[_NextView], snapshot: Snapshot, progress: Progress, *, gathers: bool
+) -> None:
     queues: list[asyncio.Queue[Sequence[LoggedEvent]]] = [asyncio.Queue(BATCHES_AHEAD_MAX) for _ in rebuilt]
 
     async def read() -> None:
         done = 0
-        async with contextlib.aclosing(log.read_streams(head)) as batches:
+        async with contextlib.aclosing(snapshot.batches) as batches:
             async for batch in batches:
                 for queue in queues:
                     await queue.put(batch)
                 done += len(batch)
-                progress(done, max(total, done))
+                progress(done, max(snapshot.total, done))
         for queue in queues:
             await queue.put(())
 
@@ -205,7 +227,9 @@ async def _write(
         await connection.execute(view.indexes_sql)
 
 
-async def _swap(view: View, connection: Connection, guard: Connection, log: Log) -> RebuiltView:
+async def _swap(
+    view: View, connection: Connection, guard: Connection, log: Log, last: LoggedEvent | None
+) -> RebuiltView:
     """Apply the remaining events and rename the schemas, in one transaction under the live projector's lock."""
     await _drop(guard, f"{view.name}_old")
     async with connection.transaction():
@@ -213,6 +237,8 @@ async def _swap(view: View, connection: Connection, guard: Connection, log: Log)
         await connection.execute(TAKE_VIEW_LOCK, view.name)
         # The live view cannot be beyond this head: it does not move while its lock is held.
         await _catch_up(connection, view, log.read_log, await log.head())
+        # Later events were proved as they were applied.
+        await require_event(connection, last)
         parked_orders = await parked.count_parked(connection)
         # The guard holds the rebuild lock. If it was lost, another rebuild may have dropped these tables.
         await guard.fetchval(IS_ALIVE)
@@ -224,8 +250,13 @@ async def _swap(view: View, connection: Connection, guard: Connection, log: Log)
     return RebuiltView(view.name, parked_orders, 0)
 
 
-async def _compare(
-    view: View, rebuilt: Connection, connect: ConnectTo, guard: Connection, read_log: ReadLog
+async def _compare(  # noqa: PLR0913, PLR0917 - two views, and what their tables were read from
+    view: View,
+    rebuilt: Connection,
+    connect: ConnectTo,
+    guard: Connection,
+    read_log: ReadLog,
+    last: LoggedEvent | None,
 ) -> RebuiltView:
     """Bring the rebuilt and the live view to the same position, and compare them in one snapshot."""
     live = await connect(view.name)
@@ -238,6 +269,7 @@ async def _compare(
         await _catch_up(rebuilt, view, read_log, (await view_state(live)).position)
         await rebuilt.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         # The first query takes the snapshot.
+        await require_event(rebuilt, last)
         parked_orders = await parked.count_parked(rebuilt)
     finally:
         # This also releases the view's lock.

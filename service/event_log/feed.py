@@ -1,12 +1,15 @@
 """The log for projections: decoded, from memory if this process wrote the events, else from the database."""
 
 from bisect import bisect_right
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from operator import itemgetter
 from typing import Final
 
 from domain.order import Order
 from projections.engine import DecodedEvent, FailedEvent, LoggedEvent
+from projections.postgres_errors import Connection
+from projections.rebuild import Snapshot
 from service.database.connections import Connect, DedicatedConnection
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event
@@ -121,15 +124,37 @@ class Feed:
 
     async def read_streams(self, head: int) -> AsyncGenerator[Sequence[LoggedEvent]]:
         """Yield the events up to a position by order and version, in batches of limited rows and bytes."""
+        async with self._read_transaction() as connection:
+            async for batch in _read_streams(connection, head):
+                yield batch
+
+    @asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Snapshot]:
+        """Read the log as it is now until the block ends, on a separate connection."""
+        async with self._read_transaction() as connection:
+            # The first statement takes the snapshot.
+            head = await store.head_position(connection)
+            recorded = await store.read_log(connection, head - 1, 1)
+            last = decode_logged(*recorded[0][:5]) if recorded else None
+            total: int = await connection.fetchval(COUNT_EVENTS, head)
+            async with aclosing(_read_streams(connection, head)) as batches:
+                yield Snapshot(last, total, batches)
+
+    @asynccontextmanager
+    async def _read_transaction(self) -> AsyncIterator[Connection]:
         connection = await self._connect()
         try:
             await connection.execute(NO_TIMEOUTS)
             async with connection.transaction(isolation="repeatable_read", readonly=True):
-                cursor = await connection.cursor(STREAMS, head)
-                batch_events = min(FIRST_BATCH_EVENTS, STREAMS_BATCH_EVENTS)
-                while rows := await cursor.fetch(batch_events):
-                    mean_bytes = sum(len(row["state"]) for row in rows) // len(rows) + 1
-                    batch_events = max(1, min(STREAMS_BATCH_EVENTS, STREAMS_BATCH_BYTES // mean_bytes))
-                    yield [decode_logged(*row) for row in rows]
+                yield connection
         finally:
             connection.terminate()
+
+
+async def _read_streams(connection: Connection, head: int) -> AsyncGenerator[Sequence[LoggedEvent]]:
+    cursor = await connection.cursor(STREAMS, head)
+    batch_events = min(FIRST_BATCH_EVENTS, STREAMS_BATCH_EVENTS)
+    while rows := await cursor.fetch(batch_events):
+        mean_bytes = sum(len(row["state"]) for row in rows) // len(rows) + 1
+        batch_events = max(1, min(STREAMS_BATCH_EVENTS, STREAMS_BATCH_BYTES // mean_bytes))
+        yield [decode_logged(*row) for row in rows]

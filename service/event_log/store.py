@@ -14,7 +14,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from domain.order import NEW_ORDER, Order, OrderState, evolve
 from domain.transitions import TABLE
-from projections.engine import log_head
+from projections import engine
 from projections.postgres_errors import Connection
 from service.database.sequences import require_rising_numbers
 from service.event_log.codec import (
@@ -179,12 +179,6 @@ EVENTS_AT: Final = """
     FROM unnest($1::text[], $2::bigint[]) AS requested (order_no, version)
     JOIN order_events AS logged
       ON logged.originator_id = requested.order_no AND logged.originator_version = requested.version
-"""
-
-HAS_EVENT: Final = """
-    SELECT EXISTS (
-        SELECT FROM order_events WHERE notification_id = $1 AND originator_id = $2 AND originator_version = $3
-            AND position(convert_to($4, 'UTF8') IN state) > 0)
 """
 
 # A batch of one order's events above a version. The first event is returned whatever its size.
@@ -368,8 +362,7 @@ async def find_positions(connection: Connection, events: Sequence[Order.StatusRe
 
 async def has_event(connection: Connection, seen: SeenEvent) -> bool:
     """Return whether the log still has an event."""
-    has: bool = await connection.fetchval(HAS_EVENT, *seen)
-    return has
+    return await engine.has_event(connection, *seen)
 
 
 def _report_id(order_no: str, version: int, topic: str, state: bytes) -> str | None:
@@ -410,7 +403,7 @@ async def last_arrival(connection: Connection) -> datetime:
 
 async def head_position(connection: Connection) -> int:
     """Return the highest position in the log, 0 if it is empty."""
-    return await log_head(connection)
+    return await engine.log_head(connection)
 
 
 async def position_before(connection: Connection, time: datetime) -> int:

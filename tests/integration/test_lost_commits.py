@@ -14,10 +14,13 @@ from structlog.testing import capture_logs
 from projections import current_status
 from projections.postgres_errors import Connection
 from service.app import Service
-from service.database.connections import connect
+from service.database.connections import StorageUnavailableError, connect
+from service.database.schema import VIEWS
 from service.event_log import store
+from service.event_log.feed import Feed
 from service.event_log.store import LogWentBackError
 from service.maintenance.check import check_database
+from service.maintenance.replay import rebuild_views
 from service.settings import Settings
 from tests.support.client import Client
 from tests.support.databases import TestServer
@@ -79,6 +82,38 @@ async def test_a_restore_that_cuts_no_connection_is_noticed(
     assert (lost["last_position"], lost["head"], service.recorder.losses) == (5, 2, 1)
     await caught_up(service, 3)
     assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+@pytest.mark.parametrize("verify", [False, True])
+async def test_a_rebuild_proves_what_it_has_read(server: TestServer, dsn: str, *, verify: bool) -> None:
+    """If a restore replaces the log after a rebuild has read it, the rebuilt views are not used."""
+    async with dedicated_connection(dsn) as held, dedicated_connection(dsn) as reading:
+        recorder = make_recorder(held)
+        for number in range(3):
+            await recorder.record(report(f"KOM{number}"))
+        dump = await asyncio.to_thread(server.dump, dsn)
+        for number in range(5):
+            await recorder.record(report(f"LOST{number}"))
+
+        class Restoring(Feed):
+            async def head(self) -> int:
+                nonlocal dump
+                if dump:
+                    await asyncio.to_thread(server.restore_clean, dsn, dump)
+                    dump = b""
+                    # As many events as were lost, so that the positions alone show nothing.
+                    for number in range(5):
+                        await recorder.record(report(f"NEW{number}"))
+                return await super().head()
+
+        reader = Restoring(reading, lambda: connect(dsn))
+        with pytest.raises(StorageUnavailableError, match="has lost the event at position 8"):
+            await rebuild_views(dsn, VIEWS, reader, lambda _done, _total: None, verify=verify)
+    assert await rebuilt(dsn) == EQUAL
+    connection = await connect(dsn)
+    found = await current_status.find_orders(connection, ["LOST1", "NEW1"])
+    await connection.close()
+    assert [one.order["version"] if one.order else None for one in found] == [None, 1]
 
 
 async def test_what_another_process_wrote_is_proved_too(server: TestServer, dsn: str) -> None:
