@@ -8,7 +8,7 @@ Connection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
 # What the values of a report can cause in the statements that record it: a character that the encoding does not
 # have (22021), such as NUL, or that cannot be converted (22P05). Anything else, such as a constraint that
-# somebody has added, or a sequence at its end, fails good reports too.
+# an operator has added, or a sequence at its end, fails good reports too.
 _REPORT_SQLSTATES: Final = ("22021", "22P05")
 # What the values of an event can cause in a view, whose tables are the service's own: cardinality, data and
 # constraints.
@@ -40,7 +40,7 @@ def is_worth_repeating(error: BaseException) -> bool:
 
 
 def is_row_at_fault(error: BaseException) -> bool:
-    """Return whether recording may have failed because of one report among several, whoever is to blame."""
+    """Return whether one report among several may have failed the recording, whether or not it is to blame."""
     if isinstance(error, asyncpg.PostgresError):
         return (error.sqlstate or "").startswith(_ROW_SQLSTATES) and error.sqlstate != _SEQUENCE_ENDED
     return is_report_at_fault(error)

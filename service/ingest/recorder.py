@@ -260,7 +260,7 @@ class Recorder:
             if _is_unrecordable(error):
                 failure: Exception = UnrecordableReportError(str(error))
             elif is_row_at_fault(error):
-                # Such as by a constraint that somebody has added: no fault of the report.
+                # Such as by a constraint that an operator has added: no fault of the report.
                 failure = _rejected(error)
             else:
                 raise

@@ -117,7 +117,7 @@ CAUSES_BY_TYPE: Final[dict[type[BaseException], Cause]] = {
 }
 # What an append waits for, if the lock was held ($1) for a moment. A commit that waits for its standby also
 # keeps the append lock, even after its time limit. Every role can see locks, but not what other roles' sessions
-# wait for: if a standby is required and nobody holds the lock, the commit waits for the standby.
+# wait for: if a standby is required and no session holds the lock, the commit waits for the standby.
 DIAGNOSE: Final = """
     SELECT CASE
         WHEN EXISTS (
