@@ -1,9 +1,9 @@
 """The protocol of recording as a small model: states, and the steps that lead from one to the next.
 
 Two processes append to one log. Each step is one that nothing can interrupt: what PostgreSQL does in one
-statement, or what a process does between two awaits. Anything else may happen in between: a connection is cut, an
-abandoned statement is executed, another process appends, a failover or a restore takes the end of the log, an
-erasure empties a body.
+statement, or what a process does between two awaits. Anything else may happen in between: a connection is
+cut, an abandoned statement is executed, another process appends, a failover or a restore takes the end of the
+log, an erasure empties a body.
 
 A batch is one report, since a batch is judged and appended as a whole. Nothing but recording is modelled.
 """
