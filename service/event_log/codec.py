@@ -22,6 +22,11 @@ _TRANSCODER.register(DatetimeAsISO())
 # The library's own encoder and decoder.
 MAPPER: Final[Mapper[str]] = Mapper(_TRANSCODER)
 
+# The topics that this release decodes. The library resolves a topic by importing the module that it names, and anyone
+# who may append to the log may write any topic.
+TOPICS: Final = frozenset({Order.StatusReported.TOPIC})
+# Of an unknown topic in an error, which the views keep for each parked order.
+TOPIC_CHARACTERS_SHOWN: Final = 100
 _CLASS_VERSION: Final = getattr(Order.StatusReported, "class_version", 1)
 _FIELDS: Final = frozenset(field.name for field in fields(Order.StatusReported))
 # Members that a later release has added: events lack them if they have their default.
@@ -101,9 +106,11 @@ def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order
     Raises:
         UndecodableEventError: this release cannot read the bytes, the topic, or the class version.
     """
+    if topic not in TOPICS:
+        raise UndecodableEventError(f"the topic {topic[:TOPIC_CHARACTERS_SHOWN]!r} is not one of an order's events")
     try:
         values = orjson.loads(state)
-        if topic == Order.StatusReported.TOPIC and values.keys() - _ADDED == _STATE_FIELDS:
+        if values.keys() - _ADDED == _STATE_FIELDS:
             values["timestamp"] = datetime.fromisoformat(values["timestamp"]["_data_"])
             for name in TIMES:
                 if values.get(name) is not None:
@@ -126,7 +133,7 @@ def _decode_by_mapper(stored: StoredEvent, values: dict[str, Any]) -> Order.Stat
         raise ValueError("it was written by a later release")
     event = MAPPER.to_domain_event(stored)
     if not isinstance(event, Order.StatusReported) or not vars(event).keys() >= _REQUIRED:
-        raise TypeError(f"{stored.topic} with these fields is not an event of an order")
+        raise TypeError("its fields are not those of an order's event")
     # A later release may have added members of which this one knows nothing.
     known = {name: value for name, value in vars(event).items() if name in _FIELDS}
     return event if len(known) == len(vars(event)) else Order.StatusReported.from_fields(known)
@@ -155,7 +162,7 @@ def read_status_reported(topic: str, state: bytes, *, with_bodies: bool) -> Stat
         with_bodies: whether the reader may see the body and the sender's address.
     """
     values = read_fields(state)
-    if topic != Order.StatusReported.TOPIC or values is None:
+    if topic not in TOPICS or values is None:
         return None
     if not values.keys() >= StatusReported.__required_keys__:
         return None

@@ -1,6 +1,8 @@
 """The bytes of an event equal those of the eventsourcing library, and decode to the same event."""
 
 import dataclasses
+import re
+import sys
 from typing import Any
 
 import orjson
@@ -19,6 +21,7 @@ from service.event_log.codec import (
     read_status_reported,
 )
 from tests.support.examples import GOLDEN_EVENTS, ORDER_NO, SENT_EVENT, SENT_STATE
+from tests.support.folders import ROOT
 from tests.support.properties import EVENTS, MANY
 
 TOPIC = "order.status_reported"
@@ -142,16 +145,23 @@ def test_an_event_that_lacks_a_field_raises(name: str) -> None:
         decode_event(ORDER_NO, 1, TOPIC, orjson.dumps(fields))
 
 
-def test_an_unknown_topic_is_named() -> None:
-    """The error names the unknown topic."""
-    with pytest.raises(UndecodableEventError, match=r"order\.unknown"):
-        decode_event(ORDER_NO, 1, "order.unknown", SENT_STATE)
+@pytest.mark.parametrize(
+    "topic", ["order.unknown", "domain.order:Order.Event", "this:s", "unittest.__main__:x", f"{TOPIC}.X", ""]
+)
+def test_another_topic_is_refused_before_the_library_sees_it(topic: str) -> None:
+    """Only the topic of an order's event is resolved: the library would import the module of any other one."""
+    imported = {*sys.modules}
+    with pytest.raises(UndecodableEventError, match=re.escape(f"the topic {topic!r} is not one")):
+        decode_event(ORDER_NO, 1, topic, changed_state(class_version=1))
+    assert {*sys.modules} == imported
 
 
-def test_a_topic_of_something_else_is_refused() -> None:
-    """A topic of another class is refused."""
-    with pytest.raises(UndecodableEventError, match="is not an event of an order"):
-        decode_event(ORDER_NO, 1, "domain.order:Order.Event", SENT_STATE)
+def test_only_the_codec_lets_the_library_decode() -> None:
+    """No other module of the product uses the library's decoder, which resolves every topic."""
+    names = ("eventsourcing.persistence", "eventsourcing.application", "resolve_topic", "MAPPER")
+    files = [file for folder in ("service", "projections", "domain") for file in (ROOT / folder).rglob("*.py")]
+    using = {str(file.relative_to(ROOT)) for file in files if any(name in file.read_text("utf-8") for name in names)}
+    assert using == {"service/event_log/codec.py"}
 
 
 def test_the_present_class_version_may_be_spelt_out() -> None:
