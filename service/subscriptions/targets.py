@@ -8,7 +8,7 @@ import asyncio
 import errno
 import socket
 from collections.abc import Sequence
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -25,6 +25,22 @@ RESOLVE_SECONDS_MAX: Final = 5.0
 SETTING: Final = "ORDER_TRACKING_SUBSCRIPTION_NETWORKS"
 # The only global unicast addresses of IPv6 in use. Outside are those that stand for IPv4 addresses, and others.
 GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
+# Addresses that IPv4Address.is_global and IPv6Address.is_global let pass, depending on Python's version. Except the
+# first, they are of IANA's registries of special-purpose addresses, of which no block belongs to a shop.
+SPECIAL: Final[tuple[Network, ...]] = tuple(
+    map(
+        ip_network,
+        (
+            "168.63.129.16",  # in Azure, the host of the virtual machine
+            "192.0.0.0/24",  # protocol assignments; in Oracle's cloud, services of the host
+            *("192.31.196.0/24", "192.175.48.0/24", "2620:4f:8000::/48"),  # AS112
+            "192.52.193.0/24",  # multicast tunnels
+            "192.88.99.0/24",  # relays to 6to4
+            "2001::/23",  # protocol assignments, tunnels among them
+            "3fff::/20",  # documentation
+        ),
+    )
+)
 
 
 class UnusableUrlError(Exception):
@@ -43,11 +59,9 @@ class ForbiddenAddressError(OSError):
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
     """Return whether an address belongs to the public internet, and to no tunnel from it to IPv4."""
-    if not address.is_global or address.is_multicast or address.is_reserved:
+    if not address.is_global or address.is_multicast or address.is_reserved or is_within(address, SPECIAL):
         return False
-    if isinstance(address, IPv4Address):
-        return True
-    return address in GLOBAL_UNICAST and address.sixtofour is None and address.teredo is None
+    return isinstance(address, IPv4Address) or (address in GLOBAL_UNICAST and address.sixtofour is None)
 
 
 def check_address(text: str, networks: Sequence[Network], *, allows_public: bool) -> None:

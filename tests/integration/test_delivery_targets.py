@@ -221,6 +221,27 @@ async def test_a_long_response(receiver: Receiver) -> None:
     assert attempt.error == "500: " + "x" * 1_000
 
 
+# The blocks of IANA's registries of special-purpose addresses, and one that only Azure knows.
+REGISTERED: Final = (
+    *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+    *("192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16"),
+    *("192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "240.0.0.0/4"),
+    *("::1/128", "::/128", "64:ff9b::/96", "64:ff9b:1::/48", "100::/64", "100:0:0:1::/64"),
+    *("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20", "5f00::/16"),
+    *("fc00::/7", "fe80::/10", "168.63.129.16/32"),
+)
+
+
+@pytest.mark.parametrize("block", REGISTERED)
+def test_no_special_purpose_block_is_public(block: str) -> None:
+    """No address of a registered block is public, whatever Python's version says of it."""
+    network = ip_network(block)
+    size = network.num_addresses
+    for offset in {0, 1, 9, 10, 170, size // 3, size // 2, size - 1}:
+        if offset < size:
+            assert not is_public(network[offset]), network[offset]
+
+
 @given(st.ip_addresses())
 def test_no_forbidden_address_is_public(address: Any) -> None:
     """What Python calls private, local, reserved or multicast is refused, also inside of IPv6."""
