@@ -10,6 +10,7 @@ from typing import Final, NamedTuple
 
 import structlog
 from aiohttp import hdrs, web
+from aiohttp.http import HttpVersion11
 
 from service.batcher import Batcher
 from service.database import sessions
@@ -334,8 +335,9 @@ def refuse_other_sites(request: web.BaseRequest) -> None:
 def refuse_other_machines(request: web.BaseRequest) -> None:
     """Refuse a request that may come from another machine: in the open mode, only this machine is admitted.
 
-    A proxy passes on the requests of strangers. A site could point its own host name at this machine, and
-    would then read everything (DNS rebinding).
+    A proxy passes on the requests of strangers. Not every proxy adds a header, but for years nginx spoke
+    HTTP/1.0 to its upstream by default, which no browser and no curl does. A site could point its own host name
+    at this machine, and would then read everything (DNS rebinding).
 
     Raises:
         RefusedError: 403.
@@ -343,11 +345,17 @@ def refuse_other_machines(request: web.BaseRequest) -> None:
     if not is_local_host(request):
         detail = "without a webhook token and an API key, only localhost may be used as the host name"
         raise RefusedError("other_machine", ProblemType.FORBIDDEN, detail)
+    if request.version < HttpVersion11:
+        raise _came_through_proxy("HTTP/1.0; a local program must speak HTTP/1.1")
     for name in request.headers:
         lower = name.lower()
         if lower.startswith("x-forwarded") or lower in FORWARDING_HEADERS:
-            detail = (
-                f"the request came through a proxy ({name}), but anyone could read and write: first set "
-                "ORDER_TRACKING_WEBHOOK_TOKENS and create an API key (order-tracking keys create NAME)"
-            )
-            raise RefusedError("other_machine", ProblemType.FORBIDDEN, detail)
+            raise _came_through_proxy(name)
+
+
+def _came_through_proxy(sign: str) -> RefusedError:
+    detail = (
+        f"the request came through a proxy ({sign}), but anyone could read and write: first set "
+        "ORDER_TRACKING_WEBHOOK_TOKENS and create an API key (order-tracking keys create NAME)"
+    )
+    return RefusedError("other_machine", ProblemType.FORBIDDEN, detail)

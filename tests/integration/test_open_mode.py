@@ -23,13 +23,17 @@ FORWARDING = (
     "Via: 1.1 proxy",
     "X-Forwarded-Ssl: on",
     "CF-Connecting-IP: 198.51.100.1",
+    # nginx with the one line proxy_pass: it adds no header, and speaks HTTP/1.0.
+    "HTTP/1.0",
 )
 READS = ("/", "/orders", "/events", "/quarantine", "/metrics", "/orders/KOM1/timeline")
 
 
 async def asked(client: Client, method: str, path: str, *fields: str, body: bytes = b"") -> int:
     """Send a request with these header lines on a connection of its own, and return the status."""
-    lines = [f"{method} {path} HTTP/1.1", *fields, "Connection: close", f"Content-Length: {len(body)}"]
+    version = "HTTP/1.0" if "HTTP/1.0" in fields else "HTTP/1.1"
+    others = [field for field in fields if field != version]
+    lines = [f"{method} {path} {version}", *others, "Connection: close", f"Content-Length: {len(body)}"]
     if not any(field.startswith("Host:") for field in fields):
         lines.insert(1, "Host: localhost")
     answer = await client.talk("\r\n".join([*lines, "", ""]).encode() + body)

@@ -218,11 +218,14 @@ async def test_half_an_answer_that_fails_is_logged(
 
 
 @pytest.mark.parametrize("path", ["/events.ndjson", "/events/stream"])
-async def test_a_client_without_chunked_encoding_gets_no_endless_response(client: Client, path: str) -> None:
+async def test_a_client_without_chunked_encoding_gets_no_endless_response(
+    client: Client, connection: Connection, path: str
+) -> None:
     """A client without chunked encoding gets 505, because it could not distinguish a cut response from a whole
     one.
     """
-    request = f"GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n"
+    key = await create_key(connection, "one", "read", None)
+    request = f"GET {path} HTTP/1.0\r\nAuthorization: Bearer {key}\r\n\r\n"
     assert (await client.talk(request.encode())).split(b" ", 2)[1] == b"505"
 
 
