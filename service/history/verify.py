@@ -231,21 +231,21 @@ def compare(proof: Proof, other: Proof) -> None:
 def scan(proof: Proof, source: str) -> None:
     base = source if "://" in source else Path(source).absolute().as_uri()
     headers = {"Authorization": f"Bearer {os.environ.get('HISTORY_API_KEY', '')}"}
+    refuses: Any = type("Refuses", (urllib.request.HTTPRedirectHandler,), {"redirect_request": lambda *_: None})
+    opener = urllib.request.build_opener(refuses)  # the key is for this address alone
     hashes: list[bytes] = []
     for number in range((proof.tree.size + 255) // 256):
         path = f"x{number // 10**6:03}/x{number // 1000 % 1000:03}/{number % 1000:03}"
-        suffix = f".p/{width}" if (width := proof.tree.size - 256 * number) < 256 else ""
-        place = f"{base}/tile/entries/{path[5 * (number < 10**6) + 5 * (number < 1000) :]}{suffix}"
-        data = urllib.request.urlopen(urllib.request.Request(place, headers=headers)).read()  # nosec B310
+        path = path[5 * (number < 10**6) + 5 * (number < 1000) :]
+        path += f".p/{width}" if (width := proof.tree.size - 256 * number) < 256 else ""
+        data = opener.open(urllib.request.Request(f"{base}/tile/entries/{path}", headers=headers)).read()
         while data:
-            end = 2 + int.from_bytes(data[:2], "big")
-            entry, data = data[2:end], data[end:]
+            entry, data = data[2 : (end := 2 + int.from_bytes(data[:2], "big"))], data[end:]
             is_own = json.loads(entry).get("order_no") == proof.order_no
             require(is_own == (len(hashes) in proof.entries), f"entry {len(hashes)} of the order is left out")
             hashes.append(sha256(b"\x00", entry))
     while len(hashes) > 1:
-        odd = hashes[-1:] if len(hashes) % 2 else []
-        hashes = [sha256(b"\x01", *pair) for pair in zip(hashes[::2], hashes[1::2])] + odd
+        hashes = [sha256(b"\x01", *two) for two in zip(hashes[::2], hashes[1::2])] + hashes[len(hashes) & ~1 :]
     require(hashes == [proof.tree.root], "the entries are not those of the checkpoint")
 
 
@@ -261,8 +261,8 @@ def describe(proof: Proof, given: Any) -> str:
         lines.append(f"  {entry['version']}. entry {index}: {', '.join(values)}")
         lines += [f"     {proof.bodies[index]}"] if index in proof.bodies else []
     lines.append(f"History: {proof.tree.origin}; events recorded before it began: {proof.header['existing']}")
-    if proof.header["continues"]:
-        lines.append(f"The operator has restarted the history: {proof.header['continues']['reason']}")
+    restart = proof.header["continues"]
+    lines += [f"The operator has restarted the history: {restart['reason']}"] if restart else []
     lines += [f"Also verified: --{k} {v}" for k, v in vars(given).items() if v and k not in {"bundle", "key"}]
     return "\n".join(map(printable, lines)) + CLAIMS.format(size=proof.tree.size)
 

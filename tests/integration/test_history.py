@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import asyncpg
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import RawTestServer
 from structlog.testing import capture_logs
 
 from domain.order import decide
@@ -924,6 +926,27 @@ async def test_tiles_and_entries(served: Client, tmp_path: Path) -> None:
         assert scanned.code == 0, scanned.text
     checkpoint = read_checkpoint(await served.text("/history/checkpoint"))
     assert checkpoint.root == root_of(leaves)
+
+
+async def test_the_verifier_takes_its_key_to_no_other_address(
+    served: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A redirect of a scan is an error: the API key is sent to the address of the command line alone."""
+    monkeypatch.setenv("HISTORY_API_KEY", "otk_secret")
+    received: list[str] = []
+
+    async def respond(request: web.BaseRequest) -> web.Response:
+        received.append(request.headers["Authorization"])
+        return web.Response(status=302, headers={"Location": f"http://localhost:{port}/elsewhere"})
+
+    await until_signed(served, 4)
+    key, bundle = (await served.text("/history/key")).strip(), await served.get(f"{ORDER}/proof")
+    async with RawTestServer(respond) as server:
+        port = server.port
+        scan = ("--scan", f"http://127.0.0.1:{port}/history")
+        scanned = await asyncio.to_thread(verify, bundle, key, tmp_path, *scan)
+    assert (scanned.code, "cannot verify: HTTP Error 302" in scanned.text) == (2, True), scanned.text
+    assert received == ["Bearer otk_secret"]
 
 
 @pytest.mark.parametrize(
