@@ -1,8 +1,10 @@
 """The record of operators' actions: who did what, when and why."""
 
-import getpass
 import os
+import pwd
+from contextlib import suppress
 from datetime import datetime
+from pathlib import Path
 from typing import Final, Literal, NamedTuple, TypeAlias, cast
 
 import structlog
@@ -36,6 +38,9 @@ Action: TypeAlias = Literal[
     "history_restarted",
 ]
 
+# The user who logged in to this process's session. Without a login, as for a service, it is NO_LOGIN.
+LOGIN_UID: Final = Path("/proc/self/loginuid")
+NO_LOGIN: Final = 2**32 - 1
 # Of a reason or a note that an operator gives.
 REASON_CHARACTERS_MAX: Final = 500
 
@@ -80,13 +85,25 @@ class Actor(NamedTuple):
 
 
 def system_user() -> Actor:
-    """Return the user of the operating system who runs this process."""
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError):
-        # The user has no name, as in some containers.
-        name = f"uid {os.getuid()}"
+    """Return the user of the operating system who runs this process, and the login from which another one came.
+
+    Both are the kernel's: whoever runs a command chooses its environment, and with it LOGNAME and SUDO_USER.
+    """
+    uid = os.getuid()
+    name = _user_name(uid)
+    with suppress(OSError, ValueError):
+        login = int(LOGIN_UID.read_text(encoding="ascii"))
+        if login not in {uid, NO_LOGIN}:
+            name = f"{name}, logged in as {_user_name(login)}"
     return Actor("cli", name)
+
+
+def _user_name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        # The user has no name, as in some containers.
+        return f"uid {uid}"
 
 
 def check_reason(text: str, name: str = "reason") -> None:

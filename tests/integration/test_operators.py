@@ -1,7 +1,10 @@
 """Operators: their browser sessions, the record of their actions, and the log of refused requests."""
 
+import os
+import pwd
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ from structlog.testing import capture_logs
 
 from projections.postgres_errors import Connection
 from service.database import api_keys, sessions
-from service.database.operations import Actor, operations_page, record_openness
+from service.database.operations import Actor, operations_page, record_openness, system_user
 from service.http.access import HOST_PREFIX, SESSION_COOKIE
 from service.maintenance.check import check_database
 from tests.support.client import Client, serving_client
@@ -261,7 +264,31 @@ async def test_check_finds_that_a_revoked_key_could_come_back(dsn: str, connecti
     """A trigger that was disabled by hand is WRONG."""
     await connection.execute("ALTER TABLE api_keys DISABLE TRIGGER api_keys_stay_revoked")
     wrong = [finding.text for finding in await check_database(dsn) if finding.kind == "WRONG"]
-    assert [text for text in wrong if text.endswith("the service can bring a revoked key back")]
+    assert [
+        text for text in wrong if "state of trigger api_keys_stay_revoked of api_keys is 'disabled'" in text
+    ]
+
+
+def test_the_environment_does_not_name_the_actor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The actor of a command is the user of its process, and who logged in, whatever its environment."""
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME", "SUDO_USER", "SUDO_UID"):
+        monkeypatch.setenv(name, "somebody-else")
+    user, other = (
+        pwd.getpwuid(os.getuid()).pw_name,
+        next(one for one in pwd.getpwall() if one.pw_uid != os.getuid()),
+    )
+    login = tmp_path / "loginuid"
+    monkeypatch.setattr("service.database.operations.LOGIN_UID", login)
+    for content, actor in (
+        (None, user),
+        (str(2**32 - 1), user),
+        (str(os.getuid()), user),
+        (str(other.pw_uid), f"{user}, logged in as {other.pw_name}"),
+        ("4294967000", f"{user}, logged in as uid 4294967000"),
+    ):
+        if content is not None:
+            login.write_text(content, encoding="ascii")
+        assert system_user() == Actor("cli", actor)
 
 
 async def test_an_opened_setting_is_recorded_when_it_changes(connection: Connection) -> None:
