@@ -132,8 +132,8 @@ async def show_one(subscription_id: Id) -> None:
 async def test(subscription_id: Id) -> None:
     """Send a signed test request to the endpoint; exit with 1 if it did not accept it."""
     async with _connection() as connection:
-        found = await subscription.find_subscription(connection, parse_subscription_id(subscription_id))
-        secrets = await subscription.read_secrets(connection, found["subscription_id"])
+        number = parse_subscription_id(subscription_id)
+        found, secrets = await subscription.begin_test(connection, number, system_user())
         log = LogIdentity()
         await log.read(connection)
     sender = Sender(read_settings().subscription_networks, log)

@@ -28,6 +28,7 @@ Action: TypeAlias = Literal[
     "setting_closed",
     "subscription_added",
     "subscription_changed",
+    "subscription_tested",
     "subscription_paused",
     "subscription_resumed",
     "subscription_replayed",

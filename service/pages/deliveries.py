@@ -72,8 +72,8 @@ class DeliveryPages:
         """Send a test request, and show its result."""
         with as_problems():
             async with self._pool.connection() as connection:
-                found = await subscription.find_subscription(connection, read_id(request))
-                secrets = await subscription.read_secrets(connection, found["subscription_id"])
+                actor = admission(request).actor
+                found, secrets = await subscription.begin_test(connection, read_id(request), actor)
         result = await send_test(self._sender, found, secrets)
         return await self._render(request, found["subscription_id"], result)
 

@@ -269,8 +269,8 @@ class SubscriptionsApi:
         """
         with as_problems():
             async with self._pool.connection() as connection:
-                found = await subscription.find_subscription(connection, read_id(request))
-                secrets = await subscription.read_secrets(connection, found["subscription_id"])
+                actor = admission(request).actor
+                found, secrets = await subscription.begin_test(connection, read_id(request), actor)
         return json_response(await send_test(self._sender, found, secrets))
 
     @Endpoint(

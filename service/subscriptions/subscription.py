@@ -356,16 +356,20 @@ async def remove_subscription(connection: Connection, subscription_id: UUID, act
         await record_operation(connection, actor, "subscription_removed", str(subscription_id))
 
 
-async def read_secrets(connection: Connection, subscription_id: UUID) -> tuple[str, ...]:
-    """Return the secrets that sign at present, the newest first.
+async def begin_test(
+    connection: Connection, subscription_id: UUID, actor: Actor
+) -> tuple[Subscription, tuple[str, ...]]:
+    """Record that an operator tests a subscription; return it and the secrets that sign, the newest first.
 
     Raises:
         UnknownSubscriptionError: there is no subscription with this id.
     """
+    found = await find_subscription(connection, subscription_id)
     row = await connection.fetchrow(SECRETS, subscription_id)
     if row is None:
         raise UnknownSubscriptionError(subscription_id)
-    return valid_secrets(row, datetime.now(UTC))
+    await record_operation(connection, actor, "subscription_tested", str(subscription_id))
+    return found, valid_secrets(row, datetime.now(UTC))
 
 
 def valid_secrets(row: Mapping[str, Any] | asyncpg.Record, now: datetime) -> tuple[str, ...]:

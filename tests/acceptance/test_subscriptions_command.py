@@ -97,6 +97,13 @@ def test_a_subscription_from_its_first_day_to_its_last(service: RunningService) 
     assert "cannot connect to 127.0.0.1:9" in call(service, "test", number, code=1).stderr
     assert call(service, "remove", number).stdout == "removed\n"
     assert read(service, "/subscriptions")["subscriptions"] == []
+    recorded = [
+        one for one in reversed(read(service, "/audit/operations")["operations"]) if one["via"] == "cli"
+    ]
+    assert [one["action"].removeprefix("subscription_") for one in recorded] == [
+        *("added", "delivery_retried", "delivery_retried", "delivery_retried", "delivery_skipped", "paused"),
+        *("replayed", "replayed", "resumed", "secret_rotated", "tested", "removed"),
+    ]
 
 
 def held(service: RunningService, number: str) -> list[tuple[str, int]]:

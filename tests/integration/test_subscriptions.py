@@ -341,6 +341,8 @@ async def test_a_test_request(dsn: str, receiver: Receiver) -> None:
         assert is_signed(receiver.requests[0], added["secret"])
         receiver.respond = refusing("", status=503)
         result = await client.post(path(added, "test"), 200)
+        tested = await client.get("/audit/operations?action=subscription_tested")
+        assert [one["subject"] for one in tested["operations"]] == [added["subscription_id"]] * 2
     assert (result["delivered"], result["status"], result["error"]) == (False, 503, "503: no")
 
 
