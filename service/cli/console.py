@@ -51,11 +51,6 @@ FAILURES: Final = (
     *(HistoryHaltedError, NotSigningError, KeyFileError),
 )
 
-# Much of the output comes from senders, so brackets and colons in it are never markup or emoji.
-_PlainConsole = partial(Console, markup=False, emoji=False, highlight=False, soft_wrap=True)
-out = _PlainConsole(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
-err = _PlainConsole(stderr=True)
-
 
 def printable(text: str) -> str:
     """Return a text with every unprintable character escaped, so that a terminal does not act on it."""
@@ -65,14 +60,29 @@ def printable(text: str) -> str:
     )
 
 
+class _PlainConsole(Console):
+    """A console for text of senders: none of it is markup or emoji, and the terminal acts on none of it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, soft_wrap=True, **options)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print texts, escaped as ``printable`` does, or tables, whose cells ``show_table`` escapes."""
+        super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **options)
+
+
+out = _PlainConsole(width=None if sys.stdout.isatty() else PIPED_COLUMNS)
+err = _PlainConsole(stderr=True)
+
+
 def show(line: str) -> None:
-    """Print a line, escaped as ``printable`` does."""
-    out.print(printable(line))
+    """Print a line."""
+    out.print(line)
 
 
 def fail(message: object, code: int = EXIT_FAILURE) -> NoReturn:
     """Print an error as one line and exit."""
-    err.print(printable(" ".join(str(message).splitlines())), style="red")
+    err.print(" ".join(str(message).splitlines()), style="red")
     raise typer.Exit(code)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, err, fail, printable, show
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, err, fail, show
 from service.database.connections import connected
 from service.database.operations import record_operation, system_user
 from service.ingest.recorder import Recorder
@@ -55,7 +55,7 @@ async def import_reports(
         names = ", ".join(dict.fromkeys(done.overtaken_orders))
         err.print(
             f"left out, because the order has a report at the same time or later: {done.overtaken}; "
-            f"such as of {printable(names)}"
+            f"such as of {names}"
         )
     if done.failed:
         err.print(f"left out, because this release cannot read their orders: {done.failed}")
@@ -73,5 +73,5 @@ def _read(name: str) -> imports.ReportsFile:
         return imports.read_reports(content, datetime.now(UTC))
     except BadFileError as error:
         for line in str(error).splitlines():
-            err.print(printable(line), style="red")
+            err.print(line, style="red")
         fail(f"nothing was imported from {name}: correct the file, and import it again", EXIT_USAGE)

@@ -1,7 +1,7 @@
+import json
 from pathlib import Path
 from typing import Annotated
 
-import orjson
 import typer
 
 from service.cli.console import EXIT_USAGE, database, fail
@@ -41,7 +41,8 @@ async def proof(
             )
         except SinceError as error:
             fail(error)
-    typer.echo(orjson.dumps(bundle, option=orjson.OPT_INDENT_2))
+    # In ASCII, so that a terminal acts on none of it.
+    typer.echo(json.dumps(bundle, indent=2))
 
 
 def _read_size(file: Path) -> int:

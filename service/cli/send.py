@@ -5,7 +5,7 @@ import orjson
 import typer
 from yarl import URL
 
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, fail, out
+from service.cli.console import EXIT_FAILURE, EXIT_USAGE, fail, show
 from service.ingest.signatures import make_scheme
 from service.settings import Settings, read_settings
 from service.simulator.registration import UnusableUrlError, parse_url
@@ -34,14 +34,15 @@ async def send(
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout) as session,
-            session.put(target, data=body, headers=headers) as response,
+            # A redirect could lead the report elsewhere.
+            session.put(target, data=body, headers=headers, allow_redirects=False) as response,
         ):
             text = await response.text()
     except (aiohttp.ClientError, TimeoutError) as error:
         # Neither the error's own text nor the path is printed: the path may hold a token.
         cause = error.strerror if isinstance(error, OSError) else type(error).__name__
         fail(f"cannot send to {target.origin()}: {cause or f'no response within {SEND_SECONDS_MAX:g} s'}")
-    out.print(text)
+    show(text.rstrip())
     is_expected = '"outcome":"advanced"' in text or '"outcome":"repeated"' in text
     return None if response.status == OK and is_expected else EXIT_FAILURE
 

@@ -8,7 +8,7 @@ import structlog
 from structlog.typing import EventDict
 
 from service.app import Listener, Service
-from service.cli.console import show
+from service.cli.console import printable, show
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import CREATE_ACCOUNT, belongs_to_nobody
 from service.database.operations import record_openness, system_user
@@ -107,6 +107,11 @@ def warn(settings: Settings, *, is_without_keys: bool) -> None:
         )
 
 
+def _printable_lines(value: object) -> object:
+    """Return a text with its lines escaped, since a traceback has several; any other value unchanged."""
+    return "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
+
+
 def configure_logs(settings: Settings, **always: object) -> None:
     """Log to standard error in the form of the settings.
 
@@ -119,6 +124,10 @@ def configure_logs(settings: Settings, **always: object) -> None:
         line.update(always)
         return line
 
+    def escape(_logger: object, _method: str, line: EventDict) -> EventDict:
+        """Escape senders' texts, which may hold sequences that a terminal acts on. JSON escapes them anyway."""
+        return {name: _printable_lines(value) for name, value in line.items()}
+
     human, json = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()), structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
@@ -127,7 +136,7 @@ def configure_logs(settings: Settings, **always: object) -> None:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
-            human if settings.log_format == "human" else json,
+            *((escape, human) if settings.log_format == "human" else (json,)),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
