@@ -14,6 +14,8 @@ from service.settings import OTHER_USERS
 
 # The file descriptor that pg_dump inherits.
 STANDARD_OUTPUT: Final = 1
+# The permissions of a file that only its owner can read.
+PRIVATE: Final = stat.S_IRUSR | stat.S_IWUSR
 
 
 @contextmanager
@@ -21,16 +23,20 @@ def new_file(name: str, content: str) -> Iterator[Path | None]:
     """Yield a temporary file that gets its name when the block is done; never overwrite another file.
 
     Args:
-        name: the file's name; for -, standard output, None is yielded.
+        name: the file's name; for -, standard output, None is yielded. A file behind it becomes private too.
         content: a noun for the content, for the warning that others can read it.
     """
     if name == "-":
         output = os.fstat(STANDARD_OUTPUT)
         if stat.S_ISREG(output.st_mode) and output.st_mode & OTHER_USERS:
-            err.print(
-                f"warning: other users can read the file that holds this {content}: run 'chmod 600' on it now, "
-                "and 'umask 077' before your next one"
-            )
+            try:
+                # The shell made the file, with its umask.
+                os.fchmod(STANDARD_OUTPUT, PRIVATE)
+            except OSError:
+                err.print(
+                    f"warning: other users can read the file that holds this {content}, and it is not yours: "
+                    "let its owner run 'chmod 600' on it now"
+                )
         yield None
         return
     path = Path(name).absolute()
