@@ -22,8 +22,8 @@ _TRANSCODER.register(DatetimeAsISO())
 # The library's own encoder and decoder.
 MAPPER: Final[Mapper[str]] = Mapper(_TRANSCODER)
 
-# The topics that this release decodes. The library resolves a topic by importing the module that it names, and anyone
-# who may append to the log may write any topic.
+# The topics that this release decodes. The library resolves a topic by importing the module that it names, and
+# anyone who may append to the log may write any topic.
 TOPICS: Final = frozenset({Order.StatusReported.TOPIC})
 # Of an unknown topic in an error, which the views keep for each parked order.
 TOPIC_CHARACTERS_SHOWN: Final = 100
@@ -107,7 +107,9 @@ def decode_event(order_no: str, version: int, topic: str, state: bytes) -> Order
         UndecodableEventError: this release cannot read the bytes, the topic, or the class version.
     """
     if topic not in TOPICS:
-        raise UndecodableEventError(f"the topic {topic[:TOPIC_CHARACTERS_SHOWN]!r} is not one of an order's events")
+        raise UndecodableEventError(
+            f"the topic {topic[:TOPIC_CHARACTERS_SHOWN]!r} is not one of an order's events"
+        )
     try:
         values = orjson.loads(state)
         if values.keys() - _ADDED == _STATE_FIELDS:

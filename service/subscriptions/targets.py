@@ -25,8 +25,8 @@ RESOLVE_SECONDS_MAX: Final = 5.0
 SETTING: Final = "ORDER_TRACKING_SUBSCRIPTION_NETWORKS"
 # The only global unicast addresses of IPv6 in use. Outside are those that stand for IPv4 addresses, and others.
 GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
-# Addresses that IPv4Address.is_global and IPv6Address.is_global let pass, depending on Python's version. Except the
-# first, they are of IANA's registries of special-purpose addresses, of which no block belongs to a shop.
+# Addresses that Python's is_global lets pass, in some of its versions. Except the first, they are of IANA's
+# registries of special-purpose addresses, of which no block belongs to a shop.
 SPECIAL: Final[tuple[Network, ...]] = tuple(
     map(
         ip_network,

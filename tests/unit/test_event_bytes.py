@@ -160,7 +160,9 @@ def test_only_the_codec_lets_the_library_decode() -> None:
     """No other module of the product uses the library's decoder, which resolves every topic."""
     names = ("eventsourcing.persistence", "eventsourcing.application", "resolve_topic", "MAPPER")
     files = [file for folder in ("service", "projections", "domain") for file in (ROOT / folder).rglob("*.py")]
-    using = {str(file.relative_to(ROOT)) for file in files if any(name in file.read_text("utf-8") for name in names)}
+    using = {
+        str(file.relative_to(ROOT)) for file in files if any(name in file.read_text("utf-8") for name in names)
+    }
     assert using == {"service/event_log/codec.py"}
 
 
