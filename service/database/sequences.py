@@ -33,6 +33,15 @@ SEQUENCE: Final = """
     FROM public.{sequence}, pg_sequence
     WHERE seqrelid = 'public.{sequence}'::regclass
 """
+# At a hundred numbers a second, they last for four months. Left alone, no sequence of a bigint comes near.
+ROOM_NUMBERS_MIN: Final = 1_000_000_000
+# The sequences of the schema public that have fewer numbers left, and whether a higher maximum is possible.
+SCARCE: Final = """
+    SELECT sequencename::text, max_value - coalesce(last_value, start_value), max_value < 9223372036854775807
+    FROM pg_sequences
+    WHERE schemaname = 'public' AND NOT cycle AND max_value - coalesce(last_value, start_value) < $1
+    ORDER BY 1
+"""
 # Logical replication does not copy sequences.
 ADVANCE: Final = "SELECT setval('{sequence}', max({column})) FROM {table}"
 ADVANCE_TO: Final = "SELECT setval('public.{sequence}', $1)"
@@ -57,6 +66,19 @@ async def find_faults(connection: Connection) -> list[str]:
                 f"the sequence {numbered.sequence} {fault}: run, as its owner, {statement.format(**names)}"
             )
     return faults
+
+
+async def find_scarce(connection: Connection) -> list[str]:
+    """Return which sequences will soon have no number left, after which nothing is recorded, and what to do."""
+    return [
+        f"the sequence {name} has only {left:,} numbers left: "
+        + (
+            f"run, as its owner, ALTER SEQUENCE {name} NO MAXVALUE"
+            if can_grow
+            else "a statement has set it far ahead; move to another database before it ends"
+        )
+        for name, left, can_grow in await connection.fetch(SCARCE, ROOM_NUMBERS_MIN)
+    ]
 
 
 async def require_rising_numbers(connection: Connection) -> None:

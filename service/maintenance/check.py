@@ -1,6 +1,7 @@
 """The check of an installation: settings, database, schema, rights, API keys and views."""
 
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from functools import partial
 from importlib.metadata import version
@@ -10,36 +11,22 @@ from typing import Final, Literal, NamedTuple
 
 import asyncpg
 
-from projections.engine import SELECT_VIEW, OutdatedViewError, View, view_state
+from projections.engine import View
 from projections.postgres_errors import Connection
 from service.database.api_keys import list_keys
+from service.database.catalog import compare, read_catalog, read_rights
 from service.database.connections import StorageUnavailableError, connect, connected
 from service.database.durability import read_durability
 from service.database.embedded_postgres import CREATE_ACCOUNT, belongs_to_nobody, wheel_bindir
 from service.database.replica import Replica, read_replica
 from service.database.schema import SCHEMA_VERSION, SERVICE_ROLE, VIEWS, SchemaError, check_version, service_dsn
-from service.database.sequences import find_faults
+from service.database.sequences import find_faults, find_scarce
 from service.event_log import store
+from service.ingest.refusals import find_cause
 from service.maintenance.retention import MAY_ERASE
 from service.program import command_name
 from service.settings import Settings, find_exposed_file
 
-# The triggers that are ENABLE ALWAYS.
-TRIGGERS: Final = """
-    SELECT tgname FROM pg_trigger WHERE tgrelid::regclass::text = ANY($1::text[]) AND tgenabled = 'A'
-"""
-EXPECTED_TRIGGERS: Final = (
-    ("order_events_immutable", "keeps the log immutable", "the log can be changed"),
-    ("order_events_kept", "keeps the log immutable", "the log can be changed"),
-    ("api_keys_stay_revoked", "keeps revoked keys revoked", "the service can bring a revoked key back"),
-)
-# Those of the history: each table with the names of its triggers.
-HISTORY_TRIGGERS: Final = {
-    "history_trees": ("kept",),
-    **dict.fromkeys(
-        ("history_tiles", "history_salts", "history_commitments", "history_checkpoints"), ("kept", "grow")
-    ),
-}
 SERVER_VERSION: Final = "SHOW server_version"
 # The rights of the role that the service runs as. A role that may insert a position or a time can forge events.
 ROLE: Final = """
@@ -62,9 +49,18 @@ ROLE_SETTINGS: Final = """
     SELECT rolname, unnest(setconfig) FROM pg_db_role_setting JOIN pg_roles ON pg_roles.oid = setrole
     WHERE rolname = ANY($1::text[])
 """
-ARE_TABLES: Final = """
-    SELECT count(*) FROM unnest($1::text[]) AS name JOIN pg_class ON oid = to_regclass(name) AND relkind = 'r'
+# The role that the service runs as, if it can log in or be acted as at all.
+INTENDED_ROLE: Final = """
+    SELECT CASE WHEN relowner = to_regrole('order_tracking_owner') THEN 'order_tracking_service'
+        ELSE current_user END
+    FROM pg_class WHERE oid = to_regclass('public.order_events')
 """
+# Of a view's table: a position and a hash take less.
+COPIED_BYTES_MAX: Final = 1_000
+# A rebuild's swap locks a view for milliseconds.
+LOCK_WAIT: Final = "5s"
+# A table of 4 MB, for which PostgreSQL has to extend a file.
+PROBE: Final = "CREATE TEMPORARY TABLE probe AS SELECT generate_series(1, 100000)"
 
 SUBSCRIPTIONS: Final = """
     SELECT subscription_id::text AS id, state, state_reason AS reason, down_since,
@@ -162,7 +158,7 @@ async def check_database(
     """
     is_reader = replica_age_seconds_max is not None
     try:
-        # A policy on a view's table is a function of the service's role; it must not run as the operator.
+        # A policy on a table may be a function of the service's role; it must not run as the operator.
         connection = await connect(dsn, row_security="off")
     except (StorageUnavailableError, asyncpg.PostgresError) as error:
         return [_wrong(f"the database cannot be used: {error}")]
@@ -180,13 +176,13 @@ async def check_database(
         return [
             *findings,
             SCHEMA_FOUND,
-            *await _check_triggers(connection),
+            *await _check_objects(connection),
             *await _check_sequences(connection),
-            *await _check_role(dsn),
+            *([] if replica.is_standby else await _check_disk(connection)),
+            *await _check_as_service(dsn, " on the primary" if is_reader else ""),
             *await _check_role_settings(connection),
             *([await _check_retention(connection, retention_days)] if retention_days else []),
             *await check_keys(connection, is_open=is_open, is_reader=is_reader),
-            *[await _check_view(connection, view, " on the primary" if is_reader else "") for view in VIEWS],
             *await _check_subscriptions(connection, held_orders_max),
         ]
     finally:
@@ -210,35 +206,66 @@ def _describe_replica(replica: Replica, age_seconds_max: float) -> Finding:
     return _ok(text)
 
 
-async def _check_triggers(connection: Connection) -> list[Finding]:
-    tables = ["order_events", "api_keys", *HISTORY_TRIGGERS]
-    rows = await connection.fetch(TRIGGERS, [*tables, *(f"public.{table}" for table in tables)])
-    always_enabled = {name for (name,) in rows}
-    history = [f"{table}_{suffix}" for table, suffixes in HISTORY_TRIGGERS.items() for suffix in suffixes]
-    missing = [name for name in history if name not in always_enabled]
-    return [
-        *(
-            _ok(f"trigger {name} {protection}")
-            if name in always_enabled
-            else _wrong(f"trigger {name} is not ENABLE ALWAYS: {danger}")
-            for name, protection, danger in EXPECTED_TRIGGERS
-        ),
-        _wrong(f"triggers are not ENABLE ALWAYS, so the history can be changed: {', '.join(missing)}")
-        if missing
-        else _ok("the history can only grow"),
-    ]
+async def _check_objects(connection: Connection) -> list[Finding]:
+    """Compare tables, constraints, triggers and the rights of the service with those of a new database."""
+    role: str = await connection.fetchval(INTENDED_ROLE)
+    differences = compare(await read_catalog(connection), await read_rights(connection, role))
+    findings = [_wrong(f"the schema differs from this release's: {fault}") for fault in differences.faults]
+    if differences.lost:
+        statements = "; ".join(f"GRANT {right} TO {role}" for right in differences.lost)
+        findings.append(_wrong(f"rights of the service are missing: run, as the log's owner, {statements}"))
+    # The role of a database without the service's own owns everything.
+    if differences.further and role == SERVICE_ROLE:
+        statements = "; ".join(f"REVOKE {right} FROM {role}" for right in differences.further)
+        findings.append(_note(f"the service has further rights. To take them back, run {statements}"))
+    if differences.indexes:
+        findings.append(_note(f"further indexes make each write slower: {', '.join(differences.indexes)}"))
+    if any(finding.kind == "WRONG" for finding in findings):
+        return findings
+    return [_ok("tables, constraints, triggers and rights are those of this release"), *findings]
 
 
 async def _check_sequences(connection: Connection) -> list[Finding]:
-    faults = await find_faults(connection)
-    return [_wrong(fault) for fault in faults] or [_ok("the sequences are not behind their tables")]
+    faults = [*await find_faults(connection), *await find_scarce(connection)]
+    return [_wrong(fault) for fault in faults] or [
+        _ok("the sequences are ahead of their tables, and have room")
+    ]
 
 
-async def _check_role(dsn: str) -> list[Finding]:
-    """Check what the service's role could do to the log, and whether its commits are durable."""
-    async with connected(await service_dsn(dsn)) as connection:
-        (role,) = await connection.fetch(ROLE)
-        durability = await read_durability(connection)
+async def _check_disk(connection: Connection) -> list[Finding]:
+    """Let PostgreSQL extend a file, of a table that is rolled back."""
+    transaction = connection.transaction()
+    await transaction.start()
+    try:
+        await connection.execute(PROBE)
+    except asyncpg.PostgresError as error:
+        cause = find_cause(error)
+        # An operator may refuse temporary tables.
+        if isinstance(error, asyncpg.InsufficientPrivilegeError) or cause == "no_answer":
+            return []
+        advice = "see 'Why webhooks are refused' in docs/operations.md"
+        return [_wrong(f"the database cannot write ({cause}: {error}): {advice}")]
+    finally:
+        await transaction.rollback()
+    return [_ok("the database's disk has room")]
+
+
+async def _check_as_service(dsn: str, where: str) -> list[Finding]:
+    """Check what the service's role could do to the log, whether its commits are durable, and the views.
+
+    The service's role can put anything in the place of a view, so this connection has only that role's rights.
+    With some DSNs it has them by a reversible SET ROLE, so views are also read without running a function.
+    """
+    try:
+        async with connected(await service_dsn(dsn), row_security="off", lock_timeout=LOCK_WAIT) as connection:
+            (role,) = await connection.fetch(ROLE)
+            findings = _describe_role(role, await read_durability(connection))
+            return [*findings, *[await _check_view(connection, view, where) for view in VIEWS]]
+    except (SchemaError, asyncpg.PostgresError) as error:
+        return [_wrong(f"the service cannot work with its role: {error}")]
+
+
+def _describe_role(role: asyncpg.Record, durability: Mapping[str, bool]) -> list[Finding]:
     name = role["name"]
     findings = [(_ok if is_safe else _wrong)(text) for text, is_safe in durability.items()]
     findings.append(_ok(f"the service runs as {name}"))
@@ -320,26 +347,39 @@ async def _check_subscriptions(connection: Connection, held_orders_max: int | No
 
 
 async def _check_view(connection: Connection, view: View, where: str) -> Finding:
-    # A database view in place of a table would run its creator's code with the reader's rights.
-    tables = [f"{view.name}.projection", f"{view.name}.parked_orders"]
-    if await connection.fetchval(ARE_TABLES, tables) != len(tables):
-        return _wrong(f"the view {view.name} is missing or outdated: run 'serve' or 'replay'{where}")
     try:
-        async with connection.transaction(readonly=True):
-            await connection.execute(SELECT_VIEW, view.name)
-            state = await view_state(connection)
-    except (OutdatedViewError, asyncpg.InsufficientPrivilegeError) as error:
-        return _wrong(f"the view {view.name} cannot be read ({error}): run 'serve' or 'replay'{where}")
+        states = await _copy(connection, view, "projection", "position", "definition")
+        parked = await _copy(connection, view, "parked_orders", "since_version")
+    except asyncpg.PostgresError as error:
+        reason = str(error).partition("\n")[0]
+        return _wrong(f"the view {view.name} cannot be read ({reason}): run 'serve' or 'replay'{where}")
+    position, _, definition = states.strip().partition("\t")
     problem = ""
-    if state.definition != view.definition:
+    if definition != view.definition or not position.isdecimal():
         problem = f"is outdated: run 'serve' or 'replay'{where}"
-    elif state.position > await store.head_position(connection):
+    elif int(position) > await store.head_position(connection):
         problem = f"has events that the log has lost: run 'replay'{where}"
-    elif state.has_parked:
+    elif parked:
         problem = "has parked orders: see GET /projections for the reasons"
     if problem:
         return _wrong(f"the view {view.name} {problem}")
-    return _ok(f"the view {view.name} is at position {state.position}")
+    return _ok(f"the view {view.name} is at position {position}")
+
+
+async def _copy(connection: Connection, view: View, table: str, *columns: str) -> str:
+    """Return the columns of a table, or only their beginning.
+
+    COPY refuses everything but a table, and neither a rule nor an index or a policy of its owner makes it run a
+    function; a SELECT plans with the expressions of indexes.
+    """
+    copied = bytearray()
+
+    async def keep(data: bytes) -> None:
+        if len(copied) < COPIED_BYTES_MAX:
+            copied.extend(data)
+
+    await connection.copy_from_table(table, schema_name=view.name, columns=columns, output=keep)
+    return copied.decode()
 
 
 def check_embedded(settings: Settings, today: date) -> list[Finding]:
