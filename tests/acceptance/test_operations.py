@@ -121,6 +121,20 @@ def proxy(service: RunningService) -> Iterator[tuple[str, Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# Of the webhook's path and of a buyer's page, as a sender or a messenger may write them.
+SPELLINGS: Final = (
+    *("/webhook/{token}", "//WEBHOOK/{token}", "/\\webhook/{token}", "http://host/webhook/{token}"),
+    *(
+        "/%77ebhook/{token}",
+        "/%2577ebhook/{token}",
+        "/orders/../webhook/{token}",
+        "/orders/%2e%2e/webhook/{token}",
+    ),
+    *("/webhok/{token}", "/{token}", "/t/{token}", "/\\t/{token}", "/T/{token}", "http://host/t/{token}"),
+    *("/ordersx/{token}", "*{token}", "webhook/{token}", "/./webhook/{token}", "/;/webhook/{token}"),
+)
+
+
 async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[str, Path]) -> None:
     """Behind nginx, events keep the sender's address, streams arrive at once, and the service's own refusals
     arrive.
@@ -172,12 +186,13 @@ async def test_behind_nginx_as_documented(service: RunningService, proxy: tuple[
             assert answer.cookies["__Host-order_tracking_session"]["secure"]
             assert "Strict-Transport-Security" in answer.headers
     host, port = url.removeprefix("https://").split(":")
-    for broken in (
-        f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: a b\r\n\r\n",
-        f"PUT //WEBHOOK/{TOKEN} HTTP/1.1\r\nHost: x\r\nX: {'x' * 40_000}\r\n\r\n",
-        f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: x\r\nConn",
-    ):
-        await asyncio.to_thread(send_broken, host, int(port), broken, tls)
+    for spelling in SPELLINGS:
+        for rest in ("Host: x", "Host: a b", f"Host: x\r\nX: {'x' * 40_000}"):
+            request = f"PUT {spelling.format(token=TOKEN)} HTTP/1.1\r\n{rest}\r\nConnection: close\r\n\r\n"
+            await asyncio.to_thread(send_broken, host, int(port), request, tls)
+    await asyncio.to_thread(
+        send_broken, host, int(port), f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: x\r\nConn", tls
+    )
     plain = f"PUT /webhook/{TOKEN} HTTP/1.1\r\nHost: x\r\n\r\n"
     await asyncio.to_thread(send_broken, host, int(port), plain, None)
 
@@ -233,6 +248,10 @@ async def test_nginx_logs_no_token_while_the_service_is_down(
             session.get(f"{url}/t/{TOKEN}") as page,
         ):
             assert (answer.status, page.status) == (502, 502)
+            host, port = url.removeprefix("https://").split(":")
+            for spelling in SPELLINGS:
+                request = f"PUT {spelling.format(token=TOKEN)} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+                await asyncio.to_thread(send_broken, host, int(port), request, tls)
     finally:
         service.start()
     assert TOKEN not in "".join(log.read_text() for log in folder.glob("*.log"))

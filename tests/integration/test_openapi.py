@@ -58,6 +58,16 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any], *, has_tok
     assert routes - pages == told
 
 
+async def test_nginx_logs_the_paths_that_hold_no_secret(dsn: str) -> None:
+    """The list of paths in nginx.conf is that of the routes, without the webhook and the pages of buyers."""
+    text = (ROOT / "docs/operations/nginx.conf").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"\(\((audit\|[^)]+)\)", text)
+    routes = Service(Settings(port=0), dsn).make_app(65_536).router.resources()
+    segments = {re.escape(re.split(r"[/.]", resource.canonical)[1]) for resource in routes}
+    known = {name.removesuffix(r"\.json") for name in listed.split("|")}
+    assert known == segments - {"", "webhook", "t"}
+
+
 # HTML pages are not a part of the contract.
 PAGES = r"/$|/(t|static|track|verify|conflicts|words|quarantined|operations|deliveries|session|metrics)\b"
 
