@@ -254,6 +254,13 @@ CREATE TABLE handled_contradictions (
     PRIMARY KEY (order_no, version)
 );
 
+-- Share links that were revoked before their expiry. A link itself is stored nowhere: its id is a hash of its token.
+
+CREATE TABLE revoked_shares (
+    share_id    text        NOT NULL COLLATE "C" PRIMARY KEY,
+    revoked_at  timestamptz NOT NULL DEFAULT now()
+);
+
 ------------------------------------------------------------------------------------------------------------
 -- Subscriptions: endpoints of the shop to which order events are sent. A subscription is a position in the log.
 
@@ -480,7 +487,7 @@ BEGIN
         RETURN;
     END IF;
     GRANT SELECT ON schema_version, view_names, order_events, idempotency_keys, quarantine, api_keys, sessions,
-        operations, handled_contradictions, erasures, log_identity, subscriptions, held_orders,
+        operations, handled_contradictions, revoked_shares, erasures, log_identity, subscriptions, held_orders,
         history_trees, history_tiles, history_salts, history_commitments, history_checkpoints
         TO order_tracking_service;
     GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
@@ -495,6 +502,7 @@ BEGIN
     GRANT INSERT, DELETE, UPDATE (used_at) ON sessions TO order_tracking_service;
     GRANT INSERT (via, actor, action, subject, reason) ON operations TO order_tracking_service;
     GRANT INSERT ON handled_contradictions TO order_tracking_service;
+    GRANT INSERT (share_id) ON revoked_shares TO order_tracking_service;
     GRANT INSERT, DELETE, UPDATE ON subscriptions, held_orders TO order_tracking_service;
     GRANT INSERT (tree, header) ON history_trees TO order_tracking_service;
     GRANT INSERT, UPDATE (hashes) ON history_tiles TO order_tracking_service;

@@ -235,7 +235,7 @@ class Service:
             AuditApi(self.pool, self.projectors, self.vocabulary),
             ContradictionsApi(self.pool, self.projectors),
             QuarantineApi(self.pool, self.recorder),
-            SharesApi(self.pool, links),
+            SharesApi(self.pool, links, is_reader=self.is_reader),
             SubscriptionsApi(self.pool, self.dispatcher, self.sender),
             HistoryApi(self.pool, self.signer, is_public=settings.history_public),
             OperationsApi(

@@ -72,6 +72,10 @@ PATH_PARAMETERS: Final[Mapping[str, dict[str, Any]]] = {
         "schema": {"type": "string", "format": "uuid"},
         "description": "the id of the subscription",
     },
+    "share": {
+        "schema": {"type": "string", "minLength": 1},
+        "description": "the `share_id` of a link, or the last segment of its path",
+    },
     "level": {"schema": {"type": "integer", "minimum": 0, "maximum": 63}, "description": "the tile's level"},
     "tile": {
         "schema": {"type": "string", "minLength": 3},

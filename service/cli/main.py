@@ -40,6 +40,7 @@ COMMANDS: Final = (
     ("import", "Import an exported log into an empty database."),
     ("erase", "Erase an order's bodies and addresses permanently, and record who and why."),
     ("share", "Print a link to an order's page for its buyer, who needs no key."),
+    ("unshare", "Revoke a link that 'share', the API or an order's page made."),
     ("keys", "Create, list and revoke API keys."),
     ("subscriptions", "Send order events to your own endpoints: add, list, test, pause, replay, remove."),
     ("quarantine", "List, show, retry and discard unparseable bodies."),

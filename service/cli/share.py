@@ -3,10 +3,12 @@ from typing import Annotated, Final
 
 import typer
 
-from service.cli.console import EXIT_USAGE, database, fail, show
+from service.cli.console import EXIT_USAGE, database, err, fail, show
 from service.database.connections import connected
+from service.database.operations import system_user
 from service.event_log import store
-from service.http.share_links import SETTING, ShareLinks, read_base_url
+from service.http.share_links import EXPIRY_DEFAULT, SETTING, ShareLinks, make_share, read_base_url
+from service.program import command_name
 from service.settings import read_settings
 
 DAYS_MAX: Final = 36_500
@@ -16,8 +18,8 @@ async def share(
     order_no: Annotated[str, typer.Argument(help="The order number.")],
     *,
     days: Annotated[
-        int | None, typer.Option(min=1, max=DAYS_MAX, help="Days until the link expires; never if left out.")
-    ] = None,
+        int, typer.Option(min=1, max=DAYS_MAX, help="Days until the link expires.")
+    ] = EXPIRY_DEFAULT.days,
     base_url: Annotated[
         str, typer.Option(help="The service's public address, such as https://your.host; left out: a path.")
     ] = "",
@@ -35,5 +37,9 @@ async def share(
     async with database() as dsn, connected(dsn) as connection:
         if not await store.read_stream(connection, order_no, 0, 1):
             fail(f"the log has no events for order {order_no}: check the order number")
-    link = ShareLinks(secret).make(order_no, timedelta(days=days) if days is not None else None)
+        links = ShareLinks(secret)
+        link = await make_share(connection, links, order_no, timedelta(days=days), system_user())
     show(f"{base}{link.path}")
+    err.print(
+        f"it expires after {days} days; to revoke it before, run '{command_name()} unshare {link.share_id}'"
+    )

@@ -42,6 +42,11 @@ class ProblemType(Enum):
     NO_SUCH_VERSION = 404, "No such version", "The order had no report at that version or time."
     UNKNOWN_ENTRY = 404, "Unknown entry", "The quarantine has no entry with this id."
     UNKNOWN_CONTRADICTION = 404, "Unknown contradiction", "The order has no refused report with this version."
+    UNKNOWN_SHARE = (
+        404,
+        "Unknown share link",
+        "This is no link that the service signed, and no id in the record.",
+    )
     UNKNOWN_SUBSCRIPTION = 404, "Unknown subscription", "There is no subscription with this id."
     NO_SUCH_TILE = 404, "No such tile", "The signed history is too small to have this tile."
     NOT_IN_HISTORY = (

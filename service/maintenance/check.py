@@ -178,7 +178,7 @@ async def check_database(
             SCHEMA_FOUND,
             *await _check_objects(connection),
             *await _check_sequences(connection),
-            *([] if replica.is_standby else await _check_disk(connection)),
+            *([] if is_reader or replica.is_standby else await _check_disk(connection)),
             *await _check_as_service(dsn, " on the primary" if is_reader else ""),
             *await _check_role_settings(connection),
             *([await _check_retention(connection, retention_days)] if retention_days else []),

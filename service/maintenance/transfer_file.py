@@ -144,6 +144,7 @@ TABLES: Final = (
             Column("operation_id", "integer"),
         ),
     ),
+    Table("revoked_shares", (Column("share_id", "text"), Column("revoked_at", "time"))),
     Table(
         "erasures",
         (

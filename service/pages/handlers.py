@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial, wraps
+from http import HTTPStatus
 from operator import itemgetter
 from typing import Final, NamedTuple, get_args
 from urllib.parse import urlencode
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
 from domain.statuses import STATUSES
 from projections import current_status, statistics, timeline
@@ -36,7 +37,8 @@ from service.http.parameters import (
 )
 from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import request_id
-from service.http.share_links import ShareLinks
+from service.http.responses import response
+from service.http.share_links import EXPIRY_DEFAULT, SETTING, ShareLinks, make_share
 from service.http.times import to_rfc3339
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
@@ -168,6 +170,10 @@ class Pages:
                 web.get(path, _with_problem_pages(self._access.require("read", page)))
                 for path, page in pages.items()
             ),
+            web.post(
+                "/track/{order_no:[^/]+}/share",
+                _with_problem_pages(self._access.require("read", self.share_order)),
+            ),
             *(
                 web.route(method, path, _with_problem_pages(self._access.require("admin", handler)))
                 for method, path, handler in operating
@@ -252,8 +258,19 @@ class Pages:
             proven=proven,
             proof_events_max=EVENTS_MAX,
             may_see=has_scope(request, "read:bodies"),
-            share_path=self._links.make(order_no).path if self._links is not None else None,
+            may_share=self._links is not None,
         )
+
+    async def share_order(self, request: web.Request) -> web.Response:
+        """Make a link for the order's buyer, record it, and show the page behind it."""
+        order_no = parse_order_no(request)
+        if self._links is None:
+            raise ProblemError(ProblemType.SHARING_OFF, f"set {SETTING}, and restart the service")
+        async with self._pool.connection() as connection:
+            if not await store.read_stream(connection, order_no, 0, 1):
+                raise ProblemError(ProblemType.UNKNOWN_ORDER, f"{order_no} has no report", order_no=order_no)
+            link = await make_share(connection, self._links, order_no, EXPIRY_DEFAULT, admission(request).actor)
+        return response(status=HTTPStatus.SEE_OTHER, headers={hdrs.LOCATION: link.path})
 
     async def show_report(self, request: web.Request) -> web.Response:
         """Show the body of one report and the fields of its event."""

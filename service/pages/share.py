@@ -21,7 +21,7 @@ from service.http.auth_refusals import AuthRefusals, RefusedError
 from service.http.budgets import Budget
 from service.http.problems import ProblemError, to_problem
 from service.http.responses import COMMON_HEADERS
-from service.http.share_links import SHARE_PATH, ShareLinks
+from service.http.share_links import SHARE_PATH, ShareLinks, identify, is_revoked
 from service.pages.i18n import LANGUAGES, LOCALES, Language, Locale, negotiate_language
 from service.pages.order import Stage, build_stages
 from service.pages.render import render_template
@@ -112,8 +112,9 @@ class SharePages:
         """Show the order of a link. Every link that does not work gets the same page."""
         try:
             self._refuse_other_machines(request)
-            order_no = self._links.read(request.match_info["token"]) if self._links is not None else None
-            order = await self._read(request, order_no) if order_no is not None else None
+            token = request.match_info["token"]
+            order_no = self._links.read(token) if self._links is not None else None
+            order = await self._read(request, order_no, identify(token)) if order_no is not None else None
         except Exception as error:  # noqa: BLE001 - the buyer gets a page for every error
             return _render_problem(request, to_problem(error, request))
         if order is None:
@@ -129,11 +130,13 @@ class SharePages:
             self._refusals.count(error.cause, request)
             raise
 
-    async def _read(self, request: web.Request, order_no: str) -> SharedOrder | None:
+    async def _read(self, request: web.Request, order_no: str, share_id: str) -> SharedOrder | None:
         holder = subscriber(client_address(request, self._proxies), self._exempt)
         with self._budget.hold(holder):
             await wait_for(self._projectors, None, current_status.VIEW.name, timeline.VIEW.name)
             async with self._turn(), self._pool.connection() as connection:
+                if await is_revoked(connection, share_id):
+                    return None
                 return await read_shared(connection, order_no)
 
     @asynccontextmanager

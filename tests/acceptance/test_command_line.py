@@ -27,7 +27,7 @@ from service.build import build_info
 from service.database.connections import connect
 from service.database.embedded_postgres import ACCOUNT
 from service.event_log import store
-from service.http.share_links import ShareLinks
+from service.http.share_links import ShareLinks, identify
 from tests.support.commands import call_command
 from tests.support.databases import TestServer
 from tests.support.processes import RunningService, background_command, run_command, running_service
@@ -113,17 +113,32 @@ def test_send_prints_the_receipt_and_exits_by_the_verdict(
 
 
 def test_share_prints_a_link(shared_service: RunningService, send: Send, order_no: str) -> None:
-    """``share`` prints a path or a URL, for a time or for always, and names a mistake in one line."""
+    """``share`` prints a path or a URL, ``unshare`` revokes it, and each names a mistake in one line."""
     send(order_no, "Dikirim")
     secret = "a-secret-of-16-characters"  # noqa: S105 - of this test
 
     def share(*arguments: str, **settings: str) -> tuple[int, str]:
         done = call_command(shared_service.state_dir, "share", *arguments, **settings)
-        assert (done.stdout + done.stderr).count("\n") == 1
+        assert (done.stdout.count("\n"), done.stderr.count("\n")) == (0 if done.returncode else 1, 1)
         return done.returncode, done.stdout or done.stderr
 
     links = ShareLinks(secret)
-    assert share(order_no, SHARE_SECRET=secret) == (0, f"{links.make(order_no).path}\n")
+    code, path = share(order_no, SHARE_SECRET=secret)
+    for days, found in ((179, order_no), (181, None)):
+        assert links.read(path.strip()[3:], datetime.now(UTC) + timedelta(days=days)) == found
+    assert code == 0
+    share_id = identify(path.strip()[3:])
+    for link, settings in (
+        (f"https://tracking.example{path.strip()}", {"SHARE_SECRET": secret}),
+        (share_id, {}),
+    ):
+        done = call_command(shared_service.state_dir, "unshare", link, **settings)
+        assert (done.returncode, done.stdout) == (0, f"revoked: {share_id}\n")
+    done = call_command(shared_service.state_dir, "unshare", "0" * 32)
+    assert (done.returncode, done.stderr.startswith("there is no such share link: pass the whole link")) == (
+        1,
+        True,
+    )
     code, url = share(order_no, "--days", "30", "--base-url", "https://tracking.example/", SHARE_SECRET=secret)
     assert (code, url.startswith("https://tracking.example/t/")) == (0, True)
     token = url.strip().removeprefix("https://tracking.example/t/")
@@ -290,7 +305,9 @@ def test_check_finds_a_weakened_trigger(service: RunningService) -> None:
     weakened = call_command(service.state_dir, "check")
     wrong = [line for line in weakened.stdout.splitlines() if line.startswith("WRONG")]
     assert weakened.returncode == 1
-    assert [line for line in wrong if "state of trigger order_events_immutable of order_events is" in line] == wrong
+    assert [
+        line for line in wrong if "state of trigger order_events_immutable of order_events is" in line
+    ] == wrong
 
 
 def test_commands_start_the_database_if_no_service_runs(state_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The operator's commands run nothing of what the service's role may write with more rights than that role has."""
+"""The operator's commands run nothing that the service's role may write with more rights than it has."""
 
 import asyncio
 import stat
@@ -51,16 +51,18 @@ ATTACK: Final = """
 # The planner computes a constant expression of an index, whatever the statement reads.
 TRAPS: Final = """
     CREATE INDEX ON {table} ({schema}.trap(1));
-    CREATE TRIGGER fire BEFORE INSERT OR UPDATE OR DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION {schema}.fire();
-    CREATE TRIGGER fire_too BEFORE TRUNCATE ON {table} FOR EACH STATEMENT EXECUTE FUNCTION {schema}.fire();
+    CREATE TRIGGER fire BEFORE INSERT OR UPDATE OR DELETE ON {table}
+        FOR EACH ROW EXECUTE FUNCTION {schema}.fire();
+    CREATE TRIGGER fire_too BEFORE TRUNCATE ON {table}
+        FOR EACH STATEMENT EXECUTE FUNCTION {schema}.fire();
     GRANT SELECT ON {table} TO PUBLIC;
     ALTER TABLE {table} ENABLE ROW LEVEL SECURITY;
     CREATE POLICY trap ON {table} USING ({schema}.trap(1) = '');
 """
 REPLACE: Final = """
     ALTER TABLE {schema}.projection RENAME TO kept;
-    CREATE VIEW {schema}.projection AS SELECT position + length({schema}.attack()) AS position, definition, one_row
-        FROM {schema}.kept;
+    CREATE VIEW {schema}.projection AS
+        SELECT position + length({schema}.attack()) AS position, definition, one_row FROM {schema}.kept;
 """
 
 

@@ -157,7 +157,7 @@ def small_disk(server: TestServer) -> Iterator[Path]:
     """Return a folder of the server's user on a disk of 1 MB."""
     folder = make_folder()
     size = f"size=1m,uid={Path(f'/proc/{server.pid}').stat().st_uid},mode=700"
-    mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder]
+    mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False).returncode:
         pytest.skip("only root can mount a small disk")
     yield folder

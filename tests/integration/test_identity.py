@@ -167,7 +167,7 @@ async def test_every_route_requires_a_key_of_its_scope(dsn: str, connection: Con
             "/audit/operations", "/audit/operations.csv", "/operations",
             "/orders/{order_no}/contradictions/{version}/handle",
             "/track/{order_no}/contradictions/{version}/handle",
-            "/subscriptions", SUBSCRIPTION, f"{SUBSCRIPTION}/test", f"{SUBSCRIPTION}/replay",
+            "/shares/{share}", "/subscriptions", SUBSCRIPTION, f"{SUBSCRIPTION}/test", f"{SUBSCRIPTION}/replay",
             f"{SUBSCRIPTION}/rotate-secret", f"{SUBSCRIPTION}/held",
             f"{SUBSCRIPTION}/held/{{order_no}}/retry", f"{SUBSCRIPTION}/held/{{order_no}}/skip",
             "/deliveries", f"{DELIVERIES}/test", f"{DELIVERIES}/pause", f"{DELIVERIES}/resume",

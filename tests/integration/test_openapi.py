@@ -59,13 +59,13 @@ async def test_it_has_every_route(dsn: str, document: dict[str, Any], *, has_tok
 
 
 async def test_nginx_logs_the_paths_that_hold_no_secret(dsn: str) -> None:
-    """The list of paths in nginx.conf is that of the routes, without the webhook and the pages of buyers."""
+    """The list of paths in nginx.conf is that of the routes, without those of secrets."""
     text = (ROOT / "docs/operations/nginx.conf").read_text(encoding="utf-8")
     (listed,) = re.findall(r"\(\((audit\|[^)]+)\)", text)
     routes = Service(Settings(port=0), dsn).make_app(65_536).router.resources()
     segments = {re.escape(re.split(r"[/.]", resource.canonical)[1]) for resource in routes}
     known = {name.removesuffix(r"\.json") for name in listed.split("|")}
-    assert known == segments - {"", "webhook", "t"}
+    assert known == segments - {"", "webhook", "t", "shares"}
 
 
 # HTML pages are not a part of the contract.
@@ -133,7 +133,7 @@ OPERATION_IDS = {
     "listQuarantinedBodies", "getQuarantinedBody", "retryQuarantinedBody", "discardQuarantinedBody",
     "getShareLink",
     "listSubscriptions", "addSubscription", "getSubscription", "changeSubscription", "removeSubscription",
-    "testSubscription", "replaySubscription", "rotateSecret",
+    "testSubscription", "replaySubscription", "rotateSecret", "revokeShareLink",
     "listHeldOrders", "retryHeldOrder", "skipHeldOrder",
     "getCheckpoint", "getVerifierKeys", "getTile", "getEntryBundle", "getVerifier", "getVerifierPage",
     "getOrderProof", "getEventProof",

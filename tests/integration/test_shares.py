@@ -6,6 +6,7 @@ from functools import partial
 from urllib.parse import quote
 
 import aiohttp
+import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
@@ -13,12 +14,15 @@ from domain.statuses import STATUSES
 from projections.postgres_errors import Connection
 from service.app import serving
 from service.database import api_keys
-from service.database.connections import POOL_SETTINGS
+from service.database.connections import POOL_SETTINGS, connected
+from service.database.operations import Actor, operations_page
+from service.database.schema import apply_schema
 from service.http import budgets
-from service.http.share_links import ShareLinks
+from service.http.share_links import ShareLinks, is_revoked, make_share, revoke_share
 from service.pages.i18n import LOCALES
 from service.pages.share import ADVANCES_SHOWN_MAX, READS_AT_A_TIME
 from service.settings import Settings
+from tests.support.baseline import baseline
 from tests.support.client import Client, serving_client
 from tests.support.databases import wait_for_locked
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
@@ -26,6 +30,7 @@ from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 TOKEN = "a-token-of-16-characters"  # noqa: S105 - of a service that lives for one test
 SECRET = "a-secret-of-16-characters"  # noqa: S105
 LINKS = ShareLinks(SECRET)
+NOW = datetime(2026, 11, 26, 8, 30, tzinfo=UTC)
 FORGED = "A" * 40
 SHARING = {"share_secret": SECRET}
 # As a service on the internet: buyers have no key, and come by a foreign host name.
@@ -60,7 +65,10 @@ async def test_a_link_opens_the_page_of_its_order_alone(dsn: str) -> None:
         await sent(client, "KOM1", "Diajukan", "Diajukan", "Dikirim", "Dijemput", "Antar Ulang", "Batal")
         await sent(client, "KOM2", "Hilang")
         share = await client.get("/orders/KOM1/share")
-        assert share == {"url": LINKS.make("KOM1").path, "expires_at": None}
+        expires_at = datetime.fromisoformat(share["expires_at"])
+        link = LINKS.make("KOM1", expires_at - NOW, NOW)
+        assert share == {"url": link.path, "share_id": link.share_id, "expires_at": share["expires_at"]}
+        assert timedelta(0) <= datetime.now(UTC) + timedelta(days=180) - expires_at < timedelta(days=1)
         status, page, headers = await fetched(client, share["url"], Accept_Language="en")
         assert status == 200
         for shown in ("KOM1", "AWB-KOM1", "In transit", "Your parcel is on its way.", "Submitted"):
@@ -171,6 +179,87 @@ async def test_a_link_may_expire(dsn: str) -> None:
         for bad in ("P0D", "PT0S", "30", "P99999D", "-P1D", ""):
             assert (await client.get(f"/orders/KOM1/share?expires_in={bad}", 400))["parameter"] == "expires_in"
         assert (await client.get("/orders/KOM0/share", 404))["type"] == "/problems/unknown-order"
+
+
+async def test_making_and_revoking_a_link_is_recorded(dsn: str, connection: Connection) -> None:
+    """A link survives the revocation of the key that made it, so the record names it, and it is revoked alone.
+
+    The id in the record suffices, and the link too, also one that an earlier release made without a record.
+    """
+    reader = {"Authorization": f"Bearer {await api_keys.create_key(connection, 'shop', 'read', None)}"}
+    admin = {"Authorization": f"Bearer {await api_keys.create_key(connection, 'desk', 'admin', None)}"}
+    async with serving_client(dsn, **PUBLIC) as client:
+        await sent(client, "KOM1", "Dikirim", path=f"/webhook/{TOKEN}")
+        shares = [
+            await client.get(f"/orders/KOM1/share?expires_in=P{days}D", 200, reader) for days in (30, 40, 50)
+        ]
+        await api_keys.revoke_key(connection, "shop")
+        old = LINKS.make("KOM1", None)
+        paths = [*(share["url"] for share in shares), old.path]
+        await until_async(partial(is_shown, client, paths[0]))
+        assert [(await fetched(client, path))[0] for path in paths] == [200] * 4
+        revoked = (shares[0]["share_id"], shares[1]["url"].removeprefix("/t/"), old.path.removeprefix("/t/"))
+        for share in revoked:
+            assert await client.status("DELETE", f"/shares/{share}", None, admin) == 204
+        assert [(await fetched(client, path))[0] for path in paths] == [404, 404, 200, 404]
+        for unknown in ("0" * 32, FORGED, "x"):
+            assert await client.status("DELETE", f"/shares/{unknown}", None, admin) == 404
+        page = await client.get("/audit/operations", 200, admin)
+    recorded = [(one["actor"], one["action"], one["subject"]) for one in reversed(page["operations"])]
+    assert recorded == [
+        *(("shop", "share_made", share["share_id"]) for share in shares),
+        *(("desk", "share_revoked", share["share_id"]) for share in shares[:2]),
+        ("desk", "share_revoked", old.share_id),
+    ]
+    assert all(one["reason"].startswith("order KOM1") for one in page["operations"])
+    assert paths[0].removeprefix("/t/") not in str(page)
+
+
+async def test_a_link_made_after_a_revocation_works(connection: Connection) -> None:
+    """Two links of one order that end in the same second are one link, but never one that was revoked."""
+    actor = Actor("cli", "root")
+    made = [await make_share(connection, LINKS, "KOM1", timedelta(days=1), actor) for _ in range(2)]
+    for link in made:
+        await revoke_share(connection, LINKS, f"https://tracking.example{link.path}?lang=id", actor)
+    later = await make_share(connection, LINKS, "KOM1", timedelta(days=1), actor)
+    assert not await is_revoked(connection, later.share_id)
+
+
+async def test_the_service_cannot_take_a_revocation_back(connection: Connection, dsn: str) -> None:
+    """The service's role can revoke a link, but neither change nor remove a revocation."""
+    await revoke_share(connection, LINKS, LINKS.make("KOM1").path, Actor("cli", "root"))
+    async with connected(dsn) as service:
+        for statement in (
+            "UPDATE revoked_shares SET share_id = 'x'",
+            "DELETE FROM revoked_shares",
+            "INSERT INTO revoked_shares VALUES ('x', now())",
+        ):
+            with pytest.raises(asyncpg.InsufficientPrivilegeError):
+                await service.execute(statement)
+
+
+async def test_an_upgrade_says_that_earlier_links_stay_valid(empty_dsn: str) -> None:
+    """The migration adds a row to the record, since no row names a link of an earlier release."""
+    async with baseline(empty_dsn) as old:
+        await apply_schema(old)
+        (row,) = await operations_page(old, 2**63 - 1, "shares_kept", 10)
+    assert (row["actor"], row["subject"]) == ("migration", "share links")
+
+
+async def test_an_order_page_makes_a_link_only_when_asked(dsn: str, connection: Connection) -> None:
+    """The button on an order's page makes and records a link; a page of another site cannot press it."""
+    async with serving_client(dsn, **SHARING) as client:
+        await sent(client, "KOM1", "Dikirim")
+        assert 'action="/track/KOM1/share"' in (await fetched(client, "/track/KOM1"))[1]
+        assert await connection.fetchval("SELECT count(*) FROM operations") == 0
+        foreign = {"Origin": "http://evil.example"}
+        assert (await fetched(client, "/track/KOM1/share", "POST", **foreign))[0] == 403
+        # The response leads to the buyer's page.
+        status, page, _ = await fetched(client, "/track/KOM1/share", "POST", Accept_Language="en")
+        assert (status, "Your parcel is on its way." in page) == (200, True)
+        assert (await fetched(client, "/track/KOM0/share", "POST"))[0] == 404
+    (row,) = await operations_page(connection, 2**63 - 1, None, 10)
+    assert (row["action"], "order KOM1, until " in (row["reason"] or "")) == ("share_made", True)
 
 
 async def test_a_buyer_needs_neither_a_key_nor_a_local_host_name(dsn: str, connection: Connection) -> None:
