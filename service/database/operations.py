@@ -91,7 +91,7 @@ class Actor(NamedTuple):
 def system_user() -> Actor:
     """Return the user of the operating system who runs this process, and the login from which another one came.
 
-    Both are the kernel's: whoever runs a command chooses its environment, and with it LOGNAME and SUDO_USER.
+    Both come from the kernel. LOGNAME and SUDO_USER are of the environment, which the user chooses.
     """
     uid = os.getuid()
     name = _user_name(uid)

@@ -45,7 +45,7 @@ class ProblemType(Enum):
     UNKNOWN_SHARE = (
         404,
         "Unknown share link",
-        "This is no link that the service signed, and no id in the record.",
+        "Expected a link that the service signed, or an id in the record.",
     )
     UNKNOWN_SUBSCRIPTION = 404, "Unknown subscription", "There is no subscription with this id."
     NO_SUCH_TILE = 404, "No such tile", "The signed history is too small to have this tile."

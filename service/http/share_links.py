@@ -57,7 +57,7 @@ class ShareLink(NamedTuple):
 
 
 def identify(token: str) -> str:
-    """Return the id of a token, from which nobody can make the token."""
+    """Return the id of a token. The token cannot be derived from it."""
     return hashlib.sha256(token.encode()).hexdigest()[:32]
 
 

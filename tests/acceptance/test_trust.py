@@ -76,7 +76,7 @@ def traces() -> Iterator[Path]:
 
 @pytest.fixture
 def attacker(state_dir: Path, traces: Path) -> Iterator[Attacker]:
-    """Connect as the service's role, with a function in each view that attacks whoever runs it."""
+    """Connect as the service's role, with a function in each view that attacks its caller."""
     with EmbeddedPostgres(state_dir) as server:
         with psycopg.connect(server.dsn) as connection:
             values = ("KOM1", Order.StatusReported.TOPIC, SENT_STATE)
