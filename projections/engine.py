@@ -17,6 +17,7 @@ from domain.order import Order
 from projections import parked
 from projections.locks import BEGIN_WITH_VIEW_LOCK, GIVE_UP_LEAD, TRY_LEAD
 from projections.parked import ParkedOrder
+from projections.position import AwaitedPosition
 from projections.postgres_errors import Connection, is_event_at_fault
 
 # Begins a transaction with the given statements, and commits it at the end of the block.
@@ -26,8 +27,6 @@ Transaction: TypeAlias = Callable[[str], AbstractAsyncContextManager[Connection]
 STEP_SECONDS_MAX: Final = 10.0
 # Attempts at a whole batch before its orders are applied one by one, to find the order at fault.
 BATCH_ATTEMPTS_MAX: Final = 3
-# How often a waiting reader checks the view's position, in case no notification arrives.
-CHECK_SECONDS: Final = 0.02
 # How often a process that does not project the view looks at its position while no reader waits.
 LOOK_SECONDS: Final = 0.5
 # How long the view may stay behind the log without a move before another process stands in for its leader.
@@ -301,25 +300,26 @@ class Projector:
         transaction: begins a transaction on a connection whose search path is the view's schema.
         read_log: returns the events above a position.
         read_head: returns the highest position of the log.
+
+    Attributes:
+        wake: set when the log has grown.
+        reach: the view's position.
     """
 
     def __init__(self, view: View, transaction: Transaction, read_log: ReadLog, read_head: ReadHead) -> None:
         self.view = view
-        self.position = 0
         self.is_outdated = True  # until the first check
-        # Set when the log has grown.
         self.wake = asyncio.Event()
+        self.reach = AwaitedPosition(self.wake.set)
         self._begin = BEGIN_WITH_VIEW_LOCK.format(view=view.name)
         self._look_statement = LOOK.format(try_lead=TRY_LEAD.format(view=view.name))
         self._leads = False
         self._stands_in = False
         self._behind_since: float | None = None
         self._look_at = 0.0
-        self._readers = 0
         self._transaction = transaction
         self._read_log = read_log
         self.read_head = read_head
-        self._moved = asyncio.Condition()
         self._failures = 0
 
     async def step(self) -> int:
@@ -351,7 +351,7 @@ class Projector:
     async def _look(self) -> bool:
         """Look at the view, and return whether this process projects its next batch."""
         now = asyncio.get_running_loop().time()
-        if not self._readers and not self._stands_in and now < self._look_at:
+        if not self.reach.has_readers and not self._stands_in and now < self._look_at:
             return False
         async with self._transaction("BEGIN") as connection:
             row = await connection.fetchrow(self._look_statement, self.view.definition)
@@ -364,7 +364,7 @@ class Projector:
             raise OutdatedViewError(f"the view {self.view.name} was built with another definition")
         if not self._leads:
             self._stand_in(self._must_stand_in(position, head, now))
-            await self._move(position)
+            self.reach.move(position)
             self.is_outdated = False
         self._look_at = now + LOOK_SECONDS
         return self._leads or self._stands_in
@@ -373,7 +373,7 @@ class Projector:
         """Return whether the leader has left the view behind the log for too long."""
         if position > head:
             raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
-        if position != self.position:
+        if position != self.reach.position:
             # Another process moves the view.
             self._behind_since = None
             return False
@@ -417,41 +417,16 @@ class Projector:
                 await advance(connection, state.position, batch[-1])
             elif position > await log_head(connection):
                 raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
-        await self._move(position)
+        self.reach.move(position)
         return len(batch)
-
-    async def _move(self, position: int) -> None:
-        if position != self.position:
-            async with self._moved:
-                self.position = position
-                self._moved.notify_all()
 
     def forget(self) -> None:
         """Wait for the next step before a position is believed again, because commits may have been lost.
 
         A new connection does not lead either.
         """
-        self.position = 0
+        self.reach.forget()
         self._leads = self._stands_in = False
         self._behind_since = None
         self._look_at = 0.0
         self.wake.set()
-
-    async def wait_for(self, position: int, seconds_max: float) -> bool:
-        """Wait until the view has reached a position, and return True; return False after ``seconds_max``."""
-        deadline = asyncio.get_running_loop().time() + seconds_max
-        self._readers += 1
-        try:
-            while self.position < position:
-                remaining = deadline - asyncio.get_running_loop().time()
-                if remaining <= 0:
-                    return False
-                try:
-                    async with asyncio.timeout(min(remaining, CHECK_SECONDS)), self._moved:
-                        await self._moved.wait()
-                except TimeoutError:
-                    # Another process may have moved the view, or the notification was lost.
-                    self.wake.set()
-        finally:
-            self._readers -= 1
-        return True

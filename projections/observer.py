@@ -10,7 +10,6 @@ import asyncpg
 import structlog
 
 from projections.engine import (
-    CHECK_SECONDS,
     STEP_SECONDS_MAX,
     LoggedEvent,
     OutdatedViewError,
@@ -19,6 +18,7 @@ from projections.engine import (
     View,
     view_state,
 )
+from projections.position import CHECK_SECONDS
 from projections.postgres_errors import Connection
 
 # Lends a connection whose search path begins with the view's schema.
@@ -77,8 +77,8 @@ class Observer(Projector):
             age_seconds = await self._read_age(connection, state.position)
         self._age_seconds, self._observed_at = age_seconds, began
         self._note_outdated(is_outdated=state.definition != self.view.definition)
-        if state.position != self.position:
-            await self._move(state.position)
+        if state.position != self.reach.position:
+            self.reach.move(state.position)
             self._on_move()
         return 0
 

@@ -248,7 +248,7 @@ class EventsApi:
                         # At first, and whenever the log has grown.
                         if self.tail.position > seen:
                             seen = self.tail.position
-                            await self._projectors[timeline.VIEW.name].wait_for(seen, CHECK_SECONDS)
+                            await self._projectors[timeline.VIEW.name].reach.wait_for(seen, CHECK_SECONDS)
                             page = await self._read_page(query, page.reached)
                         elif (self.tail.losses, self._log.log_id) != began_with or monotonic() >= deadline:
                             break

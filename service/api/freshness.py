@@ -89,7 +89,7 @@ async def wait_for(projectors: Mapping[str, Projector], position: int | None, *v
     if observers:
         # Before the read, which may find later reports.
         ages = (one.age_seconds for one in observers)
-        _FRESHNESS.set(Freshness(min(one.position for one in observers), max(ages)))
+        _FRESHNESS.set(Freshness(min(one.reach.position for one in observers), max(ages)))
 
 
 async def add_freshness(_request: web.Request, response: web.StreamResponse) -> None:
@@ -131,13 +131,13 @@ async def _reach(projectors: Mapping[str, Projector], position: int, views: Sequ
     for view, has_reached in zip(views, reached, strict=True):
         if not has_reached:
             detail = f"the view {view} has not reached position {position} yet"
-            raise unavailable(detail, view=view, position=projectors[view].position)
+            raise unavailable(detail, view=view, position=projectors[view].reach.position)
 
 
 async def _wait(
     projectors: Mapping[str, Projector], position: int, views: Sequence[str], seconds_max: float
 ) -> list[bool]:
-    return await asyncio.gather(*(projectors[view].wait_for(position, seconds_max) for view in views))
+    return await asyncio.gather(*(projectors[view].reach.wait_for(position, seconds_max) for view in views))
 
 
 async def read_lag(connection: Connection, projector: Projector) -> Lag:

@@ -141,7 +141,7 @@ async def test_lost_events_are_not_applied_to_the_views(server: TestServer, serv
         projector.wake.set()
 
     async def are_back() -> bool:
-        return all(projector.position == 1 for projector in service.projectors.values())
+        return all(projector.reach.position == 1 for projector in service.projectors.values())
 
     await until_async(are_back)
     position = await record(service, report("KOM1", "Dipacking"), report("KOM2", "Dikirim"))

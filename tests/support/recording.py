@@ -34,7 +34,7 @@ async def record(service: Service, *reports: Report) -> int:
 
 async def caught_up(service: Service, position: int) -> None:
     for projector in service.projectors.values():
-        assert await projector.wait_for(position, PATIENCE_SECONDS)
+        assert await projector.reach.wait_for(position, PATIENCE_SECONDS)
 
 
 @asynccontextmanager
