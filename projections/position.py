@@ -7,6 +7,8 @@ from typing import Final
 
 # How often a waiting reader has the follower check its position, in case no notification arrives.
 CHECK_SECONDS: Final = 0.02
+# How long a read waits for the position that it must include.
+AFTER_POSITION_SECONDS_MAX: Final = 5.0
 
 
 class AwaitedPosition:

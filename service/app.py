@@ -12,13 +12,14 @@ import structlog
 from aiohttp import web
 
 from domain.order import Order
+from projections import timeline
 from projections.engine import Projector, View
 from projections.observer import OBSERVE_SECONDS, Observer
 from projections.postgres_errors import Connection
 from service.api.audit import AuditApi
 from service.api.contradictions import ContradictionsApi
 from service.api.events import EventsApi
-from service.api.freshness import add_freshness, read_age
+from service.api.freshness import add_freshness, read_age, wait_for
 from service.api.metrics import Metrics, Processes
 from service.api.openapi import OpenApi
 from service.api.operations import OperationsApi
@@ -237,7 +238,10 @@ class Service:
             QuarantineApi(self.pool, self.recorder),
             SharesApi(self.pool, links, is_reader=self.is_reader),
             SubscriptionsApi(self.pool, self.dispatcher, self.sender),
-            HistoryApi(self.pool, self.signer, is_public=settings.history_public),
+            HistoryApi(
+                *(self.pool, self.signer, self.history.reach, self._wait_for_timelines),
+                is_public=settings.history_public,
+            ),
             OperationsApi(
                 self.pool,
                 self.auth_connection,
@@ -350,6 +354,9 @@ class Service:
             poll_seconds=POLL_SECONDS,
             idle_seconds=view.idle_seconds,
         )
+
+    async def _wait_for_timelines(self, position: int) -> None:
+        await wait_for(self.projectors, position, timeline.VIEW.name)
 
     def _forget(self) -> None:
         self.recorder.forget()

@@ -12,14 +12,13 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from projections.engine import SELECT_VIEW, Projector
 from projections.observer import Observer
 from projections.parked import ParkedOrder, count_parked, list_parked
+from projections.position import AFTER_POSITION_SECONDS_MAX
 from projections.postgres_errors import Connection
 from service.database.connections import as_unavailable
 from service.database.replica import read_replica
 from service.event_log import store
 from service.http.problems import ProblemError, beyond_head, unavailable
 
-# How long a read waits until a view has reached the requested position.
-AFTER_POSITION_SECONDS_MAX: Final = 5.0
 # The time limit for reading the head of the log.
 HEAD_READ_SECONDS_MAX: Final = 2.0
 # A view that needs longer is usually not behind: the position lies beyond the log's head.

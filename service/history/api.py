@@ -1,7 +1,7 @@
 """The history over HTTP: checkpoint, keys and tiles as in C2SP tlog-tiles, and proofs of orders and events."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -10,12 +10,13 @@ import structlog
 from aiohttp import hdrs, web
 from pydantic import Field
 
+from projections.position import AFTER_POSITION_SECONDS_MAX, AwaitedPosition
 from service.database.connections import ConnectionPool
-from service.event_log.store import head_position
 from service.history import bundles, storage
 from service.history.bundles import (
     Bundle,
     NotInHistoryError,
+    NotSignedYetError,
     SinceError,
     is_last,
     make_bundle,
@@ -28,12 +29,11 @@ from service.history.storage import DAMAGED, HistoryHaltedError
 from service.history.tree import TILE_HASHES, TileId, width_of
 from service.http.access import has_scope
 from service.http.endpoints import HTML, OCTETS, TEXT, Endpoint, Tag
-from service.http.parameters import Position, Query, order_path, parse_number, parse_order_no
+from service.http.parameters import Position, Query, Version, order_path, parse_number, parse_order_no
 from service.http.problems import (
     ProblemError,
     ProblemType,
     bad_parameter,
-    beyond_head,
     history_halted,
     unavailable,
 )
@@ -66,7 +66,11 @@ class ProofQuery(Query):
     since: int | None = Field(
         default=None, ge=1, description="with a proof that the history continues that of this size"
     )
-    after_position: Position = Field(default=0, description="begin after this position of the log")
+    from_version: Version = Field(default=1, description="begin with this version of the order")
+    after_position: Position | None = Field(
+        default=None,
+        description="wait until timelines and the signed history have reached this position of the log",
+    )
 
 
 class HistoryApi:
@@ -75,14 +79,26 @@ class HistoryApi:
     Args:
         pool: the connections to read with.
         signer: the key and its guard.
+        signed: the last position that this process knows to be signed.
+        wait_for_view: waits until the view of timelines has reached a position; raises a problem otherwise.
         is_public: whether checkpoint, keys, tiles and verifiers need no API key.
     """
 
     tag = Tag("history", "Proofs of orders that anyone verifies offline: see docs/proof.md.")
 
-    def __init__(self, pool: ConnectionPool, signer: Signer, *, is_public: bool) -> None:
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        signer: Signer,
+        signed: AwaitedPosition,
+        wait_for_view: Callable[[int], Awaitable[None]],
+        *,
+        is_public: bool,
+    ) -> None:
         self._pool = pool
         self._signer = signer
+        self._signed = signed
+        self._wait_for_view = wait_for_view
         self._is_damage_logged = False
         self.is_public = is_public
         self._immutable: dict[str, str] = {hdrs.CACHE_CONTROL: IMMUTABLE_PUBLIC if is_public else IMMUTABLE}
@@ -179,23 +195,22 @@ class HistoryApi:
         order_no = parse_order_no(request)
         if query.bodies and not has_scope(request, "read:bodies"):
             raise ProblemError(ProblemType.FORBIDDEN, "bodies=true needs an API key with the scope read:bodies")
+        if query.after_position is not None:
+            await self._wait_for_view(query.after_position)
         with self._problems(order_no):
-            async with self._pool.connection() as connection:
-                if query.after_position and query.after_position > (head := await head_position(connection)):
-                    raise beyond_head(query.after_position, head)
-                bundle = await make_bundle(
-                    connection,
-                    self._signer,
-                    order_no,
-                    with_bodies=query.bodies,
-                    since=query.since,
-                    after_position=query.after_position,
-                )
+            try:
+                bundle = await self._make_bundle(order_no, query)
+            except NotSignedYetError:
+                await self._signed.wait_for(query.after_position or 0, AFTER_POSITION_SECONDS_MAX)
+                bundle = await self._make_bundle(order_no, query)
         headers = _attachment(f"{_suggest_name(order_no)}.proof.json")
-        if bundle["events"] and not is_last(bundle):
+        if not is_last(bundle):
             # The next file must show that its history continues this one's.
-            after, size = bundle["events"][-1]["index"], read_checkpoint(bundle["checkpoint"]).size
-            path = order_path(order_no, f"proof?since={size}&after_position={after}")
+            version, size = (
+                query.from_version + len(bundle["events"]),
+                read_checkpoint(bundle["checkpoint"]).size,
+            )
+            path = order_path(order_no, f"proof?since={size}&from_version={version}")
             headers["Link"] = f'<{path}{"&bodies=true" if query.bodies else ""}>; rel="next"'
         return json_response(bundle, headers=headers)
 
@@ -218,6 +233,18 @@ class HistoryApi:
             proof.encode(), PLAIN, headers=_attachment(f"{_suggest_name(order_no)}-{version}.tlog-proof")
         )
 
+    async def _make_bundle(self, order_no: str, query: ProofQuery) -> Bundle:
+        async with self._pool.connection() as connection:
+            return await make_bundle(
+                connection,
+                self._signer,
+                order_no,
+                with_bodies=query.bodies,
+                since=query.since,
+                from_version=query.from_version,
+                after_position=query.after_position,
+            )
+
     @contextmanager
     def _problems(self, order_no: str) -> Iterator[None]:
         try:
@@ -228,6 +255,8 @@ class HistoryApi:
                 "after about a second"
             )
             raise ProblemError(ProblemType.NOT_IN_HISTORY, detail, order_no=order_no) from None
+        except NotSignedYetError as error:
+            raise unavailable(f"{error}: try again in a moment", position=error.position) from None
         except SinceError as error:
             raise bad_parameter("since", str(error)) from None
         except HistoryHaltedError as error:

@@ -35,6 +35,18 @@ class NotInHistoryError(Exception):
     """The history has no signed entry of this order, or of this version of it."""
 
 
+class NotSignedYetError(Exception):
+    """The signed history has not reached a position yet.
+
+    Attributes:
+        position: the last one that it has.
+    """
+
+    def __init__(self, position: int) -> None:
+        super().__init__(f"the signed history has reached position {position}")
+        self.position = position
+
+
 class SinceError(ValueError):
     """A proof of consistency cannot begin at this size. ``str()`` is the reason."""
 
@@ -107,7 +119,8 @@ async def make_bundle(  # noqa: PLR0913 - the parameters of the request
     *,
     with_bodies: bool,
     since: int | None = None,
-    after_position: int = 0,
+    from_version: int = 1,
+    after_position: int | None = None,
     events_max: int | None = EVENTS_MAX,
 ) -> Bundle:
     """Return the proof of an order's timeline.
@@ -118,24 +131,28 @@ async def make_bundle(  # noqa: PLR0913 - the parameters of the request
         order_no: the order.
         with_bodies: whether to open the commitments to the bodies that were not erased.
         since: prove that the history continues that of this size.
-        after_position: begin after this position.
+        from_version: begin with this version of the order.
+        after_position: require that the signed history has this position; None for no requirement.
         events_max: the most events; None for all.
 
     Raises:
-        NotInHistoryError: the order has no signed entry.
+        NotInHistoryError: the order has no signed entry, or none from that version on.
+        NotSignedYetError: the signed history ends before ``after_position``.
         SinceError: the history never had the size ``since``, or has not yet.
         HistoryHaltedError, NotSigningError: see ``Signer.read_signed``.
     """
     async with connection.transaction(isolation="repeatable_read", readonly=True):
         signed = await signer.read_signed(connection)
         size = signed.checkpoint.size
+        if after_position is not None and after_position >= size:
+            raise NotSignedYetError(size - 1)
         if since is not None and not 1 <= since <= size:
             raise SinceError(f"the history has {size} signed entries: expected a size from 1 to {size}")
         ((first, last, count),) = await connection.fetch(SUMMARY, order_no, size)
-        if not count:
+        if count < from_version:
             raise NotInHistoryError(order_no)
         entries = await _read_order(
-            connection, signed.tree, order_no, after_position, last, events_max, with_bodies=with_bodies
+            connection, signed.tree, order_no, from_version, last, events_max, with_bodies=with_bodies
         )
         header, *proofs = await storage.read_proofs(
             connection,
@@ -251,16 +268,16 @@ async def _read_order(  # noqa: PLR0913, PLR0917 - as above
     connection: Connection,
     tree: Tree,
     order_no: str,
-    after_position: int,
+    from_version: int,
     last: int,
     events_max: int | None,
     *,
     with_bodies: bool,
 ) -> list[Entry]:
-    """Return an order's entries from above one position to another, the last of the order that is signed."""
+    """Return an order's entries from a version up to a position, the last of the order that is signed."""
     entries: list[Entry] = []
     body_bytes = 0
-    version = await store.version_at(connection, order_no, after_position) if after_position else 0
+    version = from_version - 1
     while events_max is None or (len(entries) < events_max and body_bytes <= BODIES_BYTES_MAX):
         limit = EVENTS_MAX if events_max is None else events_max - len(entries)
         batch = [

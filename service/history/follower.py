@@ -11,6 +11,7 @@ from typing import Final, NamedTuple, NoReturn, TypeVar
 
 import structlog
 
+from projections.position import AwaitedPosition
 from projections.postgres_errors import Connection
 from service.background import wait_for_event
 from service.database.connections import DedicatedConnection
@@ -72,6 +73,7 @@ class Follower:
 
     Attributes:
         wake: set when the log has grown.
+        reach: the last position that is signed, as far as this process knows.
     """
 
     def __init__(self, dedicated: DedicatedConnection, feed: Feed, signer: Signer) -> None:
@@ -79,6 +81,7 @@ class Follower:
         self._feed = feed
         self._signer = signer
         self.wake = asyncio.Event()
+        self.reach = AwaitedPosition(self.wake.set)
         # The right edge of the tree, as this connection to the database has seen it.
         self._edge = Edge(0, {})
         self._edge_of = (0, 0)
@@ -156,9 +159,10 @@ class Follower:
                 tree = (await self._signer.sign(connection)).tree
             except (HistoryHaltedError, NotSigningError, KeyFileError) as error:
                 self._report(str(error))
-            else:
-                self._signed = *self._state_of(tree), self._signer.key_changed_at
-                self._report("")
+                return
+        self._signed = *self._state_of(tree), self._signer.key_changed_at
+        self._report("")
+        self.reach.move(tree.size - 1)
 
     def _state_of(self, tree: Tree) -> tuple[int, int, int]:
         # After a reconnect, the database may be another one.

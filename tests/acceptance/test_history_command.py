@@ -69,7 +69,14 @@ async def test_a_proof_is_made_and_verified(service: RunningService, tmp_path: P
     for order_no in ("KOM3", "KOM 3"):
         done = call_command(state, "proof", order_no)
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-        assert f"no event of {order_no}" in done.stderr
+        assert f"no such event of {order_no}" in done.stderr
+    async with aiohttp.ClientSession() as session:
+        receipt = await Client(session, int(service.url.rpartition(":")[2])).webhook("KOM1", "Selesai")
+    after = f"--after-position={receipt['position']}"
+    part = json.loads(succeed(call_command(state, "proof", "KOM1", after, "--from-version=3")))
+    assert [json.loads(event["entry"])["version"] for event in part["events"]] == [3, 4]
+    done = call_command(state, "proof", "KOM1", "--after-position=99")
+    assert (done.returncode, "the log ends at position 5" in done.stderr) == (1, True)
     done = call_command(state, "proof", "KOM1", "--since", str(bundle))
     assert (done.returncode, "not a file with a checkpoint" in done.stderr) == (2, True)
 

@@ -882,8 +882,7 @@ async def test_the_pages_of_a_long_proof(
     first, headers = await served.get_with_headers(f"{ORDER}/proof")
     await served.webhook("KOM 1/ä", "Selesai")
     await until_signed(served, 5)
-    after, size = first["events"][-1]["index"], read_size(first["checkpoint"])
-    link = f"{ORDER}/proof?since={size}&after_position={after}"
+    link = f"{ORDER}/proof?since={read_size(first['checkpoint'])}&from_version=3"
     assert headers["Link"] == f'<{link}>; rel="next"'
     second, headers = await served.get_with_headers(link)
     assert "Link" not in headers
@@ -892,6 +891,34 @@ async def test_the_pages_of_a_long_proof(
     both = verify(first, key, tmp_path, others=(second,))
     assert (both.code, "events: 4" in both.text) == (0, True), both.text
     assert verify(second, key, tmp_path).code == 1
+
+
+async def test_a_proof_waits_for_a_position(
+    served: Client, connection: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``after_position``, the proof includes the report of a receipt at once, whatever the version that it
+    begins with; if the history is not signed in time, or cannot be signed, the problem has the reason.
+    """
+    key = (await served.text("/history/key")).strip()
+    for version in (4, 5):
+        receipt = await served.webhook("KOM 1/ä", "Selesai")
+        bundle = await served.get(f"{ORDER}/proof?after_position={receipt['position']}")
+        assert [event["index"] for event in bundle["events"]][-1] == receipt["position"]
+        result = verify(bundle, key, tmp_path)
+        assert (result.code, f"events: {version}" in result.text) == (0, True), result.text
+        path = f"{ORDER}/proof?from_version={version}&after_position={receipt['position']}"
+        assert len((await served.get(path))["events"]) == 1
+    monkeypatch.setattr("service.history.api.AFTER_POSITION_SECONDS_MAX", 0.2)
+    async with connection.transaction():
+        await connection.execute(storage.LOCK)
+        receipt = await served.webhook("OTHER")
+        path = f"{ORDER}/proof?after_position={receipt['position']}"
+        problem, headers = await served.get_with_headers(path, 503)
+        assert problem["position"] == receipt["position"] - 1
+        assert int(headers["Retry-After"]) > 0
+    await until_signed(served, receipt["position"] + 1)
+    (tmp_path / "history.signed").unlink()
+    assert (await served.get(path, 503))["type"] == "/problems/history-halted"
 
 
 async def test_tiles_and_entries(served: Client, tmp_path: Path) -> None:
@@ -1006,6 +1033,8 @@ async def test_wrong_requests(served: Client) -> None:
     assert (await served.get(f"{ORDER}/proof?since=0", 400))["parameter"] == "since"
     problem = await served.get(f"{ORDER}/proof?after_position=99", 410)
     assert problem["type"] == "/problems/beyond-the-head"
+    assert (await served.get(f"{ORDER}/proof?from_version=0", 400))["parameter"] == "from_version"
+    assert (await served.get(f"{ORDER}/proof?from_version=4", 404))["type"] == "/problems/not-in-the-history"
 
 
 async def test_before_the_first_event(dsn: str, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from service.app import Service
 from service.http.pagination import CURSOR_PATTERN
 from service.http.problems import ProblemType
 from service.settings import Settings
+from tests.support.client import Client
 from tests.support.folders import ROOT
 from tests.support.processes import RunningService
 
@@ -35,6 +36,27 @@ async def test_it_is_valid(document: dict[str, Any]) -> None:
     """The document conforms to OpenAPI 3.1, and every operation has a summary."""
     OpenAPIV31SpecValidator(document).validate()
     assert all(operation["summary"] for path in document["paths"].values() for operation in path.values())
+
+
+async def test_every_after_position_waits(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever a request takes ``after_position``, it waits for that position, and begins nowhere."""
+    monkeypatch.setattr("service.api.freshness.HEAD_SECONDS", 0.01)
+    receipt = await client.webhook("KOM1")
+    paths = (await client.get("/openapi.json"))["paths"]
+    parameters = {
+        (path, parameter["name"]): parameter["description"]
+        for path, operations in paths.items()
+        for operation in operations.values()
+        for parameter in operation.get("parameters", ())
+    }
+    waiting = {path: text for (path, name), text in parameters.items() if name == "after_position"}
+    assert "/orders/{order_no}/proof" in waiting
+    for path, text in waiting.items():
+        assert text.startswith("wait until ")
+        url = path.replace("{order_no}", "KOM1")
+        assert await client.status("GET", f"{url}?after_position={receipt['position']}") == 200, url
+        problem = await client.get(f"{url}?after_position={receipt['position'] + 1}", 410)
+        assert problem["type"] == "/problems/beyond-the-head"
 
 
 @pytest.mark.parametrize("has_tokens", [False, True])
