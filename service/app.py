@@ -13,7 +13,7 @@ from aiohttp import web
 
 from domain.order import Order
 from projections import timeline
-from projections.engine import Projector, View
+from projections.engine import LEADER_SECONDS_MAX, Projector, View
 from projections.observer import OBSERVE_SECONDS, Observer
 from projections.postgres_errors import Connection
 from service.api.audit import AuditApi
@@ -135,8 +135,13 @@ class Service:
         self.auth_connection = DedicatedConnection(connect_timely, seconds_max)
         self.projection_connections = {
             view.name: DedicatedConnection(
-                # An observer also reads the log.
-                partial(connect_hot, search_path=f"{view.name}, public" if self.is_reader else view.name),
+                partial(
+                    connect_hot,
+                    # An observer also reads the log.
+                    search_path=f"{view.name}, public" if self.is_reader else view.name,
+                    # A process that is suspended in a transaction must not keep the view from its stand-in.
+                    idle_in_transaction_session_timeout=f"{LEADER_SECONDS_MAX:g}s",
+                ),
                 on_open=self._forget,
             )
             for view in VIEWS

@@ -1,7 +1,10 @@
 """Of several processes, one leads each view; the others follow it, and take its place if it stops."""
 
 import asyncio
+import os
+import signal
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
@@ -13,6 +16,8 @@ from service.app import Service
 from service.database.connections import connected
 from service.database.schema import VIEWS
 from service.settings import Settings
+from tests.support.databases import wait_for_locked
+from tests.support.processes import running_service
 from tests.support.recording import EQUAL, caught_up, rebuilt
 from tests.support.reports import report
 from tests.support.waiting import until_async
@@ -108,6 +113,26 @@ async def test_a_leader_that_does_nothing_is_replaced(
             return len(found) == len(VIEWS) and not {*held} & {*found}
 
         await until_async(leads)
+
+
+async def test_a_leader_that_is_suspended_in_a_transaction_is_replaced(
+    dsn: str, owner_dsn: str, connection: Connection, tmp_path: Path
+) -> None:
+    """The view's lock, which a suspended process holds, is free before a session that may be idle for 8 s."""
+    async with AsyncExitStack() as stack:
+        leader = stack.enter_context(running_service(tmp_path, DATABASE_URL=owner_dsn))
+        await all_led(connection)
+        follower = await started(dsn, stack)
+        idle = await stack.enter_async_context(connected(dsn, idle_in_transaction_session_timeout="8s"))
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE timeline.entries IN EXCLUSIVE MODE")
+            receipt = await follower.recorder.record(report("KOM1"))
+            await wait_for_locked(connection)
+            os.kill(leader.process.pid, signal.SIGSTOP)
+            stack.callback(os.kill, leader.process.pid, signal.SIGCONT)
+            await idle.execute("BEGIN")
+        await caught_up(follower, receipt["position"] or 0)
+        assert await idle.fetchval("SELECT true")
 
 
 async def test_a_stand_in_leaves_a_view_that_moves(
