@@ -68,6 +68,15 @@ CREATE TABLE order_events (
     autovacuum_analyze_scale_factor = 0.01
 );
 
+-- The latest recorded_at in each block of positions, since the times of a log do not always rise: clocks are set back.
+-- With it, a start by time is found without a scan of the log. A block is added once the log goes on above it, and is
+-- then final. service/event_log/times.py has a block's size.
+
+CREATE TABLE log_times (
+    block   bigint      NOT NULL PRIMARY KEY,
+    latest  timestamptz NOT NULL                        -- -infinity if the block has no event
+);
+
 -- An event is never changed and never removed, not even during a restore (ENABLE ALWAYS), except that an erasure
 -- empties its body, its address and a status word outside the vocabulary, which may be any text.
 
@@ -493,6 +502,7 @@ BEGIN
     GRANT INSERT (originator_id, originator_version, topic, state) ON order_events TO order_tracking_service;
     GRANT EXECUTE ON FUNCTION lock_order_events(), make_view_schema(text), swap_view_schemas(text)
         TO order_tracking_service;
+    GRANT SELECT, INSERT ON log_times TO order_tracking_service;
     GRANT INSERT ON idempotency_keys TO order_tracking_service;
     GRANT INSERT (body, reason, remote, received_at, last_seen_at, named_order_no) ON quarantine
         TO order_tracking_service;

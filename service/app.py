@@ -45,6 +45,7 @@ from service.database.durability import read_durability
 from service.database.log_identity import LogIdentity
 from service.database.schema import VIEWS, prepare_database
 from service.dsn import LOCAL_SOCKET, as_reader, read_hosts
+from service.event_log import times
 from service.event_log.feed import Feed
 from service.event_log.store import CHANNEL, last_arrival
 from service.history.api import HistoryApi
@@ -284,6 +285,17 @@ class Service:
             self.background.start("erase old bodies", self.retention.run, restart_pause_seconds=PASS_SECONDS)
         self.background.start("deliver", self.dispatcher.run)
         self.background.start("add to the history", self.history.run)
+        sum_up = partial(
+            follow,
+            # This connection is open anyway, and mostly at rest.
+            partial(times.add_blocks, self.history_connection),
+            # Nothing wakes it: a block takes a while to fill.
+            asyncio.Event(),
+            batch_events_max=2,
+            poll_seconds=times.POLL_SECONDS,
+            idle_seconds=times.PAUSE_SECONDS,
+        )
+        self.background.start("sum up times", sum_up)
         self.background.start("listen", partial(listen, self._connect, CHANNEL, self._wake))
 
     async def stop(self) -> None:

@@ -12,7 +12,7 @@ from service.cli.console import EXIT_USAGE, database, err, fail, show, show_tabl
 from service.database.connections import connected
 from service.database.log_identity import LogIdentity
 from service.database.operations import system_user
-from service.event_log import store
+from service.event_log import store, times
 from service.http.times import to_rfc3339
 from service.settings import read_settings
 from service.subscriptions import held_orders, subscription
@@ -255,7 +255,7 @@ async def _find_start(connection: Connection, position: int | None, time: str | 
     if position is not None and time is not None:
         fail("pass only one of --from-position and --from-time", EXIT_USAGE)
     if time is not None:
-        return await store.position_before(connection, _parse_time(time))
+        return await times.position_before(connection, _parse_time(time))
     head = await store.head_position(connection)
     if position is not None and position > head:
         fail(f"the log ends at position {head}, before {position}: pass at most {head}")

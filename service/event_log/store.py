@@ -230,11 +230,6 @@ AT_POSITIONS: Final = """
     ORDER BY notification_id
 """
 
-# The first event at or above a position, or none.
-EVENT_FROM: Final = """
-    SELECT notification_id, recorded_at FROM order_events
-    WHERE notification_id >= $1 ORDER BY notification_id LIMIT 1
-"""
 OLDEST_AFTER: Final = """
     SELECT recorded_at FROM order_events WHERE notification_id > $1 ORDER BY notification_id LIMIT 1
 """
@@ -404,22 +399,6 @@ async def last_arrival(connection: Connection) -> datetime:
 async def head_position(connection: Connection) -> int:
     """Return the highest position in the log, 0 if it is empty."""
     return await engine.log_head(connection)
-
-
-async def position_before(connection: Connection, time: datetime) -> int:
-    """Return the position of the last event that was recorded before a time, 0 if there is none.
-
-    Events are recorded in the order of their positions, so a binary search finds it.
-    """
-    low, high = 0, await head_position(connection)
-    while low < high:
-        middle = (low + high + 1) // 2
-        row = await connection.fetchrow(EVENT_FROM, middle)
-        if row is not None and row["recorded_at"] < time:
-            low = int(row["notification_id"])
-        else:
-            high = middle - 1
-    return low
 
 
 async def read_lag_seconds(connection: Connection, position: int) -> float:

@@ -17,7 +17,7 @@ from domain.transitions import Verdict
 from projections.postgres_errors import Connection
 from service.database.connections import ConnectionPool
 from service.database.operations import REASON_CHARACTERS_MAX, Actor
-from service.event_log import store
+from service.event_log import store, times
 from service.http.access import admission, has_scope
 from service.http.body import read_body
 from service.http.endpoints import Endpoint, Tag
@@ -395,7 +395,7 @@ class SubscriptionsApi:
                     raise ProblemError(
                         ProblemType.BAD_BODY, f"from_time: {start.from_time.isoformat()} lies in the future"
                     )
-                return await store.position_before(connection, start.from_time)
+                return await times.position_before(connection, start.from_time)
             head = await store.head_position(connection)
             if start.from_position is not None and start.from_position > head:
                 raise beyond_head(start.from_position, head)

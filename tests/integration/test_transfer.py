@@ -46,7 +46,7 @@ APPEND: Final = (
 )
 # The log's id is in the header.
 LEFT_OUT: Final = {
-    *("sessions", "schema_version", "view_names", "log_identity"),
+    *("sessions", "schema_version", "view_names", "log_identity", "log_times"),
     # They have secrets, and two services must not deliver the same events.
     *("subscriptions", "held_orders"),
 }
