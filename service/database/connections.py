@@ -1,17 +1,23 @@
-"""Connections to PostgreSQL with the service's settings: pooled or dedicated, with time limits."""
+"""Connections to PostgreSQL with the service's settings: pooled or dedicated, with time limits.
+
+A server that freezes, or whose host vanishes, closes no connection. So each connection has keepalives, and a
+limit for each statement or, if its statements may take long, a watch.
+"""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from math import inf
 from time import monotonic
-from typing import Final, TypeAlias, cast
+from typing import TYPE_CHECKING, Final, TypeAlias, cast
 from urllib.parse import parse_qsl, urlsplit
 from weakref import WeakValueDictionary
 
 import asyncpg
 import orjson
+import structlog
 from asyncpg.connect_utils import SessionAttribute
 
 from projections.postgres_errors import Connection, is_connection_lost
@@ -71,6 +77,26 @@ SERVER_SETTINGS: Final = {
 # The server, too, notices that an idle connection is gone. A local socket ignores these.
 KEEPALIVES: Final = {"tcp_keepalives_idle": "60", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
 
+# This side's keepalives, in seconds and a count, and after how many milliseconds without an acknowledgement of
+# what was sent the system gives a connection up. It would retransmit for a quarter of an hour by default.
+SOCKET_OPTIONS: Final = {
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    "TCP_USER_TIMEOUT": 15_000,
+}
+# A server that works ends a statement at ``statement_timeout``, and reports that. If it has not done so this
+# much later, it does not respond any more.
+STATEMENT_MARGIN_SECONDS: Final = 2.0
+# A connection without ``statement_timeout`` is closed when its server has not responded to so many probes, one
+# in each interval.
+WATCH_SECONDS: Final = 10.0
+WATCH_PROBES: Final = 3
+# Asks whether the server has TLS. Any server responds, before it asks for a password or checks its limits.
+SSL_REQUEST: Final = bytes.fromhex("00000008 04d2162f")
+# A server that does not respond is logged at most once in this interval: all of its connections notice it.
+SILENCE_SECONDS: Final = 60.0
+
 # The encoding, and the settings that were sent and are not in force. ``transaction_timeout`` cannot be sent,
 # since PostgreSQL before 17 does not have it.
 INSPECT: Final = """
@@ -93,6 +119,18 @@ HOT_SETTINGS: Final = {
     "jit": "off",
     "statement_timeout": "10s",
 }
+
+
+logger = structlog.get_logger()
+
+# asyncpg's class has parameters only for type checkers.
+if TYPE_CHECKING:
+    _Connection = asyncpg.Connection[asyncpg.Record]
+else:
+    _Connection = asyncpg.Connection
+
+# Until when the silence of a server is known, by its address (monotonic clock).
+_silent_until: Final[dict[str, float]] = {}
 
 
 class StorageUnavailableError(ConnectionError):
@@ -128,13 +166,83 @@ async def end_abandoned(connection: Connection, seconds_max: float) -> None:
         await connection.execute(f"SET client_connection_check_interval = '{CLIENT_CHECK}'")
 
 
+class LimitedConnection(_Connection):
+    """A connection that never waits for a server that does not respond.
+
+    asyncpg would ask the server to cancel a statement whose time is over, and wait until it has. Instead, the
+    end of the time, or a cancelled task, closes this connection.
+
+    Attributes:
+        server: the server's name, for the log.
+        statement_seconds_max: the time limit of each statement.
+        is_watched: whether it is closed when its server does not respond, instead of at a time limit.
+    """
+
+    server = ""
+    statement_seconds_max: float | None = None
+    is_watched = False
+
+    def _cancel_current_command(self, *_waiters: object) -> None:
+        # Later: asyncpg has not yet raised the error in the statement's caller.
+        asyncio.get_running_loop().call_soon(self.terminate)
+
+    def watch(self) -> None:
+        """Close the connection when its server does not respond any more."""
+        self.is_watched = True
+        watching = asyncio.get_running_loop().create_task(self._watch(), context=Context())
+
+        def end(_connection: object) -> None:
+            watching.cancel()
+
+        self.add_termination_listener(end)
+
+    async def _watch(self) -> None:
+        address = self._addr  # type: ignore[attr-defined]
+        failures = 0
+        while failures < WATCH_PROBES:
+            await asyncio.sleep(WATCH_SECONDS)
+            failures = 0 if await _responds(address) else failures + 1
+        log_silence(self.server)
+        self.terminate()
+
+
+async def _responds(address: str | tuple[str, int]) -> bool:
+    """Return whether a server responds at an address, or the system reports an error without waiting for it."""
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS_MAX):
+            if isinstance(address, str):
+                reader, writer = await asyncio.open_unix_connection(address)
+            else:
+                reader, writer = await asyncio.open_connection(*address)
+            try:
+                writer.write(SSL_REQUEST)
+                await reader.read(1)
+            finally:
+                writer.transport.abort()
+    except (TimeoutError, BlockingIOError):
+        # A local socket whose queue of connections is full blocks.
+        return False
+    except OSError:
+        # The keepalives notice a host that is gone.
+        pass
+    return True
+
+
+def log_silence(server: str) -> None:
+    """Log that a server does not respond, unless that was logged a moment ago."""
+    now = monotonic()
+    if now >= _silent_until.get(server, 0.0):
+        _silent_until[server] = now + SILENCE_SECONDS
+        logger.warning("the database does not respond, so its connections are closed", server=server)
+
+
 async def connect(dsn: str, on_connect: OnConnect | None = None, /, **settings: str) -> Connection:
     """Open a connection with the service's settings and the given ones.
 
     Args:
         dsn: the database.
         on_connect: called with the connection. If it fails, so does the attempt to connect.
-        settings: further settings of the server.
+        settings: further settings of the server. ``statement_timeout``, in seconds, also limits the wait here.
 
     Raises:
         StorageUnavailableError: no server of the DSN answered within CONNECT_SECONDS_MAX, was a primary, and
@@ -171,14 +279,23 @@ async def connect(dsn: str, on_connect: OnConnect | None = None, /, **settings: 
 async def _open(
     dsn: str, host: Host | None, sent: Mapping[str, str], on_connect: OnConnect | None
 ) -> Connection:
-    connection: Connection = await asyncpg.connect(
+    seconds = float(sent["statement_timeout"].removesuffix("s"))
+    limit = seconds + STATEMENT_MARGIN_SECONDS if seconds else None
+    connection = await asyncpg.connect(
         dsn,
         host=host and host.name,
         port=host and host.port,
         target_session_attrs=SessionAttribute(read_target(dsn)),
         server_settings={**KEEPALIVES, **sent},
+        command_timeout=limit,
+        connection_class=LimitedConnection,
     )
+    connection.server, connection.statement_seconds_max = str(host or LOCAL_SOCKET), limit
     try:
+        transport: asyncio.Transport = connection._transport  # type: ignore[attr-defined]  # noqa: SLF001
+        _keep_alive(transport.get_extra_info("socket"))
+        if limit is None:
+            connection.watch()
         await _set_json_codec(connection)
         await _inspect(connection, sent)
         if on_connect is not None:
@@ -187,6 +304,17 @@ async def _open(
         connection.terminate()
         raise
     return connection
+
+
+def _keep_alive(end: socket.socket) -> None:
+    """Let the system notice that the other end of a connection is gone."""
+    if end.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in SOCKET_OPTIONS.items():
+        # Not every system has each of them.
+        if (option := getattr(socket, name, None)) is not None:
+            end.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 async def _inspect(connection: Connection, sent: Mapping[str, str]) -> None:
@@ -301,7 +429,7 @@ class ConnectionPool:
                 try:
                     yield cast("Connection", connection)
                 except asyncio.CancelledError:
-                    # asyncpg would wait until the server, which may be suspended, confirms the cancellation.
+                    # Between two statements, too: the connection may be in a transaction.
                     connection.terminate()
                     raise
 
@@ -326,8 +454,9 @@ class DedicatedConnection:
 
     Args:
         connect: opens the connection.
-        seconds_max: the time limit for one use, including the wait for its turn; None for no limit. With a
-            limit, a lost connection is raised as StorageUnavailableError.
+        seconds_max: the time limit for one use, including the wait for its turn; None for the connection's own
+            limit for each statement alone. With a limit, a lost connection is raised as
+            StorageUnavailableError.
         on_open: called when a connection has been opened. After a failover or a restore, the server may lack
             commits that this process has seen, so it drops everything that it remembers of them.
         idle_seconds_max: after a longer pause, the connection is probed before it is used.
@@ -399,6 +528,8 @@ class DedicatedConnection:
                 yield connection
                 is_usable = True
             except Exception as error:
+                if isinstance(error, TimeoutError) and isinstance(connection, LimitedConnection):
+                    log_silence(connection.server)
                 if not is_connection_lost(error) and not connection.is_closed():
                     if connection.is_in_transaction():
                         await connection.execute("ROLLBACK")
