@@ -77,7 +77,7 @@ from service.pages.share import SharePages
 from service.settings import Settings
 from service.subscriptions.api import SubscriptionsApi
 from service.subscriptions.dispatcher import Dispatcher
-from service.subscriptions.log_reader import LogReader
+from service.subscriptions.log_reader import LogReader, place_of
 from service.subscriptions.progress import Progress
 from service.subscriptions.sending import REQUESTS, Sender
 from service.subscriptions.subscription import list_subscriptions
@@ -164,6 +164,7 @@ class Service:
             LogReader(self.feed, self.deliveries_connection),
             self.sender,
             settings.subscription_retry_seconds,
+            count_losses=lambda: self.events.tail.losses,
         )
         self.signer = make_signer(settings)
         # An entry that is signed must survive a crash of the server.
@@ -386,6 +387,7 @@ class Service:
         self.events.tail.wake.set()
 
     def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
+        self.dispatcher.observe_commit(place_of(positions[-1], events[-1]), self.recorder.losses)
         self.feed.remember(events, positions)
         self.metrics.count_commit(events)
         self.dispatcher.pace.observe_commit(len(events))

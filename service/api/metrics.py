@@ -293,7 +293,8 @@ class Metrics:
         )
         yield CounterMetricFamily(
             "log_losses",
-            "How often the database came back without acknowledged reports.",
+            "How often this process's last commit was missing when the database came back. Each process counts "
+            "what it saw itself, so do not add up the processes.",
             self._recorder().losses,
         )
         last = max(self._last_received, self._quarantine.last_kept)

@@ -31,7 +31,7 @@ from service.subscriptions.pace import Pace
 from service.subscriptions.progress import Held, Loaded, Progress
 from service.subscriptions.sending import ATTEMPT_SECONDS_MAX, Attempt, Outcome, Sender
 from service.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState
-from service.subscriptions.window import STARTED_MAX, Entry, Message, Window
+from service.subscriptions.window import STARTED_MAX, Entry, Message, Place, Window
 
 # The requests in flight of one subscription, and of one order: one.
 IN_FLIGHT_MAX: Final = 32
@@ -56,6 +56,8 @@ ENDINGS: Final[Mapping[Outcome, tuple[SubscriptionState, SubscriptionReason]]] =
     "gone": ("disabled", "gone"),
     "loop": ("paused", "loop"),
 }
+# The log has lost events that the endpoint may have, or is another one.
+WENT_BACK: Final[tuple[SubscriptionState, SubscriptionReason]] = ("paused", "log_went_back")
 # With these, an endpoint that is up refuses one event.
 REFUSALS: Final = frozenset({400, 409, 413, 422})
 PROBE_SECONDS_MIN: Final = 5.0
@@ -130,9 +132,12 @@ class Delivery:
         now: returns the time.
         outcomes: counts the attempts by subscription and outcome.
         pace: delays requests while many reports arrive.
+        reached: up to where this process has read the log for it before.
 
     Attributes:
         log_grown: set by others when the log has grown.
+        has_lost_events: whether the log has lost events that were read for the subscription. The deliverer has
+            ended then, and the dispatcher pauses every subscription.
         revision: the revision of the subscription that is being delivered; 0 before it is loaded.
     """
 
@@ -147,6 +152,7 @@ class Delivery:
         now: Clock,
         outcomes: Counter[tuple[UUID, Outcome]],
         pace: Pace,
+        reached: Place | None = None,
     ) -> None:
         self.subscription_id = subscription_id
         self.session = session
@@ -159,6 +165,8 @@ class Delivery:
         self._now = now
         self._outcomes = outcomes
         self._pace = pace
+        self.has_lost_events = False
+        self._reached = reached
         self._work: _Work | None = None
         self._wake = asyncio.Event()
         self._space = asyncio.Event()
@@ -180,6 +188,15 @@ class Delivery:
         self._saved = asyncio.Event()
         self._saving: asyncio.Task[None] | None = None
 
+    @property
+    def reached(self) -> Place | None:
+        """Up to where this process has ever read the log for the subscription, None if that does not matter."""
+        reached = self._reached
+        if self._work is not None:
+            read = self._work.window.read
+            reached = read if reached is None or read.position >= reached.position else reached
+        return reached
+
     def reload(self) -> None:
         """Save, and load the subscription again, since an operator has changed it."""
         self._interrupted.set()
@@ -197,34 +214,36 @@ class Delivery:
             Exception: whatever a read or a save raises. What was not saved is sent again after the next start.
         """
         try:
-            while not self._is_stopping and not self._has_ended:
+            while not (self._is_stopping or self._has_ended or self.has_lost_events):
                 # From here on, the results of earlier requests are dropped.
-                self._work = None
+                self._drop_work()
                 self._interrupted.clear()
                 self._ending = None
-                loaded = await self._progress.load(self.subscription_id, self.session, self._now())
+                now = self._now()
+                loaded = await self._progress.load(self.subscription_id, self.session, now, self.reached)
                 if loaded is None:
                     return
                 self.revision = loaded.revision
-                try:
-                    await self._reader.verify(loaded.place, is_other_log=loaded.is_other_log)
-                    await self._deliver(self._begin(loaded))
-                except LogWentBackError:
-                    await self._end(loaded, ("paused", "log_went_back"))
+                self.has_lost_events = loaded.has_lost_events
+                if loaded.is_other_log:
+                    await self._end(loaded, WENT_BACK)
+                elif not self.has_lost_events:
+                    await self._deliver_while_proved(self._begin(loaded))
         finally:
-            self._work = None
+            self._drop_work()
             remaining = [*self._tasks, *([self._saving] if self._saving is not None else [])]
             for task in remaining:
                 task.cancel()
             await asyncio.gather(*remaining, return_exceptions=True)
 
+    def _drop_work(self) -> None:
+        self._reached, self._work = self.reached, None
+
     async def _end(self, loaded: Loaded, ending: tuple[SubscriptionState, SubscriptionReason]) -> None:
         """Stop the subscription until an operator resumes it, unless one has changed it in the meantime."""
         self._has_ended = await self._progress.end(self.subscription_id, loaded, *ending)
         if self._has_ended:
-            state, reason = ending
-            subscription = str(self.subscription_id)
-            logger.warning("subscription ended", subscription=subscription, state=state, reason=reason)
+            log_end(self.subscription_id, ending)
 
     def _begin(self, loaded: Loaded) -> _Work:
         work = _Work(loaded, URL(loaded.url), Window(loaded.place), loaded.held)
@@ -232,6 +251,13 @@ class Delivery:
             _schedule(work, order_no, held)
         self._work = work
         return work
+
+    async def _deliver_while_proved(self, work: _Work) -> None:
+        try:
+            await self._deliver(work)
+        except LogWentBackError as error:
+            logger.warning("the log has lost events that were read for a subscription", error=str(error))
+            self.has_lost_events = True
 
     async def _deliver(self, work: _Work) -> None:
         """Follow the log until interrupted; then wait for the requests in flight, and save their results."""
@@ -430,7 +456,7 @@ class Delivery:
     async def _deliver_held(self, work: _Work, order_no: str, held: Held) -> None:
         """Send the events of a held order, one after the other, until one fails or none waits any more."""
         while self._goes_on(work):
-            events = await self._reader.read_order(order_no, held.version - 1)
+            events = await self._reader.read_order(order_no, held.version - 1, work.window.read)
             if work is not self._work:
                 return
             for position, event in events:
@@ -667,12 +693,19 @@ class Delivery:
             responses,
             held,
             work.failing_since if work.is_down else None,
+            work.window.read,
         )
         if is_saved:
             work.saved = covered
             self._saved.set()
         else:
             self._interrupted.set()
+
+
+def log_end(subscription_id: UUID, ending: tuple[SubscriptionState, SubscriptionReason]) -> None:
+    """Log that a subscription has stopped by itself."""
+    state, reason = ending
+    logger.warning("subscription ended", subscription=str(subscription_id), state=state, reason=reason)
 
 
 def _to_response(at: datetime, order_no: str, version: int, number: int, attempt: Attempt) -> Response:

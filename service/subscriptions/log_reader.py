@@ -1,4 +1,8 @@
-"""The log as deliverers read it: from memory if this process recorded the events, else from the database."""
+"""The log as deliverers read it: from memory if this process recorded the events, else from the database.
+
+A failover or a restore may lose events that an endpoint has accepted, and the saved place goes back with them.
+So everything that is read comes with the proof that the log still has the place where the last read ended.
+"""
 
 from collections.abc import Sequence
 from typing import Final
@@ -15,9 +19,32 @@ from service.subscriptions.window import Place
 # The events of one order that are read at a time.
 ORDER_EVENTS_MAX: Final = 100
 
+# Whether the log has a place. It then has all that was ever read below it, since each report has its own id. If
+# the id is unknown, the log must at least reach the position, which may be a gap.
+HAS_PLACE: Final = """
+    CASE WHEN {report_id}::text IS NULL
+         THEN coalesce((SELECT max(notification_id) FROM public.order_events), 0) >= {position}
+         ELSE EXISTS (
+             SELECT FROM public.order_events
+             WHERE notification_id = {position} AND position(convert_to({report_id}, 'UTF8') IN state) > 0
+         )
+    END
+"""
+
+
+PROVE: Final = f"SELECT {HAS_PLACE.format(position='$1::bigint', report_id='$2')}"
+
 
 class LogWentBackError(Exception):
     """A failover or a restore has lost the event at a subscription's position. ``str()`` names it."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(f"the log does not have the event {place.report_id} at position {place.position}")
+
+
+async def has_place(connection: Connection, place: Place) -> bool:
+    """Return whether the log of a connection's server still has a place."""
+    return bool(await connection.fetchval(PROVE, *place))
 
 
 class LogReader:
@@ -32,38 +59,31 @@ class LogReader:
         self._feed = feed
         self._dedicated = dedicated
 
-    async def verify(self, place: Place, *, is_other_log: bool) -> None:
-        """Check that the log still has a place.
-
-        Args:
-            place: the place.
-            is_other_log: whether it belongs to a log with another id, as after a restore. The endpoint may have
-                seen events that this log lacks.
-
-        Raises:
-            LogWentBackError: the log ends before the place, or has another event there, or is another one.
-        """
-        if is_other_log:
-            raise LogWentBackError(f"position {place.position} belongs to another log")
-        async with self._dedicated.connection() as connection:
-            await _read_above(connection, place, 0)
-
     async def read(self, after: Place, limit: int) -> Sequence[LoggedEvent]:
         """Return the next events above a place, at most ``limit``.
 
         Raises:
             LogWentBackError: the log ends before the place, or has another event there.
         """
-        if recalled := self._feed.recall(after.position, limit):
-            return recalled
+        # Memory proves the place if it has the event there: it holds consecutive events of one log.
+        recalled = self._feed.recall(after.position - 1, limit + 1)
+        if len(recalled) > 1 and place_of(*recalled[0]) == after:
+            return recalled[1:]
         async with self._dedicated.connection() as connection:
             recorded = await _read_above(connection, after, limit)
         return [decode_logged(*event[:5]) for event in recorded]
 
-    async def read_order(self, order_no: str, after: int) -> Sequence[LoggedEvent]:
-        """Return an order's next events above a version."""
+    async def read_order(self, order_no: str, after: int, place: Place) -> Sequence[LoggedEvent]:
+        """Return an order's next events above a version.
+
+        Raises:
+            LogWentBackError: the log does not have the place.
+        """
         async with self._dedicated.connection() as connection:
             recorded = await store.read_stream(connection, order_no, after, ORDER_EVENTS_MAX)
+            # Afterwards: a log that still has the place had it when the events were read.
+            if not await has_place(connection, place):
+                raise LogWentBackError(place)
         return [decode_logged(*event[:5]) for event in recorded]
 
 
@@ -77,9 +97,9 @@ async def _read_above(connection: Connection, after: Place, limit: int) -> Seque
     recorded = await store.read_log(connection, max(0, after.position - 1), limit + 1)
     if recorded and recorded[0].position == after.position:
         if after.report_id not in {None, recorded[0].report_id}:
-            raise LogWentBackError(f"the log has another event at position {after.position}")
+            raise LogWentBackError(after)
         return recorded[1:]
     # A gap has no event, but the log goes on above it.
     if after.report_id is not None or await store.head_position(connection) < after.position:
-        raise LogWentBackError(f"the log does not have the event at position {after.position}")
+        raise LogWentBackError(after)
     return recorded

@@ -13,6 +13,7 @@ from uuid import UUID
 from service.database.connections import DedicatedConnection
 from service.database.operations import Actor, record_operation
 from service.subscriptions.held_orders import apply_requests
+from service.subscriptions.log_reader import HAS_PLACE, LogWentBackError, has_place
 from service.subscriptions.message import Selection
 from service.subscriptions.subscription import (
     Declaration,
@@ -26,7 +27,7 @@ from service.subscriptions.window import Place
 # The service's own actions in the record of operations.
 SERVICE: Final = Actor("service", None)
 
-STATES: Final = "SELECT subscription_id, state, revision FROM public.subscriptions"
+STATES: Final = "SELECT subscription_id, state, revision, state_reason FROM public.subscriptions"
 # The session that holds this lock delivers the subscription. The generation is the fence: see SAVE.
 TRY_LEAD: Final = "SELECT pg_try_advisory_lock(hashtextextended('order_tracking subscription ' || $1, 0))"
 GIVE_UP_LEAD: Final = "SELECT pg_advisory_unlock(hashtextextended('order_tracking subscription ' || $1, 0))"
@@ -41,17 +42,24 @@ END: Final = """
     UPDATE public.subscriptions SET state = $4, state_reason = $5
     WHERE subscription_id = $1 AND generation = $2 AND revision = $3 AND state = 'active'
 """
+PAUSE_ALL: Final = """
+    UPDATE public.subscriptions SET state = 'paused', state_reason = $1 WHERE state = 'active'
+    RETURNING subscription_id
+"""
 HELD: Final = """
     SELECT order_no, version, position, held_since, attempts, last_attempt_at, next_attempt_at, last_error
     FROM public.held_orders WHERE subscription_id = $1
 """
-# Saves nothing if an operator has changed the subscription since, or another process has taken it over.
-SAVE: Final = """
-    WITH saved AS (
+# Saves nothing if an operator has changed the subscription since, another process has taken it over, or the log
+# has lost what was read.
+SAVE: Final = f"""
+    WITH proof AS MATERIALIZED (
+        SELECT {HAS_PLACE.format(position="$18::bigint", report_id="$19")} AS holds
+    ), saved AS (
         UPDATE public.subscriptions
         SET position = $3, report_id = $4, delivered = delivered + $5, failed = failed + $6,
             responses = coalesce($7::json, responses), down_since = $17
-        WHERE subscription_id = $1 AND generation = $2
+        WHERE subscription_id = $1 AND generation = $2 AND (SELECT holds FROM proof)
         RETURNING subscription_id
     ), held AS (
         INSERT INTO public.held_orders AS held (subscription_id, order_no, version, position, held_since,
@@ -66,8 +74,8 @@ SAVE: Final = """
         DELETE FROM public.held_orders USING saved
         WHERE held_orders.subscription_id = saved.subscription_id AND order_no = ANY($16::text[])
     )
-    SELECT count(*) FROM saved
-"""
+    SELECT (SELECT holds FROM proof), EXISTS (SELECT FROM saved)
+"""  # noqa: S608 - our own texts
 
 
 @dataclass(slots=True)
@@ -96,6 +104,7 @@ class Loaded(NamedTuple):
 
     Attributes:
         is_other_log: whether the position belongs to another log, as after a restore.
+        has_lost_events: whether the log has lost events that were read for the subscription.
     """
 
     generation: int
@@ -106,6 +115,7 @@ class Loaded(NamedTuple):
     secrets_until: datetime | None
     place: Place
     is_other_log: bool
+    has_lost_events: bool
     held: dict[str, Held]
 
 
@@ -114,6 +124,7 @@ class Present(NamedTuple):
 
     state: SubscriptionState
     revision: int
+    reason: SubscriptionReason | None
 
 
 class LeadLostError(ConnectionError):
@@ -150,8 +161,22 @@ class Progress:
         async with self._dedicated.connection() as connection:
             await connection.fetchval(GIVE_UP_LEAD, str(subscription_id))
 
-    async def load(self, subscription_id: UUID, session: int, now: datetime) -> Loaded | None:
+    async def has(self, place: Place) -> bool:
+        """Return whether the log still has a place."""
+        async with self._dedicated.connection() as connection:
+            return await has_place(connection, place)
+
+    async def load(
+        self, subscription_id: UUID, session: int, now: datetime, reached: Place | None
+    ) -> Loaded | None:
         """Take a subscription over, and return it; None if it is not active any more.
+
+        Args:
+            subscription_id: the subscription.
+            session: the session with the lock.
+            now: the time.
+            reached: up to where this process has ever read for it. The saved place may have gone back with the
+                log, and what was delivered above it is proved by this alone.
 
         Raises:
             LeadLostError: the session with the lock has ended.
@@ -163,6 +188,10 @@ class Progress:
                 return None
             await apply_requests(connection, subscription_id)
             held = {order_no: Held(*rest) for order_no, *rest in await connection.fetch(HELD, subscription_id)}
+            place = Place(row["position"], row["report_id"])
+            has_lost_events = not await has_place(connection, place)
+            if reached is not None:
+                has_lost_events = has_lost_events or not await has_place(connection, reached)
         declaration = Declaration(row["url"], row["verdicts"], row["statuses"], row["include"])
         secrets = valid_secrets(row, now)
         return Loaded(
@@ -172,8 +201,9 @@ class Progress:
             selection=Selection.of(declaration),
             secrets=secrets,
             secrets_until=row["previous_secret_until"] if len(secrets) > 1 else None,
-            place=Place(row["position"], row["report_id"]),
+            place=place,
             is_other_log=row["log_id"] != row["present_log_id"],
+            has_lost_events=has_lost_events,
             held=held,
         )
 
@@ -188,6 +218,7 @@ class Progress:
         responses: Sequence[Response] | None,
         held: Mapping[str, Held | None],
         down_since: datetime | None,
+        read: Place,
     ) -> bool:
         """Save what was delivered. Return whether the subscription has not changed in the meantime.
 
@@ -201,8 +232,10 @@ class Progress:
             responses: the latest responses; None to keep those that were saved.
             held: the orders whose holding has changed, None for those that are not held any more.
             down_since: since when all attempts have failed; None while the endpoint is up.
+            read: up to where the log was read, which it must still have.
 
         Raises:
+            LogWentBackError: it does not.
             LeadLostError: the session with the lock has ended.
         """
         kept = [(order_no, one) for order_no, one in held.items() if one is not None]
@@ -220,10 +253,12 @@ class Progress:
         async with self._dedicated.connection() as connection:
             self._require(session)
             moved = (delivered, failed, responses)
-            saved = await connection.fetchval(
-                SAVE, subscription_id, generation, *place, *moved, *columns, caught_up, down_since
+            ((is_proved, is_saved),) = await connection.fetch(
+                SAVE, subscription_id, generation, *place, *moved, *columns, caught_up, down_since, *read
             )
-        return bool(saved)
+        if not is_proved:
+            raise LogWentBackError(read)
+        return bool(is_saved)
 
     async def end(
         self, subscription_id: UUID, loaded: Loaded, state: SubscriptionState, reason: SubscriptionReason
@@ -239,6 +274,18 @@ class Progress:
                 return False
             await record_operation(connection, SERVICE, "subscription_paused", str(subscription_id), reason)
         return True
+
+    async def pause_all(self) -> list[UUID]:
+        """Pause every subscription, since the log has lost events; return those that were active.
+
+        Which of these events an endpoint has accepted, from whichever process, is unknown.
+        """
+        reason: SubscriptionReason = "log_went_back"
+        async with self._dedicated.transaction() as connection:
+            paused = [row[0] for row in await connection.fetch(PAUSE_ALL, reason)]
+            for subscription_id in paused:
+                await record_operation(connection, SERVICE, "subscription_paused", str(subscription_id), reason)
+        return paused
 
     def _require(self, session: int) -> None:
         if self.session != session:
