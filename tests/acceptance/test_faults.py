@@ -54,6 +54,7 @@ FINDINGS = {
     "trust-connections": "reports were refused after an idle time",
     "forget-held": "lost deliveries",
     "pass-held": "deliveries out of order",
+    "forget-delivered": "delivered events are lost, and the subscription is not paused",
     "sign-anything": "is not continued",
     "lock-table-to-erase": "an erasure waits for VACUUM",
 }

@@ -1,6 +1,5 @@
 """Deliveries to a shop that fails, by services that are killed: nothing lost, nothing out of order."""
 
-import json
 import os
 import signal
 import time
@@ -12,13 +11,14 @@ from typing import Final
 import aiohttp
 
 from tests.faults.fault import Fault
+from tests.faults.shop import CAUGHT_UP, SETTINGS, ask
 from tests.faults.world import Layout, World
 from tests.support.receiver import Receiver, is_signed, receiving, troubled
 from tests.support.waiting import until_async
 
 FAILING_SHARE: Final = 0.2
 RETRY_SECONDS: Final = "0,1,1,2,2,5,5,5,5,5"
-SETTINGS: Final = {"SUBSCRIPTION_NETWORKS": "127.0.0.0/8", "SUBSCRIPTION_RETRY_SECONDS": RETRY_SECONDS}
+OWN_SETTINGS: Final = {**SETTINGS, "SUBSCRIPTION_RETRY_SECONDS": RETRY_SECONDS}
 # A hot order that never ends could not be delivered: one event in five costs it a second or more.
 REPORTS_BY_ORDER: Final = 6
 # Of the table of faults. With --deliveries N, the run ends after N events.
@@ -29,13 +29,9 @@ LONG_PER_SECOND: Final = 600.0
 # After the last event, the events of the longest schedule are still to come.
 CAUGHT_UP_SECONDS_MAX: Final = 180.0
 EVENTS_OF_LOG: Final = "SELECT originator_id, originator_version FROM order_events"
-SUBSCRIPTION: Final = """
-    SELECT position >= (SELECT max(notification_id) FROM order_events)
-        AND NOT EXISTS (SELECT FROM held_orders), delivered, failed FROM subscriptions
-"""
 
-TWO_SERVICES: Final = Layout(given_postgres=True, services=2, settings=SETTINGS)
-ONE_SERVICE: Final = Layout(settings=SETTINGS)
+TWO_SERVICES: Final = Layout(given_postgres=True, services=2, settings=OWN_SETTINGS)
+ONE_SERVICE: Final = Layout(settings=OWN_SETTINGS)
 
 
 async def kill_a_service(world: World, number: int) -> None:
@@ -58,14 +54,15 @@ async def deliver(
     async with receiving() as shop, aiohttp.ClientSession(f"http://127.0.0.1:{world.port}") as session:
         shop.respond = troubled(world.chance, FAILING_SHARE)
         world.load.reports_by_order = REPORTS_BY_ORDER
-        added = await _post(session, "/subscriptions", {"url": shop.url, "verdicts": [], "from_position": 0})
+        body = {"url": shop.url, "verdicts": [], "from_position": 0}
+        added = await ask(session, "POST", "/subscriptions", body)
         path = f"/subscriptions/{added['subscription_id']}"
         has_replayed = False
         for kills in count():
             due = time.monotonic() + kill_seconds
             await until_async(partial(_is_due, due, world, events))
             if not has_replayed and len(world.acknowledged()) > events // 2:
-                await _post(session, f"{path}/replay", {"from_position": 0})
+                await ask(session, "POST", f"{path}/replay", {"from_position": 0})
                 has_replayed = True
             if len(world.acknowledged()) >= events:
                 break
@@ -80,29 +77,14 @@ async def _is_due(due: float, world: World, events: int) -> bool:
     return time.monotonic() > due or len(world.acknowledged()) >= events
 
 
-async def _post(session: aiohttp.ClientSession, path: str, body: object) -> dict[str, str]:
-    """Send a request until a service accepts it: one may have just been killed."""
-
-    async def send() -> dict[str, str] | None:
-        try:
-            async with session.post(path, json=body) as response:
-                return json.loads(await response.read()) if response.status < 300 else None
-        except (aiohttp.ClientError, OSError):
-            return None
-
-    result = await until_async(send)
-    assert result is not None
-    return result
-
-
 async def _account(world: World, shop: Receiver, secret: str) -> None:
     due = time.monotonic() + CAUGHT_UP_SECONDS_MAX
     connection = await world.connect()
     try:
-        ((is_done, delivered, failed),) = await connection.fetch(SUBSCRIPTION)
+        ((is_done, _, _, delivered, failed),) = await connection.fetch(CAUGHT_UP)
         while not is_done and time.monotonic() < due:
             await world.pause()
-            ((is_done, delivered, failed),) = await connection.fetch(SUBSCRIPTION)
+            ((is_done, _, _, delivered, failed),) = await connection.fetch(CAUGHT_UP)
         expected = {(order_no, version) for order_no, version in await connection.fetch(EVENTS_OF_LOG)}
     finally:
         await connection.close()
@@ -133,7 +115,7 @@ def long_deliveries(events: int) -> list[Fault]:
             Layout(
                 given_postgres=layout.given_postgres,
                 services=layout.services,
-                settings=SETTINGS,
+                settings=OWN_SETTINGS,
                 per_second=LONG_PER_SECOND,
             ),
             # Each service is killed every ten seconds.

@@ -15,6 +15,8 @@ from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 OWN: Final = Layout()
 GIVEN: Final = Layout(given_postgres=True)
 PROXIED: Final = Layout(given_postgres=True, through_proxy=True)
+# A database whose commits can be lost: reports with and without keys, and a shop that subscribes to all events.
+WITNESSED: Final = Layout(given_postgres=True, per_second=100.0, has_keys=True, has_shop=True)
 
 
 @dataclass(frozen=True)

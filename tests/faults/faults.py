@@ -1,11 +1,12 @@
 """The faults. Each breaks something several times while the load continues."""
 
 import signal
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from tests.faults.deliveries import DELIVERIES
-from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
+from tests.faults.fault import GIVEN, OWN, PROXIED, WITNESSED, Fault
 from tests.faults.maintenance import maintain
 from tests.faults.network import IDLE_SECONDS, cut, drop_idle, slow_sockets, stall_readers
 from tests.faults.operator import Told
@@ -29,6 +30,8 @@ from tests.faults.replication import (
     fail_over_under_load,
     freeze_primary,
     restore_backup,
+    restore_cleanly,
+    vanish_primary,
 )
 from tests.faults.server_settings import (
     FEW_CONNECTIONS,
@@ -49,6 +52,9 @@ from tests.faults.world import Layout
 # A line of the log after an asynchronous failover, or a restore of an older backup.
 LOST: Final = "the database has lost acknowledged reports"
 
+# So few that each batch has a report or two: none of them may be recorded after its caller was refused.
+FEW_PER_SECOND: Final = 20.0
+
 FAULTS: Final = (
     Fault("kill-service", "kill -9 of the service", OWN, kill_service, is_short=True),
     Fault("sigterm", "SIGTERM with a half-sent body", OWN, terminate_service),
@@ -63,6 +69,13 @@ FAULTS: Final = (
     Fault("stop-immediate", "pg_ctl stop -m immediate", OWN, stop_immediately),
     Fault("still-2s", "SIGSTOP of PostgreSQL for 2 s", OWN, partial(stand_still, 2.0)),
     Fault("still-10s", "SIGSTOP of PostgreSQL for 10 s", OWN, partial(stand_still, 10.0), Told(("no_answer",))),
+    Fault(
+        "still-8s",
+        "SIGSTOP of PostgreSQL for 8 s, and few reports",
+        Layout(per_second=FEW_PER_SECOND),
+        partial(stand_still, 8.0),
+        Told(("no_answer",)),
+    ),
     Fault("lock-table", "a table lock held for 10 s", OWN, lock_table, Told(("lock_held",))),
     Fault(
         "stalls",
@@ -91,29 +104,35 @@ FAULTS: Final = (
     Fault(
         "failover",
         "failover to an asynchronous standby that lacks commits",
-        Layout(given_postgres=True, through_proxy=True, standby="asynchronous"),
+        replace(WITNESSED, through_proxy=True, standby="asynchronous"),
         fail_over,
         Told(("read_only",), logged=(LOST,)),
     ),
     Fault(
         "failover-load",
         "the same failover, while reports go on",
-        Layout(given_postgres=True, through_proxy=True, standby="asynchronous"),
+        replace(WITNESSED, through_proxy=True, standby="asynchronous"),
         fail_over_under_load,
         Told(logged=(LOST,)),
     ),
     Fault(
         "failover-hosts",
         "the same failover, with both hosts in the DSN",
-        Layout(given_postgres=True, standby="asynchronous"),
+        replace(WITNESSED, standby="asynchronous"),
         fail_over_under_load,
         Told(logged=(LOST,)),
     ),
     Fault(
         "failover-frozen",
         "a suspended primary, with both hosts in the DSN",
-        Layout(given_postgres=True, standby="synchronous"),
+        replace(WITNESSED, standby="synchronous"),
         freeze_primary,
+    ),
+    Fault(
+        "failover-link",
+        "a primary whose network link is down, with both hosts in the DSN",
+        replace(WITNESSED, standby="synchronous", has_link=True),
+        vanish_primary,
     ),
     Fault(
         "failover-sync",
@@ -131,8 +150,15 @@ FAULTS: Final = (
     Fault(
         "restore",
         "an older backup restored under a running service",
-        GIVEN,
+        WITNESSED,
         restore_backup,
+        Told(logged=(LOST,)),
+    ),
+    Fault(
+        "restore-clean",
+        "an older dump restored with no connection cut",
+        WITNESSED,
+        restore_cleanly,
         Told(logged=(LOST,)),
     ),
     Fault("defaults", "serializable, read-only and short timeouts by default", OWN, change_defaults),

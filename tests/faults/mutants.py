@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from math import inf
 from types import SimpleNamespace
 from typing import Any, Final, cast
+from uuid import UUID
 
 from domain.order import Order, Report
 from projections.postgres_errors import Connection
@@ -186,6 +187,16 @@ def pass_held() -> None:
     _replace(Delivery, "_admit", admit_all)
 
 
+def forget_delivered() -> None:
+    """Forget what was read for a subscription, and pause none when the log has lost events."""
+
+    async def pause_none(_progress: Progress) -> list[UUID]:
+        return []
+
+    _replace(Delivery, "reached", None)
+    _replace(Progress, "pause_all", pause_none)
+
+
 def sign_anything() -> None:
     """Sign the history whatever the guard has."""
 
@@ -212,6 +223,7 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
         hold_much,
         forget_held,
         pass_held,
+        forget_delivered,
         sign_anything,
     )
 }

@@ -6,13 +6,13 @@ from typing import Final
 
 from tests.faults import mutants
 from tests.faults.deliveries import EVENTS, KILL_SECONDS, TWO_SERVICES, deliver, kill_a_service
-from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
+from tests.faults.fault import GIVEN, OWN, PROXIED, WITNESSED, Fault
 from tests.faults.maintenance import erase_beside_vacuum
 from tests.faults.network import IDLE_SECONDS, cut, drop_idle, stall_readers
 from tests.faults.operator import Told
 from tests.faults.processes import kill_service, stop_immediately
 from tests.faults.proxy import Cut
-from tests.faults.replication import fail_over, restore_backup
+from tests.faults.replication import fail_over, fail_over_under_load, restore_backup
 from tests.faults.server_settings import NOTIFY_SETTINGS, change_defaults, fill_notification_queue
 from tests.faults.stalls import STALLS_PER_SECOND, hold_append_lock
 from tests.faults.world import Layout, World
@@ -147,6 +147,12 @@ MUTATIONS: Final = (
         "a subscription whose later events pass a held one",
         replace(TWO_SERVICES, command=mutants.command(mutants.pass_held)),
         partial(deliver, EVENTS, KILL_SECONDS, kill_a_service),
+    ),
+    Fault(
+        "forget-delivered",
+        "a failover that loses delivered events, and a service that forgets that it delivered them",
+        replace(WITNESSED, standby="asynchronous", command=mutants.command(mutants.forget_delivered)),
+        fail_over_under_load,
     ),
     Fault(
         "sign-anything",

@@ -75,11 +75,12 @@ async def stand_still(seconds: float, world: World) -> int:
     began = time.monotonic()
     stopped = suspend(world.postmaster_pid)
     try:
-        await expect_status(world, "/livez", OK)
-        await expect_status(world, "/readyz", UNAVAILABLE)
-        if seconds > world.effort.answered_seconds_max:
-            await expect_status(world, "/orders/KOM-H1", UNAVAILABLE)
-        await asyncio.sleep(began + seconds - time.monotonic())
+        with world.outage():
+            await expect_status(world, "/livez", OK)
+            await expect_status(world, "/readyz", UNAVAILABLE)
+            if seconds > world.effort.answered_seconds_max:
+                await expect_status(world, "/orders/KOM-H1", UNAVAILABLE)
+            await asyncio.sleep(began + seconds - time.monotonic())
     finally:
         for pid in reversed(stopped):
             os.kill(pid, signal.SIGCONT)

@@ -7,11 +7,21 @@ is left, and a consumer whose position lies beyond that log gets 410.
 
 import asyncio
 import re
+from functools import partial
 from typing import Final
 
 from tests.faults.fault import expect_check_fails
 from tests.faults.processes import suspend
-from tests.faults.standby import copy_data, kill_server, promote, replace_data, socket_of, wait_until_applied
+from tests.faults.standby import (
+    copy_data,
+    dump_database,
+    kill_server,
+    promote,
+    replace_data,
+    restore_database,
+    socket_of,
+    wait_until_applied,
+)
 from tests.faults.world import World, in_thread
 from tests.support.account import read_log
 from tests.support.connections import GONE, get
@@ -21,6 +31,8 @@ from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 # positions for a while.
 LOST_SECONDS: Final = 2.0
 READ_ONLY_REPORTS: Final = 3
+# How long the database is away before a standby takes its place: longer than a report's time.
+OUTAGE_SECONDS: Final = 6.0
 # Waits for commits on the primary alone, and cancels them.
 CANCEL_WAITING: Final = """
     SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity
@@ -39,11 +51,12 @@ async def fail_over(world: World) -> int:
     try:
         await world.load.recovered(int(LOST_SECONDS * world.per_second))
         await in_thread(kill_server, world.primary)
-        world.load.pause()
-        await in_thread(standby.start)
-        await wait_until_applied(standby.dsn)
-        _note_missing(world, await _report_ids(standby.dsn))
-        await _reach_standby(world)
+        with world.outage():
+            world.load.pause()
+            await in_thread(standby.start)
+            await wait_until_applied(standby.dsn)
+            _note_missing(world, await _report_ids(standby.dsn))
+            await _reach_standby(world)
         await _promote(world)
         await _expect_gone(world, reader)
     finally:
@@ -59,9 +72,12 @@ async def fail_over_under_load(world: World) -> int:
     await in_thread(world.standby.stop)
     await world.load.recovered(int(LOST_SECONDS * world.per_second))
     await in_thread(kill_server, world.primary)
-    await in_thread(world.standby.start)
-    await wait_until_applied(world.standby.dsn)
-    _note_missing(world, await _report_ids(world.standby.dsn))
+    with world.outage():
+        await in_thread(world.standby.start)
+        await wait_until_applied(world.standby.dsn)
+        _note_missing(world, await _report_ids(world.standby.dsn))
+        # Longer than a report's time: what was refused in the meantime must never be recorded.
+        await asyncio.sleep(OUTAGE_SECONDS)
     await _promote(world)
     await world.load.recovered()
     await _expect_reader_gone(world)
@@ -83,20 +99,34 @@ async def fail_over_synchronously(world: World) -> int:
 
 
 async def freeze_primary(world: World) -> int:
-    """Suspend the primary, which still accepts connections but answers none, and promote the standby."""
+    """Suspend the primary, which still accepts connections but answers none, and promote the standby.
+
+    It stays suspended, so nothing ends its connections: deliveries and the history must catch up all the same.
+    """
     await world.pause()
-    postmaster = world.primary.pid
+    primary, postmaster = world.primary, world.primary.pid
     assert postmaster is not None
-    primary = world.primary
     suspend(postmaster)
-    try:
-        await wait_until_applied(world.standby.dsn)
-        await _promote(world)
-        await world.load.recovered()
-    finally:
-        await in_thread(kill_server, primary)
-    await world.load.recovered()
+    world.at_end(partial(kill_server, primary))
+    await _fail_over_from_silence(world)
     return 1
+
+
+async def vanish_primary(world: World) -> int:
+    """Take the primary's network link down, and promote the standby. Nothing acknowledges a packet any more."""
+    assert world.link is not None
+    await world.pause()
+    await in_thread(world.link.take_down)
+    await _fail_over_from_silence(world)
+    return 1
+
+
+async def _fail_over_from_silence(world: World) -> None:
+    with world.outage():
+        await wait_until_applied(world.standby.dsn)
+        await asyncio.sleep(OUTAGE_SECONDS)
+    await _promote(world)
+    await world.load.recovered()
 
 
 async def cancel_waiting_commits(world: World) -> int:
@@ -154,6 +184,27 @@ async def restore_backup(world: World) -> int:
         await asyncio.gather(reader, return_exceptions=True)
     world.load.resume()
     await world.load.recovered()
+    return 1
+
+
+async def restore_cleanly(world: World) -> int:
+    """Restore an earlier dump into the database of the running service, as ``pg_restore --clean`` does.
+
+    No connection is cut, so nothing tells the service to drop what it remembers of the log. The next reports
+    come at once, before a view finds that it has another log.
+    """
+    dump = world.folder / "dump"
+    await world.load.quiet()
+    await in_thread(dump_database, world.state_dir, dump)
+    kept = await _report_ids(world.dsn)
+    world.load.resume()
+    await world.load.recovered(int(LOST_SECONDS * world.per_second))
+    await world.load.quiet()
+    await in_thread(restore_database, world.state_dir, dump)
+    _note_missing(world, kept)
+    world.load.resume()
+    await world.load.recovered()
+    await _expect_reader_gone(world)
     return 1
 
 

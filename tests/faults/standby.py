@@ -46,15 +46,37 @@ def copy_data(state_dir: Path, copy: Path, *options: str) -> None:
         copy: the new data folder; it gets the owner of the server's data.
         options: further options of pg_basebackup.
     """
-    command = [
-        str(wheel_bindir() / "pg_basebackup"),
-        *(f"--host={state_dir / 'run'}", f"--port={PORT}", f"--username={NAME}"),
-        *(f"--pgdata={copy}", "--checkpoint=fast", *options),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    _run_tool(state_dir, "pg_basebackup", f"--pgdata={copy}", "--checkpoint=fast", *options)
     owner = (state_dir / "postgres").stat()
     for path in (copy, *copy.rglob("*")):
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def dump_database(state_dir: Path, dump: Path) -> None:
+    """Dump the database of a running server, the log's id included."""
+    _run_tool(state_dir, "pg_dump", "--format=custom", f"--file={dump}", f"--dbname={NAME}")
+
+
+def restore_database(state_dir: Path, dump: Path) -> None:
+    """Restore a dump into its database, while others use it: all at once, or not at all."""
+
+    def is_restored() -> bool:
+        try:
+            options = ("--clean", "--if-exists", "--single-transaction", "--exit-on-error")
+            _run_tool(state_dir, "pg_restore", *options, f"--dbname={NAME}", str(dump))
+        except subprocess.CalledProcessError as error:
+            # It locks the tables in another sequence than their users do.
+            if b"deadlock detected" in error.stderr:
+                return False
+            raise RuntimeError(error.stderr.decode()) from error
+        return True
+
+    until(is_restored)
+
+
+def _run_tool(state_dir: Path, tool: str, *options: str) -> None:
+    connection = (f"--host={state_dir / 'run'}", f"--port={PORT}", f"--username={NAME}")
+    subprocess.run([str(wheel_bindir() / tool), *connection, *options], check=True, capture_output=True)
 
 
 def replace_data(state_dir: Path, copy: Path) -> None:

@@ -7,8 +7,8 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,13 @@ import asyncpg
 
 from projections.postgres_errors import Connection
 from service.database.embedded_postgres import NAME, EmbeddedPostgres, running_dsn
+from tests.faults import shop
 from tests.faults.history import Checkpoints
+from tests.faults.namespaces import NETWORK, PRIMARY_ADDRESS, SERVICE_ADDRESS, Link, linked
 from tests.faults.operator import Operator, Told
 from tests.faults.proxy import Proxy
 from tests.faults.resources import Resources, children
+from tests.faults.shop import Shop
 from tests.faults.standby import PORT, SYNCHRONOUS, free_address, make_standby, socket_of
 from tests.support import account
 from tests.support.account import Count, Exempt, Violations
@@ -29,6 +32,7 @@ from tests.support.connections import Connections
 from tests.support.folders import make_folder
 from tests.support.load import Acknowledged, Journal, Load, Tail
 from tests.support.processes import COMMAND, RunningService, run_command_for
+from tests.support.receiver import receiving
 from tests.support.waiting import PATIENCE_SECONDS, until
 
 # The pool opens its 8 connections on demand and keeps them; the rest are a few log files.
@@ -102,6 +106,9 @@ class Layout:
         processes: the number of processes of a service.
         per_second: the rate of the reports; 0 for the effort's.
         has_load: whether reports arrive at that rate; if not, the fault sends its own.
+        has_keys: whether half of the load's reports have an idempotency key.
+        has_shop: whether a shop subscribes to every event.
+        has_link: whether the primary is in another network, whose link can be taken down; requires a standby.
         settings: further settings of the services, without their prefix.
         server_settings: the settings of a given PostgreSQL.
         disk_mb: the size of a separate disk for the state folder; 0 for none.
@@ -116,6 +123,9 @@ class Layout:
     processes: int = 1
     per_second: float = 0.0
     has_load: bool = True
+    has_keys: bool = False
+    has_shop: bool = False
+    has_link: bool = False
     settings: Mapping[str, str] = field(default_factory=dict)
     server_settings: Mapping[str, str] = field(default_factory=dict)
     disk_mb: int = 0
@@ -144,6 +154,11 @@ class World:
         stack.callback(self.journal.close)
         self.loads: list[Load] = []
         self.load = self.new_load("KOM")
+        self.load.has_keys = layout.has_keys
+        self.link: Link | None = None
+        self._shop: Shop | None = None
+        # When the database could not be reached: see account.count_recorded_refusals.
+        self.outages: list[tuple[float, float]] = []
         self.tail = Tail(self.connections)
         self.operator = Operator(self.port, self._read_logs)
         self.checkpoints = Checkpoints(self.port, self.state_dir)
@@ -155,7 +170,8 @@ class World:
         # The time limit of each command.
         self.command_seconds_max = PATIENCE_SECONDS
         self._ended_logs: list[str] = []
-        self._settings: dict[str, str] = {"LOG_FORMAT": "json", **layout.settings}
+        shop_settings = shop.SETTINGS if layout.has_shop else {}
+        self._settings: dict[str, str] = {"LOG_FORMAT": "json", **shop_settings, **layout.settings}
         if layout.processes > 1:
             self._settings["PROCESSES"] = str(layout.processes)
         if layout.database_url:
@@ -169,6 +185,11 @@ class World:
     async def start(self) -> None:
         """Start all parts, and send reports until everything is warm."""
         self.state_dir.mkdir(mode=0o755)
+        if self.layout.has_link:
+            try:
+                self.link = self._stack.enter_context(linked())
+            except OSError as error:
+                raise SkippedError(f"making network namespaces is not permitted: {error}") from error
         if self.layout.disk_mb:
             await self._mount()
         self._stack.callback(self._end_orphan)
@@ -186,6 +207,10 @@ class World:
         self._tail_task = self.background(self.tail.follow())
         self._operator_task = self.background(self.operator.watch())
         self._checkpoints_task = self.background(self.checkpoints.watch())
+        if self.layout.has_shop:
+            receiver = await self._stack.enter_async_context(receiving())
+            self._shop = Shop(receiver, self.port)
+            await self._shop.subscribe()
         if self.layout.has_load:
             self.background(self.load.run(self.per_second))
             await self.load.recovered()
@@ -194,11 +219,17 @@ class World:
     async def _start_postgres(self) -> None:
         settings = {**self.layout.server_settings}
         hosts = [free_address(self.chance), free_address(self.chance)] if self.layout.standby else []
+        if self.link is not None:
+            hosts = [PRIMARY_ADDRESS, SERVICE_ADDRESS]
         if hosts:
             settings["listen_addresses"] = hosts[0]
         self.server = EmbeddedPostgres(self.state_dir, settings=settings)
         self._stack.push_async_callback(in_thread, self.server.stop)
-        await in_thread(self.server.start)
+        if self.link is None:
+            await in_thread(self.server.start)
+        else:
+            await in_thread(self.link.run_beyond, self.server.start)
+            await self._admit_network()
         dsn = self.server.dsn
         if hosts:
             await self._start_standby({**settings, "listen_addresses": hosts[1]})
@@ -214,6 +245,13 @@ class World:
         if self.layout.services > 1:
             self._settings["REUSE_PORT"] = "true"
 
+    async def _admit_network(self) -> None:
+        with (self.state_dir / "postgres" / "pg_hba.conf").open("a", encoding="utf-8") as file:
+            file.write(f"\nhost all all {NETWORK} trust\n")
+        connection = await self.connect()
+        await connection.execute("SELECT pg_reload_conf()")
+        await connection.close()
+
     async def _start_standby(self, settings: dict[str, str]) -> None:
         standby_dir = self.folder / "standby"
         self._standby = await in_thread(make_standby, self.state_dir, standby_dir, settings)
@@ -225,6 +263,17 @@ class World:
                 await connection.execute(f"ALTER SYSTEM SET {name} = '{value}'")
             await connection.execute("SELECT pg_reload_conf()")
             await connection.close()
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Note that no append can reach the database during the block."""
+        began = time.time()
+        yield
+        self.outages.append((began, time.time()))
+
+    def at_end(self, work: Callable[[], object]) -> None:
+        """Call a function when the world ends, before its services and servers do."""
+        self._stack.callback(work)
 
     def background(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         """Run a coroutine concurrently, at most until the world ends."""
@@ -351,10 +400,19 @@ class World:
             partial(account.compare, exempt=exempt),
             *(log, self.journal.attempts(), self.acknowledged(), self.tail.seen, self.violations),
         )
+        refusals = [one for load in self.loads for one in load.refusals]
+        times = await account.read_times(self.dsn)
+        recorded = account.count_recorded_refusals(log, times, refusals, self.outages, self.violations)
+        if recorded:
+            self.remarks.append(f"503 but recorded: {recorded} of {len(refusals):,}")
         await self._end(self._checkpoints_task)
         # If other reports are lost, the views cannot reach the head of their log.
         if found.lost <= len(self.missing):
             await account.check_views(log, self.connections, self.violations)
+            if self._shop is not None:
+                may_pause = bool(self.missing) or self.may_be_gone
+                remark = await self._shop.account(self.dsn, log, self.violations, may_pause=may_pause)
+                self.remarks.append(remark)
             may_halt = bool(self.missing) or self.may_be_gone
             await self.checkpoints.account(self.dsn, self.command, self.violations, may_halt=may_halt)
             await self._verify()

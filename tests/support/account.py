@@ -1,10 +1,19 @@
-"""The account of a fault run: it compares intents and receipts with the log, and the log with views and API."""
+"""The account of a fault run: it compares intents and receipts with the log, and the log with views and API.
+
+It checks the invariants of the protocol:
+
+1. Acknowledged means in the log once, unless the log lost it.
+2. No gap in an order's versions.
+3. No event is judged from a state that is not its predecessor.
+
+And the promise about refusals: a report that got 503 is recorded only if its append had been sent before.
+"""
 
 import asyncio
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final, NamedTuple
@@ -18,8 +27,17 @@ from projections.current_status import to_order
 from service.event_log.codec import decode_event
 from service.http.responses import JSON_OPTIONS
 from tests.support.connections import GONE, OK, UNAVAILABLE, Connections, get
-from tests.support.load import Acknowledged
+from tests.support.load import Acknowledged, Refused
 from tests.support.waiting import PATIENCE_SECONDS
+
+# A frozen server may get one more append after its beginning, into the buffer of its socket.
+SENT_SECONDS: Final = 0.5
+# A page of events is read on two connections, one after the other, each with the time limit of a request.
+READ_SECONDS: Final = 3.0
+# An append that was begun before the response may end this much later, on a busy machine.
+APPEND_SECONDS: Final = 0.5
+# The clocks of the sender and of the service are the same, and are read one after the other.
+CLOCK_SECONDS: Final = 0.005
 
 # A few examples of each kind show the problem, and the total shows its extent.
 VIOLATIONS_SHOWN_MAX: Final = 3
@@ -28,6 +46,8 @@ LOG: Final = """
     SELECT notification_id, originator_id, originator_version, topic, state
     FROM order_events ORDER BY notification_id
 """
+
+TIMES: Final = "SELECT notification_id, recorded_at FROM order_events"
 
 Logged = tuple[int, Order.StatusReported]
 
@@ -119,6 +139,33 @@ def compare(
         violations: receives a line for every difference.
         exempt: the reports that the operator lost or erased; exactly these must be missing.
     """
+    lost, doubled = _check_acknowledged(log, attempts, acknowledged, violations, exempt)
+    # No gap in an order's versions.
+    violations.add_wrong("versions after a gap", _gaps(log))
+    # No event is judged from a state that is not its predecessor.
+    violations.add_wrong("events that do not follow from their order's previous event", _misdecided(log))
+    violations.add_wrong(
+        "orders with a single report whose verdicts are not advanced, then repeated",
+        [order_no for order_no in _misjudged(log) if order_no not in exempt.erased],
+    )
+    expected = [(position, e.originator_id, e.originator_version, e.report_id) for position, e in log]
+    if list(tail) != expected:
+        differences = [pair for pair in zip(tail, expected, strict=False) if pair[0] != pair[1]]
+        violations.add_wrong(
+            f"difference between the live tail, which received {len(tail)} events, and the log",
+            [differences[:1] or f"{len(expected)} events in the log"],
+        )
+    return Count(len(acknowledged), lost, doubled)
+
+
+def _check_acknowledged(
+    log: Sequence[Logged],
+    attempts: Counter[str],
+    acknowledged: Sequence[Acknowledged],
+    violations: Violations,
+    exempt: Exempt,
+) -> tuple[int, int]:
+    """Check that acknowledged means in the log once; return the numbers of lost and of doubled reports."""
     recorded = Counter(event.body for _, event in log if event.originator_id not in exempt.erased)
     attempts = Counter({body: times for body, times in attempts.items() if not _is_erased(body, exempt)})
     receipts = Counter(
@@ -143,20 +190,53 @@ def compare(
     violations.add("receipts without an event that equals them", unexplained)
     violations.add("events that the server never had", exempt.missing & by_id.keys())
     violations.add("events of erased orders with a body", _unerased(log, exempt))
-    violations.add_wrong("versions after a gap", _gaps(log))
-    violations.add_wrong("events that do not follow from their order's previous event", _misdecided(log))
-    violations.add_wrong(
-        "orders with a single report whose verdicts are not advanced, then repeated",
-        [order_no for order_no in _misjudged(log) if order_no not in exempt.erased],
-    )
-    expected = [(position, e.originator_id, e.originator_version, e.report_id) for position, e in log]
-    if list(tail) != expected:
-        differences = [pair for pair in zip(tail, expected, strict=False) if pair[0] != pair[1]]
-        violations.add_wrong(
-            f"difference between the live tail, which received {len(tail)} events, and the log",
-            [differences[:1] or f"{len(expected)} events in the log"],
-        )
-    return Count(len(acknowledged), len(lost), doubled)
+    return len(lost), doubled
+
+
+async def read_times(dsn: str) -> dict[int, float]:
+    """Return when the event at each position was appended, by the machine's clock."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return {position: at.timestamp() for position, at in await connection.fetch(TIMES)}
+    finally:
+        await connection.close()
+
+
+def count_recorded_refusals(
+    log: Sequence[Logged],
+    times: Mapping[int, float],
+    refusals: Sequence[Refused],
+    outages: Sequence[tuple[float, float]],
+    violations: Violations,
+) -> int:
+    """Return how many reports were recorded although they got 503: those of an outage are a violation.
+
+    Args:
+        log: each event with its position.
+        times: when the event at each position was appended.
+        refusals: every 503 response.
+        outages: the times, by the clock of the machine, in which the database could not be reached. From
+            SENT_SECONDS after the beginning on, no append can be sent.
+        violations: receives a line for the reports of outages whose append was begun after their response.
+    """
+    arrivals: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
+    for position, event in log:
+        arrivals[event.body].append((event.timestamp.timestamp(), times[position]))
+    recorded = [
+        (one, appended_at)
+        for one in refusals
+        for arrived_at, appended_at in arrivals[one.body]
+        if one.sent_at - CLOCK_SECONDS <= arrived_at <= one.answered_at + CLOCK_SECONDS
+    ]
+    late = [
+        f"{one.body}, {appended_at - one.answered_at:.1f} s after the response"
+        for one, appended_at in recorded
+        for began, ended in outages
+        if began + SENT_SECONDS < one.sent_at < ended
+        and (one.answered_at < ended or appended_at > one.answered_at + APPEND_SECONDS)
+    ]
+    violations.add_wrong("reports that got 503 are recorded, although their append was not begun by then", late)
+    return len(recorded)
 
 
 def worst_outage(acknowledged: Sequence[Acknowledged], since: float) -> float:
@@ -281,7 +361,10 @@ async def _every_order(connections: Connections) -> list[dict[str, Any]]:
 def check_answers(
     connections: Connections, seconds_max: float, violations: Violations, *, may_be_gone: bool
 ) -> None:
-    """Expect only 200, or 503 with Retry-After, each within ``seconds_max``; 410 if readers saw lost events."""
+    """Expect only 200, or 503 with Retry-After; 410 if readers saw lost events.
+
+    Each response to a webhook must come within ``seconds_max``, and to a read within READ_SECONDS more.
+    """
     expected = (OK, UNAVAILABLE, GONE) if may_be_gone else (OK, UNAVAILABLE)
     unexpected = [f"{times} of {s}" for s, times in connections.answers.items() if s not in expected]
     violations.add_wrong("kinds of responses other than 200 and 503", unexpected)
@@ -289,5 +372,6 @@ def check_answers(
         connections.bare_refusals == 0, f"{connections.bare_refusals} responses of 503 without Retry-After"
     )
     violations.expect(connections.silences == 0, f"{connections.silences} requests without a response")
-    slowest = connections.slowest_seconds
-    violations.expect(slowest <= seconds_max, f"a response took {slowest:.1f} s")
+    for method, (seconds, line) in connections.slowest.items():
+        limit = seconds_max if method == "PUT" else seconds_max + READ_SECONDS
+        violations.expect(seconds <= limit, f"a response took {seconds:.1f} s: {line}")

@@ -26,10 +26,12 @@ class Answer(NamedTuple):
     seconds: float
 
 
-def put(body: str) -> bytes:
-    """Return a report as a raw HTTP request."""
+def put(body: str, key: str = "") -> bytes:
+    """Return a report as a raw HTTP request, with an idempotency key unless that is empty."""
     data = body.encode()
-    return b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
+    header = f"Idempotency-Key: {key}\r\n".encode() if key else b""
+    head = b"PUT /webhook HTTP/1.1\r\nHost: localhost\r\n%bContent-Length: %d\r\n\r\n" % (header, len(data))
+    return head + data
 
 
 def get(path: str) -> bytes:
@@ -105,7 +107,8 @@ class Connections:
         # connection stayed open.
         self.bare_refusals = 0
         self.silences = 0
-        self.slowest_seconds = 0.0
+        # The duration of the slowest response to each method, and the first line of its request.
+        self.slowest: dict[str, tuple[float, str]] = {}
         self._idle: list[Connection] = []
         self._open: set[Connection] = set()
 
@@ -129,7 +132,9 @@ class Connections:
         self._idle.append(client)
         self.answers[answer.status] += 1
         self.bare_refusals += answer.status == UNAVAILABLE and answer.retry_after_seconds is None
-        self.slowest_seconds = max(self.slowest_seconds, answer.seconds)
+        line = message.partition(b"\r\n")[0].decode()
+        method = line.partition(" ")[0]
+        self.slowest[method] = max(self.slowest.get(method, (0.0, "")), (answer.seconds, line))
         return answer
 
     async def open(self, connections: int) -> None:

@@ -54,6 +54,14 @@ class Acknowledged(NamedTuple):
     seconds: float
 
 
+class Refused(NamedTuple):
+    """A 503 response: the body that was sent, and when it was sent and answered, by the machine's clock."""
+
+    body: str
+    sent_at: float
+    answered_at: float
+
+
 class NotRecoveredError(Exception):
     """The service does not acknowledge reports again after the end of a fault."""
 
@@ -63,7 +71,7 @@ class Load:
 
     Half of the reports go to a few hot orders, and each has a unique mark in its body. The other half go to one
     new order each and are sent again, byte for byte, until the response is 200. If ``retries`` is off, no
-    report is sent again.
+    report is sent again. If ``has_keys`` is on, each of the other half has an idempotency key.
     """
 
     def __init__(self, connections: Connections, journal: Journal, chance: random.Random, name: str) -> None:
@@ -72,9 +80,11 @@ class Load:
         self.acknowledged: list[Acknowledged] = []
         # The duration of each response of 503, in seconds.
         self.refused: list[float] = []
+        self.refusals: list[Refused] = []
         self.unanswered: list[str] = []
         self.skipped = 0
         self.retries = True
+        self.has_keys = False
         # After so many reports of each hot order, other orders become hot; None for never.
         self.reports_by_order: int | None = None
         self._chance = chance
@@ -85,6 +95,7 @@ class Load:
         self._sending.set()
         self._given_up = asyncio.Event()
         self._in_flight: set[asyncio.Task[None]] = set()
+        self._keys: set[str] = set()
 
     async def run(self, per_second: float) -> None:
         """Send on schedule until ``finish``."""
@@ -135,15 +146,19 @@ class Load:
             task.cancel()
         await asyncio.gather(*self._in_flight, return_exceptions=True)
 
-    async def attempt(self, body: str) -> Answer | None:
-        """Send one report once."""
-        self.journal.write(body)
-        answer = await self.connections.request(put(body))
+    async def attempt(self, body: str, key: str = "") -> Answer | None:
+        """Send one report once. All attempts with one idempotency key are one intent."""
+        if not key or key not in self._keys:
+            self._keys.add(key)
+            self.journal.write(body)
+        sent_at = time.time()
+        answer = await self.connections.request(put(body, key))
         if answer is not None and answer.status == OK:
             receipt = json.loads(answer.body)
             self.acknowledged.append(Acknowledged(body, receipt, time.monotonic(), answer.seconds))
         elif answer is not None and answer.status == UNAVAILABLE:
             self.refused.append(answer.seconds)
+            self.refusals.append(Refused(body, sent_at, time.time()))
         return answer
 
     async def attempt_all(self, bodies: Iterator[str], callers: int) -> None:
@@ -196,8 +211,9 @@ class Load:
 
     async def _report(self) -> None:
         body, is_single = self.next_body()
+        key = json.loads(body)["mark"] if is_single and self.has_keys else ""
         while True:
-            answer = await self.attempt(body)
+            answer = await self.attempt(body, key)
             if not (is_single and self.retries) or (answer is not None and answer.status != UNAVAILABLE):
                 return
             if self._given_up.is_set():
