@@ -85,6 +85,8 @@ class Follower:
         # The right edge of the tree, as this connection to the database has seen it.
         self._edge = Edge(0, {})
         self._edge_of = (0, 0)
+        # The hash of its last entry. After a restore, a tree of the same size may have another one.
+        self._last_leaf = b""
         # Whether the last batch was full, so that there may be another one.
         self._is_full = False
         # The last position of the next batch if that is full, and whether memory has the batch.
@@ -176,12 +178,13 @@ class Follower:
         state = self._state_of(tree)
         if self._edge_of[1] not in {0, tree.number}:
             logger.info("the history was restarted", tree=tree.number, header=tree.header)
-        if state != (*self._edge_of, edge.size):
+        if (*state, tree.last_leaf) != (*self._edge_of, edge.size, self._last_leaf):
             self._edge_of, edge = state[:2], await storage.read_edge(connection, tree)
         entries = await self._recall(connection, tree) or await _read(connection, tree)
         if entries is None:
             return 0, edge
         await storage.grow(connection, tree, edge, entries.hashes, entries.salts)
+        self._last_leaf = entries.hashes[-1]
         if entries.commitments:
             await storage.set_commitments(connection, entries.commitments)
         return len(entries.hashes), edge
@@ -199,7 +202,7 @@ class Follower:
         # If this process recorded the first event a moment ago, it has followed the log from the beginning.
         existing = 0 if self._feed.recall(0, 1) else await storage.count_events(connection)
         header = encode_header(key.name, str(key), existing, None).decode()
-        tree = Tree(1, header, size=0, salted=0, has_commitments=False, head=0, note=None)
+        tree = Tree(1, header, size=0, last_leaf=b"", salted=0, has_commitments=False, head=0, note=None)
         await begin(connection, tree)
         logger.info("the history has begun", origin=key.name, key=str(key), existing=existing)
         return 1

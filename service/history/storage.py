@@ -34,10 +34,10 @@ DAMAGED: Final = (
 
 LOCK: Final = "SELECT lock_history()"
 BEGIN_LOCKED: Final = f"BEGIN; {LOCK}"
-# The last tree and its size, how many positions have salts, whether an event above the tree's size has a
-# commitment or a mark, the log's head, and the last checkpoint.
+# The last tree, its size and its last hash, how many positions have salts, whether an event above the tree's
+# size has a commitment or a mark, the log's head, and the last checkpoint.
 STATE: Final = f"""
-    SELECT tree, header, coalesce(size, 0) AS size,
+    SELECT tree, header, coalesce(size, 0) AS size, coalesce(last_leaf, '') AS last_leaf,
         coalesce((
             SELECT tile * {TILE_HASHES} + length(salts) / {SALT_BYTES}
             FROM public.history_salts ORDER BY tile DESC LIMIT 1), 0) AS salted,
@@ -46,7 +46,9 @@ STATE: Final = f"""
         (SELECT note FROM public.history_checkpoints AS published WHERE published.tree = last.tree) AS note
     FROM (SELECT tree, header FROM public.history_trees ORDER BY tree DESC LIMIT 1) AS last
     LEFT JOIN LATERAL (
-        SELECT tile * {TILE_HASHES} + length(hashes) / {HASH_BYTES} AS size FROM public.history_tiles AS tiles
+        SELECT tile * {TILE_HASHES} + length(hashes) / {HASH_BYTES} AS size,
+            substr(hashes, length(hashes) - {HASH_BYTES} + 1) AS last_leaf
+        FROM public.history_tiles AS tiles
         WHERE tiles.tree = last.tree AND level = 0 ORDER BY tile DESC LIMIT 1
     ) AS leaves ON true
 """  # noqa: S608 - numbers
@@ -97,6 +99,7 @@ class Tree(NamedTuple):
         number: its number; a restart begins another one.
         header: its entry at index 0.
         size: the number of its entries.
+        last_leaf: the hash of the last one; empty if it has none.
         salted: how many positions have salts; more than ``size`` while a tree is built after a restart.
         has_commitments: whether there is a commitment or a mark for an event that the tree does not have yet.
         head: the log's head.
@@ -106,6 +109,7 @@ class Tree(NamedTuple):
     number: int
     header: str
     size: int
+    last_leaf: bytes
     salted: int
     has_commitments: bool
     head: int

@@ -167,6 +167,25 @@ async def test_a_position_without_an_event_is_a_gap(history: History) -> None:
     assert (await check(history)).differing == 0
 
 
+async def test_a_restored_tree_of_the_same_size_is_read_again(
+    server: TestServer, history: History, owner_dsn: str, tmp_path: Path
+) -> None:
+    """The edge in memory is used only if the tree still ends with the same entry."""
+    await record(history, "KOM1", *STATUSES)
+    await history.build()
+    dump = await asyncio.to_thread(server.dump, owner_dsn)
+    await record(history, "LOST", *STATUSES[:2])
+    lost = await history.build()
+    await asyncio.to_thread(server.restore_clean, owner_dsn, dump)
+    async with following(owner_dsn, tmp_path) as other:
+        await record(other, "KOM2", *STATUSES[:2])
+        assert (await other.build()).size == lost.size
+    await record(history, "KOM3", STATUSES[0])
+    assert (await history.build()).size == lost.size + 1
+    checked = await check(history)
+    assert (checked.differing, checked.tiles) == (0, [])
+
+
 async def test_random_batches_and_restarts_make_one_tree(
     history: History, owner_dsn: str, tmp_path: Path
 ) -> None:
@@ -1245,7 +1264,7 @@ async def test_the_pages(served: Client) -> None:
     """An order's page shows that it is signed; the page Verify has the key and the verifiers."""
     page = await served.text("/track/KOM%201%2F%C3%A4?lang=en")
     assert "In the log up to entry 4, signed." in page
-    assert f'href="{ORDER}/proof"' in page
+    assert f'href="{ORDER}/proof?after_position=' in page
     assert f'href="{ORDER}/proof?bodies=true"' in page
     page = await served.text("/verify?lang=en")
     assert (await served.text("/history/key")).strip() in page
