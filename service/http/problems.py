@@ -1,7 +1,9 @@
 """Problems (RFC 9457): every type that a response may have, and the mapping from errors to problems."""
 
+from collections.abc import Hashable
 from enum import Enum
 from http import HTTPStatus
+from time import monotonic
 from typing import Any, Final
 
 import structlog
@@ -16,8 +18,35 @@ from service.http.request_ids import route_pattern
 RETRY_AFTER_SECONDS: Final = 2
 # An operator must act, such as start a replay.
 RETRY_AFTER_OPERATOR_SECONDS: Final = 300
+# Lines of a kind that clients can cause are logged once in this interval, or a client could fill the disk.
+LOG_SECONDS: Final = 60.0
+# Further kinds of lines share one interval.
+LOG_KINDS_MAX: Final = 256
 
 logger = structlog.get_logger()
+
+
+class LogLimit:
+    """Admits one line of each kind in LOG_SECONDS, and counts those that it suppresses."""
+
+    def __init__(self) -> None:
+        # For each kind, when its next line may be logged, and how many were suppressed since its last one.
+        self._kinds: dict[Hashable, tuple[float, int]] = {}
+
+    def admit(self, kind: Hashable) -> int | None:
+        """Return how many lines were suppressed since the last one, or None to suppress this one too."""
+        if kind not in self._kinds and len(self._kinds) >= LOG_KINDS_MAX:
+            kind = None
+        now = monotonic()
+        log_at, suppressed = self._kinds.get(kind, (now, 0))
+        if now < log_at:
+            self._kinds[kind] = log_at, suppressed + 1
+            return None
+        self._kinds[kind] = now + LOG_SECONDS, 0
+        return suppressed
+
+
+_failures: Final = LogLimit()
 
 
 class ProblemType(Enum):
@@ -225,7 +254,11 @@ def to_problem(error: Exception, request: web.BaseRequest) -> ProblemError:
         return ProblemError(HTTPStatus.METHOD_NOT_ALLOWED, detail, headers=headers)
     if isinstance(error, web.HTTPException):
         return ProblemError(HTTPStatus(error.status))
-    logger.error("request failed", method=request.method, route=route_pattern(request), exc_info=error)
+    route = route_pattern(request)
+    if (suppressed := _failures.admit((route, type(error)))) is not None:
+        logger.error(
+            "request failed", method=request.method, route=route, suppressed=suppressed, exc_info=error
+        )
     return ProblemError(HTTPStatus.INTERNAL_SERVER_ERROR)
 
 
