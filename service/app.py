@@ -55,7 +55,8 @@ from service.history.status import read_status
 from service.http.access import Access
 from service.http.addresses import LOOPBACK
 from service.http.auth_refusals import AuthRefusals
-from service.http.budgets import BUDGETS, Budgets
+from service.http.budgets import Budgets
+from service.http.connections import LIMITS, Limits
 from service.http.endpoints import Api, make_routes
 from service.http.request_ids import TRACE_HEADER, caller_trace, route_pattern
 from service.http.server import HttpServer
@@ -320,7 +321,6 @@ class Service:
             body_bytes_max: the size limit of request bodies.
         """
         app = web.Application(client_max_size=body_bytes_max)
-        app[BUDGETS] = self.budgets
         app[ZONE] = self._zone
         app[IS_READER] = self.is_reader
         if self.is_reader:
@@ -420,9 +420,12 @@ class Listener:
         settings: the settings.
         dsn: the configured DSN.
         processes: the processes that serve the port together; None if this one serves it alone.
+        limits: the limits of each connection.
     """
 
-    def __init__(self, settings: Settings, dsn: str, processes: Processes | None = None) -> None:
+    def __init__(
+        self, settings: Settings, dsn: str, processes: Processes | None = None, limits: Limits = LIMITS
+    ) -> None:
         self._settings = settings
         self._dsn = dsn
         self._processes = processes
@@ -439,7 +442,8 @@ class Listener:
             settings.port,
             reuse_port=settings.reuse_port,
             on_response=lambda *_: None,
-            budget=self.budgets.connections,
+            budgets=self.budgets,
+            limits=limits,
             exempt=(*LOOPBACK, *settings.trusted_proxies),
         )
 
@@ -546,14 +550,14 @@ async def listening(settings: Settings, dsn: str) -> AsyncIterator[Listener]:
 
 @asynccontextmanager
 async def serving(
-    settings: Settings, dsn: str, owner_dsn: str | None = None
+    settings: Settings, dsn: str, owner_dsn: str | None = None, limits: Limits = LIMITS
 ) -> AsyncIterator[tuple[int, Service]]:
     """Serve a prepared database until the block ends; yield the port and the running parts.
 
     Raises:
         OSError: the server cannot listen on the address.
     """
-    listener = Listener(settings, dsn)
+    listener = Listener(settings, dsn, limits=limits)
     service = Service(settings, dsn, owner_dsn, listener.budgets)
     try:
         await service.start()

@@ -28,6 +28,7 @@ from service.event_log.store import LogEvent, RecordedEvent, to_log_event
 from service.event_log.tail import Message, Tail, TailClosedError
 from service.http.access import Access, has_scope
 from service.http.budgets import Budget
+from service.http.connections import is_gone
 from service.http.endpoints import NDJSON, SSE, Endpoint, Tag
 from service.http.pagination import Page, list_response
 from service.http.parameters import (
@@ -48,7 +49,6 @@ from service.http.problems import (
     unavailable,
 )
 from service.http.responses import JSON_OPTIONS, LOG_HEADER, STREAM_HEADERS
-from service.http.server import is_gone
 from service.http.streaming import ResponseStream, begin_stream, refuse_old_version
 
 # Readers that are behind the tail's memory take turns, so that many of them delay no webhook.

@@ -288,6 +288,12 @@ class Metrics:
             maximum.add_metric([budget.name], budget.maximum)
             beyond.add_metric([budget.name], budget.refusals)
         yield from (held, maximum, beyond)
+        excesses = CounterMetricFamily(
+            "connection_excesses", "Connections closed because they exceeded a limit.", labels=["limit"]
+        )
+        for limit, count in self._budgets.excesses.counts.items():
+            excesses.add_metric([limit], count)
+        yield excesses
         yield GaugeMetricFamily(
             "webhook_queue_reports", "Reports that wait for their commit.", self._recorder().waiting
         )

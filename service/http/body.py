@@ -6,12 +6,10 @@ from typing import Final
 
 from aiohttp import StreamReader, hdrs, web
 
-from service.http.budgets import BODY_BYTES_FREE, BUDGETS, Budget
+from service.http.budgets import BODY_BYTES_FREE
+from service.http.connections import Connection, connection
 from service.http.problems import ProblemError, ProblemType
-from service.http.server import connection
 
-# The time limit for a body, from the end of its head. Head, sweep and body together take at most ten seconds.
-BODY_SECONDS_MAX: Final = 4.5
 # Compressors write one member. Each further member costs a copy of the rest.
 GZIP_MEMBERS_MAX: Final = 16
 
@@ -42,12 +40,13 @@ async def read_body(request: web.Request, bytes_max: int | None = None) -> bytes
             if len(body) > limit:
                 raise _too_large(limit)
         else:
-            async with asyncio.timeout(BODY_SECONDS_MAX):
-                body = await _read_arriving(request.content, limit, request.app[BUDGETS].bodies)
-            connection(request).has_more = False
+            client = connection(request)
+            seconds_max = client.all_open.limits.body_seconds_max
+            async with asyncio.timeout(seconds_max):
+                body = await _read_arriving(request.content, limit, client)
         return body if coding != "gzip" else _gunzip(body, limit)
     except TimeoutError:
-        detail = f"the body took longer than {BODY_SECONDS_MAX:g} s"
+        detail = f"the body took longer than {seconds_max:g} s"
         raise ProblemError(ProblemType.BODY_TIMEOUT, detail, headers={hdrs.CONNECTION: "close"}) from None
     except zlib.error as error:
         raise ProblemError(ProblemType.BAD_BODY, f"the body is not valid gzip: {error}") from None
@@ -56,8 +55,9 @@ async def read_body(request: web.Request, bytes_max: int | None = None) -> bytes
         raise ProblemError(ProblemType.BAD_BODY, "the body cannot be read to its end") from None
 
 
-async def _read_arriving(content: StreamReader, limit: int, budget: Budget) -> bytes:
+async def _read_arriving(content: StreamReader, limit: int, client: Connection) -> bytes:
     """Read a body piece by piece, so that it holds no more of the budget than has arrived."""
+    budget = client.all_open.budgets.bodies
     body = bytearray()
     held = 0
     try:
@@ -66,11 +66,11 @@ async def _read_arriving(content: StreamReader, limit: int, budget: Budget) -> b
             if len(body) > limit:
                 raise _too_large(limit)
             if (more := len(body) - BODY_BYTES_FREE - held) > 0:
-                budget.take(amount=more)
+                budget.take(client.holder, more)
                 held += more
         return bytes(body)
     finally:
-        budget.give_back(amount=held)
+        budget.give_back(client.holder, held)
 
 
 def _gunzip(body: bytes, limit: int) -> bytes:

@@ -6,20 +6,29 @@ Every response of the service, even to a malformed request, is made here or by a
 import asyncio
 import resource
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from time import monotonic
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import structlog
 from aiohttp import hdrs, web
 from aiohttp.http import HttpVersion10, HttpVersion11
 
-from service.http.addresses import LOOPBACK, Network, subscriber
-from service.http.budgets import Budget, OverBudgetError
-from service.http.problems import ProblemError, ProblemType, to_problem
+from service.http.addresses import LOOPBACK, Network
+from service.http.budgets import RESPONSE_BYTES_FREE, RESPONSES_BYTES_PER_ADDRESS_MAX, Budgets, OverBudgetError
+from service.http.connections import (
+    LIMITS,
+    UNREAD_BYTES_MAX,
+    Connection,
+    Limits,
+    OpenConnections,
+    closing_response,
+    connection,
+)
+from service.http.problems import LogLimit, ProblemError, ProblemType, to_problem
 from service.http.request_ids import (
     REQUEST_ID_HEADER,
     begin_request,
@@ -28,17 +37,10 @@ from service.http.request_ids import (
     route_pattern,
 )
 from service.http.responses import problem_response
+from service.http.streaming import send_slices
 
-# The time limit for a request's head, from its first byte or from the opening of the connection.
-HEAD_SECONDS_MAX: Final = 4.0
-# How often slow connections are closed.
-SWEEP_SECONDS: Final = 1.0
-# How long a connection may be idle between requests. Longer than at a proxy, which must close it first.
-KEEP_ALIVE_SECONDS: Final = 75.0
 # How long a server that ends waits for its clients' next requests, to close each connection after a response.
 DRAIN_SECONDS_MAX: Final = 10.0
-# How long the rest of a body is read and dropped after an early response.
-LINGER_SECONDS_MAX: Final = 2.0
 # The time limit for handlers that still run when the service stops.
 SHUTDOWN_SECONDS_MAX: Final = 1.0
 # The maximum number of open files, connections included.
@@ -48,12 +50,8 @@ BACKLOG: Final = 1_024
 # What the kernel holds of a connection until it is read. By default, it would take the bodies of thousands of
 # connections, and the event loop would read all of them before any handler runs.
 RECEIVE_BYTES_MAX: Final = 8 * 1024
-# After a larger piece, a connection is read on in the next turn of the event loop, when handlers have run.
-PIECE_BYTES_MAX: Final = 4 * 1024
-# Closed connections are logged at most once in this interval.
-LOG_SECONDS: Final = 300.0
-# If there are too many connections, one in this number is closed at once.
-CLOSED_PART: Final = 50
+# The same of what is sent: it would accept megabytes for each client that reads nothing.
+SEND_BYTES_MAX: Final = 32 * 1024
 
 # Stands for the file number of a server's own socket.
 OWN_SOCKET: Final = -1
@@ -61,6 +59,7 @@ OWN_SOCKET: Final = -1
 _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 
 logger = structlog.get_logger()
+_cut_responses: Final = LogLimit()
 
 RequestHandler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 # Receives every response's request, status and duration in seconds.
@@ -77,212 +76,99 @@ def raise_open_files_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
-class Connection(web.RequestHandler):
-    """One connection, which records since when it has been waiting for a request, or for its complete head.
-
-    Args:
-        all_open: the open connections.
-    """
-
-    __slots__ = ("all_open", "arriving_since", "has_ended", "has_more", "holder", "idle_since", "is_handling")
-
-    def __init__(self, all_open: "OpenConnections", *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.all_open = all_open
-        # The address that the connection counts for; None for this machine and for proxies, which serve others.
-        self.holder: str | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.arriving_since: float | None = monotonic()
-        self.idle_since = self.arriving_since
-        self.is_handling = False
-        # Whether the client has closed its sending side. It may be gone, or still wait for its response.
-        self.has_ended = False
-        # Whether bytes beyond the body arrived during a request: the beginning of the next one.
-        self.has_more = False
-        super().connection_made(transport)
-        self.all_open.admit(self, cast("asyncio.Transport", transport))
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self.all_open.leave(self)
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        # aiohttp calls this without data to continue with buffered bytes.
-        if data:
-            if self.is_handling:
-                self.has_more = True
-            elif self.arriving_since is None:
-                self.arriving_since = monotonic()
-            if len(data) > PIECE_BYTES_MAX and self.transport is not None:
-                self.transport.pause_reading()
-                self._loop.call_soon(self._read_on)
-        super().data_received(data)
-
-    def _read_on(self) -> None:
-        # aiohttp pauses too: if it holds as much of a body, or as many pipelined requests, as it may.
-        if self.transport is not None and not (self._reading_paused or self._buffer_paused):
-            self.transport.resume_reading()
-
-    def eof_received(self) -> bool | None:  # type: ignore[override]  # asyncio defines the meaning of the result
-        """Respond to a client that has closed its sending side, and only then close the connection."""
-        self.has_ended = True
-        if self.is_handling or self.arriving_since is not None:
-            self.close()
-            return True
-        return None
-
-    def begin(self) -> None:
-        """Mark that a complete head has arrived and its request is being handled."""
-        self.arriving_since = None
-        self.is_handling = True
-        self.has_more = False
-
-    def end(self, now: float) -> None:
-        """Mark that the request is answered. Bytes that arrived during it begin the next one."""
-        self.is_handling = False
-        self.idle_since = now
-        self.arriving_since = now if self.has_more else None
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Respond to a malformed request, without a log line for each."""
-        if request.writer.output_size > 0:
-            raise ConnectionError("the response has already begun")
-        # The parser's message quotes the request over several lines, token included.
-        del exc, message
-        return _closing_response(ProblemError(HTTPStatus(status)), request)
-
-
-class OpenConnections:
-    """The open connections, and their budget.
-
-    Args:
-        budget: the budget of connections.
-        exempt: the networks whose connections have no share of the budget.
-
-    Attributes:
-        is_draining: whether each connection is closed after its next response.
-    """
-
-    def __init__(self, budget: Budget, exempt: Sequence[Network]) -> None:
-        self.is_draining = False
-        self._budget = budget
-        self._exempt = exempt
-        self._open: set[Connection] = set()
-        self._none_left = asyncio.Event()
-        self._log_at = 0.0
-
-    async def drain(self) -> None:
-        """Close each connection after its next response; return when none is open."""
-        self.is_draining = True
-        self._none_left.clear()
-        if self._open:
-            await self._none_left.wait()
-
-    def admit(self, connection: Connection, transport: asyncio.Transport) -> None:
-        """Count a new connection. If there are too many, close the longest idle ones, or else the new one."""
-        # A client that has left already has no name any more.
-        host, *_ = transport.get_extra_info("peername") or ("",)
-        connection.holder = subscriber(host, self._exempt)
-        if self._budget.is_full():
-            self._warn("the longest idle connections are closed: there are too many connections")
-            self._close_idle(self._open, max(1, self._budget.maximum // CLOSED_PART))
-        elif self._budget.is_full_for(connection.holder):
-            self._warn("idle connections of an address are closed: it has too many", address=connection.holder)
-            self._close_idle([one for one in self._open if one.holder == connection.holder], 1)
-        try:
-            self._budget.take(connection.holder)
-        except OverBudgetError:
-            # The budget has logged it.
-            transport.abort()
-        else:
-            self._open.add(connection)
-
-    def leave(self, connection: Connection) -> None:
-        """Note that a connection is closed."""
-        if connection in self._open:
-            self._open.discard(connection)
-            self._budget.give_back(connection.holder)
-            if not self._open:
-                self._none_left.set()
-
-    def _close_idle(self, candidates: Iterable[Connection], count: int) -> None:
-        """Close the longest idle of some connections."""
-        # This machine's and the proxies' last: they bring the requests of others.
-        idle = sorted(
-            (one for one in candidates if not one.is_handling),
-            key=lambda one: (one.holder is None, one.idle_since),
-        )
-        for one in idle[:count]:
-            self._budget.refusals += 1
-            self.leave(one)
-            if one.transport is not None:
-                one.transport.abort()
-
-    def _warn(self, message: str, **values: object) -> None:
-        if monotonic() >= self._log_at:
-            self._log_at = monotonic() + LOG_SECONDS
-            logger.warning(message, open=self._budget.held, **values)
-
-
-def connection(request: web.BaseRequest) -> Connection:
-    """Return a request's connection, which the server always makes from this class."""
-    return cast("Connection", request.protocol)
-
-
-def is_gone(request: web.Request) -> bool:
-    """Return whether the client of an endless response has left."""
-    return request.transport is None or connection(request).has_ended
-
-
 def _guarded(handler: RequestHandler, on_response: OnResponse) -> RequestHandler:
-    """Refuse ambiguous framing that aiohttp's parser accepts, and turn every error into a problem."""
+    """Refuse heads that aiohttp misreads, turn every error into a problem, and bound large responses."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         began = monotonic()
-        connection(request).begin()
+        client = connection(request)
+        client.begin()
         begin_request(request)
+        size = 0
         try:
-            if (problem := _check_framing(request)) is not None:
+            if (problem := _check_head(request)) is not None:
                 # Not measured, since it has no route.
-                return _closing_response(problem, request)
-            response = await handler(request)
-        except Exception as error:
-            if request.writer.output_size > 0:
-                _cut_off(request, error)
-                raise
-            response = problem_response(to_problem(error, request))
+                return closing_response(problem, request)
+            try:
+                response = await handler(request)
+                size = _take_size(response, request)
+            except Exception as error:
+                if request.writer.output_size > 0:
+                    _cut_off(request, error)
+                    raise
+                response = problem_response(to_problem(error, request))
+            if not response.prepared and (
+                response.status >= HTTPStatus.BAD_REQUEST or caller_request_id(request)
+            ):
+                response.headers[REQUEST_ID_HEADER] = request_id(request)
+            if client.all_open.is_draining and not response.prepared:
+                response.force_close()
+            on_response(request, response.status, monotonic() - began)
+            if size:
+                await _send_large(request, cast("web.Response", response))
+            return response
         finally:
-            now = monotonic()
-            connection(request).end(now)
-        if not response.prepared and (response.status >= HTTPStatus.BAD_REQUEST or caller_request_id(request)):
-            response.headers[REQUEST_ID_HEADER] = request_id(request)
-        if connection(request).all_open.is_draining and not response.prepared:
-            response.force_close()
-        on_response(request, response.status, now - began)
-        return response
+            if size:
+                client.all_open.budgets.responses.give_back(client.holder, size)
+            client.end()
 
     return handle
+
+
+def _take_size(response: web.StreamResponse, request: web.BaseRequest) -> int:
+    """Take a large response's size from the budget, and return it; 0 if the response is small.
+
+    Raises:
+        OverBudgetError: too many bytes of responses are being sent (429).
+    """
+    body = response.body if isinstance(response, web.Response) else None
+    if not isinstance(body, bytes) or len(body) <= RESPONSE_BYTES_FREE or request.method == hdrs.METH_HEAD:
+        return 0
+    # One that is larger than a share is sent too, as long as nobody else needs the budget.
+    size = min(len(body), RESPONSES_BYTES_PER_ADDRESS_MAX)
+    client = connection(request)
+    try:
+        client.all_open.budgets.responses.take(client.holder, size)
+    except OverBudgetError:
+        client.close_after_response()
+        raise
+    return size
+
+
+async def _send_large(request: web.BaseRequest, response: web.Response) -> None:
+    """Send a response, of which the connection then holds nothing while it is idle.
+
+    Raises:
+        ConnectionError: the client has left, or takes too long.
+    """
+    client = connection(request)
+    try:
+        async with asyncio.timeout(client.all_open.limits.response_seconds_max):
+            await send_slices(request, response)
+    except TimeoutError:
+        client.cut("response_seconds")
+        raise ConnectionResetError("the client takes too long") from None
 
 
 def _cut_off(request: web.BaseRequest, error: Exception) -> None:
     """Abort a partial response: anything sent after it would look like a part of it."""
     # A normal close would wait for a client that reads nothing.
-    if request.transport is not None:
-        request.transport.abort()
+    connection(request).abort()
     # A client that has left or reads nothing is not a failure of the service.
     if not isinstance(error, ConnectionResetError):
         status, route = to_problem(error, request).status, route_pattern(request)
-        logger.warning("response cut off", method=request.method, route=route, error_status=status)
+        if (suppressed := _cut_responses.admit((route, type(error)))) is not None:
+            logger.warning(
+                "response cut off",
+                method=request.method,
+                route=route,
+                error_status=status,
+                suppressed=suppressed,
+            )
 
 
-def _check_framing(request: web.BaseRequest) -> ProblemError | None:
+def _check_head(request: web.BaseRequest) -> ProblemError | None:
+    """Return the problem of a head that aiohttp would misread or fail on."""
     if request.version not in _VERSIONS:
         # aiohttp would respond in the requested version, and has no public way to choose another.
         request._cache["version"] = HttpVersion11  # noqa: SLF001
@@ -291,15 +177,19 @@ def _check_framing(request: web.BaseRequest) -> ProblemError | None:
     coding = request.headers.get(hdrs.TRANSFER_ENCODING)
     if coding is not None and coding.strip().lower() != "chunked":
         return ProblemError(ProblemType.BAD_FRAMING, "the only supported transfer coding is chunked")
+    # aiohttp quotes the value in its response, and fails if it is not UTF-8.
+    expectation = request.headers.get(hdrs.EXPECT)
+    if expectation is not None and expectation.lower() != "100-continue":
+        client = connection(request)
+        client.all_open.budgets.excesses.count("expectation", client.holder)
+        return ProblemError(HTTPStatus.EXPECTATION_FAILED, "the only supported expectation is 100-continue")
     return None
 
 
-def _closing_response(problem: ProblemError, request: web.BaseRequest) -> web.Response:
-    response = problem_response(problem)
-    response.headers[REQUEST_ID_HEADER] = request_id(request)
-    response.headers[hdrs.CONNECTION] = "close"
-    response.force_close()
-    return response
+def limit_kernel(listening: socket.socket) -> None:
+    """Limit what the kernel holds for each connection that this socket accepts."""
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES_MAX)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES_MAX)
 
 
 class HttpServer:
@@ -312,8 +202,9 @@ class HttpServer:
         port: the port, 0 for any free one.
         reuse_port: whether other processes may listen on it too (SO_REUSEPORT).
         on_response: called for every response.
-        budget: the budget of connections.
-        exempt: the networks whose connections have no share of the budget.
+        budgets: the budgets of the process.
+        limits: the limits of each connection.
+        exempt: the networks whose connections have no share of the budgets.
     """
 
     def __init__(  # noqa: PLR0913 - each is named by its caller
@@ -325,10 +216,12 @@ class HttpServer:
         *,
         reuse_port: bool,
         on_response: OnResponse,
-        budget: Budget,
+        budgets: Budgets,
+        limits: Limits = LIMITS,
         exempt: Sequence[Network] = LOOPBACK,
     ) -> None:
-        self._connections = OpenConnections(budget, exempt)
+        self._connections = OpenConnections(budgets, limits, exempt)
+        self._limits = limits
         self._on_response = on_response
         self._handler = handler
         # The first one has the connections, and an application without routes that limits bodies.
@@ -353,7 +246,7 @@ class HttpServer:
         )
         self._listeners[OWN_SOCKET] = listener
         for listening in listener.sockets:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES_MAX)
+            limit_kernel(listening)
         name: tuple[str, int] = listener.sockets[0].getsockname()
         return name[1]
 
@@ -383,9 +276,9 @@ class HttpServer:
                 server,
                 loop=asyncio.get_running_loop(),
                 access_log=None,
-                keepalive_timeout=KEEP_ALIVE_SECONDS,
-                lingering_time=LINGER_SECONDS_MAX,
-                auto_decompress=False,
+                keepalive_timeout=self._limits.idle_seconds_max,
+                lingering_time=self._limits.linger_seconds_max,
+                read_bufsize=UNREAD_BYTES_MAX,
             )
         return self._make_connection
 
@@ -409,15 +302,8 @@ class HttpServer:
         self._on_response(request, status, seconds)
 
     async def close_slow_connections(self) -> None:
-        """Until cancelled, close every connection on which a head takes longer than HEAD_SECONDS_MAX."""
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            server = self._runners[0].server
-            latest = monotonic() - HEAD_SECONDS_MAX
-            for each in server.connections if server is not None else ():
-                since = getattr(each, "arriving_since", None)
-                if since is not None and since < latest:
-                    each.force_close()
+        """Until cancelled, close every connection on which a head or a response takes too long."""
+        await self._connections.close_slow()
 
     def stop_listening(self) -> None:
         """Accept no more connections. Requests on the open ones are still answered."""

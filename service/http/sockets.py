@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
-from service.http.server import BACKLOG, RECEIVE_BYTES_MAX
+from service.http.server import BACKLOG, limit_kernel
 
 _Address = tuple[socket.AddressFamily, tuple[object, ...]]
 # Where the port is in a socket address of IPv4 and IPv6.
@@ -73,8 +73,7 @@ def _bind(address: _Address, port: int, *, shares: bool) -> socket.socket:
             one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        # Accepted connections inherit it.
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES_MAX)
+        limit_kernel(one)
         one.bind((name[0], port, *name[2:]))
     except BaseException:
         one.close()

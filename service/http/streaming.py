@@ -1,27 +1,20 @@
 """Long responses to readers that may be slow: for each of them, memory holds a slice and no more."""
 
-import asyncio
-import socket
 from collections.abc import Iterable
 from typing import Final, cast
 
 from aiohttp import web
 from aiohttp.http import HttpVersion11, StreamWriter
 
+from service.http.connections import SLICE_BYTES_MAX
 from service.http.problems import ProblemError, ProblemType
 from service.http.request_ids import REQUEST_ID_HEADER, caller_request_id
 from service.http.responses import LOG_HEADER
 
-# What is written at once, and what may wait in memory until the reader accepts it.
-SLICE_BYTES_MAX: Final = 8 * 1024
-# What the kernel holds for a reader. By default, it would accept megabytes for each reader that reads nothing.
-KERNEL_BYTES_MAX: Final = 32 * 1024
 # How many events are read at a time: a reader that accepts all of them gets more with each read.
 BATCH_EVENTS_MIN: Final = 8
 BATCH_EVENTS_MAX: Final = 1_000
 BATCH_GROWTH: Final = 2
-# A reader that accepts nothing for this long is cut off. It can resume after the last position it received.
-SEND_SECONDS_MAX: Final = 10.0
 
 
 class ResponseStream:
@@ -37,28 +30,20 @@ class ResponseStream:
         self._protocol = request.protocol
         self._writer = writer
         self.batch_max = BATCH_EVENTS_MIN
-        if request.transport is not None:
-            request.transport.set_write_buffer_limits(high=SLICE_BYTES_MAX)
-            connection = request.transport.get_extra_info("socket")
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, KERNEL_BYTES_MAX)
 
     async def wait(self) -> None:
         """Wait until the reader has accepted what was written before. The caller must hold no events then.
 
         Raises:
-            ConnectionResetError: the reader has left, or accepts nothing.
+            ConnectionResetError: the reader has left, or was cut off because it accepts nothing.
         """
-        try:
-            async with asyncio.timeout(SEND_SECONDS_MAX):
-                await self._writer.drain()
-        except TimeoutError:
-            raise ConnectionResetError("the reader accepts nothing") from None
+        await self._writer.drain()
 
     async def write(self, message: bytes) -> None:
         """Write a short message, after a wait.
 
         Raises:
-            ConnectionResetError: the reader has left, or accepts nothing.
+            ConnectionResetError: the reader has left, or was cut off because it accepts nothing.
         """
         await self.wait()
         await self._writer.write(message, drain=False)
@@ -118,3 +103,20 @@ async def begin_stream(request: web.Request, headers: dict[str, str], log_id: st
     # It is None only for a response that has ended.
     writer = cast("StreamWriter", await response.prepare(request))
     return ResponseStream(request, response, writer)
+
+
+async def send_slices(request: web.BaseRequest, response: web.Response) -> None:
+    """Send a response in slices, so that its body is not held a second time while it waits for its reader.
+
+    Raises:
+        ConnectionResetError: the reader has left, or was cut off because it accepts nothing.
+    """
+    body = memoryview(cast("bytes", response.body))
+    # It is None only for a response that has ended.
+    writer = cast("StreamWriter", await response.prepare(request))
+    # The response outlives its request: it would keep the body while the connection is idle.
+    response.body = None
+    for begin in range(0, len(body), SLICE_BYTES_MAX):
+        await writer.write(body[begin : begin + SLICE_BYTES_MAX], drain=False)
+        await writer.drain()
+    await response.write_eof()

@@ -17,7 +17,7 @@ from service.database import api_keys
 from service.database.connections import POOL_CONNECTIONS_PER_KEY_MAX
 from service.http import budgets
 from service.http.addresses import Network
-from service.http.budgets import BUDGETS, Budget, Budgets, OverBudgetError
+from service.http.budgets import Budget, Budgets, OverBudgetError
 from service.http.server import HttpServer
 from tests.support.client import Client, serving_client
 from tests.support.databases import wait_for_locked
@@ -36,9 +36,10 @@ async def greet(_request: web.BaseRequest) -> web.Response:
 @asynccontextmanager
 async def server_of_strangers(maximum: int, *exempt: Network) -> AsyncIterator[tuple[int, Budget]]:
     """Run a server to which even loopback addresses are strangers, and yield its port and its budget."""
-    budget = Budget("connections", "connections", maximum, 3)
+    every = Budgets()
+    budget = every.connections = Budget("connections", "connections", maximum, 3)
     server = HttpServer(
-        greet, 1, "0.0.0.0", 0, reuse_port=False, on_response=lambda *_: None, budget=budget, exempt=exempt  # noqa: S104
+        greet, 1, "0.0.0.0", 0, reuse_port=False, on_response=lambda *_: None, budgets=every, exempt=exempt  # noqa: S104
     )  # fmt: skip
     try:
         yield await server.start(), budget
@@ -124,8 +125,9 @@ async def test_a_busy_connection_does_not_give_way() -> None:
         await leave.wait()
         return web.Response(text="hello")
 
-    budget = Budget("connections", "connections", 1)
-    server = HttpServer(wait, 1, "127.0.0.1", 0, reuse_port=False, on_response=lambda *_: None, budget=budget)
+    every = Budgets()
+    every.connections = Budget("connections", "connections", 1)
+    server = HttpServer(wait, 1, "127.0.0.1", 0, reuse_port=False, on_response=lambda *_: None, budgets=every)
     port = await server.start()
     busy = await connected_from("127.0.0.1", port)
     served = asyncio.create_task(is_served(busy))
@@ -285,4 +287,3 @@ def test_every_budget_has_a_name_of_its_own() -> None:
     """The metrics tell the budgets apart by their names."""
     names = [budget.name for budget in Budgets()]
     assert len({*names}) == len(names)
-    assert BUDGETS is not None

@@ -13,7 +13,8 @@ from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres_errors import Connection
 from service.build import build_info
 from service.database.schema import VIEWS
-from tests.support.client import Client
+from service.http.connections import Limits
+from tests.support.client import Client, serving_client
 from tests.support.waiting import PATIENCE_SECONDS
 
 RECEIPT = {
@@ -565,23 +566,23 @@ async def test_idempotency_keys_over_http(client: Client, connection: Connection
 
 
 async def test_a_request_may_take_longer_than_its_head(
-    client: Client, connection: Connection, monkeypatch: pytest.MonkeyPatch
+    dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time limit for a head ends neither a running request nor the one behind it."""
-    monkeypatch.setattr("service.http.server.HEAD_SECONDS_MAX", 0.2)
-    monkeypatch.setattr("service.http.server.SWEEP_SECONDS", 0.1)
     monkeypatch.setattr("service.api.freshness.AFTER_POSITION_SECONDS_MAX", 1.5)
-    position = await recorded_unseen(client, connection)
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(b"GET /orders?after_position=%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % position)
-    # Longer than the limit for a head, while the first request waits for its position.
-    await asyncio.sleep(0.3)
-    writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    async with asyncio.timeout(PATIENCE_SECONDS):
-        first = await reader.readuntil(b"\r\n\r\n")
-        second = await reader.readuntil(b"alive")
-    writer.close()
-    await writer.wait_closed()
+    limits = Limits(head_seconds_max=0.2, sweep_seconds=0.1)
+    async with serving_client(dsn, limits=limits) as client:
+        position = await recorded_unseen(client, connection)
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+        writer.write(b"GET /orders?after_position=%d HTTP/1.1\r\nHost: localhost\r\n\r\n" % position)
+        # Longer than the limit for a head, while the first request waits for its position.
+        await asyncio.sleep(0.3)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            first = await reader.readuntil(b"\r\n\r\n")
+            second = await reader.readuntil(b"alive")
+        writer.close()
+        await writer.wait_closed()
     assert first.startswith(b"HTTP/1.1 503 ")
     assert b"HTTP/1.1 200 " in second
 

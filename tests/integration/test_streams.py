@@ -16,6 +16,7 @@ import structlog.testing
 from projections.postgres_errors import Connection
 from projections.windows import POSITION_MAX
 from service.database.api_keys import create_key, revoke_key
+from service.http.connections import Limits
 from service.http.endpoints import NDJSON
 from service.http.pagination import encode_cursor
 from tests.support.client import Client, StreamReader, serving_client
@@ -115,11 +116,10 @@ async def test_a_reader_behind_the_memory_reads_the_database(
 
 async def test_a_slow_reader_is_cut_off(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that does not read for too long is disconnected, and its place becomes free."""
-    monkeypatch.setattr("service.http.streaming.SEND_SECONDS_MAX", 0.5)
     monkeypatch.setattr("service.http.budgets.STREAMS_MAX", 1)
     body = "x" * 30_000
     async with (
-        serving_client(dsn) as client,
+        serving_client(dsn, limits=Limits(stall_seconds_max=0.5, sweep_seconds=0.1)) as client,
         client.session.get(client.url("/events/stream?after=0")) as response,
     ):
         for _ in range(12):
@@ -172,28 +172,27 @@ async def test_the_whole_log_in_one_answer(client: Client, monkeypatch: pytest.M
     assert [json.loads(line) for line in lines] == (await client.get("/events?after=2"))["events"]
 
 
-async def test_half_an_answer_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_half_an_answer_is_cut_off(dsn: str) -> None:
     """A response that is cut off has no proper end, and nothing follows it on the connection."""
-    monkeypatch.setattr("service.http.streaming.SEND_SECONDS_MAX", 0.3)
-    for _ in range(8):
-        await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=2**16)
-    writer.write(b"GET /events.ndjson HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    await writer.drain()
-    own_port = writer.get_extra_info("sockname")[1]
+    async with serving_client(dsn, limits=Limits(stall_seconds_max=0.3, sweep_seconds=0.1)) as client:
+        for _ in range(8):
+            await asyncio.gather(*(client.webhook(f"KOM{number}", more="x" * 60_000) for number in range(40)))
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port, limit=2**16)
+        writer.write(b"GET /events.ndjson HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await writer.drain()
+        own_port = writer.get_extra_info("sockname")[1]
 
-    def is_cut_off() -> bool:
-        connections = psutil.Process().net_connections("tcp4")
-        return (client.port, own_port) not in {
-            (one.laddr.port, one.raddr.port) for one in connections if one.raddr and one.status == "ESTABLISHED"
-        }
+        def is_cut_off() -> bool:
+            connections = psutil.Process().net_connections("tcp4")
+            ports = {(one.laddr.port, one.raddr.port) for one in connections if one.status == "ESTABLISHED"}
+            return (client.port, own_port) not in ports
 
-    await until_async(condition(is_cut_off))
-    received = bytearray()
-    with contextlib.suppress(ConnectionError):
-        while part := await asyncio.wait_for(reader.read(2**20), PATIENCE_SECONDS):
-            received += part
-    writer.close()
+        await until_async(condition(is_cut_off))
+        received = bytearray()
+        with contextlib.suppress(ConnectionError):
+            while part := await asyncio.wait_for(reader.read(2**20), PATIENCE_SECONDS):
+                received += part
+        writer.close()
     assert received.startswith(b"HTTP/1.1 200 OK")
     assert received.count(b"HTTP/1.1") == 1
     assert not received.endswith(b"0\r\n\r\n")

@@ -10,6 +10,7 @@ import aiohttp
 from yarl import URL
 
 from service.app import serving
+from service.http.connections import LIMITS
 from service.settings import Settings
 from tests.support.waiting import PATIENCE_SECONDS
 
@@ -148,9 +149,15 @@ class StreamReader:
 
 @asynccontextmanager
 async def serving_client(dsn: str, **settings: Any) -> AsyncIterator[Client]:
-    """Serve a database in this process for the length of the block, and yield a client."""
+    """Serve a database in this process for the length of the block, and yield a client.
+
+    Args:
+        dsn: the database.
+        settings: the settings, and ``limits``: those of each connection.
+    """
+    limits = settings.pop("limits", LIMITS)
     async with (
-        serving(Settings(port=0, **settings), dsn) as (port, _),
+        serving(Settings(port=0, **settings), dsn, limits=limits) as (port, _),
         aiohttp.ClientSession() as session,
     ):
         yield Client(session, port)
