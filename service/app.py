@@ -159,7 +159,7 @@ class Service:
         # A position that is lost in a crash of the server costs repeats, so no save waits for the disk.
         self.subscriptions_connection = DedicatedConnection(partial(connect_hot, synchronous_commit="off"))
         self.deliveries_connection = DedicatedConnection(connect_hot)
-        self.sender = Sender(settings.subscription_networks, self.log)
+        self.sender = Sender(settings.subscription_networks, self.log, budgets=self.budgets)
         self.dispatcher = Dispatcher(
             Progress(self.subscriptions_connection),
             LogReader(self.feed, self.deliveries_connection),

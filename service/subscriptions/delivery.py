@@ -29,7 +29,8 @@ from service.subscriptions.log_reader import LogReader, LogWentBackError, place_
 from service.subscriptions.message import Selection, make_message_id
 from service.subscriptions.pace import Pace
 from service.subscriptions.progress import Held, Loaded, Progress
-from service.subscriptions.sending import ATTEMPT_SECONDS_MAX, Attempt, Outcome, Sender
+from service.subscriptions.responses import ATTEMPT_SECONDS_MAX
+from service.subscriptions.sending import Attempt, Outcome, Sender
 from service.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState
 from service.subscriptions.window import STARTED_MAX, Entry, Message, Place, Window
 

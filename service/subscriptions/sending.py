@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from time import monotonic
 from typing import Final, Literal, NamedTuple, TypeAlias
 
@@ -17,20 +18,23 @@ from yarl import URL
 from service.build import build_info
 from service.database.log_identity import LogIdentity
 from service.http.addresses import Network
+from service.http.budgets import Budgets
 from service.http.endpoints import OutgoingRequest
 from service.http.request_ids import TRACE_HEADER
 from service.http.responses import LOG_HEADER
 from service.subscriptions.message import OrderMessage, TestMessage, encode_test, make_message_id
+from service.subscriptions.responses import (
+    LIMITS,
+    UNREAD_BYTES_MAX,
+    EndpointConnection,
+    ExcessError,
+    ResponseLimits,
+)
 from service.subscriptions.signing import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign
 from service.subscriptions.subscription import Subscription
 from service.subscriptions.targets import ForbiddenAddressError, make_connector
 from service.uuids import make_uuid
 
-# Only a response within this time counts.
-ATTEMPT_SECONDS_MAX: Final = 15.0
-# A longer or slower body of a response is cut off.
-BODY_SECONDS_MAX: Final = 2.0
-RESPONSE_BYTES_MAX: Final = 64 * 1024
 ERROR_CHARACTERS_MAX: Final = 1_000
 # A later time in Retry-After is ignored.
 RETRY_AFTER_SECONDS_MAX: Final = 86_400.0
@@ -95,14 +99,24 @@ class Sender:
         networks: the networks that are allowed besides the public internet.
         log: the log's id, by which this service recognises its own requests.
         resolver: resolves host names; None for the system's.
+        limits: the limits of each response.
+        budgets: the budgets of the process; None for new ones.
     """
 
     def __init__(
-        self, networks: Sequence[Network], log: LogIdentity, resolver: AbstractResolver | None = None
+        self,
+        networks: Sequence[Network],
+        log: LogIdentity,
+        resolver: AbstractResolver | None = None,
+        *,
+        limits: ResponseLimits = LIMITS,
+        budgets: Budgets | None = None,
     ) -> None:
         self.networks = networks
         self.resolver = resolver
         self._log = log
+        self._limits = limits
+        self._budgets = budgets or Budgets()
         self._sessions: dict[str, aiohttp.ClientSession] = {}
         # Endpoints whose connections are used once: they may close them after any response.
         self._closing: set[tuple[str, str | None, int | None]] = set()
@@ -136,13 +150,14 @@ class Sender:
         try:
             response = await self._session(url).post(url, data=body, headers=headers, allow_redirects=False)
         except TimeoutError:
-            return Attempt("failed", monotonic() - began, None, f"no response within {ATTEMPT_SECONDS_MAX:g} s")
+            error_text = f"no response within {self._limits.attempt_seconds_max:g} s"
+            return Attempt("failed", monotonic() - began, None, error_text)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
                 # Perhaps the endpoint had closed the connection, which was to be used again.
                 self._closing.add(origin)
             return Attempt("failed", monotonic() - began, None, _clean(_describe(error)))
-        return self._judge(response, monotonic() - began, await _read_start(response))
+        return self._judge(response, monotonic() - began, await self._read_start(response))
 
     async def close(self) -> None:
         """Close every connection."""
@@ -153,14 +168,44 @@ class Sender:
     def _session(self, url: URL) -> aiohttp.ClientSession:
         session = self._sessions.get(url.scheme)
         if session is None:
+            connector = make_connector(self.networks, self.resolver, is_secure=url.scheme == "https")
+            # aiohttp has no public way to choose the protocol of its connections.
+            connect = partial(EndpointConnection, asyncio.get_running_loop(), self._limits, self._budgets)
+            connector._factory = connect  # type: ignore[assignment]  # noqa: SLF001 - it makes a ResponseHandler
             session = self._sessions[url.scheme] = aiohttp.ClientSession(
-                connector=make_connector(self.networks, self.resolver, is_secure=url.scheme == "https"),
+                connector=connector,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 # A response is never decompressed: a few bytes could become gigabytes.
                 auto_decompress=False,
-                timeout=aiohttp.ClientTimeout(total=ATTEMPT_SECONDS_MAX),
+                timeout=aiohttp.ClientTimeout(total=self._limits.attempt_seconds_max),
+                read_bufsize=UNREAD_BYTES_MAX,
             )
         return session
+
+    async def _read_start(self, response: aiohttp.ClientResponse) -> bytes:
+        """Return a response's body; of a long or slow one, only the start. Its connection is closed then."""
+        start, bytes_max = bytearray(), self._limits.body_bytes_max
+        if response.content.is_eof():
+            # The usual case: it arrived together with its head.
+            while not response.content.at_eof():
+                start += response.content.read_nowait(bytes_max - len(start))
+                if len(start) >= bytes_max:
+                    break
+            response.release()
+            return bytes(start)
+        try:
+            async with asyncio.timeout(self._limits.body_seconds_max):
+                while len(start) < bytes_max:
+                    part = await response.content.read(bytes_max - len(start))
+                    if not part:
+                        break
+                    start += part
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            # The status is the answer.
+            pass
+        finally:
+            response.release()
+        return bytes(start)
 
     def _judge(self, response: aiohttp.ClientResponse, seconds: float, body: bytes) -> Attempt:
         status = response.status
@@ -203,6 +248,8 @@ def _describe(error: Exception) -> str:
     # Other texts may have the URL, and so a token in it.
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError):
         return "the connection was closed before a response"
+    if isinstance(error, ExcessError):
+        return f"the response exceeds a limit: {error}"
     if isinstance(error, aiohttp.ClientResponseError):
         return f"the response is not valid HTTP: {error.message}"
     return f"the request failed: {type(error).__name__}"
@@ -212,32 +259,6 @@ def _clean(text: str) -> str:
     """Return a text on one line, in which every character can be stored and printed."""
     words = " ".join(text.encode(errors="replace").decode().split())
     return "".join(character if character.isprintable() else REPLACEMENT for character in words)
-
-
-async def _read_start(response: aiohttp.ClientResponse) -> bytes:
-    """Return a response's body; of a long or slow one, only the start. Its connection is closed then."""
-    start = bytearray()
-    if response.content.is_eof():
-        # The usual case: it arrived together with its head.
-        while not response.content.at_eof():
-            start += response.content.read_nowait(RESPONSE_BYTES_MAX - len(start))
-            if len(start) >= RESPONSE_BYTES_MAX:
-                break
-        response.release()
-        return bytes(start)
-    try:
-        async with asyncio.timeout(BODY_SECONDS_MAX):
-            while len(start) < RESPONSE_BYTES_MAX:
-                part = await response.content.read(RESPONSE_BYTES_MAX - len(start))
-                if not part:
-                    break
-                start += part
-    except (TimeoutError, aiohttp.ClientError, OSError):
-        # The status is the answer.
-        pass
-    finally:
-        response.release()
-    return bytes(start)
 
 
 def _parse_retry_after(value: str | None) -> float | None:

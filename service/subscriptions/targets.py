@@ -22,6 +22,8 @@ URL_CHARACTERS_MAX: Final = 2_048
 # Of a URL in an error.
 SHOWN_CHARACTERS_MAX: Final = 200
 RESOLVE_SECONDS_MAX: Final = 5.0
+# What the kernel holds of a response until it is read, so that the event loop never parses much at a time.
+RECEIVE_BYTES_MAX: Final = 8 * 1024
 SETTING: Final = "ORDER_TRACKING_SUBSCRIPTION_NETWORKS"
 # The only global unicast addresses of IPv6 in use. Outside are those that stand for IPv4 addresses, and others.
 GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
@@ -136,7 +138,9 @@ def make_connector(
     def open_socket(info: tuple[Any, ...]) -> socket.socket:
         family, kind, protocol, _, address = info
         check_address(address[0], networks, allows_public=is_secure)
-        return socket.socket(family, kind, protocol)
+        opened = socket.socket(family, kind, protocol)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES_MAX)
+        return opened
 
     # Each subscription limits its own connections.
     names = CheckedNames(resolver or DefaultResolver(), networks, allows_public=is_secure)
