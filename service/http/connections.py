@@ -31,7 +31,7 @@ HEAD_SECONDS_MAX: Final = 4.0
 # The time limit for a body, from the end of its head. Head, sweep and body together take at most ten seconds.
 BODY_SECONDS_MAX: Final = 4.5
 # How much of a body waits until its handler reads it; twice as much pauses the connection.
-UNREAD_BYTES_MAX: Final = 16 * 1024
+UNREAD_BYTES_MAX: Final = 4 * 1024
 # A client that accepts nothing of a response for this long is cut off.
 STALL_SECONDS_MAX: Final = 10.0
 # The time limit for a response that is sent in slices, however steadily its client reads. Streams have none.
@@ -97,7 +97,17 @@ class Connection(web.RequestHandler):
             "head_bytes",
             "head_fields",
         ),
-        *("head_held", "holder", "idle_since", "is_blind", "is_chunked", "is_handling", "payload", "piece"),
+        *(
+            "head_held",
+            "holder",
+            "idle_since",
+            "is_blind",
+            "is_chunked",
+            "is_handling",
+            "is_upgrade",
+            "payload",
+            "piece",
+        ),
         *("progressed_at", "unsent", "weight", "wire"),
     )
 
@@ -127,8 +137,9 @@ class Connection(web.RequestHandler):
         self.payload = EMPTY_PAYLOAD
         self.behind_head = 0
         self.piece = b""
-        self.is_chunked = False
-        # Whether the beginning of the next request is unknown, since bytes came behind a chunked body.
+        self.is_chunked = self.is_upgrade = False
+        # Whether the beginning of the next request is unknown, since bytes came behind a chunked body, or since
+        # the parser expects another protocol.
         self.is_blind = False
         # The bytes and fields of a head that is arriving, and what to find its end with: its last bytes, or all
         # that the parser holds of it since the request before it.
@@ -192,12 +203,13 @@ class Connection(web.RequestHandler):
             return
         self.is_handling = True
         end = seen.find(END_OF_HEAD)
-        if end == 0:
+        if end == 0 and not self.head_bytes:
             # Empty lines before a request are skipped.
             end = seen.find(END_OF_HEAD, len(seen) - len(seen.lstrip(b"\r\n")))
         self.behind_head = len(seen) - end - len(END_OF_HEAD)
         self.piece = seen
         self.is_chunked = message.chunked
+        self.is_upgrade = message.upgrade
         size = self.head_bytes + len(data) - self.behind_head
         self.head_bytes = self.head_fields = 0
         self.carried = b""
@@ -213,7 +225,8 @@ class Connection(web.RequestHandler):
         if self.is_chunked:
             self.is_blind = not self.piece.endswith(LAST_CHUNK)
         elif (rest := self.behind_head - self.payload.total_bytes) > 0:
-            self.carried = self.piece[-rest:]
+            # Some clients end a body with an empty line.
+            self.carried = self.piece[-rest:].lstrip(b"\r\n")
             self.head_bytes = len(self.carried)
             self.head_fields = self.carried.count(b"\n")
         self.piece = b""
@@ -270,7 +283,11 @@ class Connection(web.RequestHandler):
 
     def _leave(self) -> None:
         """Go on behind a request that is answered, when its response is written."""
-        if self.is_blind or self._upgraded:
+        if self.is_upgrade:
+            # The parser pauses behind such a request, and what it is given next is lost.
+            super().data_received(b"")
+            self.is_blind = self._upgraded or bool(self.carried)
+        if self.is_blind:
             self._close = True
         elif self.carried or self.ahead:
             self._loop.call_soon(self._go_on)

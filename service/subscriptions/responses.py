@@ -83,6 +83,8 @@ class EndpointConnection(ResponseHandler):
         self._has_head = False
 
     def data_received(self, data: bytes) -> None:
+        if self.transport is None or self.transport.is_closing():
+            return
         self._received += len(data)
         super().data_received(data)
         limits = self._limits
@@ -114,8 +116,7 @@ class EndpointConnection(ResponseHandler):
 
     def _cut(self, detail: str) -> None:
         """Close the connection. If the head has arrived, the status is the answer all the same."""
-        if self.transport is None:
-            return
         if not self._has_head:
             self.set_exception(ExcessError(detail))
-        self.transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
