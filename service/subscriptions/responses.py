@@ -102,13 +102,11 @@ class EndpointConnection(ResponseHandler):
     def feed_data(self, data: Any, size: int = 0) -> None:
         """Receive the head of a response, with its body to come."""
         code = data[0].code
-        if code >= FINAL or code == SWITCHING:
-            self._has_head = True
-        else:
-            self._interim += 1
-            if self._interim > self._limits.interim_responses_max:
-                return
-        super().feed_data(data, size)
+        is_interim = code < FINAL and code != SWITCHING
+        self._interim += is_interim
+        if self._interim <= self._limits.interim_responses_max:
+            self._has_head = not is_interim
+            super().feed_data(data, size)
 
     def _refuse(self, excess: Excess, detail: str) -> None:
         self._budgets.excesses.count(excess, self._address)

@@ -66,6 +66,7 @@ async def is_served(stream: Stream) -> bool:
             writer.close()
 
 
+@pytest.mark.attacks("idle", "address")
 async def test_an_address_has_a_share_of_the_connections() -> None:
     """One address can neither hold more than its share, nor keep another address out."""
     async with server_of_strangers(100) as (port, budget):
@@ -100,6 +101,7 @@ async def test_this_machine_and_the_proxies_have_no_share() -> None:
             writer.close()
 
 
+@pytest.mark.attacks("idle", "all")
 async def test_the_longest_idle_stranger_gives_way() -> None:
     """If there are too many connections, the longest idle one of a stranger is closed first."""
     async with server_of_strangers(3, ip_network("127.0.0.9")) as (port, budget):

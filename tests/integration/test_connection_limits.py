@@ -297,6 +297,7 @@ async def test_many_small_fields_weigh_what_they_take() -> None:
 
 
 @pytest.mark.attacks("body", "bytes")
+@pytest.mark.attacks("handler", "bytes")
 async def test_a_body_that_is_not_read() -> None:
     """Of a body that its handler does not read, little is held; a larger one than allowed gets 413."""
     hold = Hold()

@@ -27,7 +27,7 @@ from service.subscriptions.progress import Progress
 from service.subscriptions.sending import Sender
 from service.subscriptions.subscription import Declaration, add_subscription, find_subscription
 from tests.support.client import serving_client
-from tests.support.receiver import Received, Receiver, receiving
+from tests.support.receiver import Received, Receiver, hang, receiving
 from tests.support.waiting import until_async
 
 ORDERS = 400
@@ -126,6 +126,18 @@ async def test_an_endpoint_that_is_down_for_an_hour(
         await until_async(partial(is_done, connection, subscription_id))
     assert receiver.out_of_order() == []
     assert len({*receiver.places()}) == ORDERS + 1
+
+
+@pytest.mark.attacks("connecting", "endpoint")
+async def test_an_endpoint_that_never_answers(dsn: str, receiver: Receiver, connection: Connection) -> None:
+    """An endpoint gets so many requests at a time, and no further one before it answers one of them."""
+    await record(dsn, ORDERS)
+    await add(connection, receiver)
+    receiver.respond = hang
+    async with dispatching(dsn, Clock(), (0,)):
+        await receiver.wait_for_requests(IN_FLIGHT_MAX)
+        await until_async(is_quiet(receiver))
+        assert len(receiver.requests) == IN_FLIGHT_MAX
 
 
 async def test_an_endpoint_that_fails_for_some_orders(

@@ -204,6 +204,7 @@ async def test_a_redirect_to_this_machine(receiver: Receiver) -> None:
     assert len(receiver.requests) == 1
 
 
+@pytest.mark.attacks("response body", "bytes")
 async def test_a_long_response(receiver: Receiver) -> None:
     """Of a response, 64 KiB are read, and the first 1,000 characters of an error are kept."""
 

@@ -107,7 +107,7 @@ async def hostile(
     await until_async(condition(lambda: not budgets.endpoints.held))
 
 
-@pytest.mark.attacks("connect", "bytes")
+@pytest.mark.attacks("connecting", "bytes")
 async def test_an_endpoint_that_says_nothing_holds_nothing() -> None:
     """Until an endpoint responds, none of its bytes are held."""
     async with hostile(once(b"")) as endpoint:
@@ -119,9 +119,9 @@ async def test_an_endpoint_that_says_nothing_holds_nothing() -> None:
         await asyncio.gather(waiting, return_exceptions=True)
 
 
-@pytest.mark.attacks("connect", "seconds")
-@pytest.mark.attacks("head", "seconds")
-@pytest.mark.attacks("interim", "seconds")
+@pytest.mark.attacks("connecting", "seconds")
+@pytest.mark.attacks("response head", "seconds")
+@pytest.mark.attacks("interim responses", "seconds")
 @pytest.mark.parametrize(
     "respond",
     [
@@ -140,7 +140,7 @@ async def test_an_endpoint_that_is_too_slow(respond: Respond) -> None:
         assert attempt.seconds < ATTEMPT_SECONDS_MAX
 
 
-@pytest.mark.attacks("head", "bytes")
+@pytest.mark.attacks("response head", "bytes")
 @pytest.mark.parametrize("first", [OK, EARLY_HINTS + OK, b"HTTP/1.1 103 Early Hints\r\n"])
 async def test_a_head_that_never_ends(first: bytes) -> None:
     """The head of a response, with those of its interim responses, has a limit of bytes."""
@@ -150,7 +150,7 @@ async def test_a_head_that_never_ends(first: bytes) -> None:
         assert endpoint.budgets.excesses.counts["endpoint_head_bytes"] == 1
 
 
-@pytest.mark.attacks("interim", "bytes")
+@pytest.mark.attacks("interim responses", "bytes")
 async def test_too_many_interim_responses() -> None:
     """A few interim responses are skipped; more of them end the attempt."""
     async with hostile(once(INTERIM_RESPONSES_MAX * EARLY_HINTS + EMPTY)) as endpoint:
@@ -164,7 +164,7 @@ async def test_too_many_interim_responses() -> None:
             assert endpoint.budgets.excesses.counts["interim_responses"] == 1
 
 
-@pytest.mark.attacks("body", "seconds")
+@pytest.mark.attacks("response body", "seconds")
 async def test_a_body_that_is_too_slow() -> None:
     """The status of a response with a slow body counts; the body is cut off."""
     async with hostile(endless(OK + b"Content-Length: 99999\r\n\r\n", b"x", 0.01), SHORT) as endpoint:
@@ -178,12 +178,12 @@ PHASES: Final = {
 }
 
 
-@pytest.mark.attacks("head", "all")
-@pytest.mark.attacks("head", "endpoint")
-@pytest.mark.attacks("interim", "all")
-@pytest.mark.attacks("interim", "endpoint")
-@pytest.mark.attacks("body", "all")
-@pytest.mark.attacks("body", "endpoint")
+@pytest.mark.attacks("response head", "all")
+@pytest.mark.attacks("response head", "endpoint")
+@pytest.mark.attacks("interim responses", "all")
+@pytest.mark.attacks("interim responses", "endpoint")
+@pytest.mark.attacks("response body", "all")
+@pytest.mark.attacks("response body", "endpoint")
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("maximums", [(20_000, 100_000), (100_000, 20_000)], ids=["all", "endpoint"])
 async def test_responses_that_are_arriving(phase: str, maximums: tuple[int, int]) -> None:

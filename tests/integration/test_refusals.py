@@ -66,6 +66,7 @@ def test_the_cause_is_found_in_the_chain_of_errors(error: Exception, cause: Caus
     assert find_cause(error) == cause
 
 
+@pytest.mark.attacks("handler", "seconds")
 async def test_a_held_lock_is_named_everywhere(dsn: str) -> None:
     """While a session holds the append lock, each 503 is explained; the next recorded webhook ends that."""
     async with serving_client(dsn, request_seconds_max=0.3) as client:

@@ -668,3 +668,12 @@ async def test_held_orders_of_a_log_that_went_back(
             await client.webhook("KOM1", status)
         await settled(client, added, held_orders=0, lag_events=0)
     assert receiver.places()[-2:] == [("KOM1", 2), ("KOM1", 3)]
+
+
+@pytest.mark.attacks("connecting", "all")
+async def test_too_many_subscriptions(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A subscription beyond SUBSCRIPTIONS_MAX gets 409."""
+    monkeypatch.setattr("service.subscriptions.subscription.SUBSCRIPTIONS_MAX", 1)
+    async with serving_client(dsn, subscription_networks="127.0.0.0/8") as client:
+        for status in (201, 409):
+            await client.post("/subscriptions", status, {"url": "http://127.0.0.1:9/"})

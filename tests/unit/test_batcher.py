@@ -127,6 +127,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
     assert work.batches == [[0], [1, 2]]
 
 
+@pytest.mark.attacks("handler", "all")
 async def test_a_heavy_queue_refuses_at_once() -> None:
     """An item that would take the waiting weight over queue_weight_max is refused, and a lighter one is
     accepted.
