@@ -618,11 +618,12 @@ def test_a_problem_leads_back(opened: Open) -> None:
     [("id-ID", "light", 1180), ("en-GB", "dark", 1180), ("id-ID", "dark", 390), ("en-GB", "light", 390)],
 )
 def test_a_buyer_reads_one_order(opened: Open, locale: str, scheme: str, width: int) -> None:
-    """From the order's page, a link opens the buyer's page, which fits, can be read, and has no other link."""
+    """From an order's page, a button opens the buyer's page, which fits, is readable, and has no other link."""
     is_english = locale == "en-GB"
     size = {"width": width, "height": 844}
     page = opened(f"/track/{ORDER}", locale=locale, color_scheme=scheme, viewport=size)
-    page.get_by_role("link", name="Page for the buyer" if is_english else "Halaman untuk pembeli").click()
+    name = "Make a page for the buyer" if is_english else "Buat halaman untuk pembeli"
+    page.get_by_role("button", name=name).click()
     expect(page).to_have_url(re.compile(r"/t/[\w-]+$"))
     expect(page.get_by_role("heading", level=1)).to_have_text(ORDER)
     expect(page.locator(".status-now")).to_have_text("Out for delivery" if is_english else "Diantar")
