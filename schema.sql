@@ -1,6 +1,7 @@
 -- The current schema, applied once, in one transaction, to a database that has no table schema_version. CREATE
 -- without IF NOT EXISTS, which would hide a wrong table. Every change of the log's part needs a migration in
--- service/database/migrations/; a test checks that schema.sql and the migrations give the same schema.
+-- service/database/migrations/; a test checks that schema.sql and the migrations give the same schema. Then
+-- "python -m tests.support.catalog" writes what 'check' compares databases with.
 
 ------------------------------------------------------------------------------------------------------------
 -- Two roles. The owner owns the log, migrates it and erases from it. The service owns the views and can only
