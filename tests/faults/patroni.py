@@ -234,6 +234,11 @@ class Node:
             self._process.wait(PATIENCE_SECONDS)
         psutil.wait_procs(killed, PATIENCE_SECONDS)
 
+    def suspend(self) -> None:
+        """Suspend Patroni and every process of its server, until they are killed."""
+        for process in self.processes():
+            process.send_signal(signal.SIGSTOP)
+
     def hold_back(self) -> None:
         """Suspend the processes that send the log to the standby. Asynchronous commits continue without it."""
         with psycopg.connect(self.dsn) as connection:

@@ -106,7 +106,7 @@ class Layout:
         processes: the number of processes of a service.
         per_second: the rate of the reports; 0 for the effort's.
         has_load: whether reports arrive at that rate; if not, the fault sends its own.
-        has_keys: whether half of the load's reports have an idempotency key.
+        has_keys: whether a quarter of the load's reports have an idempotency key.
         has_shop: whether a shop subscribes to every event.
         has_link: whether the primary is in another network, whose link can be taken down; requires a standby.
         settings: further settings of the services, without their prefix.
@@ -148,6 +148,8 @@ class World:
         # The server that the service must use; after a failover, the standby.
         self.server: EmbeddedPostgres | None = None
         self._standby: EmbeddedPostgres | None = None
+        # The DSN of a PostgreSQL that the fault itself runs; after a failover, that of the new primary alone.
+        self.database_url = layout.database_url
         self.port = _free_port()
         self.connections = Connections(self.port)
         self.journal = Journal(folder / "journal")
@@ -329,8 +331,8 @@ class World:
     @property
     def dsn(self) -> str:
         """Return the DSN of the database itself, without the proxy."""
-        if self.layout.database_url:
-            return self.layout.database_url
+        if self.database_url:
+            return self.database_url
         dsn = self.server.dsn if self.server is not None else running_dsn(self.state_dir)
         assert dsn is not None
         return dsn
