@@ -124,9 +124,13 @@ async def test_a_leader_that_is_suspended_in_a_transaction_is_replaced(
         await all_led(connection)
         follower = await started(dsn, stack)
         idle = await stack.enter_async_context(connected(dsn, idle_in_transaction_session_timeout="8s"))
+        # The leader prepares its statements now. To the server, a session between a statement's preparation and
+        # its execution is not idle, so no time limit ends it.
+        receipt = await follower.recorder.record(report("KOM1"))
+        await caught_up(follower, receipt["position"] or 0)
         async with connection.transaction():
             await connection.execute("LOCK TABLE timeline.entries IN EXCLUSIVE MODE")
-            receipt = await follower.recorder.record(report("KOM1"))
+            receipt = await follower.recorder.record(report("KOM2"))
             await wait_for_locked(connection)
             os.kill(leader.process.pid, signal.SIGSTOP)
             stack.callback(os.kill, leader.process.pid, signal.SIGCONT)
