@@ -97,6 +97,9 @@ SSL_REQUEST: Final = bytes.fromhex("00000008 04d2162f")
 # A server that does not respond is logged at most once in this interval: all of its connections notice it.
 SILENCE_SECONDS: Final = 60.0
 
+# A transaction may last for this much longer than each of its statements. A process that is suspended between
+# the parsing and the execution of a statement is in no state that other timeouts limit, and keeps its locks.
+TRANSACTION_SECONDS_MORE: Final = 5.0
 # The encoding, and the settings that were sent and are not in force. ``transaction_timeout`` cannot be sent,
 # since PostgreSQL before 17 does not have it.
 INSPECT: Final = """
@@ -104,7 +107,7 @@ INSPECT: Final = """
         ARRAY(SELECT name FROM unnest($1::text[], $2::text[]) AS sent (name, setting)
               WHERE current_setting(name, true) IS DISTINCT FROM setting),
         CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
-             THEN set_config('transaction_timeout', '0', false) END
+             THEN set_config('transaction_timeout', $3, false) END
 """
 NO_POOLER: Final = "connect to PostgreSQL itself, not through a pooler such as PgBouncer"
 IS_ALIVE: Final = "SELECT 1"
@@ -242,7 +245,7 @@ async def connect(dsn: str, on_connect: OnConnect | None = None, /, **settings: 
     Args:
         dsn: the database.
         on_connect: called with the connection. If it fails, so does the attempt to connect.
-        settings: further settings of the server. ``statement_timeout``, in seconds, also limits the wait here.
+        settings: further settings of the server. ``statement_timeout`` also limits the wait here.
 
     Raises:
         StorageUnavailableError: no server of the DSN answered within CONNECT_SECONDS_MAX, was a primary, and
@@ -279,7 +282,7 @@ async def connect(dsn: str, on_connect: OnConnect | None = None, /, **settings: 
 async def _open(
     dsn: str, host: Host | None, sent: Mapping[str, str], on_connect: OnConnect | None
 ) -> Connection:
-    seconds = float(sent["statement_timeout"].removesuffix("s"))
+    seconds = read_seconds(sent["statement_timeout"])
     limit = seconds + STATEMENT_MARGIN_SECONDS if seconds else None
     connection = await asyncpg.connect(
         dsn,
@@ -306,6 +309,12 @@ async def _open(
     return connection
 
 
+def read_seconds(setting: str) -> float:
+    """Return a duration as PostgreSQL shows it, such as 4s or 1min, in seconds."""
+    seconds = setting.removesuffix("min").removesuffix("s")
+    return float(seconds) * (60 if setting.endswith("min") else 1)
+
+
 def _keep_alive(end: socket.socket) -> None:
     """Let the system notice that the other end of a connection is gone."""
     if end.family not in {socket.AF_INET, socket.AF_INET6}:
@@ -328,7 +337,10 @@ async def _inspect(connection: Connection, sent: Mapping[str, str]) -> None:
         raise UnsupportedServerError(
             f"PostgreSQL {version} is too old: {SERVER_VERSION_MIN} or newer is required"
         )
-    ((encoding, dropped, _),) = await connection.fetch(INSPECT, list(sent), list(sent.values()))
+    seconds = read_seconds(sent["statement_timeout"])
+    transaction_timeout = f"{seconds + TRANSACTION_SECONDS_MORE:g}s" if seconds else "0"
+    values = list(sent), list(sent.values()), transaction_timeout
+    ((encoding, dropped, _),) = await connection.fetch(INSPECT, *values)
     if encoding != "UTF8":
         raise UnsupportedServerError(
             f"the database has the encoding {encoding}: create one with the encoding UTF8 and use that"

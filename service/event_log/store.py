@@ -290,6 +290,20 @@ async def clear_notifications(connection: Connection) -> None:
     await connection.execute(CLEAR_NOTIFICATIONS)
 
 
+async def prepare(connection: Connection) -> None:
+    """Let the server parse the statements that run under the append lock.
+
+    A process that is suspended between the parsing and the execution of a statement is in no state that the
+    server limits: it would keep the lock for as long as it is suspended.
+    """
+    async with connection.transaction():
+        # Another lock, and no event.
+        await connection.fetch(APPEND_SILENTLY, [], [], [], [], 0, [], [], [], [])
+        await connection.fetch(LAST_EVENTS, [], [])
+        await connection.fetch(EVENTS_AT, [], [])
+        await engine.has_event(connection, 0, "", 0, "")
+
+
 async def take_append_lock(connection: Connection) -> None:
     """Keep all other writers from appending until the end of the transaction, which BEGIN_LOCKED began."""
     await connection.fetchval(TAKE_APPEND_LOCK, APPEND_LOCK)

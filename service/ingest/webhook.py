@@ -99,8 +99,9 @@ class Webhook:
             except UnrecordableReportError as error:
                 path = "quarantine"
                 logger.warning("report cannot be recorded", report_id=arrival.report_id, error=str(error))
-                reason = "the report cannot be recorded"
-                receipt = await self._quarantine_body(body, arrival, reason, report.order_no)
+                receipt = await self._quarantine_body(
+                    body, arrival, "the report cannot be recorded", report.order_no
+                )
         except (ProblemError, web.HTTPException):
             # The request is at fault, or its sender.
             raise

@@ -116,14 +116,26 @@ async def test_an_unparseable_body_is_kept_byte_for_byte(
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 0
 
 
-async def test_a_body_that_the_database_refuses_is_quarantined(client: Client, connection: Connection) -> None:
-    """A body that passes the parser but cannot be stored is quarantined with a 200 response."""
-    await connection.execute("ALTER TABLE order_events ADD CHECK (originator_id <> 'KOM2')")
+async def test_a_report_on_an_unreadable_order_is_quarantined(client: Client, connection: Connection) -> None:
+    """A report that cannot be judged is quarantined with a 200 response, and its neighbours are recorded."""
+    await connection.execute(
+        "INSERT INTO order_events (originator_id, originator_version, topic, state)"
+        " VALUES ('KOM2', 1, 'order.not_known_yet', '{}')"
+    )
     receipts = await asyncio.gather(*(client.webhook(f"KOM{number}") for number in range(5)))
     assert [receipt["outcome"] for receipt in receipts] == [
         "advanced", "advanced", "quarantined", "advanced", "advanced",
     ]  # fmt: skip
     assert receipts[2]["order_no"] == "KOM2"
+
+
+async def test_a_report_that_a_constraint_rejects_fails_alone(client: Client, connection: Connection) -> None:
+    """A report that the database rejects without its fault gets 503, and its neighbours are recorded."""
+    await connection.execute("ALTER TABLE order_events ADD CHECK (originator_id <> 'KOM2')")
+    bodies = [b'{"order_no":"KOM%d","status":"Dikirim"}' % number for number in range(5)]
+    statuses = await asyncio.gather(*(client.status("PUT", "/webhook", body) for body in bodies))
+    assert statuses == [200, 200, 503, 200, 200]
+    assert (await client.get("/quarantine"))["entries"] == []
 
 
 async def test_an_order_as_it_is_now(client: Client) -> None:

@@ -307,7 +307,12 @@ async def test_a_sequence_behind_the_log_appends_nothing(dsn: str, connection: C
         assert await connection.fetchval("SELECT pg_sequence_last_value($1::regclass)", SEQUENCE) == 1
         await connection.execute(statement)
         assert (await client.webhook("KOM9", "Dikirim"))["position"] == 4
-        await client.get("/readyz")
+        assert (await client.raw(body, **keyed))["position"] == 5
+
+        async def is_ready() -> bool:
+            return await client.status("GET", "/readyz") == 200
+
+        await until_async(is_ready)
 
 
 async def test_a_sequence_that_gives_numbers_in_advance_is_refused(dsn: str, connection: Connection) -> None:
