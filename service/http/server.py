@@ -124,7 +124,7 @@ def _take_size(response: web.StreamResponse, request: web.BaseRequest) -> int:
     body = response.body if isinstance(response, web.Response) else None
     if not isinstance(body, bytes) or len(body) <= RESPONSE_BYTES_FREE or request.method == hdrs.METH_HEAD:
         return 0
-    # One that is larger than a share is sent too, as long as nobody else needs the budget.
+    # One that is larger than a share is sent too, and counts as much as a share.
     size = min(len(body), RESPONSES_BYTES_PER_ADDRESS_MAX)
     client = connection(request)
     try:

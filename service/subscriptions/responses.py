@@ -22,7 +22,7 @@ BODY_BYTES_MAX: Final = 64 * 1024
 UNREAD_BYTES_MAX: Final = 16 * 1024
 # The first bytes of each response do not count for the budget: most have no more.
 BYTES_FREE: Final = 4 * 1024
-# From here on, a response is not interim. 101 (switching protocols) is none either.
+# From here on, a response is final; so is 101 (switching protocols).
 FINAL: Final = 200
 SWITCHING: Final = 101
 

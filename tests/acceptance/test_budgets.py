@@ -8,11 +8,13 @@ import os
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Final
 
+import aiohttp
+import psutil  # type: ignore[import-untyped]  # it brings no types
 import psycopg
 import pytest
 
@@ -41,6 +43,12 @@ TOO_MANY: Final = 429
 HALF_BYTES: Final = 60_000
 ATTACK_SECONDS: Final = 6.0
 RECEIVE_BUFFER_BYTES: Final = 4_096
+# What an attack may add, where the issue is the memory of one phase.
+GROWTH_MB_MAX: Final = 30.0
+# A request that never ends: each of its fields is within the limit of a field.
+LARGE_HEAD: Final = get("/openapi.json")[:-2] + b"".join(b"X%d: %b\r\n" % (n, b"x" * 8_000) for n in range(120))
+EARLY_HINTS: Final = 1_000 * b"HTTP/1.1 103 Early Hints\r\n\r\n"
+FLOODED: Final = 50
 TOKEN: Final = "a-token-of-16-characters"  # noqa: S105 - of a service that lives for one test
 
 
@@ -138,6 +146,66 @@ async def test_half_sent_bodies_fill_no_memory(service: RunningService, path: st
             # Elapsed time is the subject: the bodies are held until their time limit.
             await asyncio.sleep(ATTACK_SECONDS)
     assert watch.statuses.total()
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [(40, 3 * (LARGE_HEAD + b"\r\n")), (255, LARGE_HEAD), (255, get("/openapi.json"))],
+    ids=["pipelined large heads", "half heads", "unread responses"],
+)
+async def test_connections_of_one_address(service: RunningService, count: int, message: bytes) -> None:
+    """What one address sends without an end, or never reads, takes little memory until it is cut off."""
+    # A first response builds what the service keeps.
+    await metric(service, "budget_held")
+    async with watching(service) as watch:
+        before = watch.memory_mb
+        with sockets(service, count) as opened:
+            sending = asyncio.create_task(send_all(opened, message))
+            own = {one.getsockname()[1] for one in opened}
+
+            async def are_closed() -> bool:
+                connections = psutil.Process(service.process.pid).net_connections("tcp4")
+                return not own & {one.raddr.port for one in connections if one.raddr}
+
+            # Long before an idle connection would be.
+            await until_async(are_closed)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+        assert watch.memory_mb - before < GROWTH_MB_MAX
+
+
+async def test_an_endpoint_that_floods_with_interim_responses(state_dir: Path) -> None:
+    """An endpoint whose responses never begin delays no webhook, and takes no memory."""
+
+    async def flood(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while True:
+                writer.write(EARLY_HINTS)
+                await writer.drain()
+
+    server = await asyncio.start_server(flood, "127.0.0.1", 0)
+    service = RunningService(state_dir, SUBSCRIPTION_NETWORKS="127.0.0.0/8")
+    try:
+        service.start()
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with aiohttp.ClientSession() as session:
+            await session.post(f"{service.url}/subscriptions", json={"url": url}, raise_for_status=True)
+        async with watching(service) as watch:
+            before = watch.memory_mb
+            filler = Connections(service.port)
+            for number in range(FLOODED):
+                await filler.request(put(f'{{"order_no":"NEW{number}","status":"Dikirim"}}'))
+            filler.close()
+            limit = 'connection_excesses_total{limit="interim_responses"}'
+
+            async def has_attacked() -> bool:
+                return await metric(service, limit) >= FLOODED
+
+            await until_async(has_attacked)
+        assert watch.memory_mb - before < GROWTH_MB_MAX
+    finally:
+        service.end()
+        server.close()
 
 
 async def test_idle_connections_keep_nobody_out(state_dir: Path) -> None:

@@ -419,7 +419,7 @@ async def test_pipelined_requests_are_all_answered() -> None:
                 received += await client.expect()
             assert received.count(b"12345") == 3
             await sending
-            # An idle connection is no slow head.
+            # An idle connection is not a slow head.
             await asyncio.sleep(0)
             assert client.socket.fileno() > 0
         assert not server.budgets.excesses.counts["head_seconds"]
