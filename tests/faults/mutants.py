@@ -23,6 +23,7 @@ from service.event_log import store
 from service.history import storage
 from service.history.signer import Signer
 from service.history.storage import Tree
+from service.http import connections as http_connections
 from service.http import streaming
 from service.ingest.recorder import Receipt, Recorder, _receipt
 from service.ingest.refusals import Refusals
@@ -153,7 +154,8 @@ def stay_silent() -> None:
 
 def hold_much() -> None:
     """Keep a large slice in memory for each reader of a stream."""
-    _replace(streaming, "SLICE_BYTES_MAX", HELD_BYTES)
+    for module in (http_connections, streaming):
+        _replace(module, "SLICE_BYTES_MAX", HELD_BYTES)
 
 
 def believe_positions() -> None:
