@@ -6,7 +6,7 @@ from typing import Final
 
 from tests.faults import mutants
 from tests.faults.deliveries import EVENTS, KILL_SECONDS, TWO_SERVICES, deliver, kill_a_service
-from tests.faults.fault import GIVEN, OWN, PROXIED, WITNESSED, Fault
+from tests.faults.fault import GIVEN, OWN, PROXIED, Fault
 from tests.faults.maintenance import erase_beside_vacuum
 from tests.faults.network import IDLE_SECONDS, cut, drop_idle, stall_readers
 from tests.faults.operator import Told
@@ -151,7 +151,12 @@ MUTATIONS: Final = (
     Fault(
         "forget-delivered",
         "a failover that loses delivered events, and a service that forgets that it delivered them",
-        replace(WITNESSED, standby="asynchronous", command=mutants.command(mutants.forget_delivered)),
+        Layout(
+            given_postgres=True,
+            standby="asynchronous",
+            has_shop=True,
+            command=mutants.command(mutants.forget_delivered),
+        ),
         fail_over_under_load,
     ),
     Fault(

@@ -106,7 +106,7 @@ class Layout:
         processes: the number of processes of a service.
         per_second: the rate of the reports; 0 for the effort's.
         has_load: whether reports arrive at that rate; if not, the fault sends its own.
-        has_keys: whether a quarter of the load's reports have an idempotency key.
+        has_keys: whether an eighth of the load's reports have an idempotency key.
         has_shop: whether a shop subscribes to every event.
         has_link: whether the primary is in another network, whose link can be taken down; requires a standby.
         settings: further settings of the services, without their prefix.

@@ -71,7 +71,7 @@ class Load:
 
     Half of the reports go to a few hot orders, and each has a unique mark in its body. The other half go to one
     new order each and are sent again, byte for byte, until the response is 200. If ``retries`` is off, no
-    report is sent again. If ``has_keys`` is on, every other one of them has an idempotency key.
+    report is sent again. If ``has_keys`` is on, every fourth of them has an idempotency key.
     """
 
     def __init__(self, connections: Connections, journal: Journal, chance: random.Random, name: str) -> None:
@@ -96,7 +96,7 @@ class Load:
         self._given_up = asyncio.Event()
         self._in_flight: set[asyncio.Task[None]] = set()
         self._keys: set[str] = set()
-        self._has_key = cycle((True, False))
+        self._has_key = cycle((True, False, False, False))
 
     async def run(self, per_second: float) -> None:
         """Send on schedule until ``finish``."""
