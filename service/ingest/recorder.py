@@ -46,7 +46,7 @@ QUEUE_BYTES_MAX: Final = 32 * 1024 * 1024
 # A report that would wait longer is refused at once, and its retry finds a shorter queue. Without this limit,
 # all reports in a long queue could reach their time limit, so that none would get a receipt.
 WAIT_SECONDS_MAX: Final = 0.4
-# Reports with a claim are recorded one by one on the batches' connection: more of them would starve batches.
+# Reports with a claim are recorded one by one, in turn with the batches, so more of them would wait too long.
 CLAIMED_REPORTS_MAX: Final = 64
 # The share of its time limit that a report must have left to open a connection. One that its caller abandons
 # holds a backend until the server notices. While the log is locked, late callers could use up all of the
@@ -147,6 +147,8 @@ class Recorder:
         self._seconds_max = seconds_max
         self._states = OrderStates(ORDER_STATES_MAX)
         self._claimed_waiting = 0
+        # One claim at a time waits for the connection, so that a batch waits for one at most.
+        self._claim_turn = asyncio.Lock()
         # The errors of the last batch and of the last report with a claim, None if they were committed.
         self._trouble: Exception | None = None
         self._claimed_trouble: Exception | None = None
@@ -217,7 +219,7 @@ class Recorder:
         self._claimed_waiting += 1
         due = asyncio.get_running_loop().time() + self._seconds_max
         try:
-            async with _time_limit(due):
+            async with _time_limit(due), self._claim_turn:
                 receipt = await self._record_claimed(report, claim, due)
         finally:
             self._claimed_waiting -= 1

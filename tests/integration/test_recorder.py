@@ -479,6 +479,16 @@ async def test_an_unavailable_lock_does_not_refuse_the_report(dsn: str, connecti
     await held.close()
 
 
+async def test_a_batch_waits_for_one_report_with_a_key(recorder: Recorder) -> None:
+    """Reports with keys take turns with the batches, however many of them are waiting."""
+    keyed = [asyncio.create_task(recorder.record(report(f"K{n}"), IdempotencyKey("key-1"))) for n in range(50)]
+    await asyncio.sleep(0)
+    receipt = await recorder.record(report("P1"))
+    # It used the connection twice, to read the order's state and to append.
+    assert receipt["position"] in {1, 2, 3}
+    assert all(receipt["version"] == 1 for receipt in await asyncio.gather(*keyed))
+
+
 async def test_reports_with_keys_do_not_starve_the_others(recorder: Recorder) -> None:
     """Reports with keys above a small limit are refused at once, and reports without keys are recorded."""
     keyed = [recorder.record(report(f"K{n}"), IdempotencyKey(f"key-{n}")) for n in range(500)]
