@@ -125,6 +125,7 @@ async def test_a_service_moves_by_replication(urls: dict[str, str], tmp_path: Pa
         await target.execute("UPDATE log_identity SET log_id = gen_random_uuid()")
         await source.execute("CREATE ROLE replicator LOGIN REPLICATION")
         key = await create_key(source, "mover", "admin", None)
+        await source.execute("INSERT INTO revoked_shares (share_id) VALUES ('share-1')")
         shop.respond = refuse_first
         async with serving_at(urls["SOURCE"], old, key) as client:
             await client.post("/subscriptions", 201, {"url": shop.url, "verdicts": []})

@@ -182,6 +182,12 @@ def is_quiet(receiver: Receiver) -> Callable[[], Awaitable[bool]]:
     return quiet
 
 
+async def is_saved(connection: Connection, subscription_id: Any, receiver: Receiver) -> bool:
+    """Return whether the result of every request that a receiver got is saved."""
+    found = await find_subscription(connection, subscription_id)
+    return found["delivered"] + found["failed"] == len(receiver.requests)
+
+
 async def is_done(connection: Connection, subscription_id: Any) -> bool:
     """Return whether a subscription has nothing left to deliver."""
     found = await find_subscription(connection, subscription_id)

@@ -1265,7 +1265,7 @@ async def test_the_pages(served: Client) -> None:
     page = await served.text("/track/KOM%201%2F%C3%A4?lang=en")
     assert "In the log up to entry 4, signed." in page
     assert f'href="{ORDER}/proof?after_position=' in page
-    assert f'href="{ORDER}/proof?bodies=true"' in page
+    assert f'href="{ORDER}/proof?bodies=true&amp;after_position=' in page
     page = await served.text("/verify?lang=en")
     assert (await served.text("/history/key")).strip() in page
     assert 'href="/history/verify.html"' in page

@@ -33,6 +33,10 @@ async def is_ready(client: Client) -> bool:
     return await client.status("GET", "/readyz") == 200
 
 
+BODY = b'{"order_no":"KOM1","status":"Dikirim"}'
+KEYED = {"Idempotency-Key": "key-1"}
+
+
 def chained(*errors: Exception) -> Exception:
     """Return the first error, each caused by the next."""
     for error, cause in pairwise(errors):
@@ -87,6 +91,26 @@ async def test_a_held_lock_is_named_everywhere(dsn: str) -> None:
         assert "not being accepted" not in await client.text("/?lang=en")
 
 
+BACKENDS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+
+
+async def test_a_stall_takes_few_connections(dsn: str) -> None:
+    """While the log is locked, callers with keys that give up leave no more than two backends behind."""
+    async with serving_client(dsn, request_seconds_max=0.5) as client:
+        await client.raw(BODY, **KEYED)
+        await client.get("/readyz")
+        async with locked_log(dsn) as holder:
+            before, most, calls = await holder.fetchval(BACKENDS), 0, []
+            for number in range(75):
+                body = b'{"order_no":"K%d","status":"Dikirim"}' % number
+                calls.append(asyncio.create_task(client.status("PUT", "/webhook", body, KEYED)))
+                await asyncio.sleep(0.02)
+                most = max(most, await holder.fetchval(BACKENDS))
+            assert {*await asyncio.gather(*calls)} == {503}
+            assert most <= before + 2
+        assert (await client.raw(BODY, **{"Idempotency-Key": "key-2"}))["version"] == 2
+
+
 async def test_every_cause_has_a_series_and_a_text(dsn: str) -> None:
     """Before the first refusal, each cause has a series at 0, so that an alert can compare it."""
     async with serving_client(dsn) as client:
@@ -113,10 +137,6 @@ async def test_a_lasting_cause_is_logged_again(dsn: str, monkeypatch: pytest.Mon
     recent.append(refusals.recent)
     assert [each is not None for each in recent] == [True, False]
     await dedicated.close()
-
-
-BODY = b'{"order_no":"KOM1","status":"Dikirim"}'
-KEYED = {"Idempotency-Key": "key-1"}
 
 
 async def cause_of_refusal(client: Client, headers: dict[str, str]) -> Any:
