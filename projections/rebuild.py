@@ -144,13 +144,15 @@ async def rebuild(
             # Batch by batch, the order with the event at fault is found and parked.
             logger.warning("an event cannot be added to a sum: the rebuild begins again", error=repr(error))
             last = await _fill(rebuilt, guard, log, progress, gathers=False)
-        for view, connection in rebuilt:
+        lasts = [last] * len(rebuilt)
+        for number, (view, connection) in enumerate(rebuilt):
             # Apply most of the new events now, so that the live projector waits only for the rest.
             for _ in range(CATCH_UP_ROUNDS):
-                await _catch_up(connection, view, log.read_log, await log.head())
+                lasts[number] = await _catch_up(connection, view, log.read_log, await log.head(), lasts[number])
+        done = zip(rebuilt, lasts, strict=True)
         if verify:
-            return [await _compare(*next_view, connect, guard, log.read_log, last) for next_view in rebuilt]
-        return [await _swap(*next_view, guard, log, last) for next_view in rebuilt]
+            return [await _compare(*one, connect, guard, log.read_log, last) for one, last in done]
+        return [await _swap(*one, guard, log, last) for one, last in done]
 
 
 async def _create_tables(view: View, connection: Connection, guard: Connection, head: int) -> None:
@@ -236,8 +238,7 @@ async def _swap(
         await connection.execute(TAKE_SWAP_LOCK)
         await connection.execute(TAKE_VIEW_LOCK, view.name)
         # The live view cannot be beyond this head: it does not move while its lock is held.
-        await _catch_up(connection, view, log.read_log, await log.head())
-        # Later events were proved as they were applied.
+        last = await _catch_up(connection, view, log.read_log, await log.head(), last)
         await require_event(connection, last)
         parked_orders = await parked.count_parked(connection)
         # The guard holds the rebuild lock. If it was lost, another rebuild may have dropped these tables.
@@ -265,8 +266,8 @@ async def _compare(  # noqa: PLR0913, PLR0917 - two views, and what their tables
         # Checked before any write: this code must not write to a view that was built with another definition.
         if (await view_state(live)).definition != view.definition:
             raise OutdatedViewError(f"the view {view.name} is outdated: run 'replay' to rebuild it")
-        await _catch_up(live, view, read_log, (await view_state(rebuilt)).position)
-        await _catch_up(rebuilt, view, read_log, (await view_state(live)).position)
+        await _catch_up(live, view, read_log, (await view_state(rebuilt)).position, None)
+        last = await _catch_up(rebuilt, view, read_log, (await view_state(live)).position, last)
         await rebuilt.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         # The first query takes the snapshot.
         await require_event(rebuilt, last)
@@ -282,17 +283,24 @@ async def _compare(  # noqa: PLR0913, PLR0917 - two views, and what their tables
     return RebuiltView(view.name, parked_orders, differences)
 
 
-async def _catch_up(connection: Connection, view: View, read_log: ReadLog, head: int) -> None:
-    """Apply the events between the view's position and a head in log order, as the live projection does."""
+async def _catch_up(
+    connection: Connection, view: View, read_log: ReadLog, head: int, last: LoggedEvent | None
+) -> LoggedEvent | None:
+    """Apply the events between the view's position and a head in log order, as the live projection does.
+
+    Returns:
+        The last event that was ever applied, ``last`` if there was none to apply now.
+    """
     while True:
         async with connection.transaction():
             state = await view_state(connection)
             batch = await read_log(state.position, view.batch_events_max)
             batch = [logged for logged in batch if logged[0] <= head]
             if not batch:
-                return
+                return last
             await _apply(connection, view, batch, has_parked=state.has_parked)
             await advance(connection, state.position, batch[-1])
+        last = batch[-1]
 
 
 async def _apply(connection: Connection, view: View, batch: Sequence[LoggedEvent], *, has_parked: bool) -> None:

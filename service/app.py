@@ -45,7 +45,7 @@ from service.database.durability import read_durability
 from service.database.log_identity import LogIdentity
 from service.database.schema import VIEWS, prepare_database
 from service.dsn import LOCAL_SOCKET, as_reader, read_hosts
-from service.event_log import store, times
+from service.event_log import times
 from service.event_log.feed import Feed
 from service.event_log.store import CHANNEL, last_arrival
 from service.history.api import HistoryApi
@@ -127,7 +127,6 @@ class Service:
         async def prepare_append(connection: Connection) -> None:
             await self.log.read(connection)
             await end_abandoned(connection, seconds_max)
-            await store.prepare(connection)
 
         self.append_connection = DedicatedConnection(
             partial(connect, dsn, prepare_append, **HOT_SETTINGS, idle_in_transaction_session_timeout="5s"),

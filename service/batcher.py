@@ -65,6 +65,7 @@ class Batcher(Generic[Item, Outcome]):
         self._wait_seconds_max = wait_seconds_max
         self._batch_seconds = 0.0
         self._waiting_items_max = queue_items_max
+        self._batch: list[_Call[Item, Outcome]] = []
         self._leader: asyncio.Task[None] | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -91,6 +92,16 @@ class Batcher(Generic[Item, Outcome]):
             # The leader outlives the caller that started it, so it inherits no context.
             self._leader = loop.create_task(self._lead(), context=Context())
         return caller
+
+    def answer(self, first: int, outcomes: Sequence[Outcome | Exception]) -> None:
+        """Answer some callers of the present batch before its work ends.
+
+        Args:
+            first: the number of the first of them in the batch.
+            outcomes: their outcomes.
+        """
+        for (*_, caller), outcome in zip(self._batch[first:], outcomes, strict=False):
+            _answer(caller, outcome)
 
     @property
     def waiting(self) -> int:
@@ -149,6 +160,7 @@ class Batcher(Generic[Item, Outcome]):
         return batch
 
     async def _work_on(self, batch: list[_Call[Item, Outcome]]) -> None:
+        self._batch = batch
         items, _, dues, _ = zip(*batch, strict=True)
         self._expiry = asyncio.get_running_loop().call_at(dues[0] + EXPIRY_SECONDS, self._expire, batch)
         try:
@@ -168,12 +180,7 @@ class Batcher(Generic[Item, Outcome]):
             if self._expiry is not None:
                 self._expiry.cancel()
         for (*_, caller), outcome in answered:
-            if caller.done():
-                continue
-            if isinstance(outcome, Exception):
-                caller.set_exception(outcome)
-            else:
-                caller.set_result(outcome)
+            _answer(caller, outcome)
 
     def _expire(self, batch: list[_Call[Item, Outcome]]) -> None:
         """Answer the callers whose time limit is reached, in the batch and behind it. Both are sorted by it."""
@@ -184,3 +191,12 @@ class Batcher(Generic[Item, Outcome]):
                 return
             if not caller.done():
                 caller.set_exception(TimeoutError("the time limit was reached before the batch ended"))
+
+
+def _answer(caller: asyncio.Future[Outcome], outcome: Outcome | Exception) -> None:
+    if caller.done():
+        return
+    if isinstance(outcome, Exception):
+        caller.set_exception(outcome)
+    else:
+        caller.set_result(outcome)

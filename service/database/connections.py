@@ -189,6 +189,10 @@ class LimitedConnection(_Connection):
         # Later: asyncpg has not yet raised the error in the statement's caller.
         asyncio.get_running_loop().call_soon(self.terminate)
 
+    def get_reset_query(self) -> str:
+        """Return what a pool runs when it gets the connection back: RESET ALL would drop the settings."""
+        return "SELECT pg_advisory_unlock_all(); CLOSE ALL; UNLISTEN *"
+
     def watch(self) -> None:
         """Close the connection when its server does not respond any more."""
         self.is_watched = True
@@ -291,6 +295,8 @@ async def _open(
         target_session_attrs=SessionAttribute(read_target(dsn)),
         server_settings={**KEEPALIVES, **sent},
         command_timeout=limit,
+        # A statement that is parsed again may be so under a lock.
+        max_cached_statement_lifetime=0,
         connection_class=LimitedConnection,
     )
     connection.server, connection.statement_seconds_max = str(host or LOCAL_SOCKET), limit
@@ -542,7 +548,10 @@ class DedicatedConnection:
             except Exception as error:
                 if isinstance(error, TimeoutError) and isinstance(connection, LimitedConnection):
                     log_silence(connection.server)
-                if not is_connection_lost(error) and not connection.is_closed():
+                is_lost = is_connection_lost(error) and not isinstance(
+                    error, asyncpg.InsufficientPrivilegeError
+                )
+                if not is_lost and not connection.is_closed():
                     if connection.is_in_transaction():
                         await connection.execute("ROLLBACK")
                     is_usable = True

@@ -296,12 +296,13 @@ async def prepare(connection: Connection) -> None:
     A process that is suspended between the parsing and the execution of a statement is in no state that the
     server limits: it would keep the lock for as long as it is suspended.
     """
-    async with connection.transaction():
-        # Another lock, and no event.
-        await connection.fetch(APPEND_SILENTLY, [], [], [], [], 0, [], [], [], [])
-        await connection.fetch(LAST_EVENTS, [], [])
-        await connection.fetch(EVENTS_AT, [], [])
-        await engine.has_event(connection, 0, "", 0, "")
+    # A lock that no other session takes, and no event.
+    own_lock = (APPEND_LOCK << 20) + connection.get_server_pid()
+    await connection.fetch(APPEND_SILENTLY, [], [], [], [], own_lock, [], [], [], [])
+    await connection.fetch(LAST_EVENTS, [], [])
+    await connection.fetch(EVENTS_AT, [], [])
+    await connection.fetch(WRITE_MESSAGE)
+    await engine.has_event(connection, 0, "", 0, "")
 
 
 async def take_append_lock(connection: Connection) -> None:

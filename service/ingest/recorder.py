@@ -108,7 +108,7 @@ class Claim(Protocol):
 
 
 class StalledError(ConnectionError):
-    """The present batch has waited for the database for longer than any report may wait for its turn."""
+    """The database has kept present reports waiting for longer than any report may wait for its turn."""
 
 
 class UnrecordableReportError(Exception):
@@ -120,7 +120,8 @@ class Recorder:
 
     Args:
         dedicated: the connection to the log.
-        on_commit: called with the events and positions of every commit, in the order of the log.
+        on_commit: called with the events and positions of every commit, in the order of the log, except that a
+            commit that was in doubt may come after later ones.
         on_loss: called when the log has lost events that this process has seen, so that it forgets them.
         queue_reports_max: the maximum number of waiting reports.
         seconds_max: the time limit for one report, including its wait.
@@ -149,6 +150,9 @@ class Recorder:
         self._claimed_waiting = 0
         # One claim at a time waits for the connection, so that a batch waits for one at most.
         self._claim_turn = asyncio.Lock()
+        self._claim_began: float | None = None
+        # How often the connection had been opened when the statements under the lock were parsed.
+        self._prepared_in = 0
         # The errors of the last batch and of the last report with a claim, None if they were committed.
         self._trouble: Exception | None = None
         self._claimed_trouble: Exception | None = None
@@ -177,13 +181,14 @@ class Recorder:
         Args:
             keyed: reports with a claim, or else those without.
         """
+        trouble, began = self._trouble, self._batch_began
         if keyed:
-            return self._claimed_trouble
-        if self._trouble is None and self._batch_began is not None:
-            seconds = asyncio.get_running_loop().time() - self._batch_began
+            trouble, began = self._claimed_trouble, self._claim_began
+        if trouble is None and began is not None:
+            seconds = asyncio.get_running_loop().time() - began
             if seconds > WAIT_SECONDS_MAX:
-                return StalledError(f"a batch has been waiting for the database for {seconds:.1f} s")
-        return self._trouble
+                return StalledError(f"reports have been waiting for the database for {seconds:.1f} s")
+        return trouble
 
     @property
     def waiting(self) -> int:
@@ -220,7 +225,11 @@ class Recorder:
         due = asyncio.get_running_loop().time() + self._seconds_max
         try:
             async with _time_limit(due), self._claim_turn:
-                receipt = await self._record_claimed(report, claim, due)
+                self._claim_began = asyncio.get_running_loop().time()
+                try:
+                    receipt = await self._record_claimed(report, claim, due)
+                finally:
+                    self._claim_began = None
         finally:
             self._claimed_waiting -= 1
         # Outside of the time limit: its batch has one of its own, after which nothing is begun.
@@ -243,7 +252,7 @@ class Recorder:
         began = self._batch_began = loop.time()
         try:
             async with _time_limit(dues[-1]):
-                receipts = await self._record(reports, dues)
+                receipts = await self._record(reports, dues, 0)
         except StorageUnavailableError as error:
             self._trouble = self._trouble or error
             raise
@@ -255,7 +264,16 @@ class Recorder:
         self._on_batch(len(reports), loop.time() - began)
         return receipts
 
-    async def _record(self, reports: list[Report], dues: Sequence[float]) -> Sequence[Receipt | Exception]:
+    async def _record(
+        self, reports: list[Report], dues: Sequence[float], first: int
+    ) -> Sequence[Receipt | Exception]:
+        """Record some reports of the present batch, apart from those that fail by themselves.
+
+        Args:
+            reports: the reports.
+            dues: when they are due.
+            first: the number of the first of them in the batch.
+        """
         try:
             return await self._record_together(reports, dues)
         except Exception as error:
@@ -270,10 +288,10 @@ class Recorder:
                 return [failure]
         # One bad report must not fail the others in its batch. Halving the batch isolates it.
         middle = len(reports) // 2
-        return [
-            *await self._record(reports[:middle], dues[:middle]),
-            *await self._record(reports[middle:], dues[middle:]),
-        ]
+        done = await self._record(reports[:middle], dues[:middle], first)
+        # What is committed is acknowledged, whatever becomes of the other half.
+        self._batcher.answer(first, done)
+        return [*done, *await self._record(reports[middle:], dues[middle:], first + middle)]
 
     async def _record_together(
         self, reports: list[Report], dues: Sequence[float]
@@ -281,10 +299,13 @@ class Recorder:
         order_nos = {report.order_no for report in reports}
         # The events that may have been committed.
         sent: list[Order.StatusReported] | None = None
+        # Before the look-up: the cached states are at most as new. Another report may move the last commit on
+        # until these are sent, even to another log.
+        seen = self._last
         try:
             states, newest = await self._known_states(order_nos, dues)
             sent = self._decide_all(reports, states)
-            positions = await self._append(sent, newest, dues)
+            positions = await self._append(sent, {seen, newest}, dues)
         except (VersionTakenError, LogWentBackError, _LockNeededError) as error:
             # A state was stale, or the log has lost events. The whole statement was refused, or not sent.
             self._went_back |= isinstance(error, LogWentBackError)
@@ -305,18 +326,20 @@ class Recorder:
         return [*late, *map(_receipt, sent, positions)]
 
     async def _append(
-        self, events: list[Order.StatusReported], newest: SeenEvent | None, dues: Sequence[float]
+        self, events: list[Order.StatusReported], seen: set[SeenEvent | None], dues: Sequence[float]
     ) -> list[int]:
+        loop = asyncio.get_running_loop()
         async with self._dedicated.connection(open_until=self._open_until(dues[-1])) as connection:
-            if self._trouble is not None or asyncio.get_running_loop().time() >= dues[0]:
+            if self._trouble is not None or loop.time() >= dues[0]:
                 raise _LockNeededError
-            # The cached states are at most as new as the last commit.
-            seen = [one for one in (self._last, newest) if one is not None]
+            proofs = [one for one in {*seen, self._last} if one is not None]
             warnings = self._dedicated.warnings
             try:
-                positions = await store.append(connection, events, seen)
+                positions = await store.append(connection, events, proofs)
             except asyncpg.ProgramLimitExceededError as error:
-                positions = await store.append(connection, events, seen, notify=False)
+                if loop.time() >= dues[0]:
+                    raise _LockNeededError from error
+                positions = await store.append(connection, events, proofs, notify=False)
                 await store.clear_notifications(connection)
                 self._warn_of_full_queue(error)
         if self._dedicated.warnings != warnings:
@@ -409,7 +432,7 @@ class Recorder:
             except Exception as error:
                 if _is_unrecordable(error):
                     raise UnrecordableReportError(str(error)) from error
-                if not isinstance(error, TooLateError):
+                if isinstance(error, asyncpg.PostgresError) or _may_succeed_at_once(error):
                     self._claimed_trouble = error
                 if isinstance(error, asyncpg.PostgresError) and not is_worth_repeating(error):
                     raise _rejected(error) from error
@@ -456,8 +479,12 @@ class Recorder:
     async def _locked(self, due: float) -> AsyncIterator[Connection]:
         """Keep all other writers from appending until the end of the block, which commits."""
         warnings = self._dedicated.warnings
-        transaction = self._dedicated.transaction(store.BEGIN_LOCKED, open_until=self._open_until(due))
-        async with transaction as connection:
+        open_until = self._open_until(due)
+        if self._prepared_in != self._dedicated.times_opened or not self._prepared_in:
+            async with self._dedicated.connection(open_until=open_until) as connection:
+                await store.prepare(connection)
+                self._prepared_in = self._dedicated.times_opened
+        async with self._dedicated.transaction(store.BEGIN_LOCKED, open_until=open_until) as connection:
             await store.take_append_lock(connection)
             if self._went_back:
                 await self._forget_loss(connection)
@@ -501,7 +528,9 @@ class Recorder:
         if self._last is not None and positions[0] != self._last.position + 1:
             # Another process appends too. A gap of another origin costs a second of reading.
             self._shared_until = monotonic() + SHARED_SECONDS
-        self._last = SeenEvent.of(events[-1], positions[-1])
+        if self._last is None or positions[-1] > self._last.position:
+            # A commit that was in doubt may be found after a later one.
+            self._last = SeenEvent.of(events[-1], positions[-1])
         self._states.learn(events)
         self._on_commit(events, positions)
 

@@ -183,9 +183,11 @@ class Refusals:
             error: why the webhook was refused.
             path: the path on which it was refused.
         """
-        # A queue is full because nothing is being committed, or because too much arrives.
-        reason = (self._trouble(path == "keyed") or error) if path in {"plain", "keyed"} else error
-        cause = find_cause(reason)
+        reason, cause = error, find_cause(error)
+        if cause in {"queue_full", "no_answer"} and path in {"plain", "keyed"}:
+            # A queue is full because nothing is being committed, or because too much arrives.
+            reason = self._trouble(path == "keyed") or error
+            cause = find_cause(reason)
         if cause == "no_answer":
             cause = await self._diagnose()
         self.counts[cause] += 1

@@ -91,7 +91,14 @@ class Dispatcher:
             for delivery, _ in self._deliveries.values():
                 delivery.stop()
             self.changed.set()
-        self._committed, self._recorder_losses = place, losses
+        if (
+            losses != self._recorder_losses
+            or self._committed is None
+            or place.position > self._committed.position
+        ):
+            # A commit that was in doubt may be found after a later one.
+            self._committed = place
+        self._recorder_losses = losses
 
     def wake(self) -> None:
         """Let every deliverer look at the log at once."""

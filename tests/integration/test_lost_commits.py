@@ -19,14 +19,24 @@ from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.feed import Feed
 from service.event_log.store import LogWentBackError
+from service.ingest.idempotency import IdempotencyKey
 from service.maintenance.check import check_database
 from service.maintenance.replay import rebuild_views
 from service.settings import Settings
 from tests.support.client import Client
-from tests.support.databases import TestServer
-from tests.support.recording import EQUAL, caught_up, dedicated_connection, make_recorder, rebuilt, record
+from tests.support.databases import TestServer, wait_for_locked
+from tests.support.recording import (
+    EQUAL,
+    caught_up,
+    dedicated_connection,
+    locked_log,
+    logged_events,
+    make_recorder,
+    rebuilt,
+    record,
+)
 from tests.support.reports import report
-from tests.support.waiting import until_async
+from tests.support.waiting import condition, until_async
 
 
 @pytest.fixture
@@ -85,7 +95,10 @@ async def test_a_restore_that_cuts_no_connection_is_noticed(
 
 
 @pytest.mark.parametrize("verify", [False, True])
-async def test_a_rebuild_proves_what_it_has_read(server: TestServer, dsn: str, *, verify: bool) -> None:
+@pytest.mark.parametrize("restore_at", [1, 3 * len(VIEWS)], ids=["before the catch-up", "at its end"])
+async def test_a_rebuild_proves_what_it_has_read(
+    server: TestServer, dsn: str, restore_at: int, *, verify: bool
+) -> None:
     """If a restore replaces the log after a rebuild has read it, the rebuilt views are not used."""
     async with dedicated_connection(dsn) as held, dedicated_connection(dsn) as reading:
         recorder = make_recorder(held)
@@ -95,25 +108,91 @@ async def test_a_rebuild_proves_what_it_has_read(server: TestServer, dsn: str, *
         for number in range(5):
             await recorder.record(report(f"LOST{number}"))
 
+        heads = 0
+
         class Restoring(Feed):
             async def head(self) -> int:
-                nonlocal dump
-                if dump:
+                nonlocal dump, heads
+                heads += 1
+                if heads == 1 < restore_at:
+                    # For the catch-up.
+                    await recorder.record(report("LOST5"))
+                if heads == restore_at:
                     await asyncio.to_thread(server.restore_clean, dsn, dump)
                     dump = b""
                     # As many events as were lost, so that the positions alone show nothing.
-                    for number in range(5):
+                    for number in range(6):
                         await recorder.record(report(f"NEW{number}"))
                 return await super().head()
 
         reader = Restoring(reading, lambda: connect(dsn))
-        with pytest.raises(StorageUnavailableError, match="has lost the event at position 8"):
+        with pytest.raises(StorageUnavailableError, match="has lost the event at position [89]"):
             await rebuild_views(dsn, VIEWS, reader, lambda _done, _total: None, verify=verify)
     assert await rebuilt(dsn) == EQUAL
     connection = await connect(dsn)
     found = await current_status.find_orders(connection, ["LOST1", "NEW1"])
     await connection.close()
     assert [one.order["version"] if one.order else None for one in found] == [None, 1]
+
+
+LOSE_ALL_BUT = """
+    ALTER TABLE order_events DISABLE TRIGGER ALL;
+    DELETE FROM idempotency_keys WHERE version > 0;
+    DELETE FROM order_events WHERE notification_id > {kept};
+    SELECT setval('order_events_notification_id_seq', {kept});
+"""
+
+
+async def versions_by_order(connection: Connection) -> list[tuple[str, int]]:
+    return [(event.originator_id, event.originator_version) for _, event in await logged_events(connection)]
+
+
+async def test_a_loss_that_a_keyed_report_finds_is_one_for_the_batch_too(
+    dsn: str, connection: Connection
+) -> None:
+    """A batch proves what its states come from, even if another report has appended to the new log since."""
+    async with dedicated_connection(dsn) as held, dedicated_connection(dsn) as waiting:
+        recorder = make_recorder(held)
+        for status in ("Diajukan", "Dipacking", "Dijemput"):
+            await recorder.record(report("X", status))
+        await connection.execute(LOSE_ALL_BUT.format(kept=1))
+        async with waiting.connection() as second, locked_log(dsn) as first:
+            keyed = asyncio.create_task(recorder.record(report("Y", "Diajukan"), IdempotencyKey("key-1")))
+            await wait_for_locked(first)
+            await second.execute("BEGIN")
+            locking = asyncio.create_task(second.execute("SELECT pg_advisory_xact_lock($1)", store.APPEND_LOCK))
+            await wait_for_locked(first, 2)
+            await first.execute("ROLLBACK")
+            await locking
+            # The keyed report has found the loss, and waits for the lock again to forget what it has seen.
+            await wait_for_locked(second)
+            plain = asyncio.create_task(recorder.record(report("X", "Dikirim")))
+            await until_async(condition(lambda: recorder._batch_began is not None))  # noqa: SLF001
+            await second.execute("ROLLBACK")
+            await asyncio.gather(keyed, plain)
+            await first.execute("BEGIN")
+    assert await versions_by_order(connection) == [("X", 1), ("Y", 1), ("X", 2)]
+    assert recorder.losses == 1
+
+
+async def test_a_commit_that_is_found_late_hides_no_loss(dsn: str, connection: Connection) -> None:
+    """A commit in doubt may be found after a later one, which stays the one that the next append proves."""
+    async with dedicated_connection(dsn) as held:
+        recorder = make_recorder(held)
+        await recorder.record(report("Z", "Diajukan"))
+        async with locked_log(dsn) as holder:
+            plain = asyncio.create_task(recorder.record(report("X", "Diajukan")))
+            await wait_for_locked(holder)
+            keyed = asyncio.create_task(recorder.record(report("Y", "Diajukan"), IdempotencyKey("key-1")))
+            await until_async(condition(lambda: recorder._claim_began is not None))  # noqa: SLF001
+            held._connection._transport.abort()  # type: ignore[union-attr]  # noqa: SLF001
+            await wait_for_locked(holder, 2)
+        positions = {(await each)["position"] for each in (plain, keyed)}
+        assert positions == {2, 3}
+        await connection.execute(LOSE_ALL_BUT.format(kept=2))
+        lost = "Y" if (await keyed)["position"] == 3 else "X"
+        receipt = await recorder.record(report(lost, "Dipacking"))
+    assert (receipt["version"], receipt["position"], recorder.losses) == (1, 3, 1)
 
 
 async def test_what_another_process_wrote_is_proved_too(server: TestServer, dsn: str) -> None:
@@ -127,7 +206,7 @@ async def test_what_another_process_wrote_is_proved_too(server: TestServer, dsn:
         events = recorder._decide_all([report("KOM2", "Dipacking")], states)  # noqa: SLF001
         await asyncio.to_thread(server.restore_clean, dsn, dump)
         with pytest.raises(LogWentBackError):
-            await recorder._append(events, newest, [inf])  # noqa: SLF001
+            await recorder._append(events, {newest}, [inf])  # noqa: SLF001
 
 
 async def test_lost_events_are_not_applied_to_the_views(server: TestServer, service: Service, dsn: str) -> None:

@@ -21,6 +21,7 @@ from service.batcher import OverloadedError
 from service.database.connections import (
     DedicatedConnection,
     StorageUnavailableError,
+    UnsupportedServerError,
     connect,
     end_abandoned,
 )
@@ -199,6 +200,27 @@ async def test_reports_that_are_all_due_are_not_recorded(recorder: Recorder, con
     with pytest.raises(StorageUnavailableError):
         await recorder._record_batch([report("KOM1"), report("KOM2")], [PAST, due])  # noqa: SLF001
     assert await logged_events(connection) == []
+
+
+async def test_what_is_committed_is_acknowledged_at_once(recorder: Recorder, connection: Connection) -> None:
+    """If a batch is halved, the callers of the first half do not wait for the second, nor share its failure."""
+    await connection.execute("""
+        CREATE FUNCTION stall() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+            IF NEW.originator_id = 'BAD' THEN RAISE 'no' USING ERRCODE = 'check_violation'; END IF;
+            IF NEW.originator_id = 'SLOW' THEN PERFORM pg_advisory_xact_lock(42); END IF;
+            RETURN NEW;
+        END $$;
+        CREATE TRIGGER stall BEFORE INSERT ON order_events FOR EACH ROW EXECUTE FUNCTION stall();
+        SELECT pg_advisory_lock(42);
+    """)
+    order_nos = ("GOOD1", "GOOD2", "BAD", "SLOW")
+    *good, bad, slow = (asyncio.create_task(recorder.record(report(order_no))) for order_no in order_nos)
+    assert [receipt["version"] for receipt in await asyncio.gather(*good)] == [1, 1]
+    assert not slow.done()
+    await connection.execute("SELECT pg_advisory_unlock(42)")
+    assert (await slow)["version"] == 1
+    with pytest.raises(UnsupportedServerError, match="the database rejects reports: no"):
+        await bad
 
 
 async def test_a_commit_in_doubt_is_found_after_its_caller_was_answered(dsn: str) -> None:
