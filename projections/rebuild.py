@@ -238,8 +238,7 @@ async def _swap(
         await connection.execute(TAKE_SWAP_LOCK)
         await connection.execute(TAKE_VIEW_LOCK, view.name)
         # The live view cannot be beyond this head: it does not move while its lock is held.
-        last = await _catch_up(connection, view, log.read_log, await log.head(), last)
-        await require_event(connection, last)
+        await _catch_up(connection, view, log.read_log, await log.head(), last)
         parked_orders = await parked.count_parked(connection)
         # The guard holds the rebuild lock. If it was lost, another rebuild may have dropped these tables.
         await guard.fetchval(IS_ALIVE)
@@ -288,14 +287,26 @@ async def _catch_up(
 ) -> LoggedEvent | None:
     """Apply the events between the view's position and a head in log order, as the live projection does.
 
+    Args:
+        connection: a connection whose search path is the view's schema.
+        view: the view.
+        read_log: returns the events above a position.
+        head: the head.
+        last: the last event that was applied before, which the log must still have.
+
     Returns:
-        The last event that was ever applied, ``last`` if there was none to apply now.
+        The last event that was applied by now.
+
+    Raises:
+        OtherLogError: the log has lost what was applied.
     """
     while True:
         async with connection.transaction():
             state = await view_state(connection)
             batch = await read_log(state.position, view.batch_events_max)
             batch = [logged for logged in batch if logged[0] <= head]
+            # What came before must be of the same log.
+            await require_event(connection, last)
             if not batch:
                 return last
             await _apply(connection, view, batch, has_parked=state.has_parked)

@@ -126,7 +126,7 @@ async def test_a_rebuild_proves_what_it_has_read(
                 return await super().head()
 
         reader = Restoring(reading, lambda: connect(dsn))
-        with pytest.raises(StorageUnavailableError, match="has lost the event at position [89]"):
+        with pytest.raises(StorageUnavailableError, match=r"has lost the event at position [89]"):
             await rebuild_views(dsn, VIEWS, reader, lambda _done, _total: None, verify=verify)
     assert await rebuilt(dsn) == EQUAL
     connection = await connect(dsn)
