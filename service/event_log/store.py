@@ -7,7 +7,7 @@ named ``order`` with text ids. Every function takes a connection.
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import asyncpg
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
@@ -54,21 +54,24 @@ class UnreplicatedCommitError(ConnectionError):
 
 
 class SeenEvent(NamedTuple):
-    """An event that this process has read or committed: its place in the log, and the id of its report.
+    """An event that this process has read or committed: its place in the log, and when it was recorded.
 
     A failover or a restore loses the end of a log, never its middle. So a log that still has this event has all
-    earlier events that this process has seen, and has them unchanged.
+    earlier events that this process has seen, and has them unchanged. The report's id would not do: a report
+    whose append was lost may be appended again, to another log, at the same position and version.
     """
 
     position: int
     order_no: str
     version: int
-    report_id: str
+    recorded_at: datetime
 
-    @classmethod
-    def of(cls, event: Order.StatusReported, position: int) -> "SeenEvent":
-        """Return the place of an event."""
-        return cls(position, event.originator_id, event.originator_version, event.report_id)
+
+class Appended(NamedTuple):
+    """The positions of events that were appended together, and the last of them."""
+
+    positions: list[int]
+    last: SeenEvent
 
 
 class RecordedEvent(NamedTuple):
@@ -128,13 +131,13 @@ APPEND: Final = """
     WHERE (SELECT last_value - 1 + is_called::integer FROM order_events_notification_id_seq)
         >= coalesce((SELECT max(notification_id) FROM order_events), 0)
       AND NOT EXISTS (
-        SELECT FROM unnest($6::bigint[], $7::text[], $8::bigint[], $9::text[])
-            AS seen (position, order_no, version, report_id)
+        SELECT FROM unnest($6::bigint[], $7::text[], $8::bigint[], $9::timestamptz[])
+            AS seen (position, order_no, version, recorded_at)
         WHERE NOT EXISTS (
-            SELECT FROM order_events
+            SELECT FROM order_events AS logged
             WHERE notification_id = seen.position AND originator_id = seen.order_no
-              AND originator_version = seen.version AND position(convert_to(report_id, 'UTF8') IN state) > 0))
-    RETURNING originator_id, originator_version, notification_id
+              AND originator_version = seen.version AND logged.recorded_at = seen.recorded_at))
+    RETURNING originator_id, originator_version, notification_id, recorded_at
 """
 
 CLEAR_NOTIFICATIONS: Final = "SELECT pg_notification_queue_usage()"
@@ -162,10 +165,11 @@ LAST_ARRIVAL: Final = """
 
 # The last event of each of these orders, if it lies above the version that is known.
 LAST_EVENTS: Final = """
-    SELECT last.notification_id, requested.order_no, last.originator_version, last.topic, last.state
+    SELECT last.notification_id, last.recorded_at, requested.order_no, last.originator_version, last.topic,
+        last.state
     FROM unnest($1::text[], $2::bigint[]) AS requested (order_no, known_version),
     LATERAL (
-        SELECT notification_id, originator_version, topic, state
+        SELECT notification_id, recorded_at, originator_version, topic, state
         FROM order_events
         WHERE originator_id = requested.order_no AND originator_version > requested.known_version
         ORDER BY originator_version DESC
@@ -175,10 +179,17 @@ LAST_EVENTS: Final = """
 
 # The events with these order numbers and versions.
 EVENTS_AT: Final = """
-    SELECT logged.notification_id, logged.originator_id, logged.originator_version, logged.topic, logged.state
+    SELECT logged.notification_id, logged.recorded_at,
+        logged.originator_id, logged.originator_version, logged.topic, logged.state
     FROM unnest($1::text[], $2::bigint[]) AS requested (order_no, version)
     JOIN order_events AS logged
       ON logged.originator_id = requested.order_no AND logged.originator_version = requested.version
+"""
+
+HAS_SEEN: Final = """
+    SELECT EXISTS (
+        SELECT FROM order_events
+        WHERE notification_id = $1 AND originator_id = $2 AND originator_version = $3 AND recorded_at = $4)
 """
 
 # A batch of one order's events above a version. The first event is returned whatever its size.
@@ -244,7 +255,7 @@ async def append(
     seen: Sequence[SeenEvent] = (),
     *,
     notify: bool = True,
-) -> list[int]:
+) -> Appended:
     """Append events in one statement, all or none, and return their positions.
 
     Args:
@@ -268,7 +279,7 @@ async def append(
         [event.position for event in seen],
         [event.order_no for event in seen],
         [event.version for event in seen],
-        [event.report_id for event in seen],
+        [event.recorded_at for event in seen],
     )
     try:
         statement = APPEND if notify and not connection.is_in_transaction() else APPEND_SILENTLY
@@ -281,8 +292,14 @@ async def append(
         await require_rising_numbers(connection)
         raise LogWentBackError("the log has lost events that this process has seen")
     # An event is recorded only if the server returned its position; the absence of an error is not enough.
-    positions = {(order_no, version): position for order_no, version, position in rows}
-    return [positions[event.originator_id, event.originator_version] for event in events]
+    places = {(order_no, version): place for order_no, version, *place in rows}
+    return _appended(events, [places[event.originator_id, event.originator_version] for event in events])
+
+
+def _appended(events: Sequence[Order.StatusReported], places: Sequence[Sequence[Any]]) -> Appended:
+    last, (position, recorded_at) = events[-1], places[-1]
+    seen = SeenEvent(position, last.originator_id, last.originator_version, recorded_at)
+    return Appended([position for position, _ in places], seen)
 
 
 async def clear_notifications(connection: Connection) -> None:
@@ -302,7 +319,7 @@ async def prepare(connection: Connection) -> None:
     await connection.fetch(LAST_EVENTS, [], [])
     await connection.fetch(EVENTS_AT, [], [])
     await connection.fetch(WRITE_MESSAGE)
-    await engine.has_event(connection, 0, "", 0, "")
+    await connection.fetchval(HAS_SEEN, 0, "", 0, datetime.now(UTC))
 
 
 async def take_append_lock(connection: Connection) -> None:
@@ -341,17 +358,18 @@ async def read_states(
     states = {order_no: known.get(order_no, NEW_ORDER) for order_no in order_nos}
     versions = [state.version for state in states.values()]
     newest: SeenEvent | None = None
-    for position, order_no, version, topic, state in await connection.fetch(LAST_EVENTS, [*states], versions):
+    rows = await connection.fetch(LAST_EVENTS, [*states], versions)
+    for position, recorded_at, order_no, version, topic, state in rows:
         event = decode_event(order_no, version, topic, state)
         if (event.status, event.leg) not in TABLE:
             raise UndecodableEventError(f"the transition table does not have the status of {order_no}")
         states[order_no] = evolve(NEW_ORDER, event)
         if newest is None or position > newest.position:
-            newest = SeenEvent.of(event, position)
+            newest = SeenEvent(position, order_no, version, recorded_at)
     return states, newest
 
 
-async def find_positions(connection: Connection, events: Sequence[Order.StatusReported]) -> list[int] | None:
+async def find_appended(connection: Connection, events: Sequence[Order.StatusReported]) -> Appended | None:
     """Return the positions of events whose append was not confirmed, None if it was not committed.
 
     Call this under the append lock, so that the transaction that may have written them has ended.
@@ -361,18 +379,19 @@ async def find_positions(connection: Connection, events: Sequence[Order.StatusRe
         [event.originator_id for event in events],
         [event.originator_version for event in events],
     )
-    positions = {_report_id(*event): position for position, *event in rows}
-    found = [positions[event.report_id] for event in events if event.report_id in positions]
+    places = {_report_id(*event): (position, recorded_at) for position, recorded_at, *event in rows}
+    found = [places[event.report_id] for event in events if event.report_id in places]
     if not found:
         return None
     if len(found) != len(events):
         raise RuntimeError("an append was committed in part, although it is one statement")
-    return found
+    return _appended(events, found)
 
 
 async def has_event(connection: Connection, seen: SeenEvent) -> bool:
     """Return whether the log still has an event."""
-    return await engine.has_event(connection, *seen)
+    has: bool = await connection.fetchval(HAS_SEEN, *seen)
+    return has
 
 
 def _report_id(order_no: str, version: int, topic: str, state: bytes) -> str | None:

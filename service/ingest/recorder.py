@@ -33,7 +33,13 @@ from service.database.connections import (
 )
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError
-from service.event_log.store import LogWentBackError, SeenEvent, UnreplicatedCommitError, VersionTakenError
+from service.event_log.store import (
+    Appended,
+    LogWentBackError,
+    SeenEvent,
+    UnreplicatedCommitError,
+    VersionTakenError,
+)
 from service.ingest.order_states import OrderStates
 from service.ingest.parser import ignored_members
 
@@ -299,35 +305,37 @@ class Recorder:
         order_nos = {report.order_no for report in reports}
         # The events that may have been committed.
         sent: list[Order.StatusReported] | None = None
+        appended: Appended | None
         # Before the look-up: the cached states are at most as new. Another report may move the last commit on
         # until these are sent, even to another log.
         seen = self._last
         try:
             states, newest = await self._known_states(order_nos, dues)
             sent = self._decide_all(reports, states)
-            positions = await self._append(sent, {seen, newest}, dues)
+            appended = await self._append(sent, {seen, newest}, dues)
         except (VersionTakenError, LogWentBackError, _LockNeededError) as error:
             # A state was stale, or the log has lost events. The whole statement was refused, or not sent.
             self._went_back |= isinstance(error, LogWentBackError)
-            sent, positions = await self._record_locked(reports, dues, None)
+            sent, appended = await self._record_locked(reports, dues, None)
         except Exception as error:
             if not _may_succeed_at_once(error):
                 self._states.forget(order_nos)
                 raise
-            sent, positions = await self._record_locked(reports, dues, sent)
+            sent, appended = await self._record_locked(reports, dues, sent)
         except BaseException:
             self._states.forget(order_nos)
             raise
-        if sent:
-            self._trouble = None
-            self._commit(sent, positions)
         # The first reports may have been left out, since they were due.
         late = [StorageUnavailableError(NOT_BEGUN) for _ in range(len(reports) - len(sent))]
-        return [*late, *map(_receipt, sent, positions)]
+        if appended is None:
+            return late
+        self._trouble = None
+        self._commit(sent, appended)
+        return [*late, *map(_receipt, sent, appended.positions)]
 
     async def _append(
         self, events: list[Order.StatusReported], seen: set[SeenEvent | None], dues: Sequence[float]
-    ) -> list[int]:
+    ) -> Appended:
         loop = asyncio.get_running_loop()
         async with self._dedicated.connection(open_until=self._open_until(dues[-1])) as connection:
             if self._trouble is not None or loop.time() >= dues[0]:
@@ -335,30 +343,31 @@ class Recorder:
             proofs = [one for one in {*seen, self._last} if one is not None]
             warnings = self._dedicated.warnings
             try:
-                positions = await store.append(connection, events, proofs)
+                appended = await store.append(connection, events, proofs)
             except asyncpg.ProgramLimitExceededError as error:
                 if loop.time() >= dues[0]:
                     raise _LockNeededError from error
-                positions = await store.append(connection, events, proofs, notify=False)
+                appended = await store.append(connection, events, proofs, notify=False)
                 await store.clear_notifications(connection)
                 self._warn_of_full_queue(error)
         if self._dedicated.warnings != warnings:
             raise UnreplicatedCommitError(store.UNREPLICATED)
-        return positions
+        return appended
 
     async def _record_locked(
         self,
         reports: list[Report],
         dues: Sequence[float],
         sent: list[Order.StatusReported] | None,
-    ) -> tuple[list[Order.StatusReported], list[int]]:
+    ) -> tuple[list[Order.StatusReported], Appended | None]:
         """Record under the append lock, after a first attempt that was refused or whose outcome is unknown.
 
         A lost connection is reopened until the time limit. Under the lock, events that may have been committed
         are searched for: the transaction that wrote them holds the lock until it ends.
 
         Returns:
-            The events and their positions, of all reports or of the last ones: the others were due.
+            The events and their places, of all reports or of the last ones: the others were due. None if all
+            were due.
         """
         self._states.forget({report.order_no for report in reports})
         doubtful = [sent] if sent else []
@@ -369,10 +378,10 @@ class Recorder:
                         return found
                     events = await self._decide_undue(connection, reports, dues)
                     if not events:
-                        return [], []
+                        return [], None
                     # Kept before the append, so that these events are searched for if it fails.
                     doubtful.append(events)
-                    positions = await self._append_locked(connection, events)
+                    appended = await self._append_locked(connection, events)
             except (VersionTakenError, LogWentBackError):
                 # Another writer does not take the lock, or its commit was not visible yet, or the log has lost
                 # events. This append recorded nothing; the earlier ones are searched for again.
@@ -387,16 +396,20 @@ class Recorder:
                     raise
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
             else:
-                return events, positions
+                return events, appended
 
     async def _find_commit(
         self, connection: Connection, doubtful: Sequence[list[Order.StatusReported]]
-    ) -> tuple[list[Order.StatusReported], list[int]] | None:
-        """Return the events that were committed without a confirmation, and their positions, if any were."""
+    ) -> tuple[list[Order.StatusReported], Appended] | None:
+        """Return the events that were committed without a confirmation, and their places, if any were."""
         for events in doubtful:
-            if positions := await store.find_positions(connection, events):
+            if appended := await store.find_appended(connection, events):
+                # It proves only itself: the log may have lost what came before, and have this from a late
+                # statement.
+                if self._last is not None and not await store.has_event(connection, self._last):
+                    await self._forget_loss(connection)
                 await store.await_standby(connection)
-                return events, positions
+                return events, appended
         return None
 
     async def _decide_undue(
@@ -424,7 +437,7 @@ class Recorder:
                         order_nos = {one.order_no for one in claimed}
                         states = await store.order_states(connection, order_nos)
                         events = self._decide_all(claimed, states)
-                        positions = await self._append_locked(connection, events)
+                        appended = await self._append_locked(connection, events)
                         await claim.keep(connection, report, events[0])
             except (VersionTakenError, LogWentBackError):
                 await asyncio.sleep(RECONNECT_PAUSE_SECONDS)
@@ -443,8 +456,8 @@ class Recorder:
                 continue
             self._claimed_trouble = None
             if not isinstance(claimed, ClaimedEvent):
-                self._commit(events, positions)
-                return _receipt(events[0], positions[0])
+                self._commit(events, appended)
+                return _receipt(events[0], appended.positions[0])
             return _receipt(claimed.event, claimed.position) if claimed.same_body else None
 
     def _decide_all(
@@ -497,7 +510,7 @@ class Recorder:
             self._warn_at = monotonic() + WARN_SECONDS
             logger.warning("the notification queue is full: views and streams are late", error=str(error))
 
-    async def _append_locked(self, connection: Connection, events: list[Order.StatusReported]) -> list[int]:
+    async def _append_locked(self, connection: Connection, events: list[Order.StatusReported]) -> Appended:
         """Append events that were decided from states that were read under the lock.
 
         The last commit is proved even so: the feed and the next decisions take it and these events for one log.
@@ -524,15 +537,15 @@ class Recorder:
         self._last = None
         self._went_back = False
 
-    def _commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
-        if self._last is not None and positions[0] != self._last.position + 1:
+    def _commit(self, events: Sequence[Order.StatusReported], appended: Appended) -> None:
+        if self._last is not None and appended.positions[0] != self._last.position + 1:
             # Another process appends too. A gap of another origin costs a second of reading.
             self._shared_until = monotonic() + SHARED_SECONDS
-        if self._last is None or positions[-1] > self._last.position:
+        if self._last is None or appended.last.position > self._last.position:
             # A commit that was in doubt may be found after a later one.
-            self._last = SeenEvent.of(events[-1], positions[-1])
+            self._last = appended.last
         self._states.learn(events)
-        self._on_commit(events, positions)
+        self._on_commit(events, appended.positions)
 
 
 @asynccontextmanager

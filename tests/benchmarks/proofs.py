@@ -134,7 +134,7 @@ async def _measure_follower(dsn: str, folder: Path) -> list[Row]:
             remembered_cpu = 0.0
             for start in range(0, REMEMBERED, BATCH_LEAVES_MAX):
                 events = _events("MEM", start, BATCH_LEAVES_MAX)
-                feed.remember(events, await store.append(connection, events))
+                feed.remember(events, (await store.append(connection, events)).positions)
                 cpu = time.process_time()
                 await follower.step()
                 remembered_cpu += (time.process_time() - cpu) / REMEMBERED * 1e6

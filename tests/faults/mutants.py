@@ -91,7 +91,7 @@ def keep_memory() -> None:
         _seen: object = (),
         *,
         notify: bool = True,
-    ) -> list[int]:
+    ) -> store.Appended:
         return await append(connection, events, notify=notify)
 
     _replace(Service, "_forget", lambda _service: None)
@@ -104,7 +104,7 @@ def retry_blindly() -> None:
     async def find_nothing(_connection: Connection, _events: Sequence[Order.StatusReported]) -> None:
         return None
 
-    _replace(store, "find_positions", find_nothing)
+    _replace(store, "find_appended", find_nothing)
 
 
 def use_defaults() -> None:

@@ -69,7 +69,7 @@ class LogInThread:
                     store.APPEND_LOCK,
                     *([], [], [], []),
                 )
-            positions = {(order_no, version): position for order_no, version, position in rows}
+            positions = {(order_no, version): position for order_no, version, position, _ in rows}
             return [positions[str(event.originator_id), event.originator_version] for event in stored]
 
         try:

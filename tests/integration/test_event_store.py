@@ -111,7 +111,7 @@ async def test_an_order_of_ours_is_read_by_the_library_and_one_of_its_by_us(dsn:
         ours = Order.new("KOM/1 ü")
         ours.report(report("KOM/1 ü", "Diajukan"))
         ours.report(report("KOM/1 ü", "Dikirim"))
-        assert await store.append(connection, ours.pending_events) == [1, 2]  # type: ignore[arg-type]
+        assert (await store.append(connection, ours.pending_events)).positions == [1, 2]  # type: ignore[arg-type]
 
         def go_on_in_the_library() -> tuple[Order, list[int]]:
             with library_application(dsn) as application:
@@ -184,11 +184,11 @@ async def test_the_database_itself_refuses_to_change_the_log(connection: Connect
 async def test_a_lost_answer_is_looked_for_by_report_id(connection: Connection) -> None:
     """An event counts as appended only if its report_id is equal, not only its version."""
     event = Order.new("KOM1").report(report("KOM1"))
-    assert await store.find_positions(connection, [event]) is None
-    (position,) = await store.append(connection, [event])
-    assert await store.find_positions(connection, [event]) == [position]
+    assert await store.find_appended(connection, [event]) is None
+    appended = await store.append(connection, [event])
+    assert await store.find_appended(connection, [event]) == appended
     other = Order.new("KOM1").report(report("KOM1"))
-    assert await store.find_positions(connection, [other]) is None
+    assert await store.find_appended(connection, [other]) is None
 
 
 async def test_no_connection_appends_while_the_log_is_locked(dsn: str, held: DedicatedConnection) -> None:
@@ -201,7 +201,7 @@ async def test_no_connection_appends_while_the_log_is_locked(dsn: str, held: Ded
         await wait_for_locked(connection)
         assert not waiting.done()
         assert await store.order_states(connection, ["KOM1"]) == {"KOM1": NEW_ORDER}
-    assert await waiting == [1]
+    assert (await waiting).positions == [1]
     await other.close()
 
 

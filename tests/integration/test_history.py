@@ -98,7 +98,7 @@ async def record(history: History, order_no: str, *words: str, remember: bool = 
     for word in words:
         state = (await store.order_states(history.connection, [order_no]))[order_no]
         event = decide(state, report(order_no, word))
-        (position,) = await store.append(history.connection, [event])
+        (position,), _ = await store.append(history.connection, [event])
         if remember:
             history.feed.remember([event], [position])
         positions.append(position)

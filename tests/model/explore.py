@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import NamedTuple
 
-from tests.model.protocol import Disturbances, Rules, State, Step, broken, steps
+from tests.model.protocol import KEYED, Disturbances, Rules, State, Step, Worker, broken, steps
 
 
 class Exploration(NamedTuple):
@@ -29,16 +29,19 @@ class Exploration(NamedTuple):
     seconds: float
 
 
-def explore(rules: Rules, reports: int, left: Disturbances | None = None) -> Exploration:
+def explore(rules: Rules, reports: int, left: Disturbances | None = None, *, keyed: bool = True) -> Exploration:
     """Explore every state up to the first one that breaks an invariant.
 
     Args:
         rules: what the code does.
         reports: how many reports arrive.
         left: how often each disturbance may happen; None for the defaults.
+        keyed: whether there are reports with keys.
     """
     began = monotonic()
     first = State(left=left or Disturbances())
+    if not keyed:
+        first = first.with_worker(KEYED, Worker("absent"))
     came_from: dict[State, tuple[State, Step] | None] = {first: None}
     queue = deque([first])
     while queue:

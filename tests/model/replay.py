@@ -12,11 +12,11 @@ from domain.order import Order, Report
 from projections.postgres_errors import Connection
 from service.database.connections import DedicatedConnection, connect
 from service.event_log import store
-from service.event_log.store import SeenEvent
+from service.event_log.store import Appended, SeenEvent
 from service.ingest.recorder import Receipt, Recorder
 from tests.model.explore import Exploration, states_of
 from tests.model.invariants import Fact, violations
-from tests.model.protocol import PROCESSES, Rules, State
+from tests.model.protocol import PROCESS_OF, Rules, State
 from tests.support.databases import TestServer, wait_for_locked
 from tests.support.recording import locked_log, logged_events, make_recorder
 from tests.support.reports import report
@@ -102,7 +102,7 @@ class Recording:
 
 def leave_out(rules: Rules, processes: Sequence[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
     """Put gates before the appends of real recorders, and take out what the rules leave out."""
-    append, find_positions = store.append, store.find_positions
+    append, find_appended = store.append, store.find_appended
     searched: set[str] = set()
 
     async def append_at_gate(
@@ -111,20 +111,20 @@ def leave_out(rules: Rules, processes: Sequence[Recording], monkeypatch: pytest.
         seen: Sequence[SeenEvent] = (),
         *,
         notify: bool = True,
-    ) -> list[int]:
+    ) -> Appended:
         if not connection.is_in_transaction():
             (process,) = (one for one in processes if one.owns(connection))
             await process.gate.pass_through()
         return await append(connection, events, seen if rules.proves else (), notify=notify)
 
-    async def find_once(connection: Connection, events: Sequence[Order.StatusReported]) -> list[int] | None:
+    async def find_once(connection: Connection, events: Sequence[Order.StatusReported]) -> Appended | None:
         new = {event.report_id for event in events} - searched
         searched.update(new)
-        return await find_positions(connection, events) if new else None
+        return await find_appended(connection, events) if new else None
 
     monkeypatch.setattr(store, "append", append_at_gate)
     if not rules.searches_again:
-        monkeypatch.setattr(store, "find_positions", find_once)
+        monkeypatch.setattr(store, "find_appended", find_once)
     if not rules.forgets:
         monkeypatch.setattr(Recorder, "forget", lambda _recorder: None)
 
@@ -171,7 +171,7 @@ class Replay:
         elif name == "execute orphan":
             await self._lock.aclose()
         elif name in {"arrive", "decide", "send", "cut", "execute", "confirm", "append"}:
-            await self._work(at, name, self._processes[int(about[0])], *map(str, about[1:]))
+            await self._work(at, name, self._processes[PROCESS_OF[int(about[0])]], *map(str, about[1:]))
 
     async def _work(self, at: int, name: str, process: Recording, order: str = "") -> None:
         if name == "arrive":
@@ -236,7 +236,7 @@ async def replay(
         patch: takes out what the real recorders leave out.
         real: the rules that the real recorders keep.
     """
-    processes = [Recording(dsn, real) for _ in PROCESSES]
+    processes = [Recording(dsn, real) for _ in {*PROCESS_OF}]
     leave_out(real, processes, patch)
     try:
         return await Replay(exploration, server, dsn, processes).run()

@@ -16,27 +16,39 @@ LEFT_OUT = {
 }
 
 
+FAILOVER = Disturbances(cuts=1, failovers=1, restores=0, refusals=0, erasures=0)
+RESTORE = Disturbances(cuts=1, failovers=0, restores=1, refusals=0, erasures=0)
+
+
 @pytest.mark.parametrize(
-    "left",
+    ("left", "keyed"),
     [
-        Disturbances(cuts=1, failovers=1, restores=0, refusals=0, erasures=0),
-        Disturbances(cuts=1, failovers=0, restores=1, refusals=0, erasures=0),
-        Disturbances(cuts=0, failovers=0, restores=0, refusals=2, erasures=1),
+        pytest.param(FAILOVER, False, id="a failover"),
+        pytest.param(RESTORE, False, id="a restore"),
+        pytest.param(Disturbances(0, 0, 0, refusals=2, erasures=1), True, id="refusals"),
+        pytest.param(FAILOVER, True, id="a failover, with keys", marks=pytest.mark.long),
+        pytest.param(RESTORE, True, id="a restore, with keys", marks=pytest.mark.long),
+        pytest.param(Disturbances(), True, id="all disturbances, with keys", marks=pytest.mark.long),
     ],
-    ids=["a failover", "a restore", "refusals"],
 )
-def test_no_interleaving_breaks_an_invariant(left: Disturbances) -> None:
-    """Two processes, two orders and three reports: every state that one kind of loss can lead to is sound."""
-    exploration = explore(Rules(), REPORTS, left)
-    assert exploration.violations == []
-
-
-@pytest.mark.long
-def test_no_interleaving_of_all_disturbances_breaks_an_invariant() -> None:
-    """The same with a cut connection, a failover, a restore, a refusal and an erasure, in any sequence."""
-    exploration = explore(Rules(), REPORTS)
+def test_no_interleaving_breaks_an_invariant(left: Disturbances, *, keyed: bool) -> None:
+    """Two processes, two orders and three reports: every state that can be reached is sound."""
+    exploration = explore(Rules(), REPORTS, left, keyed=keyed)
     print(f"{exploration.states:,} states in {exploration.seconds:.0f} s")  # noqa: T201 - a figure of the docs
     assert exploration.violations == []
+
+
+@pytest.mark.parametrize(
+    ("rules", "left"),
+    [
+        pytest.param(Rules(keeps_proof=False), RESTORE, id="a later proof"),
+        pytest.param(Rules(moves_forward=False), RESTORE, id="an earlier commit"),
+        pytest.param(Rules(tells_apart=False), FAILOVER, id="the report again", marks=pytest.mark.long),
+    ],
+)
+def test_each_further_rule_is_needed(rules: Rules, left: Disturbances) -> None:
+    """Without one of the rules that reports with keys and late statements call for, the model finds a fault."""
+    assert explore(rules, REPORTS, left).violations
 
 
 def test_a_report_is_begun_late_without_its_rule() -> None:
@@ -51,7 +63,7 @@ async def test_each_fix_is_needed(
 ) -> None:
     """Without a fix, the model finds a fault, and the same steps break the same invariant for real."""
     rules, left, reports = LEFT_OUT[name]
-    exploration = explore(rules, reports, left)
+    exploration = explore(rules, reports, left, keyed=False)
     print(*exploration.trace, *exploration.violations, sep="\n")  # noqa: T201 - the shortest trace, for its reader
     assert exploration.violations
     assert await replay(exploration, server, dsn, monkeypatch, rules) == exploration.violations
@@ -63,5 +75,5 @@ async def test_the_same_steps_do_no_harm_with_the_fix(
 ) -> None:
     """The real recorder as it is keeps the invariants in the steps that break them without the fix."""
     rules, left, reports = LEFT_OUT[name]
-    exploration = explore(rules, reports, left)
+    exploration = explore(rules, reports, left, keyed=False)
     assert await replay(exploration, server, dsn, monkeypatch, Rules()) == []
