@@ -52,6 +52,8 @@ QUEUE_BYTES_MAX: Final = 32 * 1024 * 1024
 # A report that would wait longer is refused at once, and its retry finds a shorter queue. Without this limit,
 # all reports in a long queue could reach their time limit, so that none would get a receipt.
 WAIT_SECONDS_MAX: Final = 0.4
+# A batch takes milliseconds. One that waits for this long is the reason why further reports are refused.
+STALL_SECONDS: Final = 1.0
 # Reports with a claim are recorded one by one, in turn with the batches, so more of them would wait too long.
 CLAIMED_REPORTS_MAX: Final = 64
 # The share of its time limit that a report must have left to open a connection. One that its caller abandons
@@ -113,8 +115,8 @@ class Claim(Protocol):
         ...
 
 
-class StalledError(ConnectionError):
-    """The database has kept present reports waiting for longer than any report may wait for its turn."""
+class StalledError(StorageUnavailableError):
+    """The database keeps the present reports waiting."""
 
 
 class UnrecordableReportError(Exception):
@@ -192,7 +194,7 @@ class Recorder:
             trouble, began = self._claimed_trouble, self._claim_began
         if trouble is None and began is not None:
             seconds = asyncio.get_running_loop().time() - began
-            if seconds > WAIT_SECONDS_MAX:
+            if seconds > STALL_SECONDS:
                 return StalledError(f"reports have been waiting for the database for {seconds:.1f} s")
         return trouble
 

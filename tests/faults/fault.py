@@ -8,7 +8,7 @@ from typing import Final
 from projections.postgres_errors import Connection
 from tests.faults.operator import Told
 from tests.faults.world import Layout, World
-from tests.support.connections import UNAVAILABLE, get
+from tests.support.connections import OK, UNAVAILABLE, get
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 
 # PostgreSQL is run by the service, or by the harness, or behind the harness's proxy.
@@ -44,6 +44,16 @@ async def expect_status(world: World, path: str, status: int) -> None:
     answer = await world.connections.request(get(path))
     got = answer.status if answer is not None else "no answer"
     world.violations.expect(got == status, f"GET {path}: {got} in place of {status}")
+
+
+async def until_ready(world: World) -> None:
+    """Wait until ``/readyz`` has noticed that webhooks are recorded again."""
+
+    async def is_ready() -> bool:
+        answer = await world.connections.request(get("/readyz"))
+        return answer is not None and answer.status == OK
+
+    await until_async(is_ready)
 
 
 def expect_more_refused(world: World, before: int) -> None:

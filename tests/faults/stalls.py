@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from service.event_log.store import APPEND_LOCK
-from tests.faults.fault import expect_more_refused, expect_status
+from tests.faults.fault import expect_more_refused, expect_status, until_ready
 from tests.faults.world import World
 from tests.support.connections import OK, UNAVAILABLE
 
@@ -32,7 +32,7 @@ async def lock_table(world: World) -> int:
     expect_more_refused(world, refused)
     await world.load.recovered()
     await asyncio.gather(*(expect_status(world, "/orders", OK) for _ in range(READS_AT_ONCE)))
-    await expect_status(world, "/readyz", OK)
+    await until_ready(world)
     return 1
 
 
