@@ -177,6 +177,7 @@ class Batcher(Generic[Item, Outcome]):
                 raise
             return
         finally:
+            self._batch = []
             if self._expiry is not None:
                 self._expiry.cancel()
         for (*_, caller), outcome in answered:

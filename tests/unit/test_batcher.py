@@ -241,6 +241,28 @@ async def test_the_work_receives_the_deadline_of_each_item() -> None:
     assert first_due < before_last + SECONDS_MAX <= last_due <= loop.time() + SECONDS_MAX
 
 
+async def test_callers_can_be_answered_before_their_batch_ends() -> None:
+    """The work may answer some callers early. A later failure reaches only the others."""
+
+    async def work(items: list[int], _dues: Sequence[float]) -> Sequence[int | Exception]:
+        calls.answer(1, [items[1] * 2, OSError("refused")])
+        early.set()
+        await gate.wait()
+        raise OSError("the rest has failed")
+
+    early, gate = asyncio.Event(), asyncio.Event()
+    calls: Batcher[int, int] = Batcher(work, batch_items_max=3, queue_items_max=3, seconds_max=SECONDS_MAX)
+    first, second, third = (calls.submit(item) for item in (1, 2, 3))
+    await early.wait()
+    assert await second == 4
+    with pytest.raises(OSError, match="refused"):
+        await third
+    assert not first.done()
+    gate.set()
+    with pytest.raises(BatchFailedError):
+        await first
+
+
 async def test_each_caller_of_a_stalled_batch_has_its_own_time() -> None:
     """While a batch stalls, its expired callers get TimeoutError, and so do those behind it; others wait on."""
     work = Work()
