@@ -96,12 +96,12 @@ BACKENDS = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_databa
 
 async def test_a_stall_takes_few_connections(dsn: str) -> None:
     """While the log is locked, callers with keys that give up leave no more than two backends behind."""
-    async with serving_client(dsn, request_seconds_max=0.5) as client:
+    async with serving_client(dsn, request_seconds_max=1.5) as client:
         await client.raw(BODY, **KEYED)
         await client.get("/readyz")
         async with locked_log(dsn) as holder:
             before, most, calls = await holder.fetchval(BACKENDS), 0, []
-            for number in range(75):
+            for number in range(150):
                 body = b'{"order_no":"K%d","status":"Dikirim"}' % number
                 calls.append(asyncio.create_task(client.status("PUT", "/webhook", body, KEYED)))
                 await asyncio.sleep(0.02)
