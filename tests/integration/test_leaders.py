@@ -115,6 +115,17 @@ async def test_a_leader_that_does_nothing_is_replaced(
         await until_async(leads)
 
 
+async def test_a_leader_may_be_idle_in_a_transaction_for_two_seconds(dsn: str) -> None:
+    """The server ends a leader's transaction as soon as another process would stand in."""
+    async with AsyncExitStack() as stack:
+        service = await started(dsn, stack)
+        for dedicated in service.projection_connections.values():
+            async with dedicated.connection() as held:
+                assert await held.fetchval("SHOW idle_in_transaction_session_timeout") == "2s"
+
+
+# Not certain: if the leader is suspended between the parsing and the execution of a statement, it is not idle.
+@pytest.mark.long
 async def test_a_leader_that_is_suspended_in_a_transaction_is_replaced(
     dsn: str, owner_dsn: str, connection: Connection, tmp_path: Path
 ) -> None:
