@@ -210,6 +210,18 @@ async def advance(connection: Connection, old: int, last: LoggedEvent) -> None:
         raise OtherLogError(f"the server of the view does not have the log's event at position {position}")
 
 
+async def prepare(connection: Connection, view: View) -> None:
+    """Let the server parse the statements that run under the view's lock.
+
+    A process that is suspended between the parsing and the execution of a statement is not idle, so that before
+    PostgreSQL 17 no timeout ends its transaction.
+    """
+    await view_state(connection)
+    await view.apply(connection, ())
+    # No event is at position 0.
+    await connection.execute(ADVANCE, 0, 0, "", 0, "")
+
+
 async def apply_batch(
     connection: Connection,
     view: View,
@@ -367,7 +379,11 @@ class Projector:
             self.reach.move(position)
             self.is_outdated = False
         self._look_at = now + LOOK_SECONDS
-        return self._leads or self._stands_in
+        if not (self._leads or self._stands_in):
+            return False
+        async with self._transaction("BEGIN") as connection:
+            await prepare(connection, self.view)
+        return True
 
     def _must_stand_in(self, position: int, head: int, now: float) -> bool:
         """Return whether the leader has left the view behind the log for too long."""

@@ -23,7 +23,7 @@ from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres_errors import Connection
 from projections.rebuild import RebuildRunningError
 from service.app import Service
-from service.database.connections import DedicatedConnection, connect
+from service.database.connections import DedicatedConnection, LimitedConnection, connect
 from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.codec import MAPPER, decode_event
@@ -202,6 +202,16 @@ async def test_a_milestone_keeps_its_first_time_in_later_batches(
     assert [order[name].second - NOW.second for name in names] == [0, 1, 4, 9]  # type: ignore[literal-required]
     assert order["delivery_attempts"] == 2
     assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_nothing_is_copied_under_a_view_lock(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While PostgreSQL waits for the data of a COPY, no timeout ends a process that is suspended."""
+
+    async def refuse(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("a live batch is copied")
+
+    monkeypatch.setattr(LimitedConnection, "copy_records_to_table", refuse)
+    await record(service, *(report(f"KOM{number}") for number in range(2 * timeline.LIVE_EVENTS_MAX)))
 
 
 async def test_two_processes_project_each_event_once(dsn: str, connection: Connection) -> None:
