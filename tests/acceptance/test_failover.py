@@ -9,7 +9,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 import pytest
@@ -95,27 +96,36 @@ async def settle(world: World, since: float, told: Told, row: list[str]) -> None
     assert (count.lost, count.doubled, count.wrong) == (len(world.missing), 0, 0)
 
 
+@asynccontextmanager
+async def open_cluster(
+    programs: Programs, way: str, *, is_synchronous: bool
+) -> AsyncIterator[tuple[Cluster, World]]:
+    """Start a cluster, and a service that works on it."""
+    with (
+        temporary_folder() as folder,
+        running_cluster(folder, programs, is_synchronous=is_synchronous) as cluster,
+    ):
+        async with open_world(layout_of(cluster, programs, way), EFFORT, SEED) as world:
+            yield cluster, world
+
+
 @pytest.mark.parametrize("way", ["hosts", "haproxy"])
 async def test_a_synchronous_failover_loses_nothing(programs: Programs, way: str, row: list[str]) -> None:
     """Nothing is lost or doubled, and the old primary comes back as the standby of the new one.
 
     The test takes about 80 s: Patroni waits for its ttl of 20 s before it replaces a silent primary.
     """
-    with (
-        temporary_folder() as folder,
-        running_cluster(folder, programs, is_synchronous=True) as cluster,
-    ):
-        async with open_world(layout_of(cluster, programs, way), EFFORT, SEED) as world:
-            since = time.monotonic()
-            await in_thread(cluster.primary.kill)
-            await world.load.recovered()
-            assert not cluster.standby.is_standby()
-            await in_thread(cluster.primary.start)
-            await in_thread(cluster.wait_for_standby, cluster.standby, cluster.primary)
-            await world.load.recovered()
-            await until_losses(world, 0)
-            assert world.connections.answers[UNAVAILABLE] > 0
-            await settle(world, since, Told(), row)
+    async with open_cluster(programs, way, is_synchronous=True) as (cluster, world):
+        since = time.monotonic()
+        await in_thread(cluster.primary.kill)
+        await world.load.recovered()
+        assert not cluster.standby.is_standby()
+        await in_thread(cluster.primary.start)
+        await in_thread(cluster.wait_for_standby, cluster.standby, cluster.primary)
+        await world.load.recovered()
+        await until_losses(world, 0)
+        assert world.connections.answers[UNAVAILABLE] > 0
+        await settle(world, since, Told(), row)
 
 
 @pytest.mark.parametrize("way", ["hosts", "haproxy"])
@@ -124,18 +134,14 @@ async def test_a_frozen_primary_holds_nothing_up(programs: Programs, way: str, r
 
     The test takes about 80 s, as above.
     """
-    with (
-        temporary_folder() as folder,
-        running_cluster(folder, programs, is_synchronous=True) as cluster,
-    ):
-        async with open_world(layout_of(cluster, programs, way), EFFORT, SEED) as world:
-            since = time.monotonic()
-            await in_thread(cluster.primary.suspend)
-            # The harness has no time limit of its own for the suspended server.
-            world.database_url = cluster.standby.dsn
-            await world.load.recovered()
-            assert not cluster.standby.is_standby()
-            await settle(world, since, Told(), row)
+    async with open_cluster(programs, way, is_synchronous=True) as (cluster, world):
+        since = time.monotonic()
+        await in_thread(cluster.primary.suspend)
+        # The harness has no time limit of its own for the suspended server.
+        world.database_url = cluster.standby.dsn
+        await world.load.recovered()
+        assert not cluster.standby.is_standby()
+        await settle(world, since, Told(), row)
 
 
 async def report_quiet_orders(world: World, status: str) -> None:
@@ -155,26 +161,22 @@ async def test_an_asynchronous_failover_loses_what_the_standby_never_had(
 
     The test takes about 80 s, as above.
     """
-    with (
-        temporary_folder() as folder,
-        running_cluster(folder, programs, is_synchronous=False) as cluster,
-    ):
-        async with open_world(layout_of(cluster, programs, way), EFFORT, SEED) as world:
-            since = time.monotonic()
-            await in_thread(cluster.primary.hold_back)
-            await world.load.recovered(HELD_BACK_REPORTS)
-            await report_quiet_orders(world, "Diajukan")
-            await in_thread(cluster.primary.kill)
-            await wait_until_applied(cluster.standby.dsn)
-            kept = {event.report_id for _, event in await read_log(cluster.standby.dsn)}
-            # Until it is promoted, it gets no other reports.
-            assert cluster.standby.is_standby()
-            world.missing = {one.receipt["report_id"] for one in world.acknowledged()} - kept
-            world.may_be_gone = True
-            assert len(world.missing) >= HELD_BACK_REPORTS
-            await world.load.recovered()
-            assert not cluster.standby.is_standby()
-            await report_quiet_orders(world, "Dikirim")
-            await until_losses(world, 1)
-            await until_async(condition(lambda: world.tail.times_gone > 0))
-            await settle(world, since, Told(logged=(LOST,)), row)
+    async with open_cluster(programs, way, is_synchronous=False) as (cluster, world):
+        since = time.monotonic()
+        await in_thread(cluster.primary.hold_back)
+        await world.load.recovered(HELD_BACK_REPORTS)
+        await report_quiet_orders(world, "Diajukan")
+        await in_thread(cluster.primary.kill)
+        await wait_until_applied(cluster.standby.dsn)
+        kept = {event.report_id for _, event in await read_log(cluster.standby.dsn)}
+        # Until it is promoted, it gets no other reports.
+        assert cluster.standby.is_standby()
+        world.missing = {one.receipt["report_id"] for one in world.acknowledged()} - kept
+        world.may_be_gone = True
+        assert len(world.missing) >= HELD_BACK_REPORTS
+        await world.load.recovered()
+        assert not cluster.standby.is_standby()
+        await report_quiet_orders(world, "Dikirim")
+        await until_losses(world, 1)
+        await until_async(condition(lambda: world.tail.times_gone > 0))
+        await settle(world, since, Told(logged=(LOST,)), row)

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from math import inf
@@ -51,6 +51,41 @@ async def held(dsn: str) -> AsyncIterator[DedicatedConnection]:
 @pytest.fixture
 def recorder(held: DedicatedConnection) -> Recorder:
     return make_recorder(held)
+
+
+async def nothing() -> None:
+    """Do nothing."""
+
+
+class CuttingConnection(DedicatedConnection):
+    """Fails at its second use: the recorder first reads the orders' states, then appends.
+
+    Args:
+        dsn: the database.
+        before: awaited before the append.
+        after: awaited after the append, before the connection is lost.
+    """
+
+    def __init__(
+        self, dsn: str, before: Callable[[], Awaitable[None]], after: Callable[[], Awaitable[None]]
+    ) -> None:
+        super().__init__(lambda: connect(dsn))
+        self._steps = iter([None, (before, after)])
+
+    @asynccontextmanager
+    async def connection(
+        self, seconds_max: float | None = None, *, open_until: float = inf
+    ) -> AsyncIterator[Connection]:
+        steps = next(self._steps, None)
+        async with super().connection(seconds_max, open_until=open_until) as connection:
+            if steps is None:
+                yield connection
+                return
+            before, after = steps
+            await before()
+            yield connection
+            await after()
+            raise ConnectionResetError("cut after the commit")
 
 
 def arriving_again(one: Report) -> Report:
@@ -124,24 +159,12 @@ async def test_a_lost_connection_leaves_one_event(dsn: str, point: str) -> None:
     """If a connection is cut before or after the commit, the recorder reconnects, and each report has one
     event.
     """
-    # The recorder first reads the orders' states, then appends.
-    cuts = iter([False, True])
 
-    class CuttingConnection(DedicatedConnection):
-        @asynccontextmanager
-        async def connection(
-            self, seconds_max: float | None = None, *, open_until: float = inf
-        ) -> AsyncIterator[Connection]:
-            cut = next(cuts, False)
-            async with super().connection(seconds_max, open_until=open_until) as connection:
-                if cut and point == "before it is sent":
-                    await terminate_backends(dsn)
-                yield connection
-                if cut:
-                    await terminate_backends(dsn)
-                    raise ConnectionResetError("cut after the commit")
+    async def cut() -> None:
+        await terminate_backends(dsn)
 
-    cutting = CuttingConnection(lambda: connect(dsn))
+    steps = (cut, nothing) if point == "before it is sent" else (nothing, cut)
+    cutting = CuttingConnection(dsn, *steps)
     recorder = make_recorder(cutting)
     one, two = report("KOM1"), report("KOM2", "Diterima")
     receipts = await record(recorder, one, two)
@@ -225,21 +248,11 @@ async def test_what_is_committed_is_acknowledged_at_once(recorder: Recorder, con
 
 async def test_a_commit_in_doubt_is_found_after_its_caller_was_answered(dsn: str) -> None:
     """A report that is due is still found if its append was committed, but not begun again if it was not."""
-    cuts = iter([False, True])
 
-    class CuttingConnection(DedicatedConnection):
-        @asynccontextmanager
-        async def connection(
-            self, seconds_max: float | None = None, *, open_until: float = inf
-        ) -> AsyncIterator[Connection]:
-            cut = next(cuts, False)
-            async with super().connection(seconds_max, open_until=open_until) as connection:
-                yield connection
-                if cut:
-                    await asyncio.sleep(max(0.0, dues[0] - asyncio.get_running_loop().time()))
-                    raise ConnectionResetError("cut after the commit")
+    async def until_due() -> None:
+        await asyncio.sleep(max(0.0, dues[0] - asyncio.get_running_loop().time()))
 
-    cutting = CuttingConnection(lambda: connect(dsn))
+    cutting = CuttingConnection(dsn, nothing, until_due)
     dues = [asyncio.get_running_loop().time() + 1.0, FUTURE]
     outcomes = await make_recorder(cutting)._record_batch([report("KOM1"), report("KOM2")], dues)  # noqa: SLF001
     await cutting.close()
