@@ -87,28 +87,9 @@ class Connection(web.RequestHandler):
     """
 
     __slots__ = (
-        *(
-            "ahead",
-            "all_open",
-            "arriving_since",
-            "behind_head",
-            "carried",
-            "has_ended",
-            "head_bytes",
-            "head_fields",
-        ),
-        *(
-            "head_held",
-            "holder",
-            "idle_since",
-            "is_blind",
-            "is_chunked",
-            "is_handling",
-            "is_upgrade",
-            "payload",
-            "piece",
-        ),
-        *("progressed_at", "unsent", "weight", "wire"),
+        *("ahead", "all_open", "arriving_since", "behind_head", "carried", "has_ended", "head_bytes"),
+        *("head_fields", "head_held", "holder", "idle_since", "is_blind", "is_chunked", "is_handling"),
+        *("is_upgrade", "payload", "piece", "progressed_at", "unsent", "weight", "wire"),
     )
 
     def __init__(self, all_open: "OpenConnections", *args: Any, **options: Any) -> None:

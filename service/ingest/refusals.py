@@ -85,14 +85,12 @@ CAUSES_BY_SQLSTATE: Final[dict[str, Cause]] = {
     "53100": "disk_full",
     "53300": "too_many_connections",
     "55P03": "lock_held",
-    # The role's rights were revoked.
-    "42501": "unusable",
     # The database does not exist.
     "3D000": "unusable",
     # The login was rejected.
     "28000": "unusable",
     "28P01": "unusable",
-    # A schema or a table is missing, or may not be used.
+    # A schema or a table is missing, or the role has lost its rights on it.
     "3F": "unusable",
     "42": "unusable",
     # A sequence is at its end; a constraint or a trigger that the schema does not have rejects a report.

@@ -25,7 +25,7 @@ from projections.engine import FailedEvent
 from service.background import wait_for_event
 from service.http.times import to_rfc3339
 from service.subscriptions.held_orders import HELD_ORDERS_MAX
-from service.subscriptions.log_reader import LogReader, LogWentBackError, place_of
+from service.subscriptions.log_reader import LogReader, PlaceLostError, place_of
 from service.subscriptions.message import Selection, make_message_id
 from service.subscriptions.pace import Pace
 from service.subscriptions.progress import Held, Loaded, Progress
@@ -256,7 +256,7 @@ class Delivery:
     async def _deliver_while_proved(self, work: _Work) -> None:
         try:
             await self._deliver(work)
-        except LogWentBackError as error:
+        except PlaceLostError as error:
             logger.warning("the log has lost events that were read for a subscription", error=str(error))
             self.has_lost_events = True
 

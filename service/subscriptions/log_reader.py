@@ -35,7 +35,7 @@ HAS_PLACE: Final = """
 PROVE: Final = f"SELECT {HAS_PLACE.format(position='$1::bigint', report_id='$2')}"
 
 
-class LogWentBackError(Exception):
+class PlaceLostError(Exception):
     """A failover or a restore has lost the event at a subscription's position. ``str()`` names it."""
 
     def __init__(self, place: Place) -> None:
@@ -63,7 +63,7 @@ class LogReader:
         """Return the next events above a place, at most ``limit``.
 
         Raises:
-            LogWentBackError: the log ends before the place, or has another event there.
+            PlaceLostError: the log ends before the place, or has another event there.
         """
         # Memory proves the place if it has the event there: it holds consecutive events of one log.
         recalled = self._feed.recall(after.position - 1, limit + 1)
@@ -77,13 +77,13 @@ class LogReader:
         """Return an order's next events above a version.
 
         Raises:
-            LogWentBackError: the log does not have the place.
+            PlaceLostError: the log does not have the place.
         """
         async with self._dedicated.connection() as connection:
             recorded = await store.read_stream(connection, order_no, after, ORDER_EVENTS_MAX)
             # Afterwards: a log that still has the place had it when the events were read.
             if not await has_place(connection, place):
-                raise LogWentBackError(place)
+                raise PlaceLostError(place)
         return [decode_logged(*event[:5]) for event in recorded]
 
 
@@ -97,9 +97,9 @@ async def _read_above(connection: Connection, after: Place, limit: int) -> Seque
     recorded = await store.read_log(connection, max(0, after.position - 1), limit + 1)
     if recorded and recorded[0].position == after.position:
         if after.report_id not in {None, recorded[0].report_id}:
-            raise LogWentBackError(after)
+            raise PlaceLostError(after)
         return recorded[1:]
     # A gap has no event, but the log goes on above it.
     if after.report_id is not None or await store.head_position(connection) < after.position:
-        raise LogWentBackError(after)
+        raise PlaceLostError(after)
     return recorded

@@ -13,7 +13,7 @@ from uuid import UUID
 from service.database.connections import DedicatedConnection
 from service.database.operations import Actor, record_operation
 from service.subscriptions.held_orders import apply_requests
-from service.subscriptions.log_reader import HAS_PLACE, LogWentBackError, has_place
+from service.subscriptions.log_reader import HAS_PLACE, PlaceLostError, has_place
 from service.subscriptions.message import Selection
 from service.subscriptions.subscription import (
     Declaration,
@@ -235,7 +235,7 @@ class Progress:
             read: up to where the log was read, which it must still have.
 
         Raises:
-            LogWentBackError: it does not.
+            PlaceLostError: it does not.
             LeadLostError: the session with the lock has ended.
         """
         kept = [(order_no, one) for order_no, one in held.items() if one is not None]
@@ -257,7 +257,7 @@ class Progress:
                 SAVE, subscription_id, generation, *place, *moved, *columns, caught_up, down_since, *read
             )
         if not is_proved:
-            raise LogWentBackError(read)
+            raise PlaceLostError(read)
         return bool(is_saved)
 
     async def end(
