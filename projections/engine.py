@@ -183,7 +183,11 @@ async def has_event(connection: Connection, position: int, order_no: str, versio
 
 
 async def require_event(connection: Connection, last: LoggedEvent | None) -> None:
-    """Prove that the log still has what was read from it, up to its last event; None if nothing was read.
+    """Prove that the log still has the last event that was read from it, and so every earlier one.
+
+    Args:
+        connection: a connection to the log.
+        last: the event, None if nothing was read.
 
     Raises:
         OtherLogError: the log does not have the event.

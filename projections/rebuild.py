@@ -298,14 +298,14 @@ async def _catch_up(
         The last event that was applied by now.
 
     Raises:
-        OtherLogError: the log has lost what was applied.
+        OtherLogError: the log has lost an event that was applied.
     """
     while True:
         async with connection.transaction():
             state = await view_state(connection)
             batch = await read_log(state.position, view.batch_events_max)
             batch = [logged for logged in batch if logged[0] <= head]
-            # What came before must be of the same log.
+            # Only now: a log that still has the last event had it when this batch was read.
             await require_event(connection, last)
             if not batch:
                 return last

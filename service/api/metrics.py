@@ -299,8 +299,8 @@ class Metrics:
         )
         yield CounterMetricFamily(
             "log_losses",
-            "How often this process's last commit was missing when the database came back. Each process counts "
-            "what it saw itself, so do not add up the processes.",
+            "How often this process's last commit was missing when the database came back. Several processes "
+            "count the same loss, so do not add them up.",
             self._recorder().losses,
         )
         last = max(self._last_received, self._quarantine.last_kept)

@@ -77,8 +77,8 @@ SERVER_SETTINGS: Final = {
 # The server, too, notices that an idle connection is gone. A local socket ignores these.
 KEEPALIVES: Final = {"tcp_keepalives_idle": "60", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}
 
-# This side's keepalives, in seconds and a count, and after how many milliseconds without an acknowledgement of
-# what was sent the system gives a connection up. It would retransmit for a quarter of an hour by default.
+# This side's keepalives, in seconds and a count. The last one is in milliseconds: if the server acknowledges
+# nothing for so long, the system gives the connection up. By default it retransmits for a quarter of an hour.
 SOCKET_OPTIONS: Final = {
     "TCP_KEEPIDLE": 10,
     "TCP_KEEPINTVL": 5,

@@ -28,9 +28,9 @@ class Rules:
 
     Attributes:
         proves: an append carries what its decision relies on, and fails if the log has lost that.
-        forgets: a process forgets what it has seen when its connection is opened, or when the log went back.
-        searches_again: each attempt under the lock first searches for every event in doubt, and sees what was
-            committed before it took the lock.
+        forgets: a process forgets what it has seen whenever it reconnects, and whenever a proof fails.
+        searches_again: each attempt under the lock first searches for every event in doubt, in a snapshot that
+            was taken under the lock.
         leaves_out: nothing is begun for a report whose caller was answered.
         keeps_proof: a decision is sent with the last commit that it was made from, not with a later one.
         moves_forward: the last commit is never replaced by an earlier one.
