@@ -2,8 +2,8 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from math import inf
 from typing import Final, cast
@@ -20,7 +20,7 @@ from service.api.audit import AuditApi
 from service.api.contradictions import ContradictionsApi
 from service.api.events import EventsApi
 from service.api.freshness import add_freshness, read_age, wait_for
-from service.api.metrics import Metrics, Processes
+from service.api.metrics import Metrics
 from service.api.openapi import OpenApi
 from service.api.operations import OperationsApi
 from service.api.orders import OrdersApi
@@ -85,6 +85,10 @@ from service.subscriptions.subscription import list_subscriptions
 
 # How long a projection may overlook an event whose notification is lost.
 POLL_SECONDS: Final = 1.0
+# A service that inherits its port leaves its clients waiting for so long before it responds with 503.
+SILENT_SECONDS_MAX: Final = 4.0
+# The paths that are also served at ORDER_TRACKING_METRICS_PORT, since a shared port has one process respond.
+MONITORING_PATHS: Final = frozenset({"/metrics", "/livez", "/readyz"})
 # The pause after a projection failed, such as while the database is unreachable.
 RETRY_PAUSE_SECONDS: Final = 0.2
 
@@ -99,7 +103,6 @@ class Service:
         dsn: the database's DSN, with the service's own role.
         owner_dsn: the configured DSN, whose role may erase; None for the same.
         budgets: the budgets of the process; None for new ones.
-        processes: the processes that serve the port together; None if this one serves it alone.
     """
 
     def __init__(  # noqa: PLR0915 - every part is made here
@@ -108,7 +111,6 @@ class Service:
         dsn: str,
         owner_dsn: str | None = None,
         budgets: Budgets | None = None,
-        processes: Processes | None = None,
     ) -> None:
         seconds_max = settings.request_seconds_max
         self.is_reader = settings.read_only
@@ -184,7 +186,6 @@ class Service:
             self.budgets,
             self.retention,
             lambda: self.recorder,
-            processes,
             deliveries=self.dispatcher.outcomes,
             list_subscriptions=list_subscriptions,
             read_history=partial(read_status, self.signer),
@@ -255,7 +256,6 @@ class Service:
                 self.auth_connection,
                 projectors,
                 self.refusals,
-                processes,
                 replica_age_seconds_max=settings.replica_age_seconds_max if self.is_reader else None,
             ),
             self.metrics,
@@ -330,6 +330,13 @@ class Service:
         app.add_routes(self.share_pages.routes())
         for api in self.apis:
             app.add_routes(make_routes(api, self.access, self.log))
+        return app
+
+    def make_monitoring_app(self, body_bytes_max: int) -> web.Application:
+        """Return the HTTP application with the state of this one process, for its own address."""
+        app = web.Application(client_max_size=body_bytes_max)
+        routes = (route for api in self.apis for route in make_routes(api, self.access, self.log))
+        app.add_routes(route for route in routes if route.path in MONITORING_PATHS)
         return app
 
     def on_response(self, request: web.BaseRequest, status: int, seconds: float) -> None:
@@ -413,75 +420,97 @@ def make_webhook_auth(settings: Settings, refusals: AuthRefusals) -> WebhookAuth
     )
 
 
+class PortError(OSError):
+    """The service cannot listen. ``str()`` names the address, the reason, and the setting to change."""
+
+
 class Listener:
     """The port of one process. It responds with 503 until a service is ready, and then serves that service.
 
     Args:
         settings: the settings.
         dsn: the configured DSN.
-        processes: the processes that serve the port together; None if this one serves it alone.
+        inherited: the sockets to listen on, instead of the settings' host and port.
+        silent_seconds_max: when a process that inherits its port listens although it is not ready.
         limits: the limits of each connection.
+
+    Attributes:
+        port: the port, None while it does not listen.
+        monitoring_port: the port of this process alone, None if there is none.
     """
 
     def __init__(
-        self, settings: Settings, dsn: str, processes: Processes | None = None, limits: Limits = LIMITS
+        self,
+        settings: Settings,
+        dsn: str,
+        inherited: Sequence[socket.socket] = (),
+        silent_seconds_max: float = SILENT_SECONDS_MAX,
+        limits: Limits = LIMITS,
     ) -> None:
         self._settings = settings
         self._dsn = dsn
-        self._processes = processes
+        self._inherited = inherited
+        self._silent_seconds_max = silent_seconds_max
         self.budgets = Budgets()
         self._background = BackgroundTasks()
         database = ", ".join(map(str, read_hosts(dsn))) or LOCAL_SOCKET
         self.waiting = Waiting(database, settings.request_seconds_max)
-        # None while it does not listen.
         self.port: int | None = None
-        self._server = HttpServer(
+        self._turn = asyncio.Lock()
+        self._listening_late: asyncio.Task[None] | None = None
+        self.monitoring_port: int | None = None
+        make_server = partial(
+            HttpServer,
             self.waiting.handle,
             settings.body_bytes_max,
             settings.host,
-            settings.port,
-            reuse_port=settings.reuse_port,
             on_response=lambda *_: None,
             budgets=self.budgets,
             limits=limits,
             exempt=(*LOOPBACK, *settings.trusted_proxies),
         )
+        self._server = make_server(settings.port, reuse_port=settings.reuse_port)
+        self._monitoring: HttpServer | None = None
+        if settings.metrics_port is not None:
+            self._monitoring = make_server(settings.metrics_port, reuse_port=False)
 
-    async def start(self) -> None:
-        """Listen.
-
-        Raises:
-            OSError: the server cannot listen on the address.
-        """
-        self.port = await self._server.start()
-        self._close_slow_connections()
-
-    async def listen_on(self, port: int, sockets: Sequence[socket.socket]) -> None:
-        """Listen on these sockets of a port and on no others, instead of ``start``.
+    async def open(self) -> None:
+        """Listen, as far as that keeps no request from a process that could serve it.
 
         Raises:
-            OSError: the server cannot listen on a socket.
+            PortError: the service cannot listen on an address.
         """
-        if self.port is None:
-            self._close_slow_connections()
-        self.port = port
-        await self._server.listen_on(sockets)
+        if self._monitoring is not None:
+            port = self._settings.metrics_port
+            with _naming_address(self._settings.host, port, "ORDER_TRACKING_METRICS_PORT"):
+                self.monitoring_port = await self._monitoring.start()
+            self._background.start("close slow scrapes", self._monitoring.close_slow_connections)
+        if self._inherited:
+            self._listening_late = asyncio.create_task(self._listen_late())
+        elif not self._settings.reuse_port:
+            await self._listen()
 
-    async def drain(self, service: Service) -> None:
-        """Take leave of the clients of a service, without refusing a request: see ``HttpServer.drain``."""
-        self._server.stop_listening()
-        # Otherwise they would never end. Their readers reconnect, to another process.
-        await service.events.tail.end()
-        await self._server.drain()
+    async def _listen_late(self) -> None:
+        await asyncio.sleep(self._silent_seconds_max)
+        await self._listen()
 
-    def _close_slow_connections(self) -> None:
-        self._background.start("close slow connections", self._server.close_slow_connections)
+    async def _listen(self) -> None:
+        async with self._turn:
+            if self.port is None:
+                with _naming_address(self._settings.host, self._settings.port, "ORDER_TRACKING_PORT"):
+                    self.port = await self._server.start(self._inherited)
+                self._background.start("close slow connections", self._server.close_slow_connections)
 
     async def stop(self) -> None:
         """Close every connection."""
         self.waiting.end()
+        if self._listening_late is not None:
+            self._listening_late.cancel()
+            await asyncio.gather(self._listening_late, return_exceptions=True)
         await self._background.stop()
         await self._server.stop()
+        if self._monitoring is not None:
+            await self._monitoring.stop()
 
     async def start_service(self, on_failure: Callable[[StorageUnavailableError], object]) -> Service:
         """Wait for the database as long as it takes, and return a started service.
@@ -495,7 +524,7 @@ class Listener:
         """
         while True:
             dsn = await prepare_database(self._dsn, inf, on_failure, is_reader=self._settings.read_only)
-            service = Service(self._settings, dsn, self._dsn, self.budgets, self._processes)
+            service = Service(self._settings, dsn, self._dsn, self.budgets)
             try:
                 await service.start()
             except BaseException as error:
@@ -512,37 +541,56 @@ class Listener:
         """Serve a started service until the block ends; yield the port.
 
         Raises:
-            OSError: the server cannot listen on the address.
+            PortError: the service cannot listen on the address.
         """
         async with AsyncExitStack() as stack:
             stack.push_async_callback(service.stop)
             stack.push_async_callback(self.stop)
-            await self._server.replace(service.make_app(self._settings.body_bytes_max), service.on_response)
+            bytes_max = self._settings.body_bytes_max
+            await self._server.replace(service.make_app(bytes_max), service.on_response)
+            if self._monitoring is not None:
+                await self._monitoring.replace(service.make_monitoring_app(bytes_max), service.on_response)
             service.refusals.counts.update(self.waiting.refused)
             self.waiting.end(self._server.handle)
-            if self.port is None:
-                await self.start()
+            await self._listen()
             yield cast("int", self.port)
             self._server.stop_listening()
+            # Otherwise they would never end. Their readers reconnect.
             await service.events.tail.end()
+            if self._inherited or self._settings.reuse_port:
+                # Another process serves what these clients send next.
+                await self._server.drain()
             # Accepted reports are answered first. The service does not wait for the rest of an incomplete body.
             await service.recorder.drain()
 
 
+@contextmanager
+def _naming_address(host: str, port: int | None, setting: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = f"choose another with {setting} or ORDER_TRACKING_HOST"
+        raise PortError(f"cannot listen on {host} port {port}: {error.strerror or error}; {advice}") from error
+
+
 @asynccontextmanager
-async def listening(settings: Settings, dsn: str) -> AsyncIterator[Listener]:
+async def listening(
+    settings: Settings,
+    dsn: str,
+    inherited: Sequence[socket.socket] = (),
+    silent_seconds_max: float = SILENT_SECONDS_MAX,
+) -> AsyncIterator[Listener]:
     """Listen until the block ends.
 
-    If several processes share the port, this one listens only when it is ready: it would respond with 503 to
-    requests that the others could serve.
+    A process that shares its port listens only when it is ready: it would respond with 503 to requests that the
+    others could serve. If it inherits the port, it may be alone, so that it does not wait for long.
 
     Raises:
-        OSError: the server cannot listen on the address.
+        PortError: the service cannot listen on an address.
     """
-    listener = Listener(settings, dsn)
+    listener = Listener(settings, dsn, inherited, silent_seconds_max)
     try:
-        if not settings.reuse_port:
-            await listener.start()
+        await listener.open()
         yield listener
     finally:
         await listener.stop()
@@ -555,7 +603,7 @@ async def serving(
     """Serve a prepared database until the block ends; yield the port and the running parts.
 
     Raises:
-        OSError: the server cannot listen on the address.
+        PortError: the service cannot listen on the address.
     """
     listener = Listener(settings, dsn, limits=limits)
     service = Service(settings, dsn, owner_dsn, listener.budgets)

@@ -34,11 +34,13 @@ FILE_VARIABLE: Final = f"{PREFIX}ENV_FILE"
 
 # The settings that hold a secret. A database URL may also hold one.
 SECRETS: Final = ("webhook_tokens", "webhook_hmac_secret", "share_secret", "komerce_api_key")
+# The settings of earlier releases that have no effect, each with what replaces it.
+REMOVED: Final = {
+    f"{PREFIX}PROCESSES": "to use more cores, start several services on one database: see docs/operations.md",
+}
 # The permissions of a file's group and of all other users.
 OTHER_USERS: Final = 0o077
 
-# Each process keeps up to 20 connections to the database.
-PROCESSES_MAX: Final = 64
 # The attempts to deliver one event of a subscription, and the longest pause before one of them.
 ATTEMPTS_MAX: Final = 100
 PAUSE_SECONDS_MAX: Final = 7 * 86_400
@@ -91,19 +93,6 @@ def _check_host(host: str) -> str:
 
 def _check_vocabulary_file(path: Path | None) -> Path | None:
     return read_vocabulary(path and path.expanduser().absolute()).path
-
-
-def check_processes(count: int) -> int:
-    """Return a number of processes.
-
-    Raises:
-        ValueError: the number is not possible.
-    """
-    if not 1 <= count <= PROCESSES_MAX:
-        raise ValueError(
-            f"{count} processes cannot serve. Expected 1 to {PROCESSES_MAX}, about one for each core"
-        )
-    return count
 
 
 def _check_database_url(url: str) -> str:
@@ -219,8 +208,8 @@ class Settings(BaseSettings):
     """the port to listen on; 0 for any free port"""
     reuse_port: bool = False
     """whether other processes may listen on the same port (SO_REUSEPORT)"""
-    processes: Annotated[int, AfterValidator(check_processes)] = 1
-    """the number of processes that serve the port together, about one for each core"""
+    metrics_port: int | None = Field(default=None, ge=0, le=65_535)
+    """a further port, on HOST, for this service's own /metrics, /livez and /readyz; 0 for any free port"""
     database_url: Annotated[str, AfterValidator(_check_database_url)] = Field(default="", repr=False)
     """the URL of your own PostgreSQL 15 to 18; empty for the embedded one"""
     read_only: bool = False
@@ -376,6 +365,16 @@ def _read_file(file: Path) -> dict[str, str]:
     return {binding.key.upper(): binding.value or "" for binding in bindings if binding.key is not None}
 
 
+def find_removed() -> dict[str, str]:
+    """Return the settings that are set and have no effect any more, each with what replaces it.
+
+    Raises:
+        SettingsError: the settings file cannot be read.
+    """
+    names = {name.upper() for name in (*os.environ, *_read_file(_settings_file()))}
+    return {name: replacement for name, replacement in REMOVED.items() if name in names}
+
+
 def find_exposed_file() -> Path | None:
     """Return the settings file if other users can read it and it holds a secret.
 
@@ -409,7 +408,7 @@ def read_settings() -> Settings:
     # In the environment, other programs use such names. In this file, a token would silently have no effect.
     if unprefixed := [name for name in in_file if f"{PREFIX}{name}".upper() in known]:
         raise SettingsError(f"{file}: {unprefixed[0]} has no effect: write {PREFIX}{unprefixed[0].upper()}")
-    names = {name.upper() for name in (*os.environ, *in_file)} - {FILE_VARIABLE}
+    names = {name.upper() for name in (*os.environ, *in_file)} - {FILE_VARIABLE, *REMOVED}
     unknown = sorted(name for name in names if name.startswith(PREFIX) and name not in known)
     if unknown:
         similar = get_close_matches(unknown[0], sorted(known), 1)

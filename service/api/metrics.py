@@ -58,19 +58,6 @@ class ErasesByAge(Protocol):
     last_pass_at: float
 
 
-class Processes(Protocol):
-    """The processes that serve one port together."""
-
-    async def sum_metrics(self) -> Iterable[Metric]:
-        """Return the metrics of all of them, as those of one process."""
-        ...
-
-    @property
-    def ready(self) -> int:
-        """The number of those that are ready."""
-        ...
-
-
 class HistorySizes(Protocol):
     """The state of the history."""
 
@@ -133,7 +120,6 @@ class Metrics:
         budgets: what readers and strangers hold.
         retention: erases old bodies; None if it is off.
         recorder: returns the recorder, which is made after the metrics that it reports to.
-        processes: the processes that serve the port together; None if this one serves it alone.
         deliveries: the attempts to deliver, by subscription and outcome.
         list_subscriptions: returns the subscriptions with their lags.
         read_history: returns the history's size, signed size, and why it is halted.
@@ -152,7 +138,6 @@ class Metrics:
         budgets: Budgets,
         retention: ErasesByAge | None,
         recorder: Callable[[], Recorder],
-        processes: Processes | None = None,
         *,
         deliveries: Mapping[Any, int],
         list_subscriptions: Callable[[Connection], Awaitable[Sequence[Mapping[str, Any]]]],
@@ -167,7 +152,6 @@ class Metrics:
         self._budgets = budgets
         self._retention = retention
         self._recorder = recorder
-        self._processes = processes
         self._deliveries = deliveries
         self._list_subscriptions = list_subscriptions
         self._read_history = read_history
@@ -234,16 +218,11 @@ class Metrics:
         with suppress(StorageUnavailableError):
             async with self._pool.connection(SCRAPE_SECONDS_MAX) as connection:
                 history = await self._read_history(connection)
-        own_or_all = self.collect_all() if self._processes is None else await self._processes.sum_metrics()
         families = [
-            *(*own_or_all, *_collect_database(lags, entries)),
+            *(*self._registry.collect(), *_collect_database(lags, entries)),
             *(*_collect_subscriptions(subscriptions), *_collect_history(history)),
         ]
         return response(generate_latest(_Collected(families)), CONTENT_TYPE_LATEST)
-
-    def collect_all(self) -> list[Metric]:
-        """Return all metrics of this process, without the gauges of the database."""
-        return [*self._registry.collect()]
 
     def collect(self) -> Iterator[Metric]:
         """Yield the counters and gauges that are read at scrape time."""

@@ -9,7 +9,6 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from projections.engine import Projector
 from service.api.freshness import Projection, read_projection
-from service.api.metrics import Processes
 from service.build import build_info
 from service.database.connections import ConnectionPool, DedicatedConnection, StorageUnavailableError
 from service.database.replica import read_replica
@@ -40,15 +39,14 @@ class Life(TypedDict):
 
 
 class Health(TypedDict):
-    """This process is ready, and how many of the processes that serve the port together are.
-
-    Only a process that only reads has a role, ``reader``, and its database's age.
-    """
+    """This process is ready. Only one that only reads has a role, ``reader``, and its database's age."""
 
     status: str
-    ready_processes: int
     role: NotRequired[str]
     age_seconds: NotRequired[float]
+
+
+READY: Final[Health] = {"status": "ready"}
 
 
 class OperationsApi:
@@ -59,19 +57,17 @@ class OperationsApi:
         dedicated: the connection that checks the database, so that no slow read delays it.
         projectors: the views' projectors.
         refusals: the webhooks that got 503.
-        processes: the processes that serve the port together; None if this one serves it alone.
         replica_age_seconds_max: how old the database of a process that only reads may be; None if it records.
     """
 
     tag = Tag("service", "Whether the service is alive and ready, and how far its views are behind the log.")
 
-    def __init__(  # noqa: PLR0913 - each is named by its caller
+    def __init__(
         self,
         pool: ConnectionPool,
         dedicated: DedicatedConnection,
         projectors: Iterable[Projector],
         refusals: Refusals,
-        processes: Processes | None = None,
         *,
         replica_age_seconds_max: float | None = None,
     ) -> None:
@@ -79,7 +75,6 @@ class OperationsApi:
         self._dedicated = dedicated
         self._projectors = projectors
         self._refusals = refusals
-        self._processes = processes
         self._age_seconds_max = replica_age_seconds_max
         # Read at the start: the files may be replaced while the old code runs.
         self._life: Life = {"status": "alive", **build_info()}  # type: ignore[typeddict-item]
@@ -116,10 +111,7 @@ class OperationsApi:
         if (refusal := self._refusals.recent) is not None and refusal.cause not in PASSING:
             since = to_rfc3339(refusal.since, "seconds")
             raise unavailable(f"webhooks are refused since {since}: {refusal.cause}", cause=refusal.cause)
-        return json_response(self._health())
-
-    def _health(self) -> Health:
-        return {"status": "ready", "ready_processes": 1 if self._processes is None else self._processes.ready}
+        return json_response(READY)
 
     def _reader_health(self, age_seconds: float, age_seconds_max: float) -> Health:
         """Return the health of a process that only reads.
@@ -141,4 +133,4 @@ class OperationsApi:
             if projector.is_outdated:
                 detail = f"the view {projector.view.name} has the definition of another release"
                 raise unavailable(detail, cause="view_outdated", view=projector.view.name)
-        return {**self._health(), "role": "reader", "age_seconds": round(age_seconds, 3)}
+        return {**READY, "role": "reader", "age_seconds": round(age_seconds, 3)}

@@ -1,6 +1,8 @@
 import asyncio
 import signal
+import socket
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated
 
@@ -9,34 +11,32 @@ import typer
 import uvloop
 from aiohttp import http_parser
 
-from service.app import listening
+from service.app import PortError, listening
 from service.cli.console import EXIT_USAGE, completes, fail, stop_event, tune_gc
 from service.cli.startup import configure_logs, greet, log_vocabulary, note_wait, record_opened, warn
-from service.cli.supervisor import embedded_settings, supervise
-from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.http.server import raise_open_files_limit
+from service.http.sockets import InheritedFileError, take_inherited_sockets
 from service.ingest.webhook_auth import WebhookAuth
-from service.settings import Settings, SettingsError, check_processes, read_settings
+from service.settings import PREFIX, REMOVED, Settings, SettingsError, find_removed, is_loopback, read_settings
 
 logger = structlog.get_logger()
 
 
 def serve(
-    processes: Annotated[
-        int | None,
-        typer.Option(
-            help="The number of processes that serve the port together; instead of ORDER_TRACKING_PROCESSES.",
-        ),
-    ] = None,
+    processes: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     settings = read_settings()
-    if processes is not None:
-        try:
-            settings = settings.model_copy(update={"processes": check_processes(processes)})
-        except ValueError as error:
-            fail(f"--processes: {error}", EXIT_USAGE)
+    try:
+        inherited = take_inherited_sockets()
+    except InheritedFileError as error:
+        fail(str(error), EXIT_USAGE)
+    if inherited:
+        settings = settings.model_copy(update=_address_of(inherited))
     configure_logs(settings)
+    _warn_of_removed(
+        {"--processes": REMOVED[f"{PREFIX}PROCESSES"]} if processes is not None else find_removed()
+    )
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         fail("aiohttp has no C parser here: install an aiohttp wheel that was built for this platform")
     raise_open_files_limit()
@@ -45,42 +45,59 @@ def serve(
     if sys.stdin is None or not sys.stdin.isatty():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if settings.database_url:
-        uvloop.run(_serve(settings, settings.own_dsn, None))
+        uvloop.run(_serve(settings, settings.own_dsn, None, inherited))
     else:
-        with EmbeddedPostgres(
-            settings.state_dir, bindir=settings.pg_bindir, settings=embedded_settings(settings.processes)
-        ) as server:
-            uvloop.run(_serve(settings, server.dsn, server))
+        with EmbeddedPostgres(settings.state_dir, bindir=settings.pg_bindir) as server:
+            uvloop.run(_serve(settings, server.dsn, server, inherited))
 
 
-async def _serve(settings: Settings, dsn: str, server: EmbeddedPostgres | None) -> None:
+def _address_of(inherited: Sequence[socket.socket]) -> dict[str, str | int]:
+    """Return the host and port of inherited sockets as settings; of several, one that other machines reach.
+
+    Whether the service is open to this machine's programs depends on them.
+    """
+    names: list[tuple[str, int]] = [one.getsockname()[:2] for one in inherited]
+    host, port = min(names, key=lambda name: is_loopback(name[0]))
+    return {"host": host, "port": port}
+
+
+def _warn_of_removed(removed: Mapping[str, str]) -> None:
+    for name, replacement in removed.items():
+        logger.warning(
+            "a setting has no effect any more: one service starts", setting=name, instead=replacement
+        )
+
+
+async def _serve(
+    settings: Settings, dsn: str, server: EmbeddedPostgres | None, inherited: Sequence[socket.socket]
+) -> None:
     keeper = asyncio.create_task(server.keep_running(logger.warning)) if server is not None else None
     ends_with_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     hung_up = asyncio.Event()
     if not ends_with_terminal:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
-    run = _serve_alone if settings.processes == 1 else supervise
     with stop_event(
         signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if ends_with_terminal else ())
     ) as stopped:
         try:
-            await run(settings, dsn, stopped, hung_up)
-        except StorageUnavailableError:
-            raise
-        except OSError as error:
-            fail(
-                f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; "
-                "choose another with ORDER_TRACKING_PORT or ORDER_TRACKING_HOST"
-            )
+            await _serve_until(stopped, hung_up, settings, dsn, inherited)
+        except PortError as error:
+            fail(str(error))
         finally:
             if keeper is not None:
                 keeper.cancel()
                 await asyncio.gather(keeper, return_exceptions=True)
 
 
-async def _serve_alone(settings: Settings, dsn: str, stopped: asyncio.Event, hung_up: asyncio.Event) -> None:
-    """Serve with this process alone until it is stopped, and read the tokens again when it is hung up."""
-    async with listening(settings, dsn) as listener:
+async def _serve_until(
+    stopped: asyncio.Event,
+    hung_up: asyncio.Event,
+    settings: Settings,
+    dsn: str,
+    inherited: Sequence[socket.socket],
+) -> None:
+    """Serve until the service is stopped, and read the tokens again when it is hung up."""
+    async with listening(settings, dsn, inherited) as listener:
         starting = asyncio.ensure_future(listener.start_service(partial(note_wait, settings, listener)))
         if not await completes(starting, stopped.wait()):
             return
@@ -90,7 +107,7 @@ async def _serve_alone(settings: Settings, dsn: str, stopped: asyncio.Event, hun
             is_without_keys = await service.access.has_no_keys()
             if not settings.read_only:
                 await record_opened(settings, service)
-            greet(settings, port)
+            greet(settings, port, listener.monitoring_port)
             log_vocabulary(service.vocabulary)
             warn(settings, is_without_keys=is_without_keys)
             tune_gc()

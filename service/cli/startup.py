@@ -35,18 +35,21 @@ def _base_url(settings: Settings, port: int) -> str:
     return f"http://{host}:{port}"
 
 
-def greet(settings: Settings, port: int) -> None:
+def greet(settings: Settings, port: int, monitoring_port: int | None) -> None:
     """Print where the service listens and how to try it; with JSON logs, log it."""
     base = _base_url(settings, port)
     greeting = f"order-tracking is listening on {base}"
     data = "the database at ORDER_TRACKING_DATABASE_URL" if settings.database_url else str(settings.state_dir)
+    metrics = None if monitoring_port is None else f"{_base_url(settings, monitoring_port)}/metrics"
     if settings.log_format == "json":
-        logger.info(greeting, data=data)
+        logger.info(greeting, data=data, **({} if metrics is None else {"metrics": metrics}))
         return
     body = '{"order_no":"TRY1","cnote":"AWB1","status":"Dikirim"}'
     path = "webhook/<token>" if settings.webhook_tokens else "webhook"
     show(greeting)
     show(f"  its data is in {data}")
+    if metrics is not None:
+        show(f"  its own metrics are at {metrics}")
     if settings.read_only:
         show("  it only reads, and refuses webhooks with 503")
         show(f"  try: curl {base}/orders")
@@ -112,17 +115,8 @@ def _printable_lines(value: object) -> object:
     return "\n".join(map(printable, value.split("\n"))) if isinstance(value, str) else value
 
 
-def configure_logs(settings: Settings, **always: object) -> None:
-    """Log to standard error in the form of the settings.
-
-    Args:
-        settings: the settings.
-        always: further members of each line.
-    """
-
-    def add_always(_logger: object, _method: str, line: EventDict) -> EventDict:
-        line.update(always)
-        return line
+def configure_logs(settings: Settings) -> None:
+    """Log to standard error in the form of the settings."""
 
     def escape(_logger: object, _method: str, line: EventDict) -> EventDict:
         """Escape senders' texts, which may hold sequences that a terminal acts on. JSON escapes them anyway."""
@@ -132,7 +126,6 @@ def configure_logs(settings: Settings, **always: object) -> None:
     structlog.configure(
         processors=[
             add_request_id,
-            add_always,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,

@@ -40,7 +40,8 @@ from service.http.responses import problem_response
 from service.http.streaming import send_slices
 
 # How long a server that ends waits for its clients' next requests, to close each connection after a response.
-DRAIN_SECONDS_MAX: Final = 10.0
+# Those that arrive in the meantime wait for the next process, or are accepted by another one.
+DRAIN_SECONDS_MAX: Final = 1.0
 # The time limit for handlers that still run when the service stops.
 SHUTDOWN_SECONDS_MAX: Final = 1.0
 # The maximum number of open files, connections included.
@@ -52,9 +53,6 @@ BACKLOG: Final = 1_024
 RECEIVE_BYTES_MAX: Final = 8 * 1024
 # The same of what is sent: it would accept megabytes for each client that reads nothing.
 SEND_BYTES_MAX: Final = 32 * 1024
-
-# Stands for the file number of a server's own socket.
-OWN_SOCKET: Final = -1
 
 _VERSIONS: Final = (HttpVersion10, HttpVersion11)
 
@@ -186,7 +184,7 @@ def _check_head(request: web.BaseRequest) -> ProblemError | None:
     return None
 
 
-def limit_kernel(listening: socket.socket) -> None:
+def _limit_kernel(listening: socket.socket) -> None:
     """Limit what the kernel holds for each connection that this socket accepts."""
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES_MAX)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES_MAX)
@@ -228,59 +226,46 @@ class HttpServer:
         self._runners = [_make_runner(web.Application(client_max_size=body_bytes_max))]
         self._address = (host, port)
         self._reuse_port = reuse_port
-        self._make_connection: Callable[[], Connection] | None = None
-        # By the sockets' file numbers.
-        self._listeners: dict[int, asyncio.Server] = {}
+        self._listeners: list[asyncio.Server] = []
 
-    async def start(self) -> int:
+    async def start(self, inherited: Sequence[socket.socket] = ()) -> int:
         """Listen, and return the port.
 
-        Raises:
-            OSError: the server cannot listen on the address.
-        """
-        make_connection = await self._prepare()
-        host, port = self._address
-        # None if not requested, since not every platform supports reuse_port.
-        listener = await asyncio.get_running_loop().create_server(
-            make_connection, host, port, backlog=BACKLOG, reuse_port=self._reuse_port or None
-        )
-        self._listeners[OWN_SOCKET] = listener
-        for listening in listener.sockets:
-            limit_kernel(listening)
-        name: tuple[str, int] = listener.sockets[0].getsockname()
-        return name[1]
-
-    async def listen_on(self, sockets: Sequence[socket.socket]) -> None:
-        """Accept connections from these bound sockets and from no others. The caller keeps the sockets open.
+        Args:
+            inherited: the sockets to accept connections from, instead of one for the address. They stay open.
 
         Raises:
-            OSError: the server cannot listen on a socket.
+            OSError: the server cannot listen on the address, or on a socket.
         """
-        make_connection = await self._prepare()
+        server = await _set_up(self._runners[0])
+        server.request_handler = _guarded(self.handle, self._measure)
         loop = asyncio.get_running_loop()
-        for one in sockets:
-            if one.fileno() not in self._listeners:
-                # A duplicate, since the server closes its socket when it stops listening.
-                listener = await loop.create_server(make_connection, sock=one.dup(), backlog=BACKLOG)
-                self._listeners[one.fileno()] = listener
-        for number in {*self._listeners} - {one.fileno() for one in sockets}:
-            self._listeners.pop(number).close()
-
-    async def _prepare(self) -> Callable[[], Connection]:
-        if self._make_connection is None:
-            server = await _set_up(self._runners[0])
-            server.request_handler = _guarded(self.handle, self._measure)
-            self._make_connection = partial(
-                Connection,
-                self._connections,
-                server,
-                loop=asyncio.get_running_loop(),
-                access_log=None,
-                keepalive_timeout=self._limits.idle_seconds_max,
-                lingering_time=self._limits.linger_seconds_max,
-                read_bufsize=UNREAD_BYTES_MAX,
+        make_connection = partial(
+            Connection,
+            self._connections,
+            server,
+            loop=loop,
+            access_log=None,
+            keepalive_timeout=self._limits.idle_seconds_max,
+            lingering_time=self._limits.linger_seconds_max,
+            read_bufsize=UNREAD_BYTES_MAX,
+        )
+        host, port = self._address
+        self._listeners = [
+            # A duplicate, since the server closes its socket when it stops listening.
+            await loop.create_server(make_connection, sock=one.dup(), backlog=BACKLOG)
+            for one in inherited
+        ] or [
+            # None if not requested, since not every platform supports reuse_port.
+            await loop.create_server(
+                make_connection, host, port, backlog=BACKLOG, reuse_port=self._reuse_port or None
             )
-        return self._make_connection
+        ]
+        sockets = [one for listener in self._listeners for one in listener.sockets]
+        for one in sockets:
+            _limit_kernel(one)
+        name: tuple[str, int] = sockets[0].getsockname()
+        return name[1]
 
     async def replace(self, app: web.Application, on_response: OnResponse) -> None:
         """Let another application handle every further request, on open connections too.
@@ -308,13 +293,13 @@ class HttpServer:
     def stop_listening(self) -> None:
         """Accept no more connections. Requests on the open ones are still answered."""
         while self._listeners:
-            _, listener = self._listeners.popitem()
-            listener.close()
+            self._listeners.pop().close()
 
     async def drain(self) -> None:
         """Accept no more connections, and close each open one after its next response.
 
-        No client loses a request by that. Return when no connection is open, or after DRAIN_SECONDS_MAX.
+        A client that goes on sending loses no request by that. Return when no connection is open, or after
+        DRAIN_SECONDS_MAX.
         """
         self.stop_listening()
         with suppress(TimeoutError):

@@ -28,8 +28,33 @@ until_recorded() {
     for attempt in $(seq 100); do order_tracking send KOM1 AWB1 Dikirim && return; done
     return 1
 }
+until_ready() {
+    for attempt in $(seq 100); do
+        /opt/order-tracking/.venv/bin/python -c "
+import urllib.request
+urllib.request.urlopen('http://127.0.0.1:$1/readyz')" && return
+        sleep 0.1
+    done
+    return 1
+}
 install -d -m 700 -o order-tracking /var/backups/order-tracking
 install -d -m 755 -o order-tracking /var/lib/node_exporter
+
+cat >/run/client.py <<'PY'
+import pathlib, time, urllib.request
+number = 0
+while not pathlib.Path("/run/done").exists():
+    number += 1
+    body = b'{"order_no":"KOM2","cnote":"%d","status":"Dikirim"}' % number
+    # Any other response than 200 raises an error.
+    urllib.request.urlopen(urllib.request.Request("http://127.0.0.1:8080/webhook", body, method="PUT")).close()
+    time.sleep(0.01)
+PY
+await_client() {
+    : >/run/done
+    wait "$client"
+    rm /run/done
+}
 
 systemctl start order-tracking
 until_recorded
@@ -45,6 +70,36 @@ kill -KILL "$server"
 until_recorded
 kill -KILL "$service"
 until_recorded
+
+: The socket unit keeps the port open, so that a restart refuses nothing
+/opt/order-tracking/.venv/bin/python /run/client.py & client=$!
+systemctl restart order-tracking
+until_recorded
+systemctl restart order-tracking
+until_recorded
+await_client
+
+: Several services share the socket, here on the PostgreSQL of the first one
+sockets=$(dirname "$(find /var/lib/order-tracking -name '.s.PGSQL.5432')")
+cp /etc/systemd/system/order-tracking.service /etc/systemd/system/order-tracking@.service
+mkdir /etc/systemd/system/order-tracking@.service.d
+cat >/etc/systemd/system/order-tracking@.service.d/own.conf <<UNIT
+[Service]
+Environment=ORDER_TRACKING_METRICS_PORT=909%i
+Environment=ORDER_TRACKING_DATABASE_URL=postgresql://order_tracking@/order_tracking?host=$sockets
+UNIT
+systemctl daemon-reload
+systemctl start order-tracking@1 order-tracking@2
+until_recorded
+/opt/order-tracking/.venv/bin/python /run/client.py & client=$!
+systemctl restart order-tracking@1
+until_ready 9091
+systemctl kill --signal=STOP order-tracking@2
+until_recorded
+systemctl kill --signal=CONT order-tracking@2
+until_ready 9092
+await_client
+systemctl stop order-tracking@1 order-tracking@2
 
 : The unit leaves nothing behind, and the backup starts PostgreSQL itself
 systemctl stop order-tracking

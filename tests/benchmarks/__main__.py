@@ -23,10 +23,10 @@ from tests.benchmarks.appending import measure_append_lock
 from tests.benchmarks.deliveries import measure_deliveries
 from tests.benchmarks.growth import measure_growth
 from tests.benchmarks.parsing import measure_parsing
-from tests.benchmarks.processes import measure_processes
 from tests.benchmarks.proofs import measure_proofs
 from tests.benchmarks.rebuilds import measure_rebuild
 from tests.benchmarks.report import Row, machine, out, print_table
+from tests.benchmarks.restarts import measure_restarts
 from tests.benchmarks.serving import measure_history, measure_reads, measure_webhooks
 from tests.benchmarks.streams import measure_streams
 
@@ -38,7 +38,7 @@ PARTS: Final = (
     "history",
     "parse",
     "streams",
-    "processes",
+    "restarts",
     "lock",
     "deliveries",
     "proofs",
@@ -93,8 +93,8 @@ def _measure(  # noqa: C901 - one branch for each part
         yield from measure_reads(server.database("reads"), folder, seconds)
     if "history" in parts:
         yield measure_history(server.database("history"), folder)
-    if "processes" in parts:
-        yield from measure_processes(server.database("processes"), folder, seconds)
+    if "restarts" in parts:
+        yield from measure_restarts(server.database("restarts"), folder)
     if "lock" in parts:
         yield from measure_append_lock(server.database("lock", with_schema=True), seconds)
     if "deliveries" in parts:

@@ -1,9 +1,6 @@
-"""A soak: hours of load in minutes, with processes that are killed and views that are rebuilt all the time."""
+"""A soak: hours of load in minutes, with services that are killed and views that are rebuilt all the time."""
 
 import asyncio
-import json
-import os
-import signal
 import statistics
 import time
 from functools import partial
@@ -11,28 +8,24 @@ from typing import Final
 
 from tests.faults.fault import Fault
 from tests.faults.maintenance import rebuild
-from tests.faults.resources import Resources
 from tests.faults.world import Layout, World
-from tests.support.connections import OK, get
-from tests.support.processes import worker_pids
-from tests.support.waiting import until_async
 
-PROCESSES: Final = 2
-# A process is killed each time that this many seconds are over.
+SERVICES: Final = 2
+# A service is killed each time that this many seconds are over.
 KILL_SECONDS: Final = 10.0
 # The memory of the last third of the time, as a multiple of that of the first third.
 MEMORY_RATIO_MAX: Final = 1.2
 REBUILD_SECONDS_MAX: Final = 600.0
-# One kill in this number hits the older process, so that the memory of a long-lived one is seen too.
-KILLS_OF_OLDEST: Final = 8
+# One kill in this number hits the first service, so that the memory of a long-lived one is seen too.
+KILLS_OF_FIRST: Final = 8
 
 
 def soak(seconds: float) -> Fault:
     """Return a fault that lasts for some seconds."""
     return Fault(
         "soak",
-        f"{PROCESSES} processes for {seconds:,.0f} s, kills and rebuilds without a pause",
-        Layout(given_postgres=True, processes=PROCESSES),
+        f"{SERVICES} services for {seconds:,.0f} s, kills and rebuilds without a pause",
+        Layout(given_postgres=True, services=SERVICES),
         partial(_soak, seconds),
     )
 
@@ -49,9 +42,9 @@ async def _soak(seconds: float, world: World) -> int:
             await asyncio.sleep(KILL_SECONDS)
             memory.append(_memory_mb(world))
             kills += 1
-            workers = worker_pids(world.service)
-            os.kill(workers[0] if kills % KILLS_OF_OLDEST == 0 else workers[-1], signal.SIGKILL)
-            await until_async(partial(_are_ready, world, set(workers)))
+            number = 0 if kills % KILLS_OF_FIRST == 0 else SERVICES - 1
+            world.services[number].kill()
+            await world.start_service(number)
         await rebuilds
     finally:
         rebuilds.cancel()
@@ -62,7 +55,7 @@ async def _soak(seconds: float, world: World) -> int:
         last <= MEMORY_RATIO_MAX * first, f"memory grows: {first:.0f} MB at first, {last:.0f} MB at last"
     )
     world.remarks.append(
-        f"{rebuilds.result()} rebuilds; memory of all processes {first:.0f} MB at first, {last:.0f} MB at last"
+        f"{rebuilds.result()} rebuilds; memory of both services {first:.0f} MB at first, {last:.0f} MB at last"
     )
     return kills
 
@@ -75,16 +68,5 @@ async def _rebuild_until(due: float, world: World) -> int:
     return times
 
 
-async def _are_ready(world: World, before: set[int]) -> bool:
-    """Return whether another process has taken the place of a killed one, and all are ready."""
-    if not set(worker_pids(world.service)) - before:
-        return False
-    answer = await world.connections.request(get("/readyz"))
-    return (
-        answer is not None and answer.status == OK and json.loads(answer.body)["ready_processes"] == PROCESSES
-    )
-
-
 def _memory_mb(world: World) -> float:
-    pids = [world.service.process.pid, *worker_pids(world.service)]
-    return sum(Resources.of(pid, world.port).memory_mb for pid in pids)
+    return sum(one.memory_mb for one in world.resources())

@@ -103,7 +103,6 @@ class Layout:
         standby: whether a given PostgreSQL has a standby, and how it replicates. Without a proxy, the DSN has
             both hosts.
         services: the number of services that share one port; more than one requires given_postgres.
-        processes: the number of processes of a service.
         per_second: the rate of the reports; 0 for the effort's.
         has_load: whether reports arrive at that rate; if not, the fault sends its own.
         has_keys: whether an eighth of the load's reports have an idempotency key.
@@ -120,7 +119,6 @@ class Layout:
     through_proxy: bool = False
     standby: Literal["", "asynchronous", "synchronous"] = ""
     services: int = 1
-    processes: int = 1
     per_second: float = 0.0
     has_load: bool = True
     has_keys: bool = False
@@ -174,8 +172,6 @@ class World:
         self._ended_logs: list[str] = []
         shop_settings = shop.SETTINGS if layout.has_shop else {}
         self._settings: dict[str, str] = {"LOG_FORMAT": "json", **shop_settings, **layout.settings}
-        if layout.processes > 1:
-            self._settings["PROCESSES"] = str(layout.processes)
         if layout.database_url:
             self._settings["DATABASE_URL"] = layout.database_url
         self._proxy: Proxy | None = None

@@ -161,7 +161,7 @@ OTHERS: Final = (
     *("README.id.md", "SECURITY.md", "scaling.md", "statuses.md"),
     *("README.md / Why not", "README.md / The API", "README.md / Speed", "README.md / Settings"),
     *("architecture.md / Glossary", "integrations.md / Subscription or feed?", "integrations.md / Retries"),
-    *("operations.md / Several processes", "operations.md / Database roles"),
+    *("operations.md / Several services", "operations.md / Database roles"),
     *("operations.md / Copies of erased data", "operations.md / How much", "operations.md / Automatic"),
     *("operations.md / Moving to another server", "operations.md / Troubleshooting"),
     *("proof.md / Provable history", "proof.md / Threats", "proof.md / Cost", "proof.md / Formats"),

@@ -1,6 +1,8 @@
 """The port of a starting service: requests that arrive early are served by it, or refused in time."""
 
 import asyncio
+import socket
+from contextlib import AsyncExitStack
 
 import aiohttp
 import pytest
@@ -37,7 +39,7 @@ async def test_requests_wait_for_a_service_that_starts(dsn: str) -> None:
         async with listener.serving(await listener.start_service(lambda _: None)):
             assert (await sent)["version"] == 1
             assert await asyncio.gather(*others) == [200, 200, 404, 404]
-            assert await client.get("/readyz") == {"status": "ready", "ready_processes": 1}
+            assert await client.get("/readyz") == {"status": "ready"}
             assert (await client.get("/orders/KOM1?after_position=1"))["status"] == "in_transit"
 
 
@@ -73,16 +75,47 @@ async def test_a_server_that_drains_serves_each_client_once_more(dsn: str) -> No
     """A connection that waits for its next request gets the response, which announces the end. The server
     accepts no other connection, and is drained when the last one is closed.
     """
-    async with listening(Settings(port=0), dsn) as listener, aiohttp.ClientSession() as session:
+    settings = Settings(port=0, reuse_port=True)
+    async with (
+        listening(settings, dsn) as listener,
+        aiohttp.ClientSession() as session,
+        AsyncExitStack() as stack,
+    ):
         service = await listener.start_service(lambda _: None)
-        async with listener.serving(service) as port:
-            url = f"http://127.0.0.1:{port}/livez"
-            async with session.get(url) as response:
-                assert "Connection" not in response.headers
-            draining = asyncio.create_task(listener.drain(service))
-            await until_async(condition(lambda: service.events.tail.is_ended))
-            async with session.get(url) as response:
-                assert (response.status, response.headers["Connection"]) == (200, "close")
-            await draining
-            with pytest.raises(aiohttp.ClientConnectorError):
-                await session.get(url)
+        url = f"http://127.0.0.1:{await stack.enter_async_context(listener.serving(service))}/livez"
+        async with session.get(url) as response:
+            assert "Connection" not in response.headers
+        draining = asyncio.create_task(stack.aclose())
+        await until_async(condition(lambda: service.events.tail.is_ended))
+        async with session.get(url) as response:
+            assert (response.status, response.headers["Connection"]) == (200, "close")
+        await draining
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await session.get(url)
+
+
+async def test_a_service_that_inherits_its_port_responds_in_time(dsn: str) -> None:
+    """It listens when it is ready. If that takes long, its clients learn why, and it is served later."""
+    with socket.create_server(("127.0.0.1", 0)) as bound:
+        url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        settings = Settings(port=0, request_seconds_max=FOREVER)
+        async with (
+            listening(settings, dsn, [bound], silent_seconds_max=0.1) as listener,
+            aiohttp.ClientSession() as session,
+        ):
+            assert listener.port is None
+            async with session.get(f"{url}/readyz") as response:
+                assert response.status == 503
+            async with (
+                listener.serving(await listener.start_service(lambda _: None)),
+                session.get(f"{url}/readyz") as response,
+            ):
+                assert response.status == 200
+        # The socket stays open, and the next service accepts what waits.
+        async with listening(settings, dsn, [bound]) as listener, aiohttp.ClientSession() as session:
+            waiting = asyncio.create_task(session.get(f"{url}/readyz"))
+            async with (
+                listener.serving(await listener.start_service(lambda _: None)),
+                await waiting as response,
+            ):
+                assert response.status == 200

@@ -143,20 +143,6 @@ FIRING: list[tuple[str, dict[str, str], str, list[dict[str, str]]]] = [
     ("ReportsAreTurnedAway", {'webhook_refusals_total{cause="disk_full"}': "0x15"}, "15m", []),
     ("EventsWereLost", {"log_losses_total": "0x5 1+0x9"}, "15m", [{}]),
     ("EventsWereLost", {"log_losses_total": "1+0x15"}, "15m", []),
-    (
-        "ProcessesAreMissing",
-        {'workers{state="configured"}': "3x20", 'workers{state="ready"}': "3x5 2x15"},
-        "15m",
-        [{}],
-    ),
-    (
-        "ProcessesAreMissing",
-        {'workers{state="configured"}': "3x20", 'workers{state="ready"}': "3x20"},
-        "15m",
-        [],
-    ),
-    ("ProcessesDie", {'worker_restarts_total{cause="ended"}': "0x5 3x15"}, "15m", [{"cause": "ended"}]),
-    ("ProcessesDie", {'worker_restarts_total{cause="reload"}': "0x5 9x15"}, "15m", []),
     ("BackupIsOld", {BACKUP_METRIC: "0x2880"}, "36h", []),
     ("BackupIsOld", {BACKUP_METRIC: "0x2880"}, "38h", [{}]),
     ("BackupIsOld", {BACKUP_METRIC: "0x1439 86400x1440"}, "47h", []),
@@ -217,11 +203,9 @@ def test_an_alert_fires_when_it_should(
         "StrangersAreRefused": {"summary": "Requests are refused because of wrong_token."},
         "BudgetIsExhausted": {"summary": "The budget streams is exhausted."},
         "RetentionStands": {"summary": "Old bodies are not erased."},
-        "ProcessesAreMissing": {"summary": "Only 2 of the service's processes are ready."},
         "SubscriptionIsBehind": {"summary": "The subscription s1 has events that are older than 15 minutes."},
         "SubscriptionHoldsOrders": {"summary": "The subscription s1 holds 2 orders."},
         "SubscriptionStopped": {"summary": "The subscription s1 has stopped by itself."},
-        "ProcessesDie": {"summary": "Processes of the service die and are started again."},
     }
     severity = "critical" if alert in CRITICAL else "warning"
     expected = [

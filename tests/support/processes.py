@@ -3,29 +3,34 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
 from uuid import uuid4
 
 import aiohttp
-import psutil  # type: ignore[import-untyped]  # it brings no types
 
-from service.cli import supervisor
 from service.database.embedded_postgres import running_dsn
 from tests.support.folders import ROOT
 from tests.support.waiting import PATIENCE_SECONDS, until
 
 LISTENS: Final = re.compile(r'order-tracking is listening on (?P<url>[^\s"]+)')
 COMMAND: Final = (sys.executable, "-m", "service")
-WORKER: Final = supervisor.COMMAND[-1]
 # This variable makes a child process measure its coverage, which makes it a third slower. Only a few tests need
 # that: ``call_command`` runs the same code in the test process.
 COVERAGE_VARIABLE: Final = "COVERAGE_PROCESS_CONFIG"
+# Runs a command that inherits a socket, as systemd hands it over: LISTEN_PID is the id of the command itself.
+HAND_OVER: Final = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 NOT_INHERITED: Final = ("ORDER_TRACKING_", COVERAGE_VARIABLE)
 
 
@@ -116,6 +121,8 @@ class RunningService:
     # The command that starts the service, and whether its coverage is measured.
     command: tuple[str, ...] = COMMAND
     is_measured = False
+    # The socket that it inherits instead of opening a port.
+    inherited: socket.socket | None = None
 
     def __init__(self, state_dir: Path, *options: str, **settings: str) -> None:
         self.state_dir = state_dir
@@ -134,9 +141,14 @@ class RunningService:
         names = environment(self.state_dir, **self.settings)
         if self.is_measured and COVERAGE_VARIABLE in os.environ:
             names[COVERAGE_VARIABLE] = os.environ[COVERAGE_VARIABLE]
+        command = [*self.command, "serve", *self.options]
+        files = [] if self.inherited is None else [self.inherited.fileno()]
+        if files:
+            command = [sys.executable, "-c", HAND_OVER, str(files[0]), *command]
         with self.log_file.open("wb") as output:
             self._process = subprocess.Popen(
-                [*self.command, "serve", *self.options],
+                command,
+                pass_fds=files,
                 env=names,
                 cwd=self.state_dir,
                 stdout=output,
@@ -191,17 +203,6 @@ class RunningService:
                 self.terminate()
             except subprocess.TimeoutExpired:
                 self.kill()
-
-
-def worker_pids(service: RunningService) -> list[int]:
-    """Return the ids of the processes that serve for a supervisor, the oldest first."""
-    workers = []
-    for child in psutil.Process(service.process.pid).children():
-        # A killed process may disappear at any moment.
-        with suppress(psutil.NoSuchProcess):
-            if child.status() != psutil.STATUS_ZOMBIE and WORKER in child.cmdline():
-                workers.append((child.create_time(), child.pid))
-    return [pid for _, pid in sorted(workers)]
 
 
 @contextmanager

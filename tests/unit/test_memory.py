@@ -88,7 +88,6 @@ FENCES: Final = {
     "LogReader": {"_line _number _sha256": "of one file"},
     # service/api
     "Metrics": {"_last_received": "only shown", "_http": OWN},
-    "MetricSums": {"_ended _last": OWN},
     "Waiting": {"_is_decided _log_at _logged _successor cause refused": OWN},
 }
 MUTATORS: Final = frozenset(
