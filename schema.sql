@@ -155,8 +155,9 @@ ALTER TABLE order_events ENABLE ALWAYS TRIGGER order_events_kept;
 -- after a restore, since dumps leave it out: the restored log may lack events that readers have seen.
 
 CREATE TABLE log_identity (
-    log_id   uuid    NOT NULL DEFAULT gen_random_uuid(),
-    one_row  boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row)
+    log_id    uuid    NOT NULL DEFAULT gen_random_uuid(),
+    one_row   boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row),
+    moved_to  text                                     -- where the log goes on, after a move
 );
 
 ------------------------------------------------------------------------------------------------------------

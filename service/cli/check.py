@@ -4,9 +4,10 @@ from shlex import quote
 from typing import Annotated, Final
 
 import typer
+from rich.progress import MofNCompleteColumn
 
 from service.cli.console import EXIT_FAILURE, database, show
-from service.cli.progress import showing_rows
+from service.cli.progress import showing_progress
 from service.database.connections import connected
 from service.history.check import Checked, check_history
 from service.history.signer import Signer, make_signer
@@ -55,7 +56,7 @@ async def check(
 
 async def _check_history(settings: Settings, dsn: str, *, whole: bool) -> list[Finding]:
     signer = make_signer(settings)
-    with showing_rows("comparing", is_shown=whole) as progress:
+    with showing_progress("comparing", MofNCompleteColumn(), "rows", is_shown=whole) as progress:
         # A policy on a table is a function of its owner's; it must not run as the operator.
         async with connected(dsn, row_security="off") as connection:
             checked = await check_history(connection, signer, whole=whole, progress=progress)

@@ -34,7 +34,7 @@ from service.history.storage import HistoryHaltedError
 from service.http.times import to_rfc3339
 from service.ingest.quarantine import NotOpenError, UnknownEntryError
 from service.maintenance.backup import BackupError
-from service.maintenance.transfer_file import TransferError
+from service.maintenance.move import MoveError
 from service.settings import SettingsError, read_settings
 
 EXIT_FAILURE: Final = 1
@@ -46,7 +46,7 @@ GC_OBJECTS: Final = 50_000
 
 # Errors whose text says all that an operator needs.
 FAILURES: Final = (
-    *(BackupError, TransferError, SchemaError, EmbeddedPostgresError, OutdatedViewError),
+    *(BackupError, MoveError, SchemaError, EmbeddedPostgresError, OutdatedViewError),
     *(InvalidKeyError, NotOpenError, UnknownEntryError),
     *(HistoryHaltedError, NotSigningError, KeyFileError),
 )

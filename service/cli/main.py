@@ -6,7 +6,6 @@ already running, or a report that was neither advanced nor repeated); 2 wrong us
 
 from functools import cache
 from importlib import import_module
-from keyword import iskeyword
 from typing import Annotated, Any, Final
 
 import typer
@@ -15,8 +14,8 @@ from typer.main import get_command
 
 from service.build import build_info
 
-# A command is a function, a coroutine function or a Typer; its module has the same name, with underscores, and
-# one at the end if that is a keyword of Python. See ``runnable``.
+# A command is a function, a coroutine function or a Typer; its module has the same name, with underscores. See
+# ``runnable``.
 # Pairs, not a dictionary, because bandit would take the summary of "token" for a password.
 COMMANDS: Final = (
     ("serve", "Serve the webhook and the read API until SIGTERM or Ctrl-C."),
@@ -36,8 +35,7 @@ COMMANDS: Final = (
     ("restore", "Restore a dump into an empty database."),
     ("import-reports", "Record reports that no webhook brought, from a CSV or NDJSON file."),
     ("reconcile", "List orders without news, as the file that 'import-reports' takes."),
-    ("export", "Write the whole log to an NDJSON file, to move it."),
-    ("import", "Import an exported log into an empty database."),
+    ("move", "Move the whole log to another database, where the service goes on."),
     ("erase", "Erase an order's bodies and addresses permanently, and record who and why."),
     ("share", "Print a link to an order's page for its buyer, who needs no key."),
     ("unshare", "Revoke a link that 'share', the API or an order's page made."),
@@ -62,7 +60,7 @@ class Commands(TyperGroup):
 def _load(name: str) -> Any:
     from service.cli.console import runnable  # noqa: PLC0415 - --help does without it
 
-    function = f"{name}_" if iskeyword(name) else name.replace("-", "_")
+    function = name.replace("-", "_")
     command = getattr(import_module(f"{__package__}.{function}"), function)
     app = command
     if not isinstance(command, typer.Typer):

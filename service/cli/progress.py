@@ -1,17 +1,26 @@
-"""The progress bar of commands that read or write many rows."""
+"""The progress bar of commands that take long."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TimeRemainingColumn
 
 from service.cli.console import err
 
 
 @contextmanager
-def showing_rows(activity: str, *, is_shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on standard error if that is a terminal; yield a function to call with done and all rows."""
-    columns = (activity, BarColumn(), MofNCompleteColumn(), "rows", "left", TimeRemainingColumn())
+def showing_progress(
+    activity: str, count: ProgressColumn, unit: str = "", *, is_shown: bool = True
+) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on standard error if that is a terminal; yield a function to call with the done and the whole.
+
+    Args:
+        activity: what is done.
+        count: shows the done and the whole.
+        unit: what they count, if that does not say so.
+        is_shown: whether to show it at all.
+    """
+    columns = (activity, BarColumn(), count, unit, "left", TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not (is_shown and err.is_terminal)) as progress:
         bar = progress.add_task(activity, total=None)
 

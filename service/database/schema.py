@@ -23,7 +23,7 @@ from service.database.connections import (
     UnsupportedServerError,
     connected,
 )
-from service.database.log_identity import LOG_ID, MAKE_LOG_ID
+from service.database.log_identity import LOG_ID, MAKE_LOG_ID, MOVED_TO, moved
 from service.database.sequences import require_rising_numbers
 
 SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
@@ -314,7 +314,7 @@ async def check_version(connection: Connection) -> None:
     """Compare the database's schema with this release's.
 
     Raises:
-        SchemaError: the database has no schema, or not this release's.
+        SchemaError: the database has no schema, or not this release's, or its log was moved.
     """
     if not await connection.fetchval(IS_APPLIED):
         raise OldSchemaError("the database has no schema yet: run 'serve' or 'migrate' to create it")
@@ -322,6 +322,8 @@ async def check_version(connection: Connection) -> None:
         raise OldSchemaError(
             f"the database has schema version {version}: run 'migrate' to bring it to {SCHEMA_VERSION}"
         )
+    if (destination := await connection.fetchval(MOVED_TO)) is not None:
+        raise SchemaError(moved(destination))
 
 
 async def _read_version(connection: Connection, migrations: Sequence[Migration]) -> int:

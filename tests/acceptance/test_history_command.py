@@ -14,7 +14,6 @@ from tests.support.commands import Completed, call_command
 from tests.support.folders import temporary_folder
 from tests.support.history import until_signed, verify
 from tests.support.processes import RunningService, running_service
-from tests.support.waiting import until_async
 
 FILES = ("history.key", "history.signed")
 
@@ -195,43 +194,3 @@ async def test_a_restore_can_begin_a_new_history(service: RunningService, new: P
     assert key != succeed(call_command(state, "history", "key")).strip()
     result = verify(bundle, key, tmp_path)
     assert (result.code, "recorded before it began: 2" in result.text) == (0, True)
-
-
-async def test_a_moved_log_keeps_its_history(service: RunningService, new: Path, tmp_path: Path) -> None:
-    """An export has the tree and the salts, so with the key the new service continues the same history."""
-    state, file = service.state_dir, tmp_path / "log.ndjson"
-    old = await report(service, 3, ("KOM1", "Diajukan"), ("KOM1", "Dikirim"))
-    (tmp_path / "old").write_text(old, encoding="utf-8")
-    key = succeed(call_command(state, "history", "key")).strip()
-    succeed(call_command(state, "export", str(file)))
-    service.end()
-    done = call_command(new, "import", str(file))
-    assert "the history stays unsigned until you copy history.key and history.signed" in done.stderr
-    with running_service(new) as moved:
-        async with aiohttp.ClientSession() as session:
-            client = Client(session, int(moved.url.rpartition(":")[2]))
-            await client.webhook("KOM1", "Diterima")
-
-            async def is_added() -> bool:
-                return "history_entries 4.0" in await client.text("/metrics")
-
-            await until_async(is_added)
-            assert (await client.get("/orders/KOM1/proof", 503))["type"] == "/problems/temporarily-unavailable"
-            assert not (new / FILES[0]).exists()
-        for name in FILES:
-            shutil.copy(state / name, new / name)
-        await report(moved, 4)
-        bundle = succeed(call_command(new, "proof", "KOM1", f"--since={tmp_path / 'old'}"))
-    result = verify(bundle, key, tmp_path, "--since", str(tmp_path / "old"))
-    assert (result.code, "events: 3" in result.text) == (0, True), result.text
-
-
-async def test_an_export_without_a_history_needs_a_decision(
-    service: RunningService, new: Path, tmp_path: Path
-) -> None:
-    """A file of an earlier release has no history: the operator says that a new one may begin."""
-    state, file = service.state_dir, tmp_path / "log.ndjson"
-    succeed(call_command(state, "export", str(file)))
-    refused = call_command(new, "import", str(file))
-    assert (refused.returncode, "--new-history" in refused.stderr) == (2, True)
-    succeed(call_command(new, "import", "--new-history", str(file)))

@@ -16,7 +16,7 @@ from tests.support.folders import ROOT
 # Colours, a title, a cleared screen, a link, the 8-bit CSI, a right-to-left override, and a line of its own.
 HOSTILE: Final = "a\x1b[31mb\x1b]0;x\x07\x1b[2J\x1b]8;;http://x\x1b\\\x9b31m\u202e\r\n[red]c[/red]"
 # Modules that write data: a dump, a CSV, a body byte for byte, JSON in ASCII, and notes of the operator's own.
-WRITERS: Final = {"export.py", "history.py", "main.py", "proof.py", "quarantine.py", "reconcile.py"}
+WRITERS: Final = {"history.py", "main.py", "proof.py", "quarantine.py", "reconcile.py"}
 
 
 def log(text: str) -> None:

@@ -84,8 +84,6 @@ FENCES: Final = {
     },
     "TableAudit": {"_order_no _state": "of one snapshot"},
     "_Batch": {"result": "of one transaction"},
-    "LogWriter": {"_lines _pending _sha256": "of one snapshot"},
-    "LogReader": {"_line _number _sha256": "of one file"},
     # service/api
     "Metrics": {"_last_received": "only shown", "_http": OWN},
     "Waiting": {"_is_decided _log_at _logged _successor cause refused": OWN},
