@@ -29,9 +29,10 @@ COMMANDS: Final = (
     ("erase", "KOM1", "asked for"),
     ("backup", "{folder}/dump"),
     ("migrate",),
+    ("move", "{folder}/new"),
 )
-# They connect before there is a service's role with rights, or go away.
-OTHERS: Final = {"restore.py", "import_.py"}
+# It connects before there is a service's role with rights.
+OTHERS: Final = {"restore.py"}
 # Runs a program with the rights that the session can get, and leaves a trace of each success.
 ATTACK: Final = """
     CREATE FUNCTION {schema}.attack() RETURNS text LANGUAGE plpgsql AS $$
@@ -97,7 +98,7 @@ def run(state_dir: Path, traces: Path, command: Sequence[str]) -> None:
 
 def traced(traces: Path) -> list[str]:
     """Return the roles that attacks had."""
-    return [file.read_text() for file in traces.iterdir() if file.name != "dump"]
+    return [file.read_text() for file in traces.iterdir() if file.name not in {"dump", "new"}]
 
 
 def test_every_command_with_the_operators_rights_is_known() -> None:
@@ -116,6 +117,9 @@ def test_a_trap_in_a_view_does_not_run(
     for view in VIEWS:
         for table in ("projection", "parked_orders", *view.tables):
             attacker.execute(TRAPS.format(schema=view.name, table=f"{view.name}.{table}").encode())
+    if command[0] == "move":
+        # It refuses a database that another session uses.
+        attacker.close()
     run(state_dir, traces, command)
     assert traced(traces) == []
 
