@@ -431,12 +431,12 @@ class Listener:
         settings: the settings.
         dsn: the configured DSN.
         inherited: the sockets to listen on, instead of the settings' host and port.
-        silent_seconds_max: when a process that inherits its port listens although it is not ready.
+        silent_seconds_max: after this time, a process that inherits its port listens even if it is not ready.
         limits: the limits of each connection.
 
     Attributes:
         port: the port, None while it does not listen.
-        monitoring_port: the port of this process alone, None if there is none.
+        monitoring_port: the port with this process's own metrics, None without such a port.
     """
 
     def __init__(
@@ -475,7 +475,7 @@ class Listener:
             self._monitoring = make_server(settings.metrics_port, reuse_port=False)
 
     async def open(self) -> None:
-        """Listen, as far as that keeps no request from a process that could serve it.
+        """Listen, unless other processes may serve the port until this one is ready.
 
         Raises:
             PortError: the service cannot listen on an address.
@@ -492,7 +492,11 @@ class Listener:
 
     async def _listen_late(self) -> None:
         await asyncio.sleep(self._silent_seconds_max)
-        await self._listen()
+        try:
+            await self._listen()
+        except PortError as error:
+            # It ends the start later, when the service is ready.
+            logger.error("clients wait: the service cannot listen yet", error=str(error))  # noqa: TRY400 - says all
 
     async def _listen(self) -> None:
         async with self._turn:

@@ -4,6 +4,7 @@ import re
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
 
+SCHEMES: Final = ("postgresql://", "postgres://")
 LOCAL_SOCKET: Final = "its local socket"
 DEFAULT_PORT: Final = 5432
 PORT_MAX: Final = 65_535

@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from service.dsn import as_reader, read_hosts, read_target
+from service.dsn import SCHEMES, as_reader, read_hosts, read_target
 from service.program import command_name
 from service.vocabulary import VocabularyFile, read_vocabulary
 
@@ -96,7 +96,7 @@ def _check_vocabulary_file(path: Path | None) -> Path | None:
 
 
 def _check_database_url(url: str) -> str:
-    if url and not url.startswith(("postgresql://", "postgres://")):
+    if url and not url.startswith(SCHEMES):
         raise ValueError("the URL must begin with postgresql://")
     _ = read_hosts(url), read_target(url)
     return url

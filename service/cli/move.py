@@ -2,7 +2,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 from rich.progress import DownloadColumn
@@ -11,11 +11,9 @@ from service.cli.console import EXIT_USAGE, database, err, fail
 from service.cli.progress import showing_progress
 from service.database.connections import connected
 from service.database.embedded_postgres import EmbeddedPostgres
-from service.dsn import read_hosts, read_target
+from service.dsn import SCHEMES, read_hosts, read_target
 from service.maintenance import move as moves
 from service.settings import read_settings
-
-SCHEMES: Final = ("postgresql://", "postgres://")
 
 
 async def move(

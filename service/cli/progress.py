@@ -12,13 +12,15 @@ from service.cli.console import err
 def showing_progress(
     activity: str, count: ProgressColumn, unit: str = "", *, is_shown: bool = True
 ) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on standard error if that is a terminal; yield a function to call with the done and the whole.
+    """Show a bar on standard error if that is a terminal. Yield a function that moves it.
+
+    The function takes two numbers: how much is done, and how much there is to do in all.
 
     Args:
-        activity: what is done.
-        count: shows the done and the whole.
-        unit: what they count, if that does not say so.
-        is_shown: whether to show it at all.
+        activity: the text before the bar.
+        count: the column with the two numbers.
+        unit: the unit of these numbers, if the column does not show it.
+        is_shown: whether to show the bar at all.
     """
     columns = (activity, BarColumn(), count, unit, "left", TimeRemainingColumn())
     with Progress(*columns, console=err, disable=not (is_shown and err.is_terminal)) as progress:

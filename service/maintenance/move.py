@@ -55,7 +55,7 @@ OTHER_SESSIONS: Final = """
     SELECT count(*) FROM pg_stat_activity
     WHERE datname = current_database() AND usesysid IS NOT NULL AND pid <> pg_backend_pid()
 """
-# Otherwise a transaction keeps what it has seen.
+# Without this, pg_stat_activity does not change within a transaction.
 LOOK_AGAIN: Final = "SELECT pg_stat_clear_snapshot()"
 SESSIONS_CHECK_SECONDS: Final = 0.1
 TRY_SCHEMA_LOCK: Final = "SELECT pg_try_advisory_xact_lock($1)"
@@ -111,14 +111,15 @@ async def move_log(source: Connection, target: Connection, destination: str, on_
     await check_version(source)
     async with source.transaction():
         await _wait_for_turn(source)
-        if not await target.fetchval(TRY_SCHEMA_LOCK, SCHEMA_LOCK):
-            raise MoveError("the target is the source itself, or another session is preparing it")
-        tables = await _lock(source)
-        head, log_id = await store.head_position(source), await log_identity.read_log_id(source)
         rows = {}
         # It ends first: an error here leaves the source as it was.
         async with target.transaction():
+            # A service that starts there now waits for this lock, and then finds the log.
+            if not await target.fetchval(TRY_SCHEMA_LOCK, SCHEMA_LOCK):
+                raise MoveError("the target is the source itself, or another session is preparing it")
             await target.execute(SET_SEARCH_PATH, "public")
+            tables = await _lock(source)
+            head, log_id = await store.head_position(source), await log_identity.read_log_id(source)
             # An earlier move may have ended between the two commits.
             is_copied = await log_identity.read_log_id(target) == log_id
             if not is_copied:
