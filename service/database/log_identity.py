@@ -45,7 +45,8 @@ async def read_log_id(connection: Connection) -> UUID:
 
 def moved(destination: str) -> str:
     """Return what to do with a database whose log was moved."""
-    return f"the log was moved to {destination}: set ORDER_TRACKING_DATABASE_URL to that database"
+    setting = "STATE_DIR" if destination.startswith("/") else "DATABASE_URL"
+    return f"the log was moved to {destination}: set ORDER_TRACKING_{setting} to that database"
 
 
 async def mark_moved(connection: Connection, destination: str) -> None:

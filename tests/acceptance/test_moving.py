@@ -128,7 +128,10 @@ def test_a_log_moves_into_a_new_state_folder(state_dir: Path) -> None:
     with temporary_folder() as new:
         done = call_command(state_dir, "move", str(new))
         assert (done.returncode, "set ORDER_TRACKING_STATE_DIR to the new database" in done.stderr) == (0, True)
-        assert f"the log was moved to {new}" in call_command(state_dir, "audit", "KOM1").stderr
+        assert (
+            f"the log was moved to {new}: set ORDER_TRACKING_STATE_DIR to"
+            in call_command(state_dir, "audit", "KOM1").stderr
+        )
         for name in ("history.key", "history.signed"):
             shutil.copy(state_dir / name, new / name)
         with running_service(new) as moved:
