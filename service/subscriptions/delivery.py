@@ -88,7 +88,7 @@ class _Work:
         failures: how many requests have failed in a row.
         failing: some of their orders.
         takes_held: whether the last request that had a choice was one of a held order.
-        probed: the order with a request ahead of its schedule, to find out whether the endpoint is up.
+        probed: the orders with a request ahead of their schedule, to find out whether the endpoint is up.
     """
 
     loaded: Loaded
@@ -108,7 +108,7 @@ class _Work:
     is_down: bool = False
     probe_at: datetime | None = None
     probe_seconds: float = PROBE_SECONDS_MIN
-    probed: str | None = None
+    probed: set[str] = field(default_factory=set)
     takes_held: bool = False
 
     @property
@@ -397,7 +397,7 @@ class Delivery:
         # In turns, since the endpoint may refuse just those orders that are held, or just the next ones.
         work.takes_held = not work.takes_held
         if work.takes_held and (order_no := self._earliest_held(work)) is not None:
-            work.probed = order_no
+            work.probed.add(order_no)
             return order_no, self._deliver_held(work, order_no, work.held[order_no])
         return self._next_entry(work, at_random=True)
 
@@ -431,6 +431,7 @@ class Delivery:
             self._failure = error
             self._interrupted.set()
         if (work := self._work) is not None:
+            work.probed.discard(order_no)
             work.window.resume(order_no)
             if (held := work.held.get(order_no)) is not None:
                 _schedule(work, order_no, held)
@@ -545,7 +546,8 @@ class Delivery:
             work.delivered += 1
             if work.is_down:
                 self._recover(work, now)
-            work.failures, work.failing, work.failing_since, work.probed = 0, set(), None, None
+            work.failures, work.failing, work.failing_since = 0, set(), None
+            work.probed.discard(order_no)
             return
         work.failed += 1
         if attempt.status in REFUSALS:
@@ -613,9 +615,8 @@ class Delivery:
             held.next_attempt_at = now
             self._mark(work, order_no)
             return
-        if order_no == work.probed:
+        if order_no in work.probed:
             # The order keeps its schedule.
-            work.probed = None
             self._mark(work, order_no)
             return
         held.attempts += 1

@@ -128,6 +128,30 @@ async def test_an_endpoint_that_is_down_for_an_hour(
     assert len({*receiver.places()}) == ORDERS + 1
 
 
+async def test_probes_cost_no_attempt(dsn: str, receiver: Receiver, connection: Connection) -> None:
+    """An endpoint that is down and slow has several probes at once. Each order keeps its schedule."""
+    await record(dsn, ORDERS)
+    subscription_id = await add(connection, receiver)
+    receiver.respond = refuse(503)
+    clock, answers = Clock(), asyncio.Event()
+
+    async def refuse_later(_received: Received) -> web.StreamResponse:
+        await answers.wait()
+        return web.Response(status=503)
+
+    async with dispatching(dsn, clock, (0, 7_200, 7_200)):
+        await until_async(is_quiet(receiver))
+        receiver.respond = refuse_later
+        # Held orders and new ones are probed in turns.
+        for _ in range(6):
+            before = len(receiver.requests)
+            clock.move(seconds=PROBE_SECONDS_MAX)
+            await receiver.wait_for_requests(before + 1)
+        answers.set()
+        await until_async(partial(is_saved, connection, subscription_id, receiver))
+    assert await connection.fetchval("SELECT max(attempts) FROM held_orders") == 1
+
+
 @pytest.mark.attacks("connecting", "endpoint")
 async def test_an_endpoint_that_never_answers(dsn: str, receiver: Receiver, connection: Connection) -> None:
     """An endpoint gets so many requests at a time, and no further one before it answers one of them."""
