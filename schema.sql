@@ -590,30 +590,13 @@ CREATE TABLE order_cnotes (
     PRIMARY KEY (cnote, order_no)
 );
 
--- The earliest and the latest first report, and the latest last report, of the orders whose first positions are in a
--- block of positions. A list that filters by time skips the other blocks. projections/windows.py has a block's size.
-CREATE TABLE blocks (
-    block     bigint      NOT NULL PRIMARY KEY,
-    earliest  timestamptz NOT NULL,
-    newest    timestamptz NOT NULL,
-    latest    timestamptz NOT NULL                 -- rounded up to the hour
-);
-
 -- indexes
--- Each list has two orders: by first report, and by last report. In each of them, an index for all orders, one for each
--- status, and one for each rare verdict, which holds only the orders with it. A null status would have no order.
+-- The list by first report, and the list by last report: all orders, those with a status, and those with a refused
+-- report, which are few. A null status would have no order.
 CREATE INDEX orders_first_position_idx ON orders (first_position);
-CREATE INDEX orders_status_idx ON orders (coalesce(status, ''), first_position);
-CREATE INDEX orders_repeated_idx ON orders (first_position) WHERE repeated > 0;
-CREATE INDEX orders_late_idx ON orders (first_position) WHERE late > 0;
-CREATE INDEX orders_refused_idx ON orders (first_position) WHERE refused > 0;
-CREATE INDEX orders_unrecognised_idx ON orders (first_position) WHERE unrecognised > rejudgements;
 CREATE INDEX orders_updated_idx ON orders (last_reported_at, position);
-CREATE INDEX orders_status_updated_idx ON orders (coalesce(status, ''), last_reported_at, position);
-CREATE INDEX orders_repeated_updated_idx ON orders (last_reported_at, position) WHERE repeated > 0;
-CREATE INDEX orders_late_updated_idx ON orders (last_reported_at, position) WHERE late > 0;
-CREATE INDEX orders_refused_updated_idx ON orders (last_reported_at, position) WHERE refused > 0;
-CREATE INDEX orders_unrecognised_updated_idx ON orders (last_reported_at, position) WHERE unrecognised > rejudgements;
+CREATE INDEX orders_status_idx ON orders (coalesce(status, ''), last_reported_at, position);
+CREATE INDEX orders_refused_idx ON orders (last_reported_at, position) WHERE refused > 0;
 -- A search looks up whether an order has an airway bill that begins with a text.
 CREATE INDEX order_cnotes_order_no_idx ON order_cnotes (order_no, cnote);
 

@@ -9,7 +9,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.statuses import Status
 from domain.transitions import Verdict
 from projections.postgres_errors import Connection
-from projections.timeline import KINDS, UNKNOWN_KIND, VIEW
+from projections.timeline import KINDS, UNKNOWN_KIND
 from projections.windows import POSITION_MAX, WALKED_ROWS_MAX, Span, Window, narrow
 
 # The class syntax does not allow the keyword "from".
@@ -141,7 +141,7 @@ async def transitions_page(
     walked = 0
     reached: int | None = after
     while reached is not None and reached < POSITION_MAX and len(rows) < limit and walked < WALKED_ROWS_MAX:
-        span = await narrow(connection, VIEW.name, Span(reached + 1, POSITION_MAX), since, until)
+        span = await narrow(connection, Span(reached + 1, POSITION_MAX), since, until)
         if span is None:
             return Window(rows, None)
         # A first walk, which is short, is enough where most reports match.

@@ -10,7 +10,6 @@ from domain.statuses import SETTLED, Label, Status, status_label
 from projections.engine import DecodedEvent, View
 from projections.parked import Parked
 from projections.postgres_errors import Connection
-from projections.windows import BLOCK_POSITIONS
 
 
 class Counts(TypedDict):
@@ -121,7 +120,7 @@ def fold(events: Iterable[DecodedEvent], rows: dict[str, Row]) -> None:
 # One JSON parameter, because asyncpg would check each value of an array parameter for nested arrays. The SELECT
 # computes the sums, because the table's CHECKs test the row to insert even if it conflicts. This is safe: no
 # other process writes the view at the same time.
-ADD_TO_ORDERS: Final = f"""
+ADD_TO_ORDERS: Final = """
     WITH batch AS MATERIALIZED (
         SELECT * FROM json_to_recordset($1) AS batch (
             order_no text, version bigint, position bigint, first_position bigint, status text,
@@ -134,68 +133,51 @@ ADD_TO_ORDERS: Final = f"""
         INSERT INTO order_cnotes (cnote, order_no)
         SELECT reported.cnote, batch.order_no FROM batch, unnest(batch.cnotes) AS reported (cnote)
         ON CONFLICT DO NOTHING
-    ), added AS (
-        INSERT INTO orders (
-            order_no, version, position, first_position, status, reported_status, status_since, cnote,
-            first_reported_at, last_reported_at, submitted_at, picked_up_at, shipped_at, delivered_at,
-            delivery_attempts, advanced, repeated, late, refused, unrecognised, rejudgements)
-        SELECT batch.order_no, batch.version, batch.position,
-            coalesce(present.first_position, batch.first_position),
-            batch.status,
-            coalesce(batch.reported_status, present.reported_status),
-            coalesce(batch.status_since, present.status_since),
-            batch.cnote,
-            coalesce(present.first_reported_at, batch.first_reported_at),
-            -- A batch may have only a rejudgement, which is not a report.
-            coalesce(batch.last_reported_at, present.last_reported_at),
-            coalesce(present.submitted_at, batch.submitted_at),
-            coalesce(present.picked_up_at, batch.picked_up_at),
-            coalesce(present.shipped_at, batch.shipped_at),
-            coalesce(present.delivered_at, batch.delivered_at),
-            batch.delivery_attempts + coalesce(present.delivery_attempts, 0),
-            batch.advanced + coalesce(present.advanced, 0),
-            batch.repeated + coalesce(present.repeated, 0),
-            batch.late + coalesce(present.late, 0),
-            batch.refused + coalesce(present.refused, 0),
-            batch.unrecognised + coalesce(present.unrecognised, 0),
-            batch.rejudgements + coalesce(present.rejudgements, 0)
-        FROM batch LEFT JOIN orders AS present ON present.order_no = batch.order_no
-        ON CONFLICT (order_no) DO UPDATE SET
-            version = excluded.version,
-            position = excluded.position,
-            status = excluded.status,
-            reported_status = excluded.reported_status,
-            status_since = excluded.status_since,
-            cnote = excluded.cnote,
-            last_reported_at = excluded.last_reported_at,
-            submitted_at = excluded.submitted_at,
-            picked_up_at = excluded.picked_up_at,
-            shipped_at = excluded.shipped_at,
-            delivered_at = excluded.delivered_at,
-            delivery_attempts = excluded.delivery_attempts,
-            advanced = excluded.advanced,
-            repeated = excluded.repeated,
-            late = excluded.late,
-            refused = excluded.refused,
-            unrecognised = excluded.unrecognised,
-            rejudgements = excluded.rejudgements
-        RETURNING first_position, first_reported_at, last_reported_at
-    ), seen AS (
-        SELECT first_position / {BLOCK_POSITIONS} AS block, min(first_reported_at) AS earliest,
-            max(first_reported_at) AS newest,
-            -- Rounded up, so that each new report does not widen its order's block.
-            date_trunc('hour', max(last_reported_at)) + interval '1 hour' AS latest
-        FROM added GROUP BY 1
     )
-    INSERT INTO blocks (block, earliest, newest, latest)
-    SELECT seen.block, seen.earliest, seen.newest, seen.latest FROM seen LEFT JOIN blocks USING (block)
-    WHERE blocks.block IS NULL OR seen.earliest < blocks.earliest OR seen.newest > blocks.newest
-        OR seen.latest > blocks.latest
-    -- Most reports widen no block, and must not lock its row.
-    ON CONFLICT (block) DO UPDATE SET
-        earliest = least(blocks.earliest, excluded.earliest),
-        newest = greatest(blocks.newest, excluded.newest),
-        latest = greatest(blocks.latest, excluded.latest)
+    INSERT INTO orders (
+        order_no, version, position, first_position, status, reported_status, status_since, cnote,
+        first_reported_at, last_reported_at, submitted_at, picked_up_at, shipped_at, delivered_at,
+        delivery_attempts, advanced, repeated, late, refused, unrecognised, rejudgements)
+    SELECT batch.order_no, batch.version, batch.position,
+        coalesce(present.first_position, batch.first_position),
+        batch.status,
+        coalesce(batch.reported_status, present.reported_status),
+        coalesce(batch.status_since, present.status_since),
+        batch.cnote,
+        coalesce(present.first_reported_at, batch.first_reported_at),
+        -- A batch may have only a rejudgement, which is not a report.
+        coalesce(batch.last_reported_at, present.last_reported_at),
+        coalesce(present.submitted_at, batch.submitted_at),
+        coalesce(present.picked_up_at, batch.picked_up_at),
+        coalesce(present.shipped_at, batch.shipped_at),
+        coalesce(present.delivered_at, batch.delivered_at),
+        batch.delivery_attempts + coalesce(present.delivery_attempts, 0),
+        batch.advanced + coalesce(present.advanced, 0),
+        batch.repeated + coalesce(present.repeated, 0),
+        batch.late + coalesce(present.late, 0),
+        batch.refused + coalesce(present.refused, 0),
+        batch.unrecognised + coalesce(present.unrecognised, 0),
+        batch.rejudgements + coalesce(present.rejudgements, 0)
+    FROM batch LEFT JOIN orders AS present ON present.order_no = batch.order_no
+    ON CONFLICT (order_no) DO UPDATE SET
+        version = excluded.version,
+        position = excluded.position,
+        status = excluded.status,
+        reported_status = excluded.reported_status,
+        status_since = excluded.status_since,
+        cnote = excluded.cnote,
+        last_reported_at = excluded.last_reported_at,
+        submitted_at = excluded.submitted_at,
+        picked_up_at = excluded.picked_up_at,
+        shipped_at = excluded.shipped_at,
+        delivered_at = excluded.delivered_at,
+        delivery_attempts = excluded.delivery_attempts,
+        advanced = excluded.advanced,
+        repeated = excluded.repeated,
+        late = excluded.late,
+        refused = excluded.refused,
+        unrecognised = excluded.unrecognised,
+        rejudgements = excluded.rejudgements
 """
 
 
@@ -208,8 +190,8 @@ async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
 
 VIEW: Final = View(
     name="current_status",
-    fold_version=5,
-    tables=("orders", "order_cnotes", "blocks"),
+    fold_version=6,
+    tables=("orders", "order_cnotes"),
     apply=apply,
     # Larger batches gain no throughput and delay webhooks: with 2,000 events, their p99 rose from 2.3 times
     # that of a bare handler to 3 times.

@@ -1,15 +1,14 @@
 """Filtered lists of orders, newest first by their first report, so that pages never shift, or by their last."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from domain.statuses import SETTLED, Status
-from domain.transitions import Verdict
 from projections.current_status import CurrentOrder, to_order
 from projections.postgres_errors import Connection
-from projections.windows import BLOCK_POSITIONS, POSITION_MAX, WALKED_ROWS_MAX, Window
+from projections.windows import POSITION_MAX, WALKED_ROWS_MAX, Window
 
 Sort = Literal["first", "updated"]
 
@@ -55,12 +54,9 @@ class OrdersFilter(NamedTuple):
         settled: whether the current status is settled; an order without a status is not.
         cnote: an airway bill that was ever reported for the order.
         search: the beginning of the order number, or of an airway bill that was ever reported for the order.
-        verdict: a verdict that at least one report of the order has; of the unrecognised reports, only those
-            count that were not judged again.
+        has_refused: True for the orders with at least one refused report.
         updated_after: the last report was at or after this time.
         updated_before: the last report was before this time.
-        first_reported_after: the first report was at or after this time.
-        first_reported_before: the first report was before this time.
         unmoved_since: the order is not settled, and the last report was at or before this time.
     """
 
@@ -68,11 +64,9 @@ class OrdersFilter(NamedTuple):
     settled: bool | None = None
     cnote: str | None = None
     search: str | None = None
-    verdict: Verdict | None = None
+    has_refused: Literal[True] | None = None
     updated_after: datetime | None = None
     updated_before: datetime | None = None
-    first_reported_after: datetime | None = None
-    first_reported_before: datetime | None = None
     unmoved_since: datetime | None = None
 
 
@@ -136,58 +130,32 @@ SELECTED: Final = """
           SELECT true FROM current_status.order_cnotes AS reported
           WHERE reported.order_no = orders.order_no AND reported.cnote >= $4
             AND ($5::text IS NULL OR reported.cnote < $5) LIMIT 1))
-      AND ($6::text IS NULL OR CASE $6
-               WHEN 'advanced' THEN advanced > 0 WHEN 'repeated' THEN repeated > 0
-               WHEN 'late' THEN late > 0 WHEN 'refused' THEN refused > 0
-               WHEN 'unrecognised' THEN unrecognised > rejudgements END)
+      AND ($6::boolean IS NULL OR refused > 0)
       AND ($7::timestamptz IS NULL OR last_reported_at >= $7)
       AND ($8::timestamptz IS NULL OR last_reported_at < $8)
-      AND ($9::timestamptz IS NULL OR first_reported_at >= $9)
-      AND ($10::timestamptz IS NULL OR first_reported_at < $10)
-      AND (last_reported_at, position) < ($11::timestamptz, $12::bigint)
+      AND (last_reported_at, position) < ($9::timestamptz, $10::bigint)
 """
 PAGES: Final[dict[Sort, str]] = {
-    "first": f"SELECT * {SELECTED} ORDER BY walked.first_position DESC LIMIT $13",
-    "updated": f"SELECT * {SELECTED} ORDER BY last_reported_at DESC, position DESC LIMIT $13",
+    "first": f"SELECT * {SELECTED} ORDER BY walked.first_position DESC LIMIT $11",
+    "updated": f"SELECT * {SELECTED} ORDER BY last_reported_at DESC, position DESC LIMIT $11",
 }
-COUNT: Final = f"SELECT count(*) FROM (SELECT {SELECTED} LIMIT $13) AS selected"
+COUNT: Final = f"SELECT count(*) FROM (SELECT {SELECTED} LIMIT $11) AS selected"
 
 # A walk follows an index in the order of the list, and may end early. The keys that it returns lead to the next
-# one. The index is that of all orders, or of those with a status or a verdict that few orders have.
-RANGES: Final[dict[Sort, str]] = {
-    "first": "first_position BETWEEN $1 AND $2",
-    "updated": "(last_reported_at, position) < ($1, $2) AND last_reported_at >= $3",
-}
-ENDS: Final[dict[Sort, str]] = {
-    "first": "ORDER BY first_position DESC LIMIT $3",
-    "updated": "ORDER BY last_reported_at DESC, position DESC LIMIT $4",
-}
+# one. Only the list by last report has indexes of the orders with a status or a refused report.
 WALKED: Final = "SELECT first_position, last_reported_at, position FROM current_status.orders"
-# The parameter with the statuses.
-STATUSES_PARAMETER: Final[dict[Sort, int]] = {"first": 4, "updated": 5}
-WALK_ORDERS: Final[dict[Sort, str]] = {
-    sort: f"{WALKED} WHERE {condition} {ENDS[sort]}" for sort, condition in RANGES.items()
-}
-# The verdicts that few orders have, each with indexes of the orders that fit its condition.
-RARE_VERDICTS: Final[dict[Verdict, str]] = {
-    "repeated": "repeated > 0",
-    "late": "late > 0",
-    "refused": "refused > 0",
-    "unrecognised": "unrecognised > rejudgements",
-}
-WALK_VERDICTS: Final[dict[tuple[Sort, Verdict], str]] = {
-    (sort, verdict): f"{WALKED} WHERE {condition} AND {RANGES[sort]} {ENDS[sort]}"
-    for sort in RANGES
-    for verdict, condition in RARE_VERDICTS.items()
-}
+WALK_FIRST: Final = f"{WALKED} WHERE first_position < $1 ORDER BY first_position DESC LIMIT $2"
+RANGE: Final = "(last_reported_at, position) < ($1, $2) AND last_reported_at >= $3"
+END: Final = "ORDER BY last_reported_at DESC, position DESC LIMIT $4"
+WALK_UPDATED: Final = f"{WALKED} WHERE {RANGE} {END}"
+WALK_REFUSED: Final = f"{WALKED} WHERE refused > 0 AND {RANGE} {END}"
 
 
 # PostgreSQL merges the parts of the statuses, and each part has a limit in case that it prefers to sort them.
 @cache
-def walk_statuses(sort: Sort, number: int) -> str:
+def walk_statuses(number: int) -> str:
     """Return the walk of the orders with so many statuses, each of which has its part of an index."""
-    of_part = f"coalesce(status, '') = (${STATUSES_PARAMETER[sort]}::text[])[{{part}}]"
-    return _merge(f"{WALKED} WHERE {of_part} AND {RANGES[sort]}", ENDS[sort], number)
+    return _merge(f"{WALKED} WHERE coalesce(status, '') = ($5::text[])[{{part}}] AND {RANGE}", END, number)
 
 
 @cache
@@ -244,44 +212,23 @@ STATUSES_PRESENT: Final = """
     SELECT status FROM present WHERE status IS NOT NULL
 """
 
-# The first and the last block that can have orders with such reports, and the time before which all of their
-# orders were last reported.
-SPAN: Final = """
-    SELECT min(block), max(block), max(latest) FROM current_status.blocks
-    WHERE block BETWEEN $1 AND $2
-      AND ($3::timestamptz IS NULL OR latest >= $3)
-      AND ($4::timestamptz IS NULL OR earliest < $4)
-      AND ($5::timestamptz IS NULL OR newest >= $5)
-      AND ($6::timestamptz IS NULL OR earliest < $6)
-"""
-
 
 class _Criteria(NamedTuple):
-    """The parameters $2 to $10 of SELECTED."""
+    """The parameters $2 to $8 of SELECTED."""
 
     statuses: list[str] | None
     cnote: str | None
     search: str | None
     search_end: str | None
-    verdict: Verdict | None
+    has_refused: Literal[True] | None
     updated_after: datetime | None
     updated_before: datetime | None
-    first_reported_after: datetime | None
-    first_reported_before: datetime | None
-
-    @property
-    def is_by_update(self) -> bool:
-        return self.updated_after is not None or self.updated_before is not None
-
-    @property
-    def is_by_time(self) -> bool:
-        first = (self.first_reported_after, self.first_reported_before)
-        return self.is_by_update or first != (None, None)
 
 
 # Keys of walked rows, and the key to continue the walk at; None at its end.
 Key: TypeAlias = "int | Place"
 Walked: TypeAlias = tuple[list[int], "Key | None"]
+NO_CRITERIA: Final = _Criteria(None, None, None, None, None, None, None)
 
 
 async def orders_page(
@@ -383,86 +330,69 @@ async def _walk(
     """Yield first positions of orders that may match, and the key to continue at; None at the end."""
     if criteria.statuses == []:
         return
-    rare = await _rare(connection, sort, criteria)
-    if rare is not None:
-        yield [position for position in rare if isinstance(before, Place) or position < before], None
+    searched = await _find_few(_searches(connection, criteria))
+    if searched is not None:
+        yield _before(before, searched), None
         return
     step = _walk_first if sort == "first" else _walk_updated
-    walked = 0
-    reached: Any = before
-    while reached is not None and walked < WALKED_ROWS_MAX:
-        # A first walk, which is short, is enough where most orders match.
-        rows_max = min(limit, WALKED_ROWS_MAX) if walked == 0 else WALKED_ROWS_MAX
-        rows = await step(connection, reached, criteria, rows_max)
-        reached = None
-        if len(rows) == rows_max:
-            last = rows[-1]
-            reached = last[0] if sort == "first" else place_at(last[1], last[2])
-        walked += len(rows)
-        yield _positions(rows), reached
+    # A first walk, which is short, is enough where most orders match.
+    rows_max = min(limit, WALKED_ROWS_MAX)
+    positions, reached = await step(connection, before, criteria, rows_max)
+    yield positions, reached
+    if reached is None:
+        return
+    if sort == "first" and criteria != NO_CRITERIA:
+        few = await _find_few([lambda rows_max: _walk_updated(connection, LAST_PLACE, criteria, rows_max)])
+        if few is not None:
+            yield _before(reached, few), None
+            return
+    while reached is not None and rows_max < WALKED_ROWS_MAX:
+        positions, reached = await step(connection, reached, criteria, WALKED_ROWS_MAX)
+        rows_max += len(positions)
+        yield positions, reached
 
 
-async def _walk_first(connection: Connection, before: int, criteria: _Criteria, rows_max: int) -> Sequence[Any]:
-    first, last = 0, before - 1
-    if criteria.is_by_time:
-        first_block, last_block, _ = await _span(connection, first, last, criteria)
-        if first_block is None:
-            return ()
-        first = max(first, first_block * BLOCK_POSITIONS)
-        last = min(last, (last_block + 1) * BLOCK_POSITIONS - 1)
-    statement, statuses = _choose_walk("first", criteria)
-    return await connection.fetch(statement, first, last, rows_max, *statuses)
+async def _walk_first(connection: Connection, before: Any, _criteria: _Criteria, rows_max: int) -> Walked:
+    rows = await connection.fetch(WALK_FIRST, before, rows_max)
+    return _positions(rows), rows[-1][0] if len(rows) == rows_max else None
 
 
-async def _walk_updated(
-    connection: Connection, before: Place, criteria: _Criteria, rows_max: int
-) -> Sequence[Any]:
-    earliest = max(filter(None, (criteria.updated_after, criteria.first_reported_after)), default=EPOCH)
-    ends = [before]
+async def _walk_updated(connection: Connection, before: Any, criteria: _Criteria, rows_max: int) -> Walked:
     if criteria.updated_before is not None:
-        ends.append(place_at(criteria.updated_before))
-    if criteria.first_reported_after is not None or criteria.first_reported_before is not None:
-        first_block, _, latest = await _span(connection, 0, POSITION_MAX, criteria)
-        if first_block is None:
-            return ()
-        ends.append(place_at(latest))
-    statement, statuses = _choose_walk("updated", criteria)
-    return await connection.fetch(statement, *_bound(min(ends)), earliest, rows_max, *statuses)
+        before = min(before, place_at(criteria.updated_before))
+    statement, statuses = WALK_UPDATED, []
+    if criteria.has_refused:
+        statement = WALK_REFUSED
+    elif criteria.statuses is not None:
+        statement, statuses = walk_statuses(len(criteria.statuses)), [criteria.statuses]
+    earliest = criteria.updated_after or EPOCH
+    rows = await connection.fetch(statement, *_bound(before), earliest, rows_max, *statuses)
+    return _positions(rows), place_at(*rows[-1][1:]) if len(rows) == rows_max else None
 
 
-def _choose_walk(sort: Sort, criteria: _Criteria) -> tuple[str, list[list[str]]]:
-    """Return the walk of the part with a rare verdict, else with the statuses, else of the whole list."""
-    if criteria.verdict in RARE_VERDICTS:
-        return WALK_VERDICTS[sort, criteria.verdict], []
-    if criteria.statuses is not None:
-        return walk_statuses(sort, len(criteria.statuses)), [criteria.statuses]
-    return WALK_ORDERS[sort], []
+def _searches(connection: Connection, criteria: _Criteria) -> Iterator[Callable[[int], Awaitable[Walked]]]:
+    """Yield the walks of an order number or an airway bill."""
 
+    async def walk(statement: str, *arguments: Any) -> Walked:
+        return _positions(await connection.fetch(statement, *arguments)), None
 
-async def _span(connection: Connection, first: int, last: int, criteria: _Criteria) -> Any:
-    blocks = first // BLOCK_POSITIONS, last // BLOCK_POSITIONS
-    # An order that was last reported before a time was first reported before it.
-    (row,) = await connection.fetch(SPAN, *blocks, *criteria[-4:-2], *criteria[-2:])
-    return row
-
-
-async def _rare(connection: Connection, sort: Sort, criteria: _Criteria) -> list[int] | None:
-    """Return the first positions of all orders that a filter can select if they are few, else None."""
-    walks: list[Callable[[int], Any]] = []
     if criteria.cnote is not None:
-        walks.append(lambda limit: connection.fetch(WALK_CNOTE, criteria.cnote, limit))
+        yield partial(walk, WALK_CNOTE, criteria.cnote)
     if criteria.search is not None:
-        prefix = (criteria.search, criteria.search_end)
-        walks.append(lambda limit: connection.fetch(WALK_SEARCH, *prefix, limit))
-    # The walk by last report has these times as its range already.
-    if sort == "first" and criteria.is_by_update:
-        by_update = criteria._replace(verdict=None, first_reported_after=None, first_reported_before=None)
-        walks.append(lambda limit: _walk_updated(connection, LAST_PLACE, by_update, limit))
+        yield partial(walk, WALK_SEARCH, criteria.search, criteria.search_end)
+
+
+async def _find_few(walks: Iterable[Callable[[int], Awaitable[Walked]]]) -> list[int] | None:
+    """Return the first positions of all orders that one of these walks selects if they are few, else None."""
     for walk in walks:
-        positions = _positions(await walk(WALKED_ROWS_MAX + 1))
+        positions, _ = await walk(WALKED_ROWS_MAX + 1)
         if len(positions) <= WALKED_ROWS_MAX:
             return positions
     return None
+
+
+def _before(key: Key, positions: Sequence[int]) -> list[int]:
+    return [position for position in positions if isinstance(key, Place) or position < key]
 
 
 async def _criteria(connection: Connection, orders_filter: OrdersFilter) -> _Criteria:
@@ -488,11 +418,9 @@ async def _criteria(connection: Connection, orders_filter: OrdersFilter) -> _Cri
         orders_filter.cnote,
         search,
         None if search is None else prefix_end(search),
-        orders_filter.verdict,
+        orders_filter.has_refused,
         orders_filter.updated_after,
         updated_before,
-        orders_filter.first_reported_after,
-        orders_filter.first_reported_before,
     )
 
 

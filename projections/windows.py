@@ -15,7 +15,7 @@ from projections.postgres_errors import Connection
 # A page walks at most this many rows after a first, short walk. It may try three indexes before, and it looks
 # up each row, and its airway bills: at most 12 times as many rows in all.
 WALKED_ROWS_MAX: Final = 2_000
-# The number of positions in a block. If you change it, raise the fold_version of both views that have blocks.
+# The number of positions in a block. If you change it, raise the fold_version of the timeline.
 BLOCK_POSITIONS: Final = 8_192
 # PostgreSQL's bigint.
 POSITION_MAX: Final = 2**63 - 1
@@ -49,7 +49,7 @@ WIDEN_BLOCKS: Final = """
 """
 
 NARROW: Final = """
-    SELECT min(block), max(block) FROM {view}.blocks
+    SELECT min(block), max(block) FROM timeline.blocks
     WHERE block BETWEEN $1 AND $2
       AND ($3::timestamptz IS NULL OR latest >= $3)
       AND ($4::timestamptz IS NULL OR earliest < $4)
@@ -57,13 +57,12 @@ NARROW: Final = """
 
 
 async def narrow(
-    connection: Connection, view: str, span: Span, since: datetime | None, until: datetime | None
+    connection: Connection, span: Span, since: datetime | None, until: datetime | None
 ) -> Span | None:
     """Return the part of a span that can have a time in a range, None if no block of it has one.
 
     Args:
         connection: any connection.
-        view: the view's name.
         span: the positions.
         since: the beginning of the range; None for no beginning.
         until: the end of the range, which is not a part of it; None for no end.
@@ -71,7 +70,7 @@ async def narrow(
     if since is None and until is None:
         return span
     blocks = span.first // BLOCK_POSITIONS, span.last // BLOCK_POSITIONS
-    ((first, last),) = await connection.fetch(NARROW.format(view=view), *blocks, since, until)
+    ((first, last),) = await connection.fetch(NARROW, *blocks, since, until)
     if first is None:
         return None
     return Span(max(span.first, first * BLOCK_POSITIONS), min(span.last, (last + 1) * BLOCK_POSITIONS - 1))

@@ -6,14 +6,13 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from operator import attrgetter, itemgetter
-from typing import Final
+from typing import Final, Literal
 
 from aiohttp import hdrs, web
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from domain.statuses import Status
-from domain.transitions import Verdict
 from projections import current_status, timeline
 from projections.current_status import CurrentOrder, FoundOrder
 from projections.engine import DecodedEvent, Projector
@@ -142,15 +141,11 @@ class OrdersQuery(TableQuery):
         description="the beginning of the order number, or of an airway bill that was ever reported for it",
     )
     cnote: Text | None = Field(default=None, description="an airway bill that was ever reported for the order")
-    verdict: Verdict | None = Field(default=None, description="orders with at least one report of this verdict")
+    verdict: Literal["refused"] | None = Field(
+        default=None, description="`refused`: orders with at least one refused report"
+    )
     updated_after: Time | None = Field(default=None, description="the last report was at or after this time")
     updated_before: Time | None = Field(default=None, description="the last report was before this time")
-    first_reported_after: Time | None = Field(
-        default=None, description="the first report was at or after this time"
-    )
-    first_reported_before: Time | None = Field(
-        default=None, description="the first report was before this time"
-    )
     unmoved_for: Duration | None = Field(
         default=None, description="the order is not settled and has had no report for this long"
     )
@@ -177,11 +172,9 @@ class OrdersQuery(TableQuery):
             settled=self.settled,
             cnote=self.cnote,
             search=self.search,
-            verdict=self.verdict,
+            has_refused=True if self.verdict else None,
             updated_after=self.updated_after,
             updated_before=self.updated_before,
-            first_reported_after=self.first_reported_after,
-            first_reported_before=self.first_reported_before,
             unmoved_since=now - self.unmoved_for if self.unmoved_for is not None else None,
         )
 

@@ -223,7 +223,6 @@ class Pages:
             (texts["moving_orders"], "settled=false"),
             (texts["stuck_orders"], "stuck=1"),
             (texts["refused"], "verdict=refused"),
-            (texts["unrecognised"], "verdict=unrecognised"),
         ]
         return render_page(
             request,

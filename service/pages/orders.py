@@ -11,7 +11,6 @@ from aiohttp import web
 from pydantic import BeforeValidator, Field
 
 from domain.statuses import SETTLED
-from domain.transitions import Verdict
 from projections import current_status, statistics
 from projections.current_status import CurrentOrder
 from projections.order_list import (
@@ -71,7 +70,7 @@ class OrdersPageQuery(CommonQuery):
     search: Text | None = None
     status: Statuses | None = None
     settled: bool | None = None
-    verdict: Verdict | None = None
+    verdict: Literal["refused"] | None = None
     stuck: Literal["1"] | None = None
     # Days of the last report; both are included.
     from_day: Day | None = Field(default=None, alias="from")
@@ -103,7 +102,7 @@ class OrdersPageQuery(CommonQuery):
             statuses=self.status,
             settled=self.settled,
             search=self.search or self.q,
-            verdict=self.verdict,
+            has_refused=True if self.verdict else None,
             updated_after=_midnight(self.from_day, zone) if self.from_day is not None else None,
             updated_before=_midnight(self.to_day + ONE_DAY, zone) if self.to_day is not None else None,
             unmoved_since=now - timedelta(days=STUCK_DAYS) if self.stuck else None,
@@ -200,7 +199,7 @@ def _csv_path(filters: OrdersFilter) -> str:
         "search": filters.search,
         "status": ",".join(filters.statuses) if filters.statuses else None,
         "settled": None if filters.settled is None else str(filters.settled).lower(),
-        "verdict": filters.verdict,
+        "verdict": "refused" if filters.has_refused else None,
         "updated_after": filters.updated_after and to_rfc3339(filters.updated_after),
         "updated_before": filters.updated_before and to_rfc3339(filters.updated_before),
         "unmoved_for": f"P{STUCK_DAYS}D" if filters.unmoved_since is not None else None,

@@ -33,7 +33,7 @@ from order_tracking_client.api.events import export_events, list_events
 from order_tracking_client.api.orders import export_orders, get_order, get_timeline, list_orders
 from order_tracking_client.api.webhook import put_report_with_token
 from order_tracking_client.models import CurrentOrder, LogEventPage, OrderPage, Outcome, Problem, Receipt
-from order_tracking_client.models import ReportBody, Status, Timeline, Verdict
+from order_tracking_client.models import ReportBody, Status, Timeline
 
 url, token, key = sys.argv[1:]
 client = AuthenticatedClient(url, token=key)
@@ -57,7 +57,7 @@ assert isinstance(order, CurrentOrder)
 assert order.last_reported_at.tzinfo is not None
 timeline = get_timeline.sync("KOM/1", client=client, after_position=at)
 assert isinstance(timeline, Timeline)
-orders = list_orders.sync(client=client, status=Status.IN_TRANSIT, verdict=Verdict.REFUSED, limit=1)
+orders = list_orders.sync(client=client, status=Status.IN_TRANSIT, verdict="refused", limit=1)
 assert isinstance(orders, OrderPage)
 table = export_orders.sync(client=client)
 assert isinstance(table, str)

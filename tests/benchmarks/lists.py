@@ -62,13 +62,15 @@ def _filters(now: datetime) -> dict[str, list[dict[str, str]]]:
             "updated_after": after,
             "updated_before": before,
             "unmoved_for": unmoved,
+            "sort": sort,
         }
-        for status, cnote, verdict, (after, before), unmoved in itertools.product(
+        for status, cnote, verdict, (after, before), unmoved, sort in itertools.product(
             ("", "completed", "in_transit", "lost"),
             ("", NO_CNOTE, "AWB77"),
-            ("", "advanced", "repeated", "refused"),
+            ("", "refused"),
             ranges,
             ("", "P7D", "P300D"),
+            ("first", "updated"),
         )
     ]
     return {"/audit/transitions": audit, "/orders": orders}

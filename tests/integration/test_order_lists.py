@@ -152,24 +152,35 @@ async def test_an_unsettled_order_may_have_a_status_of_a_newer_release(
     assert await found(client, "settled=false") == ["KOM1"]
 
 
-async def test_orders_by_their_first_report(client: Client, connection: Connection) -> None:
-    """The filters by first report work in both orders of the list, and also with those by last report."""
-    await sent(client, ("OLD", "Diajukan", "A"), ("NEW", "Diajukan", "A"), ("OLD", "Dikirim", "A"))
-    await connection.execute("""
-        UPDATE current_status.orders SET first_reported_at = first_reported_at - interval '9 days'
-        WHERE order_no = 'OLD'
-    """)
-    await connection.execute("UPDATE current_status.blocks SET earliest = earliest - interval '9 days'")
-    lately = await connection.fetchval(
-        "SELECT to_char(now() - interval '1 day', 'YYYY-MM-DD\"T\"HH24:MI:SS\"Z\"')"
+async def test_the_list_by_first_report_finds_few_orders_at_once(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A filter that only old orders match leads to them in one page: the list by last report has an index."""
+    monkeypatch.setattr("projections.order_list.WALKED_ROWS_MAX", 6)
+    await sent(
+        client,
+        ("LOST", "Hilang", "A"),
+        ("ODD", "Diterima", "A"),
+        ("ODD", "Dibatalkan", "A"),
+        *((f"KOM{number:02}", "Diajukan", "A") for number in range(30)),
     )
-    for sort in ("first", "updated"):
-        assert await found(client, f"sort={sort}&first_reported_before={lately}") == ["OLD"]
-        assert await found(client, f"sort={sort}&first_reported_after={lately}") == ["NEW"]
-        assert await found(client, f"sort={sort}&first_reported_before={lately}&updated_after={lately}") == [
-            "OLD"
-        ]
-        assert await found(client, f"sort={sort}&first_reported_before=2020-01-01T00:00:00Z") == []
+    for query, expected in (("status=lost", "LOST"), ("verdict=refused", "ODD")):
+        page = await client.get(f"/orders?{query}&limit=2")
+        assert [order["order_no"] for order in page["orders"]] == [expected]
+        assert page["next"] is None
+        assert await found(client, f"{query}&sort=updated") == [expected]
+    assert await found(client, "status=submitted&limit=7") == [
+        f"KOM{number:02}" for number in reversed(range(30))
+    ]
+
+
+async def test_a_filter_that_this_release_removed_is_refused(client: Client) -> None:
+    """A list must not ignore a filter: it would select other orders than its caller expects."""
+    for parameter in ("first_reported_after", "first_reported_before"):
+        problem = await client.get(f"/orders?{parameter}=2026-01-01T00:00:00Z", 400)
+        assert problem["parameter"] == parameter
+    for verdict in ("advanced", "repeated", "late", "unrecognised"):
+        assert (await client.get(f"/orders?verdict={verdict}", 400))["parameter"] == "verdict"
 
 
 # The newest change first

@@ -137,6 +137,7 @@ LATELY: Final = "now() - interval '20 s'"
 LONG_AGO: Final = "now() - interval '350 days'"
 LONGER_AGO: Final = "now() - interval '900 days'"
 END: Final = "9000000000000000000"
+NEWEST: Final = ("now()", END)
 UNSETTLED: Final = ["", *(status for status in STATUSES if status not in SETTLED)]
 PAGES: Final = {
     "events of an order": (store.STREAM, "'KOM77'", "0", "100", "1000"),
@@ -155,7 +156,10 @@ PAGES: Final = {
     "selected positions": (selection.SELECTED, "ARRAY[5, 6, 7]", "ARRAY['advanced']", "NULL"),
     "stuck orders": (order_list.walk_stuck(8), f"ARRAY{UNSETTLED}", LONG_AGO, LONGER_AGO, "0", "100"),
     "statuses of orders": (order_list.STATUSES_PRESENT,),
-    "the blocks of a time": (order_list.SPAN, "0", "9000000000", LONG_AGO, "NULL", LONG_AGO, "now()"),
+    "orders by first report": (order_list.WALK_FIRST, END, "100"),
+    "orders by last report": (order_list.WALK_UPDATED, *NEWEST, LONG_AGO, "100"),
+    "orders by status": (order_list.walk_statuses(2), *NEWEST, LONG_AGO, "100", "ARRAY['lost', 'completed']"),
+    "orders with a refused report": (order_list.WALK_REFUSED, *NEWEST, LONG_AGO, "100"),
     "quarantine by state": (quarantine.ENTRIES_PAGE, END, "'open'", "100"),
     "quarantine to retry": (quarantine.OPEN_ENTRIES,),
     "an order in the history": (bundles.SUMMARY, "'KOM77'", "20000"),
@@ -327,7 +331,6 @@ async def audit_filters(connection: Connection) -> list[TransitionsFilter]:
 async def order_filters(connection: Connection) -> list[OrdersList]:
     """Return every combination of some filters of the list of orders."""
     ranges = await time_ranges(connection, "current_status.orders", "last_reported_at")
-    first_ranges = await time_ranges(connection, "current_status.orders", "first_reported_at")
     middle, _ = ranges[2]
     product: Iterable[tuple[Any, ...]] = itertools.product(
         ("first", "updated"),
@@ -335,13 +338,11 @@ async def order_filters(connection: Connection) -> list[OrdersList]:
         (None, True, False),
         (None, NO_CNOTE, "AWB77"),
         (None, "KOM1", "AWB7", "KOM777", NO_CNOTE, "no such"),
-        (None, "advanced", "repeated", "refused"),
+        (None, True),
         [
-            *((*pair, None, None, None) for pair in ranges),
-            *((None, None, *pair, None) for pair in first_ranges),
-            *((None, None, None, None, until) for _, until in ranges if until is not None),
-            (middle, None, None, None, middle),
-            (middle, None, None, middle, None),
+            *((*pair, None) for pair in ranges),
+            *((None, None, until) for _, until in ranges if until is not None),
+            (middle, None, middle),
         ],
     )
     return [OrdersList(sort, OrdersFilter(*parts, *times)) for sort, *parts, times in product]
@@ -375,9 +376,8 @@ async def order_keys(connection: Connection, criteria: OrdersList) -> list[Key]:
         and chosen.settled in (None, row["status"] in SETTLED)
         and (chosen.cnote is None or chosen.cnote in cnotes[row["order_no"]])
         and any(text.startswith(chosen.search or "") for text in (row["order_no"], *cnotes[row["order_no"]]))
-        and (chosen.verdict is None or row[chosen.verdict] > 0)
+        and (chosen.has_refused is None or row["refused"] > 0)
         and _is_within(row["last_reported_at"], chosen.updated_after, chosen.updated_before)
-        and _is_within(row["first_reported_at"], chosen.first_reported_after, chosen.first_reported_before)
         and (
             chosen.unmoved_since is None
             or (row["last_reported_at"] <= chosen.unmoved_since and row["status"] not in SETTLED)

@@ -246,8 +246,6 @@ def test_a_query_without_parameters_has_the_defaults() -> None:
         "verdict": None,
         "updated_after": None,
         "updated_before": None,
-        "first_reported_after": None,
-        "first_reported_before": None,
         "unmoved_for": None,
     }
     assert read_query(EventsQuery, get("/events")).after == 0
