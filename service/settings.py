@@ -25,6 +25,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.dsn import SCHEMES, as_reader, read_hosts, read_target
 from service.program import command_name
+from service.standard_webhooks import SECRET_PREFIX
 from service.vocabulary import VocabularyFile, read_vocabulary
 
 PREFIX: Final = "ORDER_TRACKING_"
@@ -50,8 +51,6 @@ SECRET_CHARACTERS_MIN: Final = 16
 _HOST_NAME: Final = re.compile(r"(?!.*\.\d+$)(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*")
 # Characters that need no escape in a URL path.
 _TOKEN: Final = re.compile(r"[A-Za-z0-9._~-]+")
-# A secret with this prefix is one of Standard Webhooks.
-STANDARD_PREFIX: Final = "whsec_"
 _BASE64: Final = re.compile(r"(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?")
 _TOKEN_NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,32}")
 
@@ -184,10 +183,10 @@ def _check_share_secret(secret: SecretStr) -> SecretStr:
 
 def _check_secret(secret: SecretStr) -> SecretStr:
     text = secret.get_secret_value()
-    if 0 < len(text.removeprefix(STANDARD_PREFIX)) < SECRET_CHARACTERS_MIN or text == STANDARD_PREFIX:
+    if 0 < len(text.removeprefix(SECRET_PREFIX)) < SECRET_CHARACTERS_MIN or text == SECRET_PREFIX:
         raise ValueError(f"the secret must have {SECRET_CHARACTERS_MIN} or more characters")
-    if text.startswith(STANDARD_PREFIX) and not _BASE64.fullmatch(text.removeprefix(STANDARD_PREFIX)):
-        raise ValueError(f"after {STANDARD_PREFIX}, the secret must be base64")
+    if text.startswith(SECRET_PREFIX) and not _BASE64.fullmatch(text.removeprefix(SECRET_PREFIX)):
+        raise ValueError(f"after {SECRET_PREFIX}, the secret must be base64")
     return secret
 
 

@@ -4,10 +4,9 @@ import re
 from collections.abc import MutableMapping
 from contextvars import ContextVar
 from typing import Any, Final
+from uuid import uuid4
 
 from aiohttp import web
-
-from service.uuids import make_uuid
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
 TRACE_HEADER: Final = "traceparent"
@@ -47,7 +46,7 @@ def request_id(request: web.BaseRequest) -> str:
     """
     known = request.get(_KEY)
     if known is None:
-        known = request[_KEY] = caller_request_id(request) or make_uuid()
+        known = request[_KEY] = caller_request_id(request) or str(uuid4())
     return known
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, cast
+from uuid import uuid4
 
 import asyncpg
 import structlog
@@ -19,7 +20,6 @@ from service.event_log.store import UNREPLICATED, UnreplicatedCommitError
 from service.ingest.parser import parse
 from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
 from service.ingest.refusals import QuarantineFullError
-from service.uuids import make_uuid
 
 QuarantineState: TypeAlias = Literal["open", "retried", "discarded"]
 
@@ -191,7 +191,7 @@ class _Retry(NamedTuple):
         if state == "discarded":
             raise NotOpenError(f"entry {self.quarantine_id} was discarded: {discard_reason}")
         if state == "open":
-            arrivals = (report.arrival._replace(report_id=make_uuid()) for _ in range(times_seen))
+            arrivals = (report.arrival._replace(report_id=str(uuid4())) for _ in range(times_seen))
             return [report._replace(arrival=arrival) for arrival in arrivals]
         return ClaimedEvent(decode_event(order_no, version, topic, event_state), position, same_body=True)
 
@@ -224,7 +224,7 @@ async def retry(recorder: Recorder, entry: QuarantinedBody, body: bytes | None, 
     quarantine_id = entry["quarantine_id"]
     if entry["state"] == "discarded":
         raise NotOpenError(f"entry {quarantine_id} was discarded: {entry['discard_reason']}")
-    arrival = Arrival(make_uuid(), datetime.now(UTC), entry["remote"])
+    arrival = Arrival(str(uuid4()), datetime.now(UTC), entry["remote"])
     if entry["state"] == "retried":
         # The claim finds the recorded event. The body is not needed, and may have been erased.
         report = Report(arrival, entry["order_no"] or "", "", None, "")

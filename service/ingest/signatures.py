@@ -1,6 +1,5 @@
 """Signatures of webhook bodies, in the two schemes that a gateway before this service may use."""
 
-import base64
 import hashlib
 import hmac
 import time
@@ -10,7 +9,14 @@ from uuid import uuid4
 
 from service.http.auth_refusals import RefusedError
 from service.http.problems import ProblemType
-from service.settings import STANDARD_PREFIX
+from service.standard_webhooks import (
+    ID_HEADER,
+    SECRET_PREFIX,
+    SIGNATURE_HEADER,
+    TIMESTAMP_HEADER,
+    sign,
+    signature,
+)
 
 # How far the time of a signature may differ from ours, before and after. The scheme suggests five minutes.
 TOLERANCE_SECONDS: Final = 300
@@ -65,23 +71,23 @@ class StandardScheme:
     """Standard Webhooks: the signature covers ``webhook-id``, ``webhook-timestamp`` and the body.
 
     Args:
-        secret: the secret's bytes, decoded.
+        secret: the secret, after its prefix in base64.
     """
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: str) -> None:
         self._secret = secret
 
     def check(self, headers: Mapping[str, str], body: bytes) -> None:
         """Check the signature; see ``Scheme``. ``webhook-signature`` may list several, during a rotation."""
-        webhook_id, timestamp = headers.get("webhook-id", ""), headers.get("webhook-timestamp", "")
+        webhook_id, timestamp = headers.get(ID_HEADER, ""), headers.get(TIMESTAMP_HEADER, "")
         is_id = webhook_id.isascii() and 0 < len(webhook_id) <= ID_BYTES_MAX
         if not (is_id and timestamp.isascii() and timestamp.isdigit() and len(timestamp) <= _DIGITS_MAX):
             detail = f"webhook-id (1 to {ID_BYTES_MAX} ASCII characters) and webhook-timestamp are required"
             raise RefusedError("wrong_signature", ProblemType.BAD_SIGNATURE, detail)
-        expected = self._signature(webhook_id, timestamp, body).encode()
-        signatures = headers.get("webhook-signature", "").encode(errors="replace").split()
+        expected = signature(self._secret, webhook_id, timestamp, body).encode()
+        signatures = headers.get(SIGNATURE_HEADER, "").encode(errors="replace").split()
         # All are compared, each in constant time.
-        if not sum(hmac.compare_digest(signature, expected) for signature in signatures):
+        if not sum(hmac.compare_digest(one, expected) for one in signatures):
             detail = "webhook-signature has no signature of this id, time and body"
             raise RefusedError("wrong_signature", ProblemType.BAD_SIGNATURE, detail)
         if abs(time.time() - int(timestamp)) > TOLERANCE_SECONDS:
@@ -90,17 +96,11 @@ class StandardScheme:
 
     def sign(self, body: bytes) -> dict[str, str]:
         """Sign a body under a new id; see ``Scheme``."""
-        webhook_id, timestamp = f"msg_{uuid4()}", str(int(time.time()))
-        signature = self._signature(webhook_id, timestamp, body)
-        return {"webhook-id": webhook_id, "webhook-timestamp": timestamp, "webhook-signature": signature}
-
-    def _signature(self, webhook_id: str, timestamp: str, body: bytes) -> str:
-        message = f"{webhook_id}.{timestamp}.".encode(errors="replace") + body
-        return "v1," + base64.b64encode(hmac.new(self._secret, message, hashlib.sha256).digest()).decode()
+        return sign([self._secret], f"msg_{uuid4()}", time.time(), body)
 
 
 def make_scheme(secret: str, header: str) -> Scheme | None:
     """Return the scheme that a secret chooses, None without a secret. The setting was checked before."""
-    if secret.startswith(STANDARD_PREFIX):
-        return StandardScheme(base64.b64decode(secret.removeprefix(STANDARD_PREFIX)))
+    if secret.startswith(SECRET_PREFIX):
+        return StandardScheme(secret)
     return HexScheme(secret.encode(), header) if secret else None

@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Final
+from uuid import uuid4
 
 import structlog
 from aiohttp import web
@@ -21,7 +22,6 @@ from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
 from service.ingest.refusals import EXPLANATIONS, BodiesFullError, Path, ReaderError, Refusals
 from service.ingest.volume import Volume
 from service.ingest.webhook_auth import Sender, WebhookAuth
-from service.uuids import make_uuid
 
 # The sender documents PUT in its samples and POST in its tips.
 METHODS: Final = ("POST", "PUT")
@@ -79,7 +79,7 @@ class Webhook:
             problem.headers[LOG_HEADER] = self._log.log_id
             raise problem
         arrival = Arrival(
-            make_uuid(),
+            str(uuid4()),
             datetime.now(UTC),
             sender.address,
             sender.token_name,

@@ -9,6 +9,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
+from uuid import uuid4
 
 import orjson
 
@@ -19,7 +20,6 @@ from service.event_log.codec import decode_event
 from service.http.csv_export import unescape_formula
 from service.ingest.parser import YEAR_MIN, UnreadableError, parse, refuse_duplicates
 from service.ingest.recorder import ClaimedEvent, Recorder, UnrecordableReportError
-from service.uuids import make_uuid
 
 # The whole file is checked, and sorted by order, in memory: about 1 kB for each row.
 ROWS_MAX: Final = 1_000_000
@@ -187,7 +187,7 @@ def _to_report(line: bytes | ValueError, now: datetime) -> Report | None:
     status, at = row.get("status"), row.get("at")
     if not str(status or "").strip() and not str(at or "").strip():
         return None
-    arrival = Arrival(make_uuid(), _parse_at(at, now), imported_at=now)
+    arrival = Arrival(str(uuid4()), _parse_at(at, now), imported_at=now)
     try:
         return parse(line, arrival)
     except UnreadableError as error:

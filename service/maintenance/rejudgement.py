@@ -7,6 +7,7 @@ and is not a report, so counts of reports exclude it.
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
 from typing import NamedTuple
+from uuid import uuid4
 
 from domain.order import NEW_ORDER, Arrival, EarlierReport, Order, OrderState, Report, decide, evolve
 from domain.statuses import Recognise, Status
@@ -19,7 +20,6 @@ from service.event_log.feed import Feed
 from service.event_log.store import RecordedEvent
 from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
 from service.maintenance.audit import BATCH_EVENTS_MAX
-from service.uuids import make_uuid
 
 
 class PendingReport(NamedTuple):
@@ -46,7 +46,7 @@ class PendingReport(NamedTuple):
     def to_report(self, now: datetime) -> Report:
         """Return the report of the rejudgement: it has no body, and no airway bill, which may be outdated."""
         return Report(
-            Arrival(make_uuid(), now),
+            Arrival(str(uuid4()), now),
             self.order_no,
             self.reported_status,
             None,

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from time import monotonic
+from time import monotonic, time
 from typing import Final, Literal, NamedTuple, TypeAlias
+from uuid import uuid4
 
 import aiohttp
 from aiohttp import hdrs
@@ -22,6 +23,7 @@ from service.http.budgets import Budgets
 from service.http.endpoints import OutgoingRequest
 from service.http.request_ids import TRACE_HEADER
 from service.http.responses import LOG_HEADER
+from service.standard_webhooks import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign
 from service.subscriptions.message import OrderMessage, TestMessage, encode_test, make_message_id
 from service.subscriptions.responses import (
     LIMITS,
@@ -30,10 +32,8 @@ from service.subscriptions.responses import (
     ExcessError,
     ResponseLimits,
 )
-from service.subscriptions.signing import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign
 from service.subscriptions.subscription import Subscription
 from service.subscriptions.targets import ForbiddenAddressError, make_connector
-from service.uuids import make_uuid
 
 ERROR_CHARACTERS_MAX: Final = 1_000
 # A later time in Retry-After is ignored.
@@ -135,7 +135,7 @@ class Sender:
             traceparent: the trace that the event belongs to, None if it has none.
         """
         headers = {
-            **sign(secrets, message_id, datetime.now(UTC), body),
+            **sign(secrets, message_id, time(), body),
             hdrs.CONTENT_TYPE: "application/json",
             hdrs.USER_AGENT: self._user_agent,
             hdrs.ACCEPT_ENCODING: "identity",
@@ -227,7 +227,7 @@ class Sender:
 async def send_test(sender: Sender, found: Subscription, secrets: Sequence[str]) -> TestResult:
     """Send a test request to a subscription's endpoint, which carries no order, and return its result."""
     subscription_id = found["subscription_id"]
-    message_id = make_message_id(subscription_id, make_uuid())
+    message_id = make_message_id(subscription_id, str(uuid4()))
     attempt = await sender.send(URL(found["url"]), secrets, message_id, encode_test(subscription_id))
     return {
         "delivered": attempt.outcome == "delivered",

@@ -15,7 +15,7 @@ from domain.transitions import Verdict
 from projections.postgres_errors import Connection
 from service.database.operations import Actor, record_operation
 from service.event_log import store
-from service.settings import STANDARD_PREFIX
+from service.standard_webhooks import SECRET_PREFIX
 
 # Named types have their own schemas in the contract.
 SubscriptionState = TypeAliasType("SubscriptionState", Literal["active", "paused", "disabled"])
@@ -185,7 +185,7 @@ def parse_subscription_id(text: str) -> UUID:
 
 def make_secret() -> str:
     """Return a new secret, in the form of Standard Webhooks."""
-    return STANDARD_PREFIX + b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
+    return SECRET_PREFIX + b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
 
 
 async def list_subscriptions(connection: Connection) -> list[Subscription]:
