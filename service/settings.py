@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from difflib import get_close_matches
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self, TypeAlias
+from typing import Annotated, Any, Final, Literal, Self, TypeAlias, TypeVar
 from urllib.parse import parse_qs, urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
@@ -33,18 +33,17 @@ PREFIX: Final = "ORDER_TRACKING_"
 DEFAULT_FILE: Final = Path(__file__).resolve().parent.parent / ".env"
 FILE_VARIABLE: Final = f"{PREFIX}ENV_FILE"
 
-# The settings that hold a secret. A database URL may also hold one.
-SECRETS: Final = ("webhook_tokens", "webhook_hmac_secret", "share_secret", "komerce_api_key")
 # The settings of earlier releases that have no effect, each with what replaces it.
 REMOVED: Final = {
     f"{PREFIX}PROCESSES": "to use more cores, start several services on one database: see docs/operations.md",
 }
+AnySettings = TypeVar("AnySettings", bound="CoreSettings")
+
 # The permissions of a file's group and of all other users.
 OTHER_USERS: Final = 0o077
 
-# The attempts to deliver one event of a subscription, and the longest pause before one of them.
-ATTEMPTS_MAX: Final = 100
-PAUSE_SECONDS_MAX: Final = 7 * 86_400
+# In the place of the features' names.
+NO_FEATURE: Final = "none"
 # A shorter secret can be guessed.
 SECRET_CHARACTERS_MIN: Final = 16
 # Labels of letters, digits, hyphens and underscores. A last label of digits is a malformed IP address.
@@ -75,7 +74,7 @@ def default_state_dir() -> Path:
     return platformdirs.user_data_path("order-tracking", appauthor=False)
 
 
-def _split_list(text: Any) -> Any:
+def split_list(text: Any) -> Any:
     if not isinstance(text, str):
         return text
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -148,39 +147,6 @@ def _check_tokens(tokens: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
     return tokens
 
 
-def _check_pauses(pauses: tuple[float, ...]) -> tuple[float, ...]:
-    if not pauses or pauses[0] != 0:
-        raise ValueError("the first attempt follows at once: the list must begin with 0, as in 0,5,300")
-    if len(pauses) > ATTEMPTS_MAX or not all(0 <= pause <= PAUSE_SECONDS_MAX for pause in pauses):
-        raise ValueError(
-            f"expected up to {ATTEMPTS_MAX} pauses of 0 to {PAUSE_SECONDS_MAX} seconds, as in 0,5,300"
-        )
-    return pauses
-
-
-def _check_origin(origin: str) -> str:
-    if not origin.isprintable() or " " in origin or "+" in origin:
-        raise ValueError(f"{origin!r} has a space or a plus. Expected a name such as shop.example/orders")
-    return origin
-
-
-def _check_key_file(path: Path | None) -> Path | None:
-    if path is not None and path.suffix == ".signed":
-        raise ValueError(
-            f"{path} ends with .signed, as the key's guard does. Expected a name such as history.key"
-        )
-    return path and path.expanduser().absolute()
-
-
-def _check_share_secret(secret: SecretStr) -> SecretStr:
-    if 0 < len(secret.get_secret_value()) < SECRET_CHARACTERS_MIN:
-        raise ValueError(
-            f"the secret must have {SECRET_CHARACTERS_MIN} or more characters "
-            "('order-tracking token' generates one)"
-        )
-    return secret
-
-
 def _check_secret(secret: SecretStr) -> SecretStr:
     text = secret.get_secret_value()
     if 0 < len(text.removeprefix(SECRET_PREFIX)) < SECRET_CHARACTERS_MIN or text == SECRET_PREFIX:
@@ -190,12 +156,23 @@ def _check_secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
+def _check_features(names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if names is None or names == (NO_FEATURE,):
+        return names and ()
+    if NO_FEATURE in names:
+        raise ValueError(f"{NO_FEATURE} stands alone, without other names")
+    return tuple(dict.fromkeys(names))
+
+
 class SettingsError(Exception):
     """A setting is invalid. ``str()`` is one line that names it."""
 
 
-class Settings(BaseSettings):
-    """The operator's settings. A field's variable is ORDER_TRACKING_ and the field's name in capitals."""
+class CoreSettings(BaseSettings):
+    """The settings of the core. A field's variable is ORDER_TRACKING_ and the field's name in capitals.
+
+    Features extend it by their own.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True, use_attribute_docstrings=True
@@ -222,22 +199,14 @@ class Settings(BaseSettings):
     pg_bindir: Path | None = None
     """the folder of PostgreSQL's programs; empty for the embedded ones"""
     webhook_tokens: Annotated[
-        tuple[Token, ...], NoDecode, BeforeValidator(_split_list), AfterValidator(_check_tokens)
+        tuple[Token, ...], NoDecode, BeforeValidator(split_list), AfterValidator(_check_tokens)
     ] = ()
     """comma-separated tokens, alone or as name:token; the webhook's path must end with one; empty for none"""
     webhook_hmac_secret: Annotated[SecretStr, AfterValidator(_check_secret)] = SecretStr("")
     """the secret that signs webhook bodies, whsec_... for Standard Webhooks; empty for no signature"""
     webhook_hmac_header: str = Field(default="X-Callback-Api-Key", pattern=r"^[A-Za-z0-9-]+$")
     """the header with the body's HMAC-SHA256 in hex"""
-    share_secret: Annotated[SecretStr, AfterValidator(_check_share_secret)] = SecretStr("")
-    """the secret that signs links for buyers; another one revokes all links; empty for no links"""
-    subscription_networks: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_list)] = ()
-    """comma-separated networks that subscriptions may send to, also by http, besides public addresses"""
-    subscription_retry_seconds: Annotated[
-        tuple[float, ...], NoDecode, BeforeValidator(_split_list), AfterValidator(_check_pauses)
-    ] = (0, 5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-    """comma-separated seconds before each attempt to deliver an event; the first is 0"""
-    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(_split_list)] = ()
+    trusted_proxies: Annotated[tuple[IPvAnyNetwork, ...], NoDecode, BeforeValidator(split_list)] = ()
     """comma-separated networks whose X-Forwarded-For header is trusted"""
     # At 64 KiB per body, the quarantine grows by at most 640 MB an hour.
     quarantine_hourly_max: int = Field(default=10_000, ge=1, le=10_000_000)
@@ -256,12 +225,10 @@ class Settings(BaseSettings):
     """the maximum number of reports that wait for their commit"""
     body_retention_days: int = Field(default=0, ge=0, le=36_500)
     """the days after which bodies of settled orders are erased; 0 for never"""
-    history_key_file: Annotated[Path | None, AfterValidator(_check_key_file)] = None
-    """the file of the key that signs the history; empty for history.key in STATE_DIR"""
-    history_origin: Annotated[str, AfterValidator(_check_origin)] = ""
-    """the name of the history for a new key, such as shop.example/orders; empty for a random one"""
-    history_public: bool = False
-    """whether the history's checkpoint, keys, tiles and verifiers need no API key"""
+    features: Annotated[
+        tuple[str, ...] | None, NoDecode, BeforeValidator(split_list), AfterValidator(_check_features)
+    ] = None
+    """the comma-separated features that are on, "none" for no feature; empty for the default"""
     timezone: Annotated[str, AfterValidator(_check_timezone)] = "Asia/Jakarta"
     """the time zone of the pages' times and of the days of the statistics, as an IANA name"""
     log_format: Literal["human", "json"] = "human"
@@ -307,11 +274,6 @@ class Settings(BaseSettings):
         return not self.trusted_proxies and is_loopback(self.host)
 
     @property
-    def history_key(self) -> Path:
-        """The file of the key that signs the history."""
-        return self.history_key_file or self.state_dir / "history.key"
-
-    @property
     def zone(self) -> ZoneInfo:
         """The time zone of the pages and of the statistics."""
         return ZoneInfo(self.timezone)
@@ -341,6 +303,18 @@ class Settings(BaseSettings):
 
 def _settings_file() -> Path:
     return Path(os.environ.get(FILE_VARIABLE, DEFAULT_FILE))
+
+
+def _find_file() -> Path:
+    """Return the settings file, which need not exist if no variable names it.
+
+    Raises:
+        SettingsError: a variable names something else than a file.
+    """
+    file = _settings_file()
+    if FILE_VARIABLE in os.environ and (not file.exists() or file.is_dir()):
+        raise SettingsError(f"{FILE_VARIABLE}: {file} is not a file. Expected the path of a settings file")
+    return file
 
 
 def _read_file(file: Path) -> dict[str, str]:
@@ -374,15 +348,19 @@ def find_removed() -> dict[str, str]:
     return {name: replacement for name, replacement in REMOVED.items() if name in names}
 
 
-def find_exposed_file() -> Path | None:
+def find_exposed_file(model: type[CoreSettings]) -> Path | None:
     """Return the settings file if other users can read it and it holds a secret.
+
+    Args:
+        model: all settings.
 
     Raises:
         SettingsError: the file cannot be read.
     """
     file = _settings_file()
     values = _read_file(file)
-    secrets = [values.get(f"{PREFIX}{name}".upper()) for name in SECRETS]
+    names = [name for name, field in model.model_fields.items() if "Secret" in str(field.annotation)]
+    secrets = [values.get(f"{PREFIX}{name}".upper()) for name in names]
     is_secret = any(secrets) or _has_password(values.get(f"{PREFIX}DATABASE_URL", ""))
     return file if is_secret and file.stat().st_mode & OTHER_USERS else None
 
@@ -392,17 +370,18 @@ def _has_password(url: str) -> bool:
     return bool(parts.password) or "password" in parse_qs(parts.query)
 
 
-def read_settings() -> Settings:
-    """Read the settings.
+def refuse_unknown(model: type[CoreSettings]) -> None:
+    """Refuse settings that have no effect, such as one with a mistyped name.
+
+    Args:
+        model: all settings.
 
     Raises:
-        SettingsError: a setting is invalid, a variable with the prefix ORDER_TRACKING_ is unknown, or a setting
-            in the file lacks the prefix.
+        SettingsError: a variable with the prefix ORDER_TRACKING_ is unknown, a setting in the file lacks the
+            prefix, or there is no settings file where a variable says that it is.
     """
-    file = _settings_file()
-    if FILE_VARIABLE in os.environ and (not file.exists() or file.is_dir()):
-        raise SettingsError(f"{FILE_VARIABLE}: {file} is not a file. Expected the path of a settings file")
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    known = {f"{PREFIX}{name}".upper() for name in model.model_fields}
+    file = _find_file()
     in_file = _read_file(file)
     # In the environment, other programs use such names. In this file, a token would silently have no effect.
     if unprefixed := [name for name in in_file if f"{PREFIX}{name}".upper() in known]:
@@ -413,8 +392,20 @@ def read_settings() -> Settings:
         similar = get_close_matches(unknown[0], sorted(known), 1)
         hint = f". Did you mean {similar[0]}?" if similar else ""
         raise SettingsError(f"Unknown setting {unknown[0]}. Known settings: {', '.join(sorted(known))}{hint}")
+
+
+def read(model: type[AnySettings]) -> AnySettings:
+    """Read settings.
+
+    Args:
+        model: those of the core, of a feature, or all.
+
+    Raises:
+        SettingsError: a setting is invalid, or there is no settings file where a variable says that it is.
+    """
+    file = _find_file()
     try:
-        return Settings(_env_file=file)  # type: ignore[call-arg]  # an argument that mypy sees only with a plugin
+        return model(_env_file=file)  # type: ignore[call-arg]  # an argument that mypy sees only with a plugin
     except ValidationError as error:
         first = error.errors()[0]
         name = f"{PREFIX}{first['loc'][0]}: ".upper() if first["loc"] else ""

@@ -14,6 +14,7 @@ from projections.postgres_errors import Connection
 from service.database.connections import connect
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.database.schema import SERVICE_ROLE, as_role, prepare_database
+from service.features import SWITCHED
 from service.http.server import raise_open_files_limit
 from tests.support import leftovers
 from tests.support.client import Client, serving_client
@@ -62,6 +63,14 @@ def _own_state_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest
     """Give each test its own folder for the key of the history, which a service of this process may make."""
     folder = tmp_path_factory.getbasetemp() / f"state-{uuid4().hex}"
     monkeypatch.setenv("ORDER_TRACKING_STATE_DIR", str(folder))
+
+
+@pytest.fixture(scope="module")
+def all_features() -> Iterator[None]:
+    """Switch every feature on in a module's tests, also for the processes that they start."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("ORDER_TRACKING_FEATURES", ",".join(SWITCHED))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,21 @@ from projections.order_list import Sort
 from service import VERSION
 from service.api.events import LAST_EVENT_ID
 from service.database.operations import Action, Via
-from service.http.endpoints import CSV, JSON, NDJSON, SSE, TEXT, Api, Endpoint, OutgoingRequest, Tag, endpoints
+from service.http.endpoints import (
+    CSV,
+    JSON,
+    NDJSON,
+    SSE,
+    TEXT,
+    Api,
+    Endpoint,
+    OutgoingRequest,
+    PathParameters,
+    Tag,
+    endpoints,
+)
 from service.http.parameters import Query
-from service.http.problems import ProblemError, ProblemType
+from service.http.problems import Explained, ProblemError, ProblemType
 from service.http.responses import LOG_HEADER, json_response, response
 from service.ingest.idempotency import KEY_BYTES_MAX, KEY_HEADERS
 from service.ingest.quarantine import QuarantineState
@@ -54,7 +66,7 @@ ENUMERATIONS: Final[Mapping[str, tuple[Any, str]]] = {
     "Via": (Via, "The way by which an operator acted."),
     "Sort": (Sort, "The report by which orders are sorted, newest first."),
 }
-PUBLIC: Final = " With `ORDER_TRACKING_HISTORY_PUBLIC`, it requires none."
+PUBLIC: Final = " With `{setting}`, it requires none."
 # The description of a response that has no JSON schema.
 NOT_JSON: Final = {
     CSV: "A list or a page of it as CSV (RFC 4180) with a heading. Nested members are columns: `counts.late`.",
@@ -64,23 +76,10 @@ NOT_JSON: Final = {
     "`event: order_erased`; its `data` is an erasure as in `GET /erasures`. "
     "With `brief`: `event: log_grown`; its `data` has the position.",
 }
-PATH_PARAMETERS: Final[Mapping[str, dict[str, Any]]] = {
+PATH_PARAMETERS: Final[PathParameters] = {
     "order_no": {"schema": {"type": "string", "minLength": 1}, "description": "the order number"},
     "version": {"schema": {"type": "integer", "minimum": 1}, "description": "the version of the event"},
     "quarantine_id": {"schema": {"type": "integer", "minimum": 1}, "description": "the id of the entry"},
-    "subscription_id": {
-        "schema": {"type": "string", "format": "uuid"},
-        "description": "the id of the subscription",
-    },
-    "share": {
-        "schema": {"type": "string", "minLength": 1},
-        "description": "the `share_id` of a link, or the last segment of its path",
-    },
-    "level": {"schema": {"type": "integer", "minimum": 0, "maximum": 63}, "description": "the tile's level"},
-    "tile": {
-        "schema": {"type": "string", "minLength": 3},
-        "description": "the tile's number, and its width if it is partial, as in `x001/067.p/8` (tlog-tiles)",
-    },
     "slug": {"schema": {"type": "string", "minLength": 1}, "description": "the end of a problem's `type`"},
     "token": {
         "schema": {"type": "string", "minLength": 1},
@@ -116,13 +115,25 @@ class OpenApi:
     Args:
         apis: the objects whose endpoints are documented.
         outgoing: the requests to other systems, which are documented too.
+        problems: the problem types of features.
     """
 
     tag = Tag("contract", "This document, and the explanations of problem types.")
 
-    def __init__(self, apis: Iterable[Api], outgoing: Collection[OutgoingRequest]) -> None:
+    def __init__(
+        self,
+        apis: Collection[Api],
+        outgoing: Collection[OutgoingRequest] = (),
+        problems: Iterable[Explained] = (),
+    ) -> None:
         declared = [(api.tag, endpoint) for api in (*apis, self) for endpoint, _ in endpoints(api)]
-        self.document = make_document([*_webhook_endpoints(), *declared], outgoing)
+        parameters: PathParameters = {}
+        for api in apis:
+            parameters = {**parameters, **getattr(api, "path_parameters", {})}
+        self._problems = (*ProblemType, *problems)
+        self.document = make_document(
+            [*_webhook_endpoints(), *declared], outgoing, {**PATH_PARAMETERS, **parameters}
+        )
 
     @Endpoint("GET", "/openapi.json", dict, scope=None)
     async def get_openapi(self, _request: web.Request, _query: Query) -> web.Response:
@@ -132,7 +143,7 @@ class OpenApi:
     @Endpoint("GET", "/problems/{slug}", str, scope=None, problems=(HTTPStatus.NOT_FOUND,), media=TEXT)
     async def get_problem_type(self, request: web.Request, _query: Query) -> web.Response:
         """Get the explanation of a problem type."""
-        for problem_type in ProblemType:
+        for problem_type in self._problems:
             if problem_type.slug == request.match_info["slug"]:
                 text = f"{problem_type.status} {problem_type.title}\n\n{problem_type.explanation}\n"
                 return response(text.encode(), "text/plain; charset=utf-8")
@@ -140,14 +151,22 @@ class OpenApi:
 
 
 def make_document(
-    declared: Collection[tuple[Tag, Endpoint]], outgoing: Collection[OutgoingRequest]
+    declared: Collection[tuple[Tag, Endpoint]],
+    outgoing: Collection[OutgoingRequest] = (),
+    parameters: PathParameters = PATH_PARAMETERS,
 ) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of endpoints, each with its tag, and of requests to other systems."""
+    """Return the OpenAPI 3.1 document.
+
+    Args:
+        declared: the endpoints, each with its tag.
+        outgoing: the requests to other systems.
+        parameters: the schemas and descriptions of the parameters of paths.
+    """
     types = {one for _, endpoint in declared for one in (endpoint.response, endpoint.body) if one}
     schemas, references = _schemas(types | {one.body for one in outgoing})
     paths: dict[str, dict[str, Any]] = {}
     for tag, endpoint in declared:
-        operation = {"tags": [tag.name], **_operation(endpoint, references)}
+        operation = {"tags": [tag.name], **_operation(endpoint, references, parameters)}
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.1",
@@ -258,7 +277,11 @@ def _to_markdown(docstring: str) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
-def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> dict[str, Any]:
+def _operation(
+    endpoint: Endpoint,
+    references: Mapping[Any, dict[str, Any]],
+    parameters: PathParameters,
+) -> dict[str, Any]:
     access = (
         f"Requires an API key with the scope `{endpoint.scope}` once any key exists."
         if endpoint.scope is not None
@@ -267,9 +290,9 @@ def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> 
     operation: dict[str, Any] = {
         "operationId": endpoint.operation_id,
         "summary": endpoint.summary,
-        "description": f"{endpoint.description} {access}{PUBLIC if endpoint.may_be_public else ''}".strip(),
+        "description": f"{endpoint.description} {access}{_describe_public(endpoint)}".strip(),
         "parameters": [
-            *_path_parameters(endpoint.path),
+            *_path_parameters(endpoint.path, parameters),
             *_query_parameters(endpoint.query),
             *_header_parameters(endpoint),
         ],
@@ -287,9 +310,13 @@ def _operation(endpoint: Endpoint, references: Mapping[Any, dict[str, Any]]) -> 
     return operation
 
 
-def _path_parameters(path: str) -> Iterator[dict[str, Any]]:
+def _describe_public(endpoint: Endpoint) -> str:
+    return PUBLIC.format(setting=endpoint.public_setting) if endpoint.public_setting else ""
+
+
+def _path_parameters(path: str, described: PathParameters) -> Iterator[dict[str, Any]]:
     for name in re.findall(r"{(\w+)}", path):
-        yield {"name": name, "in": "path", "required": True, **PATH_PARAMETERS[name]}
+        yield {"name": name, "in": "path", "required": True, **described[name]}
 
 
 def _query_parameters(query: type[Query] | None) -> Iterator[dict[str, Any]]:
@@ -358,7 +385,7 @@ def _failures(endpoint: Endpoint) -> dict[str, Any]:
     return failures
 
 
-def _describe(problem: ProblemType | HTTPStatus) -> tuple[int, str]:
-    if isinstance(problem, ProblemType):
+def _describe(problem: Explained | HTTPStatus) -> tuple[int, str]:
+    if isinstance(problem, Explained):
         return problem.status, f"{problem.title} (`{problem.uri}`): {problem.explanation}"
     return problem.value, problem.phrase

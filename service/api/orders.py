@@ -208,8 +208,7 @@ class OrdersApi:
 
     Args:
         pool: the connections for all reads except batched ones.
-        orders_connection: the connection for batched reads of single orders.
-        timelines_connection: the connection for batched reads of short timelines.
+        make_connection: returns a dedicated connection; batched reads of orders and of timelines each have one.
         projectors: the projectors by the names of their views.
         budgets: the budgets of reads of earlier states and of long responses.
         log: the log's id.
@@ -217,18 +216,17 @@ class OrdersApi:
 
     tag = Tag("orders", "Each order's current status, earlier states, timeline and recorded events.")
 
-    def __init__(  # noqa: PLR0913, PLR0917 - each is named in the docstring
+    def __init__(
         self,
         pool: ConnectionPool,
-        orders_connection: DedicatedConnection,
-        timelines_connection: DedicatedConnection,
+        make_connection: Callable[[], DedicatedConnection],
         projectors: Mapping[str, Projector],
         budgets: Budgets,
         log: LogIdentity,
     ) -> None:
         self._pool = pool
-        self._orders_connection = orders_connection
-        self._timelines_connection = timelines_connection
+        self._orders_connection = make_connection()
+        self._timelines_connection = make_connection()
         self._projectors = projectors
         self._log = log
         self._folds = budgets.folds

@@ -2,13 +2,14 @@ from typing import Annotated
 
 import typer
 
-from service.cli.console import database, fail, show_table
+from service.console import database, fail, show_table
 from service.database.connections import connected
+from service.features.settings import read_settings
 from service.maintenance import audit as audits
 
 
 async def audit(order_no: Annotated[str, typer.Argument(help="The order number.")]) -> None:
-    async with database() as dsn, connected(dsn) as connection:
+    async with database(read_settings()) as dsn, connected(dsn) as connection:
         rows = [
             (
                 *(event.originator_version, event.timestamp, event.verdict, event.previous_status),

@@ -3,10 +3,11 @@ from typing import Annotated
 import asyncpg
 import typer
 
-from service.cli.console import EXIT_USAGE, database, err, fail, show
+from service.console import EXIT_USAGE, database, err, fail, show
 from service.database.connections import connected
 from service.database.operations import system_user
 from service.database.schema import check_version, service_dsn
+from service.features.settings import read_settings
 from service.maintenance import erasure
 from service.program import command_name
 
@@ -17,7 +18,7 @@ async def erase(
 ) -> None:
     if not reason.strip():
         fail("the reason is empty: state why you erase this order", EXIT_USAGE)
-    async with database(as_service=False) as dsn, connected(dsn) as owner:
+    async with database(read_settings(), as_service=False) as dsn, connected(dsn) as owner:
         await check_version(owner)
         async with connected(await service_dsn(dsn)) as service:
             try:

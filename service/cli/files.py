@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
 
-from service.cli.console import EXIT_USAGE, err, fail
+from service.console import EXIT_USAGE, err, fail
 from service.settings import OTHER_USERS
 
 # The file descriptor that pg_dump inherits.

@@ -7,13 +7,13 @@ from typing import Annotated, Final
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, err, fail, show
+from service.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, err, fail, show
 from service.database.connections import connected
 from service.database.operations import record_operation, system_user
+from service.features.settings import read_settings
 from service.ingest.recorder import Recorder
 from service.maintenance import imports
 from service.maintenance.imports import BadFileError
-from service.settings import read_settings
 
 # The time limit for one transaction, which competes with the reports that the service records.
 RECORD_SECONDS_MAX: Final = 30.0
@@ -33,7 +33,7 @@ async def import_reports(
 ) -> int | None:
     reports = _read(file)
     columns = ("recording", BarColumn(), MofNCompleteColumn(), "reports, left", TimeRemainingColumn())
-    async with database() as dsn, dedicated(dsn) as to_append, connected(dsn) as connection:
+    async with database(read_settings()) as dsn, dedicated(dsn) as to_append, connected(dsn) as connection:
         recorder = Recorder(
             to_append,
             lambda *_: None,

@@ -3,12 +3,13 @@ from typing import Annotated, Final
 
 import typer
 
-from service.cli.console import database, err, fail, show, show_table
+from service.console import database, err, fail, show, show_table
 from service.database import api_keys
 from service.database.api_keys import Scope
 from service.database.connections import connected
 from service.database.operations import record_operation, system_user
 from service.database.sessions import end_sessions_of
+from service.features.settings import read_settings
 
 DAYS_MAX: Final = 36_500
 
@@ -31,7 +32,7 @@ async def create_key(
 ) -> None:
     """Create a key and print its secret, which you cannot print again."""
     expires_at = datetime.now(UTC) + timedelta(days=days) if days is not None else None
-    async with database() as dsn, connected(dsn) as connection, connection.transaction():
+    async with database(read_settings()) as dsn, connected(dsn) as connection, connection.transaction():
         secret = await api_keys.create_key(connection, name, scope, expires_at)
         await record_operation(connection, system_user(), "key_created", name, f"scope {scope}")
     show(secret)
@@ -41,7 +42,7 @@ async def create_key(
 @keys.command("list")
 async def list_keys() -> None:
     """List all keys, including expired and revoked ones."""
-    async with database() as dsn, connected(dsn) as connection:
+    async with database(read_settings()) as dsn, connected(dsn) as connection:
         rows = [
             (key.name, key.scope, key.created_at, key.expires_at, key.last_used_at, key.revoked_at)
             for key in await api_keys.list_keys(connection)
@@ -52,7 +53,7 @@ async def list_keys() -> None:
 @keys.command("revoke")
 async def revoke_key(name: Annotated[str, typer.Argument(help="The name of the key.")]) -> None:
     """Revoke a key permanently; the service rejects it within a second."""
-    async with database() as dsn, connected(dsn) as connection, connection.transaction():
+    async with database(read_settings()) as dsn, connected(dsn) as connection, connection.transaction():
         if not await api_keys.revoke_key(connection, name):
             fail(f"no key that can be revoked is named {name}: see 'keys list'")
         await end_sessions_of(connection, name)

@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 from rich.progress import DownloadColumn
 
-from service.cli.console import EXIT_USAGE, database, err, fail
-from service.cli.progress import showing_progress
+from service.console import EXIT_USAGE, database, err, fail
 from service.database.connections import connected
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.dsn import SCHEMES, read_hosts, read_target
+from service.features import load_all
+from service.features.settings import read_settings
 from service.maintenance import move as moves
-from service.settings import read_settings
+from service.progress import showing_progress
 
 
 async def move(
@@ -29,7 +30,7 @@ async def move(
 ) -> None:
     destination = _read_destination(target)
     async with (
-        database(as_service=False) as dsn,
+        database(read_settings(), as_service=False) as dsn,
         connected(dsn) as source,
         _opened(target) as new_dsn,
         connected(new_dsn) as new,
@@ -42,8 +43,10 @@ async def move(
         f"set {'ORDER_TRACKING_DATABASE_URL' if new_dsn == target else 'ORDER_TRACKING_STATE_DIR'} to the new "
         "database, and start the service: it rebuilds the views. No service starts on the old database again"
     )
-    if (key := read_settings().history_key).exists():
-        err.print(f"in another state folder, it needs {key} and history.signed, which is beside it")
+    settings = read_settings()
+    files = [str(file) for _, find_files in load_all("files") for file in find_files(settings)]
+    if files:
+        err.print(f"in another state folder, it needs {' and '.join(files)}")
 
 
 def _read_destination(target: str) -> str:

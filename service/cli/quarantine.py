@@ -4,14 +4,14 @@ from typing import Annotated, Final
 import typer
 
 from projections.windows import POSITION_MAX
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, show, show_table
+from service.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, show, show_table
 from service.database.connections import connected
 from service.database.operations import system_user
+from service.features.settings import read_settings
 from service.ingest import quarantine as quarantines
 from service.ingest.parser import UnreadableError
 from service.ingest.quarantine import NotOpenError, QuarantineState, UnknownEntryError
 from service.ingest.recorder import Recorder, UnrecordableReportError
-from service.settings import read_settings
 
 # The time limit for one entry, which competes with the reports that the service records.
 RETRY_SECONDS_MAX: Final = 10.0
@@ -31,7 +31,7 @@ async def list_entries(
     """List unparseable bodies, newest first."""
     rows: list[tuple[object, ...]] = []
     before = POSITION_MAX
-    async with database() as dsn, connected(dsn) as connection:
+    async with database(read_settings()) as dsn, connected(dsn) as connection:
         while page := await quarantines.entries_page(connection, before, state, PAGE_ENTRIES):
             before = page[-1]["quarantine_id"]
             rows += [tuple(entry[name] for name in LISTED) for entry in page]
@@ -45,7 +45,7 @@ async def show_entry(
     raw: Annotated[bool, typer.Option("--raw", help="Write only the body, byte for byte.")] = False,
 ) -> None:
     """Show an entry and its body."""
-    async with database() as dsn, connected(dsn) as connection:
+    async with database(read_settings()) as dsn, connected(dsn) as connection:
         entry, body = await quarantines.find_entry(connection, quarantine_id)
     if raw:
         sys.stdout.buffer.write(body or b"")
@@ -65,7 +65,7 @@ async def retry_entries(
     if bool(quarantine_ids) == every:
         fail("pass either the numbers of entries or --all", EXIT_USAGE)
     failures = 0
-    async with database() as dsn, connected(dsn) as connection, dedicated(dsn) as to_log:
+    async with database(read_settings()) as dsn, connected(dsn) as connection, dedicated(dsn) as to_log:
         recorder = Recorder(
             to_log,
             lambda *_: None,
@@ -91,7 +91,7 @@ async def retry_entries(
 @quarantine.command("discard")
 async def discard_entry(quarantine_id: Id, reason: Reason) -> None:
     """Close an entry that you do not want recorded; its body stays."""
-    async with database() as dsn, connected(dsn) as connection:
+    async with database(read_settings()) as dsn, connected(dsn) as connection:
         try:
             await quarantines.discard(connection, quarantine_id, reason, system_user())
         except ValueError as error:

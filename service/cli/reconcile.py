@@ -6,8 +6,9 @@ from typing import Annotated, Final
 import typer
 
 from projections.order_list import FIRST_PLACE, stuck_orders
-from service.cli.console import database, err
+from service.console import database, err
 from service.database.connections import connected
+from service.features.settings import read_settings
 from service.http.csv_export import escape_formula
 from service.http.times import to_rfc3339
 from service.maintenance.imports import COLUMNS
@@ -27,7 +28,7 @@ async def reconcile(
     orders = 0
     writer = csv.writer(sys.stdout)
     writer.writerow((*COLUMNS, "status_now", "last_reported_at"))
-    async with database() as dsn, connected(dsn) as connection:
+    async with database(read_settings()) as dsn, connected(dsn) as connection:
         while page := await stuck_orders(connection, now - timedelta(days=days), PAGE_ORDERS, after):
             for order in page:
                 last = to_rfc3339(order.last_reported_at, "seconds")

@@ -3,10 +3,10 @@ from typing import Annotated
 import typer
 from yarl import URL
 
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, err, fail, show
-from service.settings import read_settings
-from service.simulator import registration
-from service.simulator.registration import (
+from service import registration
+from service.console import EXIT_FAILURE, EXIT_USAGE, err, fail, show
+from service.features.settings import read_settings
+from service.registration import (
     RegistrationError,
     UnusableUrlError,
     append_token,

@@ -8,15 +8,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 
 from domain.order import Order
 from projections.engine import FailedEvent
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, err, fail, show, show_table
+from service.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, err, fail, show, show_table
 from service.database.connections import connect, connected
 from service.database.operations import record_operation, system_user
 from service.event_log.feed import Feed
+from service.features.settings import read_settings
 from service.ingest.recorder import Recorder, UnrecordableReportError
 from service.maintenance import rejudgement
 from service.maintenance.audit import Change, TableAudit
 from service.maintenance.rejudgement import PendingReport, PendingReports
-from service.settings import read_settings
 from service.vocabulary import VocabularyFile
 
 # The time limit for one report, which competes with the reports that the service records.
@@ -40,7 +40,7 @@ async def rejudge(
     vocabulary = read_settings().vocabulary
     pending = PendingReports(vocabulary.recognise)
     columns = ("reading", BarColumn(), MofNCompleteColumn(), "events, left", TimeRemainingColumn())
-    async with database() as dsn, dedicated(dsn) as connection:
+    async with database(read_settings()) as dsn, dedicated(dsn) as connection:
         feed = Feed(connection, partial(connect, dsn))
         head = await feed.head()
         with Progress(*columns, console=err, disable=not err.is_terminal) as progress:

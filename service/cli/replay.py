@@ -7,10 +7,11 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from projections.engine import View
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, out, show, tune_gc
+from service.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, out, show, tune_gc
 from service.database.connections import connect
 from service.database.schema import VIEWS
 from service.event_log.feed import Feed
+from service.features.settings import read_settings
 from service.maintenance.replay import rebuild_views, resume_parked_order
 
 RATE = "{task.fields[rate]:,.0f}/s"
@@ -36,7 +37,7 @@ async def replay(
         return await _resume(order, views)
     tune_gc()
     columns = ("replaying", BarColumn(), MofNCompleteColumn(), "events", RATE, "left", TimeRemainingColumn())
-    async with database() as dsn, dedicated(dsn) as connection:
+    async with database(read_settings()) as dsn, dedicated(dsn) as connection:
         with Progress(*columns, console=out) as progress:
             bar = progress.add_task("replay", total=None, rate=0.0)
             started = time.monotonic()
@@ -56,7 +57,7 @@ async def replay(
 
 
 async def _resume(order_no: str, views: Sequence[View]) -> int | None:
-    async with database() as dsn, dedicated(dsn) as connection:
+    async with database(read_settings()) as dsn, dedicated(dsn) as connection:
         results = await resume_parked_order(dsn, views, Feed(connection, partial(connect, dsn)), order_no)
     for result in results:
         if result.parked is not None:

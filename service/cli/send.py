@@ -3,12 +3,11 @@ from typing import Annotated, Final
 import aiohttp
 import orjson
 import typer
-from yarl import URL
 
-from service.cli.console import EXIT_FAILURE, EXIT_USAGE, fail, show
+from service.console import EXIT_FAILURE, EXIT_USAGE, fail, show
+from service.features.settings import read_settings
 from service.ingest.signatures import make_scheme
-from service.settings import Settings, read_settings
-from service.simulator.registration import UnusableUrlError, parse_url
+from service.registration import UnusableUrlError, parse_url, webhook_url
 
 SEND_SECONDS_MAX: Final = 10.0
 OK: Final = 200
@@ -45,9 +44,3 @@ async def send(
     show(text.rstrip())
     is_expected = '"outcome":"advanced"' in text or '"outcome":"repeated"' in text
     return None if response.status == OK and is_expected else EXIT_FAILURE
-
-
-def webhook_url(settings: Settings) -> URL:
-    """Return the webhook's URL on the configured host and port, with the first token if there are tokens."""
-    token = next((f"/{token}" for token in settings.tokens), "")
-    return URL.build(scheme="http", host=settings.host, port=settings.port, path=f"/webhook{token}")

@@ -11,14 +11,15 @@ import typer
 import uvloop
 from aiohttp import http_parser
 
-from service.app import PortError, listening
-from service.cli.console import EXIT_USAGE, completes, fail, stop_event, tune_gc
 from service.cli.startup import configure_logs, greet, log_vocabulary, note_wait, record_opened, warn
+from service.console import EXIT_USAGE, completes, fail, stop_event, tune_gc
 from service.database.embedded_postgres import EmbeddedPostgres
+from service.features.settings import Settings, read_settings
 from service.http.server import raise_open_files_limit
 from service.http.sockets import InheritedFileError, take_inherited_sockets
 from service.ingest.webhook_auth import WebhookAuth
-from service.settings import PREFIX, REMOVED, Settings, SettingsError, find_removed, is_loopback, read_settings
+from service.listening import PortError, listening
+from service.settings import PREFIX, REMOVED, SettingsError, find_removed, is_loopback
 
 logger = structlog.get_logger()
 
@@ -103,12 +104,12 @@ async def _serve_until(
             return
         service = starting.result()
         async with listener.serving(service) as port:
-            reloading = asyncio.create_task(_reload_tokens(service.webhook_auth, hung_up))
-            is_without_keys = await service.access.has_no_keys()
+            reloading = asyncio.create_task(_reload_tokens(service.core.webhook_auth, hung_up))
+            is_without_keys = await service.core.access.has_no_keys()
             if not settings.read_only:
                 await record_opened(settings, service)
             greet(settings, port, listener.monitoring_port)
-            log_vocabulary(service.vocabulary)
+            log_vocabulary(service.core.vocabulary)
             warn(settings, is_without_keys=is_without_keys)
             tune_gc()
             await stopped.wait()

@@ -7,14 +7,16 @@ from shlex import quote
 import structlog
 from structlog.typing import EventDict
 
-from service.app import Listener, Service
-from service.cli.console import printable, show
+from service.app import Service
+from service.console import printable, show
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import CREATE_ACCOUNT, belongs_to_nobody
 from service.database.operations import record_openness, system_user
+from service.features.settings import Settings
 from service.http.request_ids import add_request_id
+from service.listening import Listener
 from service.program import command_name
-from service.settings import Settings, find_exposed_file
+from service.settings import find_exposed_file
 from service.vocabulary import VocabularyFile
 
 logger = structlog.get_logger()
@@ -63,7 +65,7 @@ async def record_opened(settings: Settings, service: Service) -> None:
     """Record whether the webhook is open to the network, if that has changed since the last start."""
     is_open = not (settings.webhook_tokens or settings.webhook_hmac_secret or settings.is_local)
     reason = f"host {settings.host}, without ORDER_TRACKING_WEBHOOK_TOKENS" if is_open else None
-    async with service.pool.connection() as connection:
+    async with service.core.pool.connection() as connection:
         await record_openness(connection, system_user()._replace(via="service"), "webhook", reason)
 
 
@@ -104,7 +106,7 @@ def warn(settings: Settings, *, is_without_keys: bool) -> None:
             "restart",
             command=CREATE_ACCOUNT,
         )
-    if file := find_exposed_file():
+    if file := find_exposed_file(type(settings)):
         logger.warning(
             "other users can read the secrets in the settings file", command=f"chmod 600 {quote(str(file))}"
         )

@@ -1,7 +1,7 @@
 import secrets
 from typing import Final
 
-from service.cli.console import show
+from service.console import show
 
 TOKEN_BYTES: Final = 32
 

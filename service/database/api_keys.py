@@ -8,6 +8,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 import asyncpg
 
 from projections.postgres_errors import Connection
+from service.errors import OperatorError
 
 # Each includes those before it. "read" shows neither raw bodies nor senders' addresses.
 Scope: TypeAlias = Literal["read", "read:bodies", "admin"]
@@ -52,7 +53,7 @@ class ApiKey(NamedTuple):
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 
-class InvalidKeyError(Exception):
+class InvalidKeyError(OperatorError):
     """The key cannot be created. ``str()`` is the reason."""
 
 

@@ -26,6 +26,8 @@ from urllib.parse import quote
 
 import psutil  # type: ignore[import-untyped]  # it brings no types
 
+from service.errors import OperatorError
+
 NAME = "order_tracking"  # the name of the database and of its superuser, and a part of the cluster's name
 SOCKET_NAME = ".s.PGSQL.5432"
 SERVER_SETTINGS: Mapping[str, str] = {
@@ -75,7 +77,7 @@ CREATE_ACCOUNT = f"useradd --system --home-dir /var/lib/order-tracking {ACCOUNT}
 HINT = "or set ORDER_TRACKING_DATABASE_URL to use your own PostgreSQL"
 
 
-class EmbeddedPostgresError(Exception):
+class EmbeddedPostgresError(OperatorError):
     """The embedded PostgreSQL cannot run. ``str()`` is one line with the cause and the next step."""
 
 

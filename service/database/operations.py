@@ -40,6 +40,8 @@ Action: TypeAlias = Literal[
     "delivery_retried",
     "delivery_skipped",
     "history_restarted",
+    "feature_stopped",
+    "feature_resumed",
 ]
 
 # The user who logged in to this process's session. Without a login, as for a service, it is NO_LOGIN.
@@ -60,6 +62,11 @@ PAGE: Final = """
 """
 LAST_OPENNESS: Final = """
     SELECT reason FROM public.operations WHERE action IN ('setting_opened', 'setting_closed') AND subject = $1
+    ORDER BY operation_id DESC LIMIT 1
+"""
+
+LAST_FEATURE_ACTION: Final = """
+    SELECT action FROM public.operations WHERE action IN ('feature_stopped', 'feature_resumed') AND subject = $1
     ORDER BY operation_id DESC LIMIT 1
 """
 
@@ -163,3 +170,18 @@ async def record_openness(connection: Connection, actor: Actor, subject: str, re
     if await connection.fetchval(LAST_OPENNESS, subject) != reason:
         action: Action = "setting_closed" if reason is None else "setting_opened"
         await record_operation(connection, actor, action, subject, reason)
+
+
+async def record_feature(connection: Connection, actor: Actor, name: str, use: str | None) -> None:
+    """Record that a feature is off which the database has used, or on again, unless the last start did.
+
+    Args:
+        connection: the connection.
+        actor: who started the service.
+        name: the feature.
+        use: what the database has of it; None if it is on, or was never used.
+    """
+    last = await connection.fetchval(LAST_FEATURE_ACTION, name)
+    action: Action = "feature_resumed" if use is None else "feature_stopped"
+    if last != action and (last is not None or use is not None):
+        await record_operation(connection, actor, action, name, use)

@@ -25,6 +25,7 @@ from service.database.connections import (
 )
 from service.database.log_identity import LOG_ID, MAKE_LOG_ID, MOVED_TO, moved
 from service.database.sequences import require_rising_numbers
+from service.errors import OperatorError
 
 SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 MIGRATIONS_FOLDER: Final = Path(__file__).resolve().parent / "migrations"
@@ -57,8 +58,6 @@ SET_SEARCH_PATH: Final = "SELECT set_config('search_path', $1, true)"
 CLEAR_DEFINITION: Final = "UPDATE projection SET definition = ''"
 INSERT_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
 
-# The tables of the provable history have names that begin with this.
-HISTORY_PREFIX: Final = "history_"
 OWNER_ROLE: Final = "order_tracking_owner"
 SERVICE_ROLE: Final = "order_tracking_service"
 IS_SERVICE: Final = "SELECT current_user = 'order_tracking_service'"
@@ -93,7 +92,7 @@ GRANT_SCHEMAS: Final = """
 """
 
 
-class SchemaError(Exception):
+class SchemaError(OperatorError):
     """This release cannot work with the database's schema. ``str()`` says what to do."""
 
 

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from inspect import cleandoc
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from aiohttp import hdrs, web
 from pydantic import BaseModel
@@ -14,7 +14,7 @@ from service.database.connections import READER
 from service.database.log_identity import LogIdentity
 from service.http.access import Access, Handler
 from service.http.parameters import FORMAT, Query, read_query
-from service.http.problems import ProblemError, ProblemType, another_log, bad_parameter, unavailable
+from service.http.problems import Explained, ProblemError, ProblemType, another_log, bad_parameter, unavailable
 from service.http.responses import LOG_HEADER
 
 JSON: Final = "application/json"
@@ -33,6 +33,9 @@ STRANGER: Final = ""
 # A method of an API: it receives its object, the request and the parsed query.
 Method = Callable[[Any, web.Request, Any], Awaitable[web.StreamResponse]]
 AnyMethod = TypeVar("AnyMethod", bound=Method)
+
+# The schema and the description of parameters of paths, by their names.
+PathParameters: TypeAlias = Mapping[str, Mapping[str, Any]]
 
 # The attribute of a method that holds its declaration.
 _DECLARATION: Final = "declaration"
@@ -71,7 +74,7 @@ class Endpoint:
             generated from the contract can then give each response one type.
         has_etag: whether the response has an entity tag, and may be 304.
         has_path_rest: whether the last parameter of the path may have slashes.
-        may_be_public: whether the endpoint needs no key if its API is public.
+        public_setting: the setting with which the endpoint needs no key, if there is one.
         summary: one line; by default the first line of the method's docstring.
         description: further sentences; by default the rest of the docstring.
         operation_id: the name of the operation; by default the method's name in camel case.
@@ -84,19 +87,19 @@ class Endpoint:
     scope: Scope | None = "read"
     body: type[BaseModel] | None = None
     status: HTTPStatus = HTTPStatus.OK
-    problems: tuple[ProblemType | HTTPStatus, ...] = ()
+    problems: tuple[Explained | HTTPStatus, ...] = ()
     media: str = JSON
     has_etag: bool = False
     has_path_rest: bool = False
-    may_be_public: bool = False
+    public_setting: str = ""
     summary: str = ""
     description: str = ""
     operation_id: str = ""
 
     @property
-    def all_problems(self) -> set[ProblemType | HTTPStatus]:
+    def all_problems(self) -> set[Explained | HTTPStatus]:
         """All problems that a request may be answered with."""
-        problems = {*self.problems}
+        problems: set[Explained | HTTPStatus] = {*self.problems}
         # A stream requires chunked encoding, which HTTP/1.0 lacks.
         if self.media in {NDJSON, SSE}:
             problems |= {ProblemType.HTTP_VERSION, ProblemType.OVER_BUDGET}
@@ -180,7 +183,7 @@ def make_routes(api: object, access: Access, log: LogIdentity) -> list[web.Route
                     _with_query(log, other, other_method.__get__(api), FORMAT),
                     _with_query(log, endpoint, method.__get__(api), FORMAT),
                 )
-        is_public = endpoint.may_be_public and getattr(api, "is_public", False)
+        is_public = endpoint.public_setting and getattr(api, "is_public", False)
         if is_public:
             handler = _as_stranger(handler)
         elif endpoint.scope is not None:

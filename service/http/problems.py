@@ -49,8 +49,33 @@ class LogLimit:
 _failures: Final = LogLimit()
 
 
-class ProblemType(Enum):
-    """Every problem type that this service defines: its status, title and explanation."""
+class Explained:
+    """A problem type: its status, title and explanation. A feature defines its own in an enumeration.
+
+    Args:
+        status: the status of the response.
+        title: a few words, from which the type's URI is made.
+        explanation: one sentence or two.
+    """
+
+    def __init__(self, status: int, title: str, explanation: str) -> None:
+        self.status = status
+        self.title = title
+        self.explanation = explanation
+
+    @property
+    def slug(self) -> str:
+        """The last segment of the type's path."""
+        return self.title.lower().replace(" ", "-")
+
+    @property
+    def uri(self) -> str:
+        """The type's URI, where it is explained; about:blank if its status is enough (RFC 9457, 4.2.1)."""
+        return "about:blank" if self.title == HTTPStatus(self.status).phrase else f"/problems/{self.slug}"
+
+
+class ProblemType(Explained, Enum):
+    """The problem types of the core."""
 
     BAD_PARAMETER = (
         400,
@@ -71,33 +96,9 @@ class ProblemType(Enum):
     NO_SUCH_VERSION = 404, "No such version", "The order had no report at that version or time."
     UNKNOWN_ENTRY = 404, "Unknown entry", "The quarantine has no entry with this id."
     UNKNOWN_CONTRADICTION = 404, "Unknown contradiction", "The order has no refused report with this version."
-    UNKNOWN_SHARE = (
-        404,
-        "Unknown share link",
-        "Expected a link that the service signed, or an id in the record.",
-    )
-    UNKNOWN_SUBSCRIPTION = 404, "Unknown subscription", "There is no subscription with this id."
-    NO_SUCH_TILE = 404, "No such tile", "The signed history is too small to have this tile."
-    NOT_IN_HISTORY = (
-        404,
-        "Not in the history",
-        "The signed history has no entry of this order, or of this version.",
-    )
-    NOT_HELD = 404, "Not held", "The subscription does not hold this order."
     BODY_TIMEOUT = 408, "Body timeout", "The body took too long to arrive."
     NOT_OPEN = 409, "Not open", "The quarantined body has been retried or discarded already."
     ALREADY_HANDLED = 409, "Already handled", "The contradiction has been handled before."
-    TOO_MANY_SUBSCRIPTIONS = 409, "Too many subscriptions", "Remove a subscription before you add another one."
-    NOT_BACK = (
-        409,
-        "Not back",
-        "A replay goes back: its position must not be above the subscription's, or events would be left out.",
-    )
-    SHARING_OFF = (
-        409,
-        "Sharing is off",
-        "The service has no secret to sign links with: see `ORDER_TRACKING_SHARE_SECRET`.",
-    )
     BEYOND_HEAD = (
         410,
         "Beyond the head",
@@ -127,28 +128,8 @@ class ProblemType(Enum):
         "The webhook request is one of this service's own deliveries. It is not recorded.",
     )
     UNAVAILABLE = 503, "Temporarily unavailable", "Retry after `Retry-After` seconds."
-    HISTORY_HALTED = (
-        503,
-        "History halted",
-        "The history lacks hashes, or does not continue its last checkpoint. An operator must act.",
-    )
     PARKED = 503, "Order parked", "A view could not apply an event of this order. A replay rebuilds the view."
     HTTP_VERSION = 505, "HTTP version not supported", "Supported versions: HTTP/1.0, HTTP/1.1."
-
-    def __init__(self, status: int, title: str, explanation: str) -> None:
-        self.status = status
-        self.title = title
-        self.explanation = explanation
-
-    @property
-    def slug(self) -> str:
-        """The last segment of the type's path."""
-        return self.title.lower().replace(" ", "-")
-
-    @property
-    def uri(self) -> str:
-        """The type's URI, where it is explained; about:blank if its status is enough (RFC 9457, 4.2.1)."""
-        return "about:blank" if self.title == HTTPStatus(self.status).phrase else f"/problems/{self.slug}"
 
 
 class ProblemError(Exception):
@@ -163,13 +144,13 @@ class ProblemError(Exception):
 
     def __init__(
         self,
-        problem_type: ProblemType | HTTPStatus,
+        problem_type: Explained | HTTPStatus,
         detail: str | None = None,
         *,
         headers: dict[str, str] | None = None,
         **members: Any,
     ) -> None:
-        if isinstance(problem_type, ProblemType):
+        if isinstance(problem_type, Explained):
             self.status, self.title, self.type = problem_type.status, problem_type.title, problem_type.uri
         else:
             self.status, self.title, self.type = problem_type.value, problem_type.phrase, "about:blank"
@@ -225,12 +206,6 @@ def another_log(log_id: str, expected: str) -> ProblemError:
         "to learn whether this log has it"
     )
     return ProblemError(ProblemType.ANOTHER_LOG, detail, log=log_id)
-
-
-def history_halted(detail: str) -> ProblemError:
-    """Return the problem for a proof that the history cannot give until an operator acts."""
-    headers = {"Retry-After": str(RETRY_AFTER_OPERATOR_SECONDS)}
-    return ProblemError(ProblemType.HISTORY_HALTED, detail, headers=headers)
 
 
 def order_parked(detail: str, **members: Any) -> ProblemError:

@@ -15,6 +15,7 @@ from projections.postgres_errors import Connection
 from service.database.connections import DedicatedConnection, StorageUnavailableError
 from service.database.operations import Actor, check_reason, record_operation
 from service.database.sequences import require_rising_numbers
+from service.errors import OperatorError
 from service.event_log.codec import decode_event
 from service.event_log.store import UNREPLICATED, UnreplicatedCommitError
 from service.ingest.parser import parse
@@ -114,11 +115,11 @@ class QuarantinedBody(TypedDict):
     version: int | None
 
 
-class UnknownEntryError(Exception):
+class UnknownEntryError(OperatorError):
     """The quarantine has no entry with this id. ``str()`` names it."""
 
 
-class NotOpenError(Exception):
+class NotOpenError(OperatorError):
     """The entry has already been retried or discarded. ``str()`` names the entry and which of the two."""
 
 

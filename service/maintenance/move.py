@@ -23,6 +23,7 @@ from service.database.schema import (
     mark_views_outdated,
 )
 from service.database.sequences import Numbered, advance, last_number, require_rising_numbers
+from service.errors import OperatorError
 from service.event_log import store
 from service.event_log.feed import NO_TIMEOUTS
 
@@ -73,7 +74,7 @@ WRITTEN: Final = "another session writes to the database: stop every service fir
 OnProgress = Callable[[int, int], None]
 
 
-class MoveError(Exception):
+class MoveError(OperatorError):
     """The log cannot be moved, and was not. ``str()`` is one line with the reason."""
 
 

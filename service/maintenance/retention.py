@@ -1,12 +1,14 @@
 """Retention: bodies of settled orders are erased when their last report is old enough."""
 
 import asyncio
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from time import time
 from typing import Final
 
 import asyncpg
 import structlog
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from domain.statuses import SETTLED
 from projections.postgres_errors import Connection
@@ -60,6 +62,17 @@ class Retention:
         self.last_pass_at = 0.0
         # Orders up to here need no second look: a later report of one of them comes after it.
         self._after: tuple[datetime, str] = (datetime.min.replace(tzinfo=UTC), "")
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield its metrics."""
+        yield CounterMetricFamily(
+            "retention_erased_orders", "Orders whose bodies were erased by age.", self.erased_orders
+        )
+        yield GaugeMetricFamily(
+            "retention_last_pass_timestamp_seconds",
+            "End of the last pass over the orders; 0 if none has ended.",
+            self.last_pass_at,
+        )
 
     async def run(self) -> None:
         """Until cancelled, erase what is due, and wait."""

@@ -17,7 +17,7 @@ PAGE: Final = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 SECTIONS: Final = dict(re.findall(r"^##+ (.+)\n((?:(?!##)(?:```[\s\S]*?^```|.*)\n)*)", PAGE, re.MULTILINE))
 PATHS: Final = [title for title in SECTIONS if title.startswith("The path of")]
 PATHS_EXPECTED: Final = 5
-RECIPES: Final = ["Add a status word", "Add a view", "Add an endpoint"]
+RECIPES: Final = ["Add a status word", "Add a view", "Add an endpoint", "Add a feature"]
 # A step of a path, and the files below it that the step uses.
 STEP: Final = re.compile(r"^(\d+)\. `([\w./]+)`|^   - `([\w./]+)`", re.MULTILINE)
 # A change of a recipe: the verb, the file, the language of its block, and the block.
@@ -65,6 +65,7 @@ def change(folder: Path, verb: str, file: str, language: str, block: str) -> Non
     path = folder / file
     if verb == "Create":
         assert not path.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block, encoding="utf-8")
         return
     assert language == "diff"

@@ -38,6 +38,8 @@ from tests.support.processes import (
 )
 from tests.support.waiting import PATIENCE_SECONDS, until, until_async
 
+pytestmark = pytest.mark.usefixtures("all_features")
+
 REPORTS_BEFORE = 300
 NOT_EMPTY = "the database is not empty"
 

@@ -27,7 +27,7 @@ from service.build import build_info
 from service.database.connections import connect
 from service.database.embedded_postgres import ACCOUNT
 from service.event_log import store
-from service.http.share_links import ShareLinks, identify
+from service.features.pages.share_links import ShareLinks, identify
 from tests.support.commands import call_command
 from tests.support.databases import TestServer
 from tests.support.processes import RunningService, background_command, run_command, running_service

@@ -19,7 +19,7 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 from dotenv import dotenv_values
 
-from service.settings import Settings
+from service.features.settings import Settings
 from tests.support.folders import ROOT, temporary_folder
 from tests.support.image import context_files, copy_into, is_ignored, read_image, read_patterns
 from tests.support.processes import RunningService, ended_service, environment

@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from service.settings import Settings
+from service.features.settings import Settings
 from tests.support.folders import ROOT, temporary_folder
 from tests.support.processes import environment, running_commands, wait_for_output
 from tests.support.waiting import PATIENCE_SECONDS, until

@@ -15,6 +15,8 @@ from tests.support.folders import temporary_folder
 from tests.support.history import until_signed, verify
 from tests.support.processes import RunningService, running_service
 
+pytestmark = pytest.mark.usefixtures("all_features")
+
 FILES = ("history.key", "history.signed")
 
 

@@ -20,6 +20,8 @@ from tests.support.processes import RunningService, read_whole_log, run_command,
 from tests.support.receiver import Received, accept, receiving
 from tests.support.waiting import PATIENCE_SECONDS
 
+pytestmark = pytest.mark.usefixtures("all_features")
+
 # The first attempt is at once, the second one after the test.
 SETTINGS: Final = {"SUBSCRIPTION_NETWORKS": "127.0.0.0/8", "SUBSCRIPTION_RETRY_SECONDS": "0,3600"}
 WORDS = ("Diajukan", "Dikirim", "Dikirim", "Antar Ulang", "Diterima", "Dibatalkan")

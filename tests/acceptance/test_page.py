@@ -13,12 +13,14 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe  # type: ignore[import-untyped]
 from playwright.sync_api import APIRequestContext, Browser, Page, Playwright, expect
 
-from service.pages.render import ASSETS, SECURITY_POLICY
+from service.features.pages.render import ASSETS, SECURITY_POLICY
 from tests.acceptance.conftest import MILLISECONDS_MAX
 from tests.support.commands import call_command
 from tests.support.folders import copied_folder
 from tests.support.processes import RunningService, measured_service
 from tests.support.waiting import until
+
+pytestmark = pytest.mark.usefixtures("all_features")
 
 SECRET: Final = "a-secret-of-16-characters"  # noqa: S105 - of a service that lives for this module
 ORDER: Final = "KOM-1"

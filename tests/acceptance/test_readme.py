@@ -11,7 +11,7 @@ import pytest
 
 from domain.statuses import STATUSES, Status
 from domain.transitions import Leg, judge
-from service.settings import Settings
+from service.features.settings import Settings
 from tests.support.folders import ROOT
 from tests.support.processes import RunningService, environment
 from tests.support.waiting import PATIENCE_SECONDS

@@ -27,6 +27,8 @@ from tests.support.processes import environment
 from tests.support.receiver import Received, accept, receiving
 from tests.support.waiting import PATIENCE_SECONDS, until_async
 
+pytestmark = pytest.mark.usefixtures("all_features")
+
 PAGE: Final = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 SECTION: Final = PAGE.partition("\n### Replication\n")[2].partition("\n## ")[0]
 BLOCKS: Final = re.findall(r"^   ```sh\n(.*?)^   ```", SECTION, re.MULTILINE | re.DOTALL)

@@ -19,7 +19,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.simulator.simulator import GIVEN_UP_MAX
+from service.features.simulator.simulator import GIVEN_UP_MAX
 from tests.support.commands import Completed, call_command
 from tests.support.processes import (
     COMMAND,

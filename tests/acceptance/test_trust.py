@@ -20,6 +20,8 @@ from tests.support.folders import ROOT, temporary_folder
 from tests.support.processes import running_service
 from tests.support.waiting import PATIENCE_SECONDS, until
 
+pytestmark = pytest.mark.usefixtures("all_features")
+
 Attacker: TypeAlias = psycopg.Connection[Any]
 
 # The commands that connect with the operator's rights.

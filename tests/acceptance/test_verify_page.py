@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from service.history.api import VERIFY_HTML
+from service.features.proofs.api import VERIFY_HTML
 from tests.support.commands import call_command
 from tests.support.folders import copied_folder
 from tests.support.processes import RunningService, measured_service
 from tests.support.waiting import until
+
+pytestmark = pytest.mark.usefixtures("all_features")
 
 REPORTS = (("KOM1", "Diajukan"), ("KOM1", "Dikirim"), ("KOM1", "Diantar"), ("KOM2", "Diajukan"))
 

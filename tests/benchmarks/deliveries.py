@@ -20,7 +20,7 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
-from service.subscriptions.delivery import IN_FLIGHT_MAX
+from service.features.subscriptions.delivery import IN_FLIGHT_MAX
 from tests.benchmarks.report import Row, ratio
 from tests.benchmarks.serving import ROUNDS, WARM_SECONDS, Contest, Process
 

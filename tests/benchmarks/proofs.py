@@ -1,13 +1,11 @@
 """The cost of the provable history: of the follower, of webhooks beside it, of proofs and of the check.
 
-``python -m tests.benchmarks.proofs with serve`` is the service; ``without serve``, one without the follower.
-Both import the same modules, since other imports can already change the cost of a webhook by 10 us.
+Both services have the other features, so that proofs are the only difference.
 """
 
 import asyncio
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,17 +15,17 @@ from typing import Final, TypeVar
 import psutil  # type: ignore[import-untyped]  # it brings no types
 
 from domain.order import NEW_ORDER, Order, decide, evolve
-from service.cli.main import cli
 from service.database.connections import DedicatedConnection, connect, connected
 from service.database.schema import prepare_database
 from service.event_log import store
 from service.event_log.feed import Feed
-from service.history import storage
-from service.history import verify as verifier
-from service.history.bundles import make_bundle
-from service.history.check import check_history
-from service.history.follower import BATCH_LEAVES_MAX, Follower
-from service.history.signer import Signer
+from service.features import DEFAULT
+from service.features.proofs import storage
+from service.features.proofs import verify as verifier
+from service.features.proofs.bundles import make_bundle
+from service.features.proofs.check import check_history
+from service.features.proofs.follower import BATCH_LEAVES_MAX, Follower
+from service.features.proofs.signer import Signer
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, figure, ratio
 from tests.benchmarks.serving import ROUNDS, WARM_SECONDS, Contest
@@ -37,6 +35,7 @@ T = TypeVar("T")
 
 WITH: Final = "with"
 WITHOUT: Final = "without"
+OTHERS: Final = ",".join(DEFAULT)
 # Events that are added from the log, and those that are added from memory.
 LOGGED: Final = 200_000
 REMEMBERED: Final = 50_000
@@ -69,8 +68,8 @@ def measure_proofs(dsn: str, database: Callable[[str], str], folder: Path, secon
     for start in range(STARTS):
         dsns = [database(f"{name}_history_{start}") for name in (WITH, WITHOUT)]
         with (
-            Contest(dsns[0], folder, seconds, program=(__name__, WITH, "serve")) as with_it,
-            Contest(dsns[1], folder, seconds, program=(__name__, WITHOUT, "serve")) as without,
+            Contest(dsns[0], folder, seconds, ORDER_TRACKING_FEATURES=f"{OTHERS},proofs") as with_it,
+            Contest(dsns[1], folder, seconds, ORDER_TRACKING_FEATURES=OTHERS) as without,
         ):
             both = (with_it, without)
             for contest in both:
@@ -192,13 +191,3 @@ def _events(prefix: str, start: int, number: int) -> list[Order.StatusReported]:
         assert evolve(state, event).version == version + 1
         events.append(event)
     return events
-
-
-async def _never(_follower: Follower) -> None:
-    await asyncio.Event().wait()
-
-
-if __name__ == "__main__":
-    if sys.argv.pop(1) == WITHOUT:
-        Follower.run = _never  # type: ignore[assignment,method-assign]  # the only difference
-    cli()

@@ -22,7 +22,7 @@ import uvloop
 
 from domain.order import NEW_ORDER, Arrival, decide, evolve
 from projections import timeline
-from service.cli.console import tune_gc
+from service.console import tune_gc
 from service.database.connections import DedicatedConnection, connect
 from service.database.schema import VIEWS as ALL_VIEWS
 from service.event_log.codec import MAPPER

@@ -149,7 +149,6 @@ class Contest:
         dsn: the DSN of an empty database.
         folder: the folder for scripts and logs.
         seconds: the duration of each load.
-        program: the service's module and its arguments.
         settings: further settings of the service, with their prefix.
     """
 
@@ -160,11 +159,9 @@ class Contest:
         dsn: str,
         folder: Path,
         seconds: int,
-        program: tuple[str, ...] = ("service", "serve"),
         **settings: str,
     ) -> None:
         self._dsn = dsn
-        self._program = program
         self._settings = settings
         self.key = ""
         self._folder = folder
@@ -178,7 +175,7 @@ class Contest:
         self.key = asyncio.run(_create_key(self._dsn))
         try:
             self.ours = self.start(
-                *self._program,
+                *("service", "serve"),
                 ORDER_TRACKING_DATABASE_URL=self._dsn,
                 ORDER_TRACKING_WEBHOOK_TOKENS=load.WEBHOOK_TOKEN,
                 **self._settings,

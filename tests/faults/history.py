@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Final
 
 from service.database.connections import connected
-from service.history import storage
-from service.history.check import check_history
-from service.history.notes import open_note, read_checkpoint
-from service.history.signer import Signer
-from service.history.status import Status, read_status
+from service.features.proofs import storage
+from service.features.proofs.check import check_history
+from service.features.proofs.notes import open_note, read_checkpoint
+from service.features.proofs.signer import Signer
+from service.features.proofs.status import Status, read_status
 from tests.support.account import Violations
 from tests.support.connections import OK, Connections, get
 from tests.support.waiting import until_async

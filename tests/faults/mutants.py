@@ -15,20 +15,20 @@ from uuid import UUID
 from domain.order import Order, Report
 from projections.postgres_errors import Connection
 from service.api import events
-from service.app import Service
 from service.batcher import Batcher
 from service.cli.main import cli
+from service.core import Core
 from service.database import connections
 from service.event_log import store
-from service.history import storage
-from service.history.signer import Signer
-from service.history.storage import Tree
+from service.features.proofs import storage
+from service.features.proofs.signer import Signer
+from service.features.proofs.storage import Tree
+from service.features.subscriptions.delivery import Delivery
+from service.features.subscriptions.progress import Progress
 from service.http import connections as http_connections
 from service.http import streaming
 from service.ingest.recorder import Receipt, Recorder, _receipt
 from service.ingest.refusals import Refusals
-from service.subscriptions.delivery import Delivery
-from service.subscriptions.progress import Progress
 
 COMMITTED_AFTER_SECONDS: Final = 0.5
 HELD_BYTES: Final = 512 * 1024
@@ -94,7 +94,7 @@ def keep_memory() -> None:
     ) -> store.Appended:
         return await append(connection, events, notify=notify)
 
-    _replace(Service, "_forget", lambda _service: None)
+    _replace(Core, "forget", lambda _core: None)
     _replace(store, "append", append_unproved)
 
 

@@ -8,7 +8,7 @@ from uuid import UUID
 import aiohttp
 
 from service.database.connections import connected
-from service.subscriptions.message import make_message_id
+from service.features.subscriptions.message import make_message_id
 from tests.support.account import Logged, Violations
 from tests.support.receiver import Receiver
 from tests.support.waiting import until_async

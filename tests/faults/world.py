@@ -18,6 +18,7 @@ import asyncpg
 
 from projections.postgres_errors import Connection
 from service.database.embedded_postgres import NAME, EmbeddedPostgres, running_dsn
+from service.features import SWITCHED
 from tests.faults import shop
 from tests.faults.history import Checkpoints
 from tests.faults.namespaces import NETWORK, PRIMARY_ADDRESS, SERVICE_ADDRESS, Link, linked
@@ -171,7 +172,12 @@ class World:
         self.command_seconds_max = PATIENCE_SECONDS
         self._ended_logs: list[str] = []
         shop_settings = shop.SETTINGS if layout.has_shop else {}
-        self._settings: dict[str, str] = {"LOG_FORMAT": "json", **shop_settings, **layout.settings}
+        self._settings: dict[str, str] = {
+            "LOG_FORMAT": "json",
+            "FEATURES": ",".join(SWITCHED),
+            **shop_settings,
+            **layout.settings,
+        }
         if layout.database_url:
             self._settings["DATABASE_URL"] = layout.database_url
         self._proxy: Proxy | None = None

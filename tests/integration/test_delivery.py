@@ -18,14 +18,15 @@ from service.database.connections import DedicatedConnection, connect
 from service.database.log_identity import LogIdentity
 from service.database.operations import Actor
 from service.event_log.feed import Feed
-from service.maintenance.check import check_database
-from service.subscriptions.delivery import IN_FLIGHT_MAX, PROBE_SECONDS_MAX
-from service.subscriptions.dispatcher import Dispatcher
-from service.subscriptions.held_orders import HELD_ORDERS_MAX, retry_held
-from service.subscriptions.log_reader import LogReader
-from service.subscriptions.progress import Progress
-from service.subscriptions.sending import Sender
-from service.subscriptions.subscription import Declaration, add_subscription, find_subscription
+from service.features.subscriptions.check import check
+from service.features.subscriptions.delivery import IN_FLIGHT_MAX, PROBE_SECONDS_MAX
+from service.features.subscriptions.dispatcher import Dispatcher
+from service.features.subscriptions.held_orders import HELD_ORDERS_MAX, retry_held
+from service.features.subscriptions.log_reader import LogReader
+from service.features.subscriptions.progress import Progress
+from service.features.subscriptions.sending import Sender
+from service.features.subscriptions.settings import SubscriptionsSettings
+from service.features.subscriptions.subscription import Declaration, add_subscription, find_subscription
 from tests.support.client import serving_client
 from tests.support.receiver import Received, Receiver, hang, receiving
 from tests.support.waiting import until_async
@@ -293,7 +294,7 @@ async def test_too_many_held_orders(dsn: str, receiver: Receiver, connection: Co
         async with dispatching(dsn, clock, (0, 1)):
             (logged,) = await until_async(partial(errors, logs))
             assert logged["held_orders"] == HELD_ORDERS_MAX
-            findings = await check_database(dsn, held_orders_max=HELD_ORDERS_MAX)
+            findings = [one async for one in check(connection, SubscriptionsSettings(), ())]
             assert [one.text for one in findings if one.kind == "WRONG" and "holds 10,000 orders" in one.text]
             assert receiver.requests == []
             await retry_held(connection, subscription_id, "OLD1", Actor("cli", None))

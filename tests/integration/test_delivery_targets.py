@@ -15,17 +15,17 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from service.database.log_identity import LogIdentity
-from service.http.addresses import Network
-from service.subscriptions.message import encode_test
-from service.subscriptions.sending import Attempt, Sender
-from service.subscriptions.subscription import make_secret
-from service.subscriptions.targets import (
+from service.features.subscriptions.message import encode_test
+from service.features.subscriptions.sending import Attempt, Sender
+from service.features.subscriptions.subscription import make_secret
+from service.features.subscriptions.targets import (
     ForbiddenAddressError,
     UnusableUrlError,
     check_address,
     check_url,
     is_public,
 )
+from service.http.addresses import Network
 from tests.support.receiver import Receiver, receiving
 
 PUBLIC: Final = "93.184.215.14"

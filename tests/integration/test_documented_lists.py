@@ -1,7 +1,9 @@
 """Every list of names in the documentation is the code's: tables, settings, problems, members, files."""
 
+import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Final, NamedTuple
 
@@ -15,16 +17,19 @@ from service.cli.main import COMMANDS
 from service.database.api_keys import SCOPES
 from service.database.schema import LOG_SQL, VIEWS
 from service.event_log.codec import StatusReported
-from service.history.api import VERIFY_PY, ProofQuery
+from service.features import SWITCHED, load_all
+from service.features.proofs.api import VERIFY_PY, ProofQuery
+from service.features.settings import Settings
+from service.features.subscriptions.api import AddRequest
+from service.features.subscriptions.message import OrderData
+from service.features.subscriptions.subscription import Subscription
 from service.http.budgets import Budgets
-from service.http.problems import ProblemType
+from service.http.problems import Explained, ProblemType
 from service.ingest.refusals import CAUSES
-from service.settings import Settings
-from service.subscriptions.api import AddRequest
-from service.subscriptions.message import OrderData
-from service.subscriptions.subscription import Subscription
 from tests.faults.faults import FAULTS
 from tests.support.folders import ROOT
+
+pytestmark = pytest.mark.usefixtures("all_features")
 
 PAGES: Final = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES: Final = [
@@ -70,8 +75,20 @@ TABLES: Final = tables()
 
 @cache
 def openapi_paths() -> dict[str, Any]:
-    paths: dict[str, Any] = Service(Settings(port=0), "postgresql:///never").openapi.document["paths"]
-    return paths
+    async def read() -> dict[str, Any]:
+        service = Service(Settings(port=0), "postgresql:///never")
+        await service.enter([*SWITCHED])
+        return service.openapi.document["paths"]  # type: ignore[no-any-return]
+
+    # In a thread, since the test may run in an event loop.
+    with ThreadPoolExecutor(1) as threads:
+        return threads.submit(asyncio.run, read()).result()
+
+
+def problem_types() -> Iterator[Explained]:
+    yield from ProblemType
+    for _, problems in load_all("problems"):
+        yield from problems
 
 
 def schema_tables() -> set[str]:
@@ -83,7 +100,7 @@ def alerts() -> set[str]:
 
 
 def reader_causes() -> set[str]:
-    text = (ROOT / "service" / "api" / "operations.py").read_text(encoding="utf-8")
+    text = (ROOT / "service" / "api" / "health.py").read_text(encoding="utf-8")
     return set(re.findall(r'cause="(\w+)"', text))
 
 
@@ -115,11 +132,14 @@ LISTS: Final[dict[str, tuple[int, str, Callable[[], set[str]]]]] = {
     "operations.md / Readers / 0": (0, SPAN, lambda: reader_causes() - {*CAUSES}),
     "api.md / Your own writes / 0": (0, SPAN, lambda: {POSITION_HEADER, AGE_HEADER}),
     "api.md / Authentication / 0": (0, SPAN, lambda: {*SCOPES}),
-    "api.md / Problems / 0": (1, r"`(/.+)`", lambda: {one.uri for one in ProblemType} - {"about:blank"}),
+    "api.md / Problems / 0": (1, r"`(/.+)`", lambda: {one.uri for one in problem_types()} - {"about:blank"}),
     # The text before the table names the others.
     "api.md / GET /orders / 0": (
         *(0, SPAN),
-        lambda: {*OrdersQuery.model_fields} - {"sort", "after_position", "cursor", "limit"},
+        lambda: (
+            {*OrdersQuery.model_fields} - {"sort", "verdict", "after_position", "cursor", "limit"}
+            | {f"verdict={verdict}" for verdict in ("refused",)}
+        ),
     ),
     "api.md / GET /events / 0": (
         *(0, SPAN),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from service.features.settings import Settings
 from service.maintenance.check import RELEASE_DATES, check_embedded
-from service.settings import Settings
 
 
 @pytest.mark.parametrize(("days", "kind"), [(0, "ok"), (180, "ok"), (181, "note")])

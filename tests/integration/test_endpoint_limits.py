@@ -10,17 +10,17 @@ import pytest
 from yarl import URL
 
 from service.database.log_identity import LogIdentity
-from service.http.addresses import LOOPBACK
-from service.http.budgets import Budget, Budgets
-from service.subscriptions.message import encode_test
-from service.subscriptions.responses import (
+from service.features.subscriptions.message import encode_test
+from service.features.subscriptions.responses import (
     ATTEMPT_SECONDS_MAX,
     HEAD_BYTES_MAX,
     INTERIM_RESPONSES_MAX,
     ResponseLimits,
 )
-from service.subscriptions.sending import Attempt, Sender
-from service.subscriptions.subscription import make_secret
+from service.features.subscriptions.sending import Attempt, Sender
+from service.features.subscriptions.subscription import make_secret
+from service.http.addresses import LOOPBACK
+from service.http.budgets import Budget, Budgets
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 
 # A tenth of what a service has, or less.

@@ -14,11 +14,11 @@ from projections.postgres_errors import Connection
 from service.app import Service
 from service.database.connections import ConnectionPool, connect, connected
 from service.database.operations import Actor
+from service.features.settings import Settings
 from service.maintenance import erasure
 from service.maintenance.check import check_database
 from service.maintenance.erasure import erase_order, find_left
 from service.maintenance.retention import Retention
-from service.settings import Settings
 from tests.support.client import Client
 from tests.support.recording import EQUAL, rebuilt, record
 from tests.support.reports import report
@@ -240,7 +240,7 @@ async def test_old_bodies_of_settled_orders_are_erased(
     service = Service(Settings(port=0, body_retention_days=30), dsn, owner_dsn)
     await service.start()
     try:
-        assert service.retention is not None
+        assert service.core.retention is not None
         old, recent = now - timedelta(days=31), now - timedelta(days=29)
         reports = [
             report(order_no, status, received_at=at)
@@ -259,21 +259,21 @@ async def test_old_bodies_of_settled_orders_are_erased(
         for seen_at in (old, now):
             await connection.execute(f"{entry} {values}", seen_at)
             await connection.execute("UPDATE quarantine SET times_seen = 1000")
-        assert await service.retention.erase_due(now) == 1
+        assert await service.core.retention.erase_due(now) == 1
         assert await bodies(connection) == {"SETTLED": False, "UNSETTLED": True, "RECENT": True}
         states = await connection.fetch("SELECT state, body IS NULL FROM quarantine ORDER BY quarantine_id")
         assert [tuple(row) for row in states] == [("discarded", True), ("open", False)]
-        assert await service.retention.erase_due(now) == 0
+        assert await service.core.retention.erase_due(now) == 0
         # A report that comes later has its own time; an order that is settled later is found then.
         await record(service, report("UNSETTLED", "Diterima", received_at=old + timedelta(hours=1)))
-        assert await service.retention.erase_due(now + timedelta(days=2)) == 2
+        assert await service.core.retention.erase_due(now + timedelta(days=2)) == 2
         assert await bodies(connection) == {"SETTLED": False, "UNSETTLED": False, "RECENT": False}
-        assert service.retention.erased_orders == 3
+        assert service.core.retention.erased_orders == 3
     finally:
         await service.stop()
     # A new process does not erase again.
-    again = Retention(service.pool, owner_dsn, dsn, 30)
-    await service.pool.open()
+    again = Retention(service.core.pool, owner_dsn, dsn, 30)
+    await service.core.pool.open()
     reasons = await connection.fetch("SELECT DISTINCT actor, via, reason FROM operations")
     assert [tuple(row) for row in reasons] == [
         ("retention", "service", "ORDER_TRACKING_BODY_RETENTION_DAYS is 30")
@@ -296,7 +296,7 @@ async def test_an_unreadable_order_does_not_stop_the_retention(
             VALUES ('KOM1', 2, 'order.future', '{}')"""
         )
         with capture_logs() as lines:
-            assert await Retention(service.pool, owner_dsn, dsn, 30).erase_due(now) == 1
+            assert await Retention(service.core.pool, owner_dsn, dsn, 30).erase_due(now) == 1
     finally:
         await service.stop()
     (line,) = [line for line in lines if line["event"] == "an order could not be erased"]

@@ -15,10 +15,10 @@ from domain.transitions import VERDICTS
 from projections import selection
 from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres_errors import Connection
-from service.app import serving
 from service.database import api_keys
 from service.database.connections import connect, connected
-from service.settings import Settings
+from service.features.settings import Settings
+from service.listening import serving
 from tests.support.client import Client, serving_client
 from tests.support.databases import wait_for_locked
 from tests.support.recording import rebuilt

@@ -26,18 +26,18 @@ from service.database.operations import Actor
 from service.database.schema import SERVICE_ROLE, as_role
 from service.event_log import store
 from service.event_log.feed import Feed
-from service.history import storage
-from service.history import verify as verifier
-from service.history.bundles import make_bundle, read_range
-from service.history.check import Checked, check_history
-from service.history.entries import NO_SALT
-from service.history.follower import BATCH_LEAVES_MAX, Follower
-from service.history.notes import read_checkpoint, read_verifier_key
-from service.history.restart import restart
-from service.history.signer import NOTHING, KeyFileError, NotSigningError, Signer
-from service.history.status import read_status
-from service.history.storage import HistoryHaltedError
-from service.history.tree import TILE_HASHES, TileId, hash_leaf, root_of, split
+from service.features.proofs import storage
+from service.features.proofs import verify as verifier
+from service.features.proofs.bundles import make_bundle, read_range
+from service.features.proofs.check import Checked, check_history
+from service.features.proofs.entries import NO_SALT
+from service.features.proofs.follower import BATCH_LEAVES_MAX, Follower
+from service.features.proofs.notes import read_checkpoint, read_verifier_key
+from service.features.proofs.restart import restart
+from service.features.proofs.signer import NOTHING, KeyFileError, NotSigningError, Signer
+from service.features.proofs.status import read_status
+from service.features.proofs.storage import HistoryHaltedError
+from service.features.proofs.tree import TILE_HASHES, TileId, hash_leaf, root_of, split
 from service.maintenance import erasure
 from service.maintenance.erasure import erase_order
 from tests.support.client import Client, serving_client
@@ -45,6 +45,8 @@ from tests.support.databases import TestServer
 from tests.support.history import read_size, until_signed, verify
 from tests.support.reports import report
 from tests.support.waiting import until_async
+
+pytestmark = pytest.mark.usefixtures("all_features")
 
 OPERATOR = Actor("cli", "operator")
 # A position that no event gets.
@@ -833,7 +835,7 @@ async def test_nothing_is_added_to_a_damaged_tree(
     history: History, monkeypatch: pytest.MonkeyPatch, damage: str, *, is_new: bool
 ) -> None:
     """The new hashes would be in a wrong place, and a wrong root would be signed. It is logged once."""
-    monkeypatch.setattr("service.history.follower.POLL_SECONDS", 0.0)
+    monkeypatch.setattr("service.features.proofs.follower.POLL_SECONDS", 0.0)
     await append_orders(history, 600)
     await history.build()
     for table in ("history_tiles", "history_salts"):
@@ -897,7 +899,7 @@ async def test_the_pages_of_a_long_proof(
 ) -> None:
     """A long order's proof has several files. One alone is not complete, and all together are valid."""
     key = (await served.text("/history/key")).strip()
-    monkeypatch.setattr("service.history.api.make_bundle", partial(make_bundle, events_max=2))
+    monkeypatch.setattr("service.features.proofs.api.make_bundle", partial(make_bundle, events_max=2))
     first, headers = await served.get_with_headers(f"{ORDER}/proof")
     await served.webhook("KOM 1/ä", "Selesai")
     await until_signed(served, 5)
@@ -927,7 +929,7 @@ async def test_a_proof_waits_for_a_position(
         assert (result.code, f"events: {version}" in result.text) == (0, True), result.text
         path = f"{ORDER}/proof?from_version={version}&after_position={receipt['position']}"
         assert len((await served.get(path))["events"]) == 1
-    monkeypatch.setattr("service.history.api.AFTER_POSITION_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("service.features.proofs.api.AFTER_POSITION_SECONDS_MAX", 0.2)
     async with connection.transaction():
         await connection.execute(storage.LOCK)
         receipt = await served.webhook("OTHER")

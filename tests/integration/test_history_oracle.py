@@ -11,6 +11,8 @@ from tests.support.client import serving_client
 from tests.support.history import until_signed
 from tests.support.waiting import PATIENCE_SECONDS
 
+pytestmark = pytest.mark.usefixtures("all_features")
+
 pytest.importorskip("aics_tlog", reason="aics-tlog needs Python 3.12")
 
 EVENTS = 600

@@ -65,9 +65,6 @@ def wire(server: TestServer) -> Iterator[Wire]:
         running_service(folder, DATABASE_URL=dsn, LOG_FORMAT="json") as service,
     ):
         wire = Wire(service)
-        # The first report begins the history, which is logged.
-        wire.put(b'{"order_no": "KOM1", "status": "Diajukan"}')
-        until(lambda: "the history has begun" in service.output)
         yield wire
 
 

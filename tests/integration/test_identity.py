@@ -18,12 +18,15 @@ from projections.postgres_errors import Connection
 from service.app import Service
 from service.database import api_keys
 from service.database.sessions import open_session
+from service.features.settings import Settings
 from service.http.access import SESSION_COOKIE
 from service.http.auth_refusals import AuthRefusals
 from service.ingest.webhook_auth import WebhookAuth
-from service.settings import Settings
 from tests.support.client import Client, serving_client
+from tests.support.recording import running
 from tests.support.waiting import until_async
+
+pytestmark = pytest.mark.usefixtures("all_features")
 
 OLD, NEW = "old-token-of-16-characters", "new-token-of-16-characters"
 BODY = b'{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'
@@ -151,8 +154,8 @@ async def test_every_route_requires_a_key_of_its_scope(dsn: str, connection: Con
     read = await api_keys.create_key(connection, "reader", "read", None)
     admin = await api_keys.create_key(connection, "operator", "admin", None)
     async with serving_client(dsn) as client:
-        service = Service(Settings(port=0), dsn)
-        routes = all_routes(service)
+        async with running(Settings(port=0), dsn) as service:
+            routes = all_routes(service)
         assert {(method, path) for method, path, scope in routes if scope is None and method != "HEAD"} == {
             ("*", "/webhook"), ("*", "/webhook/"), ("GET", "/livez"), ("GET", "/readyz"),
             # What says nothing of any order: the contract, and how a browser gives its key.

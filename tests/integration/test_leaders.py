@@ -15,7 +15,7 @@ from projections.postgres_errors import Connection
 from service.app import Service
 from service.database.connections import connected
 from service.database.schema import VIEWS
-from service.settings import Settings
+from service.features.settings import Settings
 from tests.support.databases import wait_for_locked
 from tests.support.processes import running_service
 from tests.support.recording import EQUAL, caught_up, rebuilt
@@ -60,7 +60,7 @@ async def test_one_process_projects_each_view(dsn: str, connection: Connection) 
         second = await started(dsn, stack)
         for number in range(20):
             service = (first, second)[number % 2]
-            receipt = await service.recorder.record(report(f"KOM{number}"))
+            receipt = await service.core.recorder.record(report(f"KOM{number}"))
             await caught_up(first, receipt["position"] or 0)
             await caught_up(second, receipt["position"] or 0)
         assert await leaders(connection) == led
@@ -76,13 +76,13 @@ async def test_the_next_process_leads_when_the_leader_stops(dsn: str, connection
             led = await all_led(connection)
             await second.start()
             stack.push_async_callback(second.stop)
-        receipt = await second.recorder.record(report("KOM1"))
+        receipt = await second.core.recorder.record(report("KOM1"))
         await caught_up(second, receipt["position"] or 0)
         followed = await all_led(connection)
         assert not {*led} & {*followed}
         for pid in followed:
             await connection.execute("SELECT pg_terminate_backend($1)", pid)
-        receipt = await second.recorder.record(report("KOM1", "Diterima"))
+        receipt = await second.core.recorder.record(report("KOM1", "Diterima"))
         await caught_up(second, receipt["position"] or 0)
         assert await rebuilt(dsn, verify=True) == EQUAL
 
@@ -100,7 +100,7 @@ async def test_a_leader_that_does_nothing_is_replaced(
         with capture_logs() as logs:
             service = await started(dsn, stack)
             for status in ("Dikirim", "Diantar", "Diterima"):
-                receipt = await service.recorder.record(report("KOM1", status))
+                receipt = await service.core.recorder.record(report("KOM1", status))
                 await caught_up(service, receipt["position"] or 0)
         # Each view once.
         standing_in = [log["view"] for log in logs if log["event"].endswith("so this one stands in")]
@@ -126,7 +126,7 @@ async def test_a_leader_that_is_suspended_in_a_transaction_is_replaced(
         idle = await stack.enter_async_context(connected(dsn, idle_in_transaction_session_timeout="8s"))
         async with connection.transaction():
             await connection.execute("LOCK TABLE timeline.entries IN EXCLUSIVE MODE")
-            receipt = await follower.recorder.record(report("KOM1"))
+            receipt = await follower.core.recorder.record(report("KOM1"))
             await wait_for_locked(connection)
             os.kill(leader.process.pid, signal.SIGSTOP)
             stack.callback(os.kill, leader.process.pid, signal.SIGCONT)
@@ -143,13 +143,13 @@ async def test_a_stand_in_leaves_a_view_that_moves(
     async with AsyncExitStack() as stack:
         leader = await started(dsn, stack)
         await all_led(connection)
-        await leader.background.stop()
+        await leader.core.background.stop()
         follower = await started(dsn, stack)
-        receipt = await follower.recorder.record(report("KOM1"))
+        receipt = await follower.core.recorder.record(report("KOM1"))
         await caught_up(follower, receipt["position"] or 0)
-        projector = leader.projectors["timeline"]
-        receipt = await leader.recorder.record(report("KOM1", "Diantar"))
-        assert await asyncio.gather(projector.step(), follower.projectors["timeline"].step())
+        projector = leader.core.projectors["timeline"]
+        receipt = await leader.core.recorder.record(report("KOM1", "Diantar"))
+        assert await asyncio.gather(projector.step(), follower.core.projectors["timeline"].step())
         await caught_up(follower, receipt["position"] or 0)
         assert await rebuilt(dsn, verify=True) == EQUAL
 
@@ -160,12 +160,12 @@ async def test_an_outdated_leader_gives_up(dsn: str, connection: Connection) -> 
         service = await started(dsn, stack)
         await all_led(connection)
         await connection.execute("UPDATE timeline.projection SET definition = 'of a later release'")
-        service.projectors["timeline"].wake.set()
+        service.core.projectors["timeline"].wake.set()
 
         async def is_free() -> bool:
             return len(await leaders(connection)) == len(VIEWS) - 1
 
         await until_async(is_free)
         with pytest.raises(OutdatedViewError):
-            await service.projectors["timeline"].step()
+            await service.core.projectors["timeline"].step()
         assert await connection.fetchval(f"SELECT {TRY_LEAD.format(view='timeline')}")

@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack
 import aiohttp
 import pytest
 
-from service.app import Listener, listening
 from service.build import build_info
-from service.settings import Settings
+from service.features.settings import Settings
+from service.listening import Listener, listening
 from tests.support.client import Client
 from tests.support.waiting import condition, until_async
 
@@ -86,7 +86,7 @@ async def test_a_server_that_drains_serves_each_client_once_more(dsn: str) -> No
         async with session.get(url) as response:
             assert "Connection" not in response.headers
         draining = asyncio.create_task(stack.aclose())
-        await until_async(condition(lambda: service.events.tail.is_ended))
+        await until_async(condition(lambda: service.core.events.tail.is_ended))
         async with session.get(url) as response:
             assert (response.status, response.headers["Connection"]) == (200, "close")
         await draining

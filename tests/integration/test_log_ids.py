@@ -18,9 +18,9 @@ from service.database.connections import (
 )
 from service.database.log_identity import LOG_ID, LogIdentity, read_log_id
 from service.database.schema import SERVICE_ROLE, SchemaError, apply_schema, as_role, prepare_database
+from service.features.settings import Settings
+from service.features.simulator.account import ServiceLog, UnreadableLogError
 from service.http.responses import LOG_HEADER
-from service.settings import Settings
-from service.simulator.account import ServiceLog, UnreadableLogError
 from tests.support.client import Client, serving_client
 from tests.support.databases import TestServer
 from tests.support.waiting import PATIENCE_SECONDS, until_async
@@ -168,12 +168,12 @@ async def test_positions_come_with_the_id_of_their_log(server: TestServer, dsn: 
     service = Service(Settings(), dsn)
     await service.start()
     # No other connection must read it first.
-    await service.background.stop()
+    await service.core.background.stop()
     log_id = await restored(server, dsn)
-    assert service.log.log_id != log_id
+    assert service.core.log.log_id != log_id
     connection: ConnectionPool | DedicatedConnection = getattr(service, purpose)
     async with connection.connection():
-        assert service.log.log_id == log_id
+        assert service.core.log.log_id == log_id
     await service.stop()
 
 

@@ -19,10 +19,10 @@ from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.feed import Feed
 from service.event_log.store import LogWentBackError
+from service.features.settings import Settings
 from service.ingest.idempotency import IdempotencyKey
 from service.maintenance.check import check_database
 from service.maintenance.replay import rebuild_views
-from service.settings import Settings
 from tests.support.client import Client
 from tests.support.databases import TestServer, wait_for_locked
 from tests.support.recording import (
@@ -57,7 +57,7 @@ async def test_an_order_goes_on_from_its_last_event_in_the_log(
     """The next report follows the log's last version and status, not the cached ones."""
 
     async def is_closed() -> bool:
-        connection = service.append_connection._connection  # noqa: SLF001
+        connection = service.core.append_connection._connection  # noqa: SLF001
         return connection is None or connection.is_closed()
 
     await record(service, report("KOM1", "Diajukan"), report("KOM1", "Dipacking"))
@@ -67,10 +67,10 @@ async def test_an_order_goes_on_from_its_last_event_in_the_log(
     # The recorder opens a connection, without an error that would make it read the order again.
     await until_async(is_closed)
     with capture_logs() as logs:
-        receipt = await service.recorder.record(report("KOM1", "Dijemput"))
+        receipt = await service.core.recorder.record(report("KOM1", "Dijemput"))
     assert (receipt["outcome"], receipt["version"], receipt["status"]) == ("advanced", 3, "picked_up")
     (lost,) = [log for log in logs if log["event"] == "the database has lost acknowledged reports"]
-    assert (lost["last_position"], lost["head"], service.recorder.losses) == (5, 2, 1)
+    assert (lost["last_position"], lost["head"], service.core.recorder.losses) == (5, 2, 1)
     connection = await connect(dsn)
     assert await versions(connection, "KOM1") == [1, 2, 3]
     await connection.close()
@@ -86,10 +86,10 @@ async def test_a_restore_that_cuts_no_connection_is_noticed(
     await record(service, report("KOM1", "Dijemput"), report("KOM1", "Dikirim"), report("KOM2", "Diantar"))
     await asyncio.to_thread(server.restore_clean, dsn, dump)
     with capture_logs() as logs:
-        receipt = await service.recorder.record(report("KOM1", "Dijemput"))
+        receipt = await service.core.recorder.record(report("KOM1", "Dijemput"))
     assert (receipt["outcome"], receipt["version"], receipt["position"]) == ("advanced", 3, 3)
     (lost,) = [log for log in logs if log["event"] == "the database has lost acknowledged reports"]
-    assert (lost["last_position"], lost["head"], service.recorder.losses) == (5, 2, 1)
+    assert (lost["last_position"], lost["head"], service.core.recorder.losses) == (5, 2, 1)
     await caught_up(service, 3)
     assert await rebuilt(dsn, verify=True) == EQUAL
 
@@ -216,11 +216,11 @@ async def test_lost_events_are_not_applied_to_the_views(server: TestServer, serv
     await record(service, *(report(f"LOST{number}") for number in range(50)))
     server.put_back(dsn, copy)
     # A new connection of each projection, before a report makes the recorder open its own.
-    for projector in service.projectors.values():
+    for projector in service.core.projectors.values():
         projector.wake.set()
 
     async def are_back() -> bool:
-        return all(projector.reach.position == 1 for projector in service.projectors.values())
+        return all(projector.reach.position == 1 for projector in service.core.projectors.values())
 
     await until_async(are_back)
     position = await record(service, report("KOM1", "Dipacking"), report("KOM2", "Dikirim"))
@@ -241,7 +241,7 @@ async def test_a_view_beyond_the_head_is_rebuilt(service: Service, dsn: str) -> 
         "UPDATE current_status.projection SET position = 40;"
         "UPDATE current_status.orders SET version = 7, advanced = 7"
     )
-    for projector in service.projectors.values():
+    for projector in service.core.projectors.values():
         projector.wake.set()
 
     async def are_rebuilt() -> bool:

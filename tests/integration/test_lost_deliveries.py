@@ -13,7 +13,7 @@ import pytest
 
 from projections.postgres_errors import Connection
 from service.database.connections import connect
-from service.subscriptions.progress import TRY_LEAD
+from service.features.subscriptions.progress import TRY_LEAD
 from tests.support.client import Client, serving_client
 from tests.support.databases import TestServer
 from tests.support.receiver import Receiver, receiving

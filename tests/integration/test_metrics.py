@@ -18,6 +18,8 @@ from tests.support.client import Client, serving_client
 from tests.support.folders import ROOT
 from tests.support.waiting import until_async
 
+pytestmark = pytest.mark.usefixtures("all_features")
+
 OPERATIONS = ROOT / "docs" / "operations"
 # The words of PromQL and the labels of our metrics.
 WORDS = {

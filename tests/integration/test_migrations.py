@@ -6,7 +6,6 @@ import re
 import pytest
 
 from projections.postgres_errors import Connection
-from service.app import serving
 from service.database.catalog import read_catalog
 from service.database.connections import StorageUnavailableError, connect
 from service.database.log_identity import read_log_id
@@ -21,8 +20,9 @@ from service.database.schema import (
     prepare_database,
     service_dsn,
 )
+from service.features.settings import Settings
+from service.listening import serving
 from service.maintenance.check import check_database
-from service.settings import Settings
 from tests.support.baseline import BASELINE, baseline
 from tests.support.client import Client, serving_client
 from tests.support.databases import wait_for_locked

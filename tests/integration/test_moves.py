@@ -17,6 +17,8 @@ from service.maintenance.move import NOT_COPIED, TABLES, Moved, MoveError, move_
 from tests.support.databases import TestServer
 from tests.support.folders import temporary_folder
 
+pytestmark = pytest.mark.usefixtures("all_features")
+
 OLD_BINDIR: Final = Path("/usr/lib/postgresql/15/bin")
 ROWS: Final = "SELECT * FROM public.{} ORDER BY 1, 2"
 SEQUENCES: Final = "SELECT sequencename, last_value FROM pg_sequences WHERE schemaname = 'public'"

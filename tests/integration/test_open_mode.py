@@ -6,8 +6,8 @@ import pytest
 
 from projections.postgres_errors import Connection
 from service.database import api_keys
+from service.features.settings import Settings
 from service.maintenance.check import check_keys, check_webhook
-from service.settings import Settings
 from tests.support.client import Client, serving_client
 
 TOKEN = "a-token-of-16-characters"  # noqa: S105 - of a service that lives for one test

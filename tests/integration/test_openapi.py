@@ -16,20 +16,24 @@ from pydantic import SecretStr
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
 from service import VERSION
-from service.app import Service
+from service.features import load_all
+from service.features.settings import Settings
 from service.http.pagination import CURSOR_PATTERN
 from service.http.problems import ProblemType
-from service.settings import Settings
 from tests.support.client import Client
 from tests.support.folders import ROOT
 from tests.support.processes import RunningService
+from tests.support.recording import running
+
+pytestmark = pytest.mark.usefixtures("all_features")
 
 SECONDS_MAX = 900
 
 
 @pytest.fixture
 async def document(dsn: str) -> dict[str, Any]:
-    return Service(Settings(port=0), dsn).openapi.document
+    async with running(Settings(port=0), dsn) as service:
+        return service.openapi.document
 
 
 async def test_it_is_valid(document: dict[str, Any]) -> None:
@@ -63,13 +67,13 @@ async def test_every_after_position_waits(client: Client, monkeypatch: pytest.Mo
 async def test_it_has_every_route(dsn: str, document: dict[str, Any], *, has_tokens: bool) -> None:
     """The document has exactly the routes of the service, except pages, and both paths of the webhook."""
     tokens = (SecretStr("a-token-of-this-test-0123456789"),) if has_tokens else ()
-    service = Service(Settings(port=0, webhook_tokens=tokens), dsn)
-    assert service.openapi.document == document
-    routes = {
-        (route.method.lower(), route.resource.canonical)
-        for route in service.make_app(65_536).router.routes()
-        if isinstance(route, web.ResourceRoute) and route.method != "HEAD" and route.resource is not None
-    }
+    async with running(Settings(port=0, webhook_tokens=tokens), dsn) as service:
+        assert service.openapi.document == document
+        routes = {
+            (route.method.lower(), route.resource.canonical)
+            for route in service.make_app(65_536).router.routes()
+            if isinstance(route, web.ResourceRoute) and route.method != "HEAD" and route.resource is not None
+        }
     # The webhook's handler checks the method itself. Its path depends on the tokens.
     webhook = "/webhook/{token}" if has_tokens else "/webhook"
     assert {route for route in routes if route[0] == "*"} == {("*", webhook), ("*", f"{webhook}/")}
@@ -84,7 +88,8 @@ async def test_nginx_logs_the_paths_that_hold_no_secret(dsn: str) -> None:
     """The list of paths in nginx.conf is that of the routes, without those of secrets."""
     text = (ROOT / "docs/operations/nginx.conf").read_text(encoding="utf-8")
     (listed,) = re.findall(r"\(\((audit\|[^)]+)\)", text)
-    routes = Service(Settings(port=0), dsn).make_app(65_536).router.resources()
+    async with running(Settings(port=0), dsn) as service:
+        routes = service.make_app(65_536).router.resources()
     segments = {re.escape(re.split(r"[/.]", resource.canonical)[1]) for resource in routes}
     known = {name.removesuffix(r"\.json") for name in listed.split("|")}
     assert known == segments - {"", "webhook", "t", "shares"}
@@ -103,7 +108,8 @@ async def test_every_problem_belongs_to_an_operation(document: dict[str, Any]) -
         for answer in operation["responses"].values()
         for title in re.findall(r"(\w[\w ]*) \(`(?:/problems/|about:blank)", answer["description"])
     }
-    assert told == {kind.title for kind in ProblemType} - {ProblemType.BAD_FRAMING.title}
+    kinds = [*ProblemType, *(one for _, problems in load_all("problems") for one in problems)]
+    assert told == {kind.title for kind in kinds} - {ProblemType.BAD_FRAMING.title}
 
 
 async def test_an_operation_lists_only_its_own_problems(document: dict[str, Any]) -> None:

@@ -111,7 +111,7 @@ async def test_the_page_walks_on_while_it_is_not_full(client: Client, monkeypatc
     assert "OLD" not in shown.partition("<table")[2]
     assert "Only some of the orders have been searched so far." in shown
     assert 'rel="next"' in shown
-    monkeypatch.setattr("service.pages.orders.WALKS_MAX", 10)
+    monkeypatch.setattr("service.features.pages.orders.WALKS_MAX", 10)
     shown = await client.text("/track?search=OLD&lang=en")
     assert shown.count("cell-order") == 6
     assert "Only some" not in shown

@@ -30,8 +30,8 @@ from projections.windows import POSITION_MAX
 from service.database.connections import HOT_SETTINGS, POOL_SETTINGS, connect, connected
 from service.event_log import contradictions, store
 from service.event_log import feed as log_reader
-from service.history import bundles
-from service.history import storage as history
+from service.features.proofs import bundles
+from service.features.proofs import storage as history
 from service.ingest import quarantine
 from tests.support.databases import TestServer
 from tests.support.filler import NO_CNOTE, fill_log

@@ -28,9 +28,9 @@ from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.codec import MAPPER, decode_event
 from service.event_log.feed import Feed
+from service.features.settings import Settings
 from service.maintenance.rejudgement import PendingReports, find_pending, log_batches, rejudge
 from service.maintenance.replay import Rebuilder, resume_parked_order
-from service.settings import Settings
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
 from tests.support.recording import EQUAL, caught_up, dedicated_connection, make_recorder, rebuilt, record
 from tests.support.reports import NOW, report
@@ -146,7 +146,7 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
         prefix = str(uuid4())
         positions = [
             (
-                await service.recorder.record(
+                await service.core.recorder.record(
                     report(f"{prefix}/{order}", status, cnote, NOW + timedelta(seconds=seconds))
                 )
             )["position"]
@@ -221,7 +221,7 @@ async def test_two_processes_project_each_event_once(dsn: str, connection: Conne
         await service.start()
     try:
         receipts = await asyncio.gather(
-            *(services[number % 3].recorder.record(report(f"KOM{number % 7}")) for number in range(300))
+            *(services[number % 3].core.recorder.record(report(f"KOM{number % 7}")) for number in range(300))
         )
         head = max(receipt["position"] or 0 for receipt in receipts)
         for service in services:
@@ -236,7 +236,7 @@ async def test_two_processes_project_each_event_once(dsn: str, connection: Conne
 async def test_a_projector_whose_backend_is_killed_goes_on(service: Service, connection: Connection) -> None:
     """If a projector loses its connection, its view misses no event and applies none twice."""
     for number in range(5):
-        await service.recorder.record(report(f"KOM{number}"))
+        await service.core.recorder.record(report(f"KOM{number}"))
         await connection.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
             "WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -377,7 +377,7 @@ async def test_a_failure_of_the_server_parks_no_order(
     """A locked table of a view delays the view, and does not park any order, however often a step fails."""
     async with connection.transaction():
         await connection.execute("LOCK TABLE current_status.orders, timeline.entries IN ACCESS EXCLUSIVE MODE")
-        receipt = await service.recorder.record(report("KOM1"))
+        receipt = await service.core.recorder.record(report("KOM1"))
         # The steps of the views fail, and are retried. More failures of events would park the order.
         for _ in range(BATCH_ATTEMPTS_MAX + 1):
             await wait_for_locked(connection, 2)
@@ -411,7 +411,7 @@ async def test_a_view_of_another_definition_is_rebuilt_at_start(dsn: str, connec
     try:
         await record(service, report("KOM1", "Diterima"))
         assert [entry["version"] for entry in await timeline.entries_page(connection, "KOM1", 0, 10)] == [1, 2]
-        assert not service.projectors["timeline"].is_outdated
+        assert not service.core.projectors["timeline"].is_outdated
     finally:
         await service.stop()
     assert await rebuilt(dsn, verify=True) == EQUAL
@@ -421,8 +421,8 @@ async def test_an_older_process_does_not_write_a_newer_view(service: Service, co
     """A process with an older definition does not write to a newer view, and still records webhooks."""
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
     with pytest.raises(OutdatedViewError):
-        await service.projectors["current_status"].step()
-    receipt = await service.recorder.record(report("KOM1"))
+        await service.core.projectors["current_status"].step()
+    receipt = await service.core.recorder.record(report("KOM1"))
     assert receipt["version"] == 1
     assert await connection.fetchval("SELECT position FROM current_status.projection") == 0
 
@@ -434,16 +434,16 @@ async def test_two_releases_do_not_rebuild_a_view_in_turns(
     await record(service, report("KOM1"))
     newer = replace(next(view for view in VIEWS if view.name == "timeline"), fold_version=1_000)
     dedicated = DedicatedConnection(lambda: connect(dsn, search_path="timeline"))
-    await Rebuilder(dsn, [newer], {"timeline": dedicated}, service.feed).rebuild_if_outdated(newer)
+    await Rebuilder(dsn, [newer], {"timeline": dedicated}, service.core.feed).rebuild_if_outdated(newer)
     await dedicated.close()
-    projector = service.projectors["timeline"]
+    projector = service.core.projectors["timeline"]
 
     def is_outdated() -> bool:
         projector.wake.set()
         return projector.is_outdated
 
     await until_async(condition(is_outdated))
-    await service.rebuilder.rebuild_if_outdated(projector.view)
+    await service.core.views.rebuilder.rebuild_if_outdated(projector.view)
     assert await connection.fetchval("SELECT definition FROM timeline.projection") == newer.definition
 
 
@@ -467,7 +467,7 @@ async def test_an_outdated_view_stays_outdated_during_failures(
     service: Service, connection: Connection
 ) -> None:
     """A view stays marked as outdated while its definition cannot be read."""
-    projector = service.projectors["current_status"]
+    projector = service.core.projectors["current_status"]
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
 
     def is_outdated() -> bool:
@@ -550,7 +550,7 @@ async def test_a_swap_disturbs_neither_readers_nor_reports_nor_a_dump(
     async def report_on() -> int:
         number = 0
         while not finished.is_set():
-            await service.recorder.record(report(f"KOM{number % 200}", "Diterima"))
+            await service.core.recorder.record(report(f"KOM{number % 200}", "Diterima"))
             number += 1
         return number
 

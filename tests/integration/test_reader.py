@@ -7,15 +7,16 @@ import pytest
 from structlog.testing import capture_logs
 
 from projections.postgres_errors import Connection
-from service.app import Listener, Service
+from service.app import Service
 from service.database.api_keys import create_key, list_keys, revoke_key
 from service.database.connections import StorageUnavailableError, connect
 from service.database.schema import OldReplicaError
 from service.database.sessions import open_session
 from service.dsn import as_reader
+from service.features.settings import Settings
 from service.http.access import SESSION_COOKIE
+from service.listening import Listener
 from service.maintenance import check as checks
-from service.settings import Settings
 from tests.support.client import Client, serving_client
 from tests.support.waiting import until_async
 
@@ -129,11 +130,11 @@ async def test_postgresql_refuses_what_a_reader_would_write(dsn: str) -> None:
     service = Service(Settings(read_only=True, database_url=dsn), dsn)
     await service.start()
     try:
-        async with service.pool.connection() as connection:
+        async with service.core.pool.connection() as connection:
             assert await connection.fetchval("SHOW transaction_read_only") == "on"
         for dedicated in (
-            *(service.append_connection, service.quarantine_connection, service.auth_connection),
-            *(service.log_connection, service.orders_connection, *service.projection_connections.values()),
+            *(service.core.append_connection, service.core.quarantine_connection, service.core.auth_connection),
+            *(service.core.log_connection, *service.core.views.connections.values()),
         ):
             async with dedicated.connection() as connection:
                 assert await connection.fetchval("SHOW transaction_read_only") == "on"

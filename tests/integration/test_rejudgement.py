@@ -17,6 +17,7 @@ from service.database.operations import Actor
 from service.event_log import store
 from service.event_log.codec import decode_event
 from service.event_log.feed import Feed
+from service.features.settings import Settings
 from service.http.times import to_rfc3339
 from service.maintenance.erasure import erase_order
 from service.maintenance.rejudgement import (
@@ -27,7 +28,6 @@ from service.maintenance.rejudgement import (
     order_batches,
     rejudge,
 )
-from service.settings import Settings
 from tests.support.client import Client, serving_client
 from tests.support.commands import Completed, call_command
 from tests.support.examples import GOLDEN_EVENTS, ORDER_NO

@@ -10,7 +10,6 @@ import pytest
 
 from domain.order import Order
 from projections.postgres_errors import Connection
-from service.app import serving
 from service.database.connections import DedicatedConnection, connect
 from service.database.schema import (
     OWNER_ROLE,
@@ -22,9 +21,10 @@ from service.database.schema import (
 )
 from service.event_log import store
 from service.event_log.feed import Feed
+from service.features.settings import Settings
+from service.listening import serving
 from service.maintenance.check import check_database
 from service.maintenance.replay import rebuild_views
-from service.settings import Settings
 from tests.support.client import Client
 from tests.support.reports import report
 

@@ -12,19 +12,19 @@ from structlog.testing import capture_logs
 
 from domain.statuses import STATUSES
 from projections.postgres_errors import Connection
-from service.app import serving
 from service.database import api_keys
 from service.database.connections import POOL_SETTINGS, connected
 from service.database.operations import Actor, operations_page
 from service.database.schema import apply_schema
+from service.features.pages.share import ADVANCES_SHOWN_MAX, READS_AT_A_TIME
+from service.features.pages.share_links import ShareLinks, is_revoked, make_share, revoke_share
+from service.features.settings import Settings
 from service.http import budgets
-from service.http.share_links import ShareLinks, is_revoked, make_share, revoke_share
-from service.pages.i18n import LOCALES
-from service.pages.share import ADVANCES_SHOWN_MAX, READS_AT_A_TIME
-from service.settings import Settings
+from service.listening import serving
 from tests.support.baseline import baseline
 from tests.support.client import Client, serving_client
 from tests.support.databases import wait_for_locked
+from tests.support.examples import LOCALES
 from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
 
 TOKEN = "a-token-of-16-characters"  # noqa: S105 - of a service that lives for one test
@@ -368,7 +368,7 @@ async def test_strangers_hold_a_bounded_share_of_the_database(
     )
     path = LINKS.make("KOM1").path
     async with serving(settings, dsn) as (port, service), aiohttp.ClientSession() as session:
-        client, held = Client(session, port), service.budgets.shares
+        client, held = Client(session, port), service.core.budgets.shares
         await sent(client, "KOM1", "Dikirim", path=f"/webhook/{TOKEN}")
         await until_async(partial(is_shown, client, path))
         await connection.execute("BEGIN; LOCK TABLE current_status.orders")
@@ -387,7 +387,7 @@ async def test_strangers_hold_a_bounded_share_of_the_database(
             # A forged link needs no database.
             assert (await fetched(client, f"/t/{FORGED}", X_Forwarded_For=refused))[0] == 404
         await wait_for_locked(connection, READS_AT_A_TIME)
-        assert service.pool.used == READS_AT_A_TIME
+        assert service.core.pool.used == READS_AT_A_TIME
         await connection.execute("ROLLBACK")
         assert [one[0] for one in await asyncio.gather(*reading)] == [200] * 5
         assert (held.held, held.refusals) == (0, 2)

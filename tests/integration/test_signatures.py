@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from projections.postgres_errors import Connection
+from service.features.settings import Settings
 from service.ingest.idempotency import KEY_BYTES_MAX
 from service.ingest.signatures import ID_BYTES_MAX, StandardScheme, make_scheme
 from service.ingest.volume import STEP_SECONDS, Volume, VolumeFullError
-from service.settings import Settings
 from tests.support.client import serving_client
 
 # The example of the specification's own libraries.

@@ -24,7 +24,7 @@ from projections.statistics import (
 from service.app import Service
 from service.database.schema import VIEWS
 from service.event_log import store
-from service.settings import Settings
+from service.features.settings import Settings
 from tests.support.client import serving_client
 from tests.support.recording import EQUAL, rebuilt, record
 from tests.support.reports import NOW, report

@@ -448,7 +448,7 @@ async def test_a_search_finds_an_airway_bill_of_many_orders(
 ) -> None:
     """If more orders have an airway bill than a page walks, some of them are shown."""
     monkeypatch.setattr("projections.order_list.WALKED_ROWS_MAX", 3)
-    monkeypatch.setattr("service.pages.orders.ROWS_SHOWN_MAX", 2)
+    monkeypatch.setattr("service.features.pages.orders.ROWS_SHOWN_MAX", 2)
     for number in range(5):
         receipt = await client.webhook(f"KOM{number}", cnote="SAME")
     for number in range(5):

@@ -15,7 +15,7 @@ from aiohttp import web
 from openapi_schema_validator import OAS31Validator, oas31_format_checker
 
 from projections.postgres_errors import Connection
-from service.subscriptions.progress import TRY_LEAD
+from service.features.subscriptions.progress import TRY_LEAD
 from tests.support.client import Client, serving_client
 from tests.support.receiver import Received, Receiver, hang, is_signed, receiving
 from tests.support.waiting import until_async
@@ -673,7 +673,7 @@ async def test_held_orders_of_a_log_that_went_back(
 @pytest.mark.attacks("connecting", "all")
 async def test_too_many_subscriptions(dsn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A subscription beyond SUBSCRIPTIONS_MAX gets 409."""
-    monkeypatch.setattr("service.subscriptions.subscription.SUBSCRIPTIONS_MAX", 1)
+    monkeypatch.setattr("service.features.subscriptions.subscription.SUBSCRIPTIONS_MAX", 1)
     async with serving_client(dsn, subscription_networks="127.0.0.0/8") as client:
         for status in (201, 409):
             await client.post("/subscriptions", status, {"url": "http://127.0.0.1:9/"})

@@ -12,9 +12,9 @@ import aiohttp
 import pytest
 
 from projections.postgres_errors import Connection
-from service.app import serving
 from service.event_log import times
-from service.settings import Settings
+from service.features.settings import Settings
+from service.listening import serving
 from tests.support.client import Client
 from tests.support.recording import dedicated_connection, record
 from tests.support.reports import report

@@ -9,9 +9,9 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from service.app import serving
+from service.features.settings import Settings
 from service.http.connections import LIMITS
-from service.settings import Settings
+from service.listening import serving
 from tests.support.waiting import PATIENCE_SECONDS
 
 

@@ -6,6 +6,11 @@ from pathlib import Path
 from typing import Final
 
 from domain.order import NEW_ORDER, Arrival, Order, Report, decide, evolve
+from service.features.pages.i18n import read_locales
+from service.features.pages.render import FOLDER
+
+# The texts of the pages.
+LOCALES: Final = read_locales([FOLDER])
 
 ORDER_NO: Final = "KOM20260131-0001"
 CNOTE: Final = "JX1234567890"

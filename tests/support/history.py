@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from projections.postgres_errors import Connection
 from service.database.connections import DedicatedConnection, connect
 from service.event_log.feed import Feed
-from service.history.api import VERIFY_PY
-from service.history.follower import Follower
-from service.history.signer import Signer
+from service.features.proofs.api import VERIFY_PY
+from service.features.proofs.follower import Follower
+from service.features.proofs.signer import Signer
 from tests.support.client import Client
 from tests.support.waiting import PATIENCE_SECONDS, until_async
 

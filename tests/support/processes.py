@@ -31,6 +31,8 @@ os.dup2(int(sys.argv[1]), 3)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
 os.execvp(sys.argv[2], sys.argv[2:])
 """
+# A module of tests chooses it for all of its processes.
+FEATURES: Final = "ORDER_TRACKING_FEATURES"
 NOT_INHERITED: Final = ("ORDER_TRACKING_", COVERAGE_VARIABLE)
 
 
@@ -39,7 +41,11 @@ def environment(state_dir: Path, **settings: str) -> dict[str, str]:
 
     The caller's own settings and the measurement of coverage are not inherited.
     """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_INHERITED)}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name == FEATURES or not name.startswith(NOT_INHERITED)
+    }
     return {
         **inherited,
         "PYTHONPATH": str(ROOT),

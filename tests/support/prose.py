@@ -83,7 +83,7 @@ def all_texts() -> Iterator[Text]:
     ):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             yield Text(_name(path), number, line)
-    messages = ROOT / "service/pages/messages.toml"
+    messages = ROOT / "service/features/pages/messages.toml"
     for name, (_indonesian, english) in tomllib.loads(messages.read_text(encoding="utf-8")).items():
         yield Text(f"{_name(messages)} ({name})", 1, english)
     for package in ("domain", "projections", "service", "tests"):

@@ -16,6 +16,7 @@ from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.codec import decode_event
 from service.event_log.feed import Feed
+from service.features.settings import Settings
 from service.ingest.recorder import Recorder
 from service.maintenance.replay import rebuild_views
 from tests.support.waiting import PATIENCE_SECONDS, until_async
@@ -24,16 +25,27 @@ from tests.support.waiting import PATIENCE_SECONDS, until_async
 EQUAL: Final = [RebuiltView(view.name, 0, 0) for view in VIEWS]
 
 
+@asynccontextmanager
+async def running(settings: Settings, dsn: str, owner_dsn: str | None = None) -> AsyncIterator[Service]:
+    """Run a service without HTTP until the block ends."""
+    service = Service(settings, dsn, owner_dsn)
+    try:
+        await service.start()
+        yield service
+    finally:
+        await service.stop()
+
+
 async def record(service: Service, *reports: Report) -> int:
     """Record reports, wait until the views include them, and return the last position."""
-    receipts = await asyncio.gather(*(service.recorder.record(one) for one in reports))
+    receipts = await asyncio.gather(*(service.core.recorder.record(one) for one in reports))
     position = max(receipt["position"] or 0 for receipt in receipts)
     await caught_up(service, position)
     return position
 
 
 async def caught_up(service: Service, position: int) -> None:
-    for projector in service.projectors.values():
+    for projector in service.core.projectors.values():
         assert await projector.reach.wait_for(position, PATIENCE_SECONDS)
 
 

@@ -7,7 +7,14 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from service.simulator.account import Account, Delivery, RecordedEvent, ServiceLog, UnreadableLogError, compare
+from service.features.simulator.account import (
+    Account,
+    Delivery,
+    RecordedEvent,
+    ServiceLog,
+    UnreadableLogError,
+    compare,
+)
 
 PREFIX = "KOM1-"
 

@@ -7,7 +7,7 @@ from hypothesis import given
 
 from domain.order import Order
 from service.event_log.codec import encode_event as encode_state
-from service.history.entries import (
+from service.features.proofs.entries import (
     ENTRY_BYTES_MAX,
     Leaf,
     Place,
@@ -17,7 +17,7 @@ from service.history.entries import (
     encode_recorded,
     read_members,
 )
-from service.history.tree import hash_leaf
+from service.features.proofs.tree import hash_leaf
 from tests.support.properties import EVENTS, MANY
 
 BODY = '{"order_no":"KOM1","cnote":"AWB1","status":"Dikirim"}'

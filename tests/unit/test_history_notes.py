@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.history.notes import (
+from service.features.proofs.notes import (
     Checkpoint,
     NoteError,
     is_key_name,

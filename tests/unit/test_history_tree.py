@@ -6,8 +6,8 @@ from hashlib import sha256
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.history import verify
-from service.history.tree import (
+from service.features.proofs import verify
+from service.features.proofs.tree import (
     HASH_BYTES,
     TILE_HASHES,
     Edge,

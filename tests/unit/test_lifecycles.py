@@ -10,7 +10,7 @@ import pytest
 
 from domain.statuses import STANDARD_VOCABULARY, STATUSES
 from domain.transitions import Leg, judge
-from service.simulator.lifecycles import NEXT, STEPS_MAX, UNKNOWN_WORDS, WORDS, Plan, Troubles, life
+from service.features.simulator.lifecycles import NEXT, STEPS_MAX, UNKNOWN_WORDS, WORDS, Plan, Troubles, life
 
 STARTED = datetime(2026, 11, 24, 14, 2, 6, 120_345, tzinfo=UTC)
 ORDERS = 400

@@ -11,8 +11,8 @@ from tests.support.folders import ROOT
 
 # The packages that see the log. Whatever the others keep is of requests, settings or connections.
 PACKAGES: Final = (
-    *("projections", "service/event_log", "service/ingest", "service/history", "service/subscriptions"),
-    *("service/maintenance", "service/api"),
+    *("projections", "service/event_log", "service/ingest", "service/features/proofs"),
+    *("service/features/subscriptions", "service/maintenance", "service/api"),
 )
 # Not of the log: time, load, counts, errors, tasks and requests.
 OWN: Final = "not of the log"
@@ -48,9 +48,10 @@ FENCES: Final = {
     },
     "Refusals": {"_diagnose_at _diagnosis counts": OWN},
     "Quarantine": {"_next_log_at kept last_kept refused": OWN},
+    "IngestMetrics": {"_last_received": "only shown"},
     "Volume": {"_recent _step_bytes _step_ends _steps bytes_total": OWN},
     "WebhookAuth": {"_tokens": OWN},
-    # service/history
+    # service/features/proofs
     "Follower": {
         "_edge _edge_of _last_leaf": "where it is added to, the tree has this size and this last entry",
         "_signed _full_at": "they only save a step: the tree is read before it is signed",
@@ -59,7 +60,7 @@ FENCES: Final = {
     "Edge": {"_hashes size": "see Follower"},
     "_Tile": {"_levels": "of one proof"},
     "HistoryApi": {"_is_damage_logged": OWN},
-    # service/subscriptions
+    # service/features/subscriptions
     "Delivery": {
         "_reached _work": "each save proves the last event that was read",
         "has_lost_events revision": OWN,
@@ -85,7 +86,6 @@ FENCES: Final = {
     "TableAudit": {"_order_no _state": "of one snapshot"},
     "_Batch": {"result": "of one transaction"},
     # service/api
-    "Metrics": {"_last_received": "only shown", "_http": OWN},
     "Waiting": {"_is_decided _log_at _logged _successor cause refused": OWN},
 }
 MUTATORS: Final = frozenset(

@@ -8,9 +8,18 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from domain.statuses import Status
-from service.pages.charts import WIDTH, Bar, Column, Span, draw_bars, draw_columns, draw_spans, round_up
-from service.pages.i18n import LOCALES
-from service.pages.order import build_stages
+from service.features.pages.charts import (
+    WIDTH,
+    Bar,
+    Column,
+    Span,
+    draw_bars,
+    draw_columns,
+    draw_spans,
+    round_up,
+)
+from service.features.pages.order import build_stages
+from tests.support.examples import LOCALES
 
 EN = LOCALES["en"]
 HOSTILE = '<script>"&'

@@ -3,6 +3,7 @@
 import ast
 import re
 import string
+import tomllib
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,14 +17,18 @@ from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
 from service.database.api_keys import SCOPES
 from service.database.operations import Action, Via
+from service.features.pages.i18n import MESSAGES, UNREADABLE, Language, negotiate_language
+from service.features.pages.render import FOLDER, choose_tone, isolate, spell_out, track_path
+from service.features.subscriptions.subscription import SubscriptionReason, SubscriptionState
 from service.http.times import to_rfc3339
 from service.ingest import parser, webhook
 from service.ingest.refusals import Cause
-from service.pages.i18n import LOCALES, MESSAGES, UNREADABLE, Language, negotiate_language
-from service.pages.render import FOLDER, choose_tone, isolate, spell_out, track_path
-from service.subscriptions.subscription import SubscriptionReason, SubscriptionState
+from tests.support.examples import LOCALES
 
 ID, EN = LOCALES["id"], LOCALES["en"]
+# Of the pages, and of the features that have pages.
+FILES = [*FOLDER.parent.glob(f"*/{MESSAGES}")]
+TEXTS = {name: texts for file in FILES for name, texts in tomllib.loads(file.read_text("utf-8")).items()}
 # Names that the code composes from two parts.
 COMPOSED_NAMES = {
     *VERDICTS,
@@ -50,18 +55,19 @@ def placeholders(text: str) -> set[str]:
 
 def test_both_languages_have_the_same_texts() -> None:
     """Each text exists in both languages, with the same placeholders."""
-    incomplete = [name for name, texts in MESSAGES.items() if len(texts) != 2 or not all(texts)]
+    incomplete = [name for name, texts in TEXTS.items() if len(texts) != 2 or not all(texts)]
     assert incomplete == []
-    differing = [name for name, (one, other) in MESSAGES.items() if placeholders(one) != placeholders(other)]
+    differing = [name for name, (one, other) in TEXTS.items() if placeholders(one) != placeholders(other)]
     assert differing == []
 
 
 def test_every_text_is_used() -> None:
     """Each name appears in a template or in the code, and each scope of a key has a text."""
-    files = [*FOLDER.glob("*.py"), *FOLDER.glob("templates/*.html")]
+    folders = {file.parent for file in FILES}
+    files = [file for one in folders for name in ("*.py", "templates/*.html") for file in one.glob(name)]
     source = "".join(file.read_text(encoding="utf-8") for file in files)
-    assert {f"key_scope_{scope}" for scope in SCOPES} <= {*MESSAGES}
-    unused = [name for name in MESSAGES if not re.search(rf"\b{name}\b", source)]
+    assert {f"key_scope_{scope}" for scope in SCOPES} <= {*TEXTS}
+    unused = [name for name in TEXTS if not re.search(rf"\b{name}\b", source)]
     assert {*unused} <= COMPOSED_NAMES
 
 

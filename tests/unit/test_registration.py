@@ -12,7 +12,8 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from service.simulator.registration import (
+from service.features.simulator.simulator import GIVEN_UP_MAX, Registration
+from service.registration import (
     KEY_HEADER,
     PATH,
     URL_MEMBER,
@@ -23,7 +24,6 @@ from service.simulator.registration import (
     has_token,
     register,
 )
-from service.simulator.simulator import GIVEN_UP_MAX, Registration
 from tests.support.commands import Completed, call_command
 from tests.support.processes import run_command
 from tests.support.waiting import PATIENCE_SECONDS

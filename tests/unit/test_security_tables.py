@@ -6,10 +6,10 @@ from typing import Any, Final
 
 import pytest
 
+from service.features.settings import Settings
+from service.features.subscriptions import delivery, responses, subscription
 from service.http import budgets, connections, server
 from service.ingest import recorder
-from service.settings import Settings
-from service.subscriptions import delivery, responses, subscription
 from tests.support.folders import ROOT
 
 INCOMING: Final = (connections, server, budgets, recorder)

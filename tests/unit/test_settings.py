@@ -8,8 +8,9 @@ from zoneinfo import ZoneInfo, reset_tzpath
 
 import pytest
 
-from service.cli.send import webhook_url
-from service.settings import Settings, SettingsError, default_state_dir, find_exposed_file, read_settings
+from service.features.settings import Settings, read_settings
+from service.registration import webhook_url
+from service.settings import SettingsError, default_state_dir, find_exposed_file
 
 TOKEN = "a-token-of-16-characters"  # noqa: S105 - not a real token
 
@@ -182,7 +183,7 @@ def test_a_file_with_secrets_must_be_private(tmp_path: Path, line: str, *, holds
     found = {}
     for mode in (0o600, 0o400, 0o640, 0o604):
         file.chmod(mode)
-        found[mode] = find_exposed_file()
+        found[mode] = find_exposed_file(Settings)
     exposed = file if holds_secret else None
     assert found == {0o600: None, 0o400: None, 0o640: exposed, 0o604: exposed}
 
@@ -191,7 +192,7 @@ def test_a_missing_file_is_not_exposed(monkeypatch: pytest.MonkeyPatch, tmp_path
     """Without a settings file, there is nothing to protect."""
     monkeypatch.setattr("service.settings.DEFAULT_FILE", tmp_path / "absent")
     monkeypatch.delenv("ORDER_TRACKING_ENV_FILE")
-    assert find_exposed_file() is None
+    assert find_exposed_file(Settings) is None
 
 
 def test_the_webhook_url_comes_from_the_settings() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.http.share_links import TOKEN_CHARACTERS_MAX, ShareLinks, read_base_url
+from service.features.pages.share_links import TOKEN_CHARACTERS_MAX, ShareLinks, read_base_url
 
 NOW = datetime(2026, 11, 26, 8, 30, 0, 250_000, UTC)
 DAY = timedelta(days=1)

@@ -12,9 +12,9 @@ import orjson
 import pytest
 from aiohttp import web
 
+from service.features.simulator.lifecycles import Journey, Plan, Push
+from service.features.simulator.simulator import IN_FLIGHT_MAX, Registration, Simulator
 from service.ingest.signatures import HexScheme, Scheme
-from service.simulator.lifecycles import Journey, Plan, Push
-from service.simulator.simulator import IN_FLIGHT_MAX, Registration, Simulator
 from tests.support.waiting import PATIENCE_SECONDS
 
 STARTED = datetime(2026, 11, 24, 14, 2, 6, tzinfo=UTC)

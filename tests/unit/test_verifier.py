@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.history import verify
-from service.history.api import VERIFY_PY
+from service.features.proofs import verify
+from service.features.proofs.api import VERIFY_PY
 from tests.support.folders import ROOT
 
 # The verifier may have so many lines.

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from domain.statuses import ALIASES, STANDARD_VOCABULARY, STATUSES, Vocabulary
-from service.settings import SettingsError, read_settings
+from service.features.settings import read_settings
+from service.settings import SettingsError
 from service.vocabulary import WORD_CHARACTERS_MAX, read_vocabulary
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.subscriptions.window import EVENTS_MAX, Entry, Message, Place, Window
+from service.features.subscriptions.window import EVENTS_MAX, Entry, Message, Place, Window
 
 
 def message(order_no: str, version: int) -> Message:

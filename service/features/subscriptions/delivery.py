@@ -1,0 +1,727 @@
+"""The deliverer of one subscription: it follows the log, sends what matches, and saves how far it is.
+
+At least once, in order for each order: an event is sent only after the order's previous one was delivered,
+and the saved position lies behind everything that is not. An event that fails *holds* its order: the order's
+later events wait while the other orders go on. After a kill, at most UNSAVED_MAX messages are sent again.
+"""
+
+import asyncio
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextvars import Context
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from heapq import heappop, heappush
+from time import monotonic
+from typing import Any, Final
+from uuid import UUID
+
+import structlog
+from yarl import URL
+
+from domain.order import Order
+from projections.engine import FailedEvent
+from service.background import wait_for_event
+from service.features.subscriptions.held_orders import HELD_ORDERS_MAX
+from service.features.subscriptions.log_reader import LogReader, PlaceLostError, place_of
+from service.features.subscriptions.message import Selection, make_message_id
+from service.features.subscriptions.pace import Pace
+from service.features.subscriptions.progress import Held, Loaded, Progress
+from service.features.subscriptions.responses import ATTEMPT_SECONDS_MAX
+from service.features.subscriptions.sending import Attempt, Outcome, Sender
+from service.features.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState
+from service.features.subscriptions.window import STARTED_MAX, Entry, Message, Place, Window
+from service.http.times import to_rfc3339
+
+# The requests in flight of one subscription, and of one order: one.
+IN_FLIGHT_MAX: Final = 32
+# Requests that were begun but whose results are not saved yet.
+UNSAVED_MAX: Final = STARTED_MAX
+# How long results wait for others to be saved with them.
+SAVE_SECONDS: Final = 0.1
+# How long a change waits for the requests in flight.
+DRAIN_SECONDS_MAX: Final = 2.0
+# How long the end of a subscription waits for them.
+END_SECONDS_MAX: Final = ATTEMPT_SECONDS_MAX + 5.0
+# An entry in flight for so long, while no other one can be started, becomes a held order.
+BLOCKED_SECONDS_MAX: Final = 0.1
+# The longest pause, in case a wake is lost or the clock jumps.
+POLL_SECONDS: Final = 1.0
+# After so many failures in a row, of so many orders, the endpoint is down: no further event is read, so that
+# the held orders stay few. One request from time to time finds out whether it is up again.
+DOWN_FAILURES: Final = 32
+DOWN_ORDERS: Final = 16
+# These outcomes stop the subscription until an operator resumes it.
+ENDINGS: Final[Mapping[Outcome, tuple[SubscriptionState, SubscriptionReason]]] = {
+    "gone": ("disabled", "gone"),
+    "loop": ("paused", "loop"),
+}
+# The log has lost events that the endpoint may have, or is another one.
+WENT_BACK: Final[tuple[SubscriptionState, SubscriptionReason]] = ("paused", "log_went_back")
+# With these, an endpoint that is up refuses one event.
+REFUSALS: Final = frozenset({400, 409, 413, 422})
+PROBE_SECONDS_MIN: Final = 5.0
+PROBE_SECONDS_MAX: Final = 60.0
+# The share by which a pause before the next attempt is longer or shorter at random.
+JITTER: Final = 0.1
+RESPONSES_MAX: Final = 20
+# The latest responses are written at most this often.
+RESPONSES_SECONDS: Final = 1.0
+BATCH_EVENTS: Final = 200
+
+Clock = Callable[[], datetime]
+
+logger = structlog.get_logger()
+
+
+@dataclass(eq=False)
+class _Work:
+    """A subscription since it was loaded. A result that arrives after the next load is dropped.
+
+    Attributes:
+        due: when which held order is due. An entry is valid while the held order has the same time.
+        dirty: the orders whose holding is not saved.
+        begun: the number of requests that were begun.
+        covered: the number of those whose results the next save covers.
+        saved: the number of those whose results are saved.
+        failures: how many requests have failed in a row.
+        failing: some of their orders.
+        takes_held: whether the last request that had a choice was one of a held order.
+        probed: the orders with a request ahead of their schedule, to find out whether the endpoint is up.
+    """
+
+    loaded: Loaded
+    url: URL
+    window: Window
+    held: dict[str, Held]
+    due: list[tuple[datetime, str]] = field(default_factory=list)
+    dirty: set[str] = field(default_factory=set)
+    begun: int = 0
+    covered: int = 0
+    saved: int = 0
+    delivered: int = 0
+    failed: int = 0
+    failures: int = 0
+    failing: set[str] = field(default_factory=set)
+    failing_since: datetime | None = None
+    is_down: bool = False
+    probe_at: datetime | None = None
+    probe_seconds: float = PROBE_SECONDS_MIN
+    probed: set[str] = field(default_factory=set)
+    takes_held: bool = False
+
+    @property
+    def selection(self) -> Selection:
+        return self.loaded.selection
+
+    @property
+    def unsaved(self) -> int:
+        return self.begun - self.saved
+
+
+class Delivery:
+    """Delivers one subscription, which this process leads.
+
+    Args:
+        subscription_id: the subscription.
+        session: the session of ``progress`` that holds the subscription's lock.
+        progress: loads and saves it.
+        reader: reads the log.
+        sender: sends the messages.
+        retry_seconds: the pauses before each attempt at an event, the first of which is 0.
+        now: returns the time.
+        outcomes: counts the attempts by subscription and outcome.
+        pace: delays requests while many reports arrive.
+        reached: up to where this process has read the log for it before.
+
+    Attributes:
+        log_grown: set by others when the log has grown.
+        has_lost_events: whether the log has lost events that were read for the subscription. The deliverer has
+            ended then, and the dispatcher pauses every subscription.
+        revision: the revision of the subscription that is being delivered; 0 before it is loaded.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts that it connects
+        self,
+        subscription_id: UUID,
+        session: int,
+        progress: Progress,
+        reader: LogReader,
+        sender: Sender,
+        retry_seconds: Sequence[float],
+        now: Clock,
+        outcomes: Counter[tuple[UUID, Outcome]],
+        pace: Pace,
+        reached: Place | None = None,
+    ) -> None:
+        self.subscription_id = subscription_id
+        self.session = session
+        self.log_grown = asyncio.Event()
+        self.revision = 0
+        self._progress = progress
+        self._reader = reader
+        self._sender = sender
+        self._retry_seconds = retry_seconds
+        self._now = now
+        self._outcomes = outcomes
+        self._pace = pace
+        self.has_lost_events = False
+        self._reached = reached
+        self._work: _Work | None = None
+        self._wake = asyncio.Event()
+        self._space = asyncio.Event()
+        self._dirty = asyncio.Event()
+        self._urgent = asyncio.Event()
+        # Set when the present work must end: to load it again, or to stop. No further request is begun then.
+        self._interrupted = asyncio.Event()
+        self._is_stopping = False
+        self._ending: tuple[SubscriptionState, SubscriptionReason] | None = None
+        self._has_ended = False
+        self._tasks: dict[asyncio.Task[None], str] = {}
+        # Orders with a request in flight, also of an earlier load.
+        self._busy: set[str] = set()
+        self._failure: BaseException | None = None
+        self._responses: deque[tuple[datetime, str, int, int, Attempt]] = deque(maxlen=RESPONSES_MAX)
+        self._responses_at = 0.0
+        self._has_new_responses = False
+        self._is_full = False
+        self._saved = asyncio.Event()
+        self._saving: asyncio.Task[None] | None = None
+
+    @property
+    def reached(self) -> Place | None:
+        """Up to where this process has ever read the log for the subscription, None if that does not matter."""
+        reached = self._reached
+        if self._work is not None:
+            read = self._work.window.read
+            reached = read if reached is None or read.position >= reached.position else reached
+        return reached
+
+    def reload(self) -> None:
+        """Save, and load the subscription again, since an operator has changed it."""
+        self._interrupted.set()
+
+    def stop(self) -> None:
+        """Begin no further request, and end when those in flight have ended."""
+        self._is_stopping = True
+        self._interrupted.set()
+
+    async def run(self) -> None:
+        """Deliver until the subscription is paused or removed, ``stop`` was called, or something fails.
+
+        Raises:
+            LeadLostError: the session with the lock has ended.
+            Exception: whatever a read or a save raises. What was not saved is sent again after the next start.
+        """
+        try:
+            while not (self._is_stopping or self._has_ended or self.has_lost_events):
+                # From here on, the results of earlier requests are dropped.
+                self._drop_work()
+                self._interrupted.clear()
+                self._ending = None
+                now = self._now()
+                loaded = await self._progress.load(self.subscription_id, self.session, now, self.reached)
+                if loaded is None:
+                    return
+                self.revision = loaded.revision
+                self.has_lost_events = loaded.has_lost_events
+                if loaded.is_other_log:
+                    await self._end(loaded, WENT_BACK)
+                elif not self.has_lost_events:
+                    await self._deliver_while_proved(self._begin(loaded))
+        finally:
+            self._drop_work()
+            remaining = [*self._tasks, *([self._saving] if self._saving is not None else [])]
+            for task in remaining:
+                task.cancel()
+            await asyncio.gather(*remaining, return_exceptions=True)
+
+    def _drop_work(self) -> None:
+        self._reached, self._work = self.reached, None
+
+    async def _end(self, loaded: Loaded, ending: tuple[SubscriptionState, SubscriptionReason]) -> None:
+        """Stop the subscription until an operator resumes it, unless one has changed it in the meantime."""
+        self._has_ended = await self._progress.end(self.subscription_id, loaded, *ending)
+        if self._has_ended:
+            log_end(self.subscription_id, ending)
+
+    def _begin(self, loaded: Loaded) -> _Work:
+        work = _Work(loaded, URL(loaded.url), Window(loaded.place), loaded.held)
+        for order_no, held in work.held.items():
+            _schedule(work, order_no, held)
+        self._work = work
+        return work
+
+    async def _deliver_while_proved(self, work: _Work) -> None:
+        try:
+            await self._deliver(work)
+        except PlaceLostError as error:
+            logger.warning("the log has lost events that were read for a subscription", error=str(error))
+            self.has_lost_events = True
+
+    async def _deliver(self, work: _Work) -> None:
+        """Follow the log until interrupted; then wait for the requests in flight, and save their results."""
+        loops = [
+            asyncio.create_task(loop, context=Context())
+            for loop in (self._read(work), self._start_requests(work), self._save_often(work))
+        ]
+        interrupted = asyncio.create_task(self._interrupted.wait())
+        try:
+            await asyncio.wait([*loops, interrupted], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (*loops, interrupted):
+                task.cancel()
+            await asyncio.gather(*loops, interrupted, return_exceptions=True)
+        if self._saving is not None:
+            await self._saving
+        for loop in loops:
+            if not loop.cancelled() and (error := loop.exception()) is not None:
+                raise error
+        if self._failure is not None:
+            raise self._failure
+        if self._ending is not None:
+            await self._end(work.loaded, self._ending)
+        if self._tasks:
+            is_end = self._is_stopping or self._has_ended
+            # A slow endpoint must not delay a change for long. What is in flight then is sent again.
+            await asyncio.wait(self._tasks, timeout=END_SECONDS_MAX if is_end else DRAIN_SECONDS_MAX)
+        await self._save(work)
+
+    # The log.
+
+    async def _read(self, work: _Work) -> None:
+        while True:
+            self.log_grown.clear()
+            if self._must_not_read(work):
+                self._space.clear()
+                await wait_for_event(self._space, POLL_SECONDS)
+                continue
+            events = await self._reader.read(work.window.read, BATCH_EVENTS)
+            for position, event in events:
+                self._admit(work, position, event)
+            if events:
+                self._wake.set()
+                self._dirty.set()
+            else:
+                await wait_for_event(self.log_grown, POLL_SECONDS)
+
+    def _must_not_read(self, work: _Work) -> bool:
+        is_full = len(work.held) >= HELD_ORDERS_MAX
+        if is_full and not self._is_full:
+            logger.error(
+                "subscription holds too many orders: retry or skip some",
+                subscription=str(self.subscription_id),
+                held_orders=len(work.held),
+            )
+        self._is_full = is_full
+        # A down endpoint gets what was read; if it was all held, a probe needs one more event.
+        return is_full or work.window.is_full or (work.is_down and work.window.first is not None)
+
+    def _admit(self, work: _Work, position: int, event: Order.StatusReported | FailedEvent) -> None:
+        place = place_of(position, event)
+        order_no, version = event.originator_id, event.originator_version
+        if (held := work.held.get(order_no)) is not None:
+            held.latest = max(held.latest, version)
+            work.window.pass_over(place)
+        elif isinstance(event, FailedEvent):
+            is_next = work.window.first_of(order_no) is None
+            held = self._hold(work, order_no, version, position)
+            held.latest = version
+            work.window.pass_over(place)
+            if is_next:
+                self._give_up(work, order_no, held, event.reason)
+        elif not work.selection.matches(event):
+            work.window.pass_over(place)
+        else:
+            work.window.add(place, self._make_message(work, position, event))
+
+    # The requests.
+
+    async def _start_requests(self, work: _Work) -> None:
+        while True:
+            self._wake.clear()
+            delay = 0.0
+            while len(self._tasks) < IN_FLIGHT_MAX and work.unsaved < UNSAVED_MAX and self._goes_on(work):
+                if delay := self._pace.delay_seconds():
+                    break
+                request = self._next_request(work)
+                if request is None:
+                    break
+                self._start(*request)
+            self._hold_blocking_entry(work)
+            if work.unsaved >= UNSAVED_MAX:
+                self._urgent.set()
+            pause = BLOCKED_SECONDS_MAX if work.window.is_stuck else POLL_SECONDS
+            if work.due:
+                pause = min(pause, max(0.0, (work.due[0][0] - self._now()).total_seconds()))
+            if delay:
+                await asyncio.sleep(delay)
+            else:
+                await wait_for_event(self._wake, pause)
+
+    def _next_request(self, work: _Work) -> tuple[str, Coroutine[Any, Any, None]] | None:
+        """Return the next order and the work to do for it, None if nothing is due.
+
+        Held orders and new events take turns, so that neither has to wait for all of the others.
+        """
+        now = self._now()
+        if work.is_down:
+            return self._next_held(work, now) or self._next_probe(work, now)
+        work.takes_held = not work.takes_held
+        if work.takes_held:
+            return self._next_held(work, now) or self._next_entry(work)
+        return self._next_entry(work) or self._next_held(work, now)
+
+    def _next_held(self, work: _Work, now: datetime) -> tuple[str, Coroutine[Any, Any, None]] | None:
+        order_no = self._next_due(work, now)
+        return None if order_no is None else (order_no, self._deliver_held(work, order_no, work.held[order_no]))
+
+    def _next_entry(
+        self, work: _Work, *, at_random: bool = False
+    ) -> tuple[str, Coroutine[Any, Any, None]] | None:
+        while (entry := work.window.start(at_random=at_random)) is not None:
+            if entry.message.order_no not in self._busy:
+                work.begun += 1
+                return entry.message.order_no, self._deliver_entry(work, entry)
+            # A request of before the last load is still in flight.
+            work.window.postpone(entry)
+        return None
+
+    def _next_probe(self, work: _Work, now: datetime) -> tuple[str, Coroutine[Any, Any, None]] | None:
+        """Return a request that finds out whether a down endpoint is up again, if it is time for one."""
+        if work.probe_at is not None and now < work.probe_at:
+            return None
+        work.probe_seconds = min(PROBE_SECONDS_MAX, 2 * work.probe_seconds)
+        work.probe_at = now + timedelta(seconds=work.probe_seconds)
+        # In turns, since the endpoint may refuse just those orders that are held, or just the next ones.
+        work.takes_held = not work.takes_held
+        if work.takes_held and (order_no := self._earliest_held(work)) is not None:
+            work.probed.add(order_no)
+            return order_no, self._deliver_held(work, order_no, work.held[order_no])
+        return self._next_entry(work, at_random=True)
+
+    def _next_due(self, work: _Work, now: datetime) -> str | None:
+        while work.due and work.due[0][0] <= now:
+            at, order_no = heappop(work.due)
+            held = work.held.get(order_no)
+            # A busy order is scheduled again when its request ends.
+            if held is not None and held.next_attempt_at == at and order_no not in self._busy:
+                return order_no
+        return None
+
+    def _earliest_held(self, work: _Work) -> str | None:
+        waiting = (
+            (held.next_attempt_at, order_no)
+            for order_no, held in work.held.items()
+            if held.next_attempt_at is not None and order_no not in self._busy and not held.was_told_to_wait
+        )
+        return min(waiting, default=(None, None))[1]
+
+    def _start(self, order_no: str, request: Coroutine[Any, Any, None]) -> None:
+        self._busy.add(order_no)
+        task = asyncio.create_task(request)
+        self._tasks[task] = order_no
+        task.add_done_callback(self._end_request)
+
+    def _end_request(self, task: asyncio.Task[None]) -> None:
+        order_no = self._tasks.pop(task)
+        self._busy.discard(order_no)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failure = error
+            self._interrupted.set()
+        if (work := self._work) is not None:
+            work.probed.discard(order_no)
+            work.window.resume(order_no)
+            if (held := work.held.get(order_no)) is not None:
+                _schedule(work, order_no, held)
+        for event in (self._wake, self._space, self._dirty):
+            event.set()
+
+    async def _deliver_entry(self, work: _Work, entry: Entry) -> None:
+        order_no, version = entry.message.order_no, entry.message.version
+        attempt = await self._send(work, entry.message, 1)
+        if work is not self._work:
+            return
+        held = work.held.get(order_no)
+        if attempt.outcome != "delivered":
+            if held is None:
+                held = self._hold(work, order_no, version, entry.place.position)
+            self._postpone(work, order_no, held, attempt)
+        elif held is None:
+            work.covered += work.window.finish(entry)
+        else:
+            # It took so long that the order became a held one.
+            self._go_on(work, order_no, held, version + 1)
+            await self._deliver_held(work, order_no, held)
+
+    async def _deliver_held(self, work: _Work, order_no: str, held: Held) -> None:
+        """Send the events of a held order, one after the other, until one fails or none waits any more."""
+        while self._goes_on(work):
+            events = await self._reader.read_order(order_no, held.version - 1, work.window.read)
+            if work is not self._work:
+                return
+            for position, event in events:
+                if position > work.window.read.position:
+                    # The log has not been read so far: the order's next event is an ordinary one.
+                    self._catch_up(work, order_no)
+                    return
+                if not await self._deliver_next(work, held, position, event):
+                    return
+            if not events and held.latest < held.version:
+                self._catch_up(work, order_no)
+                return
+
+    async def _deliver_next(
+        self, work: _Work, held: Held, position: int, event: Order.StatusReported | FailedEvent
+    ) -> bool:
+        """Send the next event of a held order. Return whether to go on with the event after it."""
+        order_no, version = event.originator_id, event.originator_version
+        held.position = position
+        if isinstance(event, FailedEvent):
+            self._give_up(work, order_no, held, event.reason)
+            return False
+        if work.selection.matches(event):
+            if not await self._may_begin(work):
+                return False
+            attempt = await self._send(work, self._make_message(work, position, event), held.attempts + 1)
+            if work is not self._work:
+                return False
+            work.covered += 1
+            if attempt.outcome != "delivered":
+                self._postpone(work, order_no, held, attempt)
+                return False
+        self._go_on(work, order_no, held, version + 1)
+        return self._goes_on(work)
+
+    def _goes_on(self, work: _Work) -> bool:
+        """Return whether requests may still be begun for what was loaded then."""
+        return work is self._work and not self._interrupted.is_set()
+
+    async def _may_begin(self, work: _Work) -> bool:
+        """Wait until there are not too many unsaved requests, and count a further one.
+
+        Returns:
+            False if the subscription is to be loaded again, or was so in the meantime.
+        """
+        while self._goes_on(work) and work.unsaved >= UNSAVED_MAX:
+            self._saved.clear()
+            self._dirty.set()
+            self._urgent.set()
+            await wait_for_event(self._saved, POLL_SECONDS)
+        await self._pace.take_turn()
+        if not self._goes_on(work):
+            return False
+        work.begun += 1
+        return True
+
+    def _make_message(self, work: _Work, position: int, event: Order.StatusReported) -> Message:
+        return Message(
+            event.originator_id,
+            event.originator_version,
+            make_message_id(self.subscription_id, event.report_id),
+            work.selection.encode(position, event),
+            event.traceparent,
+        )
+
+    async def _send(self, work: _Work, message: Message, number: int) -> Attempt:
+        """Send a message, which is attempted for the ``number``-th time."""
+        loaded = work.loaded
+        is_over = loaded.secrets_until is not None and self._now() >= loaded.secrets_until
+        secrets = loaded.secrets[:1] if is_over else loaded.secrets
+        attempt = await self._sender.send(
+            work.url, secrets, message.message_id, message.body, message.traceparent
+        )
+        self._outcomes[self.subscription_id, attempt.outcome] += 1
+        self._responses.appendleft((self._now(), message.order_no, message.version, number, attempt))
+        self._has_new_responses = True
+        if work is self._work:
+            self._judge(work, message.order_no, attempt)
+        return attempt
+
+    def _judge(self, work: _Work, order_no: str, attempt: Attempt) -> None:
+        """Find out from an attempt whether the endpoint is up, down or gone."""
+        now = self._now()
+        if attempt.outcome == "delivered":
+            work.delivered += 1
+            if work.is_down:
+                self._recover(work, now)
+            work.failures, work.failing, work.failing_since = 0, set(), None
+            work.probed.discard(order_no)
+            return
+        work.failed += 1
+        if attempt.status in REFUSALS:
+            return
+        work.failures += 1
+        work.failing.add(order_no)
+        work.failing_since = work.failing_since or now
+        if not work.is_down and work.failures >= DOWN_FAILURES and len(work.failing) >= DOWN_ORDERS:
+            work.is_down, work.probe_seconds, work.takes_held = True, PROBE_SECONDS_MIN, True
+            work.probe_at = now + timedelta(seconds=PROBE_SECONDS_MIN)
+            self._dirty.set()
+            logger.warning(
+                "endpoint of a subscription is down",
+                subscription=str(self.subscription_id),
+                status=attempt.status,
+            )
+        if work.is_down and attempt.retry_after_seconds:
+            asked = now + timedelta(seconds=attempt.retry_after_seconds)
+            work.probe_at = max(work.probe_at or asked, asked)
+        if (ending := ENDINGS.get(attempt.outcome)) is not None:
+            self._ending = ending
+            self._interrupted.set()
+
+    def _recover(self, work: _Work, now: datetime) -> None:
+        """Go on after the endpoint was down: what failed in that time is due at once."""
+        logger.info("endpoint of a subscription is up again", subscription=str(self.subscription_id))
+        since, work.is_down, work.probe_at = work.failing_since or now, False, None
+        for order_no, held in work.held.items():
+            failed_at = held.last_attempt_at
+            if held.was_told_to_wait or held.next_attempt_at is None:
+                continue
+            if failed_at is not None and failed_at >= since:
+                held.next_attempt_at = now
+                _schedule(work, order_no, held)
+
+    # Held orders.
+
+    def _hold(self, work: _Work, order_no: str, version: int, position: int) -> Held:
+        """Hold an order from its first event in the window on, from this one if it has none there."""
+        if (first := work.window.first_of(order_no)) is not None:
+            version, position = first.message.version, first.place.position
+        now = self._now()
+        held = work.held[order_no] = Held(version, position, now, 0, None, now, None, latest=version)
+        work.covered += work.window.release(order_no)
+        _schedule(work, order_no, held)
+        self._mark(work, order_no)
+        return held
+
+    def _hold_blocking_entry(self, work: _Work) -> None:
+        """Hold the order of the first entry if it keeps others from being read or saved."""
+        window, first = work.window, work.window.first
+        if first is None or first.is_done:
+            return
+        # If it is not started, a request of before the last load holds up its order.
+        is_slow = first.started_at is None or monotonic() - first.started_at > BLOCKED_SECONDS_MAX
+        if window.is_stuck and is_slow:
+            self._hold(work, first.message.order_no, first.message.version, first.place.position)
+
+    def _postpone(self, work: _Work, order_no: str, held: Held, attempt: Attempt) -> None:
+        now = self._now()
+        held.last_attempt_at, held.last_error = now, attempt.error
+        held.was_told_to_wait = bool(attempt.retry_after_seconds)
+        if attempt.outcome in ENDINGS:
+            # The endpoint refuses every event, not just this one, which is due once the subscription goes on.
+            held.next_attempt_at = now
+            self._mark(work, order_no)
+            return
+        if order_no in work.probed:
+            # The order keeps its schedule.
+            self._mark(work, order_no)
+            return
+        held.attempts += 1
+        if held.attempts >= len(self._retry_seconds):
+            self._give_up(work, order_no, held, attempt.error)
+            return
+        pause = self._retry_seconds[held.attempts] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret  # nosec B311
+        held.next_attempt_at = now + timedelta(seconds=max(pause, attempt.retry_after_seconds or 0.0))
+        self._mark(work, order_no)
+
+    def _give_up(self, work: _Work, order_no: str, held: Held, error: str | None) -> None:
+        """Hold an order until an operator acts."""
+        held.next_attempt_at, held.last_error = None, error
+        self._mark(work, order_no)
+        logger.warning(
+            "delivery awaits an operator",
+            subscription=str(self.subscription_id),
+            position=held.position,
+            version=held.version,
+            attempts=held.attempts,
+        )
+
+    def _go_on(self, work: _Work, order_no: str, held: Held, version: int) -> None:
+        held.version, held.attempts, held.last_error = version, 0, None
+        held.next_attempt_at = self._now()
+        held.latest = max(held.latest, version - 1)
+        self._mark(work, order_no)
+
+    def _catch_up(self, work: _Work, order_no: str) -> None:
+        del work.held[order_no]
+        self._mark(work, order_no)
+
+    def _mark(self, work: _Work, order_no: str) -> None:
+        work.dirty.add(order_no)
+        self._dirty.set()
+        self._wake.set()
+        self._space.set()
+
+    # The saves.
+
+    async def _save_often(self, work: _Work) -> None:
+        while True:
+            await self._dirty.wait()
+            await wait_for_event(self._urgent, SAVE_SECONDS)
+            self._dirty.clear()
+            self._urgent.clear()
+            await self._save(work)
+            self._wake.set()
+
+    async def _save(self, work: _Work) -> None:
+        """Save what was delivered, or begin to load the subscription again if it has changed.
+
+        A save that has begun is completed. Cut off, it would cost the connection with the locks of all
+        subscriptions.
+        """
+        self._saving = asyncio.create_task(self._save_now(work), context=Context())
+        await asyncio.shield(self._saving)
+
+    async def _save_now(self, work: _Work) -> None:
+        held = {order_no: work.held.get(order_no) for order_no in work.dirty}
+        counts = work.delivered, work.failed
+        covered = work.covered
+        work.dirty, work.delivered, work.failed = set(), 0, 0
+        responses = None
+        if self._has_new_responses and (self._interrupted.is_set() or monotonic() >= self._responses_at):
+            responses, self._has_new_responses = [_to_response(*one) for one in self._responses], False
+            self._responses_at = monotonic() + RESPONSES_SECONDS
+        elif self._has_new_responses:
+            self._dirty.set()
+        is_saved = await self._progress.save(
+            self.subscription_id,
+            self.session,
+            work.loaded.generation,
+            work.window.done,
+            *counts,
+            responses,
+            held,
+            work.failing_since if work.is_down else None,
+            work.window.read,
+        )
+        if is_saved:
+            work.saved = covered
+            self._saved.set()
+        else:
+            self._interrupted.set()
+
+
+def log_end(subscription_id: UUID, ending: tuple[SubscriptionState, SubscriptionReason]) -> None:
+    """Log that a subscription has stopped by itself."""
+    state, reason = ending
+    logger.warning("subscription ended", subscription=str(subscription_id), state=state, reason=reason)
+
+
+def _to_response(at: datetime, order_no: str, version: int, number: int, attempt: Attempt) -> Response:
+    return {
+        "at": to_rfc3339(at),
+        "order_no": order_no,
+        "version": version,
+        "attempt": number,
+        "status": attempt.status,
+        "ms": round(attempt.seconds * 1_000),
+        "error": attempt.error,
+    }
+
+
+def _schedule(work: _Work, order_no: str, held: Held) -> None:
+    if held.next_attempt_at is not None:
+        heappush(work.due, (held.next_attempt_at, order_no))
