@@ -8,7 +8,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from domain.statuses import Status
 from domain.transitions import Verdict
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.timeline import KINDS, UNKNOWN_KIND
 from projections.windows import POSITION_MAX, WALKED_ROWS_MAX, Span, Window, narrow
 

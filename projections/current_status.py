@@ -9,7 +9,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.statuses import SETTLED, Label, Status, status_label
 from projections.engine import DecodedEvent, View
 from projections.parked import Parked
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 
 class Counts(TypedDict):

@@ -18,7 +18,7 @@ from projections import parked
 from projections.locks import BEGIN_WITH_VIEW_LOCK, GIVE_UP_LEAD, TRY_LEAD
 from projections.parked import ParkedOrder
 from projections.position import AwaitedPosition
-from projections.postgres_errors import Connection, is_event_at_fault
+from projections.postgres import Connection, is_event_at_fault
 
 # Begins a transaction with the given statements, and commits it at the end of the block.
 Transaction: TypeAlias = Callable[[str], AbstractAsyncContextManager[Connection]]

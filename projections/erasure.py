@@ -3,7 +3,7 @@
 from typing import Final
 
 from projections.locks import TAKE_VIEW_LOCK
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.timeline import KINDS
 
 POSITION: Final = """

@@ -19,7 +19,7 @@ from projections.engine import (
     view_state,
 )
 from projections.position import CHECK_SECONDS
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 # Lends a connection whose search path begins with the view's schema.
 Lend: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]

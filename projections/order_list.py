@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from domain.statuses import SETTLED, Status
 from projections.current_status import CurrentOrder, to_order
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.windows import POSITION_MAX, WALKED_ROWS_MAX, Window
 
 Sort = Literal["first", "updated"]
@@ -20,7 +20,7 @@ _LAST_CHARACTER: Final = "\U0010ffff"
 _SURROGATES: Final = range(0xD800, 0xE000)
 
 
-class Place(NamedTuple):
+class ListPlace(NamedTuple):
     """A place in the list by last report. Reports may have equal times, so a position breaks ties.
 
     Attributes:
@@ -37,9 +37,9 @@ class Place(NamedTuple):
         return EPOCH + self.microseconds * MICROSECOND
 
 
-def place_at(time: datetime, position: int = 0) -> Place:
+def place_at(time: datetime, position: int = 0) -> ListPlace:
     """Return a place; with the position 0, it is before every order that was last reported at this time."""
-    return Place((time - EPOCH) // MICROSECOND, position)
+    return ListPlace((time - EPOCH) // MICROSECOND, position)
 
 
 LAST_PLACE: Final = place_at(datetime.max.replace(tzinfo=UTC), POSITION_MAX)
@@ -77,7 +77,7 @@ class ListedOrder(NamedTuple):
     order: CurrentOrder
 
     @property
-    def place(self) -> Place:
+    def place(self) -> ListPlace:
         """The place in the list by last report."""
         return place_at(self.order["last_reported_at"], self.order["position"])
 
@@ -86,7 +86,7 @@ class UpdatedWindow(NamedTuple):
     """The rows of a page by last report, and the place that the walk has reached; None at the list's end."""
 
     rows: Sequence[ListedOrder]
-    reached: Place | None
+    reached: ListPlace | None
 
 
 class StuckOrder(NamedTuple):
@@ -99,7 +99,7 @@ class StuckOrder(NamedTuple):
     position: int
 
     @property
-    def place(self) -> Place:
+    def place(self) -> ListPlace:
         """The place in the list by last report."""
         return place_at(self.last_reported_at, self.position)
 
@@ -226,7 +226,7 @@ class _Criteria(NamedTuple):
 
 
 # Keys of walked rows, and the key to continue the walk at; None at its end.
-Key: TypeAlias = "int | Place"
+Key: TypeAlias = "int | ListPlace"
 Walked: TypeAlias = tuple[list[int], "Key | None"]
 NO_CRITERIA: Final = _Criteria(None, None, None, None, None, None, None)
 
@@ -240,7 +240,7 @@ async def orders_page(
 
 
 async def updated_page(
-    connection: Connection, before: Place, orders_filter: OrdersFilter, limit: int
+    connection: Connection, before: ListPlace, orders_filter: OrdersFilter, limit: int
 ) -> UpdatedWindow:
     """Return at most ``limit`` orders that are before a place in the list by last report, newest first.
 
@@ -271,7 +271,7 @@ async def find_by_cnote(connection: Connection, cnote: str, limit: int) -> list[
 
 
 async def stuck_orders(
-    connection: Connection, since: datetime, limit: int, after: Place = FIRST_PLACE
+    connection: Connection, since: datetime, limit: int, after: ListPlace = FIRST_PLACE
 ) -> list[StuckOrder]:
     """Return orders that are not settled and had no report after ``since``, longest unreported first.
 
@@ -301,7 +301,7 @@ async def _page(
     connection: Connection, sort: Sort, before: Key, orders_filter: OrdersFilter, limit: int
 ) -> tuple[list[ListedOrder], Any]:
     criteria = await _criteria(connection, orders_filter)
-    place = before if isinstance(before, Place) else LAST_PLACE
+    place = before if isinstance(before, ListPlace) else LAST_PLACE
     rows: list[ListedOrder] = []
     reached: Key | None = None
     async for walked in _walk(connection, sort, before, criteria, limit):
@@ -317,7 +317,7 @@ async def _fetch(  # noqa: PLR0913, PLR0917 - the parts of a page
     sort: Sort,
     positions: Sequence[int],
     criteria: _Criteria,
-    before: Place,
+    before: ListPlace,
     limit: int,
 ) -> list[ListedOrder]:
     rows = await connection.fetch(PAGES[sort], positions, *criteria, *_bound(before), limit)
@@ -392,7 +392,7 @@ async def _find_few(walks: Iterable[Callable[[int], Awaitable[Walked]]]) -> list
 
 
 def _before(key: Key, positions: Sequence[int]) -> list[int]:
-    return [position for position in positions if isinstance(key, Place) or position < key]
+    return [position for position in positions if isinstance(key, ListPlace) or position < key]
 
 
 async def _criteria(connection: Connection, orders_filter: OrdersFilter) -> _Criteria:
@@ -428,7 +428,7 @@ async def _present_statuses(connection: Connection) -> list[str]:
     return [status for (status,) in await connection.fetch(STATUSES_PRESENT)]
 
 
-def _bound(place: Place) -> tuple[datetime, int]:
+def _bound(place: ListPlace) -> tuple[datetime, int]:
     return place.time, place.position
 
 

@@ -23,7 +23,7 @@ from projections.engine import (
     without_parked,
 )
 from projections.locks import HOLD_VIEW_LOCK, TAKE_SWAP_LOCK, TAKE_VIEW_LOCK, TRY_REBUILD_LOCK
-from projections.postgres_errors import Connection, is_event_at_fault
+from projections.postgres import Connection, is_event_at_fault
 
 # Dropping an old schema waits for its last readers, such as a dump, but must not block new readers for long.
 DROP_LOCK_TIMEOUT: Final = "SET lock_timeout = '200ms'"
@@ -88,7 +88,7 @@ class Log(Protocol):
 # Opens a connection with the given search path.
 ConnectTo = Callable[[str], Awaitable[Connection]]
 # Called with the number of events processed so far, and the total.
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 class RebuiltView(NamedTuple):
@@ -107,7 +107,7 @@ class _NextView(NamedTuple):
 
 
 async def rebuild(
-    views: Sequence[View], connect: ConnectTo, log: Log, progress: Progress, *, verify: bool = False
+    views: Sequence[View], connect: ConnectTo, log: Log, progress: OnProgress, *, verify: bool = False
 ) -> list[RebuiltView]:
     """Rebuild views and swap them in, or compare them with the live views and leave those unchanged.
 
@@ -163,7 +163,7 @@ async def _create_tables(view: View, connection: Connection, guard: Connection, 
 
 
 async def _fill(
-    rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: Progress, *, gathers: bool
+    rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: OnProgress, *, gathers: bool
 ) -> LoggedEvent | None:
     """Write the log as it is now into new tables, order by order, then create their indexes.
 
@@ -181,7 +181,7 @@ async def _fill(
 
 
 async def _write_all(
-    rebuilt: Sequence[_NextView], snapshot: Snapshot, progress: Progress, *, gathers: bool
+    rebuilt: Sequence[_NextView], snapshot: Snapshot, progress: OnProgress, *, gathers: bool
 ) -> None:
     queues: list[asyncio.Queue[Sequence[LoggedEvent]]] = [asyncio.Queue(BATCHES_AHEAD_MAX) for _ in rebuilt]
 

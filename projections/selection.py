@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 from domain.statuses import Status
 from domain.transitions import Verdict
 from projections.audit import PRESENT_KINDS, WALK_KINDS
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.timeline import KINDS, UNKNOWN_KIND
 
 # A page walks at most this many entries of the index, whatever it selects.

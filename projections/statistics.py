@@ -14,7 +14,7 @@ from domain.statuses import STATUSES, Label, Recognise, Status, status_label
 from domain.transitions import VERDICTS, Verdict
 from projections.current_status import Counts
 from projections.engine import DecodedEvent, View
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 # Durations are counted in buckets, each a tenth wider than the previous one: percentiles are accurate to 5 %.
 BUCKET_GROWTH: Final = 1.1

@@ -11,7 +11,7 @@ from domain.statuses import STATUSES, Label, Status, status_label
 from domain.transitions import VERDICTS, Verdict
 from projections.engine import DecodedEvent, View
 from projections.parked import Parked
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.windows import BLOCK_POSITIONS, WIDEN_BLOCKS
 
 

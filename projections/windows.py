@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Final, Generic, NamedTuple, TypeVar
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 # A page walks at most this many rows after a first, short walk. It may try three indexes before, and it looks
 # up each row, and its airway bills: at most 12 times as many rows in all.

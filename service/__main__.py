@@ -12,7 +12,7 @@ def main() -> None:
         # Nothing needs a cleanup yet, so Ctrl-C may end the process without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from service.cli.main import cli  # noqa: PLC0415 - it takes half a second
-    from service.program import command_name  # noqa: PLC0415 - after the signals
+    from service.command_name import command_name  # noqa: PLC0415 - after the signals
 
     if handles_ctrl_c:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,7 +9,7 @@ from typing import Final, NoReturn
 
 import structlog
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 # The pause before a failed task is restarted.
 RESTART_PAUSE_SECONDS: Final = 1.0

@@ -8,9 +8,9 @@ from itertools import chain
 from typing import Final, Generic, TypeAlias, TypeVar
 
 Item = TypeVar("Item")
-Outcome = TypeVar("Outcome")
+Result = TypeVar("Result")
 # An item, its weight, its due time by the loop's clock, and its caller's future. A plain tuple is cheapest.
-_Call: TypeAlias = tuple[Item, int, float, asyncio.Future[Outcome]]
+_Call: TypeAlias = tuple[Item, int, float, asyncio.Future[Result]]
 
 # The share of the last batch's duration in the expected duration of the next one (exponential smoothing).
 BATCH_SECONDS_SMOOTHING: Final = 0.1
@@ -26,7 +26,7 @@ class BatchFailedError(Exception):
     """The batch with this call failed; ``__cause__`` is the batch's error."""
 
 
-class Batcher(Generic[Item, Outcome]):
+class Batcher(Generic[Item, Result]):
     """Gathers calls into batches. The first call starts a leader task, which runs until no call waits.
 
     Args:
@@ -45,7 +45,7 @@ class Batcher(Generic[Item, Outcome]):
 
     def __init__(  # noqa: PLR0913 - every limit is named by its caller
         self,
-        work: Callable[[list[Item], Sequence[float]], Awaitable[Sequence[Outcome | Exception]]],
+        work: Callable[[list[Item], Sequence[float]], Awaitable[Sequence[Result | Exception]]],
         *,
         batch_items_max: int,
         queue_items_max: int,
@@ -60,17 +60,17 @@ class Batcher(Generic[Item, Outcome]):
         self._queue_items_max = queue_items_max
         self._queue_weight_max = queue_weight_max
         self._seconds_max = seconds_max
-        self._waiting: deque[_Call[Item, Outcome]] = deque()
+        self._waiting: deque[_Call[Item, Result]] = deque()
         self._waiting_weight = 0
         self._wait_seconds_max = wait_seconds_max
         self._batch_seconds = 0.0
         self._waiting_items_max = queue_items_max
-        self._batch: list[_Call[Item, Outcome]] = []
+        self._batch: list[_Call[Item, Result]] = []
         self._leader: asyncio.Task[None] | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def submit(self, item: Item, weight: int = 0) -> "asyncio.Future[Outcome]":
+    def submit(self, item: Item, weight: int = 0) -> "asyncio.Future[Result]":
         """Submit an item, and return the future of its outcome.
 
         Raises:
@@ -85,7 +85,7 @@ class Batcher(Generic[Item, Outcome]):
             raise OverloadedError("too many requests are waiting")
         # Cached: on Python 3.11 this call takes as long as the rest of this method.
         loop = self._loop = self._loop or asyncio.get_running_loop()
-        caller: asyncio.Future[Outcome] = loop.create_future()
+        caller: asyncio.Future[Result] = loop.create_future()
         self._waiting.append((item, weight, loop.time() + self._seconds_max, caller))
         self._waiting_weight += weight
         if self._leader is None:
@@ -93,7 +93,7 @@ class Batcher(Generic[Item, Outcome]):
             self._leader = loop.create_task(self._lead(), context=Context())
         return caller
 
-    def answer(self, first: int, outcomes: Sequence[Outcome | Exception]) -> None:
+    def answer(self, first: int, outcomes: Sequence[Result | Exception]) -> None:
         """Answer some callers of the present batch before its work ends.
 
         Args:
@@ -139,9 +139,9 @@ class Batcher(Generic[Item, Outcome]):
         whole_batches = int(min(self._queue_items_max, batches))
         self._waiting_items_max = min(self._queue_items_max, whole_batches * items_max)
 
-    def _take(self) -> list[_Call[Item, Outcome]]:
+    def _take(self) -> list[_Call[Item, Result]]:
         now = asyncio.get_running_loop().time()
-        batch: list[_Call[Item, Outcome]] = []
+        batch: list[_Call[Item, Result]] = []
         batch_weight = 0
         while self._waiting and len(batch) < self._batch_items_max:
             call = self._waiting[0]
@@ -159,7 +159,7 @@ class Batcher(Generic[Item, Outcome]):
             batch_weight += weight
         return batch
 
-    async def _work_on(self, batch: list[_Call[Item, Outcome]]) -> None:
+    async def _work_on(self, batch: list[_Call[Item, Result]]) -> None:
         self._batch = batch
         items, _, dues, _ = zip(*batch, strict=True)
         self._expiry = asyncio.get_running_loop().call_at(dues[0] + EXPIRY_SECONDS, self._expire, batch)
@@ -183,7 +183,7 @@ class Batcher(Generic[Item, Outcome]):
         for (*_, caller), outcome in answered:
             _answer(caller, outcome)
 
-    def _expire(self, batch: list[_Call[Item, Outcome]]) -> None:
+    def _expire(self, batch: list[_Call[Item, Result]]) -> None:
         """Answer the callers whose time limit is reached, in the batch and behind it. Both are sorted by it."""
         loop = asyncio.get_running_loop()
         for _, _, due, caller in chain(batch, self._waiting):
@@ -194,7 +194,7 @@ class Batcher(Generic[Item, Outcome]):
                 caller.set_exception(TimeoutError("the time limit was reached before the batch ended"))
 
 
-def _answer(caller: asyncio.Future[Outcome], outcome: Outcome | Exception) -> None:
+def _answer(caller: asyncio.Future[Result], outcome: Result | Exception) -> None:
     if caller.done():
         return
     if isinstance(outcome, Exception):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import structlog
 
 from domain.order import Order
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.api.events import EventsApi
 from service.api.freshness import wait_for
 from service.background import BackgroundTasks, follow, listen
@@ -30,12 +30,12 @@ from service.http.access import Access
 from service.http.auth_refusals import AuthRefusals
 from service.http.budgets import Budgets
 from service.http.metrics import HttpMetrics
+from service.ingest.hourly_bytes import HourlyBytes
 from service.ingest.metrics import IngestMetrics
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
 from service.ingest.signatures import make_scheme
-from service.ingest.volume import Volume
 from service.ingest.webhook import RefusedWebhook, Webhook
 from service.ingest.webhook_auth import WebhookAuth
 from service.maintenance.retention import PASS_SECONDS, Retention
@@ -126,7 +126,7 @@ class Core:
 
     def _make_ingest(self, settings: CoreSettings, seconds_max: float) -> None:
         quarantine = Quarantine(self.quarantine_connection, settings.quarantine_hourly_max)
-        volume = Volume(settings.webhook_bytes_hourly_max)
+        volume = HourlyBytes(settings.webhook_bytes_hourly_max)
         self.refusals = Refusals(self.auth_connection, lambda keyed: self.recorder.trouble(keyed=keyed))
         self.ingest_metrics = IngestMetrics(quarantine, volume, self.refusals, lambda: self.recorder)
         self.recorder = Recorder(

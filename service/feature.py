@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from domain.order import Order
-    from projections.postgres_errors import Connection
+    from projections.postgres import Connection
     from service.database.api_keys import Scope
     from service.http.endpoints import Api, OutgoingRequest
 
@@ -86,23 +86,39 @@ class Feature:
 
 
 class Shown(NamedTuple):
-    """What a page shows: the name of its template, and the template's variables."""
+    """What a page shows.
+
+    Attributes:
+        template: the name of its template.
+        variables: the template's variables.
+        path: the page's path, percent-encoded; empty for that of the request.
+        status: the status of the response.
+        stream: the path of the event stream that updates the page; empty for a page without updates.
+    """
 
     template: str
     variables: Mapping[str, Any]
+    path: str = ""
+    status: int = 200
+    stream: str = ""
 
 
 class Page(NamedTuple):
-    """A page, or a form's target, which shows the page at ``shown_at`` or redirects.
+    """A page, or the target of a form.
 
-    ``handle`` gets the request and the fields of its form, and returns what to show, or a path to redirect to.
+    Attributes:
+        method: GET, or POST for a form.
+        path: the path, in aiohttp's pattern.
+        scope: the scope of the API key that it needs.
+        handle: gets the request and the fields of its form. Returns what to show, or a path to redirect to.
+        has_query: whether ``handle`` reads the parameters of the query. Otherwise it has only the common ones.
     """
 
     method: str
     path: str
     scope: Scope
     handle: Callable[[web.Request, Mapping[str, str]], Awaitable[Shown | str]]
-    shown_at: str = "/"
+    has_query: bool = False
 
 
 class MenuEntry(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Final, cast
 
 import structlog
 
-from service.api.waiting import Waiting
+from service.api.starting import Starting
 from service.app import Service
 from service.background import BackgroundTasks
 from service.database.connections import (
@@ -66,7 +66,7 @@ class Listener:
         self.budgets = Budgets()
         self._background = BackgroundTasks()
         database = ", ".join(map(str, read_hosts(dsn))) or LOCAL_SOCKET
-        self.waiting = Waiting(database, settings.request_seconds_max)
+        self.waiting = Starting(database, settings.request_seconds_max)
         self.port: int | None = None
         self._turn = asyncio.Lock()
         self._listening_late: asyncio.Task[None] | None = None

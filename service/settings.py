@@ -23,8 +23,8 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.command_name import command_name
 from service.dsn import SCHEMES, as_reader, read_hosts, read_target
-from service.program import command_name
 from service.standard_webhooks import SECRET_PREFIX
 from service.vocabulary import VocabularyFile, read_vocabulary
 

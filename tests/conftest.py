@@ -10,7 +10,7 @@ from uuid import uuid4
 import coverage
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import connect
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.database.schema import SERVICE_ROLE, as_role, prepare_database

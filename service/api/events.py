@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from projections import timeline
 from projections.engine import Projector
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.selection import Selection, selected_positions
 from projections.windows import POSITION_MAX
 from service.api.freshness import beyond, wait_for
@@ -25,7 +25,7 @@ from service.database.log_identity import LogIdentity
 from service.event_log import store
 from service.event_log.erasures import Erasure, erasures_page, last_erasure_id
 from service.event_log.store import LogEvent, RecordedEvent, to_log_event
-from service.event_log.tail import Message, Tail, TailClosedError
+from service.event_log.tail import Tail, TailClosedError, TailMessage
 from service.http.access import Access, has_scope
 from service.http.budgets import Budget
 from service.http.connections import is_gone
@@ -135,9 +135,9 @@ class LogStreamQuery(StreamQuery):
     brief: bool = Field(default=False, description="send only the log's position, each time the log grows")
 
 
-def encode_event(event: RecordedEvent) -> Message:
+def encode_event(event: RecordedEvent) -> TailMessage:
     """Return an event as a server-sent event. Its id is its position."""
-    return Message(*(_encode(event, with_bodies=with_bodies) for with_bodies in (True, False)))
+    return TailMessage(*(_encode(event, with_bodies=with_bodies) for with_bodies in (True, False)))
 
 
 def _encode(event: RecordedEvent, *, with_bodies: bool) -> bytes:
@@ -410,7 +410,7 @@ class EventsApi:
         self,
         stream: ResponseStream,
         position: int,
-        choose: Callable[[Message], bytes],
+        choose: Callable[[TailMessage], bytes],
         order_no: str | None = None,
     ) -> int:
         """Send events above a position, of one order or of all; ``choose`` returns what the reader may see."""
@@ -434,7 +434,7 @@ class EventsApi:
         return reached
 
     async def _send_order(
-        self, stream: ResponseStream, position: int, choose: Callable[[Message], bytes], order_no: str
+        self, stream: ResponseStream, position: int, choose: Callable[[TailMessage], bytes], order_no: str
     ) -> int:
         """Send an order's events between a position and the tail's end."""
         end = self.tail.position
@@ -464,7 +464,7 @@ async def _refuse_another_event(
     refuse_another_event(query.last, found[0] if is_there else None, position=query.after)
 
 
-def _choose_message(request: web.Request) -> Callable[[Message], bytes]:
+def _choose_message(request: web.Request) -> Callable[[TailMessage], bytes]:
     """Return which message of an event the reader may see. A key's scope never changes."""
     return attrgetter("whole" if has_scope(request, "read:bodies") else "without_body")
 

@@ -13,7 +13,7 @@ from projections.engine import SELECT_VIEW, Projector
 from projections.observer import Observer
 from projections.parked import ParkedOrder, count_parked, list_parked
 from projections.position import AFTER_POSITION_SECONDS_MAX
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import as_unavailable
 from service.database.replica import read_replica
 from service.event_log import store

@@ -9,7 +9,6 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from projections.engine import Projector
 from service.api.freshness import Projection, read_projection
-from service.build import build_info
 from service.database.connections import ConnectionPool, DedicatedConnection, StorageUnavailableError
 from service.database.replica import read_replica
 from service.event_log import store
@@ -19,6 +18,7 @@ from service.http.problems import ProblemType, unavailable
 from service.http.responses import json_response
 from service.http.times import to_rfc3339
 from service.ingest.refusals import PASSING, Refusals, find_cause
+from service.version import build_info
 
 READY_SECONDS_MAX: Final = 1.0
 

@@ -12,14 +12,14 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from projections.engine import Projector
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.api.freshness import read_lag
-from service.build import build_info
 from service.database.connections import ConnectionPool, StorageUnavailableError
 from service.http.endpoints import TEXT, Endpoint, Tag
 from service.http.parameters import Query
 from service.http.responses import response
 from service.ingest.quarantine import count_entries
+from service.version import build_info
 
 # If the database does not answer a scrape within this time, the gauges that need it are missing.
 SCRAPE_SECONDS_MAX: Final = 2.0

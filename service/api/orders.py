@@ -19,8 +19,8 @@ from projections.engine import DecodedEvent, Projector
 from projections.order_list import (
     LAST_PLACE,
     ListedOrder,
+    ListPlace,
     OrdersFilter,
-    Place,
     Sort,
     orders_page,
     updated_page,
@@ -151,7 +151,7 @@ class OrdersQuery(TableQuery):
     )
 
     @property
-    def first_place(self) -> int | Place:
+    def first_place(self) -> int | ListPlace:
         """The key that the page begins at, in the order of the list.
 
         Raises:
@@ -162,7 +162,7 @@ class OrdersQuery(TableQuery):
         if isinstance(self.cursor, int) and self.sort == "first":
             return self.cursor
         if isinstance(self.cursor, tuple) and self.sort == "updated":
-            return min(Place(*self.cursor), LAST_PLACE)
+            return min(ListPlace(*self.cursor), LAST_PLACE)
         raise bad_parameter("cursor", "it must be a cursor from an earlier response with the same sort")
 
     def to_filter(self, now: datetime) -> OrdersFilter:
@@ -380,27 +380,27 @@ class OrdersApi:
         return head, cut_page(rows, query.limit, itemgetter("version"))
 
     async def _orders_page(
-        self, place: int | Place, filters: OrdersFilter, limit: int
-    ) -> tuple[Sequence[ListedOrder], int | Place | None]:
+        self, place: int | ListPlace, filters: OrdersFilter, limit: int
+    ) -> tuple[Sequence[ListedOrder], int | ListPlace | None]:
         async with self._pool.connection() as connection:
-            if isinstance(place, Place):
+            if isinstance(place, ListPlace):
                 return await updated_page(connection, place, filters, limit)
             return await orders_page(connection, place, filters, limit)
 
     async def _all_orders(
-        self, request: web.Request, place: int | Place, filters: OrdersFilter
+        self, request: web.Request, place: int | ListPlace, filters: OrdersFilter
     ) -> web.StreamResponse:
         stream = await begin_stream(request, CSV_HEADERS, self._log.log_id)
         await stream.write(csv_heading(CurrentOrder))
-        reached: int | Place | None = place
+        reached: int | ListPlace | None = place
         while reached is not None:
             await stream.wait()
             reached = await self._send_orders(stream, reached, filters)
         return stream.response
 
     async def _send_orders(
-        self, stream: ResponseStream, place: int | Place, filters: OrdersFilter
-    ) -> int | Place | None:
+        self, stream: ResponseStream, place: int | ListPlace, filters: OrdersFilter
+    ) -> int | ListPlace | None:
         """Send orders after a place, each on a line, and return the place to continue at; None at the end."""
         limit = stream.batch_max
         key = _key(place)
@@ -460,9 +460,9 @@ class OrdersApi:
         return current_status.to_order(rows[order_no])
 
 
-def _key(place: int | Place) -> Callable[[ListedOrder], int | Place]:
+def _key(place: int | ListPlace) -> Callable[[ListedOrder], int | ListPlace]:
     """Return the function that returns an order's key, in the same order of the list as a place."""
-    return attrgetter("place" if isinstance(place, Place) else "first_position")
+    return attrgetter("place" if isinstance(place, ListPlace) else "first_position")
 
 
 def _decode(event: RecordedEvent) -> DecodedEvent:

@@ -47,6 +47,6 @@ async def _check_features(settings: Settings, dsn: str, options: Collection[str]
                         yield finding
                 continue
             if name in SWITCHED and (names := settings.find_set(feature.load("settings"))):
-                yield Finding("note", f"{', '.join(names)} has no effect: the feature {name} is off")
+                yield Finding("note", f"without effect, since the feature {name} is off: {', '.join(names)}")
             if (use := chosen.used_but_off.get(name)) is not None:
                 yield Finding("note", f"the feature {name} is off, but {use}: {feature.while_off}")

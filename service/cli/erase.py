@@ -3,13 +3,13 @@ from typing import Annotated
 import asyncpg
 import typer
 
+from service.command_name import command_name
 from service.console import EXIT_USAGE, database, err, fail, show
 from service.database.connections import connected
 from service.database.operations import system_user
 from service.database.schema import check_version, service_dsn
 from service.features.settings import read_settings
 from service.maintenance import erasure
-from service.program import command_name
 
 
 async def erase(

@@ -14,9 +14,9 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from service.build import build_info
 from service.feature import Command, Feature, Option
 from service.features import FEATURES
+from service.version import build_info
 
 # A command is a function, a coroutine function or a Typer; its module has the same name, with underscores. See
 # ``runnable``.

@@ -12,7 +12,7 @@ from service.database.connections import connect
 from service.database.schema import VIEWS
 from service.event_log.feed import Feed
 from service.features.settings import read_settings
-from service.maintenance.replay import rebuild_views, resume_parked_order
+from service.maintenance.replay import rebuild_views, unpark_order_in_views
 
 RATE = "{task.fields[rate]:,.0f}/s"
 
@@ -58,7 +58,7 @@ async def replay(
 
 async def _resume(order_no: str, views: Sequence[View]) -> int | None:
     async with database(read_settings()) as dsn, dedicated(dsn) as connection:
-        results = await resume_parked_order(dsn, views, Feed(connection, partial(connect, dsn)), order_no)
+        results = await unpark_order_in_views(dsn, views, Feed(connection, partial(connect, dsn)), order_no)
     for result in results:
         if result.parked is not None:
             version, reason = result.parked["since_version"], result.parked["reason"]

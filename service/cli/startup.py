@@ -8,6 +8,7 @@ import structlog
 from structlog.typing import EventDict
 
 from service.app import Service
+from service.command_name import command_name
 from service.console import printable, show
 from service.database.connections import StorageUnavailableError
 from service.database.embedded_postgres import CREATE_ACCOUNT, belongs_to_nobody
@@ -15,7 +16,6 @@ from service.database.operations import record_openness, system_user
 from service.features.settings import Settings
 from service.http.request_ids import add_request_id
 from service.listening import Listener
-from service.program import command_name
 from service.settings import find_exposed_file
 from service.vocabulary import VocabularyFile
 

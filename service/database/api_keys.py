@@ -7,7 +7,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 
 import asyncpg
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.errors import OperatorError
 
 # Each includes those before it. "read" shows neither raw bodies nor senders' addresses.

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 # What a new database has, as ``read_catalog`` and ``read_rights`` return it. A test compares the file with one;
 # ``python -m tests.support.catalog`` writes it.

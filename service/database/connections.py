@@ -20,7 +20,7 @@ import orjson
 import structlog
 from asyncpg.connect_utils import SessionAttribute
 
-from projections.postgres_errors import Connection, is_connection_lost
+from projections.postgres import Connection, is_connection_lost
 from service.dsn import LOCAL_SOCKET, READ_ONLY, Host, read_hosts, read_target
 
 # The server that answered last, by DSN. The next connection begins there.

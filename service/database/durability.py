@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 SETTINGS: Final = """
     SELECT name, setting FROM pg_settings WHERE name IN ('fsync', 'full_page_writes', 'synchronous_commit')

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import structlog
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import StorageUnavailableError, UnsupportedServerError
 
 # A dump leaves out the rows of this table.

@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias, cast
 import structlog
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 Via: TypeAlias = Literal["api", "page", "cli", "service"]
 Action: TypeAlias = Literal[

@@ -3,7 +3,7 @@
 from math import inf
 from typing import Final, NamedTuple
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 # A replica that streams and has replayed everything that it received is current. Otherwise, its newest replayed
 # commit bounds how old it is, which is null if it has replayed none since its start. After a start, the

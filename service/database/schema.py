@@ -14,7 +14,7 @@ import asyncpg
 
 from projections import current_status, statistics, timeline
 from projections.engine import View
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.rebuild import CREATE_SCHEMA
 from service.database.catalog import first_difference, read_catalog
 from service.database.connections import (

@@ -2,7 +2,7 @@
 
 from typing import Final, NamedTuple
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import UnsupportedServerError
 
 

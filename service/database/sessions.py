@@ -4,7 +4,7 @@ import secrets
 from datetime import datetime, timedelta
 from typing import Final, NamedTuple
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.api_keys import KEYS_MAX, SECRET_BYTES, USE_INTERVAL, hash_secret
 
 # A session ends when it was not used for this long, and at the latest after its whole duration.

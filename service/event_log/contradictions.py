@@ -7,7 +7,7 @@ import asyncpg
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from domain.statuses import Status
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.windows import WALKED_ROWS_MAX, Window
 from service.database.operations import Actor, check_reason, record_operation
 

@@ -5,7 +5,7 @@ from typing import Final, cast
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 PAGE: Final = """
     SELECT erasure_id, order_no, version, erased_at, events, entries

@@ -8,7 +8,7 @@ from typing import Final
 
 from domain.order import Order
 from projections.engine import DecodedEvent, FailedEvent, LoggedEvent
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.rebuild import Snapshot
 from service.database.connections import Connect, DedicatedConnection
 from service.event_log import store

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.order import NEW_ORDER, Order, OrderState, evolve
 from domain.transitions import TABLE
 from projections import engine
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.sequences import require_rising_numbers
 from service.event_log.codec import (
     StatusReported,

@@ -10,7 +10,7 @@ from functools import partial
 from time import monotonic
 from typing import Final, NamedTuple
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.background import follow, supervise
 from service.database.connections import ConnectionPool
 from service.event_log import store
@@ -34,7 +34,7 @@ class TailClosedError(Exception):
     """No further reader is accepted. ``str()`` is the reason."""
 
 
-class Message(NamedTuple):
+class TailMessage(NamedTuple):
     """An event's message to live readers, and its message to those that may not see its body."""
 
     whole: bytes
@@ -46,7 +46,7 @@ class TailEvent(NamedTuple):
 
     position: int
     order_no: str
-    message: Message
+    message: TailMessage
     read_at: float
 
 
@@ -77,7 +77,7 @@ class Tail:
     def __init__(
         self,
         pool: ConnectionPool,
-        encode: Callable[[RecordedEvent], Message],
+        encode: Callable[[RecordedEvent], TailMessage],
         encode_erasure: Callable[[Erasure], bytes],
     ) -> None:
         self._pool = pool

@@ -7,7 +7,7 @@ later times than the events after them. A reader that starts by time must miss n
 from datetime import datetime
 from typing import Final
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import DedicatedConnection
 from service.event_log import store
 

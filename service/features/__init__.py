@@ -9,7 +9,7 @@ from service.features import pages, proofs, simulator, subscriptions
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from projections.postgres_errors import Connection
+    from projections.postgres import Connection
     from service.feature import Feature
     from service.settings import CoreSettings
 

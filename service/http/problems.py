@@ -9,7 +9,7 @@ from typing import Any, Final
 import structlog
 from aiohttp import web
 
-from projections.postgres_errors import is_connection_lost
+from projections.postgres import is_connection_lost
 from service.batcher import BatchFailedError, OverloadedError
 from service.database.connections import StorageUnavailableError
 from service.http.request_ids import route_pattern

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 from domain.order import Order, Report
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.event_log.codec import decode_event
 from service.ingest.recorder import ClaimedEvent
 

@@ -11,10 +11,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from domain.order import Order
 from domain.transitions import VERDICTS
+from service.ingest.hourly_bytes import HourlyBytes
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
-from service.ingest.volume import Volume
 
 COMMIT_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 BATCH_REPORTS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -31,7 +31,7 @@ class IngestMetrics:
     """
 
     def __init__(
-        self, quarantine: Quarantine, volume: Volume, refusals: Refusals, recorder: Callable[[], Recorder]
+        self, quarantine: Quarantine, volume: HourlyBytes, refusals: Refusals, recorder: Callable[[], Recorder]
     ) -> None:
         self._quarantine = quarantine
         self._volume = volume

@@ -11,7 +11,7 @@ import structlog
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from domain.order import Arrival, Order, Report
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import DedicatedConnection, StorageUnavailableError
 from service.database.operations import Actor, check_reason, record_operation
 from service.database.sequences import require_rising_numbers

@@ -22,7 +22,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.order import Order, OrderState, Report, decide, evolve
 from domain.statuses import STANDARD_VOCABULARY, Recognise, Status
 from domain.transitions import Verdict
-from projections.postgres_errors import Connection, is_report_at_fault, is_row_at_fault, is_worth_repeating
+from projections.postgres import Connection, is_report_at_fault, is_row_at_fault, is_worth_repeating
 from service.batcher import Batcher, BatchFailedError, OverloadedError
 from service.database.connections import (
     RECONNECT_PAUSE_SECONDS,

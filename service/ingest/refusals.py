@@ -10,12 +10,12 @@ from typing import Final, Literal, NamedTuple, TypeAlias, get_args
 import asyncpg
 import structlog
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.batcher import OverloadedError
 from service.database.connections import DedicatedConnection, StorageUnavailableError, UnsupportedServerError
 from service.database.schema import OldReplicaError
 from service.event_log.store import LOCK_TABLE, UnreplicatedCommitError, take_append_lock
-from service.ingest.volume import VolumeFullError
+from service.ingest.hourly_bytes import VolumeFullError
 
 
 class BodiesFullError(OverloadedError):

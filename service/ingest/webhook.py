@@ -15,12 +15,12 @@ from service.http.budgets import OverBudgetError
 from service.http.problems import ProblemError, ProblemType, only_reads, unavailable
 from service.http.request_ids import caller_trace
 from service.http.responses import LOG_HEADER, json_response
+from service.ingest.hourly_bytes import HourlyBytes
 from service.ingest.idempotency import read_key
 from service.ingest.parser import UnreadableError, parse
 from service.ingest.quarantine import Quarantine
 from service.ingest.recorder import Receipt, Recorder, UnrecordableReportError
 from service.ingest.refusals import EXPLANATIONS, BodiesFullError, Path, ReaderError, Refusals
-from service.ingest.volume import Volume
 from service.ingest.webhook_auth import Sender, WebhookAuth
 
 # The sender documents PUT in its samples and POST in its tips.
@@ -46,7 +46,7 @@ class Webhook:
         auth: WebhookAuth,
         recorder: Recorder,
         quarantine: Quarantine,
-        volume: Volume,
+        volume: HourlyBytes,
         refusals: Refusals,
         *,
         log: LogIdentity,

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 from domain.order import NEW_ORDER, Arrival, Order, OrderState, Report, decide, evolve
 from domain.statuses import Status
 from domain.transitions import Verdict
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.event_log import store
 from service.event_log.codec import decode_event
 

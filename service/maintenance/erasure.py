@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from projections.erasure import erase_words
 from projections.locks import HOLD_REBUILD_LOCK, RELEASE_REBUILD_LOCK
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.operations import Actor, record_operation
 from service.database.schema import act_as_owner
 from service.event_log import store

@@ -14,7 +14,7 @@ from uuid import uuid4
 import orjson
 
 from domain.order import Arrival, Order, Report
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.event_log import store
 from service.event_log.codec import decode_event
 from service.http.csv_export import unescape_formula

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import asyncpg
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database import log_identity
 from service.database.schema import (
     SCHEMA_LOCK,

@@ -13,7 +13,7 @@ from domain.order import NEW_ORDER, Arrival, EarlierReport, Order, OrderState, R
 from domain.statuses import Recognise, Status
 from domain.transitions import Verdict
 from projections.engine import FailedEvent
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event
 from service.event_log.feed import Feed

@@ -8,9 +8,9 @@ import asyncpg
 import structlog
 
 from projections.engine import OutdatedViewError, View, log_head, view_state
-from projections.postgres_errors import Connection
-from projections.rebuild import Progress, RebuildRunningError, RebuiltView, rebuild
-from projections.resume import Resumed, resume_order
+from projections.postgres import Connection
+from projections.rebuild import OnProgress, RebuildRunningError, RebuiltView, rebuild
+from projections.unpark import Unparked, unpark_order
 from service.database.connections import DedicatedConnection, as_unavailable, connect, connected
 from service.event_log.feed import Feed
 
@@ -21,7 +21,7 @@ logger = structlog.get_logger()
 
 
 async def rebuild_views(
-    dsn: str, views: Sequence[View], feed: Feed, progress: Progress, *, verify: bool = False
+    dsn: str, views: Sequence[View], feed: Feed, progress: OnProgress, *, verify: bool = False
 ) -> list[RebuiltView]:
     """Rebuild views of a database; see ``projections.rebuild``.
 
@@ -39,8 +39,8 @@ async def rebuild_views(
         return await rebuild(views, connect_to, feed, progress, verify=verify)
 
 
-async def resume_parked_order(dsn: str, views: Sequence[View], feed: Feed, order_no: str) -> list[Resumed]:
-    """Apply the waiting events of a parked order to each of these views; see ``projections.resume``.
+async def unpark_order_in_views(dsn: str, views: Sequence[View], feed: Feed, order_no: str) -> list[Unparked]:
+    """Apply the waiting events of a parked order to each of these views; see ``projections.unpark``.
 
     Raises:
         StorageUnavailableError: the connection was lost.
@@ -50,7 +50,7 @@ async def resume_parked_order(dsn: str, views: Sequence[View], feed: Feed, order
     with as_unavailable():
         for view in views:
             async with connected(dsn, search_path=view.name) as connection:
-                results.append(await resume_order(connection, view, order_no, feed.read_order))
+                results.append(await unpark_order(connection, view, order_no, feed.read_order))
     return results
 
 

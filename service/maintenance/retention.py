@@ -11,7 +11,7 @@ import structlog
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from domain.statuses import SETTLED
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import ConnectionPool, connected
 from service.database.operations import Actor
 from service.event_log import store

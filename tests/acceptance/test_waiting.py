@@ -17,8 +17,8 @@ import orjson
 import psycopg
 import pytest
 
-from service.build import build_info
 from service.database.embedded_postgres import EmbeddedPostgres
+from service.version import build_info
 from tests.support.databases import DATABASE, FAST_SETTINGS
 from tests.support.processes import RunningService, wait_for_output
 from tests.support.waiting import PATIENCE_SECONDS, until

@@ -9,7 +9,7 @@ from typing import Final
 import uvloop
 
 from domain.order import NEW_ORDER, Arrival, decide
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import connect
 from service.event_log import store
 from service.event_log.codec import encode_event

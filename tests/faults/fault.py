@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from tests.faults.operator import Told
 from tests.faults.world import Layout, World
 from tests.support.connections import OK, UNAVAILABLE, get

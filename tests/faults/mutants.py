@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 from uuid import UUID
 
 from domain.order import Order, Report
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.api import events
 from service.batcher import Batcher
 from service.cli.main import cli

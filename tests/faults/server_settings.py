@@ -8,7 +8,7 @@ from typing import Final
 
 import asyncpg
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.schema import SERVICE_ROLE
 from service.event_log.store import APPEND_LOCK
 from tests.faults.fault import expect_check_fails, until_refused

@@ -13,7 +13,7 @@ from typing import Final
 
 import asyncpg
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.embedded_postgres import NAME, SOCKET_NAME, EmbeddedPostgres, wheel_bindir
 from tests.faults.resources import children
 from tests.support.waiting import until, until_async

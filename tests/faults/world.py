@@ -16,7 +16,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import asyncpg
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.embedded_postgres import NAME, EmbeddedPostgres, running_dsn
 from service.features import SWITCHED
 from tests.faults import shop

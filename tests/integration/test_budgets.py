@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database import api_keys
 from service.database.connections import POOL_CONNECTIONS_PER_KEY_MAX
 from service.http import budgets

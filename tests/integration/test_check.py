@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.catalog import CATALOG_FILE, RIGHT, compare, read_catalog, read_rights
 from service.database.schema import OWNER_ROLE, SERVICE_ROLE, apply_schema
 from service.database.sequences import NUMBERED

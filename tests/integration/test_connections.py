@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database import connections
 from service.database.connections import DedicatedConnection, LimitedConnection, connect
 from service.database.embedded_postgres import NAME, EmbeddedPostgres

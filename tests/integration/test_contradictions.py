@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.operations import REASON_CHARACTERS_MAX
 from tests.support.client import Client
 from tests.support.recording import EQUAL, logged_events, rebuilt

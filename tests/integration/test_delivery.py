@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.background import supervise
 from service.database.connections import DedicatedConnection, connect
 from service.database.log_identity import LogIdentity

@@ -160,6 +160,7 @@ LISTS: Final[dict[str, tuple[int, str, Callable[[], set[str]]]]] = {
         *(0, r"(--\w+)"),
         lambda: {*re.findall(r'add_argument\("(--\w+)"', VERIFY_PY.read_text(encoding="utf-8"))} - {"--key"},
     ),
+    "settings.md / Features / 0": (0, SPAN, lambda: {*SWITCHED}),
     "settings.md / Settings / 0": (
         *(0, r"ORDER_TRACKING_(\w+)"),
         lambda: {name.upper() for name in Settings.model_fields},

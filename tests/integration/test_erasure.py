@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 import projections.erasure
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.app import Service
 from service.database.connections import ConnectionPool, connect, connected
 from service.database.operations import Actor

@@ -14,7 +14,7 @@ from eventsourcing.persistence import AggregateRecorder, ApplicationRecorder, Da
 from eventsourcing.tests import persistence as library
 
 from domain.order import NEW_ORDER, Order
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import DedicatedConnection, connect
 from service.event_log import store
 from service.event_log.codec import decode_event

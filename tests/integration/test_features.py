@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 from structlog.testing import capture_logs
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.schema import prepare_database
 from service.features import DEFAULT, FEATURES, SWITCHED, choose_features
 from service.features.settings import Settings

@@ -14,7 +14,7 @@ from domain.statuses import ALIASES, STATUSES
 from domain.transitions import VERDICTS
 from projections import selection
 from projections.locks import HOLD_VIEW_LOCK
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database import api_keys
 from service.database.connections import connect, connected
 from service.features.settings import Settings

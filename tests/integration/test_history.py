@@ -19,7 +19,7 @@ from aiohttp.test_utils import RawTestServer
 from structlog.testing import capture_logs
 
 from domain.order import decide
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.api_keys import Scope, create_key
 from service.database.connections import DedicatedConnection, connect, connected
 from service.database.operations import Actor

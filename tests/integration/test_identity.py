@@ -14,7 +14,7 @@ import pytest
 from aiohttp.test_utils import make_mocked_request
 from multidict import CIMultiDict
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.app import Service
 from service.database import api_keys
 from service.database.sessions import open_session

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.maintenance import imports
 from service.maintenance.imports import BadFileError, read_reports
 from tests.support.client import Client

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from projections.engine import OutdatedViewError
 from projections.locks import TRY_LEAD
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.app import Service
 from service.database.connections import connected
 from service.database.schema import VIEWS

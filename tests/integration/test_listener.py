@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack
 import aiohttp
 import pytest
 
-from service.build import build_info
 from service.features.settings import Settings
 from service.listening import Listener, listening
+from service.version import build_info
 from tests.support.client import Client
 from tests.support.waiting import condition, until_async
 

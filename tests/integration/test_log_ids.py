@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.app import Service
 from service.database.connections import (
     ConnectionPool,
@@ -162,7 +162,7 @@ async def test_a_restore_under_a_running_service_is_noticed(
     )
 
 
-@pytest.mark.parametrize("purpose", ["pool", "orders_connection", "append_connection"])
+@pytest.mark.parametrize("purpose", ["pool", "log_connection", "append_connection"])
 async def test_positions_come_with_the_id_of_their_log(server: TestServer, dsn: str, purpose: str) -> None:
     """Each connection that positions come from reads the id before anything else."""
     service = Service(Settings(), dsn)
@@ -171,7 +171,7 @@ async def test_positions_come_with_the_id_of_their_log(server: TestServer, dsn: 
     await service.core.background.stop()
     log_id = await restored(server, dsn)
     assert service.core.log.log_id != log_id
-    connection: ConnectionPool | DedicatedConnection = getattr(service, purpose)
+    connection: ConnectionPool | DedicatedConnection = getattr(service.core, purpose)
     async with connection.connection():
         assert service.core.log.log_id == log_id
     await service.stop()

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from projections import current_status
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.app import Service
 from service.database.connections import StorageUnavailableError, connect
 from service.database.schema import VIEWS

@@ -11,7 +11,7 @@ from typing import Any
 import asyncpg
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import connect
 from service.features.subscriptions.progress import TRY_LEAD
 from tests.support.client import Client, serving_client
@@ -93,7 +93,7 @@ async def test_a_subscription_pauses_if_delivered_events_are_lost(
 ) -> None:
     """The process that delivered proves what it has read, although the saved place went back with the log.
 
-    Resumed and replayed, the endpoint gets the new events, and a later loss pauses it again.
+    Unparked and replayed, the endpoint gets the new events, and a later loss pauses it again.
     """
     async with delivering(dsn) as client:
         path = await add(client, receiver)

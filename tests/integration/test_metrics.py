@@ -12,8 +12,8 @@ from typing import Any, Final
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from projections.postgres_errors import Connection
-from service.build import build_info
+from projections.postgres import Connection
+from service.version import build_info
 from tests.support.client import Client, serving_client
 from tests.support.folders import ROOT
 from tests.support.waiting import until_async

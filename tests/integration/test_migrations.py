@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.catalog import read_catalog
 from service.database.connections import StorageUnavailableError, connect
 from service.database.log_identity import read_log_id

@@ -7,7 +7,7 @@ from typing import Any, Final
 import asyncpg
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import UnsupportedServerError, connect, connected
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.database.log_identity import read_log_id

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database import api_keys
 from service.features.settings import Settings
 from service.maintenance.check import check_keys, check_webhook

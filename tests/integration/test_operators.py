@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database import api_keys, sessions
 from service.database.operations import Actor, operations_page, record_openness, system_user
 from service.http.access import HOST_PREFIX, SESSION_COOKIE

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from projections.order_list import LAST_PLACE, Place, orders_page, place_at, prefix_end
-from projections.postgres_errors import Connection
+from projections.order_list import LAST_PLACE, ListPlace, orders_page, place_at, prefix_end
+from projections.postgres import Connection
 from service.database import api_keys
 from service.http.pagination import encode_cursor
 from tests.support.client import Client
@@ -210,12 +210,12 @@ async def test_reports_of_the_same_time_are_paged_by_position(client: Client, co
 async def test_a_cursor_belongs_to_one_order_of_the_list(client: Client) -> None:
     """A cursor of the other order gets 400, and a cursor beyond every time is valid."""
     await sent(client, *((f"KOM{number}", "Diajukan", "A") for number in range(3)))
-    first, updated = encode_cursor(2), encode_cursor(Place(1_000, 2))
+    first, updated = encode_cursor(2), encode_cursor(ListPlace(1_000, 2))
     assert (await client.get(f"/orders?cursor={updated}", 400))["parameter"] == "cursor"
     assert (await client.get(f"/orders?sort=updated&cursor={first}", 400))["parameter"] == "cursor"
     assert (await client.get("/orders?sort=updated&cursor=MS4yLjM", 400))["parameter"] == "cursor"
     assert (await client.get("/audit/transitions?cursor=" + updated, 400))["parameter"] == "cursor"
-    late = encode_cursor(Place(9 * 10**18, 1))
+    late = encode_cursor(ListPlace(9 * 10**18, 1))
     assert len((await client.get(f"/orders?sort=updated&cursor={late}"))["orders"]) == 3
 
 

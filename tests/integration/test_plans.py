@@ -17,15 +17,15 @@ from projections.audit import TransitionsFilter, transitions_page
 from projections.locks import TRY_LEAD
 from projections.order_list import (
     LAST_PLACE,
+    ListPlace,
     OrdersFilter,
-    Place,
     Sort,
     count_orders,
     orders_page,
     place_at,
     updated_page,
 )
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.windows import POSITION_MAX
 from service.database.connections import HOT_SETTINGS, POOL_SETTINGS, connect, connected
 from service.event_log import contradictions, store
@@ -262,7 +262,7 @@ class OrdersList(NamedTuple):
 
 
 Criteria: TypeAlias = OrdersList | TransitionsFilter
-Key: TypeAlias = int | Place
+Key: TypeAlias = int | ListPlace
 
 
 async def _page(

@@ -20,7 +20,7 @@ from domain.statuses import ALIASES, Vocabulary
 from projections import current_status, timeline
 from projections.engine import BATCH_ATTEMPTS_MAX, OutdatedViewError
 from projections.locks import HOLD_REBUILD_LOCK
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.rebuild import RebuildRunningError
 from service.app import Service
 from service.database.connections import DedicatedConnection, LimitedConnection, connect
@@ -30,7 +30,7 @@ from service.event_log.codec import MAPPER, decode_event
 from service.event_log.feed import Feed
 from service.features.settings import Settings
 from service.maintenance.rejudgement import PendingReports, find_pending, log_batches, rejudge
-from service.maintenance.replay import Rebuilder, resume_parked_order
+from service.maintenance.replay import Rebuilder, unpark_order_in_views
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
 from tests.support.recording import EQUAL, caught_up, dedicated_connection, make_recorder, rebuilt, record
 from tests.support.reports import NOW, report
@@ -321,7 +321,7 @@ async def test_one_parked_order_is_resumed_without_a_rebuild(
 
     async def resumed(order_no: str) -> list[tuple[bool, int | None]]:
         held = DedicatedConnection(lambda: connect(dsn))
-        results = await resume_parked_order(dsn, VIEWS, Feed(held, lambda: connect(dsn)), order_no)
+        results = await unpark_order_in_views(dsn, VIEWS, Feed(held, lambda: connect(dsn)), order_no)
         await held.close()
         return [(one.was_parked, one.parked and one.parked["since_version"]) for one in results]
 

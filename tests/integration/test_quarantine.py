@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import POOL_CONNECTIONS_MAX, POOL_SETTINGS
 from service.event_log import store
 from service.ingest.quarantine import SHARED_MAX

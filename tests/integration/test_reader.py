@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 from structlog.testing import capture_logs
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.app import Service
 from service.database.api_keys import create_key, list_keys, revoke_key
 from service.database.connections import StorageUnavailableError, connect

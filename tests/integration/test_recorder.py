@@ -16,7 +16,7 @@ import asyncpg
 import pytest
 
 from domain.order import NEW_ORDER, Arrival, Order, OrderState, Report, decide, evolve
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.batcher import OverloadedError
 from service.database.connections import (
     DedicatedConnection,

@@ -11,7 +11,7 @@ import pytest
 
 from domain.order import Order
 from domain.statuses import Vocabulary
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import connect, connected
 from service.database.operations import Actor
 from service.event_log import store

@@ -9,7 +9,7 @@ import asyncpg
 import pytest
 
 from domain.order import Order
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import DedicatedConnection, connect
 from service.database.schema import (
     OWNER_ROLE,

@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from projections.locks import HOLD_VIEW_LOCK
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import (
     DedicatedConnection,
     StorageUnavailableError,

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from domain.statuses import STATUSES
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database import api_keys
 from service.database.connections import POOL_SETTINGS, connected
 from service.database.operations import Actor, operations_page

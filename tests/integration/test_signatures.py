@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.features.settings import Settings
+from service.ingest.hourly_bytes import STEP_SECONDS, HourlyBytes, VolumeFullError
 from service.ingest.idempotency import KEY_BYTES_MAX
 from service.ingest.signatures import ID_BYTES_MAX, StandardScheme, make_scheme
-from service.ingest.volume import STEP_SECONDS, Volume, VolumeFullError
 from tests.support.client import serving_client
 
 # The example of the specification's own libraries.
@@ -123,8 +123,8 @@ async def test_the_volume_of_an_hour_is_limited(dsn: str, connection: Connection
 def test_the_hour_slides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes count for one hour, to the minute."""
     now = 1_000.0
-    monkeypatch.setattr("service.ingest.volume.monotonic", lambda: now)
-    volume = Volume(100)
+    monkeypatch.setattr("service.ingest.hourly_bytes.monotonic", lambda: now)
+    volume = HourlyBytes(100)
     volume.accept(60)
     now += 1_800
     volume.accept(40)

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from domain.order import NEW_ORDER, Report, decide
 from domain.statuses import STANDARD_VOCABULARY
 from projections.engine import SELECT_VIEW
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.statistics import (
     MINUTES_KEPT,
     WORDS_GATHERED_MAX,

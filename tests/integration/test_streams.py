@@ -13,7 +13,7 @@ import pytest
 import structlog
 import structlog.testing
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.windows import POSITION_MAX
 from service.database.api_keys import create_key, revoke_key
 from service.http.connections import Limits

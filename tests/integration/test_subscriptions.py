@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from openapi_schema_validator import OAS31Validator, oas31_format_checker
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.features.subscriptions.progress import TRY_LEAD
 from tests.support.client import Client, serving_client
 from tests.support.receiver import Received, Receiver, hang, is_signed, receiving

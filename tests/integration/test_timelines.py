@@ -8,7 +8,7 @@ from typing import Final
 import pytest
 
 from projections import timeline
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.timeline import WholeTimeline
 from service.api.orders import TIMELINE_REPORTS_MAX
 from service.database.connections import HOT_SETTINGS

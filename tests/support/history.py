@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import DedicatedConnection, connect
 from service.event_log.feed import Feed
 from service.features.proofs.api import VERIFY_PY

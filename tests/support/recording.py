@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from domain.order import Order, Report
 from projections.locks import TRY_REBUILD_LOCK
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.rebuild import RebuiltView
 from service.app import Service
 from service.database.connections import DedicatedConnection, connect

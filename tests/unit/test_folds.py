@@ -14,7 +14,7 @@ from domain.order import NEW_ORDER, EarlierReport, Order, decide, evolve
 from domain.statuses import ALIASES, SETTLED, Vocabulary, status_label
 from projections import current_status, timeline
 from projections.engine import DecodedEvent, FailedEvent, LoggedEvent
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import DedicatedConnection
 from service.event_log.codec import MAPPER
 from service.event_log.feed import MEMORY_CHARACTERS_MAX, MEMORY_EVENTS_MAX, Feed, decode_logged

@@ -9,8 +9,8 @@ from domain.order import Order
 from service.event_log.codec import encode_event as encode_state
 from service.features.proofs.entries import (
     ENTRY_BYTES_MAX,
+    EventPlace,
     Leaf,
-    Place,
     commit,
     encode_gap,
     encode_header,
@@ -30,7 +30,7 @@ ENTRY = (
     '"status_version":2,"timestamp":"2026-11-24T14:02:07.319079+00:00","verdict":"advanced"},"order_no":"KOM1",'
     '"position":2,"topic":"order.status_reported","version":2}'
 )
-PLACE = Place(2, "KOM1", 2, "order.status_reported")
+PLACE = EventPlace(2, "KOM1", 2, "order.status_reported")
 
 
 def stored(**changed: object) -> bytes:
@@ -63,7 +63,7 @@ def test_an_erasure_changes_no_entry() -> None:
 @given(EVENTS)
 def test_memory_and_the_log_give_the_same_entry(event: Order.StatusReported) -> None:
     """An event that this process has just recorded has the entry that its bytes in the log have."""
-    place = Place(7, event.originator_id, event.originator_version, event.TOPIC)
+    place = EventPlace(7, event.originator_id, event.originator_version, event.TOPIC)
     logged = Leaf.of(place, encode_state(event))
     assert logged.content == event.body.encode()
     assert logged.encode(commit(SALT, event.body.encode())) == encode_recorded(7, event, SALT)

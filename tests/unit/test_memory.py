@@ -49,7 +49,7 @@ FENCES: Final = {
     "Refusals": {"_diagnose_at _diagnosis counts": OWN},
     "Quarantine": {"_next_log_at kept last_kept refused": OWN},
     "IngestMetrics": {"_last_received": "only shown"},
-    "Volume": {"_recent _step_bytes _step_ends _steps bytes_total": OWN},
+    "HourlyBytes": {"_recent _step_bytes _step_ends _steps bytes_total": OWN},
     "WebhookAuth": {"_tokens": OWN},
     # service/features/proofs
     "Follower": {
@@ -86,7 +86,7 @@ FENCES: Final = {
     "TableAudit": {"_order_no _state": "of one snapshot"},
     "_Batch": {"result": "of one transaction"},
     # service/api
-    "Waiting": {"_is_decided _log_at _logged _successor cause refused": OWN},
+    "Starting": {"_is_decided _log_at _logged _successor cause refused": OWN},
 }
 MUTATORS: Final = frozenset(
     {

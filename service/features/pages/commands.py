@@ -5,6 +5,7 @@ from typing import Annotated, Final
 
 import typer
 
+from service.command_name import command_name
 from service.console import EXIT_USAGE, database, err, fail, show
 from service.database.connections import connected
 from service.database.operations import system_user
@@ -19,7 +20,6 @@ from service.features.pages.share_links import (
     read_base_url,
     revoke_share,
 )
-from service.program import command_name
 from service.settings import read
 
 DAYS_MAX: Final = 36_500

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial, wraps
-from http import HTTPStatus
 from operator import itemgetter
-from typing import Final, NamedTuple, get_args
+from typing import Any, Final, NamedTuple, get_args
 from urllib.parse import urlencode
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from domain.statuses import STATUSES
 from projections import current_status, statistics, timeline
@@ -66,7 +65,6 @@ from service.http.parameters import (
 )
 from service.http.problems import ProblemError, ProblemType, to_problem
 from service.http.request_ids import request_id
-from service.http.responses import response
 from service.http.times import to_rfc3339
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
@@ -76,6 +74,8 @@ from service.vocabulary import VocabularyFile
 
 # A reason of emoji has twelve bytes for each character in a form.
 REASON_FORM_BYTES_MAX: Final = 16 * 1024
+Form = Mapping[str, str]
+
 # A longer body is cut off on its page. The API and the command line return it whole.
 BODY_SHOWN_BYTES_MAX: Final = 65_536
 
@@ -87,8 +87,8 @@ class OrderPageQuery(CommonQuery):
     before: Version | None = None
 
 
-class ConflictsPageQuery(CommonQuery):
-    """The filter of conflicting reports; None for all."""
+class ContradictionsPageQuery(CommonQuery):
+    """The filter of contradictions; None for all."""
 
     handled: bool | None = None
     cursor: Cursor = POSITION_MAX
@@ -145,53 +145,39 @@ class Pages:
 
     def routes(self) -> list[web.RouteDef]:
         """Return the routes. Only the static files and the session need no key."""
-        pages: dict[str, Handler] = {
-            "/": self.show_overview,
-            "/track": self.list_orders,
-            "/track/{order_no:[^/]+}": self.show_order,
-            "/track/{order_no:[^/]+}/reports/{version:[^/]+}": self.show_report,
-            "/conflicts": self.list_conflicts,
-            "/words": self.show_words,
-            "/quarantined": self.list_quarantined,
-            "/quarantined/{quarantine_id:[^/]+}": self.show_quarantined,
-        }
-        operating: list[tuple[str, str, Handler]] = [
-            ("GET", "/operations", self.list_operations),
-            (
-                "POST",
-                "/track/{order_no:[^/]+}/contradictions/{version:[^/]+}/handle",
-                self.handle_conflict,
+        order, entry = "/track/{order_no:[^/]+}", "/quarantined/{quarantine_id:[^/]+}"
+        own = [
+            Page("GET", "/", "read", self.show_overview, has_query=True),
+            Page("GET", "/track", "read", self.list_orders, has_query=True),
+            Page("GET", order, "read", self.show_order, has_query=True),
+            Page("POST", f"{order}/share", "read", self.share_order),
+            Page("GET", f"{order}/reports/{{version:[^/]+}}", "read", self.show_report, has_query=True),
+            Page("GET", "/conflicts", "read", self.list_contradictions, has_query=True),
+            Page(
+                "POST", f"{order}/contradictions/{{version:[^/]+}}/handle", "admin", self.handle_contradiction
             ),
-            ("POST", "/quarantined/{quarantine_id:[^/]+}/retry", self.retry_quarantined),
-            ("POST", "/quarantined/{quarantine_id:[^/]+}/discard", self.discard_quarantined),
+            Page("GET", "/words", "read", self.show_words, has_query=True),
+            Page("GET", "/quarantined", "read", self.list_quarantined, has_query=True),
+            Page("GET", entry, "read", self.show_quarantined, has_query=True),
+            Page("POST", f"{entry}/retry", "admin", self.retry_quarantined),
+            Page("POST", f"{entry}/discard", "admin", self.discard_quarantined),
+            Page("GET", "/operations", "admin", self.list_operations, has_query=True),
         ]
+        pages = [*own, *(page for other in self._others for page in other.pages)]
         return [
-            *(
-                web.get(path, _with_problem_pages(self._access.require("read", page)))
-                for path, page in pages.items()
-            ),
-            web.post(
-                "/track/{order_no:[^/]+}/share",
-                _with_problem_pages(self._access.require("read", self.share_order)),
-            ),
-            *(
-                web.route(method, path, _with_problem_pages(self._access.require("admin", handler)))
-                for method, path, handler in operating
-            ),
             *(
                 web.route(
                     page.method,
                     page.path,
                     _with_problem_pages(self._access.require(page.scope, partial(_show_page, page))),
                 )
-                for other in self._others
-                for page in other.pages
+                for page in pages
             ),
             web.get("/static/{name}", serve_asset),
             web.post("/session", _with_problem_pages(partial(change_session, self._access))),
         ]
 
-    async def show_overview(self, request: web.Request) -> web.Response:
+    async def show_overview(self, request: web.Request, _form: Form) -> Shown | str:
         """Show the overview."""
         query = read_query(CommonQuery, request)
         await wait_for(self._projectors, query.after_position, *self._projectors)
@@ -203,8 +189,7 @@ class Pages:
                 datetime.now(UTC),
                 self._vocabulary.recognise,
             )
-        return render_page(
-            request,
+        return _show(
             "overview.html",
             "/",
             stream=f"/events/stream?brief=true&after={overview.head}",
@@ -217,10 +202,10 @@ class Pages:
             **draw_charts(overview, choose_locale(request)),
         )
 
-    async def list_orders(self, request: web.Request) -> web.Response:
+    async def list_orders(self, request: web.Request, _form: Form) -> Shown | str:
         """Show a list of orders, or redirect to the only order that a search finds."""
         if (path := canonical_path(request)) is not None:
-            return redirect(path)
+            return path
         query = read_query(OrdersPageQuery, request)
         await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
         now = datetime.now(UTC)
@@ -229,7 +214,7 @@ class Pages:
             if found is None:
                 found = await read_list(connection, query, now, request.app[RENDERER].zone)
         if query.q is not None and len(found.orders) == 1 and found.next_page is None:
-            return redirect(track_path(found.orders[0]["order_no"]))
+            return track_path(found.orders[0]["order_no"])
         texts = choose_locale(request).texts
         links = [
             (texts["all_orders"], ""),
@@ -237,8 +222,7 @@ class Pages:
             (texts["stuck_orders"], "stuck=1"),
             (texts["refused"], "verdict=refused"),
         ]
-        return render_page(
-            request,
+        return _show(
             "orders.html",
             "/track",
             status=200 if found.orders or query.q is None else 404,
@@ -249,7 +233,7 @@ class Pages:
             filters=_filter_links(request, "/track", links),
         )
 
-    async def show_order(self, request: web.Request) -> web.Response:
+    async def show_order(self, request: web.Request, _form: Form) -> Shown | str:
         """Show one order in its current state or at an earlier version."""
         order_no = parse_order_no(request)
         query = read_query(OrderPageQuery, request)
@@ -263,8 +247,7 @@ class Pages:
             ]
         position = history.order["position"]
         path, stream = track_path(order_no), f"{order_path(order_no, 'stream')}?after={position}"
-        return render_page(
-            request,
+        return _show(
             "order.html",
             path,
             stream=stream,
@@ -277,7 +260,7 @@ class Pages:
             may_share=self._links is not None,
         )
 
-    async def share_order(self, request: web.Request) -> web.Response:
+    async def share_order(self, request: web.Request, _form: Form) -> str:
         """Make a link for the order's buyer, record it, and show the page behind it."""
         order_no = parse_order_no(request)
         if self._links is None:
@@ -286,9 +269,9 @@ class Pages:
             if not await store.read_stream(connection, order_no, 0, 1):
                 raise ProblemError(ProblemType.UNKNOWN_ORDER, f"{order_no} has no report", order_no=order_no)
             link = await make_share(connection, self._links, order_no, EXPIRY_DEFAULT, admission(request).actor)
-        return response(status=HTTPStatus.SEE_OTHER, headers={hdrs.LOCATION: link.path})
+        return link.path
 
-    async def show_report(self, request: web.Request) -> web.Response:
+    async def show_report(self, request: web.Request, _form: Form) -> Shown | str:
         """Show the body of one report and the fields of its event."""
         order_no = parse_order_no(request)
         read_query(CommonQuery, request)
@@ -304,8 +287,7 @@ class Pages:
         if not may_see:
             fields.pop("remote", None)
         path = f"{track_path(order_no)}/reports/{version}"
-        return render_page(
-            request,
+        return _show(
             "report.html",
             path,
             order_no=order_no,
@@ -314,9 +296,9 @@ class Pages:
             fields=fields,
         )
 
-    async def list_conflicts(self, request: web.Request) -> web.Response:
-        """Show a list of conflicting reports, newest first."""
-        query = read_query(ConflictsPageQuery, request)
+    async def list_contradictions(self, request: web.Request, _form: Form) -> Shown | str:
+        """Show a list of contradictions, newest first."""
+        query = read_query(ContradictionsPageQuery, request)
         await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
         async with self._pool.connection() as connection:
             window = await contradictions_page(
@@ -329,29 +311,27 @@ class Pages:
             (texts["contradictions_handled"], "handled=true"),
             (texts["all_contradictions"], ""),
         ]
-        return render_page(
-            request,
-            "conflicts.html",
+        return _show(
+            "contradictions.html",
             "/conflicts",
             contradictions=shown.items,
             next_page=shown.next_path("/conflicts", query),
             filters=_filter_links(request, "/conflicts", filters),
         )
 
-    async def handle_conflict(self, request: web.Request) -> web.Response:
-        """Mark a conflicting report as handled with the submitted note, and show its order."""
-        note = (await read_form(request, REASON_FORM_BYTES_MAX)).get("note", "")
+    async def handle_contradiction(self, request: web.Request, form: Form) -> str:
+        """Mark a contradiction as handled with the submitted note, and show its order."""
+        note = form.get("note", "")
         done = await handle_contradiction(self._pool, self._projectors, request, note, admission(request).actor)
-        return redirect(f"{track_path(done['order_no'])}#v{done['version']}")
+        return f"{track_path(done['order_no'])}#v{done['version']}"
 
-    async def show_words(self, request: web.Request) -> web.Response:
+    async def show_words(self, request: web.Request, _form: Form) -> Shown | str:
         """Show the unknown words, how to teach them, and the known ones."""
         query = read_query(CommonQuery, request)
         await wait_for(self._projectors, query.after_position, statistics.VIEW.name)
         async with self._pool.connection() as connection:
             unrecognised = await statistics.read_unrecognised(connection, self._vocabulary.recognise)
-        return render_page(
-            request,
+        return _show(
             "words.html",
             "/words",
             unrecognised=unrecognised,
@@ -359,7 +339,7 @@ class Pages:
             statuses=STATUSES,
         )
 
-    async def list_quarantined(self, request: web.Request) -> web.Response:
+    async def list_quarantined(self, request: web.Request, _form: Form) -> Shown | str:
         """Show a list of quarantine entries, newest first."""
         query = read_query(QuarantinePageQuery, request)
         async with self._pool.connection() as connection:
@@ -368,8 +348,7 @@ class Pages:
         texts = choose_locale(request).texts
         filters = [(texts["all_entries"], "")]
         filters += [(texts[f"entry_{state}"], f"state={state}") for state in get_args(QuarantineState)]
-        return render_page(
-            request,
+        return _show(
             "quarantined.html",
             "/quarantined",
             entries=entries.items,
@@ -377,13 +356,12 @@ class Pages:
             filters=_filter_links(request, "/quarantined", filters),
         )
 
-    async def show_quarantined(self, request: web.Request) -> web.Response:
+    async def show_quarantined(self, request: web.Request, _form: Form) -> Shown | str:
         """Show one quarantine entry, its body, and the commands that resolve it."""
         read_query(CommonQuery, request)
         entry, body = await find_entry(request, self._pool)
         path = f"/quarantined/{entry['quarantine_id']}"
-        return render_page(
-            request,
+        return _show(
             "entry.html",
             path,
             entry=entry,
@@ -392,20 +370,20 @@ class Pages:
             bytes_max=BODY_SHOWN_BYTES_MAX,
         )
 
-    async def retry_quarantined(self, request: web.Request) -> web.Response:
+    async def retry_quarantined(self, request: web.Request, _form: Form) -> str:
         """Record a quarantined body as a report, and show its order."""
         entry, body = await find_entry(request, self._pool)
         receipt = await retry_entry(self._recorder, entry, body, admission(request).actor)
-        return redirect(f"{track_path(receipt['order_no'] or '')}?after_position={receipt['position']}")
+        return f"{track_path(receipt['order_no'] or '')}?after_position={receipt['position']}"
 
-    async def discard_quarantined(self, request: web.Request) -> web.Response:
+    async def discard_quarantined(self, request: web.Request, form: Form) -> str:
         """Discard a quarantined body with the submitted reason, and show its entry."""
         entry, _ = await find_entry(request, self._pool)
-        reason = (await read_form(request, REASON_FORM_BYTES_MAX)).get("reason", "")
+        reason = form.get("reason", "")
         await discard_entry(self._pool, entry, reason, admission(request).actor)
-        return redirect(f"/quarantined/{entry['quarantine_id']}")
+        return f"/quarantined/{entry['quarantine_id']}"
 
-    async def list_operations(self, request: web.Request) -> web.Response:
+    async def list_operations(self, request: web.Request, _form: Form) -> Shown | str:
         """Show a list of operators' actions, newest first."""
         query = read_query(OperationsPageQuery, request)
         async with self._pool.connection() as connection:
@@ -414,8 +392,7 @@ class Pages:
         texts = choose_locale(request).texts
         filters = [(texts["all_operations"], "")]
         filters += [(texts[f"operation_{action}"], f"action={action}") for action in get_args(Action)]
-        return render_page(
-            request,
+        return _show(
             "operations.html",
             "/operations",
             operations=shown.items,
@@ -424,19 +401,24 @@ class Pages:
         )
 
 
+def _show(template: str, path: str, *, status: int = 200, stream: str = "", **variables: Any) -> Shown:
+    return Shown(template, variables, path, status, stream)
+
+
 async def _show_page(page: Page, request: web.Request) -> web.Response:
-    """Show a page of another feature, or redirect to where its form leads."""
-    form: Mapping[str, str] = {}
-    if request.method in SAFE_METHODS:
-        read_query(CommonQuery, request)
-    else:
+    """Show a page, or redirect to where its form leads."""
+    form: Form = {}
+    if request.method not in SAFE_METHODS:
         form = await read_form(request, REASON_FORM_BYTES_MAX)
+    elif not page.has_query:
+        read_query(CommonQuery, request)
     shown = await page.handle(request, form)
     if not isinstance(shown, Shown):
         return redirect(shown)
-    # A form's target can only be sent to. The page with the form has the path that begins it.
-    path = request.rel_url.raw_path if request.method in SAFE_METHODS else page.shown_at
-    return render_page(request, shown.template, path, **shown.variables)
+    path = shown.path or request.rel_url.raw_path
+    return render_page(
+        request, shown.template, path, status=shown.status, stream=shown.stream, **shown.variables
+    )
 
 
 def _filter_links(

@@ -9,7 +9,7 @@ from domain.order import NEW_ORDER, evolve
 from domain.statuses import HAPPY_PATH, SETTLED
 from projections import current_status, timeline
 from projections.current_status import CurrentOrder
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.timeline import PlacedEntry
 from service.event_log import store
 from service.event_log.codec import decode_event

@@ -17,13 +17,13 @@ from projections.order_list import (
     LAST_PLACE,
     Count,
     ListedOrder,
+    ListPlace,
     OrdersFilter,
-    Place,
     count_orders,
     find_by_cnote,
     updated_page,
 )
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.features.pages.i18n import Language
 from service.features.pages.overview import STUCK_DAYS
 from service.http.pagination import cut_page
@@ -84,7 +84,7 @@ class OrdersPageQuery(CommonQuery):
         return (*chosen, self.from_day, self.to_day) != (None,) * 8
 
     @property
-    def first_place(self) -> Place:
+    def first_place(self) -> ListPlace:
         """The place that the page begins at.
 
         Raises:
@@ -94,7 +94,7 @@ class OrdersPageQuery(CommonQuery):
             return LAST_PLACE
         if isinstance(self.cursor, int):
             raise bad_parameter("cursor", "it must be a cursor from an earlier response")
-        return min(Place(*self.cursor), LAST_PLACE)
+        return min(ListPlace(*self.cursor), LAST_PLACE)
 
     def to_filter(self, now: datetime, zone: ZoneInfo) -> OrdersFilter:
         """Return the filter of the list, whose days are those of a time zone."""

@@ -9,7 +9,7 @@ from domain.statuses import SETTLED, Recognise
 from projections import statistics
 from projections.engine import Projector
 from projections.order_list import StuckOrder, stuck_orders
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.statistics import Statistics
 from projections.windows import POSITION_MAX
 from service.api.freshness import Lag, read_lag

@@ -11,7 +11,7 @@ from aiohttp import hdrs, web
 
 from projections import current_status, timeline
 from projections.engine import Projector
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from projections.timeline import Advance
 from service.api.freshness import wait_for
 from service.database.connections import ConnectionPool

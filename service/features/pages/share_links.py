@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.operations import Actor, record_operation
 from service.http.times import to_rfc3339
 

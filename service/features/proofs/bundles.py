@@ -6,11 +6,11 @@ from typing import Final, NamedTuple, NotRequired
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.event_log import store
 from service.event_log.store import RecordedEvent
 from service.features.proofs import storage
-from service.features.proofs.entries import NO_SALT, Leaf, Place, commit, encode_gap, encode_raw
+from service.features.proofs.entries import NO_SALT, EventPlace, Leaf, commit, encode_gap, encode_raw
 from service.features.proofs.signer import Signer
 from service.features.proofs.storage import Commitments, Tree
 from service.features.proofs.tree import (
@@ -304,7 +304,7 @@ async def _read_order(  # noqa: PLR0913, PLR0917 - as above
 
 
 def _leaf_of(event: RecordedEvent) -> Leaf:
-    return Leaf.of(Place(event.position, event.order_no, event.version, event.topic), event.state)
+    return Leaf.of(EventPlace(event.position, event.order_no, event.version, event.topic), event.state)
 
 
 def _encode(hashes: Sequence[bytes]) -> list[str]:

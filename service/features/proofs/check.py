@@ -4,7 +4,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.features.proofs import storage
 from service.features.proofs.bundles import read_range
 from service.features.proofs.entries import encode_gap

@@ -12,7 +12,7 @@ from typing import Annotated, Final
 import typer
 
 from projections.position import AFTER_POSITION_SECONDS_MAX
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.console import EXIT_USAGE, database, err, fail, show
 from service.database.connections import connected
 from service.database.operations import check_reason, system_user

@@ -32,7 +32,7 @@ _TIME_MEMBERS: Final = {"_type_", "_data_"}
 _PLAIN: Final = frozenset({str, int, bool, type(None)})
 
 
-class Place(NamedTuple):
+class EventPlace(NamedTuple):
     """Where an event is recorded, and its topic."""
 
     position: int
@@ -120,7 +120,7 @@ def encode_event(place: tuple[int, str, int, str], members: dict[str, Any], comm
     """Return the entry of an event. This changes ``members``.
 
     Args:
-        place: where it is recorded: a Place, or a plain tuple, which takes less time.
+        place: where it is recorded: a EventPlace, or a plain tuple, which takes less time.
         members: its stored members.
         commitment: the commitment to its body.
     """
@@ -142,7 +142,7 @@ def encode_event(place: tuple[int, str, int, str], members: dict[str, Any], comm
     )
 
 
-def encode_raw(place: Place, commitment: bytes) -> bytes:
+def encode_raw(place: EventPlace, commitment: bytes) -> bytes:
     """Return the entry of an event whose state has no text body.
 
     Args:
@@ -162,13 +162,13 @@ class Leaf(NamedTuple):
         state: its bytes in the log.
     """
 
-    place: Place
+    place: EventPlace
     members: dict[str, Any] | None
     content: bytes
     state: bytes
 
     @classmethod
-    def of(cls, place: Place, state: bytes) -> "Leaf":
+    def of(cls, place: EventPlace, state: bytes) -> "Leaf":
         """Return the leaf of a recorded event."""
         members = read_members(state)
         if members is not None and len(state) > STATE_BYTES_SHORT:

@@ -7,7 +7,7 @@ from typing import Final
 
 from rich.progress import MofNCompleteColumn
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.console import EXIT_USAGE, fail
 from service.features.proofs.check import Checked, check_history
 from service.features.proofs.settings import ProofsSettings

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, NoReturn, TypeVar
 import structlog
 
 from projections.position import AwaitedPosition
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.background import wait_for_event
 from service.database.connections import DedicatedConnection
 from service.event_log import store
@@ -21,8 +21,8 @@ from service.features.proofs import storage
 from service.features.proofs.entries import (
     NO_SALT,
     SALT_BYTES,
+    EventPlace,
     Leaf,
-    Place,
     commit,
     encode_gap,
     encode_header,
@@ -257,7 +257,7 @@ async def _read(connection: Connection, tree: Tree) -> _Entries | None:
     """Make the next entries from the log; return None at its head. The salt of an erased event is zeros."""
     by_position: dict[int, Leaf] = {}
     async for events in _slices(await store.read_log(connection, tree.size - 1, BATCH_LEAVES_MAX)):
-        by_position |= {event.position: Leaf.of(Place(*event[:4]), event.state) for event in events}
+        by_position |= {event.position: Leaf.of(EventPlace(*event[:4]), event.state) for event in events}
     if not by_position:
         return None
     positions = range(tree.size, min(max(by_position) + 1, tree.size + BATCH_LEAVES_MAX))

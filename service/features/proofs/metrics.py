@@ -2,7 +2,7 @@
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.features.proofs.signer import Signer
 from service.features.proofs.status import read_status
 

@@ -6,7 +6,7 @@ from typing import Final
 
 from aiohttp import web
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import ConnectionPool
 from service.feature import MenuEntry, Page, Pages, Shown
 from service.features.proofs.bundles import EVENTS_MAX

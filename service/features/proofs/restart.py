@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.operations import Actor, record_operation
 from service.features.proofs import storage
 from service.features.proofs.entries import encode_header

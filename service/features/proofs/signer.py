@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.errors import OperatorError
 from service.features.proofs import storage
 from service.features.proofs.notes import (

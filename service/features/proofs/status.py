@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.event_log import store
 from service.features.proofs import storage
 from service.features.proofs.signer import KeyFileError, NotSigningError, Signed, Signer

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 
 import orjson
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.errors import OperatorError
 from service.features.proofs.entries import SALT_BYTES
 from service.features.proofs.notes import Checkpoint, VerifierKey, read_verifier_key

@@ -14,7 +14,7 @@ from yarl import URL
 
 from domain.statuses import Status
 from domain.transitions import Verdict
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import ConnectionPool
 from service.database.operations import REASON_CHARACTERS_MAX, Actor
 from service.event_log import store, times

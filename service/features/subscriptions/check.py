@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Collection, Iterator
 from typing import Any, Final
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.features.subscriptions.held_orders import HELD_ORDERS_MAX
 from service.features.subscriptions.settings import SubscriptionsSettings
 from service.maintenance.check import Finding

@@ -7,7 +7,7 @@ import typer
 
 from domain.statuses import STATUSES
 from domain.transitions import VERDICTS
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.console import EXIT_USAGE, database, err, fail, show, show_table
 from service.database.connections import connected
 from service.database.log_identity import LogIdentity

@@ -29,9 +29,9 @@ from service.features.subscriptions.message import Selection, make_message_id
 from service.features.subscriptions.pace import Pace
 from service.features.subscriptions.progress import Held, Loaded, Progress
 from service.features.subscriptions.responses import ATTEMPT_SECONDS_MAX
-from service.features.subscriptions.sending import Attempt, Outcome, Sender
+from service.features.subscriptions.sending import Attempt, AttemptOutcome, Sender
 from service.features.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState
-from service.features.subscriptions.window import STARTED_MAX, Entry, Message, Place, Window
+from service.features.subscriptions.window import STARTED_MAX, Entry, LogPlace, Message, Window
 from service.http.times import to_rfc3339
 
 # The requests in flight of one subscription, and of one order: one.
@@ -53,7 +53,7 @@ POLL_SECONDS: Final = 1.0
 DOWN_FAILURES: Final = 32
 DOWN_ORDERS: Final = 16
 # These outcomes stop the subscription until an operator resumes it.
-ENDINGS: Final[Mapping[Outcome, tuple[SubscriptionState, SubscriptionReason]]] = {
+ENDINGS: Final[Mapping[AttemptOutcome, tuple[SubscriptionState, SubscriptionReason]]] = {
     "gone": ("disabled", "gone"),
     "loop": ("paused", "loop"),
 }
@@ -151,9 +151,9 @@ class Delivery:
         sender: Sender,
         retry_seconds: Sequence[float],
         now: Clock,
-        outcomes: Counter[tuple[UUID, Outcome]],
+        outcomes: Counter[tuple[UUID, AttemptOutcome]],
         pace: Pace,
-        reached: Place | None = None,
+        reached: LogPlace | None = None,
     ) -> None:
         self.subscription_id = subscription_id
         self.session = session
@@ -190,7 +190,7 @@ class Delivery:
         self._saving: asyncio.Task[None] | None = None
 
     @property
-    def reached(self) -> Place | None:
+    def reached(self) -> LogPlace | None:
         """Up to where this process has ever read the log for the subscription, None if that does not matter."""
         reached = self._reached
         if self._work is not None:

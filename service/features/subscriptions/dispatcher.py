@@ -15,8 +15,8 @@ from service.features.subscriptions.delivery import WENT_BACK, Clock, Delivery, 
 from service.features.subscriptions.log_reader import LogReader
 from service.features.subscriptions.pace import Pace
 from service.features.subscriptions.progress import Present, Progress
-from service.features.subscriptions.sending import Outcome, Sender
-from service.features.subscriptions.window import Place
+from service.features.subscriptions.sending import AttemptOutcome, Sender
+from service.features.subscriptions.window import LogPlace
 
 # How often the table is read: so long may another process's change, or a dead deliverer, go unnoticed.
 POLL_SECONDS: Final = 1.0
@@ -56,7 +56,7 @@ class Dispatcher:
         now: Clock = _now,
         count_losses: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.outcomes: Counter[tuple[UUID, Outcome]] = Counter()
+        self.outcomes: Counter[tuple[UUID, AttemptOutcome]] = Counter()
         self.changed = asyncio.Event()
         self.pace = Pace()
         self._progress = progress
@@ -72,14 +72,14 @@ class Dispatcher:
         # Whether the log has lost events, so that every subscription must pause.
         self._has_lost_events = False
         # The last commit of this process, until a loss of it is known, and the recorder's losses at that time.
-        self._committed: Place | None = None
+        self._committed: LogPlace | None = None
         self._recorder_losses = 0
         # The session of ``progress`` whose server is known to have that commit.
         self._proved_in = 0
         # Up to where this process has read the log for each subscription, even if another one delivers it now.
-        self._reached: dict[UUID, Place] = {}
+        self._reached: dict[UUID, LogPlace] = {}
 
-    def observe_commit(self, place: Place, losses: int) -> None:
+    def observe_commit(self, place: LogPlace, losses: int) -> None:
         """Learn of a commit of this process, before a deliverer can find its events in memory.
 
         Args:

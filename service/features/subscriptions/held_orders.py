@@ -6,7 +6,7 @@ from uuid import UUID
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.operations import Actor, check_reason, record_operation
 
 # With so many held orders, a subscription reads no further event until an operator retries or skips some.

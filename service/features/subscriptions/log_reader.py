@@ -9,12 +9,12 @@ from typing import Final
 
 from domain.order import Order
 from projections.engine import LoggedEvent
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import DedicatedConnection
 from service.event_log import store
 from service.event_log.feed import Feed, decode_logged
 from service.event_log.store import RecordedEvent
-from service.features.subscriptions.window import Place
+from service.features.subscriptions.window import LogPlace
 
 # The events of one order that are read at a time.
 ORDER_EVENTS_MAX: Final = 100
@@ -38,11 +38,11 @@ PROVE: Final = f"SELECT {HAS_PLACE.format(position='$1::bigint', report_id='$2')
 class PlaceLostError(Exception):
     """A failover or a restore has lost the event at a subscription's position. ``str()`` names it."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: LogPlace) -> None:
         super().__init__(f"the log does not have the event {place.report_id} at position {place.position}")
 
 
-async def has_place(connection: Connection, place: Place) -> bool:
+async def has_place(connection: Connection, place: LogPlace) -> bool:
     """Return whether the log of a connection's server still has a place."""
     return bool(await connection.fetchval(PROVE, *place))
 
@@ -59,7 +59,7 @@ class LogReader:
         self._feed = feed
         self._dedicated = dedicated
 
-    async def read(self, after: Place, limit: int) -> Sequence[LoggedEvent]:
+    async def read(self, after: LogPlace, limit: int) -> Sequence[LoggedEvent]:
         """Return the next events above a place, at most ``limit``.
 
         Raises:
@@ -73,7 +73,7 @@ class LogReader:
             recorded = await _read_above(connection, after, limit)
         return [decode_logged(*event[:5]) for event in recorded]
 
-    async def read_order(self, order_no: str, after: int, place: Place) -> Sequence[LoggedEvent]:
+    async def read_order(self, order_no: str, after: int, place: LogPlace) -> Sequence[LoggedEvent]:
         """Return an order's next events above a version.
 
         Raises:
@@ -87,12 +87,12 @@ class LogReader:
         return [decode_logged(*event[:5]) for event in recorded]
 
 
-def place_of(position: int, event: object) -> Place:
+def place_of(position: int, event: object) -> LogPlace:
     """Return the place of an event in the log. The id of an undecodable event is unknown."""
-    return Place(position, event.report_id if isinstance(event, Order.StatusReported) else None)
+    return LogPlace(position, event.report_id if isinstance(event, Order.StatusReported) else None)
 
 
-async def _read_above(connection: Connection, after: Place, limit: int) -> Sequence[RecordedEvent]:
+async def _read_above(connection: Connection, after: LogPlace, limit: int) -> Sequence[RecordedEvent]:
     """Return the events above a place, and check the one at the place."""
     recorded = await store.read_log(connection, max(0, after.position - 1), limit + 1)
     if recorded and recorded[0].position == after.position:

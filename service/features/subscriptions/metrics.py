@@ -7,14 +7,14 @@ from uuid import UUID
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from projections.postgres_errors import Connection
-from service.features.subscriptions.sending import Outcome
+from projections.postgres import Connection
+from service.features.subscriptions.sending import AttemptOutcome
 from service.features.subscriptions.subscription import list_subscriptions
 
 _by_subscription: Final = partial(GaugeMetricFamily, labels=["subscription"])
 
 
-def measure(outcomes: Mapping[tuple[UUID, Outcome], int]) -> list[Metric]:
+def measure(outcomes: Mapping[tuple[UUID, AttemptOutcome], int]) -> list[Metric]:
     """Return the attempts of this process, by subscription and outcome."""
     attempts = CounterMetricFamily(
         "subscription_deliveries", "Attempts to deliver, by outcome.", labels=["subscription", "outcome"]

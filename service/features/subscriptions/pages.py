@@ -8,7 +8,7 @@ from uuid import UUID
 
 from aiohttp import web
 
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.connections import ConnectionPool
 from service.feature import MenuEntry, Page, Pages, Shown
 from service.features.subscriptions import held_orders, subscription
@@ -64,7 +64,7 @@ class DeliveryPages:
             folder=Path(__file__).parent,
             pages=[
                 Page("GET", PATH, "admin", self.show),
-                *(Page("POST", path, "admin", handle, PATH) for path, handle in forms.items()),
+                *(Page("POST", path, "admin", handle) for path, handle in forms.items()),
             ],
             menu=[MenuEntry(PATH, "deliveries", "admin")],
         )
@@ -146,7 +146,7 @@ class DeliveryPages:
             "responses_max": RESPONSES_SHOWN_MAX,
             "held_path": held_path,
         }
-        return Shown("deliveries.html", variables)
+        return Shown("deliveries.html", variables, PATH)
 
 
 def held_path(subscription_id: UUID, order_no: str, action: str) -> str:

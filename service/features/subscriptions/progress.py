@@ -22,7 +22,7 @@ from service.features.subscriptions.subscription import (
     SubscriptionState,
     valid_secrets,
 )
-from service.features.subscriptions.window import Place
+from service.features.subscriptions.window import LogPlace
 
 # The service's own actions in the record of operations.
 SERVICE: Final = Actor("service", None)
@@ -113,7 +113,7 @@ class Loaded(NamedTuple):
     selection: Selection
     secrets: tuple[str, ...]
     secrets_until: datetime | None
-    place: Place
+    place: LogPlace
     is_other_log: bool
     has_lost_events: bool
     held: dict[str, Held]
@@ -161,13 +161,13 @@ class Progress:
         async with self._dedicated.connection() as connection:
             await connection.fetchval(GIVE_UP_LEAD, str(subscription_id))
 
-    async def has(self, place: Place) -> bool:
+    async def has(self, place: LogPlace) -> bool:
         """Return whether the log still has a place."""
         async with self._dedicated.connection() as connection:
             return await has_place(connection, place)
 
     async def load(
-        self, subscription_id: UUID, session: int, now: datetime, reached: Place | None
+        self, subscription_id: UUID, session: int, now: datetime, reached: LogPlace | None
     ) -> Loaded | None:
         """Take a subscription over, and return it; None if it is not active any more.
 
@@ -188,7 +188,7 @@ class Progress:
                 return None
             await apply_requests(connection, subscription_id)
             held = {order_no: Held(*rest) for order_no, *rest in await connection.fetch(HELD, subscription_id)}
-            place = Place(row["position"], row["report_id"])
+            place = LogPlace(row["position"], row["report_id"])
             has_lost_events = not await has_place(connection, place)
             if reached is not None:
                 has_lost_events = has_lost_events or not await has_place(connection, reached)
@@ -212,13 +212,13 @@ class Progress:
         subscription_id: UUID,
         session: int,
         generation: int,
-        place: Place,
+        place: LogPlace,
         delivered: int,
         failed: int,
         responses: Sequence[Response] | None,
         held: Mapping[str, Held | None],
         down_since: datetime | None,
-        read: Place,
+        read: LogPlace,
     ) -> bool:
         """Save what was delivered. Return whether the subscription has not changed in the meantime.
 

@@ -16,7 +16,6 @@ from aiohttp.abc import AbstractResolver
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 from yarl import URL
 
-from service.build import build_info
 from service.database.log_identity import LogIdentity
 from service.features.subscriptions.message import OrderMessage, TestMessage, encode_test, make_message_id
 from service.features.subscriptions.responses import (
@@ -34,6 +33,7 @@ from service.http.endpoints import OutgoingRequest
 from service.http.request_ids import TRACE_HEADER
 from service.http.responses import LOG_HEADER
 from service.standard_webhooks import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, sign
+from service.version import build_info
 
 ERROR_CHARACTERS_MAX: Final = 1_000
 # A later time in Retry-After is ignored.
@@ -62,7 +62,7 @@ REQUESTS: Final = (
 )
 
 # "gone": the endpoint wants no further request. "loop": the request came back to this service.
-Outcome: TypeAlias = Literal["delivered", "failed", "gone", "loop"]
+AttemptOutcome: TypeAlias = Literal["delivered", "failed", "gone", "loop"]
 
 
 class Attempt(NamedTuple):
@@ -76,7 +76,7 @@ class Attempt(NamedTuple):
         retry_after_seconds: how long the endpoint asked to wait, None if it did not.
     """
 
-    outcome: Outcome
+    outcome: AttemptOutcome
     seconds: float
     status: int | None = None
     error: str | None = None
@@ -214,7 +214,7 @@ class Sender:
         # Cut first: of a large body, only the start is cleaned.
         text = _clean(body[: 4 * ERROR_CHARACTERS_MAX].decode(errors="replace"))[:ERROR_CHARACTERS_MAX]
         error = f"{status}: {text}" if text else f"{status} {_clean(response.reason or '')}".rstrip()
-        outcome: Outcome = "failed"
+        outcome: AttemptOutcome = "failed"
         if status == GONE:
             outcome = "gone"
         elif status == LOOP_DETECTED and response.headers.get(LOG_HEADER) == self._log.log_id:

@@ -12,7 +12,7 @@ from typing_extensions import TypeAliasType, TypedDict  # pydantic cannot read t
 
 from domain.statuses import Status
 from domain.transitions import Verdict
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 from service.database.operations import Actor, record_operation
 from service.event_log import store
 from service.standard_webhooks import SECRET_PREFIX

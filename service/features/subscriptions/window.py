@@ -18,7 +18,7 @@ BYTES_MAX: Final = 4 * 1024 * 1024
 STARTED_MAX: Final = 64
 
 
-class Place(NamedTuple):
+class LogPlace(NamedTuple):
     """A position of the log, and the id of the report there; None if it is unknown."""
 
     position: int
@@ -56,8 +56,8 @@ class Entry:
     """
 
     message: Message
-    place: Place
-    before: Place
+    place: LogPlace
+    before: LogPlace
     started_at: float | None = None
     is_done: bool = False
 
@@ -73,7 +73,7 @@ class Window:
         started: the number of started events that cannot be saved yet.
     """
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: LogPlace) -> None:
         self.read = place
         self._entries: deque[Entry] = deque()
         self._lanes: dict[str, deque[Entry]] = {}
@@ -94,7 +94,7 @@ class Window:
         return len(self._entries) >= EVENTS_MAX or self._bytes >= BYTES_MAX
 
     @property
-    def done(self) -> Place:
+    def done(self) -> LogPlace:
         """The place up to which everything is done."""
         return self._entries[0].before if self._entries else self.read
 
@@ -108,11 +108,11 @@ class Window:
         """The first entry that is not done."""
         return self._entries[0] if self._entries else None
 
-    def pass_over(self, place: Place) -> None:
+    def pass_over(self, place: LogPlace) -> None:
         """Read an event that is not to be delivered, or that waits behind a held one."""
         self.read = place
 
-    def add(self, place: Place, message: Message) -> None:
+    def add(self, place: LogPlace, message: Message) -> None:
         """Read an event that is to be delivered."""
         entry = Entry(message, place, self.read)
         self.read = place

@@ -15,7 +15,7 @@ class VolumeFullError(OverloadedError):
     """The bodies of the last hour reach the limit, so this one was not accepted."""
 
 
-class Volume:
+class HourlyBytes:
     """Counts the bytes of bodies.
 
     Args:

@@ -7,13 +7,13 @@ from projections import parked
 from projections.engine import LoggedEvent, OutdatedViewError, View, apply_batch, view_state
 from projections.locks import TAKE_VIEW_LOCK
 from projections.parked import ParkedOrder
-from projections.postgres_errors import Connection
+from projections.postgres import Connection
 
 # Returns one order's events above a version, the first ones if there are many; none at the order's end.
 ReadOrder = Callable[[str, int], Awaitable[Sequence[LoggedEvent]]]
 
 
-class Resumed(NamedTuple):
+class Unparked(NamedTuple):
     """The result for one view.
 
     Attributes:
@@ -27,7 +27,7 @@ class Resumed(NamedTuple):
     parked: ParkedOrder | None
 
 
-async def resume_order(connection: Connection, view: View, order_no: str, read_order: ReadOrder) -> Resumed:
+async def unpark_order(connection: Connection, view: View, order_no: str, read_order: ReadOrder) -> Unparked:
     """Apply the events of a parked order, from the one at fault to the view's position, in one transaction.
 
     The view has applied all earlier events of the order, and none of these. If one of them fails again, the
@@ -49,7 +49,7 @@ async def resume_order(connection: Connection, view: View, order_no: str, read_o
             raise OutdatedViewError(f"the view {view.name} is outdated: run 'replay' to rebuild it")
         before = await parked.find(connection, order_no)
         if before is None:
-            return Resumed(view.name, was_parked=False, parked=None)
+            return Unparked(view.name, was_parked=False, parked=None)
         await parked.remove(connection, order_no)
         version = before["since_version"] - 1
         while events := await read_order(order_no, version):
@@ -58,4 +58,4 @@ async def resume_order(connection: Connection, view: View, order_no: str, read_o
             if len(applicable) < len(events):
                 break
             version = events[-1][1].originator_version
-        return Resumed(view.name, was_parked=True, parked=await parked.find(connection, order_no))
+        return Unparked(view.name, was_parked=True, parked=await parked.find(connection, order_no))

@@ -5,7 +5,7 @@ from math import inf
 import pytest
 from structlog.testing import capture_logs
 
-from service.api.waiting import Waiting
+from service.api.starting import Starting
 from service.database.connections import StorageUnavailableError
 
 
@@ -29,7 +29,7 @@ def test_a_cause_is_logged_when_it_changes_and_after_a_while(
     reminder_seconds: float, causes: list[str]
 ) -> None:
     """The first failure, each change and a reminder are logged, with the database's host and the error."""
-    waiting = Waiting("db1:5432", 3.0, reminder_seconds)
+    waiting = Starting("db1:5432", 3.0, reminder_seconds)
     with capture_logs() as lines:
         firsts = [waiting.note(error) for error in (REFUSED, REFUSED, SILENT, REFUSED, REFUSED)]
     assert firsts == [True, False, False, False, False]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.build import COMMIT_FILE, ROOT, UNKNOWN, read_commit
+from service.version import COMMIT_FILE, ROOT, UNKNOWN, read_commit
 
 GIT = shutil.which("git")
 NO_FILE = Path("/nowhere/commit.txt")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.build import build_info
-from service.program import NAME, command_name
+from service.command_name import NAME, command_name
+from service.version import build_info
 from tests.support.folders import ROOT
 
 

@@ -9,11 +9,11 @@ import structlog
 from aiohttp import web
 
 from service.background import wait_for_event
-from service.build import build_info
 from service.http.problems import unavailable
 from service.http.responses import json_response
 from service.http.server import RequestHandler
 from service.ingest.refusals import Cause, find_cause
+from service.version import build_info
 
 # How often a cause that lasts is logged again.
 REMINDER_SECONDS: Final = 300.0
@@ -24,7 +24,7 @@ WEBHOOK_PATH: Final = "/webhook"
 logger = structlog.get_logger()
 
 
-class Waiting:
+class Starting:
     """Responds to requests until the service is ready, and explains why it is not.
 
     Until the first attempt to reach the database has failed, requests are held back: usually the service can
