@@ -3,7 +3,7 @@
 A feature is a package of ``service.features`` with two parts. Its declaration, a ``Feature``, is static, and
 used without a running service. Its run is an async context manager that gets the core's parts and yields a
 ``Contribution``. When it exits, the feature is gone; when the feature is off, nothing of it is imported but the
-declaration. So a declaration names its parts by locations, such as ``service.features.proofs.run:run``.
+declaration. So a declaration names its parts by locations, such as ``service.features.NAME.run:run``.
 """
 
 from __future__ import annotations
