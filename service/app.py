@@ -69,9 +69,9 @@ class Service:
         features = [SWITCHED[name] for name in names]
         for feature in features:
             run = feature.load("run")
-            core.contributions.append(await self._features.enter_async_context(run(core)))
+            core.contributions[feature.name] = await self._features.enter_async_context(run(core))
         self.apis = self._make_apis()
-        outgoing = [one for contribution in core.contributions for one in contribution.outgoing]
+        outgoing = [one for contribution in core.contributions.values() for one in contribution.outgoing]
         problems = [problem for feature in features for problem in feature.load("problems") or ()]
         self.openapi = OpenApi(self.apis, outgoing, problems)
         self.apis.append(self.openapi)
@@ -104,7 +104,7 @@ class Service:
             AuditApi(core.pool, core.projectors, core.vocabulary),
             ContradictionsApi(core.pool, core.projectors),
             QuarantineApi(core.pool, core.recorder),
-            *(api for contribution in core.contributions for api in contribution.apis),
+            *(api for contribution in core.contributions.values() for api in contribution.apis),
             HealthApi(
                 core.pool,
                 core.auth_connection,
@@ -117,11 +117,10 @@ class Service:
 
     def _make_metrics(self) -> Metrics:
         core = self.core
-        measures: list[Measure] = [core.http_metrics.collect, core.ingest_metrics.collect]
+        measures: list[Measure] = [core.http_metrics.collect, core.ingest_metrics.collect, core.measure]
         if core.retention is not None:
             measures.append(core.retention.collect)
-        measures += [contribution.measure for contribution in core.contributions]
-        reads = [one.read_metrics for one in core.contributions if one.read_metrics is not None]
+        reads = [one.read_metrics for one in core.contributions.values() if one.read_metrics is not None]
         return Metrics(core.pool, [*core.projectors.values()], measures, reads)
 
     async def stop(self) -> None:
@@ -142,7 +141,7 @@ class Service:
         if core.is_reader:
             app.on_response_prepare.append(add_freshness)
         app.add_routes(core.webhook.routes())
-        for contribution in core.contributions:
+        for contribution in core.contributions.values():
             contribution.prepare(app)
         for api in self.apis:
             app.add_routes(make_routes(api, core.access, core.log))

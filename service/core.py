@@ -1,11 +1,13 @@
 """The core of a running service: what records reports and reads the log, and what every feature builds on."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import structlog
+from prometheus_client.core import CounterMetricFamily, Metric
 
 from domain.order import Order
 from projections.postgres import Connection
@@ -30,6 +32,7 @@ from service.http.access import Access
 from service.http.auth_refusals import AuthRefusals
 from service.http.budgets import Budgets
 from service.http.metrics import HttpMetrics
+from service.http.problems import LogLimit
 from service.ingest.hourly_bytes import HourlyBytes
 from service.ingest.metrics import IngestMetrics
 from service.ingest.quarantine import Quarantine
@@ -64,7 +67,9 @@ class Core:
         budgets: the budgets of the process.
 
     Attributes:
-        contributions: what the features that are on contribute. Later features find those of earlier ones.
+        contributions: what the features that are on contribute, by their names. Later features find those of
+            earlier ones.
+        failures: how often what a feature does after a commit has failed, by its name.
     """
 
     def __init__(self, settings: CoreSettings, dsn: str, owner_dsn: str | None, budgets: Budgets) -> None:
@@ -73,9 +78,10 @@ class Core:
         self.is_reader = settings.read_only
         # Whatever this process runs, PostgreSQL refuses its writes.
         self._dsn = as_reader(dsn) if self.is_reader else dsn
-        # Of the core; features close their own.
         self._dedicated: list[DedicatedConnection] = []
-        self.contributions: list[Contribution] = []
+        self.contributions: dict[str, Contribution] = {}
+        self.failures: Counter[str] = Counter()
+        self._failure_lines = LogLimit()
         self.vocabulary = settings.vocabulary
         self.budgets = budgets
         self.log = LogIdentity()
@@ -185,7 +191,7 @@ class Core:
             return
         if self.retention is not None:
             self.background.start("erase old bodies", self.retention.run, restart_pause_seconds=PASS_SECONDS)
-        for contribution in self.contributions:
+        for contribution in self.contributions.values():
             for task in contribution.tasks:
                 self.background.start(*task)
         sum_up = partial(
@@ -222,19 +228,40 @@ class Core:
         self.views.forget()
 
     def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
-        for contribution in self.contributions:
-            contribution.on_commit(events, positions)
+        for name, contribution in self.contributions.items():
+            try:
+                contribution.on_commit(events, positions)
+            except Exception as error:  # noqa: BLE001 - logged; the reports are committed
+                self._note_failure(name, error)
         self.feed.remember(events, positions)
         self.ingest_metrics.count_commit(events, positions)
         self._wake()
+
+    def _note_failure(self, name: str, error: Exception) -> None:
+        """Count the failure of a feature, and log it at most once a minute."""
+        self.failures[name] += 1
+        if (suppressed := self._failure_lines.admit(name)) is not None:
+            logger.error("a feature failed after a commit", feature=name, suppressed=suppressed, exc_info=error)
+
+    def measure(self) -> list[Metric]:
+        """Return the metrics of the features that are on."""
+        failures = CounterMetricFamily(
+            "feature_failures", "Failures of a feature after a commit.", labels=["feature"]
+        )
+        for name in self.contributions:
+            failures.add_metric([name], self.failures[name])
+        return [failures, *(one for it in self.contributions.values() for one in it.measure())]
 
     def _wake_tail(self) -> None:
         self.tail.wake.set()
 
     def _wake(self, *_notification: object) -> None:
         self.tail.wake.set()
-        for contribution in self.contributions:
-            contribution.on_growth()
+        for name, contribution in self.contributions.items():
+            try:
+                contribution.on_growth()
+            except Exception as error:  # noqa: BLE001 - logged; the other followers must be woken
+                self._note_failure(name, error)
         self.views.wake()
 
 

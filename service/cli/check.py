@@ -46,6 +46,9 @@ async def _check_features(settings: Settings, dsn: str, options: Collection[str]
                     async for finding in check_feature(connection, settings, options):
                         yield finding
                 continue
+            for option in feature.options:
+                if option.command == "check" and option.name in options:
+                    yield Finding("WRONG", f"nothing was done for --{option.name}: the feature {name} is off")
             if name in SWITCHED and (names := settings.find_set(feature.load("settings"))):
                 yield Finding("note", f"without effect, since the feature {name} is off: {', '.join(names)}")
             if (use := chosen.used_but_off.get(name)) is not None:

@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import quote, unquote_to_bytes
 
@@ -23,6 +24,7 @@ from domain.transitions import VERDICTS, Verdict
 from projections.windows import POSITION_MAX
 from service.http.pagination import CURSOR_PATTERN, decode_any_cursor, decode_cursor
 from service.http.problems import ProblemError, ProblemType, bad_parameter
+from service.http.request_ids import route_pattern
 
 # The parameter that chooses the media type of a list that has several; ``service.http.endpoints`` reads it.
 FORMAT: Final = "format"
@@ -32,10 +34,7 @@ TEXT_CHARACTERS_MAX: Final = 128
 # A hundred years: that long before now is still a valid time.
 DURATION_MAX: Final = timedelta(days=36_500)
 
-_ORDER_PATH: Final = re.compile(
-    r"(?:https?://[^/?#]*)?/(?:orders|track|(?:subscriptions|deliveries)/[^/?#]+/held)/(?P<order_no>[^/?#]+)",
-    re.IGNORECASE,
-)
+ORDER_NO: Final = "{order_no}"
 _BAD_ESCAPE: Final = re.compile(r"%(?![0-9A-Fa-f]{2})")
 # Weeks to seconds, since months and years have no fixed length. The digits cover DURATION_MAX in every unit.
 _DURATION: Final = re.compile(
@@ -53,8 +52,18 @@ def parse_order_no(request: web.Request) -> str:
         ProblemError: 400, an escape is broken, or the text is not UTF-8 or has control characters.
     """
     # aiohttp leaves a broken escape unchanged, so the path is read as it was sent.
-    match = _ORDER_PATH.match(request.raw_path)
-    return decode_path(match["order_no"] if match is not None else "")
+    match = _order_path(route_pattern(request)).match(request.raw_path)
+    return decode_path(match[1] if match is not None else "")
+
+
+@cache
+def _order_path(pattern: str) -> re.Pattern[str]:
+    """Return the expression for the order number in the raw paths of a route."""
+    parts = (
+        "([^/?#]+)" if part == ORDER_NO else "[^/?#]+" if part.startswith("{") else re.escape(part)
+        for part in re.split(r"(\{\w+\})", pattern)
+    )
+    return re.compile(rf"(?:https?://[^/?#]*)?{''.join(parts)}", re.IGNORECASE)
 
 
 def parse_number(segment: str) -> int:

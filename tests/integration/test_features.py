@@ -1,11 +1,14 @@
 """Features: what is on, what is gone when it is off, and what goes on when it is on again."""
 
 import asyncio
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+import aiohttp
 import pytest
 from pydantic import ValidationError
 from structlog.testing import capture_logs
@@ -221,6 +224,30 @@ async def test_services_with_two_sets_of_features_share_a_database(dsn: str) -> 
         client = Client(small.session, port)
         assert "KOM1" in await client.text(f"/track?after_position={receipt['position']}")
         await until_async(lambda: is_signed(client, receipt["position"]))
+
+
+async def test_a_feature_that_fails_loses_no_report(dsn: str) -> None:
+    """A failure after the commit is logged and counted, and the webhook, the views and others go on."""
+    settings = Settings(port=0, features=("subscriptions", "pages"))
+    async with serving(settings, dsn) as (port, service), aiohttp.ClientSession() as session:
+
+        def fail(*_arguments: object) -> None:
+            raise RuntimeError("a fault of the feature")
+
+        contributions = service.core.contributions
+        contributions["subscriptions"] = replace(contributions["subscriptions"], on_commit=fail, on_growth=fail)
+        client = Client(session, port)
+        with capture_logs() as logs:
+            receipts = [await client.webhook(f"KOM{number}") for number in range(3)]
+            for receipt in receipts:
+                assert await client.get(f"/orders/KOM0?after_position={receipt['position']}")
+        lines = [log for log in logs if log["event"] == "a feature failed after a commit"]
+        assert [log["feature"] for log in lines] == ["subscriptions"]
+        metrics = await client.text("/metrics")
+        assert 'feature_failures_total{feature="pages"} 0.0' in metrics
+        failures = re.search(r'feature_failures_total\{feature="subscriptions"\} (.+)', metrics)
+        assert failures is not None
+        assert float(failures[1]) >= 2 * len(receipts)
 
 
 async def test_the_schema_has_the_tables_of_every_feature(empty_dsn: str) -> None:

@@ -180,6 +180,8 @@ FIRING: list[tuple[str, dict[str, str], str, list[dict[str, str]]]] = [
         [{"subscription": "s1"}],
     ),
     ("SubscriptionStopped", {'subscription_stopped{subscription="s1"}': "0x9"}, "8m", []),
+    ("FeatureFails", {'feature_failures_total{feature="pages"}': "0x5 1+1x9"}, "15m", [{"feature": "pages"}]),
+    ("FeatureFails", {'feature_failures_total{feature="pages"}': "0x15"}, "15m", []),
 ]
 
 

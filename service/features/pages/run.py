@@ -21,7 +21,7 @@ async def run(core: Core) -> AsyncIterator[Contribution]:
     settings = core.settings_as(PagesSettings)
     secret = settings.share_secret.get_secret_value()
     links = ShareLinks(secret) if secret else None
-    others = [one.pages for one in core.contributions if one.pages is not None]
+    others = [one.pages for one in core.contributions.values() if one.pages is not None]
     renderer = Renderer(settings.zone, others, is_reader=core.is_reader)
     pages = Pages(
         *(core.pool, core.access, core.projectors, core.recorder, core.refusals, core.vocabulary),
