@@ -118,7 +118,6 @@ REVOKE EXECUTE ON FUNCTION lock_order_events() FROM PUBLIC;
 CREATE TABLE view_names (
     view_name  text NOT NULL COLLATE "C" PRIMARY KEY
 );
-INSERT INTO view_names VALUES ('current_status'), ('timeline'), ('statistics');
 
 CREATE FUNCTION make_view_schema(name text) RETURNS void LANGUAGE plpgsql SECURITY DEFINER
     SET search_path = pg_catalog, pg_temp AS $$

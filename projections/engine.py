@@ -4,21 +4,19 @@ No event can stop it: an order whose event cannot be applied is parked, and the 
 """
 
 import asyncio
-import hashlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Final, NamedTuple, Protocol, TypeAlias, cast
+from typing import Final, NamedTuple, TypeAlias, cast
 
 import structlog
 
 from domain.order import Order
 from projections import parked
 from projections.locks import BEGIN_WITH_VIEW_LOCK, GIVE_UP_LEAD, TRY_LEAD
-from projections.parked import ParkedOrder
 from projections.position import AwaitedPosition
 from projections.postgres import Connection, is_event_at_fault
+from projections.view import DecodedEvent, FailedEvent, LoggedEvent, View
 
 # Begins a transaction with the given statements, and commits it at the end of the block.
 Transaction: TypeAlias = Callable[[str], AbstractAsyncContextManager[Connection]]
@@ -35,84 +33,10 @@ LEADER_SECONDS_MAX: Final = 2.0
 logger = structlog.get_logger()
 
 
-class FailedEvent(NamedTuple):
-    """An event that cannot be decoded or applied: its order, its version, and the reason."""
-
-    originator_id: str
-    originator_version: int
-    reason: str
-
-    def to_parked(self, position: int) -> ParkedOrder:
-        """Return the order to park because of this event, which is at ``position``."""
-        return {
-            "order_no": self.originator_id,
-            "since_version": self.originator_version,
-            "position": position,
-            "reason": self.reason,
-        }
-
-
-# A position and its event. Plain tuples are the cheapest, and every view handles one for each event.
-DecodedEvent: TypeAlias = tuple[int, Order.StatusReported]
-LoggedEvent: TypeAlias = tuple[int, Order.StatusReported | FailedEvent]
-
 # Called with a position and a limit. Returns the next events above the position in log order, up to the limit.
 ReadLog: TypeAlias = Callable[[int, int], Awaitable[Sequence[LoggedEvent]]]
 # Returns the highest position of the log.
 ReadHead: TypeAlias = Callable[[], Awaitable[int]]
-
-
-class Gathered(Protocol):
-    """What many events add to a view, summed up in memory."""
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it takes so much memory that it must be written now."""
-        ...
-
-    def add(self, events: Sequence[DecodedEvent]) -> None:
-        """Add events, in any order."""
-        ...
-
-    async def write(self, connection: Connection) -> None:
-        """Add the sums to the view's tables."""
-        ...
-
-
-@dataclass(frozen=True)
-class View:
-    """A view: its tables, and the function that applies events to them.
-
-    Args:
-        name: the name of the view and of its schema.
-        fold_version: change this number whenever ``apply`` writes different rows for the same events.
-        tables: the tables that ``replay --verify`` compares.
-        apply: adds events to the tables, which already include all earlier events of the same orders. The live
-            projection passes events in log order, a rebuild sorted by order number and version.
-        batch_events_max: the maximum number of events that the live projection applies in one transaction.
-        idle_seconds: the pause after a batch that was not full, so that the next batch is larger under load.
-        tables_sql: SQL from schema.sql that creates the tables and their primary keys, with unqualified names.
-        indexes_sql: SQL from schema.sql that creates the other indexes. A rebuild writes the rows first.
-        gather: begins a sum of what events add, for a view whose rows count the events of many orders. A
-            rebuild writes such rows once: its snapshot keeps every earlier version of a row, and each further
-            write would search through all of them.
-    """
-
-    name: str
-    fold_version: int
-    tables: tuple[str, ...]
-    apply: Callable[[Connection, Sequence[DecodedEvent]], Awaitable[None]]
-    batch_events_max: int
-    idle_seconds: float
-    tables_sql: str = ""
-    indexes_sql: str = ""
-    gather: Callable[[], Gathered] | None = None
-
-    @property
-    def definition(self) -> str:
-        """The hash of the view's definition. A view is rebuilt if the database holds another hash for it."""
-        text = f"{self.fold_version}\n{self.tables_sql}\n{self.indexes_sql}"
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class OutdatedViewError(Exception):

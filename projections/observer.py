@@ -9,17 +9,10 @@ from typing import Final, TypeAlias
 import asyncpg
 import structlog
 
-from projections.engine import (
-    STEP_SECONDS_MAX,
-    LoggedEvent,
-    OutdatedViewError,
-    Projector,
-    ReadHead,
-    View,
-    view_state,
-)
+from projections.engine import STEP_SECONDS_MAX, OutdatedViewError, Projector, ReadHead, view_state
 from projections.position import CHECK_SECONDS
 from projections.postgres import Connection
+from projections.view import LoggedEvent, View
 
 # Lends a connection whose search path begins with the view's schema.
 Lend: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Final, NamedTuple, Protocol
 
@@ -11,11 +11,8 @@ import structlog
 
 from projections import parked
 from projections.engine import (
-    Gathered,
-    LoggedEvent,
     OutdatedViewError,
     ReadLog,
-    View,
     advance,
     apply_batch,
     require_event,
@@ -24,6 +21,7 @@ from projections.engine import (
 )
 from projections.locks import HOLD_VIEW_LOCK, TAKE_SWAP_LOCK, TAKE_VIEW_LOCK, TRY_REBUILD_LOCK
 from projections.postgres import Connection, is_event_at_fault
+from projections.view import LoggedEvent, View
 
 # Dropping an old schema waits for its last readers, such as a dump, but must not block new readers for long.
 DROP_LOCK_TIMEOUT: Final = "SET lock_timeout = '200ms'"
@@ -53,6 +51,10 @@ logger = structlog.get_logger()
 
 class RebuildRunningError(Exception):
     """Another rebuild, or a backup, is running."""
+
+
+class _EventAtFaultError(Exception):
+    """Some event of those in memory cannot be added to a view."""
 
 
 class Snapshot(NamedTuple):
@@ -137,13 +139,15 @@ async def rebuild(
             await guard.execute(TAKE_SWAP_LOCK)
         rebuilt = [_NextView(view, await open_connection(f"{view.name}_next")) for view in views]
         try:
-            last = await _fill(rebuilt, guard, log, progress, gathers=True)
-        except Exception as error:
-            if any(connection.is_closed() for _, connection in rebuilt) or not is_event_at_fault(error):
-                raise
+            last = await _fill(rebuilt, guard, log, progress, at_once=False)
+        except _EventAtFaultError as error:
             # Batch by batch, the order with the event at fault is found and parked.
-            logger.warning("an event cannot be added to a sum: the rebuild begins again", error=repr(error))
-            last = await _fill(rebuilt, guard, log, progress, gathers=False)
+            logger.warning(
+                "an event cannot be added to a view: the rebuild begins again", error=repr(error.__cause__)
+            )
+            # The views that did not fail were cancelled, which has closed their connections.
+            rebuilt = [_NextView(view, await open_connection(f"{view.name}_next")) for view in views]
+            last = await _fill(rebuilt, guard, log, progress, at_once=True)
         lasts = [last] * len(rebuilt)
         for number, (view, connection) in enumerate(rebuilt):
             # Apply most of the new events now, so that the live projector waits only for the rest.
@@ -163,12 +167,12 @@ async def _create_tables(view: View, connection: Connection, guard: Connection, 
 
 
 async def _fill(
-    rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: OnProgress, *, gathers: bool
+    rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: OnProgress, *, at_once: bool
 ) -> LoggedEvent | None:
     """Write the log as it is now into new tables, order by order, then create their indexes.
 
     The log is read once, and each view writes at its own pace: while the server writes one batch, the next ones
-    are decoded and folded. With ``gathers``, views that can gather write the sum of many batches.
+    are decoded and folded. Unless ``at_once``, a view folds batches until its rows are many.
 
     Returns:
         The last event that was read. The log may lose it before the new tables are used.
@@ -176,12 +180,12 @@ async def _fill(
     async with log.snapshot() as snapshot:
         for view, connection in rebuilt:
             await _create_tables(view, connection, guard, snapshot.last[0] if snapshot.last else 0)
-        await _write_all(rebuilt, snapshot, progress, gathers=gathers)
+        await _write_all(rebuilt, snapshot, progress, at_once=at_once)
     return snapshot.last
 
 
 async def _write_all(
-    rebuilt: Sequence[_NextView], snapshot: Snapshot, progress: OnProgress, *, gathers: bool
+    rebuilt: Sequence[_NextView], snapshot: Snapshot, progress: OnProgress, *, at_once: bool
 ) -> None:
     queues: list[asyncio.Queue[Sequence[LoggedEvent]]] = [asyncio.Queue(BATCHES_AHEAD_MAX) for _ in rebuilt]
 
@@ -200,33 +204,44 @@ async def _write_all(
         async with asyncio.TaskGroup() as group:
             group.create_task(read())
             for (view, connection), queue in zip(rebuilt, queues, strict=True):
-                gathered = view.gather() if gathers and view.gather is not None else None
-                group.create_task(_write(view, connection, queue, gathered))
+                group.create_task(_write(view, connection, queue, at_once=at_once))
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from failures
 
 
 async def _write(
-    view: View,
-    connection: Connection,
-    queue: asyncio.Queue[Sequence[LoggedEvent]],
-    gathered: Gathered | None,
+    view: View, connection: Connection, queue: asyncio.Queue[Sequence[LoggedEvent]], *, at_once: bool
 ) -> None:
-    """Apply batches up to an empty one, then create the view's indexes."""
+    """Write batches up to an empty one, then create the view's indexes."""
+    rows = view.new_rows()
     while batch := await queue.get():
         async with connection.transaction():
             has_parked = (await view_state(connection)).has_parked
-            if gathered is None:
+            if at_once:
                 await _apply(connection, view, batch, has_parked=has_parked)
                 continue
-            gathered.add(await without_parked(connection, view, batch, has_parked=has_parked))
-            if gathered.is_full:
-                await gathered.write(connection)
-    if gathered is not None:
-        async with connection.transaction():
-            await gathered.write(connection)
+            decoded = await without_parked(connection, view, batch, has_parked=has_parked)
+            with _blaming_events(connection):
+                view.fold(decoded, rows)
+                if view.is_full(rows):
+                    await view.write_new(connection, rows)
+                    rows = view.new_rows()
+    async with connection.transaction():
+        with _blaming_events(connection):
+            await view.write_new(connection, rows)
     if view.indexes_sql:
         await connection.execute(view.indexes_sql)
+
+
+@contextlib.contextmanager
+def _blaming_events(connection: Connection) -> Iterator[None]:
+    """Raise _EventAtFaultError if an event is the reason for a failure."""
+    try:
+        yield
+    except Exception as error:
+        if connection.is_closed() or not is_event_at_fault(error):
+            raise
+        raise _EventAtFaultError from error
 
 
 async def _swap(
@@ -275,7 +290,7 @@ async def _compare(  # noqa: PLR0913, PLR0917 - two views, and what their tables
         # This also releases the view's lock.
         await live.close()
     differences = 0
-    for table in (*view.tables, "parked_orders"):
+    for table in (*(table.name for table in view.tables), "parked_orders"):
         differences += await rebuilt.fetchval(COUNT_DIFFERENCES.format(view=view.name, table=table))
     await rebuilt.execute("ROLLBACK")
     await _drop(guard, f"{view.name}_next")

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time, timedelta
 from itertools import groupby
-from typing import Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 from zoneinfo import ZoneInfo
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
@@ -13,8 +12,9 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.statuses import STATUSES, Label, Recognise, Status, status_label
 from domain.transitions import VERDICTS, Verdict
 from projections.current_status import Counts
-from projections.engine import DecodedEvent, View
 from projections.postgres import Connection
+from projections.table import MAX, SUM, Column, Merge, Row, Rows, Table
+from projections.view import DecodedEvent, View
 
 # Durations are counted in buckets, each a tenth wider than the previous one: percentiles are accurate to 5 %.
 BUCKET_GROWTH: Final = 1.1
@@ -22,8 +22,11 @@ UNRECOGNISED_LISTED_MAX: Final = 100
 # The number of slots for minutes. The count of a later minute replaces that of an earlier one in the same slot,
 # so the table never grows. Two hours, so that a clock that is fast by less than an hour hides no recent minute.
 MINUTES_KEPT: Final = 120
-# The most words outside the vocabulary that a rebuild sums up in memory. A sender may invent any number.
-WORDS_GATHERED_MAX: Final = 10_000
+# The calendar and the vocabulary limit the rows of most tables, so that a rebuild can write each row once: its
+# snapshot keeps every earlier version of a row, and each further write would search through all of them.
+CALENDAR_ROWS_MAX: Final = 500_000
+# A sender may invent any number of words outside the vocabulary.
+WORDS_MAX: Final = 10_000
 # Stands for an order without a status, since a key cannot be null.
 NO_STATUS: Final = ""
 
@@ -83,20 +86,6 @@ class Statistics(TypedDict):
     unrecognised: list[UnrecognisedString]
 
 
-@dataclass
-class Word:
-    """The numbers that some events add to a word outside the vocabulary."""
-
-    reports: int = 0
-    rejudged: int = 0
-    last_received_at: datetime | None = None
-
-    def add_report(self, received_at: datetime) -> None:
-        """Count a report with this word."""
-        self.reports += 1
-        self.last_received_at = max(self.last_received_at or received_at, received_at)
-
-
 def to_bucket(duration: timedelta) -> int:
     """Return the bucket of a duration: 0 below a second, then 1, 2, 3 and so on."""
     seconds = duration.total_seconds()
@@ -113,127 +102,120 @@ def to_slot(minute: datetime) -> int:
     return int(minute.timestamp()) // 60 % MINUTES_KEPT
 
 
-ADD_TO_COUNTERS: Final = """
-    WITH added_statuses AS (
-        INSERT INTO statuses AS present (status, orders)
-        SELECT * FROM json_to_recordset($1) AS added (status text, orders bigint)
-        ON CONFLICT (status) DO UPDATE SET orders = present.orders + excluded.orders
-    ), added_moves AS (
-        INSERT INTO moves AS present (previous_status, status, bucket, times)
-        SELECT * FROM json_to_recordset($2)
-            AS added (previous_status text, status text, bucket integer, times bigint)
-        ON CONFLICT (previous_status, status, bucket) DO UPDATE SET times = present.times + excluded.times
-    ), added_hours AS (
-        INSERT INTO hours AS present (hour, verdict, reports)
-        SELECT * FROM json_to_recordset($3) AS added (hour timestamptz, verdict text, reports bigint)
-        ON CONFLICT (hour, verdict) DO UPDATE SET reports = present.reports + excluded.reports
-    ), added_minutes AS (
-        INSERT INTO minutes AS present (slot, verdict, minute, reports)
-        SELECT * FROM json_to_recordset($5)
-            AS added (slot smallint, verdict text, minute timestamptz, reports bigint)
-        ON CONFLICT (slot, verdict) DO UPDATE SET
-            minute = excluded.minute,
-            reports = excluded.reports
-                + CASE present.minute WHEN excluded.minute THEN present.reports ELSE 0 END
-        WHERE present.minute <= excluded.minute
-    )
-    INSERT INTO unrecognised AS present (reported_status, reports, rejudged, last_received_at)
-    SELECT * FROM json_to_recordset($4)
-        AS added (reported_status text, reports bigint, rejudged bigint, last_received_at timestamptz)
-    ON CONFLICT (reported_status) DO UPDATE SET
-        reports = present.reports + excluded.reports,
-        rejudged = present.rejudged + excluded.rejudged,
-        last_received_at = greatest(present.last_received_at, excluded.last_received_at)
-"""
+STATUS_COUNTERS: Final = Table(
+    "statuses",
+    (Column("status", "text"), Column("orders", "bigint", SUM)),
+    key=("status",),
+)
+MOVE_COUNTERS: Final = Table(
+    "moves",
+    (
+        Column("previous_status", "text"),
+        Column("status", "text"),
+        Column("bucket", "integer"),
+        Column("times", "bigint", SUM),
+    ),
+    key=("previous_status", "status", "bucket"),
+    rows_max=CALENDAR_ROWS_MAX,
+)
+HOUR_COUNTERS: Final = Table(
+    "hours",
+    (Column("hour", "timestamptz"), Column("verdict", "text"), Column("reports", "bigint", SUM)),
+    key=("hour", "verdict"),
+    rows_max=CALENDAR_ROWS_MAX,
+)
+# A slot has the count of its latest minute.
+OF_LATEST_MINUTE: Final = Merge(
+    """
+    CASE WHEN present.minute > batch.minute THEN {present}
+         WHEN present.minute = batch.minute THEN {batch} + {present}
+         ELSE {batch} END
+    """,
+    blank=0,
+)
+MINUTE_COUNTERS: Final = Table(
+    "minutes",
+    (
+        Column("slot", "smallint"),
+        Column("verdict", "text"),
+        Column("minute", "timestamptz", MAX),
+        Column("reports", "bigint", OF_LATEST_MINUTE),
+    ),
+    key=("slot", "verdict"),
+)
+WORD_COUNTERS: Final = Table(
+    "unrecognised",
+    (
+        Column("reported_status", "text"),
+        Column("reports", "bigint", SUM),
+        Column("rejudged", "bigint", SUM),
+        Column("last_received_at", "timestamptz", MAX),
+    ),
+    key=("reported_status",),
+    rows_max=WORDS_MAX,
+)
 
 
-@dataclass
-class Additions:
-    """The numbers that some events add to the counters."""
-
-    statuses: dict[str, int] = field(default_factory=dict)
-    moves: dict[tuple[str, str, int], int] = field(default_factory=dict)
-    hours: dict[tuple[datetime, str], int] = field(default_factory=dict)
-    # By slot and verdict: the latest minute of the slot, and its reports.
-    minutes: dict[tuple[int, str], tuple[datetime, int]] = field(default_factory=dict)
-    unrecognised: dict[str, Word] = field(default_factory=dict)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether they have so many words that they must be written now. The calendar limits all else."""
-        return len(self.unrecognised) >= WORDS_GATHERED_MAX
-
-    def add(self, events: Iterable[DecodedEvent]) -> None:
-        """Count events. Each event alone determines what it adds.
-
-        A slot of minutes has the count of its latest minute: the result does not depend on the order of the
-        events.
-        """
-        statuses, moves = self.statuses, self.moves
-        hours, minutes, unrecognised = self.hours, self.minutes, self.unrecognised
-        for _, event in events:
-            before, after = event.previous_status or NO_STATUS, event.status or NO_STATUS
-            if event.originator_version == 1:
-                statuses[after] = statuses.get(after, 0) + 1
-            elif before != after:
-                statuses[before] = statuses.get(before, 0) - 1
-                statuses[after] = statuses.get(after, 0) + 1
-            if event.verdict == "advanced" and event.previous_since is not None:
-                move = (before, after, to_bucket(event.reached_at - event.previous_since))
-                moves[move] = moves.get(move, 0) + 1
-            if event.rejudges is not None:
-                # It is not a report.
-                unrecognised.setdefault(event.reported_status, Word()).rejudged += 1
-                continue
-            minute = event.timestamp.astimezone(UTC).replace(second=0, microsecond=0)
-            hour = (minute.replace(minute=0), event.verdict)
-            hours[hour] = hours.get(hour, 0) + 1
-            slot = (to_slot(minute), event.verdict)
-            latest, reports = minutes.get(slot, (minute, 0))
-            if minute >= latest:
-                minutes[slot] = (minute, reports + 1 if minute == latest else 1)
-            if event.verdict == "unrecognised":
-                unrecognised.setdefault(event.reported_status, Word()).add_report(event.timestamp)
-
-    async def write(self, connection: Connection) -> None:
-        """Add the numbers to the counters, and begin again."""
-        await connection.execute(
-            ADD_TO_COUNTERS,
-            [{"status": status, "orders": orders} for status, orders in self.statuses.items()],
-            [
-                {"previous_status": before, "status": after, "bucket": bucket, "times": times}
-                for (before, after, bucket), times in self.moves.items()
-            ],
-            [
-                {"hour": hour, "verdict": verdict, "reports": reports}
-                for (hour, verdict), reports in self.hours.items()
-            ],
-            [{"reported_status": reported, **vars(word)} for reported, word in self.unrecognised.items()],
-            [
-                {"slot": slot, "verdict": verdict, "minute": minute, "reports": reports}
-                for (slot, verdict), (minute, reports) in self.minutes.items()
-            ],
-        )
-        for counts in (self.statuses, self.moves, self.hours, self.minutes, self.unrecognised):
-            counts.clear()
+def fold(events: Iterable[DecodedEvent], rows: Rows) -> None:
+    """Count events. Each event alone determines what it adds, so the result does not depend on their order."""
+    statuses, moves, hours = rows["statuses"], rows["moves"], rows["hours"]
+    minutes, words = rows["minutes"], rows["unrecognised"]
+    for _, event in events:
+        before, after = event.previous_status or NO_STATUS, event.status or NO_STATUS
+        if event.originator_version == 1:
+            _count(statuses, STATUS_COUNTERS, (after,), 1)
+        elif before != after:
+            _count(statuses, STATUS_COUNTERS, (before,), -1)
+            _count(statuses, STATUS_COUNTERS, (after,), 1)
+        verdict, received_at = event.verdict, event.timestamp
+        if verdict == "advanced" and event.previous_since is not None:
+            bucket = to_bucket(event.reached_at - event.previous_since)
+            _count(moves, MOVE_COUNTERS, (before, after, bucket), 1)
+        if event.rejudges is not None:
+            # It is not a report.
+            _word(words, event.reported_status)["rejudged"] += 1
+            continue
+        minute = received_at.astimezone(UTC).replace(second=0, microsecond=0)
+        _count(hours, HOUR_COUNTERS, (minute.replace(minute=0), verdict), 1)
+        _count_minute(minutes, minute, verdict)
+        if verdict == "unrecognised":
+            word = _word(words, event.reported_status)
+            word["reports"] += 1
+            word["last_received_at"] = max(word["last_received_at"] or received_at, received_at)
 
 
-async def apply(connection: Connection, events: Sequence[DecodedEvent]) -> None:
-    """Add the numbers of these events to the counters."""
-    additions = Additions()
-    additions.add(events)
-    await additions.write(connection)
+def _count(rows: dict[Any, Row], table: Table, key: tuple[object, ...], times: int) -> None:
+    """Add to the last column of a row, whose other columns are the key."""
+    row = rows.get(key)
+    if row is None:
+        row = rows[key] = dict(zip(table.names, (*key, 0), strict=True))
+    row[table.names[-1]] += times
+
+
+def _count_minute(rows: dict[Any, Row], minute: datetime, verdict: Verdict) -> None:
+    slot = to_slot(minute)
+    row = rows.get((slot, verdict))
+    if row is None or minute > row["minute"]:
+        rows[slot, verdict] = {"slot": slot, "verdict": verdict, "minute": minute, "reports": 1}
+    elif minute == row["minute"]:
+        row["reports"] += 1
+
+
+def _word(rows: dict[Any, Row], reported_status: str) -> Row:
+    row = rows.get(reported_status)
+    if row is None:
+        row = rows[reported_status] = WORD_COUNTERS.blank | {"reported_status": reported_status}
+    return row
 
 
 VIEW: Final = View(
     name="statistics",
     fold_version=4,
-    tables=("statuses", "moves", "hours", "minutes", "unrecognised"),
-    apply=apply,
+    tables=(STATUS_COUNTERS, MOVE_COUNTERS, HOUR_COUNTERS, MINUTE_COUNTERS, WORD_COUNTERS),
+    fold=fold,
     # No reader waits for a counter: large batches and a long pause leave more resources to webhooks.
     batch_events_max=2_000,
     idle_seconds=0.1,
-    gather=Additions,
 )
 
 POSITION: Final = "SELECT position FROM statistics.projection"

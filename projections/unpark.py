@@ -4,10 +4,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from projections import parked
-from projections.engine import LoggedEvent, OutdatedViewError, View, apply_batch, view_state
+from projections.engine import OutdatedViewError, apply_batch, view_state
 from projections.locks import TAKE_VIEW_LOCK
 from projections.parked import ParkedOrder
 from projections.postgres import Connection
+from projections.view import LoggedEvent, View
 
 # Returns one order's events above a version, the first ones if there are many; none at the order's end.
 ReadOrder = Callable[[str, int], Awaitable[Sequence[LoggedEvent]]]

@@ -37,17 +37,6 @@ class Span(NamedTuple):
     last: int
 
 
-# The end of a statement that computes ``seen``: the earliest and latest times in some blocks. It widens the
-# blocks of the view whose schema is the search path. Most reports widen no block, and must not lock its row.
-WIDEN_BLOCKS: Final = """
-    INSERT INTO blocks (block, earliest, latest)
-    SELECT seen.block, seen.earliest, seen.latest FROM seen LEFT JOIN blocks USING (block)
-    WHERE blocks.block IS NULL OR seen.earliest < blocks.earliest OR seen.latest > blocks.latest
-    ON CONFLICT (block) DO UPDATE SET
-        earliest = least(blocks.earliest, excluded.earliest),
-        latest = greatest(blocks.latest, excluded.latest)
-"""
-
 NARROW: Final = """
     SELECT min(block), max(block) FROM timeline.blocks
     WHERE block BETWEEN $1 AND $2

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
-from projections.engine import LEADER_SECONDS_MAX, Projector, View
+from projections.engine import LEADER_SECONDS_MAX, Projector
 from projections.observer import OBSERVE_SECONDS, Observer
+from projections.view import View
+from projections.views import VIEWS
 from service.api.freshness import read_age
 from service.background import BackgroundTasks, follow
 from service.database.connections import DedicatedConnection, as_unavailable
-from service.database.schema import VIEWS
 from service.event_log.feed import Feed
 from service.maintenance.replay import Rebuilder
 

@@ -15,7 +15,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 from domain.statuses import Status
 from projections import current_status, timeline
 from projections.current_status import CurrentOrder, FoundOrder
-from projections.engine import DecodedEvent, Projector
+from projections.engine import Projector
 from projections.order_list import (
     LAST_PLACE,
     ListedOrder,
@@ -27,6 +27,7 @@ from projections.order_list import (
 )
 from projections.parked import Parked
 from projections.timeline import TimelineEntry, TimelineHead, WholeTimeline
+from projections.view import DecodedEvent
 from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.api.resumption import place_after, refuse_another_event
@@ -440,7 +441,7 @@ class OrdersApi:
         if query.version is not None and query.as_of is not None:
             detail = "give either version or as_of, not both"
             raise ProblemError(ProblemType.BAD_PARAMETER, detail, parameter="as_of")
-        rows: dict[str, current_status.Row] = {}
+        rows = current_status.VIEW.new_rows()
         version = 0
         async with self._fold_turn(), self._pool.connection() as connection:
             while events := await store.read_stream(connection, order_no, version, HISTORY_EVENTS_MAX):
@@ -454,10 +455,11 @@ class OrdersApi:
             else:
                 if version == 0:
                     raise _missing_order(order_no, None)
-        if order_no not in rows or (query.version is not None and query.version != version):
+        order = rows[current_status.ORDERS.name].get(order_no)
+        if order is None or (query.version is not None and query.version != version):
             detail = f"{order_no} had no report at that version or time"
             raise ProblemError(ProblemType.NO_SUCH_VERSION, detail, order_no=order_no)
-        return current_status.to_order(rows[order_no])
+        return current_status.to_order(order)
 
 
 def _key(place: int | ListPlace) -> Callable[[ListedOrder], int | ListPlace]:

@@ -7,7 +7,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from domain.order import Order
-from projections.engine import FailedEvent
+from projections.view import FailedEvent
 from service.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, err, fail, show, show_table
 from service.database.connections import connect, connected
 from service.database.operations import record_operation, system_user

@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from projections.engine import View
+from projections.view import View
+from projections.views import VIEWS
 from service.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, out, show, tune_gc
 from service.database.connections import connect
-from service.database.schema import VIEWS
 from service.event_log.feed import Feed
 from service.features.settings import read_settings
 from service.maintenance.replay import rebuild_views, unpark_order_in_views

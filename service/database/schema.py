@@ -1,21 +1,19 @@
-"""schema.sql, split into the log's part and each view's section, and its migrations: applied to a database."""
+"""The log's part of schema.sql, its migrations, and the views' tables: applied to a database."""
 
 import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 import asyncpg
 
-from projections import current_status, statistics, timeline
-from projections.engine import View
 from projections.postgres import Connection
 from projections.rebuild import CREATE_SCHEMA
+from projections.views import LOG_SQL, VIEWS
 from service.database.catalog import first_difference, read_catalog
 from service.database.connections import (
     RECONNECT_PAUSE_SECONDS,
@@ -27,7 +25,6 @@ from service.database.log_identity import LOG_ID, MAKE_LOG_ID, MOVED_TO, moved
 from service.database.sequences import require_rising_numbers
 from service.errors import OperatorError
 
-SCHEMA_FILE: Final = Path(__file__).resolve().parents[2] / "schema.sql"
 MIGRATIONS_FOLDER: Final = Path(__file__).resolve().parent / "migrations"
 # How long a start waits for an unreachable database, such as one that starts at the same time.
 START_SECONDS_MAX: Final = 30.0
@@ -54,6 +51,8 @@ RECORD_VERSION: Final = """
     INSERT INTO public.schema_version (version, sha256) VALUES ($1, $2)
     ON CONFLICT (version) DO UPDATE SET sha256 = excluded.sha256
 """
+HAS_VIEW_NAMES: Final = "SELECT array_agg(view_name) @> $1 FROM public.view_names"
+ADD_VIEW_NAMES: Final = "INSERT INTO public.view_names SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
 SET_SEARCH_PATH: Final = "SELECT set_config('search_path', $1, true)"
 CLEAR_DEFINITION: Final = "UPDATE projection SET definition = ''"
 INSERT_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
@@ -104,19 +103,6 @@ class OldReplicaError(StorageUnavailableError):
     """A database that is only read has an older schema, which its primary may be about to replace."""
 
 
-def read_schema(text: str) -> tuple[str, tuple[View, ...]]:
-    """Return the log's part of schema.sql, and every view with its section."""
-    log_sql, _, views_sql = text.partition("-- in every view\n")
-    shared_tables, *sections = re.split(r"(?m)^-- view (\w+)\n", views_sql.partition("-- end of views")[0])
-    by_name = dict(zip(sections[::2], sections[1::2], strict=True))
-    views = []
-    for view in (current_status.VIEW, timeline.VIEW, statistics.VIEW):
-        tables, _, indexes = by_name[view.name].partition("-- indexes\n")
-        views.append(replace(view, tables_sql=shared_tables + tables, indexes_sql=indexes))
-    return log_sql, tuple(views)
-
-
-LOG_SQL, VIEWS = read_schema(SCHEMA_FILE.read_text(encoding="utf-8"))
 # The statements that create the roles come first, and can be repeated.
 ROLES_SQL: Final = LOG_SQL.partition("CREATE TABLE")[0]
 
@@ -221,6 +207,7 @@ async def apply_schema(connection: Connection, migrations: Sequence[Migration] =
                 await connection.execute(MAKE_LOG_ID)
             else:
                 await _migrate(connection, migrations)
+            await _register_views(connection)
         except asyncpg.LockNotAvailableError as error:
             detail = "another session, such as pg_dump or psql, holds a lock that a migration needs"
             raise StorageUnavailableError(detail) from error
@@ -260,6 +247,16 @@ async def _migrate(connection: Connection, migrations: Sequence[Migration]) -> N
             raise SchemaError("the log has no id, as after a restore: run 'migrate' to make one")
         await connection.execute(MAKE_LOG_ID)
         await connection.execute(ACT_AS, "none")
+
+
+async def _register_views(connection: Connection) -> None:
+    """Let the service create the schemas of all views, also of those that this release adds."""
+    names = [view.name for view in VIEWS]
+    if await connection.fetchval(HAS_VIEW_NAMES, names):
+        return
+    await act_as_owner(connection)
+    await connection.execute(ADD_VIEW_NAMES, names)
+    await connection.execute(ACT_AS, "none")
 
 
 async def _record(connection: Connection, migrations: Sequence[Migration]) -> None:

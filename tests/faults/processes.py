@@ -10,7 +10,7 @@ from functools import partial
 from typing import Final
 
 from projections.locks import HOLD_VIEW_LOCK
-from service.database.schema import VIEWS
+from projections.views import VIEWS
 from tests.faults.fault import expect_status, find_backend
 from tests.faults.resources import children
 from tests.faults.world import World, in_thread

@@ -9,13 +9,13 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
+from projections.views import LOG_SQL, VIEWS
 from service.api.events import EventsQuery
 from service.api.freshness import AGE_HEADER, POSITION_HEADER
 from service.api.orders import OrdersQuery
 from service.app import Service
 from service.cli.main import COMMANDS
 from service.database.api_keys import SCOPES
-from service.database.schema import LOG_SQL, VIEWS
 from service.event_log.codec import StatusReported
 from service.features import SWITCHED, load_all
 from service.features.proofs.api import VERIFY_PY, ProofQuery

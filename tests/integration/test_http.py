@@ -11,7 +11,7 @@ import pytest
 from domain.statuses import STATUSES
 from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres import Connection
-from service.database.schema import VIEWS
+from projections.views import VIEWS
 from service.http.connections import Limits
 from service.version import build_info
 from tests.support.client import Client, serving_client

@@ -12,9 +12,9 @@ from structlog.testing import capture_logs
 from projections.engine import OutdatedViewError
 from projections.locks import TRY_LEAD
 from projections.postgres import Connection
+from projections.views import VIEWS
 from service.app import Service
 from service.database.connections import connected
-from service.database.schema import VIEWS
 from service.features.settings import Settings
 from tests.support.databases import wait_for_locked
 from tests.support.processes import running_service

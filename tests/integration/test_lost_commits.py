@@ -13,9 +13,9 @@ from structlog.testing import capture_logs
 
 from projections import current_status
 from projections.postgres import Connection
+from projections.views import VIEWS
 from service.app import Service
 from service.database.connections import StorageUnavailableError, connect
-from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.feed import Feed
 from service.event_log.store import LogWentBackError

@@ -8,10 +8,11 @@ import asyncpg
 import pytest
 
 from projections.postgres import Connection
+from projections.views import VIEWS
 from service.database.connections import UnsupportedServerError, connect, connected
 from service.database.embedded_postgres import EmbeddedPostgres
 from service.database.log_identity import read_log_id
-from service.database.schema import SERVICE_ROLE, VIEWS, SchemaError, as_role, prepare_database, service_dsn
+from service.database.schema import SERVICE_ROLE, SchemaError, as_role, prepare_database, service_dsn
 from service.event_log import store
 from service.maintenance.move import NOT_COPIED, TABLES, Moved, MoveError, move_log
 from tests.support.databases import TestServer

@@ -68,7 +68,7 @@ HOT: Final = {
     "last events": Statement(store.LAST_EVENTS, 2),
     "the fate of an append": Statement(store.EVENTS_AT, 2),
     "the log after a position": Statement(store.LOG, 3),
-    "add to orders": Statement(current_status.ADD_TO_ORDERS, 1, current_status.VIEW.name),
+    "add to orders": Statement(current_status.VIEW.write_sql, 2, current_status.VIEW.name),
     "orders by number": Statement(current_status.ORDERS_BY_NUMBER, 1),
     "timelines by number": Statement(timeline.FIRST_ROWS, 2),
     "look at a view": Statement(

@@ -22,9 +22,9 @@ from projections.engine import BATCH_ATTEMPTS_MAX, OutdatedViewError
 from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres import Connection
 from projections.rebuild import RebuildRunningError
+from projections.views import VIEWS
 from service.app import Service
 from service.database.connections import DedicatedConnection, LimitedConnection, connect
-from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.codec import MAPPER, decode_event
 from service.event_log.feed import Feed
@@ -158,10 +158,10 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
         for order_no in {f"{prefix}/{order}" for order, *_ in reports}:
             stream = await store.read_stream(connection, order_no, 0, 1_000)
             events = [(entry.position, decode_event(*entry[1:5])) for entry in stream]
-            folded: dict[str, current_status.Row] = {}
+            folded = current_status.VIEW.new_rows()
             current_status.fold(events, folded)
             ((live, _),) = await current_status.find_orders(connection, [order_no])
-            assert live == current_status.to_order(folded[order_no])
+            assert live == current_status.to_order(folded["orders"][order_no])
 
     async def rejudge_all() -> None:
         """Judge every report with the unknown word again, by another process."""
@@ -211,7 +211,7 @@ async def test_nothing_is_copied_under_a_view_lock(service: Service, monkeypatch
         raise AssertionError("a live batch is copied")
 
     monkeypatch.setattr(LimitedConnection, "copy_records_to_table", refuse)
-    await record(service, *(report(f"KOM{number}") for number in range(2 * timeline.LIVE_EVENTS_MAX)))
+    await record(service, *(report(f"KOM{number}") for number in range(2 * timeline.VIEW.batch_events_max)))
 
 
 async def test_two_processes_project_each_event_once(dsn: str, connection: Connection) -> None:

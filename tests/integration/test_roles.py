@@ -10,15 +10,9 @@ import pytest
 
 from domain.order import Order
 from projections.postgres import Connection
+from projections.views import VIEWS
 from service.database.connections import DedicatedConnection, connect
-from service.database.schema import (
-    OWNER_ROLE,
-    SERVICE_ROLE,
-    VIEWS,
-    as_role,
-    prepare_database,
-    service_dsn,
-)
+from service.database.schema import OWNER_ROLE, SERVICE_ROLE, as_role, prepare_database, service_dsn
 from service.event_log import store
 from service.event_log.feed import Feed
 from service.features.settings import Settings

@@ -12,8 +12,9 @@ import pytest
 
 from projections import current_status
 from projections.engine import Projector
+from projections.views import VIEWS
 from service.database.connections import HOT_SETTINGS, DedicatedConnection, connect
-from service.database.schema import SERVICE_ROLE, VIEWS, as_role
+from service.database.schema import SERVICE_ROLE, as_role
 from service.event_log.feed import Feed
 from service.ingest.recorder import Recorder
 from tests.support.databases import TestServer

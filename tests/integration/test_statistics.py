@@ -15,14 +15,13 @@ from projections.engine import SELECT_VIEW
 from projections.postgres import Connection
 from projections.statistics import (
     MINUTES_KEPT,
-    WORDS_GATHERED_MAX,
-    apply,
+    WORDS_MAX,
     read_minutes,
     read_statistics,
     read_unrecognised,
 )
+from projections.views import VIEWS
 from service.app import Service
-from service.database.schema import VIEWS
 from service.event_log import store
 from service.features.settings import Settings
 from tests.support.client import serving_client
@@ -32,7 +31,7 @@ from tests.support.reports import NOW, report
 RECOGNISE = STANDARD_VOCABULARY.recognise
 (VIEW,) = (view for view in VIEWS if view.name == "statistics")
 MINUTE = timedelta(minutes=1)
-BEYOND = WORDS_GATHERED_MAX + 1
+BEYOND = WORDS_MAX + 1
 LAP = MINUTES_KEPT * MINUTE
 
 
@@ -78,9 +77,9 @@ async def test_a_burst_hides_no_minute(connection: Connection) -> None:
     before, burst = (decide(NEW_ORDER, arriving("A", age)) for age in (59 * MINUTE, timedelta()))
     async with connection.transaction():
         await connection.execute(SELECT_VIEW, VIEW.name)
-        await apply(connection, [(1, before)])
+        await VIEW.apply(connection, [(1, before)])
         for first in range(0, 30_000, 2_000):
-            await apply(connection, [(first + number, burst) for number in range(2_000)])
+            await VIEW.apply(connection, [(first + number, burst) for number in range(2_000)])
     minutes = await read_minutes(connection, NOW - 59 * MINUTE)
     assert sorted(minutes) == [(NOW - 59 * MINUTE, "advanced", 1), (NOW, "advanced", 30_000)]
     assert await connection.fetchval("SELECT count(*) FROM statistics.minutes") == 2
@@ -122,7 +121,7 @@ async def test_a_day_of_23_hours_ends_at_its_midnight(connection: Connection) ->
         times = [
             datetime(2026, 3, day, hour, tzinfo=UTC) for day, hour in ((28, 22), (28, 23), (29, 21), (29, 22))
         ]
-        await apply(
+        await VIEW.apply(
             connection,
             [(n, decide(NEW_ORDER, report(f"KOM{n}", received_at=time))) for n, time in enumerate(times)],
         )
@@ -154,7 +153,7 @@ async def test_a_word_that_cannot_be_counted_parks_its_order_alone(dsn: str, con
     with capture_logs() as logs:
         assert await rebuilt(dsn, views=[VIEW]) == [("statistics", 1, 0)]
     assert [log["event"] for log in logs] == [
-        "an event cannot be added to a sum: the rebuild begins again",
+        "an event cannot be added to a view: the rebuild begins again",
         "order parked",
     ]
     parked = await connection.fetch("SELECT order_no, reason FROM statistics.parked_orders")
@@ -165,7 +164,7 @@ async def test_a_word_that_cannot_be_counted_parks_its_order_alone(dsn: str, con
 
 
 async def test_a_rebuild_counts_more_words_than_it_sums_up(dsn: str, connection: Connection) -> None:
-    """A rebuild writes its sums each time that they have WORDS_GATHERED_MAX words, and counts all of them."""
+    """A rebuild writes its sums each time that they have WORDS_MAX words, and counts all of them."""
     events = [decide(NEW_ORDER, report(f"KOM{number}", f"word {number}")) for number in range(BEYOND)]
     repeats = [decide(NEW_ORDER, report(f"MOK{number}", f"word {number}")) for number in range(BEYOND)]
     for batch in (events, repeats):

@@ -332,9 +332,9 @@ async def check_views(log: Sequence[Logged], connections: Connections, violation
 
 def _fold(log: Sequence[Logged]) -> dict[str, Any]:
     """Return every order as the API must show it, by its number."""
-    rows: dict[str, current_status.Row] = {}
+    rows = current_status.VIEW.new_rows()
     current_status.fold(log, rows)
-    orders = [to_order(row) for row in rows.values()]
+    orders = [to_order(row) for row in rows["orders"].values()]
     return {order["order_no"]: order for order in orjson.loads(orjson.dumps(orders, option=JSON_OPTIONS))}
 
 

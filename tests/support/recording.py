@@ -10,9 +10,9 @@ from domain.order import Order, Report
 from projections.locks import TRY_REBUILD_LOCK
 from projections.postgres import Connection
 from projections.rebuild import RebuiltView
+from projections.views import VIEWS
 from service.app import Service
 from service.database.connections import DedicatedConnection, connect
-from service.database.schema import VIEWS
 from service.event_log import store
 from service.event_log.codec import decode_event
 from service.event_log.feed import Feed

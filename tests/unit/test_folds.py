@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from domain.order import NEW_ORDER, EarlierReport, Order, decide, evolve
 from domain.statuses import ALIASES, SETTLED, Vocabulary, status_label
 from projections import current_status, timeline
-from projections.engine import DecodedEvent, FailedEvent, LoggedEvent
 from projections.postgres import Connection
+from projections.view import DecodedEvent, FailedEvent, LoggedEvent
 from service.database.connections import DedicatedConnection
 from service.event_log.codec import MAPPER
 from service.event_log.feed import MEMORY_CHARACTERS_MAX, MEMORY_EVENTS_MAX, Feed, decode_logged
@@ -87,9 +87,9 @@ def pages_of(data: st.DataObject, events: list[DecodedEvent]) -> list[list[Decod
 @given(logs(), st.data())
 def test_current_status_is_the_same_page_by_page(log: list[DecodedEvent], data: st.DataObject) -> None:
     """A fold of the whole log and a fold in slices return the same rows and airway bills."""
-    rows: dict[str, current_status.Row] = {}
+    rows = current_status.VIEW.new_rows()
     current_status.fold(log, rows)
-    paged_rows: dict[str, current_status.Row] = {}
+    paged_rows = current_status.VIEW.new_rows()
     for page in pages_of(data, log):
         current_status.fold(page, paged_rows)
     assert paged_rows == rows
@@ -99,14 +99,14 @@ def test_current_status_is_the_same_page_by_page(log: list[DecodedEvent], data: 
 @given(logs())
 def test_current_status_sums_up_each_order(log: list[DecodedEvent]) -> None:
     """Each column of a row equals a value computed separately from the order's events."""
-    rows: dict[str, current_status.Row] = {}
+    rows = current_status.VIEW.new_rows()
     current_status.fold(log, rows)
-    assert set(rows) == {event.originator_id for _, event in log}
-    for order_no, folded in rows.items():
+    assert set(rows["orders"]) == {event.originator_id for _, event in log}
+    for order_no, folded in rows["orders"].items():
         row = current_status.to_order(folded)
         mine = [(position, event) for position, event in log if event.originator_id == order_no]
         reported = [event.reported_cnote for _, event in mine if event.reported_cnote is not None]
-        assert folded["cnotes"] == list(dict.fromkeys(reported))
+        assert {cnote for cnote, reported_of in rows["order_cnotes"] if reported_of == order_no} == {*reported}
         (first_position, first), (position, last) = mine[0], mine[-1]
         brought = next((event for _, event in mine if event.originator_version == last.status_version), None)
         reports = [event for _, event in mine if event.rejudges is None]
@@ -144,10 +144,12 @@ def test_current_status_of_a_journey() -> None:
     bill.
     """
     events = history(says("Packed", CNOTE), "Sent", "Sent", "Created", says("Return", CNOTE_OF_THE_RETURN), "?")
-    rows: dict[str, current_status.Row] = {}
+    rows = current_status.VIEW.new_rows()
     current_status.fold([(10 + i, event) for i, event in enumerate(events)], rows)
-    (row,) = rows.values()
-    assert row.pop("cnotes") == [CNOTE, CNOTE_OF_THE_RETURN]
+    (row,) = rows["orders"].values()
+    assert [*rows["order_cnotes"].values()] == [
+        {"cnote": cnote, "order_no": SENT.order_no} for cnote in (CNOTE, CNOTE_OF_THE_RETURN)
+    ]
     assert list(row.values()) == [
         *(SENT.order_no, 6, 15, 10, "returning", "Return", RECEIVED_AT + 4 * MINUTE, CNOTE_OF_THE_RETURN),
         *(RECEIVED_AT, RECEIVED_AT + 5 * MINUTE, None, None, RECEIVED_AT + MINUTE, None, 0, 3, 1, 1, 0, 1, 0),
@@ -162,9 +164,9 @@ def test_milestones_are_the_first_times_and_attempts_are_counted() -> None:
         *("Diajukan", "Dikirim", "Dijemput", "Diantar", "Diantar", "Bermasalah", "Dikirim", "Diantar"),
         *("Diterima", "Retur", "Hilang", "Dikirim", "Diterima"),
     )
-    rows: dict[str, current_status.Row] = {}
+    rows = current_status.VIEW.new_rows()
     current_status.fold(enumerate(events, 1), rows)
-    order = current_status.to_order(rows[SENT.order_no])
+    order = current_status.to_order(rows["orders"][SENT.order_no])
     assert order["counts"]["advanced"] == 11
     assert order["submitted_at"] == RECEIVED_AT
     assert order["picked_up_at"] is None
@@ -180,17 +182,21 @@ def test_milestones_are_the_first_times_and_attempts_are_counted() -> None:
 @given(logs(), st.data())
 def test_timeline_has_a_row_for_each_event(log: list[DecodedEvent], data: st.DataObject) -> None:
     """Each event has one row, in the log's order, and each column equals the event's field of the same name."""
-    rows = timeline.fold(log)
-    assert [row for page in pages_of(data, log) for row in timeline.fold(page)] == rows
+    rows = timeline.VIEW.new_rows()
+    timeline.fold(log, rows)
+    paged_rows = timeline.VIEW.new_rows()
+    for page in pages_of(data, log):
+        timeline.fold(page, paged_rows)
+    assert paged_rows == rows
     renamed = {"order_no": "originator_id", "version": "originator_version", "received_at": "timestamp"}
-    for row, (position, event) in zip(rows, log, strict=True):
+    for row, (position, event) in zip(rows["entries"].values(), log, strict=True):
         computed = {
             "position": position,
             "kind": timeline.KINDS[event.verdict, event.previous_status, event.recognised],
         }
-        assert dict(zip(timeline.COLUMNS, row, strict=True)) == {
+        assert row == {
             column: computed.get(column, getattr(event, renamed.get(column, column), None))
-            for column in timeline.COLUMNS
+            for column in timeline.ENTRIES.names
         }
 
 

@@ -21,7 +21,7 @@ import structlog
 from yarl import URL
 
 from domain.order import Order
-from projections.engine import FailedEvent
+from projections.view import FailedEvent
 from service.background import wait_for_event
 from service.features.subscriptions.held_orders import HELD_ORDERS_MAX
 from service.features.subscriptions.log_reader import LogReader, PlaceLostError, place_of

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from domain.order import Order
-from projections.engine import LoggedEvent
 from projections.postgres import Connection
+from projections.view import LoggedEvent
 from service.database.connections import DedicatedConnection
 from service.event_log import store
 from service.event_log.feed import Feed, decode_logged
