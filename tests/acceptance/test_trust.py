@@ -118,7 +118,7 @@ def test_a_trap_in_a_view_does_not_run(
 ) -> None:
     """No index's expression, trigger or policy of a view's table runs with the operator's rights."""
     for view in VIEWS:
-        for table in ("projection", "parked_orders", *view.tables):
+        for table in ("projection", "parked_orders", *(table.name for table in view.tables)):
             attacker.execute(TRAPS.format(schema=view.name, table=f"{view.name}.{table}").encode())
     if command[0] == "move":
         # It refuses a database that another session uses.

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import date, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,7 +14,8 @@ from domain.order import NEW_ORDER, EarlierReport, Order, decide, evolve
 from domain.statuses import ALIASES, SETTLED, Vocabulary, status_label
 from projections import current_status, timeline
 from projections.postgres import Connection
-from projections.view import DecodedEvent, FailedEvent, LoggedEvent
+from projections.view import DecodedEvent, FailedEvent, LoggedEvent, View
+from projections.views import VIEWS
 from service.database.connections import DedicatedConnection
 from service.event_log.codec import MAPPER
 from service.event_log.feed import MEMORY_CHARACTERS_MAX, MEMORY_EVENTS_MAX, Feed, decode_logged
@@ -78,6 +79,36 @@ def pages_of(data: st.DataObject, events: list[DecodedEvent]) -> list[list[Decod
     """Cut a list of events into consecutive slices at random places."""
     cuts = sorted(data.draw(st.lists(st.integers(0, len(events)), max_size=5)))
     return [events[start:end] for start, end in zip([0, *cuts], [*cuts, len(events)], strict=True)]
+
+
+# Every view
+
+# The type in Python of a column's values, by its type in PostgreSQL.
+PYTHON_TYPES: dict[str, type | tuple[type, ...]] = {
+    "text": str,
+    "text[]": (list, tuple),
+    "smallint": int,
+    "integer": int,
+    "bigint": int,
+    "timestamptz": datetime,
+    "date": date,
+}
+
+
+@pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.name)
+@MANY
+@given(logs())
+def test_a_fold_fills_the_columns_of_its_tables(view: View, log: list[DecodedEvent]) -> None:
+    """Each row has exactly its table's columns in their order, with values of their types, and its own key."""
+    rows = view.new_rows()
+    view.fold(log, rows)
+    for table in view.tables:
+        for row in rows[table.name].values():
+            assert tuple(row) == table.names
+            for name, type_, _ in table.columns:
+                assert row[name] is None or isinstance(row[name], PYTHON_TYPES[type_]), name
+        keys = [tuple(row[name] for name in table.key) for row in rows[table.name].values()]
+        assert not table.key or len(keys) == len(set(keys))
 
 
 # The present status of every order

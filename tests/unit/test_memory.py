@@ -24,7 +24,6 @@ FENCES: Final = {
         "position": "each step reads it again, POLL_SECONDS apart at most, and moves it back with the view",
         "_moved _readers": OWN,
     },
-    "Word": {"last_received_at reports": "of one batch"},
     "Observer": {"is_outdated _age_seconds _observed_at": OWN},
     # service/event_log
     "Feed": {
