@@ -20,6 +20,7 @@ from tests.faults.processes import (
     stand_still,
     stop_immediately,
     terminate_service,
+    upgrade_slowly,
 )
 from tests.faults.proxy import Cut
 from tests.faults.replication import (
@@ -199,4 +200,10 @@ FAULTS: Final = (
     Fault("maintenance", "VACUUM, REINDEX, pg_dump, erase and replay at once", OWN, maintain),
     *DELIVERIES,
     Fault("two-services", "two services killed in turn", Layout(given_postgres=True, services=2), kill_in_turn),
+    Fault(
+        "two-releases",
+        "two releases with different features, killed and suspended",
+        replace(WITNESSED, services=2),
+        upgrade_slowly,
+    ),
 )

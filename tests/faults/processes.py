@@ -11,10 +11,15 @@ from typing import Final
 
 from projections.locks import HOLD_VIEW_LOCK
 from projections.views import VIEWS
+from tests.faults import mutants
 from tests.faults.fault import expect_status, find_backend
 from tests.faults.resources import children
 from tests.faults.world import World, in_thread
 from tests.support.connections import OK, UNAVAILABLE
+
+# Longer than another process waits before it stands in for the leader of a view.
+SUSPENDED_SECONDS: Final = 2.5
+SUSPENDED_SHARE: Final = 0.3
 
 
 async def kill_service(world: World) -> int:
@@ -130,6 +135,39 @@ async def kill_in_turn(world: World) -> int:
         await world.load.recovered()
         await world.start_service(number % 2)
     return 2 * world.effort.times
+
+
+async def upgrade_slowly(world: World) -> int:
+    """Kill, end or suspend one of two releases with different features, at random; then upgrade both.
+
+    Each start of a release rebuilds the timeline, and leaves the other release without it.
+    """
+    other = world.services[1]
+    command, settings = other.command, other.settings
+    await in_thread(other.terminate)
+    other.command = mutants.command(mutants.fold_otherwise)
+    other.settings = settings | {"FEATURES": "none"}
+    await world.start_service(1)
+    times = 6 * world.effort.times
+    for _ in range(times):
+        await world.pause(0.5, 2.0)
+        number = world.chance.randrange(2)
+        service = world.services[number]
+        if world.chance.random() < SUSPENDED_SHARE:
+            service.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(SUSPENDED_SECONDS)
+            service.process.send_signal(signal.SIGCONT)
+        else:
+            await in_thread(world.chance.choice((service.kill, service.terminate)))
+            await world.start_service(number)
+        await world.load.recovered()
+    await in_thread(other.terminate)
+    other.command, other.settings = command, settings
+    await world.start_service(1)
+    # It must also give the view back, whose release started first.
+    await in_thread(world.service.terminate)
+    await world.start_service()
+    return times
 
 
 # The signal that `pg_ctl stop -m immediate` sends.
