@@ -434,13 +434,27 @@ CREATE TABLE erasures (
 -- The retention looks up whether an order's reports were erased.
 CREATE INDEX erasures_order_no_idx ON erasures (order_no, erased_at);
 
+-- Empties what endpoints said of an order: they may have repeated its events.
+CREATE FUNCTION erase_echoes(erased_order_no text) RETURNS void LANGUAGE sql
+    SET search_path = pg_catalog, public, pg_temp AS $$
+    UPDATE held_orders SET last_error = NULL WHERE order_no = erased_order_no AND last_error IS NOT NULL;
+    UPDATE subscriptions SET responses = (
+        SELECT json_agg(
+            CASE WHEN response ->> 'order_no' = erased_order_no
+                 THEN (response::jsonb || '{"error": null}')::json ELSE response END ORDER BY number)
+        FROM json_array_elements(responses) WITH ORDINALITY AS saved (response, number))
+    WHERE EXISTS (
+        SELECT FROM json_array_elements(responses) AS response
+        WHERE response ->> 'order_no' = erased_order_no AND response ->> 'error' IS NOT NULL);
+$$;
+REVOKE EXECUTE ON FUNCTION erase_echoes(text) FROM PUBLIC;
+
 -- Runs with the rights of its caller, who must be a member of the log's owner. It locks one order's events and no table.
 CREATE PROCEDURE erase_order(erased_order_no text, erasure_reason text, last_version bigint DEFAULT NULL)
     LANGUAGE plpgsql SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
     events bigint;
     entries bigint;
-    event_position bigint;
 BEGIN
     -- Erasures take turns, so that their ids rise in the order of their commits.
     PERFORM pg_advisory_xact_lock(hashtextextended('order_tracking erasure', 0));
@@ -459,15 +473,19 @@ BEGIN
     ) AS salted ON true
     WHERE event.originator_id = erased_order_no AND event.originator_version <= last_version
     ON CONFLICT DO NOTHING;
-    FOR event_position IN
-        SELECT notification_id FROM order_events
+    -- A tile of salts is rewritten once.
+    UPDATE history_salts AS kept
+    SET salts = (
+        SELECT string_agg(
+            CASE WHEN kept.tile * 256 + at = ANY (touched.positions) THEN decode(repeat('00', 16), 'hex')
+                 ELSE substr(kept.salts, at * 16 + 1, 16) END, ''::bytea ORDER BY at)
+        FROM generate_series(0, length(kept.salts) / 16 - 1) AS at)
+    FROM (
+        SELECT notification_id / 256 AS tile, array_agg(notification_id) AS positions FROM order_events
         WHERE originator_id = erased_order_no AND originator_version <= last_version
-    LOOP
-        UPDATE history_salts
-        SET salts = overlay(salts PLACING decode(repeat('00', 16), 'hex')
-            FROM (event_position % 256)::integer * 16 + 1 FOR 16)
-        WHERE tile = event_position / 256 AND length(salts) > event_position % 256 * 16;
-    END LOOP;
+        GROUP BY notification_id / 256
+    ) AS touched
+    WHERE kept.tile = touched.tile;
     UPDATE order_events SET state = erased(state)
     WHERE originator_id = erased_order_no AND originator_version <= last_version;
     GET DIAGNOSTICS events = ROW_COUNT;
@@ -483,6 +501,7 @@ BEGIN
     FROM order_events AS event
     WHERE keys.order_no = erased_order_no AND keys.version <= last_version
       AND event.originator_id = keys.order_no AND event.originator_version = keys.version;
+    PERFORM erase_echoes(erased_order_no);
     INSERT INTO erasures (order_no, reason, events, entries, version)
     VALUES (erased_order_no, erasure_reason, events, entries, last_version);
 END $$;
@@ -532,9 +551,11 @@ END $$;
 
 -- in every view
 
--- The position that the view has reached, and the hash of the definition that made it.
+-- The position that the view has reached, the last erasure that it has applied, and the hash of the definition that made
+-- it.
 CREATE TABLE projection (
     position    bigint NOT NULL,
+    erasure_id  bigint NOT NULL DEFAULT 0,
     definition  text   NOT NULL,
     one_row     boolean NOT NULL DEFAULT true PRIMARY KEY CHECK (one_row)
 );
@@ -630,6 +651,14 @@ CREATE TABLE blocks (
     latest    timestamptz NOT NULL
 );
 
+-- Status strings outside the vocabulary.
+CREATE TABLE unrecognised (
+    reported_status   text        NOT NULL COLLATE "C" PRIMARY KEY,
+    reports           bigint      NOT NULL,
+    rejudged          bigint      NOT NULL,        -- how many of these reports were judged again
+    last_received_at  timestamptz                  -- null if an erasure has emptied the word in all reports
+);
+
 -- indexes
 CREATE UNIQUE INDEX entries_position_idx ON entries (position);
 -- The contradictions, which are few.
@@ -673,14 +702,6 @@ CREATE TABLE minutes (
     minute   timestamptz NOT NULL,
     reports  bigint      NOT NULL,
     PRIMARY KEY (slot, verdict)
-);
-
--- Status strings outside the vocabulary.
-CREATE TABLE unrecognised (
-    reported_status   text        NOT NULL COLLATE "C" PRIMARY KEY,
-    reports           bigint      NOT NULL,
-    rejudged          bigint      NOT NULL,        -- how many of these reports were judged again
-    last_received_at  timestamptz                  -- null if an erasure has emptied the word in all reports
 );
 
 -- end of views

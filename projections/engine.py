@@ -5,14 +5,16 @@ No event can stop it: an order whose event cannot be applied is parked, and the 
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Final, NamedTuple, TypeAlias, cast
+from time import monotonic
+from typing import Final, NamedTuple, Protocol, TypeAlias, cast
 
 import structlog
 
 from domain.order import Order
 from projections import parked
+from projections.erasure import BATCH_ERASURES_MAX, last_versions, read_erasures
 from projections.locks import BEGIN_WITH_VIEW_LOCK, GIVE_UP_LEAD, TRY_LEAD
 from projections.position import AwaitedPosition
 from projections.postgres import Connection, is_event_at_fault
@@ -33,10 +35,25 @@ LEADER_SECONDS_MAX: Final = 2.0
 logger = structlog.get_logger()
 
 
-# Called with a position and a limit. Returns the next events above the position in log order, up to the limit.
-ReadLog: TypeAlias = Callable[[int, int], Awaitable[Sequence[LoggedEvent]]]
-# Returns the highest position of the log.
-ReadHead: TypeAlias = Callable[[], Awaitable[int]]
+class Log(Protocol):
+    """The log, as a view follows it."""
+
+    async def hear(self, erasure_id: int, at: float) -> None:
+        """Let out no event from memory as it was before an erasure.
+
+        Args:
+            erasure_id: the id of the newest erasure, 0 if there is none.
+            at: when it was the newest one, or earlier (monotonic clock).
+        """
+        ...
+
+    async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
+        """Return the events above a position, at most ``limit``, in the order of the log."""
+        ...
+
+    async def head(self) -> int:
+        """Return the highest position."""
+        ...
 
 
 class OutdatedViewError(Exception):
@@ -48,16 +65,31 @@ class OtherLogError(ConnectionError):
 
 
 class ViewState(NamedTuple):
-    """A view's position, the hash of its definition, and whether any order is parked in it."""
+    """A view's state, and the newest erasure at the same moment.
+
+    Attributes:
+        position: the position that it has reached.
+        definition: the hash of its definition.
+        has_parked: whether any order is parked in it.
+        erasure_id: the last erasure that it has applied, 0 if there is none.
+        newest_erasure_id: the newest erasure, 0 if there is none.
+    """
 
     position: int
     definition: str
     has_parked: bool
+    erasure_id: int
+    newest_erasure_id: int
 
 
 # Makes unqualified names refer to a view's tables until the end of the transaction.
 SELECT_VIEW: Final = "SELECT set_config('search_path', $1, true)"
-VIEW_STATE: Final = "SELECT position, definition, EXISTS (SELECT FROM parked_orders) FROM projection"
+VIEW_STATE: Final = """
+    SELECT position, definition, EXISTS (SELECT FROM parked_orders), erasure_id,
+        (SELECT coalesce(max(erasure_id), 0) FROM public.erasures)
+    FROM projection
+"""
+SAVE_ERASURE: Final = "UPDATE projection SET erasure_id = $1"
 # Whether this session leads the view from now on. A process of another release must not lead it.
 LOOK: Final = """
     SELECT position, definition, CASE definition WHEN $1 THEN {try_lead} ELSE false END FROM projection
@@ -138,6 +170,24 @@ async def advance(connection: Connection, old: int, last: LoggedEvent) -> None:
         raise OtherLogError(f"the server of the view does not have the log's event at position {position}")
 
 
+async def apply_erasures(connection: Connection, view: View, state: ViewState) -> bool:
+    """Apply the next erasures that a view lacks, in the transaction that holds its lock.
+
+    The view need not have the erased events yet: the log gives them away without what was erased.
+
+    Returns:
+        Whether there may be more.
+    """
+    if state.erasure_id >= state.newest_erasure_id:
+        return False
+    erasures = await read_erasures(connection, state.erasure_id)
+    if erasures:
+        if view.erase is not None:
+            await view.erase(connection, last_versions(erasures))
+        await connection.execute(SAVE_ERASURE, erasures[-1].erasure_id)
+    return len(erasures) == BATCH_ERASURES_MAX
+
+
 async def prepare(connection: Connection, view: View) -> None:
     """Let the server parse the statements that run under the view's lock.
 
@@ -146,6 +196,8 @@ async def prepare(connection: Connection, view: View) -> None:
     """
     await view_state(connection)
     await view.apply(connection, ())
+    if view.erase is not None:
+        await view.erase(connection, {})
     # No event is at position 0.
     await connection.execute(ADVANCE, 0, 0, "", 0, "")
 
@@ -238,15 +290,14 @@ class Projector:
     Args:
         view: the view.
         transaction: begins a transaction on a connection whose search path is the view's schema.
-        read_log: returns the events above a position.
-        read_head: returns the highest position of the log.
+        log: the log.
 
     Attributes:
         wake: set when the log has grown.
         reach: the view's position.
     """
 
-    def __init__(self, view: View, transaction: Transaction, read_log: ReadLog, read_head: ReadHead) -> None:
+    def __init__(self, view: View, transaction: Transaction, log: Log) -> None:
         self.view = view
         self.is_outdated = True  # until the first check
         self.wake = asyncio.Event()
@@ -258,12 +309,12 @@ class Projector:
         self._behind_since: float | None = None
         self._look_at = 0.0
         self._transaction = transaction
-        self._read_log = read_log
-        self.read_head = read_head
+        self._log = log
+        self.read_head = log.head
         self._failures = 0
 
     async def step(self) -> int:
-        """Apply the next batch of events, and return their number; 0 if another process leads.
+        """Apply the next erasures and events, and return the number of events; 0 if another process leads.
 
         Raises:
             OutdatedViewError: the view was built with another definition, so this code must not write to it, or
@@ -346,12 +397,15 @@ class Projector:
             await connection.execute(GIVE_UP_LEAD)
 
     async def _apply_next_batch(self) -> int:
+        began = monotonic()
         async with self._transaction(self._begin) as connection:
             state = await view_state(connection)
             if state.definition != self.view.definition:
                 raise OutdatedViewError(f"the view {self.view.name} was built with another definition")
             position = state.position
-            batch = await self._read_log(position, self.view.batch_events_max)
+            has_more_erasures = await apply_erasures(connection, self.view, state)
+            await self._log.hear(state.newest_erasure_id, began)
+            batch = await self._log.read_log(position, self.view.batch_events_max)
             if batch:
                 position, _ = batch[-1]
                 one_by_one = self._failures >= BATCH_ATTEMPTS_MAX
@@ -362,7 +416,7 @@ class Projector:
             elif position > await log_head(connection):
                 raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
         self.reach.move(position)
-        return len(batch)
+        return len(batch) or has_more_erasures
 
     def forget(self) -> None:
         """Wait for the next step before a position is believed again, because commits may have been lost.

@@ -19,6 +19,9 @@ GIVE_UP_LEAD: Final = "SELECT pg_advisory_unlock_all()"
 # Until the connection is closed.
 HOLD_VIEW_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('order_tracking view ' || $1, 0))"
 
+# Erasures take turns with this lock, which ``erase_order`` takes too. Until the connection is closed.
+HOLD_ERASURE_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('order_tracking erasure', 0))"
+
 # One rebuild or backup at a time, until the connection is closed.
 HOLD_REBUILD_LOCK: Final = "SELECT pg_advisory_lock(hashtextextended('order_tracking rebuild', 0))"
 RELEASE_REBUILD_LOCK: Final = "SELECT pg_advisory_unlock(hashtextextended('order_tracking rebuild', 0))"

@@ -1,7 +1,7 @@
 """The position of a view that other processes write: all that a process on a replica knows of it."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from time import monotonic
 from typing import Final, TypeAlias
@@ -9,10 +9,10 @@ from typing import Final, TypeAlias
 import asyncpg
 import structlog
 
-from projections.engine import STEP_SECONDS_MAX, OutdatedViewError, Projector, ReadHead, view_state
+from projections.engine import STEP_SECONDS_MAX, Log, OutdatedViewError, Projector, view_state
 from projections.position import CHECK_SECONDS
 from projections.postgres import Connection
-from projections.view import LoggedEvent, View
+from projections.view import View
 
 # Lends a connection whose search path begins with the view's schema.
 Lend: TypeAlias = Callable[[], AbstractAsyncContextManager[Connection]]
@@ -32,15 +32,15 @@ class Observer(Projector):
     Args:
         view: the view.
         lend: lends a connection whose search path is the view's schema, and then the log's.
-        read_head: returns the highest position of the log that this database has.
+        log: the log that this database has, of which only the head is read.
         read_age: returns a view's age.
         on_move: called when the view has moved.
     """
 
     def __init__(
-        self, view: View, lend: Lend, read_head: ReadHead, read_age: ReadAge, on_move: Callable[[], object]
+        self, view: View, lend: Lend, log: Log, read_age: ReadAge, on_move: Callable[[], object]
     ) -> None:
-        super().__init__(view, lambda _begin: lend(), _read_nothing, read_head)
+        super().__init__(view, lambda _begin: lend(), log)
         self._lend = lend
         self._read_age = read_age
         self._on_move = on_move
@@ -79,7 +79,3 @@ class Observer(Projector):
         if is_outdated and not self.is_outdated:
             logger.warning("another release has rebuilt the view, so reads of it get 503", view=self.view.name)
         self.is_outdated = is_outdated
-
-
-async def _read_nothing(_after: int, _limit: int) -> Sequence[LoggedEvent]:
-    return ()

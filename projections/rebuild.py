@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from time import monotonic
 from typing import Final, NamedTuple, Protocol
 
 import asyncpg
@@ -11,15 +12,22 @@ import structlog
 
 from projections import parked
 from projections.engine import (
+    Log,
     OutdatedViewError,
-    ReadLog,
     advance,
     apply_batch,
+    apply_erasures,
     require_event,
     view_state,
     without_parked,
 )
-from projections.locks import HOLD_VIEW_LOCK, TAKE_SWAP_LOCK, TAKE_VIEW_LOCK, TRY_REBUILD_LOCK
+from projections.locks import (
+    HOLD_ERASURE_LOCK,
+    HOLD_VIEW_LOCK,
+    TAKE_SWAP_LOCK,
+    TAKE_VIEW_LOCK,
+    TRY_REBUILD_LOCK,
+)
 from projections.postgres import Connection, is_event_at_fault
 from projections.view import LoggedEvent, View
 
@@ -34,7 +42,7 @@ BATCHES_AHEAD_MAX: Final = 2
 CATCH_UP_ROUNDS: Final = 3
 
 IS_ALIVE: Final = "SELECT 1"
-INSERT_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES ($1, $2)"
+INSERT_PROJECTION: Final = "INSERT INTO projection (position, erasure_id, definition) VALUES ($1, $2, $3)"
 
 # Schema and table names cannot be parameters. They are constants of the views, never a caller's text.
 DROP_SCHEMA: Final = "DROP SCHEMA IF EXISTS {schema} CASCADE"
@@ -62,25 +70,19 @@ class Snapshot(NamedTuple):
 
     Attributes:
         last: its last event; None if it is empty.
+        erasure_id: the id of its last erasure, 0 if there is none.
         total: the number of its events.
         batches: its events in batches, sorted by order number and version.
     """
 
     last: LoggedEvent | None
+    erasure_id: int
     total: int
     batches: AsyncGenerator[Sequence[LoggedEvent]]
 
 
-class Log(Protocol):
+class WholeLog(Log, Protocol):
     """The log, as a rebuild reads it."""
-
-    async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
-        """Return the events above a position, in the order of the log."""
-        ...
-
-    async def head(self) -> int:
-        """Return the highest position."""
-        ...
 
     def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
         """Read the log as it is now until the block ends."""
@@ -109,7 +111,7 @@ class _NextView(NamedTuple):
 
 
 async def rebuild(
-    views: Sequence[View], connect: ConnectTo, log: Log, progress: OnProgress, *, verify: bool = False
+    views: Sequence[View], connect: ConnectTo, log: WholeLog, progress: OnProgress, *, verify: bool = False
 ) -> list[RebuiltView]:
     """Rebuild views and swap them in, or compare them with the live views and leave those unchanged.
 
@@ -152,22 +154,23 @@ async def rebuild(
         for number, (view, connection) in enumerate(rebuilt):
             # Apply most of the new events now, so that the live projector waits only for the rest.
             for _ in range(CATCH_UP_ROUNDS):
-                lasts[number] = await _catch_up(connection, view, log.read_log, await log.head(), lasts[number])
+                lasts[number] = await _catch_up(connection, view, log, await log.head(), lasts[number])
         done = zip(rebuilt, lasts, strict=True)
         if verify:
-            return [await _compare(*one, connect, guard, log.read_log, last) for one, last in done]
+            return [await _compare(*one, connect, guard, log, last) for one, last in done]
         return [await _swap(*one, guard, log, last) for one, last in done]
 
 
-async def _create_tables(view: View, connection: Connection, guard: Connection, head: int) -> None:
+async def _create_tables(view: View, connection: Connection, guard: Connection, snapshot: Snapshot) -> None:
     await _drop(guard, f"{view.name}_next")
     await guard.execute(CREATE_SCHEMA, f"{view.name}_next")
     await connection.execute(view.tables_sql)
-    await connection.execute(INSERT_PROJECTION, head, view.definition)
+    head = snapshot.last[0] if snapshot.last else 0
+    await connection.execute(INSERT_PROJECTION, head, snapshot.erasure_id, view.definition)
 
 
 async def _fill(
-    rebuilt: Sequence[_NextView], guard: Connection, log: Log, progress: OnProgress, *, at_once: bool
+    rebuilt: Sequence[_NextView], guard: Connection, log: WholeLog, progress: OnProgress, *, at_once: bool
 ) -> LoggedEvent | None:
     """Write the log as it is now into new tables, order by order, then create their indexes.
 
@@ -179,7 +182,7 @@ async def _fill(
     """
     async with log.snapshot() as snapshot:
         for view, connection in rebuilt:
-            await _create_tables(view, connection, guard, snapshot.last[0] if snapshot.last else 0)
+            await _create_tables(view, connection, guard, snapshot)
         await _write_all(rebuilt, snapshot, progress, at_once=at_once)
     return snapshot.last
 
@@ -253,7 +256,7 @@ async def _swap(
         await connection.execute(TAKE_SWAP_LOCK)
         await connection.execute(TAKE_VIEW_LOCK, view.name)
         # The live view cannot be beyond this head: it does not move while its lock is held.
-        await _catch_up(connection, view, log.read_log, await log.head(), last)
+        await _catch_up(connection, view, log, await log.head(), last)
         parked_orders = await parked.count_parked(connection)
         # The guard holds the rebuild lock. If it was lost, another rebuild may have dropped these tables.
         await guard.fetchval(IS_ALIVE)
@@ -270,24 +273,26 @@ async def _compare(  # noqa: PLR0913, PLR0917 - two views, and what their tables
     rebuilt: Connection,
     connect: ConnectTo,
     guard: Connection,
-    read_log: ReadLog,
+    log: Log,
     last: LoggedEvent | None,
 ) -> RebuiltView:
-    """Bring the rebuilt and the live view to the same position, and compare them in one snapshot."""
+    """Bring the rebuilt and the live view to the same position and erasure, and compare them in a snapshot."""
     live = await connect(view.name)
     try:
+        # No erasure may come between the two.
+        await live.execute(HOLD_ERASURE_LOCK)
         await live.execute(HOLD_VIEW_LOCK, view.name)
         # Checked before any write: this code must not write to a view that was built with another definition.
         if (await view_state(live)).definition != view.definition:
             raise OutdatedViewError(f"the view {view.name} is outdated: run 'replay' to rebuild it")
-        await _catch_up(live, view, read_log, (await view_state(rebuilt)).position, None)
-        last = await _catch_up(rebuilt, view, read_log, (await view_state(live)).position, last)
+        await _catch_up(live, view, log, (await view_state(rebuilt)).position, None)
+        last = await _catch_up(rebuilt, view, log, (await view_state(live)).position, last)
         await rebuilt.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         # The first query takes the snapshot.
         await require_event(rebuilt, last)
         parked_orders = await parked.count_parked(rebuilt)
     finally:
-        # This also releases the view's lock.
+        # This also releases the locks.
         await live.close()
     differences = 0
     for table in (*(table.name for table in view.tables), "parked_orders"):
@@ -298,14 +303,14 @@ async def _compare(  # noqa: PLR0913, PLR0917 - two views, and what their tables
 
 
 async def _catch_up(
-    connection: Connection, view: View, read_log: ReadLog, head: int, last: LoggedEvent | None
+    connection: Connection, view: View, log: Log, head: int, last: LoggedEvent | None
 ) -> LoggedEvent | None:
-    """Apply the events between the view's position and a head in log order, as the live projection does.
+    """Apply all erasures, and the events up to a head in log order, as the live projection does.
 
     Args:
         connection: a connection whose search path is the view's schema.
         view: the view.
-        read_log: returns the events above a position.
+        log: the log.
         head: the head.
         last: the last event that was applied before, which the log must still have.
 
@@ -317,16 +322,20 @@ async def _catch_up(
     """
     while True:
         async with connection.transaction():
+            began = monotonic()
             state = await view_state(connection)
-            batch = await read_log(state.position, view.batch_events_max)
+            has_more_erasures = await apply_erasures(connection, view, state)
+            await log.hear(state.newest_erasure_id, began)
+            batch = await log.read_log(state.position, view.batch_events_max)
             batch = [logged for logged in batch if logged[0] <= head]
             # Only now: a log that still has the last event had it when this batch was read.
             await require_event(connection, last)
-            if not batch:
-                return last
-            await _apply(connection, view, batch, has_parked=state.has_parked)
-            await advance(connection, state.position, batch[-1])
-        last = batch[-1]
+            if batch:
+                await _apply(connection, view, batch, has_parked=state.has_parked)
+                await advance(connection, state.position, batch[-1])
+                last = batch[-1]
+        if not (batch or has_more_erasures):
+            return last
 
 
 async def _apply(connection: Connection, view: View, batch: Sequence[LoggedEvent], *, has_parked: bool) -> None:

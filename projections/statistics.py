@@ -14,19 +14,17 @@ from domain.transitions import VERDICTS, Verdict
 from projections.current_status import Counts
 from projections.postgres import Connection
 from projections.table import MAX, SUM, Column, Merge, Row, Rows, Table
+from projections.timeline import UnrecognisedString, read_unrecognised
 from projections.view import DecodedEvent, View
 
 # Durations are counted in buckets, each a tenth wider than the previous one: percentiles are accurate to 5 %.
 BUCKET_GROWTH: Final = 1.1
-UNRECOGNISED_LISTED_MAX: Final = 100
 # The number of slots for minutes. The count of a later minute replaces that of an earlier one in the same slot,
 # so the table never grows. Two hours, so that a clock that is fast by less than an hour hides no recent minute.
 MINUTES_KEPT: Final = 120
 # The calendar and the vocabulary limit the rows of most tables, so that a rebuild can write each row once: its
 # snapshot keeps every earlier version of a row, and each further write would search through all of them.
 CALENDAR_ROWS_MAX: Final = 500_000
-# A sender may invent any number of words outside the vocabulary.
-WORDS_MAX: Final = 10_000
 # Stands for an order without a status, since a key cannot be null.
 NO_STATUS: Final = ""
 
@@ -61,22 +59,8 @@ class DailyReports(TypedDict):
     reports: Counts
 
 
-class UnrecognisedString(TypedDict):
-    """A status string that was outside the vocabulary when it was reported, in some reports until now.
-
-    ``rejudged`` is the number of its reports that were judged again. ``recognised`` is the status that the
-    string means by now, null if it is still outside the vocabulary.
-    """
-
-    reported_status: str
-    reports: int
-    rejudged: int
-    recognised: Status | None
-    last_received_at: datetime
-
-
 class Statistics(TypedDict):
-    """All counters as of one position of the log."""
+    """All counters as of one position of the log; the unrecognised strings as of a moment of the timelines."""
 
     position: int
     timezone: str
@@ -143,23 +127,12 @@ MINUTE_COUNTERS: Final = Table(
     ),
     key=("slot", "verdict"),
 )
-WORD_COUNTERS: Final = Table(
-    "unrecognised",
-    (
-        Column("reported_status", "text"),
-        Column("reports", "bigint", SUM),
-        Column("rejudged", "bigint", SUM),
-        Column("last_received_at", "timestamptz", MAX),
-    ),
-    key=("reported_status",),
-    rows_max=WORDS_MAX,
-)
 
 
 def fold(events: Iterable[DecodedEvent], rows: Rows) -> None:
     """Count events. Each event alone determines what it adds, so the result does not depend on their order."""
     statuses, moves, hours = rows["statuses"], rows["moves"], rows["hours"]
-    minutes, words = rows["minutes"], rows["unrecognised"]
+    minutes = rows["minutes"]
     for _, event in events:
         before, after = event.previous_status or NO_STATUS, event.status or NO_STATUS
         if event.originator_version == 1:
@@ -173,15 +146,10 @@ def fold(events: Iterable[DecodedEvent], rows: Rows) -> None:
             _count(moves, MOVE_COUNTERS, (before, after, bucket), 1)
         if event.rejudges is not None:
             # It is not a report.
-            _word(words, event.reported_status)["rejudged"] += 1
             continue
         minute = received_at.astimezone(UTC).replace(second=0, microsecond=0)
         _count(hours, HOUR_COUNTERS, (minute.replace(minute=0), verdict), 1)
         _count_minute(minutes, minute, verdict)
-        if verdict == "unrecognised":
-            word = _word(words, event.reported_status)
-            word["reports"] += 1
-            word["last_received_at"] = max(word["last_received_at"] or received_at, received_at)
 
 
 def _count(rows: dict[Any, Row], table: Table, key: tuple[object, ...], times: int) -> None:
@@ -201,17 +169,10 @@ def _count_minute(rows: dict[Any, Row], minute: datetime, verdict: Verdict) -> N
         row["reports"] += 1
 
 
-def _word(rows: dict[Any, Row], reported_status: str) -> Row:
-    row = rows.get(reported_status)
-    if row is None:
-        row = rows[reported_status] = WORD_COUNTERS.blank | {"reported_status": reported_status}
-    return row
-
-
 VIEW: Final = View(
     name="statistics",
-    fold_version=4,
-    tables=(STATUS_COUNTERS, MOVE_COUNTERS, HOUR_COUNTERS, MINUTE_COUNTERS, WORD_COUNTERS),
+    fold_version=5,
+    tables=(STATUS_COUNTERS, MOVE_COUNTERS, HOUR_COUNTERS, MINUTE_COUNTERS),
     fold=fold,
     # No reader waits for a counter: large batches and a long pause leave more resources to webhooks.
     batch_events_max=2_000,
@@ -232,11 +193,6 @@ DAYS: Final = """
 """
 # The number of reports by minute and verdict since a time, of the last MINUTES_KEPT minutes.
 MINUTES: Final = "SELECT minute, verdict, reports FROM statistics.minutes WHERE minute >= $1"
-UNRECOGNISED: Final = """
-    SELECT reported_status, reports, rejudged, last_received_at FROM statistics.unrecognised
-    WHERE reports > rejudged AND reported_status <> ''
-    ORDER BY reports - rejudged DESC, reported_status LIMIT $1
-"""
 
 
 async def count_by_status(connection: Connection) -> dict[str | None, int]:
@@ -297,14 +253,6 @@ async def read_statistics(
         ],
         "unrecognised": unrecognised,
     }
-
-
-async def read_unrecognised(connection: Connection, recognise: Recognise) -> list[UnrecognisedString]:
-    """Return the most frequent strings with reports that were not recognised and not judged again."""
-    rows = await connection.fetch(UNRECOGNISED, UNRECOGNISED_LISTED_MAX)
-    return [
-        cast("UnrecognisedString", {**row, "recognised": recognise(row["reported_status"])}) for row in rows
-    ]
 
 
 def _to_counts(reports: dict[str, int]) -> Counts:

@@ -1,17 +1,20 @@
-"""The view of all reports: one row for each event, for both the timelines and the audit."""
+"""The view of all reports: one row for each event, for both the timelines and the audit.
 
-from collections.abc import Iterable, Sequence
+It also counts the words outside the vocabulary, which only this view has: so an erasure changes one view.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, cast
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from domain.statuses import STATUSES, Label, Status, status_label
+from domain.statuses import STATUSES, Label, Recognise, Status, status_label
 from domain.transitions import VERDICTS, Verdict
 from projections.parked import Parked
 from projections.postgres import Connection
-from projections.table import MAX, MIN, Column, Rows, Table
+from projections.table import MAX, MIN, SUM, Column, Rows, Table
 from projections.view import DecodedEvent, View
 from projections.windows import BLOCK_POSITIONS
 
@@ -48,6 +51,24 @@ class PlacedEntry(TimelineEntry):
     left_at: datetime | None
 
 
+class UnrecognisedString(TypedDict):
+    """A status string that was outside the vocabulary when it was reported, in some reports until now.
+
+    ``rejudged`` is the number of its reports that were judged again. ``recognised`` is the status that the
+    string means by now, null if it is still outside the vocabulary.
+    """
+
+    reported_status: str
+    reports: int
+    rejudged: int
+    recognised: Status | None
+    last_received_at: datetime
+
+
+# A sender may invent any number of words outside the vocabulary.
+WORDS_MAX: Final = 10_000
+WORDS_LISTED_MAX: Final = 100
+
 ENTRIES: Final = Table(
     "entries",
     (
@@ -79,6 +100,17 @@ BLOCKS: Final = Table(
     ),
     key=("block",),
 )
+WORDS: Final = Table(
+    "unrecognised",
+    (
+        Column("reported_status", "text"),
+        Column("reports", "bigint", SUM),
+        Column("rejudged", "bigint", SUM),
+        Column("last_received_at", "timestamptz", MAX),
+    ),
+    key=("reported_status",),
+    rows_max=WORDS_MAX,
+)
 
 # A verdict, the status before the report, and the reported status, as one number: with an index on it, the
 # audit finds every combination of the three.
@@ -98,8 +130,8 @@ UNKNOWN_KIND: Final = -1
 
 
 def fold(events: Iterable[DecodedEvent], rows: Rows) -> None:
-    """Add one row for each event, and the earliest and latest arrival by block."""
-    entries, blocks = rows["entries"], rows["blocks"]
+    """Add one row for each event, the earliest and latest arrival by block, and the words by their text."""
+    entries, blocks, words = rows["entries"], rows["blocks"], rows["unrecognised"]
     for position, event in events:
         received_at = event.timestamp
         entries[position] = {
@@ -129,13 +161,71 @@ def fold(events: Iterable[DecodedEvent], rows: Rows) -> None:
             block["latest"] = received_at
         elif received_at < block["earliest"]:
             block["earliest"] = received_at
+        if event.verdict != "unrecognised" and event.rejudges is None:
+            continue
+        word = words.get(event.reported_status)
+        if word is None:
+            word = words[event.reported_status] = WORDS.blank | {"reported_status": event.reported_status}
+        if event.rejudges is not None:
+            word["rejudged"] += 1
+        else:
+            word["reports"] += 1
+            word["last_received_at"] = max(word["last_received_at"] or received_at, received_at)
+
+
+# An erased word is empty. Its counters move with it, as if the log had always had it empty. The time of a word
+# changes only if its last report is erased.
+ERASE: Final = """
+    WITH erased AS (
+        SELECT * FROM unnest($1::text[], $2::bigint[]) AS erased (order_no, last_version)
+    ), words AS (
+        SELECT reported_status, count(*) AS reports, max(received_at) AS last_received_at
+        FROM entries JOIN erased USING (order_no)
+        WHERE version <= last_version AND verdict = 'unrecognised' AND reported_status <> ''
+        GROUP BY reported_status
+    ), emptied AS (
+        UPDATE entries SET reported_status = '' FROM erased
+        WHERE entries.order_no = erased.order_no AND version <= last_version
+          AND verdict = 'unrecognised' AND reported_status <> ''
+    ), added AS (
+        INSERT INTO unrecognised AS counted (reported_status, reports, rejudged, last_received_at)
+        SELECT '', sum(reports), 0, max(last_received_at) FROM words HAVING count(*) > 0
+        ON CONFLICT (reported_status) DO UPDATE
+        SET reports = counted.reports + excluded.reports,
+            last_received_at = greatest(counted.last_received_at, excluded.last_received_at)
+    )
+    UPDATE unrecognised AS counted SET reports = counted.reports - words.reports
+    FROM words WHERE counted.reported_status = words.reported_status
+    RETURNING counted.reported_status, counted.last_received_at <= words.last_received_at
+"""
+REMOVE_UNUSED_WORDS: Final = "DELETE FROM unrecognised WHERE reports <= 0 AND rejudged = 0"
+RENEW_TIMES: Final = """
+    UPDATE unrecognised AS counted
+    SET last_received_at = (
+        SELECT max(received_at) FROM entries
+        WHERE kind = ANY($2::smallint[]) AND verdict = 'unrecognised'
+          AND reported_status = counted.reported_status)
+    WHERE reported_status = ANY($1::text[])
+"""
+UNRECOGNISED_KINDS: Final = [
+    UNKNOWN_KIND,
+    *(kind for (verdict, _, _), kind in KINDS.items() if verdict == "unrecognised"),
+]
+
+
+async def erase(connection: Connection, last_versions: Mapping[str, int]) -> None:
+    """Empty the words outside the vocabulary in the entries of orders, each up to a version."""
+    words = await connection.fetch(ERASE, [*last_versions], [*last_versions.values()])
+    await connection.execute(REMOVE_UNUSED_WORDS)
+    await connection.execute(RENEW_TIMES, [word for word, is_last in words if is_last], UNRECOGNISED_KINDS)
 
 
 VIEW: Final = View(
     name="timeline",
-    fold_version=3,
-    tables=(ENTRIES, BLOCKS),
+    fold_version=4,
+    tables=(ENTRIES, BLOCKS, WORDS),
     fold=fold,
+    erase=erase,
     # Larger batches gain no throughput and delay webhooks, as for current_status.
     batch_events_max=300,
     idle_seconds=0.01,
@@ -248,6 +338,20 @@ LATEST_ADVANCES: Final = """
     ORDER BY version DESC
     LIMIT $2
 """
+
+UNRECOGNISED: Final = """
+    SELECT reported_status, reports, rejudged, last_received_at FROM timeline.unrecognised
+    WHERE reports > rejudged AND reported_status <> ''
+    ORDER BY reports - rejudged DESC, reported_status LIMIT $1
+"""
+
+
+async def read_unrecognised(connection: Connection, recognise: Recognise) -> list[UnrecognisedString]:
+    """Return the most frequent strings with reports that were not recognised and not judged again."""
+    rows = await connection.fetch(UNRECOGNISED, WORDS_LISTED_MAX)
+    return [
+        cast("UnrecognisedString", {**row, "recognised": recognise(row["reported_status"])}) for row in rows
+    ]
 
 
 async def read_head(connection: Connection, order_no: str) -> TimelineHead:

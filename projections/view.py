@@ -1,7 +1,7 @@
 """What a view is: its tables, and the fold that turns events into their rows."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -34,6 +34,8 @@ DecodedEvent: TypeAlias = tuple[int, Order.StatusReported]
 LoggedEvent: TypeAlias = tuple[int, Order.StatusReported | FailedEvent]
 
 Fold: TypeAlias = Callable[[Iterable[DecodedEvent], Rows], None]
+# Called with a connection and the last erased version of each order.
+Erase: TypeAlias = Callable[[Connection, Mapping[str, int]], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class View:
             The live projection passes the events of all orders in log order, a rebuild sorted by order number.
         batch_events_max: the maximum number of events that the live projection applies in one transaction.
         idle_seconds: the pause after a batch that was not full, so that the next batch is larger under load.
+        erase: empties what the tables have of erased events, as if a rebuild had made them. None if they have
+            nothing of the kind.
         tables_sql: SQL from schema.sql that creates the tables and their primary keys, with unqualified names.
         indexes_sql: SQL from schema.sql that creates the other indexes. A rebuild writes the rows first.
     """
@@ -58,6 +62,7 @@ class View:
     fold: Fold
     batch_events_max: int
     idle_seconds: float
+    erase: Erase | None = None
     tables_sql: str = ""
     indexes_sql: str = ""
 

@@ -63,8 +63,8 @@ class RunningViews:
     def _make_projector(self, view: View) -> Projector:
         dedicated = self.connections[view.name]
         if self._is_reader:
-            return Observer(view, dedicated.connection, self._feed.head, read_age, self._on_move)
-        return Projector(view, dedicated.transaction, self._feed.read_log, self._feed.head)
+            return Observer(view, dedicated.connection, self._feed, read_age, self._on_move)
+        return Projector(view, dedicated.transaction, self._feed)
 
     async def start(self, background: BackgroundTasks) -> None:
         """Begin to project or to observe every view."""

@@ -9,7 +9,7 @@ from aiohttp import web
 from pydantic import Field
 
 from domain.statuses import Recognise
-from projections import statistics
+from projections import statistics, timeline
 from projections.engine import Projector
 from projections.statistics import Statistics
 from service.api.freshness import wait_for
@@ -48,7 +48,7 @@ class StatisticsApi:
     @Endpoint("GET", "/statistics", Statistics, query=StatisticsQuery)
     async def get_statistics(self, _request: web.Request, query: StatisticsQuery) -> web.Response:
         """Get statistics of all orders: orders by status, moves with their durations, reports by day."""
-        await wait_for(self._projectors, query.after_position, statistics.VIEW.name)
+        await wait_for(self._projectors, query.after_position, statistics.VIEW.name, timeline.VIEW.name)
         async with self._pool.connection() as connection:
             counters = await statistics.read_statistics(
                 connection, self._zone, datetime.now(UTC), query.days, self._recognise

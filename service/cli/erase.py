@@ -22,13 +22,17 @@ async def erase(
         await check_version(owner)
         async with connected(await service_dsn(dsn)) as service:
             try:
-                erased = await erasure.erase_order(owner, service, order_no, reason, system_user())
+                erased = await erasure.erase_order(owner, order_no, reason, system_user())
             except asyncpg.NoDataFoundError as error:
                 fail(error)
+            late = await erasure.settle(owner, service, [order_no])
         show("erased bodies, addresses and unknown words; the status, the times and the verdicts remain")
         show(f"events: {erased.events}, quarantine entries: {erased.entries}")
-        if erased.has_old_views:
-            err.print(f"the views are behind the log and may keep unknown words: run '{command_name()} replay'")
+        if late:
+            err.print(
+                f"these views still have the erased words: {', '.join(late)}; a running service erases them as "
+                f"soon as it can, and '{command_name()} replay' does it at once"
+            )
         if left := await erasure.find_left(owner, order_no):
             entries = ", ".join(map(str, left))
             err.print(

@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from operator import itemgetter
+from time import monotonic
 from typing import Final
 
 from domain.order import Order
@@ -13,6 +14,7 @@ from projections.view import DecodedEvent, FailedEvent, LoggedEvent
 from service.database.connections import Connect, DedicatedConnection
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event
+from service.event_log.erasures import HeardErasures, last_erasure_id
 
 # The last committed events stay in memory: the projections read them milliseconds later.
 MEMORY_EVENTS_MAX: Final = 4_096
@@ -51,11 +53,15 @@ class Feed:
     Args:
         dedicated: the connection for events that are not in memory.
         connect: opens another connection, for the long reads of a rebuild.
+
+    Attributes:
+        erasures: the latest erasures, which the memory has applied.
     """
 
     def __init__(self, dedicated: DedicatedConnection, connect: Connect) -> None:
         self._dedicated = dedicated
         self._connect = connect
+        self.erasures = HeardErasures()
         # Events at consecutive positions, so that no event of another process lies between them.
         self._memory: list[DecodedEvent] = []
         self._memory_characters = 0
@@ -66,8 +72,12 @@ class Feed:
     def remember(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
         """Keep events that were just committed, in the order of the log."""
         for event, position in zip(events, positions, strict=True):
+            if self.erasures.has_erased(event.originator_id, event.originator_version):
+                # It was erased before this process heard of its commit.
+                self._drop()
+                continue
             if self._memory and position != self._memory[-1][0] + 1:
-                self.forget()
+                self._drop()
             self._memory.append((position, event))
             self._memory_characters += len(event.body)
         if len(self._memory) > MEMORY_EVENTS_MAX or self._memory_characters > MEMORY_CHARACTERS_MAX:
@@ -75,13 +85,45 @@ class Feed:
             self._memory_characters = sum(len(event.body) for _, event in self._memory)
 
     def forget(self) -> None:
-        """Drop the events in memory, because their commits may have been lost."""
-        self._memory, self._memory_characters = [], 0
+        """Drop the events in memory, because their commits may have been lost, and perhaps erasures too."""
+        self._drop()
         self._batch = ()
+        self.erasures.forget()
+
+    def _drop(self) -> None:
+        self._memory, self._memory_characters = [], 0
+
+    async def hear(self, erasure_id: int, at: float) -> None:
+        """Let out no event from memory as it was before an erasure; see ``projections.engine.Log``."""
+        if erasure_id != self.erasures.last_id:
+            await self._read_erasures()
+        self.erasures.confirm(at)
+
+    async def hear_in_time(self, *, at_once: bool = False) -> None:
+        """Find out whether there are new erasures, unless that was found out a short time ago."""
+        if at_once or not self.erasures.is_fresh:
+            began = monotonic()
+            await self._read_erasures()
+            self.erasures.confirm(began)
+
+    async def _read_erasures(self) -> None:
+        # While this connection is held, no read of the log from before an erasure can end after it.
+        async with self._dedicated.connection() as connection:
+            erased = await self.erasures.read(connection)
+        if erased == {}:
+            return
+        self._batch = ()
+        if erased is None or any(
+            event.originator_version <= erased.get(event.originator_id, 0) for _, event in self._memory
+        ):
+            self._drop()
 
     def recall(self, after: int, limit: int) -> Sequence[DecodedEvent]:
-        """Return the events above a position from memory, empty if memory may lack some of them."""
-        if self._memory:
+        """Return the events above a position from memory, empty if memory may lack some of them, or an erasure.
+
+        Call ``hear`` or ``hear_in_time`` before.
+        """
+        if self._memory and self.erasures.is_fresh:
             start = after + 1 - self._memory[0][0]
             if 0 <= start < len(self._memory):
                 return self._memory[start : start + limit]
@@ -134,11 +176,12 @@ class Feed:
         async with self._read_transaction() as connection:
             # The first statement takes the snapshot.
             head = await store.head_position(connection)
+            erasure_id = await last_erasure_id(connection)
             recorded = await store.read_log(connection, head - 1, 1)
             last = decode_logged(*recorded[0][:5]) if recorded else None
             total: int = await connection.fetchval(COUNT_EVENTS, head)
             async with aclosing(_read_streams(connection, head)) as batches:
-                yield Snapshot(last, total, batches)
+                yield Snapshot(last, erasure_id, total, batches)
 
     @asynccontextmanager
     async def _read_transaction(self) -> AsyncIterator[Connection]:

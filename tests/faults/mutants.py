@@ -212,7 +212,7 @@ def sign_anything() -> None:
 
 
 def fold_otherwise() -> None:
-    """Be another release, whose timeline has another definition. This is no fault."""
+    """Be another release, whose timeline has another definition: a valid state, not a fault."""
     view = next(view for view in VIEWS if view.name == "timeline")
     object.__setattr__(view, "fold_version", view.fold_version + 1)
 

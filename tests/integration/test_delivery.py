@@ -1,6 +1,7 @@
 """The deliverer with a clock of its own: endpoints that are down for long, schedules, and limits."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ from structlog.testing import capture_logs
 
 from projections.postgres import Connection
 from service.background import supervise
-from service.database.connections import DedicatedConnection, connect
+from service.database.connections import DedicatedConnection, connect, connected
 from service.database.log_identity import LogIdentity
 from service.database.operations import Actor
 from service.event_log.feed import Feed
@@ -26,7 +27,13 @@ from service.features.subscriptions.log_reader import LogReader
 from service.features.subscriptions.progress import Progress
 from service.features.subscriptions.sending import Sender
 from service.features.subscriptions.settings import SubscriptionsSettings
-from service.features.subscriptions.subscription import Declaration, add_subscription, find_subscription
+from service.features.subscriptions.subscription import (
+    Declaration,
+    Include,
+    add_subscription,
+    find_subscription,
+)
+from service.maintenance.erasure import erase_order, settle
 from tests.support.client import serving_client
 from tests.support.receiver import Received, Receiver, hang, receiving
 from tests.support.waiting import until_async
@@ -85,9 +92,9 @@ async def record(dsn: str, orders: int) -> None:
         await client.webhook("KOM0", "Diterima")
 
 
-async def add(connection: Connection, receiver: Receiver) -> Any:
+async def add(connection: Connection, receiver: Receiver, *include: Include) -> Any:
     """Add a subscription for all events."""
-    declaration = Declaration(receiver.url, [])
+    declaration = Declaration(receiver.url, [], include=include)
     added = await add_subscription(connection, declaration, 0, Actor("cli", None))
     return added["subscription_id"]
 
@@ -127,6 +134,44 @@ async def test_an_endpoint_that_is_down_for_an_hour(
         await until_async(partial(is_done, connection, subscription_id))
     assert receiver.out_of_order() == []
     assert len({*receiver.places()}) == ORDERS + 1
+
+
+async def test_what_waits_for_an_endpoint_that_is_down_is_erased(
+    dsn: str, owner_dsn: str, receiver: Receiver, connection: Connection
+) -> None:
+    """Neither the events that were read nor what the endpoint said of them leave the service, or stay in it."""
+    orders = [f"KOM{number}" for number in range(4 * IN_FLIGHT_MAX)]
+    async with serving_client(dsn) as client:
+        for order_no in orders:
+            body = {"order_no": order_no, "status": "Dikirim", "buyer": "Budi"}
+            await client.raw(json.dumps(body).encode())
+    await add(connection, receiver, "body")
+
+    async def repeat_and_refuse(received: Received) -> web.StreamResponse:
+        return web.Response(status=503, body=received.raw)
+
+    receiver.respond = repeat_and_refuse
+    clock = Clock()
+    saved = "SELECT count(*) FROM held_orders WHERE last_error ~ 'Budi'"
+    async with dispatching(dsn, clock, (0, 5, 7_200)):
+        await until_async(is_quiet(receiver))
+        assert await connection.fetchval(saved) > 0
+        assert all(b"Budi" in one.raw for one in receiver.requests)
+        async with connected(owner_dsn) as owner, connected(dsn) as own:
+            for order_no in orders:
+                await erase_order(owner, order_no, "asked for", Actor("cli", None))
+            await settle(owner, own, orders)
+        sent = len(receiver.requests)
+        clock.move(seconds=PROBE_SECONDS_MAX)
+        await receiver.wait_for_requests(sent + 1)
+        await until_async(is_quiet(receiver))
+        assert await connection.fetchval(saved) == 0
+        assert not await connection.fetchval("SELECT bool_or(responses::text ~ 'Budi') FROM subscriptions")
+        receiver.respond = refuse(200)
+        clock.move(hours=2)
+        await receiver.wait_for(len(orders))
+    assert not any(b"Budi" in one.raw for one in receiver.requests[sent:])
+    assert {order_no for order_no, _ in receiver.places()} == {*orders}
 
 
 async def test_probes_cost_no_attempt(dsn: str, receiver: Receiver, connection: Connection) -> None:

@@ -3,25 +3,26 @@
 import asyncio
 import json
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-import projections.erasure
+from domain.order import NEW_ORDER, Order, decide
 from projections.postgres import Connection
 from service.app import Service
 from service.database.connections import ConnectionPool, connect, connected
 from service.database.operations import Actor
+from service.event_log import store
+from service.event_log.feed import Feed
 from service.features.settings import Settings
-from service.maintenance import erasure
 from service.maintenance.check import check_database
-from service.maintenance.erasure import erase_order, find_left
+from service.maintenance.erasure import Erased, erase_order, find_left, settle
 from service.maintenance.retention import Retention
 from tests.support.client import Client
-from tests.support.recording import EQUAL, rebuilt, record
+from tests.support.recording import EQUAL, dedicated_connection, make_recorder, rebuilt, record, running
 from tests.support.reports import report
+from tests.support.waiting import condition, until_async
 
 AS_OWNER = "SET ROLE order_tracking_owner"
 BY = Actor("cli", "tester")
@@ -97,14 +98,27 @@ async def test_a_late_retry_after_an_erasure_gets_its_receipt(client: Client, co
     )
 
 
+# Each of three orders, one of them while the next words arrive.
+ERASURES = 50
+HAS_ORDER = "SELECT EXISTS (SELECT FROM order_events WHERE originator_id = $1)"
 WORD = "Kurir: rumah Budi, 0812-3456"
 IS_CLEAN = """
     SELECT NOT EXISTS (
         SELECT FROM order_events WHERE convert_from(state, 'UTF8') ~ 'Budi'
         UNION ALL SELECT FROM quarantine WHERE convert_from(body, 'UTF8') ~ 'Budi'
         UNION ALL SELECT FROM timeline.entries WHERE reported_status ~ 'Budi'
-        UNION ALL SELECT FROM statistics.unrecognised WHERE reported_status ~ 'Budi')
+        UNION ALL SELECT FROM timeline.unrecognised WHERE reported_status ~ 'Budi'
+        UNION ALL SELECT FROM held_orders WHERE last_error ~ 'Budi'
+        UNION ALL SELECT FROM subscriptions WHERE responses::text ~ 'Budi')
 """
+
+
+async def erase(owner_dsn: str, dsn: str, order_no: str) -> Erased:
+    """Erase an order as the command does."""
+    async with connected(owner_dsn) as owner, connected(dsn) as service:
+        erased = await erase_order(owner, order_no, "asked for", BY)
+        assert await settle(owner, service, [order_no]) == []
+    return erased
 
 
 async def test_an_unknown_word_is_erased_everywhere(
@@ -117,24 +131,21 @@ async def test_an_unknown_word_is_erased_everywhere(
     last = (await client.webhook("KOM1", "Dikirim"))["position"]
     await client.get(f"/statistics?after_position={last}")
     await client.get(f"/orders/KOM1/timeline?after_position={last}")
-    async with connected(owner_dsn) as owner, connected(dsn) as service:
-        erased = await erase_order(owner, service, "KOM1", "asked for", BY)
-        assert (erased.events, erased.has_old_views) == (4, False)
-        entries = (await client.get("/orders/KOM1/timeline"))["entries"]
-        assert [entry["reported_status"] for entry in entries] == ["", "", "", "Dikirim"]
-        words = (await client.get("/statistics"))["unrecognised"]
-        assert {(word["reported_status"], word["reports"]) for word in words} == {(WORD, 1)}
-        assert await rebuilt(dsn, verify=True) == EQUAL
-        await erase_order(owner, service, "KOM2", "asked for", BY)
+    assert (await erase(owner_dsn, dsn, "KOM1")).events == 4
+    entries = (await client.get("/orders/KOM1/timeline"))["entries"]
+    assert [entry["reported_status"] for entry in entries] == ["", "", "", "Dikirim"]
+    words = (await client.get("/statistics"))["unrecognised"]
+    assert {(word["reported_status"], word["reports"]) for word in words} == {(WORD, 1)}
+    assert await rebuilt(dsn, verify=True) == EQUAL
+    # The last erasure twice, which changes nothing.
+    for _ in range(2):
+        await erase(owner_dsn, dsn, "KOM2")
         assert await connection.fetchval(IS_CLEAN)
         assert await rebuilt(dsn, verify=True) == EQUAL
-        # A second erasure changes nothing.
-        await erase_order(owner, service, "KOM2", "asked again", BY)
-    assert await rebuilt(dsn, verify=True) == EQUAL
 
 
 async def test_open_entries_of_the_order_are_erased(
-    client: Client, connection: Connection, dsn: str, owner_dsn: str
+    client: Client, connection: Connection, owner_dsn: str
 ) -> None:
     """Unparseable bodies that name the order are emptied, however they spell it; others with it are found."""
     await client.webhook("KOM/1")
@@ -147,8 +158,8 @@ async def test_open_entries_of_the_order_are_erased(
         b'{"order_no":"KOM2"}',
     )
     ids = [(await client.raw(body))["quarantine_id"] for body in bodies]
-    async with connected(owner_dsn) as owner, connected(dsn) as service:
-        erased = await erase_order(owner, service, "KOM/1", "asked for", BY)
+    async with connected(owner_dsn) as owner:
+        erased = await erase_order(owner, "KOM/1", "asked for", BY)
         assert erased.entries == 3
         assert await find_left(owner, "KOM/1") == ids[3:5]
     entry = await client.get(f"/quarantine/{ids[1]}")
@@ -162,57 +173,147 @@ async def test_open_entries_of_the_order_are_erased(
     )
 
 
-async def test_reports_that_arrive_during_an_erasure_stay(
-    client: Client, dsn: str, owner_dsn: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_reports_that_arrive_after_an_erasure_stay(client: Client, dsn: str, owner_dsn: str) -> None:
     """A word that is recorded after the erasure of the log, and before that of the views, is in both."""
     await client.webhook("KOM1", WORD)
-    between = projections.erasure.erase_words
-
-    async def later(*arguments: Any) -> bool:
-        last = (await client.webhook("KOM1", WORD))["position"]
-        await client.get(f"/statistics?after_position={last}")
-        await client.get(f"/orders/KOM1/timeline?after_position={last}")
-        return await between(*arguments)
-
-    monkeypatch.setattr(erasure, "erase_words", later)
     async with connected(owner_dsn) as owner, connected(dsn) as service:
-        await erase_order(owner, service, "KOM1", "asked for", BY)
-        entries = (await client.get("/orders/KOM1/timeline"))["entries"]
-        assert [entry["reported_status"] for entry in entries] == ["", WORD]
-        assert await rebuilt(dsn, verify=True) == EQUAL
-        monkeypatch.undo()
-        await erase_order(owner, service, "KOM1", "asked for", BY)
+        await erase_order(owner, "KOM1", "asked for", BY)
+        last = (await client.webhook("KOM1", WORD))["position"]
+        await settle(owner, service, ["KOM1"])
+    entries = (await client.get(f"/orders/KOM1/timeline?after_position={last}"))["entries"]
+    assert [entry["reported_status"] for entry in entries] == ["", WORD]
+    assert await rebuilt(dsn, verify=True) == EQUAL
+    await erase(owner_dsn, dsn, "KOM1")
     assert await rebuilt(dsn, verify=True) == EQUAL
 
 
+async def test_words_that_arrive_during_erasures(
+    client: Client, dsn: str, owner_dsn: str, connection: Connection
+) -> None:
+    """Under load, no view keeps an erased word, whichever of the two it heard of first."""
+    words = [f"Kurir {number}: rumah Budi" for number in range(ERASURES)]
+
+    async def report_words() -> None:
+        for number, word in enumerate(words):
+            await asyncio.gather(*(client.webhook(f"KOM{number}-{copy}", word) for copy in range(3)))
+
+    reporting = asyncio.create_task(report_words())
+    async with connected(owner_dsn) as owner, connected(dsn) as service:
+        for number in range(ERASURES):
+            while not await connection.fetchval(HAS_ORDER, f"KOM{number}-0"):  # noqa: ASYNC110 - of the server
+                await asyncio.sleep(0)
+            await erase_order(owner, f"KOM{number}-0", "asked for", BY)
+        await reporting
+        orders = [f"KOM{number}-{copy}" for number in range(ERASURES) for copy in (1, 2)]
+        for order_no in orders:
+            await erase_order(owner, order_no, "asked for", BY)
+        assert await settle(owner, service, orders) == []
+    assert await connection.fetchval(IS_CLEAN)
+    await client.get(f"/statistics?after_position={3 * ERASURES}")
+    assert await connection.fetchval(IS_CLEAN)
+    assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_the_time_of_another_orders_word_stays(
+    client: Client, dsn: str, owner_dsn: str, connection: Connection
+) -> None:
+    """Only the order with a word's last report takes the time of that report with it."""
+    for order_no in ("KOM1", "KOM2", "KOM1", "KOM3"):
+        last = (await client.webhook(order_no, WORD))["position"]
+    await client.get(f"/orders/KOM1/timeline?after_position={last}")
+    times = await connection.fetch("SELECT received_at FROM timeline.entries ORDER BY position")
+    last_time = "SELECT last_received_at FROM timeline.unrecognised WHERE reported_status = $1"
+    for order_no, reports in (("KOM1", 4), ("KOM3", 2)):
+        await erase(owner_dsn, dsn, order_no)
+        assert await connection.fetchval(last_time, WORD) == times[reports - 1][0]
+        assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_a_view_that_is_behind_or_has_a_parked_order_is_erased(
+    dsn: str, owner_dsn: str, connection: Connection
+) -> None:
+    """With no service, the erasure writes the views itself. What they read later from the log is erased."""
+    async with running(Settings(), dsn) as service:
+        await record(service, report("KOM1", WORD))
+        await record(service, report("KOM2", WORD))
+    broken = "INSERT INTO order_events (originator_id, originator_version, topic, state)"
+    await connection.execute(f"{broken} VALUES ('KOM1', 2, 'order.future', '{{}}')")
+    async with running(Settings(), dsn) as service:
+        await until_async(condition(lambda: service.core.projectors["timeline"].reach.position == 3))
+    await store.append(connection, [Order.new("KOM3").report(report("KOM3", WORD))])
+    for order_no in ("KOM1", "KOM2", "KOM3"):
+        await erase(owner_dsn, dsn, order_no)
+    assert await connection.fetchval(IS_CLEAN)
+    async with running(Settings(), dsn) as service:
+        await record(service, report("KOM4"))
+    assert await connection.fetchval(IS_CLEAN)
+    found = await rebuilt(dsn, verify=True)
+    assert [view.differences for view in found] == [0, 0, 0]
+
+
+async def test_a_process_that_is_told_late_of_a_commit_keeps_nothing(dsn: str, owner_dsn: str) -> None:
+    """An event that is erased before its own process remembers it does not enter memory."""
+    async with dedicated_connection(dsn) as held:
+        feed = Feed(held, lambda: connect(dsn))
+        recorder = make_recorder(held)
+        await recorder.record(report("KOM1", WORD))
+        async with connected(owner_dsn) as owner:
+            await erase_order(owner, "KOM1", "asked for", BY)
+        await feed.hear_in_time()
+        feed.remember([decide(NEW_ORDER, report("KOM1", WORD))], [1])
+        assert feed.recall(0, 1) == ()
+        feed.remember([decide(NEW_ORDER, report("KOM2", WORD))], [2])
+        assert [event.originator_id for _, event in feed.recall(1, 1)] == ["KOM2"]
+
+
+async def test_erasures_that_a_failover_lost_are_forgotten(
+    client: Client, owner_dsn: str, dsn: str, connection: Connection
+) -> None:
+    """If another erasure has the id of the last one that was read, memory starts again."""
+    for order_no in ("KOM1", "KOM2"):
+        await client.webhook(order_no, WORD)
+    async with dedicated_connection(dsn) as held, connected(owner_dsn) as owner:
+        feed = Feed(held, lambda: connect(dsn))
+        await feed.hear_in_time()
+        before = feed.erasures.up_to
+        await erase_order(owner, "KOM1", "asked for", BY)
+        await feed.hear_in_time(at_once=True)
+        assert feed.erasures.orders_after(before) == {"KOM1"}
+        feed.remember([decide(NEW_ORDER, report("KOM2", WORD))], [2])
+        await connection.execute("DELETE FROM erasures; ALTER TABLE erasures ALTER erasure_id RESTART")
+        await erase_order(owner, "KOM2", "asked for", BY)
+        await feed.hear_in_time(at_once=True)
+        assert feed.recall(1, 1) == ()
+        assert feed.erasures.orders_after(before) is None
+        assert [feed.erasures.has_erased(order_no, 1) for order_no in ("KOM1", "KOM2")] == [False, True]
+
+
 async def test_a_late_retry_of_an_erased_word_adds_nothing(
-    client: Client, connection: Connection, dsn: str, owner_dsn: str
+    client: Client, connection: Connection, owner_dsn: str
 ) -> None:
     """The key of a report whose word is erased gets the first receipt again, so that the word stays erased."""
     body = f'{{"order_no":"KOM1","status":"{WORD}"}}'.encode()
     first = await client.raw(body, **{"webhook-id": "key-1"})
-    async with connected(owner_dsn) as owner, connected(dsn) as service:
-        await erase_order(owner, service, "KOM1", "asked for", BY)
+    async with connected(owner_dsn) as owner:
+        await erase_order(owner, "KOM1", "asked for", BY)
     again = await client.raw(body, **{"webhook-id": "key-1"})
     assert (again["version"], again["reported_status"]) == (first["version"], "")
     assert await connection.fetchval("SELECT count(*) FROM order_events") == 1
 
 
-async def test_followers_learn_of_an_erasure(client: Client, dsn: str, owner_dsn: str) -> None:
+async def test_followers_learn_of_an_erasure(client: Client, owner_dsn: str) -> None:
     """Erasures have a feed of their own, and a live stream gets an event without an id."""
     for order_no in ("KOM1", "KOM2", "KOM3"):
         await client.webhook(order_no)
     async with (
         connected(owner_dsn) as owner,
-        connected(dsn) as service,
         client.reading("/events/stream?after=0") as log,
         client.reading("/orders/KOM2/stream?after=0") as order,
     ):
         assert await log.positions(3) == [1, 2, 3]
         assert await order.positions(1) == [2]
         for order_no in ("KOM1", "KOM2"):
-            await erase_order(owner, service, order_no, "asked for", BY)
+            await erase_order(owner, order_no, "asked for", BY)
         for reader, order_nos in ((log, ["KOM1", "KOM2"]), (order, ["KOM2"])):
             for order_no in order_nos:
                 message = await reader.message()

@@ -260,7 +260,7 @@ ODD_STATES = {
 @pytest.mark.parametrize("is_erased_first", [False, True])
 @pytest.mark.parametrize("members", ODD_STATES.values(), ids=ODD_STATES)
 async def test_an_odd_state_is_committed_to_as_a_whole(
-    history: History, dsn: str, tmp_path: Path, members: dict[str, Any], *, is_erased_first: bool
+    history: History, tmp_path: Path, members: dict[str, Any], *, is_erased_first: bool
 ) -> None:
     """What JSON writers could write in two ways, or what is too long, is proved also once it is erased."""
     await record(history, "KOM0", "Diajukan")
@@ -274,8 +274,7 @@ async def test_an_odd_state_is_committed_to_as_a_whole(
     )
     if not is_erased_first:
         await history.build()
-    async with connected(dsn) as own:
-        await erase_order(history.connection, own, "KOM1", "asked to", OPERATOR)
+    await erase_order(history.connection, "KOM1", "asked to", OPERATOR)
     await history.build()
     bundle = await prove(history, "KOM1", with_bodies=True)
     assert verify(bundle, key_of(history), tmp_path).code == 0
@@ -365,7 +364,7 @@ async def test_the_service_cannot_zero_a_salt(history: History, dsn: str) -> Non
 
 
 async def test_an_erasure_leaves_no_salt_and_every_proof(
-    history: History, dsn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bundles from before and after it are valid, and the salts are zeros."""
     # No view follows this log.
@@ -374,8 +373,7 @@ async def test_an_erasure_leaves_no_salt_and_every_proof(
     await record(history, "KOM2", "Diajukan")
     await history.build()
     before = await prove(history, "KOM1", with_bodies=True)
-    async with connected(dsn) as own:
-        await erase_order(history.connection, own, "KOM1", "asked to", OPERATOR)
+    await erase_order(history.connection, "KOM1", "asked to", OPERATOR)
     assert await salts(history.connection, positions) == [NO_SALT] * 3
     assert NO_SALT not in await salts(history.connection, [4])
     await record(history, "KOM1", "Diterima")
@@ -387,19 +385,17 @@ async def test_an_erasure_leaves_no_salt_and_every_proof(
         assert verify(bundle, key_of(history), tmp_path).code == 0
     assert (await check(history)).differing == 0
     # Once more, which changes nothing.
-    async with connected(dsn) as own:
-        await erase_order(history.connection, own, "KOM1", "asked to", OPERATOR)
+    await erase_order(history.connection, "KOM1", "asked to", OPERATOR)
     assert (await check(history)).differing == 0
 
 
 @pytest.mark.parametrize("remember", [False, True])
-async def test_an_erasure_before_the_entry(history: History, dsn: str, *, remember: bool) -> None:
+async def test_an_erasure_before_the_entry(history: History, *, remember: bool) -> None:
     """An event that is erased before it is in the tree gets a commitment, and its salt is thrown away."""
     await record(history, "KOM0", "Diajukan")
     await history.build()
     positions = await record(history, "KOM1", *STATUSES, remember=remember)
-    async with connected(dsn) as own:
-        await erase_order(history.connection, own, "KOM1", "asked to", OPERATOR)
+    await erase_order(history.connection, "KOM1", "asked to", OPERATOR)
     await history.build()
     assert await salts(history.connection, positions) == [NO_SALT] * 3
     commitments = await storage.read_commitments(history.connection, positions)
@@ -414,7 +410,7 @@ async def test_an_erased_body_in_memory_is_not_committed_to(history: History, ds
     tree = await history.build()
     async with connected(dsn) as own:
         await restart(own, history.signer, "a test", OPERATOR)
-        await erase_order(history.connection, own, "KOM1", "asked to", OPERATOR)
+        await erase_order(history.connection, "KOM1", "asked to", OPERATOR)
     assert history.feed.recall(0, 1)
     await history.build()
     assert await salts(history.connection, positions) == [NO_SALT] * 3
@@ -679,8 +675,8 @@ async def test_a_restart_keeps_the_salts(history: History, dsn: str) -> None:
     positions = await record(history, "KOM1", *STATUSES)
     await record(history, "KOM2", *STATUSES)
     await history.build()
+    await erase_order(history.connection, "KOM1", "asked to", OPERATOR)
     async with connected(dsn) as own:
-        await erase_order(history.connection, own, "KOM1", "asked to", OPERATOR)
         await restart(own, history.signer, "a test", OPERATOR)
     tree = await history.build()
     assert (tree.number, tree.size, tree.salted) == (2, 7, 7)

@@ -57,7 +57,7 @@ async def split(request: pytest.FixtureRequest, server: TestServer, dsn: str) ->
             feed = Feed(reading, partial(connect, new_dsn))
             projecting = DedicatedConnection(on_new, on_open=feed.forget)
             writer = make_recorder(appending, on_commit=feed.remember)
-            projector = Projector(VIEW, projecting.transaction, feed.read_log, feed.head)
+            projector = Projector(VIEW, projecting.transaction, feed)
             yield Split(writer, projector, new_dsn, reads_old_log)
             await projecting.close()
 

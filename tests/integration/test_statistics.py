@@ -15,11 +15,10 @@ from projections.engine import SELECT_VIEW
 from projections.postgres import Connection
 from projections.statistics import (
     MINUTES_KEPT,
-    WORDS_MAX,
     read_minutes,
     read_statistics,
-    read_unrecognised,
 )
+from projections.timeline import WORDS_MAX, read_unrecognised
 from projections.views import VIEWS
 from service.app import Service
 from service.event_log import store
@@ -30,6 +29,7 @@ from tests.support.reports import NOW, report
 
 RECOGNISE = STANDARD_VOCABULARY.recognise
 (VIEW,) = (view for view in VIEWS if view.name == "statistics")
+(TIMELINE,) = (view for view in VIEWS if view.name == "timeline")
 MINUTE = timedelta(minutes=1)
 BEYOND = WORDS_MAX + 1
 LAP = MINUTES_KEPT * MINUTE
@@ -151,12 +151,12 @@ async def test_a_word_that_cannot_be_counted_parks_its_order_alone(dsn: str, con
     words = [report("A", "word"), report("B", "nul \x00"), report("C", "word")]
     await store.append(connection, [decide(NEW_ORDER, one) for one in words])
     with capture_logs() as logs:
-        assert await rebuilt(dsn, views=[VIEW]) == [("statistics", 1, 0)]
+        assert await rebuilt(dsn, views=[TIMELINE]) == [("timeline", 1, 0)]
     assert [log["event"] for log in logs] == [
         "an event cannot be added to a view: the rebuild begins again",
         "order parked",
     ]
-    parked = await connection.fetch("SELECT order_no, reason FROM statistics.parked_orders")
+    parked = await connection.fetch("SELECT order_no, reason FROM timeline.parked_orders")
     assert [order_no for order_no, _ in parked] == ["B"]
     assert parked[0]["reason"].startswith("UntranslatableCharacterError")
     (word,) = await read_unrecognised(connection, RECOGNISE)
@@ -169,6 +169,6 @@ async def test_a_rebuild_counts_more_words_than_it_sums_up(dsn: str, connection:
     repeats = [decide(NEW_ORDER, report(f"MOK{number}", f"word {number}")) for number in range(BEYOND)]
     for batch in (events, repeats):
         await store.append(connection, batch)
-    await rebuilt(dsn, views=[VIEW])
-    counted = await connection.fetch("SELECT reports, count(*) FROM statistics.unrecognised GROUP BY reports")
+    await rebuilt(dsn, views=[TIMELINE])
+    counted = await connection.fetch("SELECT reports, count(*) FROM timeline.unrecognised GROUP BY reports")
     assert [*map(tuple, counted)] == [(2, BEYOND)]

@@ -15,7 +15,10 @@ from aiohttp import web
 from openapi_schema_validator import OAS31Validator, oas31_format_checker
 
 from projections.postgres import Connection
+from service.database.connections import connected
+from service.database.operations import Actor
 from service.features.subscriptions.progress import TRY_LEAD
+from service.maintenance.erasure import erase_order, settle
 from tests.support.client import Client, serving_client
 from tests.support.receiver import Received, Receiver, hang, is_signed, receiving
 from tests.support.waiting import until_async
@@ -266,6 +269,26 @@ async def test_a_replay_sends_the_same_ids(dsn: str, receiver: Receiver, connect
     for again in (after[3:6], after[6:9]):
         assert [one.message_id for one in again] == [one.message_id for one in before]
         assert [one.raw for one in again] == [one.raw for one in before]
+
+
+async def test_nothing_that_was_erased_is_delivered(dsn: str, owner_dsn: str, receiver: Receiver) -> None:
+    """A replay and a new subscription get the events without their bodies, although memory had them."""
+    async with delivering(dsn) as client:
+        added = await add(client, receiver, include=["body"])
+        for order_no in ("KOM1", "KOM2"):
+            body = {"order_no": order_no, "status": "Dikirim", "buyer": "Budi"}
+            await client.raw(json.dumps(body).encode())
+        before = [*await receiver.wait_for(2)]
+        await settled(client, added, lag_events=0)
+        async with connected(owner_dsn) as owner, connected(dsn) as own:
+            await erase_order(owner, "KOM1", "asked for", Actor("cli", "tests"))
+            await settle(owner, own, ["KOM1"])
+        await client.post(path(added, "replay"), 200, {"from_position": 0})
+        await receiver.wait_for(4)
+        await add(client, receiver, include=["body"], from_position=0)
+        after = (await receiver.wait_for(6))[2:]
+    assert all(b"Budi" in one.raw for one in before)
+    assert {(one.order_no, b"Budi" in one.raw) for one in after} == {("KOM1", False), ("KOM2", True)}
 
 
 async def test_pausing_and_resuming(dsn: str, receiver: Receiver, connection: Connection) -> None:

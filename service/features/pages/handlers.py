@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from aiohttp import web
 
 from domain.statuses import STATUSES
-from projections import current_status, statistics, timeline
+from projections import current_status, timeline
 from projections.engine import Projector
 from projections.windows import POSITION_MAX
 from service.api.contradictions import handle as handle_contradiction
@@ -328,9 +328,9 @@ class Pages:
     async def show_words(self, request: web.Request, _form: Form) -> Shown | str:
         """Show the unknown words, how to teach them, and the known ones."""
         query = read_query(CommonQuery, request)
-        await wait_for(self._projectors, query.after_position, statistics.VIEW.name)
+        await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
         async with self._pool.connection() as connection:
-            unrecognised = await statistics.read_unrecognised(connection, self._vocabulary.recognise)
+            unrecognised = await timeline.read_unrecognised(connection, self._vocabulary.recognise)
         return _show(
             "words.html",
             "/words",

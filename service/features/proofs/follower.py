@@ -126,6 +126,7 @@ class Follower:
     async def step(self) -> int:
         """Add the next events, or sign those that were added; return the number of entries that were added."""
         added = 0
+        await self._feed.hear_in_time()
         if self._is_full or self._feed.recall(self._edge.size - 1, 1) or await self._has_events():
             # Until the commit, this process does not know the edge.
             edge, self._edge = self._edge, Edge(0, {})

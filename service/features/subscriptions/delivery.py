@@ -23,11 +23,12 @@ from yarl import URL
 from domain.order import Order
 from projections.view import FailedEvent
 from service.background import wait_for_event
+from service.event_log.erasures import HeardUpTo
 from service.features.subscriptions.held_orders import HELD_ORDERS_MAX
 from service.features.subscriptions.log_reader import LogReader, PlaceLostError, place_of
 from service.features.subscriptions.message import Selection, make_message_id
 from service.features.subscriptions.pace import Pace
-from service.features.subscriptions.progress import Held, Loaded, Progress
+from service.features.subscriptions.progress import ErasedError, Held, Loaded, Progress
 from service.features.subscriptions.responses import ATTEMPT_SECONDS_MAX
 from service.features.subscriptions.sending import Attempt, AttemptOutcome, Sender
 from service.features.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState
@@ -80,6 +81,7 @@ class _Work:
     """A subscription since it was loaded. A result that arrives after the next load is dropped.
 
     Attributes:
+        heard: up to where the erasures are applied to its events and texts.
         due: when which held order is due. An entry is valid while the held order has the same time.
         dirty: the orders whose holding is not saved.
         begun: the number of requests that were begun.
@@ -92,6 +94,7 @@ class _Work:
     """
 
     loaded: Loaded
+    heard: HeardUpTo
     url: URL
     window: Window
     held: dict[str, Held]
@@ -220,6 +223,9 @@ class Delivery:
                 self._drop_work()
                 self._interrupted.clear()
                 self._ending = None
+                # First: what is loaded later lacks what these erasures have erased.
+                await self._reader.hear()
+                heard = self._reader.erasures.up_to
                 now = self._now()
                 loaded = await self._progress.load(self.subscription_id, self.session, now, self.reached)
                 if loaded is None:
@@ -229,7 +235,7 @@ class Delivery:
                 if loaded.is_other_log:
                     await self._end(loaded, WENT_BACK)
                 elif not self.has_lost_events:
-                    await self._deliver_while_proved(self._begin(loaded))
+                    await self._deliver_while_proved(self._begin(loaded, heard))
         finally:
             self._drop_work()
             remaining = [*self._tasks, *([self._saving] if self._saving is not None else [])]
@@ -246,8 +252,8 @@ class Delivery:
         if self._has_ended:
             log_end(self.subscription_id, ending)
 
-    def _begin(self, loaded: Loaded) -> _Work:
-        work = _Work(loaded, URL(loaded.url), Window(loaded.place), loaded.held)
+    def _begin(self, loaded: Loaded, heard: HeardUpTo) -> _Work:
+        work = _Work(loaded, heard, URL(loaded.url), Window(loaded.place), loaded.held)
         for order_no, held in work.held.items():
             _schedule(work, order_no, held)
         self._work = work
@@ -289,6 +295,28 @@ class Delivery:
         await self._save(work)
 
     # The log.
+
+    async def _hear(self, work: _Work, *, at_once: bool = False) -> None:
+        """Drop what erasures have erased: the events of these orders are read again from the log."""
+        await self._reader.hear(at_once=at_once)
+        erasures = self._reader.erasures
+        orders = erasures.orders_after(work.heard)
+        if orders == set() or work is not self._work:
+            return
+        for number, (at, order_no, version, attempts, attempt) in enumerate(self._responses):
+            if orders is None or order_no in orders:
+                self._responses[number] = at, order_no, version, attempts, attempt._replace(error=None)
+        if orders is None:
+            # It is not known which ones were erased.
+            self._interrupted.set()
+            return
+        work.heard = erasures.up_to
+        for order_no in orders:
+            if (held := work.held.get(order_no)) is not None:
+                held.last_error = None
+                self._mark(work, order_no)
+            elif (first := work.window.first_of(order_no)) is not None:
+                self._hold(work, order_no, first.message.version, first.place.position)
 
     async def _read(self, work: _Work) -> None:
         while True:
@@ -341,6 +369,7 @@ class Delivery:
     async def _start_requests(self, work: _Work) -> None:
         while True:
             self._wake.clear()
+            await self._hear(work)
             delay = 0.0
             while len(self._tasks) < IN_FLIGHT_MAX and work.unsaved < UNSAVED_MAX and self._goes_on(work):
                 if delay := self._pace.delay_seconds():
@@ -458,10 +487,16 @@ class Delivery:
     async def _deliver_held(self, work: _Work, order_no: str, held: Held) -> None:
         """Send the events of a held order, one after the other, until one fails or none waits any more."""
         while self._goes_on(work):
+            await self._hear(work)
+            heard = work.heard
             events = await self._reader.read_order(order_no, held.version - 1, work.window.read)
             if work is not self._work:
                 return
             for position, event in events:
+                await self._hear(work)
+                if order_no in (self._reader.erasures.orders_after(heard) or ()):
+                    # Read the events again, as they are now.
+                    break
                 if position > work.window.read.position:
                     # The log has not been read so far: the order's next event is an ordinary one.
                     self._catch_up(work, order_no)
@@ -532,6 +567,9 @@ class Delivery:
         attempt = await self._sender.send(
             work.url, secrets, message.message_id, message.body, message.traceparent
         )
+        if self._reader.erasures.has_erased(message.order_no, message.version):
+            # The endpoint may repeat what was erased while it responded.
+            attempt = attempt._replace(error=None)
         self._outcomes[self.subscription_id, attempt.outcome] += 1
         self._responses.appendleft((self._now(), message.order_no, message.version, number, attempt))
         self._has_new_responses = True
@@ -676,9 +714,18 @@ class Delivery:
         await asyncio.shield(self._saving)
 
     async def _save_now(self, work: _Work) -> None:
-        held = {order_no: work.held.get(order_no) for order_no in work.dirty}
-        counts = work.delivered, work.failed
-        covered = work.covered
+        while not await self._try_save(work):
+            heard = work.heard
+            await self._hear(work, at_once=True)
+            if work.heard == heard:
+                # What was erased is unknown. What is not saved is sent again.
+                self._interrupted.set()
+                return
+
+    async def _try_save(self, work: _Work) -> bool:
+        """Save; return False if an order was erased whose texts were to be saved."""
+        orders, counts, covered = work.dirty, (work.delivered, work.failed), work.covered
+        held = {order_no: work.held.get(order_no) for order_no in orders}
         work.dirty, work.delivered, work.failed = set(), 0, 0
         responses = None
         if self._has_new_responses and (self._interrupted.is_set() or monotonic() >= self._responses_at):
@@ -686,22 +733,31 @@ class Delivery:
             self._responses_at = monotonic() + RESPONSES_SECONDS
         elif self._has_new_responses:
             self._dirty.set()
-        is_saved = await self._progress.save(
-            self.subscription_id,
-            self.session,
-            work.loaded.generation,
-            work.window.done,
-            *counts,
-            responses,
-            held,
-            work.failing_since if work.is_down else None,
-            work.window.read,
-        )
+        try:
+            is_saved = await self._progress.save(
+                self.subscription_id,
+                self.session,
+                work.loaded.generation,
+                work.window.done,
+                *counts,
+                responses,
+                held,
+                work.failing_since if work.is_down else None,
+                work.window.read,
+                work.heard.erasure_id,
+            )
+        except ErasedError:
+            work.dirty |= orders
+            work.delivered, work.failed = work.delivered + counts[0], work.failed + counts[1]
+            if responses is not None:
+                self._has_new_responses, self._responses_at = True, 0.0
+            return False
         if is_saved:
             work.saved = covered
             self._saved.set()
         else:
             self._interrupted.set()
+        return True
 
 
 def log_end(subscription_id: UUID, ending: tuple[SubscriptionState, SubscriptionReason]) -> None:

@@ -12,6 +12,7 @@ from projections.postgres import Connection
 from projections.view import LoggedEvent
 from service.database.connections import DedicatedConnection
 from service.event_log import store
+from service.event_log.erasures import HeardErasures
 from service.event_log.feed import Feed, decode_logged
 from service.event_log.store import RecordedEvent
 from service.features.subscriptions.window import LogPlace
@@ -59,12 +60,22 @@ class LogReader:
         self._feed = feed
         self._dedicated = dedicated
 
+    @property
+    def erasures(self) -> HeardErasures:
+        """The latest erasures, after ``hear``."""
+        return self._feed.erasures
+
+    async def hear(self, *, at_once: bool = False) -> None:
+        """Find out whether there are new erasures, unless that was found out a short time ago."""
+        await self._feed.hear_in_time(at_once=at_once)
+
     async def read(self, after: LogPlace, limit: int) -> Sequence[LoggedEvent]:
         """Return the next events above a place, at most ``limit``.
 
         Raises:
             PlaceLostError: the log ends before the place, or has another event there.
         """
+        await self.hear()
         # Memory proves the place if it has the event there: it holds consecutive events of one log.
         recalled = self._feed.recall(after.position - 1, limit + 1)
         if len(recalled) > 1 and place_of(*recalled[0]) == after:

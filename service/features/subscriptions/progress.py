@@ -50,16 +50,19 @@ HELD: Final = """
     SELECT order_no, version, position, held_since, attempts, last_attempt_at, next_attempt_at, last_error
     FROM public.held_orders WHERE subscription_id = $1
 """
-# Saves nothing if an operator has changed the subscription since, another process has taken it over, or the log
-# has lost what was read.
+# Saves nothing if an operator has changed the subscription since, another process has taken it over, the log
+# has lost what was read, or an order was erased of which an endpoint's words are to be saved.
 SAVE: Final = f"""
     WITH proof AS MATERIALIZED (
-        SELECT {HAS_PLACE.format(position="$18::bigint", report_id="$19")} AS holds
+        SELECT {HAS_PLACE.format(position="$18::bigint", report_id="$19")} AS holds,
+            NOT EXISTS (
+                SELECT FROM public.erasures WHERE erasure_id > $20 AND order_no = ANY($21::text[])
+            ) AS has_heard
     ), saved AS (
         UPDATE public.subscriptions
         SET position = $3, report_id = $4, delivered = delivered + $5, failed = failed + $6,
             responses = coalesce($7::json, responses), down_since = $17
-        WHERE subscription_id = $1 AND generation = $2 AND (SELECT holds FROM proof)
+        WHERE subscription_id = $1 AND generation = $2 AND (SELECT holds AND has_heard FROM proof)
         RETURNING subscription_id
     ), held AS (
         INSERT INTO public.held_orders AS held (subscription_id, order_no, version, position, held_since,
@@ -74,7 +77,7 @@ SAVE: Final = f"""
         DELETE FROM public.held_orders USING saved
         WHERE held_orders.subscription_id = saved.subscription_id AND order_no = ANY($16::text[])
     )
-    SELECT (SELECT holds FROM proof), EXISTS (SELECT FROM saved)
+    SELECT (SELECT holds FROM proof), (SELECT has_heard FROM proof), EXISTS (SELECT FROM saved)
 """  # noqa: S608 - our own texts
 
 
@@ -125,6 +128,10 @@ class Present(NamedTuple):
     state: SubscriptionState
     revision: int
     reason: SubscriptionReason | None
+
+
+class ErasedError(Exception):
+    """An order was erased, and what is to be saved may repeat what was erased."""
 
 
 class LeadLostError(ConnectionError):
@@ -219,6 +226,7 @@ class Progress:
         held: Mapping[str, Held | None],
         down_since: datetime | None,
         read: LogPlace,
+        erasure_id: int,
     ) -> bool:
         """Save what was delivered. Return whether the subscription has not changed in the meantime.
 
@@ -233,8 +241,10 @@ class Progress:
             held: the orders whose holding has changed, None for those that are not held any more.
             down_since: since when all attempts have failed; None while the endpoint is up.
             read: up to where the log was read, which it must still have.
+            erasure_id: the last erasure that the texts of ``responses`` and ``held`` have lost.
 
         Raises:
+            ErasedError: an order with such a text was erased since. Nothing was saved.
             PlaceLostError: it does not.
             LeadLostError: the session with the lock has ended.
         """
@@ -249,15 +259,18 @@ class Progress:
             [one.next_attempt_at for _, one in kept],
             [one.last_error for _, one in kept],
         ]
+        quoted = {order_no for order_no, one in kept if one.last_error is not None}
+        quoted |= {one["order_no"] for one in responses or () if one["error"] is not None}
         caught_up = [order_no for order_no, one in held.items() if one is None]
         async with self._dedicated.connection() as connection:
             self._require(session)
             moved = (delivered, failed, responses)
-            ((is_proved, is_saved),) = await connection.fetch(
-                SAVE, subscription_id, generation, *place, *moved, *columns, caught_up, down_since, *read
-            )
+            values = (subscription_id, generation, *place, *moved, *columns, caught_up, down_since, *read)
+            ((is_proved, has_heard, is_saved),) = await connection.fetch(SAVE, *values, erasure_id, [*quoted])
         if not is_proved:
             raise PlaceLostError(read)
+        if not has_heard:
+            raise ErasedError
         return bool(is_saved)
 
     async def end(
