@@ -6,12 +6,13 @@ from typing import Any, Final, NamedTuple, cast
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from domain.logged import DecodedEvent
 from domain.statuses import SETTLED, Label, Status, status_label
 from domain.transitions import VERDICTS
 from projections.parked import Parked
 from projections.postgres import Connection
 from projections.table import FIRST, LAST_KNOWN, SUM, Column, Rows, Table
-from projections.view import DecodedEvent, View
+from projections.view import View
 
 
 class Counts(TypedDict):

@@ -9,13 +9,14 @@ from zoneinfo import ZoneInfo
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from domain.logged import DecodedEvent
 from domain.statuses import STATUSES, Label, Recognise, Status, status_label
 from domain.transitions import VERDICTS, Verdict
 from projections.current_status import Counts
 from projections.postgres import Connection
 from projections.table import MAX, SUM, Column, Merge, Row, Rows, Table
 from projections.timeline import UnrecognisedString, read_unrecognised
-from projections.view import DecodedEvent, View
+from projections.view import View
 
 # Durations are counted in buckets, each a tenth wider than the previous one: percentiles are accurate to 5 %.
 BUCKET_GROWTH: Final = 1.1

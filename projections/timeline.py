@@ -10,12 +10,13 @@ from typing import Any, Final, NamedTuple, cast
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from domain.logged import DecodedEvent
 from domain.statuses import STATUSES, Label, Recognise, Status, status_label
 from domain.transitions import VERDICTS, Verdict
 from projections.parked import Parked
 from projections.postgres import Connection
 from projections.table import MAX, MIN, SUM, Column, Rows, Table
-from projections.view import DecodedEvent, View
+from projections.view import View
 from projections.windows import BLOCK_POSITIONS
 
 

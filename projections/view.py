@@ -4,34 +4,11 @@ import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
-from domain.order import Order
-from projections.parked import ParkedOrder
+from domain.logged import DecodedEvent
 from projections.postgres import Connection
 from projections.table import Rows, Table, write_sql
-
-
-class FailedEvent(NamedTuple):
-    """An event that cannot be decoded or applied: its order, its version, and the reason."""
-
-    originator_id: str
-    originator_version: int
-    reason: str
-
-    def to_parked(self, position: int) -> ParkedOrder:
-        """Return the order to park because of this event, which is at ``position``."""
-        return {
-            "order_no": self.originator_id,
-            "since_version": self.originator_version,
-            "position": position,
-            "reason": self.reason,
-        }
-
-
-# A position and its event. Plain tuples are the cheapest, and every view handles one for each event.
-DecodedEvent: TypeAlias = tuple[int, Order.StatusReported]
-LoggedEvent: TypeAlias = tuple[int, Order.StatusReported | FailedEvent]
 
 Fold: TypeAlias = Callable[[Iterable[DecodedEvent], Rows], None]
 # Called with a connection and the last erased version of each order.

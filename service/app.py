@@ -98,17 +98,17 @@ class Service:
     def _make_apis(self) -> list[Api]:
         core, settings = self.core, self._settings
         return [
-            OrdersApi(core.pool, core.make_hot, core.projectors, core.budgets, core.log),
-            StatisticsApi(core.pool, core.projectors, core.vocabulary.recognise, settings.zone),
+            OrdersApi(core.pool, core.make_hot, core.positions, core.budgets, core.identity),
+            StatisticsApi(core.pool, core.positions, core.vocabulary.recognise, settings.zone),
             core.events,
-            AuditApi(core.pool, core.projectors, core.vocabulary),
-            ContradictionsApi(core.pool, core.projectors),
+            AuditApi(core.pool, core.positions, core.vocabulary),
+            ContradictionsApi(core.pool, core.positions),
             QuarantineApi(core.pool, core.recorder),
             *(api for contribution in core.contributions.values() for api in contribution.apis),
             HealthApi(
                 core.pool,
                 core.auth_connection,
-                [*core.projectors.values()],
+                [*core.positions.values()],
                 core.refusals,
                 replica_age_seconds_max=settings.replica_age_seconds_max if core.is_reader else None,
             ),
@@ -121,7 +121,7 @@ class Service:
         if core.retention is not None:
             measures.append(core.retention.collect)
         reads = [one.read_metrics for one in core.contributions.values() if one.read_metrics is not None]
-        return Metrics(core.pool, [*core.projectors.values()], measures, reads)
+        return Metrics(core.pool, [*core.positions.values()], measures, reads)
 
     async def stop(self) -> None:
         """Answer the waiting reports, then stop everything."""
@@ -144,13 +144,13 @@ class Service:
         for contribution in core.contributions.values():
             contribution.prepare(app)
         for api in self.apis:
-            app.add_routes(make_routes(api, core.access, core.log))
+            app.add_routes(make_routes(api, core.access, core.identity))
         return app
 
     def make_monitoring_app(self, body_bytes_max: int) -> web.Application:
         """Return the HTTP application with the state of this one process, for its own address."""
         app = web.Application(client_max_size=body_bytes_max)
-        make = partial(make_routes, access=self.core.access, log=self.core.log)
+        make = partial(make_routes, access=self.core.access, log=self.core.identity)
         routes = (route for api in self.apis for route in make(api))
         app.add_routes(route for route in routes if route.path in MONITORING_PATHS)
         return app

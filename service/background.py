@@ -1,4 +1,4 @@
-"""Background tasks, supervised so that none ends unnoticed, and the loop that follows the log."""
+"""Background tasks, supervised so that none ends unnoticed."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -52,35 +52,6 @@ async def wait_for_event(event: asyncio.Event, seconds_max: float) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds_max):
             await event.wait()
-
-
-async def follow(
-    step: Callable[[], Awaitable[int]],
-    wake: asyncio.Event,
-    *,
-    batch_events_max: int,
-    poll_seconds: float,
-    idle_seconds: float,
-) -> NoReturn:
-    """Repeat: call ``step`` as long as the log has new events, then wait until it may have grown.
-
-    Args:
-        step: handles the next batch of events, and returns their number.
-        wake: set by others when the log has grown.
-        batch_events_max: the size of a full batch, after which the next step follows at once.
-        poll_seconds: the longest wait, in case a wake is lost.
-        idle_seconds: the pause after a batch that was not full, so that the next batch is larger under load. It
-            does not delay the first event after a wait.
-
-    Raises:
-        Exception: whatever the step raises. Run this under ``supervise``.
-    """
-    while True:
-        wake.clear()
-        while events := await step():
-            if events < batch_events_max:
-                await asyncio.sleep(idle_seconds)
-        await wait_for_event(wake, poll_seconds)
 
 
 async def listen(connect: Callable[[], Awaitable[Connection]], channel: str, wake: Callable[..., None]) -> None:

@@ -18,8 +18,6 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from projections.engine import OutdatedViewError
-from projections.rebuild import RebuildRunningError
 from service.database.connections import (
     DedicatedConnection,
     StorageUnavailableError,
@@ -30,6 +28,8 @@ from service.database.schema import service_dsn
 from service.errors import OperatorError
 from service.event_log.codec import UndecodableEventError
 from service.http.times import to_rfc3339
+from service.projecting.projector import OutdatedViewError
+from service.projecting.rebuild import RebuildRunningError
 from service.settings import CoreSettings, SettingsError
 
 EXIT_FAILURE: Final = 1

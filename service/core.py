@@ -13,7 +13,7 @@ from domain.order import Order
 from projections.postgres import Connection
 from service.api.events import EventsApi
 from service.api.freshness import wait_for
-from service.background import BackgroundTasks, follow, listen
+from service.background import BackgroundTasks, listen
 from service.database.connections import (
     HOT_SETTINGS,
     POOL_SETTINGS,
@@ -26,7 +26,7 @@ from service.database.durability import read_durability
 from service.database.log_identity import LogIdentity
 from service.dsn import as_reader
 from service.event_log import times
-from service.event_log.feed import Feed
+from service.event_log.follow import Followers, Log, Memory, follow, rest_unless_full
 from service.event_log.store import CHANNEL, last_arrival
 from service.http.access import Access
 from service.http.auth_refusals import AuthRefusals
@@ -42,7 +42,7 @@ from service.ingest.signatures import make_scheme
 from service.ingest.webhook import RefusedWebhook, Webhook
 from service.ingest.webhook_auth import WebhookAuth
 from service.maintenance.retention import PASS_SECONDS, Retention
-from service.projecting import RunningViews
+from service.projecting.running import RunningViews
 from service.settings import CoreSettings
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class Core:
         budgets: the budgets of the process.
 
     Attributes:
+        memory: the last events that this process has committed.
+        log: the log.
+        identity: the log's id.
+        positions: how far each view has come.
+        followers: what follows the log.
         contributions: what the features that are on contribute, by their names. Later features find those of
             earlier ones.
         failures: how often what a feature does after a commit has failed, by its name.
@@ -84,8 +89,8 @@ class Core:
         self._failure_lines = LogLimit()
         self.vocabulary = settings.vocabulary
         self.budgets = budgets
-        self.log = LogIdentity()
-        self.pool = ConnectionPool(self._dsn, seconds_max, self.log.read)
+        self.identity = LogIdentity()
+        self.pool = ConnectionPool(self._dsn, seconds_max, self.identity.read)
         self.log_connection = self.make_hot()
         self.append_connection = self._keep(
             DedicatedConnection(
@@ -103,16 +108,17 @@ class Core:
         connect_timely = partial(connect, self._dsn, **POOL_SETTINGS)
         self.quarantine_connection = self._keep(DedicatedConnection(connect_timely, seconds_max))
         self.auth_connection = self._keep(DedicatedConnection(connect_timely, seconds_max))
-        self.feed = Feed(self.log_connection, partial(connect, self._dsn))
+        self.memory = Memory(self.log_connection)
+        self.log = Log(self.log_connection, self.memory)
         self.views = RunningViews(
             self._dsn,
             partial(self.make_hot, self.forget),
-            self.feed,
+            self.log,
             is_reader=self.is_reader,
             # A standby sends no notifications. A view that has moved shows that the log has grown.
             on_move=self._wake_tail,
         )
-        self.projectors = self.views.projectors
+        self.positions = self.views.positions
         self.auth_refusals = AuthRefusals(settings.trusted_proxies)
         self.access = Access(
             self.auth_connection,
@@ -123,8 +129,14 @@ class Core:
         )
         self.http_metrics = HttpMetrics(self.auth_refusals, budgets)
         self._make_ingest(settings, seconds_max)
-        self.events = EventsApi(self.pool, self.access, budgets.streams, self.projectors, self.log)
+        self.events = EventsApi(
+            *(self.pool, self.memory, self.access, budgets.streams, self.positions, self.identity)
+        )
         self.tail = self.events.tail
+        self.followers = Followers(self._note_failure)
+        self.followers.join("live streams", self.tail.wake.set)
+        for name, position in self.positions.items():
+            self.followers.join(name, position.wake.set)
         self.retention: Retention | None = None
         if settings.body_retention_days:
             self.retention = Retention(self.pool, owner_dsn or dsn, self._dsn, settings.body_retention_days)
@@ -148,7 +160,7 @@ class Core:
         self.webhook = (
             RefusedWebhook(self.webhook_auth, self.refusals)
             if self.is_reader
-            else Webhook(self.webhook_auth, self.recorder, quarantine, volume, self.refusals, log=self.log)
+            else Webhook(self.webhook_auth, self.recorder, quarantine, volume, self.refusals, log=self.identity)
         )
 
     def settings_as(self, model: type[AnySettings]) -> AnySettings:
@@ -166,11 +178,11 @@ class Core:
 
         It is closed with the core.
         """
-        connect_hot = partial(connect, self._dsn, self.log.read, **HOT_SETTINGS, **settings)
+        connect_hot = partial(connect, self._dsn, self.identity.read, **HOT_SETTINGS, **settings)
         return self._keep(DedicatedConnection(connect_hot, on_open=on_open))
 
     async def _prepare_append(self, connection: Connection, *, seconds_max: float) -> None:
-        await self.log.read(connection)
+        await self.identity.read(connection)
         await end_abandoned(connection, seconds_max)
 
     async def open(self) -> None:
@@ -191,7 +203,9 @@ class Core:
             return
         if self.retention is not None:
             self.background.start("erase old bodies", self.retention.run, restart_pause_seconds=PASS_SECONDS)
-        for contribution in self.contributions.values():
+        for name, contribution in self.contributions.items():
+            if contribution.wake is not None:
+                self.followers.join(name, contribution.wake)
             for task in contribution.tasks:
                 self.background.start(*task)
         sum_up = partial(
@@ -200,12 +214,13 @@ class Core:
             partial(times.add_blocks, self.quarantine_connection),
             # Nothing wakes it: a block takes a while to fill.
             asyncio.Event(),
-            batch_events_max=2,
             poll_seconds=times.POLL_SECONDS,
-            idle_seconds=times.PAUSE_SECONDS,
+            rest=rest_unless_full(2, times.PAUSE_SECONDS),
         )
         self.background.start("sum up times", sum_up)
-        self.background.start("listen", partial(listen, partial(connect, self._dsn), CHANNEL, self._wake))
+        self.background.start(
+            "listen", partial(listen, partial(connect, self._dsn), CHANNEL, self.followers.wake)
+        )
 
     async def close(self) -> None:
         """Close every connection."""
@@ -219,12 +234,12 @@ class Core:
         Raises:
             ProblemError: 503, it did not in time; 410, the log ends before the position.
         """
-        await wait_for(self.projectors, position, name)
+        await wait_for(self.positions, position, name)
 
     def forget(self) -> None:
         """Believe nothing that was read from the log before, because commits may have been lost."""
         self.recorder.forget()
-        self.feed.forget()
+        self.memory.forget()
         self.views.forget()
 
     def _on_commit(self, events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
@@ -233,15 +248,18 @@ class Core:
                 contribution.on_commit(events, positions)
             except Exception as error:  # noqa: BLE001 - logged; the reports are committed
                 self._note_failure(name, error)
-        self.feed.remember(events, positions)
+        self.memory.remember(events, positions)
         self.ingest_metrics.count_commit(events, positions)
-        self._wake()
+        self.followers.wake()
 
     def _note_failure(self, name: str, error: Exception) -> None:
         """Count the failure of a feature, and log it at most once a minute."""
         self.failures[name] += 1
         if (suppressed := self._failure_lines.admit(name)) is not None:
             logger.error("a feature failed after a commit", feature=name, suppressed=suppressed, exc_info=error)
+
+    def _wake_tail(self) -> None:
+        self.tail.wake.set()
 
     def measure(self) -> list[Metric]:
         """Return the metrics of the features that are on."""
@@ -251,18 +269,6 @@ class Core:
         for name in self.contributions:
             failures.add_metric([name], self.failures[name])
         return [failures, *(one for it in self.contributions.values() for one in it.measure())]
-
-    def _wake_tail(self) -> None:
-        self.tail.wake.set()
-
-    def _wake(self, *_notification: object) -> None:
-        self.tail.wake.set()
-        for name, contribution in self.contributions.items():
-            try:
-                contribution.on_growth()
-            except Exception as error:  # noqa: BLE001 - logged; the other followers must be woken
-                self._note_failure(name, error)
-        self.views.wake()
 
 
 def make_webhook_auth(settings: CoreSettings, refusals: AuthRefusals) -> WebhookAuth:

@@ -171,7 +171,7 @@ class Contribution:
         measure: returns the metrics of this process at a scrape.
         read_metrics: reads those that all processes share.
         on_commit: called after each commit of this process with the events and their positions.
-        on_growth: called when the log may have grown.
+        wake: wakes its follower when the log may have grown; None if it follows nothing.
     """
 
     tasks: Sequence[Task] = ()
@@ -182,4 +182,4 @@ class Contribution:
     measure: Callable[[], Iterable[Metric]] = tuple
     read_metrics: Callable[[Connection], Awaitable[Iterable[Metric]]] | None = None
     on_commit: Callable[[Sequence[Order.StatusReported], Sequence[int]], None] = _ignore
-    on_growth: Callable[[], None] = _ignore
+    wake: Callable[[], None] | None = None

@@ -1,6 +1,6 @@
 """The audit over HTTP: every verdict on every report, and the rules behind them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from operator import itemgetter
 
 from aiohttp import web
@@ -11,7 +11,6 @@ from domain.statuses import HAPPY_PATH, LABELS, SETTLED, STATUSES, Label, Status
 from domain.transitions import TABLE, Leg, Verdict, judge
 from projections import audit, timeline
 from projections.audit import Transition, TransitionsFilter
-from projections.engine import Projector
 from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.database.connections import ConnectionPool
@@ -20,6 +19,7 @@ from service.http.endpoints import CSV, Endpoint, Tag
 from service.http.pagination import Page, csv_response, cut_page, list_response
 from service.http.parameters import PageQuery, Query, TableQuery, Text, Time
 from service.http.responses import json_response
+from service.projecting.position import ViewPositions
 from service.vocabulary import VocabularyFile
 
 
@@ -128,17 +128,15 @@ class AuditApi:
 
     Args:
         pool: the connections to read with.
-        projectors: the projectors by the names of their views.
+        positions: how far each view has come.
         vocabulary: the vocabulary.
     """
 
     tag = Tag("audit", "Every verdict with its reason, operators' actions, and the transition table.")
 
-    def __init__(
-        self, pool: ConnectionPool, projectors: Mapping[str, Projector], vocabulary: VocabularyFile
-    ) -> None:
+    def __init__(self, pool: ConnectionPool, positions: ViewPositions, vocabulary: VocabularyFile) -> None:
         self._pool = pool
-        self._projectors = projectors
+        self._positions = positions
         self._rules = make_rules(vocabulary)
 
     @Endpoint("GET", "/audit/transitions", TransitionPage, query=TransitionsQuery)
@@ -171,7 +169,7 @@ class AuditApi:
         return json_response(self._rules)
 
     async def _transitions(self, query: TransitionsQuery) -> Page:
-        await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
+        await wait_for(self._positions, query.after_position, timeline.VIEW.name)
         filters = TransitionsFilter(
             query.verdict, query.order_no, query.from_, query.to, query.since, query.until
         )

@@ -1,6 +1,5 @@
 """Contradictions over HTTP: the refused reports, and what operators did about them."""
 
-from collections.abc import Mapping
 from operator import itemgetter
 
 from aiohttp import web
@@ -8,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from projections import timeline
-from projections.engine import Projector
 from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.database.connections import ConnectionPool
@@ -22,6 +20,7 @@ from service.http.pagination import cut_page, list_response
 from service.http.parameters import PageQuery, Query, ViewQuery, parse_number, parse_order_no
 from service.http.problems import ProblemError, ProblemType
 from service.http.responses import json_response
+from service.projecting.position import ViewPositions
 
 
 class ContradictionPage(TypedDict):
@@ -52,19 +51,19 @@ class ContradictionsApi:
 
     Args:
         pool: the connections to read with.
-        projectors: the projectors by the names of their views.
+        positions: how far each view has come.
     """
 
     tag = Tag("contradictions", "Refused reports, and how operators handled them.")
 
-    def __init__(self, pool: ConnectionPool, projectors: Mapping[str, Projector]) -> None:
+    def __init__(self, pool: ConnectionPool, positions: ViewPositions) -> None:
         self._pool = pool
-        self._projectors = projectors
+        self._positions = positions
 
     @Endpoint("GET", "/contradictions", ContradictionPage, query=ContradictionsQuery)
     async def list_contradictions(self, request: web.Request, query: ContradictionsQuery) -> web.Response:
         """List the refused reports, newest first, and how each was handled."""
-        await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
+        await wait_for(self._positions, query.after_position, timeline.VIEW.name)
         before = POSITION_MAX if query.cursor is None else query.cursor
         async with self._pool.connection() as connection:
             window = await contradictions.contradictions_page(
@@ -87,13 +86,11 @@ class ContradictionsApi:
             note = HandleRequest.model_validate_json(await read_body(request)).note
         except ValidationError:
             raise ProblemError(ProblemType.BAD_BODY, 'the body must be {"note": "..."}') from None
-        return json_response(
-            await handle(self._pool, self._projectors, request, note, admission(request).actor)
-        )
+        return json_response(await handle(self._pool, self._positions, request, note, admission(request).actor))
 
 
 async def handle(
-    pool: ConnectionPool, projectors: Mapping[str, Projector], request: web.Request, note: str, actor: Actor
+    pool: ConnectionPool, positions: ViewPositions, request: web.Request, note: str, actor: Actor
 ) -> Contradiction:
     """Handle the contradiction that a request's path names.
 
@@ -107,7 +104,7 @@ async def handle(
     if not version:
         detail = f"{order_no} has no refused report with the version {segment}"
         raise ProblemError(ProblemType.UNKNOWN_CONTRADICTION, detail)
-    await wait_for(projectors, None, timeline.VIEW.name)
+    await wait_for(positions, None, timeline.VIEW.name)
     try:
         async with pool.connection() as connection:
             return await contradictions.handle_contradiction(connection, order_no, version, note, actor)

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from functools import partial
 from operator import attrgetter
 from time import monotonic
@@ -14,16 +14,16 @@ from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
 from projections import timeline
-from projections.engine import Projector
 from projections.postgres import Connection
 from projections.selection import Selection, selected_positions
 from projections.windows import POSITION_MAX
 from service.api.freshness import beyond, wait_for
-from service.api.resumption import place_after, refuse_another_event
+from service.api.resumption import place_after
 from service.database.connections import READER, ConnectionPool
 from service.database.log_identity import LogIdentity
 from service.event_log import store
-from service.event_log.erasures import Erasure, erasures_page, last_erasure_id
+from service.event_log.erasures import Erasure, last_erasure_id, read_erasures
+from service.event_log.follow import Memory, Place, PlaceLostError, read_after
 from service.event_log.store import LogEvent, RecordedEvent, to_log_event
 from service.event_log.tail import Tail, TailClosedError, TailMessage
 from service.http.access import Access, has_scope
@@ -45,11 +45,13 @@ from service.http.parameters import (
 from service.http.problems import (
     ProblemError,
     ProblemType,
+    another_event,
     bad_parameter,
     unavailable,
 )
 from service.http.responses import JSON_OPTIONS, LOG_HEADER, STREAM_HEADERS
 from service.http.streaming import ResponseStream, begin_stream, refuse_old_version
+from service.projecting.position import ViewPositions
 
 # Readers that are behind the tail's memory take turns, so that many of them delay no webhook.
 READERS_BEHIND_MAX: Final = 4
@@ -177,28 +179,30 @@ class EventsApi:
 
     Args:
         pool: the connections to read with.
+        memory: hears of erasures.
         access: checks repeatedly during a stream whether its API key is still valid.
         streams: the budget of long responses.
-        projectors: the projectors by the names of their views.
+        positions: how far each view has come.
         log: the log's id.
     """
 
     tag = Tag("events", "The log of all orders, in pages, as NDJSON and live, and its erasures.")
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the parts that it connects
         self,
         pool: ConnectionPool,
+        memory: Memory,
         access: Access,
         streams: Budget,
-        projectors: Mapping[str, Projector],
+        positions: ViewPositions,
         log: LogIdentity,
     ) -> None:
         self._pool = pool
         self._log = log
-        self._projectors = projectors
+        self._positions = positions
         self._access = access
         self._streams = streams
-        self.tail = Tail(pool, encode_event, encode_erasure)
+        self.tail = Tail(pool, memory, encode_event, encode_erasure)
         self._behind = asyncio.Semaphore(READERS_BEHIND_MAX)
 
     @Endpoint("GET", "/events", LogEventPage, query=EventsQuery, problems=(ProblemType.OVER_BUDGET,))
@@ -206,11 +210,11 @@ class EventsApi:
         """List the events of all orders, by position: a feed whose `next` can always be followed."""
         log_id = self._log.log_id
         if query.verdict is not None or query.status is not None:
-            await wait_for(self._projectors, None, timeline.VIEW.name)
+            await wait_for(self._positions, None, timeline.VIEW.name)
         async with self._pool.connection() as connection:
             await _refuse_another_event(connection, query)
             if query.after > (head := await store.head_position(connection)):
-                raise beyond(self._projectors, query.after, head)
+                raise beyond(self._positions, query.after, head)
         page = await self._read_page(query, query.after)
         if not page.events and query.wait and request.method == hdrs.METH_GET:
             page = await self._wait_for_page(request, query, page)
@@ -248,7 +252,7 @@ class EventsApi:
                         # At first, and whenever the log has grown.
                         if self.tail.position > seen:
                             seen = self.tail.position
-                            await self._projectors[timeline.VIEW.name].reach.wait_for(seen, CHECK_SECONDS)
+                            await self._positions[timeline.VIEW.name].reach.wait_for(seen, CHECK_SECONDS)
                             page = await self._read_page(query, page.reached)
                         elif (self.tail.losses, self._log.log_id) != began_with or monotonic() >= deadline:
                             break
@@ -273,9 +277,9 @@ class EventsApi:
     async def list_erasures(self, request: web.Request, query: ErasuresQuery) -> web.Response:
         """List erasures, oldest first: what your copies of the log must lose too."""
         async with self._pool.connection() as connection:
-            rows = await erasures_page(connection, query.after, query.limit + 1)
+            rows = await read_erasures(connection, query.after, query.limit + 1)
             if not rows and query.after > (last := await last_erasure_id(connection)):
-                raise beyond(self._projectors, query.after, last)
+                raise beyond(self._positions, query.after, last)
         items = rows[: query.limit]
         place = {"after": items[-1]["erasure_id"]} if len(rows) > query.limit else {}
         return list_response(query, "erasures", Page(items, place), request.path)
@@ -300,39 +304,44 @@ class EventsApi:
         return await self._stream(request, query, send, order_no)
 
     async def _all_events(self, request: web.Request, query: AllEventsQuery) -> web.StreamResponse:
-        position, log_id = query.after, self._log.log_id
+        place, log_id = Place(query.after, query.last), self._log.log_id
         async with self._pool.connection() as connection:
             head = await store.head_position(connection)
-            if position > head:
-                raise beyond(self._projectors, position, head)
+            if place.position > head:
+                raise beyond(self._positions, place.position, head)
             await _refuse_another_event(connection, query)
         stream = await begin_stream(request, NDJSON_HEADERS, log_id)
         with_bodies = has_scope(request, "read:bodies")
         remaining = query.limit if query.limit is not None else POSITION_MAX
-        while position < head and remaining:
+        while place.position < head and remaining:
             await stream.wait()
             if self._log.log_id != log_id:
                 # The events that follow belong to another log, so the response is cut off.
                 raise unavailable("the database was replaced during the request")
-            position, count = await self._send_lines(stream, position, remaining, with_bodies=with_bodies)
+            place, count = await self._send_lines(stream, place, remaining, with_bodies=with_bodies)
             remaining -= count
         return stream.response
 
     async def _send_lines(
-        self, stream: ResponseStream, position: int, limit: int, *, with_bodies: bool
-    ) -> tuple[int, int]:
-        """Send events above a position, each on a line, and return the last position and their number."""
+        self, stream: ResponseStream, after: Place, limit: int, *, with_bodies: bool
+    ) -> tuple[Place, int]:
+        """Send events above a place, each on a line, and return the place of the last one and their number."""
         async with self._behind:
-            batch = await self._read(position, min(limit, stream.batch_max))
+            async with self._pool.connection() as connection:
+                try:
+                    batch = await read_after(connection, after, min(limit, stream.batch_max))
+                except PlaceLostError:
+                    # What follows does not belong to what was sent, so the response is cut off.
+                    raise unavailable("the log has lost events during the request") from None
             lines = [
                 (one.position, orjson.dumps(to_log_event(one, with_bodies=with_bodies), option=JSON_OPTIONS))
                 for one in batch
             ]
         reached = await stream.write_some(lines)
-        if reached is None:
-            # Positions may have gaps, but the log ends with an event.
-            reached = batch[-1].position if batch else POSITION_MAX
-        return reached, sum(event.position <= reached for event in batch)
+        sent = [one for one in batch if reached is None or one.position <= reached]
+        # Positions may have gaps, but the log ends with an event.
+        place = Place(sent[-1].position, sent[-1].report_id or "") if sent else Place(POSITION_MAX, None)
+        return place, len(sent)
 
     async def _read(self, position: int, limit: int) -> list[RecordedEvent]:
         async with self._pool.connection() as connection:
@@ -349,7 +358,7 @@ class EventsApi:
         if after is not None:
             async with self._pool.connection() as connection:
                 if after > (head := await store.head_position(connection)):
-                    raise beyond(self._projectors, after, head)
+                    raise beyond(self._positions, after, head)
                 if last_seen is None:
                     await _refuse_another_event(connection, query)
         try:
@@ -457,11 +466,11 @@ async def _refuse_another_event(
     Raises:
         ProblemError: 410.
     """
-    if query.last is None or not query.after:
-        return
-    found = await store.read_log(connection, query.after - 1, 1)
-    is_there = found and found[0].position == query.after
-    refuse_another_event(query.last, found[0] if is_there else None, position=query.after)
+    if query.last is not None and query.after:
+        try:
+            await read_after(connection, Place(query.after, query.last), 1)
+        except PlaceLostError:
+            raise another_event(position=query.after) from None
 
 
 def _choose_message(request: web.Request) -> Callable[[TailMessage], bytes]:

@@ -1,7 +1,7 @@
 """View freshness: waiting for a position, and the lag behind the log."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from math import isfinite
 from typing import Final, NamedTuple
@@ -9,15 +9,13 @@ from typing import Final, NamedTuple
 from aiohttp import web
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from projections.engine import SELECT_VIEW, Projector
-from projections.observer import Observer
 from projections.parked import ParkedOrder, count_parked, list_parked
-from projections.position import AFTER_POSITION_SECONDS_MAX
 from projections.postgres import Connection
 from service.database.connections import as_unavailable
-from service.database.replica import read_replica
 from service.event_log import store
 from service.http.problems import ProblemError, beyond_head, unavailable
+from service.projecting.position import AFTER_POSITION_SECONDS_MAX, ViewPosition, ViewPositions
+from service.projecting.projector import SELECT_VIEW
 
 # The time limit for reading the head of the log.
 HEAD_READ_SECONDS_MAX: Final = 2.0
@@ -67,11 +65,11 @@ class Lag(TypedDict):
     parked: int
 
 
-async def wait_for(projectors: Mapping[str, Projector], position: int | None, *views: str) -> None:
+async def wait_for(positions: ViewPositions, position: int | None, *views: str) -> None:
     """Wait until views have reached a position of the log.
 
     Args:
-        projectors: the projectors by the names of their views.
+        positions: how far each view has come.
         position: the position, None to check only that no view is being rebuilt.
         views: the views' names.
 
@@ -80,15 +78,15 @@ async def wait_for(projectors: Mapping[str, Projector], position: int | None, *v
             before the position.
     """
     for view in views:
-        if projectors[view].is_outdated:
+        if positions[view].is_outdated:
             raise unavailable(f"the view {view} is being rebuilt", view=view)
     if position is not None:
-        await _reach(projectors, position, views)
-    observers = [one for view in views if isinstance(one := projectors[view], Observer)]
-    if observers:
+        await _reach(positions, position, views)
+    observed = [one for view in views if (one := positions[view]).is_observed]
+    if observed:
         # Before the read, which may find later reports.
-        ages = (one.age_seconds for one in observers)
-        _FRESHNESS.set(Freshness(min(one.reach.position for one in observers), max(ages)))
+        ages = (one.age_seconds for one in observed)
+        _FRESHNESS.set(Freshness(min(one.reach.position for one in observed), max(ages)))
 
 
 async def add_freshness(_request: web.Request, response: web.StreamResponse) -> None:
@@ -100,62 +98,57 @@ async def add_freshness(_request: web.Request, response: web.StreamResponse) -> 
         response.headers[AGE_HEADER] = f"{freshness.age_seconds:.3f}"
 
 
-def beyond(projectors: Mapping[str, Projector], position: int, head: int) -> ProblemError:
+def beyond(positions: ViewPositions, position: int, head: int) -> ProblemError:
     """Return the problem for a position above the head of the log that this process can see.
 
     A replica cannot distinguish a position that its primary has lost from one that it has not replayed yet.
     """
-    if not any(isinstance(one, Observer) for one in projectors.values()):
+    if not any(one.is_observed for one in positions.values()):
         return beyond_head(position, head)
     detail = f"this process reads a database that has reached position {head}, but not yet {position}"
     return unavailable(detail, position=head)
 
 
-async def read_age(connection: Connection, position: int) -> float:
-    """Return for how many seconds a view at a position may have missed reports; infinite if that is unknown."""
-    replica = await read_replica(connection)
-    return max(replica.age_seconds, await store.read_lag_seconds(connection, position))
-
-
-async def _reach(projectors: Mapping[str, Projector], position: int, views: Sequence[str]) -> None:
-    if all(await _wait(projectors, position, views, HEAD_SECONDS)):
+async def _reach(positions: ViewPositions, position: int, views: Sequence[str]) -> None:
+    if all(await _wait(positions, position, views, HEAD_SECONDS)):
         return
-    if not isinstance(projectors[views[0]], Observer):
+    if not positions[views[0]].is_observed:
         with as_unavailable():
             async with asyncio.timeout(HEAD_READ_SECONDS_MAX):
-                head = await projectors[views[0]].read_head()
+                head = await positions[views[0]].read_head()
         if position > head:
             raise beyond_head(position, head)
-    reached = await _wait(projectors, position, views, AFTER_POSITION_SECONDS_MAX)
+    reached = await _wait(positions, position, views, AFTER_POSITION_SECONDS_MAX)
     for view, has_reached in zip(views, reached, strict=True):
         if not has_reached:
             detail = f"the view {view} has not reached position {position} yet"
-            raise unavailable(detail, view=view, position=projectors[view].reach.position)
+            raise unavailable(detail, view=view, position=positions[view].reach.position)
 
 
 async def _wait(
-    projectors: Mapping[str, Projector], position: int, views: Sequence[str], seconds_max: float
+    positions: ViewPositions, position: int, views: Sequence[str], seconds_max: float
 ) -> list[bool]:
-    return await asyncio.gather(*(projectors[view].reach.wait_for(position, seconds_max) for view in views))
+    return await asyncio.gather(*(positions[view].reach.wait_for(position, seconds_max) for view in views))
 
 
-async def read_lag(connection: Connection, projector: Projector) -> Lag:
+async def read_lag(connection: Connection, position: ViewPosition) -> Lag:
     """Return a view's lag behind the log."""
+    name = position.view.name
     async with connection.transaction(readonly=True):
-        await connection.execute(SELECT_VIEW, projector.view.name)
-        position: int = await connection.fetchval(POSITION) or 0
+        await connection.execute(SELECT_VIEW, name)
+        reached: int = await connection.fetchval(POSITION) or 0
         # An outdated view may have other tables.
-        parked = 0 if projector.is_outdated else await count_parked(connection)
-    events, seconds = await store.read_lag(connection, position)
-    return Lag(view=projector.view.name, position=position, events=events, seconds=seconds, parked=parked)
+        parked = 0 if position.is_outdated else await count_parked(connection)
+    events, seconds = await store.read_lag(connection, reached)
+    return Lag(view=name, position=reached, events=events, seconds=seconds, parked=parked)
 
 
-async def read_projection(connection: Connection, projector: Projector) -> Projection:
+async def read_projection(connection: Connection, position: ViewPosition) -> Projection:
     """Return a view's position, lag and parked orders, the first PARKED_LISTED_MAX of them."""
-    lag = await read_lag(connection, projector)
+    lag = await read_lag(connection, position)
     async with connection.transaction(readonly=True):
-        await connection.execute(SELECT_VIEW, projector.view.name)
-        parked = [] if projector.is_outdated else await list_parked(connection, PARKED_LISTED_MAX)
+        await connection.execute(SELECT_VIEW, position.view.name)
+        parked = [] if position.is_outdated else await list_parked(connection, PARKED_LISTED_MAX)
     return {
         "view": lag["view"],
         "position": lag["position"],
@@ -163,6 +156,6 @@ async def read_projection(connection: Connection, projector: Projector) -> Proje
         "head": await store.head_position(connection),
         "lag_events": lag["events"],
         "lag_seconds": lag["seconds"],
-        "is_outdated": projector.is_outdated,
+        "is_outdated": position.is_outdated,
         "parked": parked,
     }

@@ -7,7 +7,6 @@ from typing import Final, NotRequired
 from aiohttp import web
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from projections.engine import Projector
 from service.api.freshness import Projection, read_projection
 from service.database.connections import ConnectionPool, DedicatedConnection, StorageUnavailableError
 from service.database.replica import read_replica
@@ -18,6 +17,7 @@ from service.http.problems import ProblemType, unavailable
 from service.http.responses import json_response
 from service.http.times import to_rfc3339
 from service.ingest.refusals import PASSING, Refusals, find_cause
+from service.projecting.position import ViewPosition
 from service.version import build_info
 
 READY_SECONDS_MAX: Final = 1.0
@@ -55,7 +55,7 @@ class HealthApi:
     Args:
         pool: the connections to read with.
         dedicated: the connection that checks the database, so that no slow read delays it.
-        projectors: the views' projectors.
+        positions: how far each view has come.
         refusals: the webhooks that got 503.
         replica_age_seconds_max: how old the database of a process that only reads may be; None if it records.
     """
@@ -66,14 +66,14 @@ class HealthApi:
         self,
         pool: ConnectionPool,
         dedicated: DedicatedConnection,
-        projectors: Iterable[Projector],
+        positions: Iterable[ViewPosition],
         refusals: Refusals,
         *,
         replica_age_seconds_max: float | None = None,
     ) -> None:
         self._pool = pool
         self._dedicated = dedicated
-        self._projectors = projectors
+        self._positions = positions
         self._refusals = refusals
         self._age_seconds_max = replica_age_seconds_max
         # Read at the start: the files may be replaced while the old code runs.
@@ -83,7 +83,7 @@ class HealthApi:
     async def get_projections(self, _request: web.Request, _query: Query) -> web.Response:
         """Get the position and lag of every view, and the orders parked in it."""
         async with self._pool.connection() as connection:
-            views = [await read_projection(connection, projector) for projector in self._projectors]
+            views = [await read_projection(connection, position) for position in self._positions]
             head = await store.head_position(connection)
         return json_response({"head": head, "projections": views})
 
@@ -129,8 +129,8 @@ class HealthApi:
                 cause="replica_behind",
                 age_seconds=round(age_seconds, 3),
             )
-        for projector in self._projectors:
-            if projector.is_outdated:
-                detail = f"the view {projector.view.name} has the definition of another release"
-                raise unavailable(detail, cause="view_outdated", view=projector.view.name)
+        for position in self._positions:
+            if position.is_outdated:
+                detail = f"the view {position.view.name} has the definition of another release"
+                raise unavailable(detail, cause="view_outdated", view=position.view.name)
         return {**READY, "role": "reader", "age_seconds": round(age_seconds, 3)}

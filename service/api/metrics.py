@@ -11,7 +11,6 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from projections.engine import Projector
 from projections.postgres import Connection
 from service.api.freshness import read_lag
 from service.database.connections import ConnectionPool, StorageUnavailableError
@@ -19,6 +18,7 @@ from service.http.endpoints import TEXT, Endpoint, Tag
 from service.http.parameters import Query
 from service.http.responses import response
 from service.ingest.quarantine import count_entries
+from service.projecting.position import ViewPosition
 from service.version import build_info
 
 # If the database does not answer a scrape within this time, the gauges that need it are missing.
@@ -50,7 +50,7 @@ class Metrics:
 
     Args:
         pool: the connections to read with; the pool itself is measured too.
-        projectors: the views' projectors.
+        positions: how far each view has come.
         measures: what else is measured in this process.
         reads: what else is read at a scrape.
     """
@@ -60,7 +60,7 @@ class Metrics:
     def __init__(
         self,
         pool: ConnectionPool,
-        projectors: Sequence[Projector],
+        positions: Sequence[ViewPosition],
         measures: Sequence[Measure],
         reads: Sequence[Read] = (),
     ) -> None:
@@ -69,7 +69,7 @@ class Metrics:
         ProcessCollector(registry=self._process)
         self._measures = (self._process.collect, *measures)
         # Separate reads, so that a slow one does not hide the others' gauges.
-        self._reads: Sequence[Read] = (partial(_read_views, projectors=projectors), _read_quarantine, *reads)
+        self._reads: Sequence[Read] = (partial(_read_views, positions=positions), _read_quarantine, *reads)
 
     @Endpoint("GET", "/metrics", str, media=TEXT)
     async def get_metrics(self, _request: web.Request, _query: Query) -> web.Response:
@@ -103,12 +103,12 @@ async def _read_quarantine(connection: Connection) -> list[Metric]:
     return [entries]
 
 
-async def _read_views(connection: Connection, projectors: Sequence[Projector]) -> list[Metric]:
+async def _read_views(connection: Connection, positions: Sequence[ViewPosition]) -> list[Metric]:
     events = _by_view("projection_lag_events", "Events that a view has not applied yet.")
     seconds = _by_view("projection_lag_seconds", "Age of the oldest of these events.")
     parked = _by_view("projection_parked_orders", "Parked orders.")
-    for projector in projectors:
-        lag = await read_lag(connection, projector)
+    for position in positions:
+        lag = await read_lag(connection, position)
         events.add_metric([lag["view"]], lag["events"])
         seconds.add_metric([lag["view"]], lag["seconds"])
         parked.add_metric([lag["view"]], lag["parked"])

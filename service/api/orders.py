@@ -1,7 +1,7 @@
 """Orders over HTTP: current status, state as of an earlier version or time, timeline, and recorded events."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from itertools import takewhile
@@ -12,10 +12,10 @@ from aiohttp import hdrs, web
 from pydantic import Field
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
+from domain.logged import DecodedEvent
 from domain.statuses import Status
 from projections import current_status, timeline
 from projections.current_status import CurrentOrder, FoundOrder
-from projections.engine import Projector
 from projections.order_list import (
     LAST_PLACE,
     ListedOrder,
@@ -27,7 +27,6 @@ from projections.order_list import (
 )
 from projections.parked import Parked
 from projections.timeline import TimelineEntry, TimelineHead, WholeTimeline
-from projections.view import DecodedEvent
 from projections.windows import POSITION_MAX
 from service.api.freshness import wait_for
 from service.api.resumption import place_after, refuse_another_event
@@ -68,6 +67,7 @@ from service.http.parameters import (
 from service.http.problems import ProblemError, ProblemType, bad_parameter, order_parked, unavailable
 from service.http.responses import REVALIDATED, STREAM_HEADERS, has_etag, json_response, response
 from service.http.streaming import ResponseStream, begin_stream, refuse_old_version
+from service.projecting.position import ViewPositions
 
 # The maximum number of single-order reads that share one query, and that wait for one.
 READS_BATCH_MAX: Final = 256
@@ -210,7 +210,7 @@ class OrdersApi:
     Args:
         pool: the connections for all reads except batched ones.
         make_connection: returns a dedicated connection; batched reads of orders and of timelines each have one.
-        projectors: the projectors by the names of their views.
+        positions: how far each view has come.
         budgets: the budgets of reads of earlier states and of long responses.
         log: the log's id.
     """
@@ -221,14 +221,14 @@ class OrdersApi:
         self,
         pool: ConnectionPool,
         make_connection: Callable[[], DedicatedConnection],
-        projectors: Mapping[str, Projector],
+        positions: ViewPositions,
         budgets: Budgets,
         log: LogIdentity,
     ) -> None:
         self._pool = pool
         self._orders_connection = make_connection()
         self._timelines_connection = make_connection()
-        self._projectors = projectors
+        self._positions = positions
         self._log = log
         self._folds = budgets.folds
         self._streams = budgets.streams
@@ -267,7 +267,7 @@ class OrdersApi:
             return csv_response(query, "orders", page, "/orders.csv", CurrentOrder)
         refuse_old_version(request)
         place, filters = query.first_place, query.to_filter(datetime.now(UTC))
-        await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
+        await wait_for(self._positions, query.after_position, current_status.VIEW.name)
         if request.method == hdrs.METH_HEAD:
             return (await begin_stream(request, CSV_HEADERS, self._log.log_id)).response
         with self._streams.hold(READER.get()):
@@ -291,7 +291,7 @@ class OrdersApi:
             with self._folds.hold(READER.get()):
                 order = await self._order_as_of(order_no, query)
         else:
-            await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
+            await wait_for(self._positions, query.after_position, current_status.VIEW.name)
             found = await self._reads.submit(order_no)
             if found.order is None:
                 raise _missing_order(order_no, found.parked_position)
@@ -361,13 +361,13 @@ class OrdersApi:
 
     async def _orders(self, query: OrdersQuery, limit: int) -> Page:
         place, filters = query.first_place, query.to_filter(datetime.now(UTC))
-        await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
+        await wait_for(self._positions, query.after_position, current_status.VIEW.name)
         rows, reached = await self._orders_page(place, filters, limit + 1)
         page = cut_page(rows, limit, _key(place), reached)
         return Page([order for _, order in page.items], page.next_place)
 
     async def _timeline(self, order_no: str, query: TableQuery) -> tuple[TimelineHead, Page]:
-        await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
+        await wait_for(self._positions, query.after_position, timeline.VIEW.name)
         whole = await self._timelines.submit(order_no) if query.cursor is None else None
         if whole is not None:
             head, rows = whole

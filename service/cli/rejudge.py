@@ -1,17 +1,19 @@
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import Annotated, Final
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+from domain.logged import FailedEvent
 from domain.order import Order
-from projections.view import FailedEvent
 from service.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, err, fail, show, show_table
 from service.database.connections import connect, connected
 from service.database.operations import record_operation, system_user
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
+from service.event_log.snapshot import snapshot
 from service.features.settings import read_settings
 from service.ingest.recorder import Recorder, UnrecordableReportError
 from service.maintenance import rejudgement
@@ -40,20 +42,21 @@ async def rejudge(
     vocabulary = read_settings().vocabulary
     pending = PendingReports(vocabulary.recognise)
     columns = ("reading", BarColumn(), MofNCompleteColumn(), "events, left", TimeRemainingColumn())
-    async with database(read_settings()) as dsn, dedicated(dsn) as connection:
-        feed = Feed(connection, partial(connect, dsn))
-        head = await feed.head()
-        with Progress(*columns, console=err, disable=not err.is_terminal) as progress:
-            total = await feed.count(head) if order is None else None
-            advance = partial(progress.advance, progress.add_task("rejudge", total=total))
-            batches = rejudgement.log_batches(feed, head, advance)
-            if order is not None:
-                batches = rejudgement.order_batches(feed, order, advance)
-            code = await (
-                _apply(dsn, rejudgement.find_pending(batches, pending), vocabulary, order)
-                if apply
-                else _list(batches, pending)
-            )
+    async with database(read_settings()) as dsn, dedicated(dsn) as connection, AsyncExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, console=err, disable=not err.is_terminal))
+        task = progress.add_task("rejudge", total=None)
+        advance = partial(progress.advance, task)
+        if order is not None:
+            batches = rejudgement.order_batches(Log(connection), order, advance)
+        else:
+            whole = await stack.enter_async_context(snapshot(partial(connect, dsn)))
+            progress.update(task, total=whole.total)
+            batches = rejudgement.log_batches(whole, advance)
+        code = await (
+            _apply(dsn, rejudgement.find_pending(batches, pending), vocabulary, order)
+            if apply
+            else _list(batches, pending)
+        )
     if pending.undecodable:
         err.print(f"orders left out, because this release cannot read their events: {pending.undecodable}")
     return EXIT_FAILURE if pending.undecodable else code

@@ -1,6 +1,5 @@
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Annotated
 
 import typer
@@ -9,10 +8,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from projections.view import View
 from projections.views import VIEWS
 from service.console import EXIT_FAILURE, EXIT_USAGE, database, dedicated, fail, out, show, tune_gc
-from service.database.connections import connect
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
 from service.features.settings import read_settings
-from service.maintenance.replay import rebuild_views, unpark_order_in_views
+from service.projecting.replay import rebuild_views, unpark_order_in_views
 
 RATE = "{task.fields[rate]:,.0f}/s"
 
@@ -46,8 +44,7 @@ async def replay(
                 rate = done / (time.monotonic() - started)
                 progress.update(bar, completed=done, total=total, rate=rate)
 
-            feed = Feed(connection, partial(connect, dsn))
-            results = await rebuild_views(dsn, views, feed, update, verify=verify)
+            results = await rebuild_views(dsn, views, Log(connection), update, verify=verify)
     for result in results:
         differences = f"{result.differences} rows differ" if result.differences else "equal"
         show(f"{result.name}: {differences if verify else 'rebuilt and swapped in'}")
@@ -58,7 +55,7 @@ async def replay(
 
 async def _resume(order_no: str, views: Sequence[View]) -> int | None:
     async with database(read_settings()) as dsn, dedicated(dsn) as connection:
-        results = await unpark_order_in_views(dsn, views, Feed(connection, partial(connect, dsn)), order_no)
+        results = await unpark_order_in_views(dsn, views, Log(connection), order_no)
     for result in results:
         if result.parked is not None:
             version, reason = result.parked["since_version"], result.parked["reason"]

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from projections.postgres import Connection
-from projections.rebuild import CREATE_SCHEMA
 from projections.views import LOG_SQL, VIEWS
 from service.database.catalog import first_difference, read_catalog
 from service.database.connections import (
@@ -55,6 +54,8 @@ HAS_VIEW_NAMES: Final = "SELECT array_agg(view_name) @> $1 FROM public.view_name
 ADD_VIEW_NAMES: Final = "INSERT INTO public.view_names SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
 SET_SEARCH_PATH: Final = "SELECT set_config('search_path', $1, true)"
 CLEAR_DEFINITION: Final = "UPDATE projection SET definition = ''"
+# The service's role may not create schemas. This function creates that of a view as the owner.
+CREATE_VIEW_SCHEMA: Final = "SELECT public.make_view_schema($1)"
 INSERT_PROJECTION: Final = "INSERT INTO projection (position, definition) VALUES (0, $1)"
 
 OWNER_ROLE: Final = "order_tracking_owner"
@@ -356,7 +357,7 @@ async def _create_views(connection: Connection, *, is_new: bool) -> None:
     existing = {name for (name,) in await connection.fetch(SCHEMAS)}
     for view in VIEWS:
         if view.name not in existing:
-            await connection.execute(CREATE_SCHEMA, view.name)
+            await connection.execute(CREATE_VIEW_SCHEMA, view.name)
             await connection.execute(SET_SEARCH_PATH, view.name)
             await connection.execute(view.tables_sql)
             if view.indexes_sql:

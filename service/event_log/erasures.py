@@ -1,15 +1,19 @@
 """The erasures, in their order: followers of the log learn from them what their copies must lose too."""
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from time import monotonic
 from typing import Final, NamedTuple, cast
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's own before Python 3.12
 
-from projections.erasure import ErasedOrder, last_versions, read_erasures
 from projections.postgres import Connection
+
+# The erasures that a follower applies together.
+PAGE_ERASURES_MAX: Final = 500
+# Of an erasure that was recorded before erasures had a version: all events.
+ALL_VERSIONS: Final = 2**62
 
 PAGE: Final = """
     SELECT erasure_id, order_no, version, erased_at, events, entries
@@ -45,11 +49,6 @@ class Erasure(TypedDict):
     entries: int
 
 
-class _Heard(NamedTuple):
-    erasure: ErasedOrder
-    at: float
-
-
 class HeardUpTo(NamedTuple):
     """Up to where a memory has applied the erasures.
 
@@ -67,33 +66,33 @@ class HeardErasures:
     """The latest erasures, as the memories of one process know them."""
 
     def __init__(self) -> None:
-        self._is_known = False
         self._beginning = 0
-        self._last: ErasedOrder | None = None
+        self._last: Erasure | None = None
+        # Whether the last one is known to be in the present database.
+        self._is_proved = False
         self._heard_at = float("-inf")
-        self._recent: deque[_Heard] = deque()
+        # Each with the time at which this process read it (monotonic clock).
+        self._recent: deque[tuple[float, Erasure]] = deque()
         self._versions: dict[str, int] = {}
 
     @property
     def last_id(self) -> int | None:
         """The last one that was read, 0 if there is none; None if it must be found out."""
-        if not self._is_known:
-            return None
-        return self._last.erasure_id if self._last is not None else 0
+        return self.up_to.erasure_id if self._is_proved else None
 
     @property
     def up_to(self) -> HeardUpTo:
         """Up to where they were read."""
-        return HeardUpTo(self._beginning, self.last_id or 0)
+        return HeardUpTo(self._beginning, 0 if self._last is None else self._last["erasure_id"])
 
     @property
     def is_fresh(self) -> bool:
         """Whether every erasure is known that was committed more than HEARD_SECONDS_MAX ago."""
-        return self._is_known and monotonic() - self._heard_at <= HEARD_SECONDS_MAX
+        return self._is_proved and monotonic() - self._heard_at <= HEARD_SECONDS_MAX
 
     def forget(self) -> None:
-        """Read the latest erasures again: the database may be another one, with other erasures of these ids."""
-        self._is_known, self._last, self._heard_at = False, None, float("-inf")
+        """Prove the last one again: the database may be another one, with other erasures of these ids."""
+        self._is_proved, self._heard_at = False, float("-inf")
 
     def confirm(self, at: float) -> None:
         """Note that the last erasure was still the newest one at a time (monotonic clock)."""
@@ -106,46 +105,54 @@ class HeardErasures:
             The last erased version of each order. None if they do not follow those that are known, as in the
             beginning, and after a failover has lost some, whose ids others may have by now.
         """
-        last, new = self._last, []
+        last, is_kept = self._last, self._beginning > 0
+        new = [] if last is None else await read_erasures(connection, last["erasure_id"] - 1)
         if last is not None:
-            new = await read_erasures(connection, last.erasure_id - 1)
-        is_kept = last is not None and bool(new) and new.pop(0) == last
+            is_kept = bool(new) and new.pop(0) == last
+        elif is_kept:
+            new = await read_erasures(connection, 0)
         if not is_kept:
-            is_kept = last is None and self._is_known
-            after = 0 if is_kept else await connection.fetchval(RECENT, RECENT_MAX)
-            if not is_kept:
-                self._recent.clear()
-                self._beginning += 1
-            new = await read_erasures(connection, after)
-        while page := await read_erasures(connection, new[-1].erasure_id) if new else []:
+            self._recent.clear()
+            self._beginning += 1
+            new = await read_erasures(connection, await connection.fetchval(RECENT, RECENT_MAX))
+        while page := await read_erasures(connection, new[-1]["erasure_id"]) if new else []:
             new += page
         now = monotonic()
-        self._is_known = True
+        self._is_proved = True
         self._last = new[-1] if new else last if is_kept else None
-        self._recent += [_Heard(one, now) for one in new]
-        while self._recent and self._recent[0].at < now - REMEMBERED_SECONDS:
+        self._recent += [(now, one) for one in new]
+        while self._recent and self._recent[0][0] < now - REMEMBERED_SECONDS:
             self._recent.popleft()
-        self._versions = last_versions([one.erasure for one in self._recent])
+        self._versions = last_versions([one for _, one in self._recent])
         return last_versions(new) if is_kept else None
 
     def has_erased(self, order_no: str, version: int) -> bool:
         """Return whether an event was erased a short time ago."""
         return version <= self._versions.get(order_no, 0)
 
-    def orders_after(self, heard: HeardUpTo) -> set[str] | None:
-        """Return the orders that were erased since; None if that is not known."""
-        last_id, (beginning, erasure_id) = self.last_id, heard
-        if last_id is None or beginning != self._beginning:
+    def after(self, heard: HeardUpTo) -> list[Erasure] | None:
+        """Return the erasures since; None if some of them are not known."""
+        beginning, erasure_id = heard
+        if beginning != self._beginning:
             return None
-        after = [one.erasure for one in self._recent if one.erasure.erasure_id > erasure_id]
-        if erasure_id < last_id and (not after or after[0].erasure_id > erasure_id + 1):
+        after = [one for _, one in self._recent if one["erasure_id"] > erasure_id]
+        if erasure_id < self.up_to.erasure_id and (not after or after[0]["erasure_id"] > erasure_id + 1):
             return None
-        return {one.order_no for one in after}
+        return after
 
 
-async def erasures_page(connection: Connection, after: int, limit: int) -> list[Erasure]:
+async def read_erasures(connection: Connection, after: int, limit: int = PAGE_ERASURES_MAX) -> list[Erasure]:
     """Return erasures with ids above ``after``, oldest first."""
     return [cast("Erasure", dict(row)) for row in await connection.fetch(PAGE, after, limit)]
+
+
+def last_versions(erasures: Sequence[Erasure]) -> dict[str, int]:
+    """Return the last erased version of each order."""
+    versions: dict[str, int] = {}
+    for one in erasures:
+        version = ALL_VERSIONS if one["version"] is None else one["version"]
+        versions[one["order_no"]] = max(version, versions.get(one["order_no"], 0))
+    return versions
 
 
 async def last_erasure_id(connection: Connection) -> int:

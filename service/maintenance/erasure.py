@@ -8,8 +8,6 @@ from typing import Final, NamedTuple
 
 import asyncpg
 
-from projections.engine import SELECT_VIEW, OutdatedViewError, apply_erasures, view_state
-from projections.locks import TAKE_VIEW_LOCK
 from projections.postgres import Connection
 from projections.view import View
 from projections.views import VIEWS
@@ -17,6 +15,8 @@ from service.database.operations import Actor, record_operation
 from service.database.schema import act_as_owner
 from service.event_log.erasures import HEARD_SECONDS_MAX
 from service.event_log.store import CHANNEL
+from service.projecting.locks import TAKE_VIEW_LOCK
+from service.projecting.projector import SELECT_VIEW, OutdatedViewError, apply_erasures, view_state
 
 ERASE_ORDER: Final = "CALL erase_order($1, $2, $3)"
 ERASED: Final = """

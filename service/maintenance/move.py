@@ -25,7 +25,7 @@ from service.database.schema import (
 from service.database.sequences import Numbered, advance, last_number, require_rising_numbers
 from service.errors import OperatorError
 from service.event_log import store
-from service.event_log.feed import NO_TIMEOUTS
+from service.event_log.snapshot import NO_TIMEOUTS
 
 # Tables that the schema fills, and the log's id, which replaces that of the target.
 NOT_COPIED: Final = ("schema_version", "view_names", log_identity.TABLE)

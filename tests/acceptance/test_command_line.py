@@ -21,12 +21,12 @@ import pytest
 from psycopg.sql import SQL, Identifier
 
 from domain.order import Order
-from projections.locks import HOLD_REBUILD_LOCK
 from service import VERSION
 from service.database.connections import connect
 from service.database.embedded_postgres import ACCOUNT
 from service.event_log import store
 from service.features.pages.share_links import ShareLinks, identify
+from service.projecting.locks import HOLD_REBUILD_LOCK
 from service.version import build_info
 from tests.support.commands import call_command
 from tests.support.databases import TestServer

@@ -18,7 +18,7 @@ from domain.order import NEW_ORDER, Order, decide, evolve
 from service.database.connections import DedicatedConnection, connect, connected
 from service.database.schema import prepare_database
 from service.event_log import store
-from service.event_log.feed import Feed
+from service.event_log.follow import Memory
 from service.features import DEFAULT
 from service.features.proofs import storage
 from service.features.proofs import verify as verifier
@@ -119,8 +119,8 @@ def _cpu_at_rate(contest: Contest) -> float:
 async def _measure_follower(dsn: str, folder: Path) -> list[Row]:
     own = await prepare_database(dsn)
     reading, writing = DedicatedConnection(partial(connect, own)), DedicatedConnection(partial(connect, own))
-    feed, signer = Feed(reading, partial(connect, own)), Signer(folder / "proofs.key")
-    follower = Follower(writing, feed, signer)
+    memory, signer = Memory(reading), Signer(folder / "proofs.key")
+    follower = Follower(writing, memory, signer)
     try:
         async with connected(own) as connection:
             for start in range(0, LOGGED, APPENDED):
@@ -133,7 +133,7 @@ async def _measure_follower(dsn: str, folder: Path) -> list[Row]:
             remembered_cpu = 0.0
             for start in range(0, REMEMBERED, BATCH_LEAVES_MAX):
                 events = _events("MEM", start, BATCH_LEAVES_MAX)
-                feed.remember(events, (await store.append(connection, events)).positions)
+                memory.remember(events, (await store.append(connection, events)).positions)
                 cpu = time.process_time()
                 await follower.step()
                 remembered_cpu += (time.process_time() - cpu) / REMEMBERED * 1e6

@@ -26,9 +26,9 @@ from projections.views import VIEWS as ALL_VIEWS
 from service.console import tune_gc
 from service.database.connections import DedicatedConnection, connect
 from service.event_log.codec import MAPPER
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
 from service.ingest.parser import parse
-from service.maintenance.replay import rebuild_views
+from service.projecting.replay import rebuild_views
 from tests.benchmarks import load
 from tests.benchmarks.report import Row, ratio, resident_mb
 
@@ -61,7 +61,7 @@ COPY_EVENTS: Final = """
 """
 
 
-class Log(NamedTuple):
+class SampleLog(NamedTuple):
     """A log of some orders with the same number of reports each.
 
     The orders are shuffled, and the reports of each order are in sequence.
@@ -232,10 +232,9 @@ def rebuild_by_service(dsn: str) -> Rebuild:
 async def _rebuild(dsn: str) -> Rebuild:
     connect_here = partial(connect, dsn)
     held = DedicatedConnection(connect_here)
-    reader = Feed(held, connect_here)
     began = time.perf_counter()
     tune_gc()
-    rebuilt = await rebuild_views(dsn, VIEWS, reader, lambda _done, _total: None)
+    rebuilt = await rebuild_views(dsn, VIEWS, Log(held), lambda _done, _total: None)
     seconds = time.perf_counter() - began
     await held.close()
     if any(view.parked for view in rebuilt):
@@ -245,8 +244,8 @@ async def _rebuild(dsn: str) -> Rebuild:
 
 def measure_rebuild(small_dsn: str, large_dsn: str, events: int) -> Iterator[Row]:
     """Compare the rebuild's speed with SQL's, in turns, and its memory at two sizes of the log."""
-    large = Log(events // REPORTS_BY_ORDER)
-    small = Log(large.orders // SMALL_LOG_SHARE)
+    large = SampleLog(events // REPORTS_BY_ORDER)
+    small = SampleLog(large.orders // SMALL_LOG_SHARE)
     small.write(small_dsn)
     small_memory_mb = rebuild_by_service(small_dsn).memory_mb
     large.write(large_dsn)

@@ -26,7 +26,7 @@ from service.database.api_keys import create_key
 from service.database.connections import connected
 from service.database.schema import prepare_database
 from tests.benchmarks import load
-from tests.benchmarks.rebuilds import Log
+from tests.benchmarks.rebuilds import SampleLog
 from tests.benchmarks.report import Row, out, ratio, resident_mb
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -383,7 +383,7 @@ def measure_reads(dsn: str, folder: Path, seconds: int) -> Iterator[Row]:
 def measure_history(dsn: str, folder: Path) -> Row:
     """Measure single webhooks for an order with a long history and for fresh orders, in turns."""
     with Contest(dsn, folder, 0) as contest:
-        long = Log(orders=1, reports=LONG_HISTORY_EVENTS)
+        long = SampleLog(orders=1, reports=LONG_HISTORY_EVENTS)
         long.write(dsn)
         contest.wait_for_views()
         connection = http.client.HTTPConnection("127.0.0.1", contest.ours.port, timeout=START_SECONDS_MAX)

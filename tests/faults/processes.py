@@ -9,8 +9,8 @@ import time
 from functools import partial
 from typing import Final
 
-from projections.locks import HOLD_VIEW_LOCK
 from projections.views import VIEWS
+from service.projecting.locks import HOLD_VIEW_LOCK
 from tests.faults import mutants
 from tests.faults.fault import expect_status, find_backend
 from tests.faults.resources import children

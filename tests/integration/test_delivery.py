@@ -18,12 +18,11 @@ from service.background import supervise
 from service.database.connections import DedicatedConnection, connect, connected
 from service.database.log_identity import LogIdentity
 from service.database.operations import Actor
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
 from service.features.subscriptions.check import check
 from service.features.subscriptions.delivery import IN_FLIGHT_MAX, PROBE_SECONDS_MAX
 from service.features.subscriptions.dispatcher import Dispatcher
 from service.features.subscriptions.held_orders import HELD_ORDERS_MAX, retry_held
-from service.features.subscriptions.log_reader import LogReader
 from service.features.subscriptions.progress import Progress
 from service.features.subscriptions.sending import Sender
 from service.features.subscriptions.settings import SubscriptionsSettings
@@ -71,8 +70,7 @@ async def dispatching(dsn: str, clock: Clock, retry_seconds: tuple[float, ...]) 
     to_database = partial(connect, dsn, log.read)
     reading, saving = DedicatedConnection(to_database), DedicatedConnection(to_database)
     sender = Sender([ip_network(NETWORK)], log)
-    reader = LogReader(Feed(reading, to_database), reading)
-    dispatcher = Dispatcher(Progress(saving), reader, sender, retry_seconds, clock)
+    dispatcher = Dispatcher(Progress(saving), Log(reading), sender, retry_seconds, clock)
     task = asyncio.create_task(supervise("deliver", dispatcher.run))
     try:
         yield dispatcher

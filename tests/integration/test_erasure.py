@@ -14,7 +14,7 @@ from service.app import Service
 from service.database.connections import ConnectionPool, connect, connected
 from service.database.operations import Actor
 from service.event_log import store
-from service.event_log.feed import Feed
+from service.event_log.follow import Memory
 from service.features.settings import Settings
 from service.maintenance.check import check_database
 from service.maintenance.erasure import Erased, erase_order, find_left, settle
@@ -239,7 +239,7 @@ async def test_a_view_that_is_behind_or_has_a_parked_order_is_erased(
     broken = "INSERT INTO order_events (originator_id, originator_version, topic, state)"
     await connection.execute(f"{broken} VALUES ('KOM1', 2, 'order.future', '{{}}')")
     async with running(Settings(), dsn) as service:
-        await until_async(condition(lambda: service.core.projectors["timeline"].reach.position == 3))
+        await until_async(condition(lambda: service.core.positions["timeline"].reach.position == 3))
     await store.append(connection, [Order.new("KOM3").report(report("KOM3", WORD))])
     for order_no in ("KOM1", "KOM2", "KOM3"):
         await erase(owner_dsn, dsn, order_no)
@@ -254,16 +254,16 @@ async def test_a_view_that_is_behind_or_has_a_parked_order_is_erased(
 async def test_a_process_that_is_told_late_of_a_commit_keeps_nothing(dsn: str, owner_dsn: str) -> None:
     """An event that is erased before its own process remembers it does not enter memory."""
     async with dedicated_connection(dsn) as held:
-        feed = Feed(held, lambda: connect(dsn))
+        memory = Memory(held)
         recorder = make_recorder(held)
         await recorder.record(report("KOM1", WORD))
         async with connected(owner_dsn) as owner:
             await erase_order(owner, "KOM1", "asked for", BY)
-        await feed.hear_in_time()
-        feed.remember([decide(NEW_ORDER, report("KOM1", WORD))], [1])
-        assert feed.recall(0, 1) == ()
-        feed.remember([decide(NEW_ORDER, report("KOM2", WORD))], [2])
-        assert [event.originator_id for _, event in feed.recall(1, 1)] == ["KOM2"]
+        await memory.hear_in_time()
+        memory.remember([decide(NEW_ORDER, report("KOM1", WORD))], [1])
+        assert memory.recall(0, 1) == ()
+        memory.remember([decide(NEW_ORDER, report("KOM2", WORD))], [2])
+        assert [event.originator_id for _, event in memory.recall(1, 1)] == ["KOM2"]
 
 
 async def test_erasures_that_a_failover_lost_are_forgotten(
@@ -273,19 +273,19 @@ async def test_erasures_that_a_failover_lost_are_forgotten(
     for order_no in ("KOM1", "KOM2"):
         await client.webhook(order_no, WORD)
     async with dedicated_connection(dsn) as held, connected(owner_dsn) as owner:
-        feed = Feed(held, lambda: connect(dsn))
-        await feed.hear_in_time()
-        before = feed.erasures.up_to
+        memory = Memory(held)
+        await memory.hear_in_time()
+        before = memory.erasures.up_to
         await erase_order(owner, "KOM1", "asked for", BY)
-        await feed.hear_in_time(at_once=True)
-        assert feed.erasures.orders_after(before) == {"KOM1"}
-        feed.remember([decide(NEW_ORDER, report("KOM2", WORD))], [2])
+        await memory.hear_in_time(at_once=True)
+        assert [one["order_no"] for one in memory.erasures.after(before) or ()] == ["KOM1"]
+        memory.remember([decide(NEW_ORDER, report("KOM2", WORD))], [2])
         await connection.execute("DELETE FROM erasures; ALTER TABLE erasures ALTER erasure_id RESTART")
         await erase_order(owner, "KOM2", "asked for", BY)
-        await feed.hear_in_time(at_once=True)
-        assert feed.recall(1, 1) == ()
-        assert feed.erasures.orders_after(before) is None
-        assert [feed.erasures.has_erased(order_no, 1) for order_no in ("KOM1", "KOM2")] == [False, True]
+        await memory.hear_in_time(at_once=True)
+        assert memory.recall(1, 1) == ()
+        assert memory.erasures.after(before) is None
+        assert [memory.erasures.has_erased(order_no, 1) for order_no in ("KOM1", "KOM2")] == [False, True]
 
 
 async def test_a_late_retry_of_an_erased_word_adds_nothing(

@@ -235,7 +235,8 @@ async def test_a_feature_that_fails_loses_no_report(dsn: str) -> None:
             raise RuntimeError("a fault of the feature")
 
         contributions = service.core.contributions
-        contributions["subscriptions"] = replace(contributions["subscriptions"], on_commit=fail, on_growth=fail)
+        contributions["subscriptions"] = replace(contributions["subscriptions"], on_commit=fail)
+        service.core.followers.join("subscriptions", fail)
         client = Client(session, port)
         with capture_logs() as logs:
             receipts = [await client.webhook(f"KOM{number}") for number in range(3)]

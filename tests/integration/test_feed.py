@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from domain.statuses import ALIASES, STATUSES
 from domain.transitions import VERDICTS
 from projections import selection
-from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres import Connection
 from service.database import api_keys
 from service.database.connections import connect, connected
 from service.features.settings import Settings
 from service.listening import serving
+from service.projecting.locks import HOLD_VIEW_LOCK
 from tests.support.client import Client, serving_client
 from tests.support.databases import wait_for_locked
 from tests.support.recording import rebuilt

@@ -25,7 +25,7 @@ from service.database.connections import DedicatedConnection, connect, connected
 from service.database.operations import Actor
 from service.database.schema import SERVICE_ROLE, as_role
 from service.event_log import store
-from service.event_log.feed import Feed
+from service.event_log.follow import Memory
 from service.features.proofs import storage
 from service.features.proofs import verify as verifier
 from service.features.proofs.bundles import make_bundle, read_range
@@ -38,7 +38,6 @@ from service.features.proofs.signer import NOTHING, KeyFileError, NotSigningErro
 from service.features.proofs.status import read_status
 from service.features.proofs.storage import HistoryHaltedError
 from service.features.proofs.tree import TILE_HASHES, TileId, hash_leaf, root_of, split
-from service.maintenance import erasure
 from service.maintenance.erasure import erase_order
 from tests.support.client import Client, serving_client
 from tests.support.databases import TestServer
@@ -63,7 +62,7 @@ class History(NamedTuple):
     """A follower without a service, and the parts that it works with."""
 
     connection: Connection
-    feed: Feed
+    memory: Memory
     follower: Follower
     signer: Signer
 
@@ -81,9 +80,10 @@ async def following(dsn: str, folder: Path) -> AsyncIterator[History]:
     """Make a follower of a log that nothing else follows."""
     own = as_role(dsn, SERVICE_ROLE)
     reading, writing = DedicatedConnection(partial(connect, own)), DedicatedConnection(partial(connect, own))
-    feed, signer = Feed(reading, partial(connect, own)), Signer(folder / "history.key", "shop.example/orders")
+    memory, signer = Memory(reading), Signer(folder / "history.key", "shop.example/orders")
+    await memory.hear_in_time()
     async with connected(dsn) as connection:
-        yield History(connection, feed, Follower(writing, feed, signer), signer)
+        yield History(connection, memory, Follower(writing, memory, signer), signer)
     await reading.close()
     await writing.close()
 
@@ -102,7 +102,7 @@ async def record(history: History, order_no: str, *words: str, remember: bool = 
         event = decide(state, report(order_no, word))
         (position,), _ = await store.append(history.connection, [event])
         if remember:
-            history.feed.remember([event], [position])
+            history.memory.remember([event], [position])
         positions.append(position)
     return positions
 
@@ -230,7 +230,7 @@ async def test_a_lost_event_in_memory_is_not_added(history: History) -> None:
     await history.build()
     (position,) = await record(history, "KOM2", "Dikirim")
     lost = decide((await store.order_states(history.connection, ["KOM3"]))["KOM3"], report("KOM3", "Batal"))
-    history.feed.remember([lost], [position])
+    history.memory.remember([lost], [position])
     await history.build()
     assert (await check(history)).differing == 0
 
@@ -363,12 +363,8 @@ async def test_the_service_cannot_zero_a_salt(history: History, dsn: str) -> Non
 # Erasure.
 
 
-async def test_an_erasure_leaves_no_salt_and_every_proof(
-    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_erasure_leaves_no_salt_and_every_proof(history: History, tmp_path: Path) -> None:
     """Bundles from before and after it are valid, and the salts are zeros."""
-    # No view follows this log.
-    monkeypatch.setattr(erasure, "VIEWS_SECONDS_MAX", 0)
     positions = await record(history, "KOM1", "Diajukan", "Wat", "Dikirim")
     await record(history, "KOM2", "Diajukan")
     await history.build()
@@ -405,13 +401,14 @@ async def test_an_erasure_before_the_entry(history: History, *, remember: bool) 
 
 
 async def test_an_erased_body_in_memory_is_not_committed_to(history: History, dsn: str) -> None:
-    """While a tree is built again, the memory of this process may still have what was erased since."""
+    """While a tree is built again, the memory of this process has lost what was erased since."""
     positions = await record(history, "KOM1", *STATUSES, remember=True)
     tree = await history.build()
     async with connected(dsn) as own:
         await restart(own, history.signer, "a test", OPERATOR)
         await erase_order(history.connection, "KOM1", "asked to", OPERATOR)
-    assert history.feed.recall(0, 1)
+    await history.memory.hear_in_time(at_once=True)
+    assert not history.memory.recall(0, 1)
     await history.build()
     assert await salts(history.connection, positions) == [NO_SALT] * 3
     tiles = [await storage.read_tiles(history.connection, number, [TileId(0, 0)]) for number in (1, 2)]
@@ -500,7 +497,7 @@ async def test_a_history_that_cannot_begin_is_seen(history: History, dsn: str) -
     own = as_role(dsn, SERVICE_ROLE)
     writing = DedicatedConnection(partial(connect, own))
     with capture_logs() as logs:
-        assert await Follower(writing, history.feed, blocked).step() == 0
+        assert await Follower(writing, history.memory, blocked).step() == 0
     await writing.close()
     assert [log["event"] for log in logs] == ["the history is not signed"]
     status = await read_status(history.signer, history.connection)

@@ -9,10 +9,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from domain.statuses import STATUSES
-from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres import Connection
 from projections.views import VIEWS
 from service.http.connections import Limits
+from service.projecting.locks import HOLD_VIEW_LOCK
 from service.version import build_info
 from tests.support.client import Client, serving_client
 from tests.support.waiting import PATIENCE_SECONDS

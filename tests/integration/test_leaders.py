@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from projections.engine import OutdatedViewError
-from projections.locks import TRY_LEAD
 from projections.postgres import Connection
 from projections.views import VIEWS
 from service.app import Service
 from service.database.connections import connected
 from service.features.settings import Settings
+from service.projecting.locks import TRY_LEAD
+from service.projecting.projector import OutdatedViewError
 from tests.support.databases import wait_for_locked
 from tests.support.processes import running_service
 from tests.support.recording import EQUAL, caught_up, rebuilt
@@ -91,7 +91,7 @@ async def test_a_leader_that_does_nothing_is_replaced(
     dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a session holds the lead and moves nothing, such as a suspended process, another stands in."""
-    monkeypatch.setattr("projections.engine.LEADER_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("service.projecting.projector.LEADER_SECONDS_MAX", 0.2)
     async with AsyncExitStack() as stack:
         idle = await stack.enter_async_context(connected(dsn))
         for view in VIEWS:
@@ -139,7 +139,7 @@ async def test_a_stand_in_leaves_a_view_that_moves(
     dsn: str, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process stands in for a leader only until the leader moves the view again."""
-    monkeypatch.setattr("projections.engine.LEADER_SECONDS_MAX", 0.2)
+    monkeypatch.setattr("service.projecting.projector.LEADER_SECONDS_MAX", 0.2)
     async with AsyncExitStack() as stack:
         leader = await started(dsn, stack)
         await all_led(connection)
@@ -147,9 +147,9 @@ async def test_a_stand_in_leaves_a_view_that_moves(
         follower = await started(dsn, stack)
         receipt = await follower.core.recorder.record(report("KOM1"))
         await caught_up(follower, receipt["position"] or 0)
-        projector = leader.core.projectors["timeline"]
+        projector = leader.core.views.movers["timeline"]
         receipt = await leader.core.recorder.record(report("KOM1", "Diantar"))
-        assert await asyncio.gather(projector.step(), follower.core.projectors["timeline"].step())
+        assert await asyncio.gather(projector.step(), follower.core.views.movers["timeline"].step())
         await caught_up(follower, receipt["position"] or 0)
         assert await rebuilt(dsn, verify=True) == EQUAL
 
@@ -160,12 +160,12 @@ async def test_an_outdated_leader_gives_up(dsn: str, connection: Connection) -> 
         service = await started(dsn, stack)
         await all_led(connection)
         await connection.execute("UPDATE timeline.projection SET definition = 'of a later release'")
-        service.core.projectors["timeline"].wake.set()
+        service.core.positions["timeline"].wake.set()
 
         async def is_free() -> bool:
             return len(await leaders(connection)) == len(VIEWS) - 1
 
         await until_async(is_free)
         with pytest.raises(OutdatedViewError):
-            await service.core.projectors["timeline"].step()
+            await service.core.views.movers["timeline"].step()
         assert await connection.fetchval(f"SELECT {TRY_LEAD.format(view='timeline')}")

@@ -170,10 +170,10 @@ async def test_positions_come_with_the_id_of_their_log(server: TestServer, dsn: 
     # No other connection must read it first.
     await service.core.background.stop()
     log_id = await restored(server, dsn)
-    assert service.core.log.log_id != log_id
+    assert service.core.identity.log_id != log_id
     connection: ConnectionPool | DedicatedConnection = getattr(service.core, purpose)
     async with connection.connection():
-        assert service.core.log.log_id == log_id
+        assert service.core.identity.log_id == log_id
     await service.stop()
 
 

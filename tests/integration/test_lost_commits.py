@@ -17,12 +17,12 @@ from projections.views import VIEWS
 from service.app import Service
 from service.database.connections import StorageUnavailableError, connect
 from service.event_log import store
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
 from service.event_log.store import LogWentBackError
 from service.features.settings import Settings
 from service.ingest.idempotency import IdempotencyKey
 from service.maintenance.check import check_database
-from service.maintenance.replay import rebuild_views
+from service.projecting.replay import rebuild_views
 from tests.support.client import Client
 from tests.support.databases import TestServer, wait_for_locked
 from tests.support.recording import (
@@ -110,7 +110,7 @@ async def test_a_rebuild_proves_what_it_has_read(
 
         heads = 0
 
-        class Restoring(Feed):
+        class Restoring(Log):
             async def head(self) -> int:
                 nonlocal dump, heads
                 heads += 1
@@ -125,8 +125,8 @@ async def test_a_rebuild_proves_what_it_has_read(
                         await recorder.record(report(f"NEW{number}"))
                 return await super().head()
 
-        reader = Restoring(reading, lambda: connect(dsn))
-        with pytest.raises(StorageUnavailableError, match=r"has lost the event at position [89]"):
+        reader = Restoring(reading)
+        with pytest.raises(StorageUnavailableError, match=r"does not have the event \S+ at position [89]"):
             await rebuild_views(dsn, VIEWS, reader, lambda _done, _total: None, verify=verify)
     assert await rebuilt(dsn) == EQUAL
     connection = await connect(dsn)
@@ -216,11 +216,11 @@ async def test_lost_events_are_not_applied_to_the_views(server: TestServer, serv
     await record(service, *(report(f"LOST{number}") for number in range(50)))
     server.put_back(dsn, copy)
     # A new connection of each projection, before a report makes the recorder open its own.
-    for projector in service.core.projectors.values():
-        projector.wake.set()
+    for view in service.core.positions.values():
+        view.wake.set()
 
     async def are_back() -> bool:
-        return all(projector.reach.position == 1 for projector in service.core.projectors.values())
+        return all(view.reach.position == 1 for view in service.core.positions.values())
 
     await until_async(are_back)
     position = await record(service, report("KOM1", "Dipacking"), report("KOM2", "Dikirim"))
@@ -241,8 +241,8 @@ async def test_a_view_beyond_the_head_is_rebuilt(service: Service, dsn: str) -> 
         "UPDATE current_status.projection SET position = 40;"
         "UPDATE current_status.orders SET version = 7, advanced = 7"
     )
-    for projector in service.core.projectors.values():
-        projector.wake.set()
+    for view in service.core.positions.values():
+        view.wake.set()
 
     async def are_rebuilt() -> bool:
         positions = (

@@ -12,9 +12,8 @@ from typing import Any, Final, NamedTuple, TypeAlias, cast
 import pytest
 
 from domain.statuses import SETTLED, STATUSES
-from projections import current_status, engine, order_list, selection, statistics, timeline
+from projections import current_status, order_list, selection, statistics, timeline
 from projections.audit import TransitionsFilter, transitions_page
-from projections.locks import TRY_LEAD
 from projections.order_list import (
     LAST_PLACE,
     ListPlace,
@@ -28,11 +27,12 @@ from projections.order_list import (
 from projections.postgres import Connection
 from projections.windows import POSITION_MAX
 from service.database.connections import HOT_SETTINGS, POOL_SETTINGS, connect, connected
-from service.event_log import contradictions, store
-from service.event_log import feed as log_reader
+from service.event_log import contradictions, snapshot, store
 from service.features.proofs import bundles
 from service.features.proofs import storage as history
 from service.ingest import quarantine
+from service.projecting import projector
+from service.projecting.locks import TRY_LEAD
 from tests.support.databases import TestServer
 from tests.support.filler import NO_CNOTE, fill_log
 from tests.support.history import build_history
@@ -72,10 +72,10 @@ HOT: Final = {
     "orders by number": Statement(current_status.ORDERS_BY_NUMBER, 1),
     "timelines by number": Statement(timeline.FIRST_ROWS, 2),
     "look at a view": Statement(
-        engine.LOOK.format(try_lead=TRY_LEAD.format(view="timeline")), 1, timeline.VIEW.name
+        projector.LOOK.format(try_lead=TRY_LEAD.format(view="timeline")), 1, timeline.VIEW.name
     ),
-    "the head of the log": Statement(engine.LOG_HEAD, 0),
-    "move a view": Statement(engine.ADVANCE, 5, timeline.VIEW.name),
+    "the head of the log": Statement(store.HEAD, 0),
+    "move a view": Statement(projector.ADVANCE, 3, timeline.VIEW.name),
     "the tree of the history": Statement(history.STATE, 0),
     "add to the history": Statement(history.GROW, 6),
     "tiles of the history": Statement(history.TILES, 3),
@@ -470,7 +470,7 @@ async def test_a_rebuild_reads_one_order_after_the_other(connection: Connection)
     for version in (1, 2, 3):
         for order_no in ("B", "A", "C"):
             await connection.execute(insert, order_no, version)
-    rows = await connection.fetch(log_reader.STREAMS, 9)
+    rows = await connection.fetch(snapshot.EVENTS_BY_ORDER, 9)
     assert [(row["originator_id"], row["originator_version"]) for row in rows] == [
         (order_no, version) for order_no in "ABC" for version in (1, 2, 3)
     ]

@@ -18,23 +18,24 @@ from hypothesis import strategies as st
 from domain.order import Order
 from domain.statuses import ALIASES, Vocabulary
 from projections import current_status, timeline
-from projections.engine import BATCH_ATTEMPTS_MAX, OutdatedViewError
-from projections.locks import HOLD_REBUILD_LOCK
 from projections.postgres import Connection
-from projections.rebuild import RebuildRunningError
 from projections.views import VIEWS
 from service.app import Service
 from service.database.connections import DedicatedConnection, LimitedConnection, connect
 from service.event_log import store
 from service.event_log.codec import MAPPER, decode_event
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
+from service.event_log.snapshot import snapshot
 from service.features.settings import Settings
 from service.maintenance.rejudgement import PendingReports, find_pending, log_batches, rejudge
-from service.maintenance.replay import Rebuilder, unpark_order_in_views
+from service.projecting.locks import HOLD_REBUILD_LOCK
+from service.projecting.projector import BATCH_ATTEMPTS_MAX, OutdatedViewError
+from service.projecting.rebuild import RebuildRunningError
+from service.projecting.replay import Rebuilder, unpark_order_in_views
 from tests.support.databases import WAITING_FOR_LOCKS, wait_for_locked
 from tests.support.recording import EQUAL, caught_up, dedicated_connection, make_recorder, rebuilt, record
 from tests.support.reports import NOW, report
-from tests.support.waiting import PATIENCE_SECONDS, condition, until_async
+from tests.support.waiting import condition, until_async
 
 
 @pytest.fixture
@@ -166,13 +167,12 @@ async def test_live_and_rebuilt_views_are_equal_row_for_row(
     async def rejudge_all() -> None:
         """Judge every report with the unknown word again, by another process."""
         async with dedicated_connection(dsn) as to_read, dedicated_connection(dsn) as to_append:
-            feed = Feed(to_read, lambda: connect(dsn))
             recorder = make_recorder(to_append, recognise=Vocabulary({"mystery": "in_transit"}).recognise)
             pending = PendingReports(Vocabulary({"mystery": "in_transit"}).recognise)
-            batches = log_batches(feed, await feed.head(), lambda _count: None)
-            async for one in find_pending(batches, pending):
-                await rejudge(recorder, one)
-            await caught_up(service, await feed.head())
+            async with snapshot(lambda: connect(dsn)) as whole:
+                async for one in find_pending(log_batches(whole, lambda _count: None), pending):
+                    await rejudge(recorder, one)
+            await caught_up(service, await Log(to_read).head())
 
     loop = asyncio.get_running_loop()
 
@@ -321,7 +321,7 @@ async def test_one_parked_order_is_resumed_without_a_rebuild(
 
     async def resumed(order_no: str) -> list[tuple[bool, int | None]]:
         held = DedicatedConnection(lambda: connect(dsn))
-        results = await unpark_order_in_views(dsn, VIEWS, Feed(held, lambda: connect(dsn)), order_no)
+        results = await unpark_order_in_views(dsn, VIEWS, Log(held), order_no)
         await held.close()
         return [(one.was_parked, one.parked and one.parked["since_version"]) for one in results]
 
@@ -344,7 +344,7 @@ async def test_a_connection_that_died_in_silence_is_left(
     service: Service, connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backend that stops responding delays its view only by the time limit of one step."""
-    monkeypatch.setattr("projections.engine.STEP_SECONDS_MAX", 0.5)
+    monkeypatch.setattr("service.projecting.projector.STEP_SECONDS_MAX", 0.5)
     # The first append on a connection ends with a commit too; the second is one statement.
     for _ in range(2):
         await record(service, report("KOM1"))
@@ -411,7 +411,7 @@ async def test_a_view_of_another_definition_is_rebuilt_at_start(dsn: str, connec
     try:
         await record(service, report("KOM1", "Diterima"))
         assert [entry["version"] for entry in await timeline.entries_page(connection, "KOM1", 0, 10)] == [1, 2]
-        assert not service.core.projectors["timeline"].is_outdated
+        assert not service.core.positions["timeline"].is_outdated
     finally:
         await service.stop()
     assert await rebuilt(dsn, verify=True) == EQUAL
@@ -421,7 +421,7 @@ async def test_an_older_process_does_not_write_a_newer_view(service: Service, co
     """A process with an older definition does not write to a newer view, and still records webhooks."""
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
     with pytest.raises(OutdatedViewError):
-        await service.core.projectors["current_status"].step()
+        await service.core.views.movers["current_status"].step()
     receipt = await service.core.recorder.record(report("KOM1"))
     assert receipt["version"] == 1
     assert await connection.fetchval("SELECT position FROM current_status.projection") == 0
@@ -434,16 +434,16 @@ async def test_two_releases_do_not_rebuild_a_view_in_turns(
     await record(service, report("KOM1"))
     newer = replace(next(view for view in VIEWS if view.name == "timeline"), fold_version=1_000)
     dedicated = DedicatedConnection(lambda: connect(dsn, search_path="timeline"))
-    await Rebuilder(dsn, [newer], {"timeline": dedicated}, service.core.feed).rebuild_if_outdated(newer)
+    await Rebuilder(dsn, [newer], {"timeline": dedicated}, service.core.log).rebuild_if_outdated(newer)
     await dedicated.close()
-    projector = service.core.projectors["timeline"]
+    view = service.core.positions["timeline"]
 
     def is_outdated() -> bool:
-        projector.wake.set()
-        return projector.is_outdated
+        view.wake.set()
+        return view.is_outdated
 
     await until_async(condition(is_outdated))
-    await service.core.views.rebuilder.rebuild_if_outdated(projector.view)
+    await service.core.views.rebuilder.rebuild_if_outdated(view.view)
     assert await connection.fetchval("SELECT definition FROM timeline.projection") == newer.definition
 
 
@@ -467,32 +467,20 @@ async def test_an_outdated_view_stays_outdated_during_failures(
     service: Service, connection: Connection
 ) -> None:
     """A view stays marked as outdated while its definition cannot be read."""
-    projector = service.core.projectors["current_status"]
+    view = service.core.positions["current_status"]
     await connection.execute("UPDATE current_status.projection SET definition = 'of a later release'")
 
     def is_outdated() -> bool:
-        projector.wake.set()
-        return projector.is_outdated
+        view.wake.set()
+        return view.is_outdated
 
     await until_async(condition(is_outdated))
     await connection.execute("ALTER TABLE current_status.projection RENAME TO moved_away")
     for _ in range(3):
         with pytest.raises(asyncpg.UndefinedTableError):
-            await projector.step()
-        assert projector.is_outdated
+            await service.core.views.movers["current_status"].step()
+        assert view.is_outdated
     await connection.execute("ALTER TABLE current_status.moved_away RENAME TO projection")
-
-
-async def test_events_are_counted_on_a_connection_of_their_own(dsn: str, connection: Connection) -> None:
-    """Counting the events of a large log does not block the connection of the live projections."""
-    await store.append(connection, [Order.new("KOM1").report(report("KOM1"))])
-    held = DedicatedConnection(lambda: connect(dsn))
-    try:
-        reader = Feed(held, lambda: connect(dsn))
-        async with held.connection():
-            assert await asyncio.wait_for(reader.count(1), PATIENCE_SECONDS) == 1
-    finally:
-        await held.close()
 
 
 async def test_a_difference_is_found(service: Service, dsn: str, connection: Connection) -> None:
@@ -588,7 +576,7 @@ async def test_an_order_longer_than_a_page_is_rebuilt_whole(
         *(report(f"KOM{n % 3}", cnote=f"AWB{n % 2}") for n in range(30)),
         *(report("HOT", cnote=f"AWB{n % 3}") for n in range(50)),
     )
-    monkeypatch.setattr("service.event_log.feed.STREAMS_BATCH_EVENTS", 7)
+    monkeypatch.setattr("service.event_log.snapshot.BATCH_EVENTS_MAX", 7)
     before = await rows_of(connection, "current_status.orders")
     assert await rebuilt(dsn) == EQUAL
     assert await rows_of(connection, "current_status.orders") == before

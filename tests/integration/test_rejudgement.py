@@ -16,7 +16,8 @@ from service.database.connections import connect, connected
 from service.database.operations import Actor
 from service.event_log import store
 from service.event_log.codec import decode_event
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
+from service.event_log.snapshot import snapshot
 from service.features.settings import Settings
 from service.http.times import to_rfc3339
 from service.maintenance.erasure import erase_order
@@ -57,12 +58,12 @@ async def pending_reports(
     dsn: str, order_no: str | None = None, vocabulary: Vocabulary = KNOWN
 ) -> list[PendingReport]:
     async with dedicated_connection(dsn) as held:
-        feed = Feed(held, lambda: connect(dsn))
-        counts: list[int] = []
-        batches = log_batches(feed, await feed.head(), counts.append)
+        pending = PendingReports(vocabulary.recognise)
         if order_no is not None:
-            batches = order_batches(feed, order_no, counts.append)
-        return [one async for one in find_pending(batches, PendingReports(vocabulary.recognise))]
+            batches = order_batches(Log(held), order_no, lambda _count: None)
+            return [one async for one in find_pending(batches, pending)]
+        async with snapshot(lambda: connect(dsn)) as whole:
+            return [one async for one in find_pending(log_batches(whole, lambda _count: None), pending)]
 
 
 async def settled_position(client: Client) -> int:

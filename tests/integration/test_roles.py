@@ -14,11 +14,11 @@ from projections.views import VIEWS
 from service.database.connections import DedicatedConnection, connect
 from service.database.schema import OWNER_ROLE, SERVICE_ROLE, as_role, prepare_database, service_dsn
 from service.event_log import store
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
 from service.features.settings import Settings
 from service.listening import serving
 from service.maintenance.check import check_database
-from service.maintenance.replay import rebuild_views
+from service.projecting.replay import rebuild_views
 from tests.support.client import Client
 from tests.support.reports import report
 
@@ -196,9 +196,7 @@ async def test_erasure_removes_the_senders_data_and_is_recorded(owner_dsn: str, 
     )
     assert "Siti" not in everything_left
     held = DedicatedConnection(lambda: connect(dsn))
-    rebuilt = await rebuild_views(
-        dsn, VIEWS, Feed(held, lambda: connect(dsn)), lambda _done, _total: None, verify=True
-    )
+    rebuilt = await rebuild_views(dsn, VIEWS, Log(held), lambda _done, _total: None, verify=True)
     await held.close()
     assert [one.differences for one in rebuilt] == [0, 0, 0]
     recorded = await connection.fetch("SELECT order_no, erased_by, reason, events, entries FROM erasures")
@@ -225,7 +223,7 @@ async def test_a_database_of_one_role_works_and_check_reports_the_risks(empty_ds
             receipt = await client.webhook("KOM1")
             await client.get(f"/orders/KOM1?after_position={receipt['position']}")
         held = DedicatedConnection(lambda: connect(dsn))
-        await rebuild_views(dsn, VIEWS, Feed(held, lambda: connect(dsn)), lambda _done, _total: None)
+        await rebuild_views(dsn, VIEWS, Log(held), lambda _done, _total: None)
         await held.close()
         assert not await wrong(dsn)
         findings = await check_database(dsn)

@@ -13,7 +13,6 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
-from projections.locks import HOLD_VIEW_LOCK
 from projections.postgres import Connection
 from service.database.connections import (
     DedicatedConnection,
@@ -26,6 +25,7 @@ from service.database.schema import prepare_database
 from service.ingest.idempotency import IdempotencyKey
 from service.ingest.recorder import Recorder
 from service.maintenance.check import check_database
+from service.projecting.locks import HOLD_VIEW_LOCK
 from tests.support.client import serving_client
 from tests.support.databases import FAST_SETTINGS, TestServer, wait_for_locked
 from tests.support.folders import copied_folder

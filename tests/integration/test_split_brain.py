@@ -11,12 +11,13 @@ from typing import NamedTuple
 import pytest
 
 from projections import current_status
-from projections.engine import Projector
 from projections.views import VIEWS
 from service.database.connections import HOT_SETTINGS, DedicatedConnection, connect
 from service.database.schema import SERVICE_ROLE, as_role
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
 from service.ingest.recorder import Recorder
+from service.projecting.position import ViewPosition
+from service.projecting.projector import Projector
 from tests.support.databases import TestServer
 from tests.support.recording import dedicated_connection, make_recorder, rebuilt
 from tests.support.reports import report
@@ -54,10 +55,10 @@ async def split(request: pytest.FixtureRequest, server: TestServer, dsn: str) ->
             dedicated_connection(dsn) as appending,
             dedicated_connection(dsn if reads_old_log else new_dsn) as reading,
         ):
-            feed = Feed(reading, partial(connect, new_dsn))
-            projecting = DedicatedConnection(on_new, on_open=feed.forget)
-            writer = make_recorder(appending, on_commit=feed.remember)
-            projector = Projector(VIEW, projecting.transaction, feed)
+            log = Log(reading)
+            projecting = DedicatedConnection(on_new, on_open=log.memory.forget)
+            writer = make_recorder(appending, on_commit=log.memory.remember)
+            projector = Projector(ViewPosition(VIEW, log.head, is_observed=False), projecting.transaction, log)
             yield Split(writer, projector, new_dsn, reads_old_log)
             await projecting.close()
 

@@ -11,7 +11,6 @@ from structlog.testing import capture_logs
 
 from domain.order import NEW_ORDER, Report, decide
 from domain.statuses import STANDARD_VOCABULARY
-from projections.engine import SELECT_VIEW
 from projections.postgres import Connection
 from projections.statistics import (
     MINUTES_KEPT,
@@ -23,6 +22,7 @@ from projections.views import VIEWS
 from service.app import Service
 from service.event_log import store
 from service.features.settings import Settings
+from service.projecting.projector import SELECT_VIEW
 from tests.support.client import serving_client
 from tests.support.recording import EQUAL, rebuilt, record
 from tests.support.reports import NOW, report

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from projections.postgres import Connection
 from service.database.connections import DedicatedConnection, connect
-from service.event_log.feed import Feed
+from service.event_log.follow import Memory
 from service.features.proofs.api import VERIFY_PY
 from service.features.proofs.follower import Follower
 from service.features.proofs.signer import Signer
@@ -47,7 +47,7 @@ async def build_history(dsn: str, key_file: Path) -> None:
 
     writing = DedicatedConnection(connect_again)
     try:
-        follower = Follower(writing, Feed(writing, connect_again), Signer(key_file))
+        follower = Follower(writing, Memory(writing), Signer(key_file))
         while await follower.step():
             pass
     finally:

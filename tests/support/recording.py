@@ -7,18 +7,18 @@ from functools import partial
 from typing import Any, Final
 
 from domain.order import Order, Report
-from projections.locks import TRY_REBUILD_LOCK
 from projections.postgres import Connection
-from projections.rebuild import RebuiltView
 from projections.views import VIEWS
 from service.app import Service
 from service.database.connections import DedicatedConnection, connect
 from service.event_log import store
 from service.event_log.codec import decode_event
-from service.event_log.feed import Feed
+from service.event_log.follow import Log
 from service.features.settings import Settings
 from service.ingest.recorder import Recorder
-from service.maintenance.replay import rebuild_views
+from service.projecting.locks import TRY_REBUILD_LOCK
+from service.projecting.rebuild import RebuiltView
+from service.projecting.replay import rebuild_views
 from tests.support.waiting import PATIENCE_SECONDS, until_async
 
 # The result of a verification that finds every view equal.
@@ -45,8 +45,8 @@ async def record(service: Service, *reports: Report) -> int:
 
 
 async def caught_up(service: Service, position: int) -> None:
-    for projector in service.core.projectors.values():
-        assert await projector.reach.wait_for(position, PATIENCE_SECONDS)
+    for view in service.core.positions.values():
+        assert await view.reach.wait_for(position, PATIENCE_SECONDS)
 
 
 @asynccontextmanager
@@ -67,8 +67,7 @@ async def rebuilt(
             async with held.connection() as connection:
                 lock = TRY_REBUILD_LOCK.replace("pg_try_advisory_lock", "pg_try_advisory_xact_lock")
                 await until_async(partial(connection.fetchval, lock))
-        reader = Feed(held, lambda: connect(dsn))
-        return await rebuild_views(dsn, views, reader, lambda _done, _total: None, verify=verify)
+        return await rebuild_views(dsn, views, Log(held), lambda _done, _total: None, verify=verify)
 
 
 def make_recorder(held: DedicatedConnection, **limits: Any) -> Recorder:

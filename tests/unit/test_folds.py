@@ -2,39 +2,31 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from datetime import date, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.order import NEW_ORDER, EarlierReport, Order, decide, evolve
+from domain.logged import DecodedEvent
+from domain.order import NEW_ORDER, EarlierReport, decide, evolve
 from domain.statuses import ALIASES, SETTLED, Vocabulary, status_label
 from projections import current_status, timeline
-from projections.postgres import Connection
-from projections.view import DecodedEvent, FailedEvent, LoggedEvent, View
+from projections.view import View
 from projections.views import VIEWS
-from service.database.connections import DedicatedConnection
-from service.event_log.codec import MAPPER
-from service.event_log.feed import MEMORY_CHARACTERS_MAX, MEMORY_EVENTS_MAX, Feed, decode_logged
 from tests.support.examples import (
     CNOTE,
     CNOTE_OF_THE_RETURN,
     MINUTE,
     RECEIVED_AT,
     SENT,
-    SENT_EVENT,
     arriving,
     history,
     says,
 )
 from tests.support.properties import MANY
 from tests.support.written_law import VERDICTS
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
 
 ORDER_NOS = ("KOM1", "KOM2", "KOM3")
 # A vocabulary that has become known later.
@@ -236,168 +228,10 @@ def test_kinds_change_only_together_with_the_version_of_the_fold() -> None:
     kinds = [*timeline.KINDS.values()]
     assert len({*kinds, timeline.UNKNOWN_KIND}) == len(kinds) + 1
     digest = hashlib.sha256(json.dumps([*timeline.KINDS.items()]).encode()).hexdigest()
-    assert (timeline.VIEW.fold_version, digest[:16]) == (3, "fc085ff1d35a47b2")
-
-
-# The tail of the log in memory
-
-
-class DatabaseAskedError(Exception):
-    """A read was not served from memory."""
-
-
-async def no_database() -> Connection:
-    raise DatabaseAskedError
-
-
-def reader() -> Feed:
-    connect: Callable[[], Awaitable[Connection]] = no_database
-    return Feed(DedicatedConnection(connect), connect)
-
-
-EVENTS = history(*["Packed", "Sent"] * 5)
-
-
-def logged(events: Sequence[Order.StatusReported], first_position: int) -> list[LoggedEvent]:
-    return [(first_position + i, event) for i, event in enumerate(events)]
-
-
-async def test_recent_commits_are_read_from_memory() -> None:
-    """Events of consecutive commits are served from memory, from any position among them and up to
-    the limit.
-    """
-    log = reader()
-    log.remember(EVENTS[:3], [7, 8, 9])
-    log.remember(EVENTS[3:5], [10, 11])
-    for after in range(6, 11):
-        assert await log.read_log(after, 100) == logged(EVENTS[after - 6 : 5], after + 1)
-        assert await log.read_log(after, 1) == logged(EVENTS[after - 6 : after - 5], after + 1)
-
-
-@pytest.mark.parametrize("after", [0, 5, 11, 12, 1_000])
-async def test_events_outside_the_memory_are_read_from_the_database(after: int) -> None:
-    """A read from before the memory or from its end goes to the database.
-
-    Earlier positions may hold other events, and other processes may have written later ones.
-    """
-    log = reader()
-    log.remember(EVENTS[:5], [7, 8, 9, 10, 11])
-    with pytest.raises(DatabaseAskedError):
-        await log.read_log(after, 100)
-
-
-async def test_a_reader_with_an_empty_memory_reads_from_the_database() -> None:
-    """A reader with an empty memory reads from the database at every position."""
-    for after in (-1, 0, 1):
-        with pytest.raises(DatabaseAskedError):
-            await reader().read_log(after, 100)
-
-
-@pytest.mark.parametrize(
-    ("batches", "kept_from"),
-    [
-        ([[7, 8], [10, 11]], 10),
-        ([[7, 9, 10]], 9),
-        ([[7, 8, 11], [12]], 11),
-        ([[7, 8], [8, 9]], 8),
-        ([[7, 8], [3, 4]], 3),
-        ([[7, 9, 11]], 11),
-    ],
-    ids=[
-        "a gap between batches",
-        "a gap within a batch",
-        "and a batch that goes on",
-        "a position twice",
-        "an earlier batch",
-        "two gaps",
-    ],
-)
-async def test_events_before_a_gap_are_dropped_from_memory(batches: list[list[int]], kept_from: int) -> None:
-    """After a gap in the positions, only the events that follow the gap are served from memory.
-
-    Another process may have written an event in the gap.
-    """
-    log = reader()
-    for positions in batches:
-        log.remember(EVENTS[: len(positions)], positions)
-    served = await log.read_log(kept_from - 1, 100)
-    assert [position for position, _ in served] == list(range(kept_from, batches[-1][-1] + 1))
-    for after in range(kept_from - 1):
-        with pytest.raises(DatabaseAskedError):
-            await log.read_log(after, 100)
-
-
-@MANY
-@given(
-    st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=4), min_size=1, max_size=6), st.integers(0, 40)
-)
-async def test_memory_never_leaves_anything_out(steps: list[list[int]], after: int) -> None:
-    """Events from memory are always consecutive and begin right after ``after``."""
-    log = reader()
-    position = 0
-    for batch in steps:
-        positions = []
-        for step in batch:
-            position += step
-            positions.append(position)
-        log.remember([SENT_EVENT] * len(batch), positions)
-    try:
-        served = await log.read_log(after, 100)
-    except DatabaseAskedError:
-        return
-    assert [position for position, _ in served] == list(range(after + 1, position + 1))
-    assert served
-
-
-async def test_memory_is_bounded_by_events() -> None:
-    """Beyond MEMORY_EVENTS_MAX the older half of the events is dropped and the newer half remains."""
-    log = reader()
-    total = 2 * MEMORY_EVENTS_MAX
-    for first in range(1, total, 512):
-        log.remember([SENT_EVENT] * 512, range(first, first + 512))
-    with pytest.raises(DatabaseAskedError):
-        await log.read_log(total - MEMORY_EVENTS_MAX - 1, 1)
-    assert len(await log.read_log(total - MEMORY_EVENTS_MAX // 2, total)) == MEMORY_EVENTS_MAX // 2
-
-
-async def test_memory_is_bounded_by_bytes() -> None:
-    """Whenever the bodies exceed MEMORY_CHARACTERS_MAX, the older half of the events is dropped."""
-    heavy = decide(NEW_ORDER, SENT._replace(body="x" * (MEMORY_CHARACTERS_MAX // 4)))
-    log = reader()
-    for position in range(1, 21):
-        log.remember([heavy], [position])
-        kept = 0
-        while kept < position:
-            try:
-                await log.read_log(position - kept - 1, 1)
-            except DatabaseAskedError:
-                break
-            kept += 1
-        assert 1 <= kept <= 4
-
-
-# The log as a projection receives it
-
-
-def test_decode_logged() -> None:
-    """A decodable event is returned with its position."""
-    stored = MAPPER.to_stored_event(SENT_EVENT)
-    assert decode_logged(7, SENT.order_no, 1, stored.topic, stored.state) == (7, SENT_EVENT)
-
-
-@pytest.mark.parametrize(
-    ("topic", "state"), [("order.status_reported", b"state4"), ("order.unknown", b"{}"), ("", b"")]
-)
-def test_decode_an_undecodable_event(topic: str, state: bytes) -> None:
-    """An undecodable event is returned with its position, its order, its version and the reason, without an
-    exception.
-    """
-    position, found = decode_logged(7, SENT.order_no, 3, topic, state)
-    assert isinstance(found, FailedEvent)
-    assert (position, found.originator_id, found.originator_version) == (7, SENT.order_no, 3)
-    assert found.reason
+    assert (timeline.VIEW.fold_version, digest[:16]) == (4, "fc085ff1d35a47b2")
 
 
 def test_times_of_the_examples_differ() -> None:
     """The events of the examples have different times, so the folds above cannot confuse them."""
-    assert timedelta(0) < EVENTS[1].timestamp - EVENTS[0].timestamp == MINUTE
+    events = history("Packed", "Sent")
+    assert timedelta(0) < events[1].timestamp - events[0].timestamp == MINUTE

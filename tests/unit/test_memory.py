@@ -7,33 +7,41 @@ from typing import Final
 
 import pytest
 
+from tests.integration.test_followers import EXPERIMENTS, READS
 from tests.support.folders import ROOT
 
 # The packages that see the log. Whatever the others keep is of requests, settings or connections.
 PACKAGES: Final = (
-    *("projections", "service/event_log", "service/ingest", "service/features/proofs"),
+    *("projections", "service/event_log", "service/ingest", "service/projecting", "service/features/proofs"),
     *("service/features/subscriptions", "service/maintenance", "service/api"),
 )
 # Not of the log: time, load, counts, errors, tasks and requests.
 OWN: Final = "not of the log"
 
 FENCES: Final = {
-    # projections
-    "Projector": {"is_outdated wake _behind_since _failures _leads _look_at _stands_in": OWN},
+    # service/projecting
+    "Projector": {"_behind_since _failures _leads _look_at _stands_in": OWN},
+    "ViewPosition": {"wake _age_seconds _observed_at": OWN},
+    "Rebuilder": {"_were_current": "only which views had this release's definition"},
     "AwaitedPosition": {
         "position": "each step reads it again, POLL_SECONDS apart at most, and moves it back with the view",
         "_moved _readers": OWN,
     },
-    "Observer": {"is_outdated _age_seconds _observed_at": OWN},
     # service/event_log
-    "Feed": {
-        "_memory _memory_characters": "each append proves the commit before it, so this is one log. A view, a "
-        "tree and a subscription prove the last event that they take",
-        "_batch _batch_after": "the same: it was one statement, and a view proves its last event",
+    "HeardErasures": {
+        "_last _recent _versions _is_proved": "each read proves the last one",
+        "_beginning _heard_at": OWN,
     },
+    "Memory": {
+        "_events _characters": "each append proves the commit before it, so this is one log. A view, a tree "
+        "and a subscription prove the last event that they take",
+        "changes": OWN,
+    },
+    "Log": {"_batch _batch_after _batch_changes": "it was one statement, and a view proves its last event"},
+    "Followers": {"_wakes": OWN},
     "Tail": {
         "_begins_after _by_order _bytes _last _memory": "each read proves the last event of the one before",
-        "_erasures last_erasure_id": "fenced with the events that they were read with",
+        "_erasures last_erasure_id _heard_up_to": "see HeardErasures",
         "_readers _task is_ended losses": OWN,
     },
     # service/ingest
@@ -54,7 +62,7 @@ FENCES: Final = {
     "Follower": {
         "_edge _edge_of _last_leaf": "where it is added to, the tree has this size and this last entry",
         "_signed _full_at": "they only save a step: the tree is read before it is signed",
-        "_has_full_batch _is_full _problem _sign_at wake": OWN,
+        "_has_full_batch _is_full _problem _sign_at": OWN,
     },
     "Edge": {"_hashes size": "see Follower"},
     "_Tile": {"_levels": "of one proof"},
@@ -64,7 +72,7 @@ FENCES: Final = {
         "_reached _work": "each save proves the last event that was read",
         "has_lost_events revision": OWN,
         "_busy _dirty _ending _failure _has_ended _has_new_responses _interrupted _is_full _is_stopping": OWN,
-        "_outcomes _responses _responses_at _saved _saving _space _tasks _urgent _wake log_grown": OWN,
+        "_outcomes _responses _responses_at _saved _saving _space _tasks _urgent _wake": OWN,
     },
     "Dispatcher": {
         "_committed _reached": "proved on each new session; a loss pauses every subscription",
@@ -76,7 +84,6 @@ FENCES: Final = {
     "Sender": {"_closing _sessions": OWN},
     "EndpointConnection": {"_address _has_head _held _interim _received": OWN},
     # service/maintenance
-    "Rebuilder": {"_were_current": "only which views had this release's definition"},
     "Retention": {"_after": "a place in a list that begins again", "erased_orders last_pass_at": OWN},
     "PendingReports": {
         "_is_decodable _order_no _pending _state undecodable": "of one snapshot. Each rejudgement is a claim, "
@@ -87,6 +94,23 @@ FENCES: Final = {
     # service/api
     "Starting": {"_is_decided _log_at _logged _successor cause refused": OWN},
 }
+# Those that hold text of reports, with the experiment that shows how it is erased.
+TEXTS: Final = {
+    "Memory": "the memory of commits",
+    "Log": "test_a_batch_of_before_an_erasure_is_not_shared",
+    "Tail": "live streams",
+    "Delivery": "test_what_waits_for_an_endpoint_that_is_down_is_erased",
+    "Window": "test_what_waits_for_an_endpoint_that_is_down_is_erased",
+}
+# Numbers, times, states and ids; and words that are known by now, which no erasure erases.
+TEXTLESS: Final = frozenset(
+    {
+        *("Projector", "ViewPosition", "Rebuilder", "AwaitedPosition", "HeardErasures", "Followers"),
+        *("OrderStates", "Recorder", "Refusals", "Quarantine", "IngestMetrics", "HourlyBytes", "WebhookAuth"),
+        *("Follower", "Edge", "_Tile", "HistoryApi", "Dispatcher", "Pace", "Sender", "EndpointConnection"),
+        *("Retention", "TableAudit", "_Batch", "Starting", "PendingReports"),
+    }
+)
 MUTATORS: Final = frozenset(
     {
         *("add", "append", "appendleft", "clear", "discard", "extend", "pop"),
@@ -143,6 +167,14 @@ def test_every_memory_has_a_fence(name: str) -> None:
     """Each attribute that outlives a transaction is listed, with what proves that the log still has it."""
     listed = {attribute for attributes in FENCES.get(name, {}) for attribute in attributes.split()}
     assert {*FOUND[name]} - listed == set()
+
+
+def test_every_memory_hears_of_erasures() -> None:
+    """Each class that outlives a transaction has no text of a report, or an experiment that erases it."""
+    assert {*FOUND} == {*TEXTS} | TEXTLESS
+    tests = " ".join(file.read_text(encoding="utf-8") for file in Path(ROOT / "tests/integration").glob("*.py"))
+    for name, experiment in TEXTS.items():
+        assert experiment in {*EXPERIMENTS, *READS} or f"async def {experiment}(" in tests, name
 
 
 def test_no_fence_is_out_of_date() -> None:

@@ -6,7 +6,8 @@ from collections import defaultdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.features.subscriptions.window import EVENTS_MAX, Entry, LogPlace, Message, Window
+from service.event_log.follow import Place
+from service.features.subscriptions.window import EVENTS_MAX, Entry, Message, Window
 
 
 def message(order_no: str, version: int) -> Message:
@@ -16,30 +17,30 @@ def message(order_no: str, version: int) -> Message:
 
 def test_an_order_has_one_event_in_flight() -> None:
     """The next event of an order can start only when its previous one is done; other orders go on."""
-    window = Window(LogPlace(10, "r10"))
+    window = Window(Place(10, "r10"))
     for position, order_no, version in ((11, "A", 1), (12, "A", 2), (13, "B", 1)):
-        window.add(LogPlace(position, f"r{position}"), message(order_no, version))
-    window.pass_over(LogPlace(14, "r14"))
+        window.add(Place(position, f"r{position}"), message(order_no, version))
+    window.pass_over(Place(14, "r14"))
     first, other = window.start(), window.start()
     assert first is not None
     assert other is not None
     assert (first.message.order_no, other.message.order_no, window.start()) == ("A", "B", None)
     assert window.finish(other) == 0
-    assert window.done == LogPlace(10, "r10")
+    assert window.done == Place(10, "r10")
     assert window.finish(first) == 1
-    assert window.done == LogPlace(11, "r11")
+    assert window.done == Place(11, "r11")
     second = window.start()
     assert second is not None
     assert window.finish(second) == 2
-    assert window.done == LogPlace(14, "r14")
+    assert window.done == Place(14, "r14")
     assert window.first is None
 
 
 def test_a_held_order_leaves_the_window() -> None:
     """All of its events count as done, since the held order stands for them."""
-    window = Window(LogPlace(0, None))
+    window = Window(Place(0, None))
     for version in (1, 2, 3):
-        window.add(LogPlace(version, "r"), message("A", version))
+        window.add(Place(version, "r"), message("A", version))
     started = window.start()
     assert started is not None
     assert window.release("A") == 1
@@ -50,8 +51,8 @@ def test_a_held_order_leaves_the_window() -> None:
 
 def test_a_postponed_event_waits_for_its_order() -> None:
     """It can be started again once its order is ready."""
-    window = Window(LogPlace(0, None))
-    window.add(LogPlace(1, "r"), message("A", 1))
+    window = Window(Place(0, None))
+    window.add(Place(1, "r"), message("A", 1))
     entry = window.start()
     assert entry is not None
     window.postpone(entry)
@@ -63,13 +64,13 @@ def test_a_postponed_event_waits_for_its_order() -> None:
 
 def test_the_window_is_limited() -> None:
     """It is full at its maximum of events, and of bytes."""
-    window = Window(LogPlace(0, None))
+    window = Window(Place(0, None))
     for number in range(EVENTS_MAX):
         assert not window.is_full
-        window.add(LogPlace(number + 1, "r"), message(f"A{number}", 1))
+        window.add(Place(number + 1, "r"), message(f"A{number}", 1))
     assert window.is_full
-    large = Window(LogPlace(0, None))
-    large.add(LogPlace(1, "r"), message("A", 1)._replace(body=bytes(4 * 1024 * 1024)))
+    large = Window(Place(0, None))
+    large.add(Place(1, "r"), message("A", 1)._replace(body=bytes(4 * 1024 * 1024)))
     assert large.is_full
 
 
@@ -77,7 +78,7 @@ def test_the_window_is_limited() -> None:
 def test_any_interleaving(orders: list[str], seed: int) -> None:
     """In any interleaving, each order's events start in order and alone, and nothing that is open is passed."""
     chance = random.Random(seed)
-    window = Window(LogPlace(0, None))
+    window = Window(Place(0, None))
     versions: defaultdict[str, int] = defaultdict(int)
     open_positions: dict[int, str] = {}
     in_flight: list[Entry] = []
@@ -91,10 +92,10 @@ def test_any_interleaving(orders: list[str], seed: int) -> None:
             order_no = waiting.pop(0)
             versions[order_no] += 1
             if chance.random() < 0.2:
-                window.pass_over(LogPlace(position, "r"))
+                window.pass_over(Place(position, "r"))
                 versions[order_no] -= 1
                 continue
-            window.add(LogPlace(position, "r"), message(order_no, versions[order_no]))
+            window.add(Place(position, "r"), message(order_no, versions[order_no]))
             open_positions[position] = order_no
         elif action == 1 and (entry := window.start()) is not None:
             assert entry.message.order_no not in {one.message.order_no for one in in_flight}

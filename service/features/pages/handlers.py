@@ -11,7 +11,6 @@ from aiohttp import web
 
 from domain.statuses import STATUSES
 from projections import current_status, timeline
-from projections.engine import Projector
 from projections.windows import POSITION_MAX
 from service.api.contradictions import handle as handle_contradiction
 from service.api.freshness import wait_for
@@ -70,6 +69,7 @@ from service.ingest import quarantine
 from service.ingest.quarantine import QuarantineState
 from service.ingest.recorder import Recorder
 from service.ingest.refusals import Refusals
+from service.projecting.position import ViewPositions
 from service.vocabulary import VocabularyFile
 
 # A reason of emoji has twelve bytes for each character in a form.
@@ -114,7 +114,7 @@ class Pages:
     Args:
         pool: the connection pool for reads.
         access: the guard that requires API keys.
-        projectors: the projectors of the views, by view name.
+        positions: how far each view has come.
         recorder: records retried bodies.
         refusals: the webhooks that got 503.
         vocabulary: the vocabulary.
@@ -126,7 +126,7 @@ class Pages:
         self,
         pool: ConnectionPool,
         access: Access,
-        projectors: Mapping[str, Projector],
+        positions: ViewPositions,
         recorder: Recorder,
         refusals: Refusals,
         vocabulary: VocabularyFile,
@@ -136,7 +136,7 @@ class Pages:
     ) -> None:
         self._pool = pool
         self._access = access
-        self._projectors = projectors
+        self._positions = positions
         self._recorder = recorder
         self._refusals = refusals
         self._vocabulary = vocabulary
@@ -180,11 +180,11 @@ class Pages:
     async def show_overview(self, request: web.Request, _form: Form) -> Shown | str:
         """Show the overview."""
         query = read_query(CommonQuery, request)
-        await wait_for(self._projectors, query.after_position, *self._projectors)
+        await wait_for(self._positions, query.after_position, *self._positions)
         async with self._pool.connection() as connection:
             overview = await read_overview(
                 connection,
-                self._projectors,
+                self._positions,
                 request.app[RENDERER].zone,
                 datetime.now(UTC),
                 self._vocabulary.recognise,
@@ -207,7 +207,7 @@ class Pages:
         if (path := canonical_path(request)) is not None:
             return path
         query = read_query(OrdersPageQuery, request)
-        await wait_for(self._projectors, query.after_position, current_status.VIEW.name)
+        await wait_for(self._positions, query.after_position, current_status.VIEW.name)
         now = datetime.now(UTC)
         async with self._pool.connection() as connection:
             found = None if query.q is None else await find_exactly(connection, query.q)
@@ -237,7 +237,7 @@ class Pages:
         """Show one order in its current state or at an earlier version."""
         order_no = parse_order_no(request)
         query = read_query(OrderPageQuery, request)
-        await wait_for(self._projectors, query.after_position, current_status.VIEW.name, timeline.VIEW.name)
+        await wait_for(self._positions, query.after_position, current_status.VIEW.name, timeline.VIEW.name)
         async with self._pool.connection() as connection:
             history = await read_history(connection, order_no, query.version, query.before)
             cards = [
@@ -299,7 +299,7 @@ class Pages:
     async def list_contradictions(self, request: web.Request, _form: Form) -> Shown | str:
         """Show a list of contradictions, newest first."""
         query = read_query(ContradictionsPageQuery, request)
-        await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
+        await wait_for(self._positions, query.after_position, timeline.VIEW.name)
         async with self._pool.connection() as connection:
             window = await contradictions_page(
                 connection, query.cursor, ROWS_SHOWN_MAX + 1, handled=query.handled
@@ -322,13 +322,13 @@ class Pages:
     async def handle_contradiction(self, request: web.Request, form: Form) -> str:
         """Mark a contradiction as handled with the submitted note, and show its order."""
         note = form.get("note", "")
-        done = await handle_contradiction(self._pool, self._projectors, request, note, admission(request).actor)
+        done = await handle_contradiction(self._pool, self._positions, request, note, admission(request).actor)
         return f"{track_path(done['order_no'])}#v{done['version']}"
 
     async def show_words(self, request: web.Request, _form: Form) -> Shown | str:
         """Show the unknown words, how to teach them, and the known ones."""
         query = read_query(CommonQuery, request)
-        await wait_for(self._projectors, query.after_position, timeline.VIEW.name)
+        await wait_for(self._positions, query.after_position, timeline.VIEW.name)
         async with self._pool.connection() as connection:
             unrecognised = await timeline.read_unrecognised(connection, self._vocabulary.recognise)
         return _show(

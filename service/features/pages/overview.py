@@ -1,13 +1,12 @@
 """The data of the overview: orders by status, recent reports, and orders and bodies that need attention."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Final, NamedTuple
 from zoneinfo import ZoneInfo
 
 from domain.statuses import SETTLED, Recognise
 from projections import statistics
-from projections.engine import Projector
 from projections.order_list import StuckOrder, stuck_orders
 from projections.postgres import Connection
 from projections.statistics import Statistics
@@ -17,6 +16,7 @@ from service.event_log import store
 from service.event_log.contradictions import Contradiction, contradictions_page
 from service.ingest import quarantine
 from service.ingest.quarantine import QuarantinedBody
+from service.projecting.position import ViewPositions
 
 # An order that is not settled counts as stuck after this many days without a report.
 STUCK_DAYS: Final = 3
@@ -69,7 +69,7 @@ class Overview(NamedTuple):
 
 async def read_overview(
     connection: Connection,
-    projectors: Mapping[str, Projector],
+    positions: ViewPositions,
     zone: ZoneInfo,
     now: datetime,
     recognise: Recognise,
@@ -78,7 +78,7 @@ async def read_overview(
 
     Args:
         connection: a connection.
-        projectors: the projectors by the names of their views.
+        positions: how far each view has come.
         zone: the time zone of the days.
         now: the present time.
         recognise: the present vocabulary.
@@ -96,8 +96,8 @@ async def read_overview(
         contradictions=contradictions[:LISTED_MAX],
         quarantine=await quarantine.entries_page(connection, POSITION_MAX, "open", LISTED_MAX),
         quarantine_count=await connection.fetchval(COUNT_OPEN_ENTRIES, COUNTED_MAX),
-        views=[await read_lag(connection, projector) for projector in projectors.values()],
-        outdated=frozenset(name for name, projector in projectors.items() if projector.is_outdated),
+        views=[await read_lag(connection, position) for position in positions.values()],
+        outdated=frozenset(name for name, position in positions.items() if position.is_outdated),
     )
 
 

@@ -24,12 +24,12 @@ async def run(core: Core) -> AsyncIterator[Contribution]:
     others = [one.pages for one in core.contributions.values() if one.pages is not None]
     renderer = Renderer(settings.zone, others, is_reader=core.is_reader)
     pages = Pages(
-        *(core.pool, core.access, core.projectors, core.recorder, core.refusals, core.vocabulary),
+        *(core.pool, core.access, core.positions, core.recorder, core.refusals, core.vocabulary),
         links=links,
         others=others,
     )
     share_pages = SharePages(
-        *(core.pool, core.projectors, renderer, links),
+        *(core.pool, core.positions, renderer, links),
         budget=core.budgets.shares,
         proxies=settings.trusted_proxies,
         refusals=core.auth_refusals,

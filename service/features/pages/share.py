@@ -1,7 +1,7 @@
 """The page for a buyer: one order, read by a share link, without a key, a script or a link to other pages."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from functools import partial
@@ -10,7 +10,6 @@ from typing import Any, Final, NamedTuple
 from aiohttp import hdrs, web
 
 from projections import current_status, timeline
-from projections.engine import Projector
 from projections.postgres import Connection
 from projections.timeline import Advance
 from service.api.freshness import wait_for
@@ -25,6 +24,7 @@ from service.http.auth_refusals import AuthRefusals, RefusedError
 from service.http.budgets import Budget
 from service.http.problems import ProblemError, to_problem
 from service.http.responses import COMMON_HEADERS
+from service.projecting.position import ViewPositions
 
 # How many pages are read at a time: strangers leave most of the pool's connections to others.
 READS_AT_A_TIME: Final = 2
@@ -75,7 +75,7 @@ class SharePages:
 
     Args:
         pool: the connections to read with.
-        projectors: the projectors by the names of their views.
+        positions: how far each view has come.
         renderer: renders the page.
         links: checks the links; None if sharing is off, and then no link works.
         budget: what each address, and all together, may have in progress.
@@ -87,7 +87,7 @@ class SharePages:
     def __init__(  # noqa: PLR0913 - each is named by its caller
         self,
         pool: ConnectionPool,
-        projectors: Mapping[str, Projector],
+        positions: ViewPositions,
         renderer: Renderer,
         links: ShareLinks | None,
         *,
@@ -97,7 +97,7 @@ class SharePages:
         is_open: bool,
     ) -> None:
         self._pool = pool
-        self._projectors = projectors
+        self._positions = positions
         self._renderer = renderer
         self._links = links
         # Strangers may request the page of a link that does not work often.
@@ -138,7 +138,7 @@ class SharePages:
     async def _read(self, request: web.Request, order_no: str, share_id: str) -> SharedOrder | None:
         holder = subscriber(client_address(request, self._proxies), self._exempt)
         with self._budget.hold(holder):
-            await wait_for(self._projectors, None, current_status.VIEW.name, timeline.VIEW.name)
+            await wait_for(self._positions, None, current_status.VIEW.name, timeline.VIEW.name)
             async with self._turn(), self._pool.connection() as connection:
                 if await is_revoked(connection, share_id):
                     return None

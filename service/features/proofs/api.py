@@ -10,8 +10,8 @@ import structlog
 from aiohttp import hdrs, web
 from pydantic import Field
 
-from projections.position import AFTER_POSITION_SECONDS_MAX, AwaitedPosition
 from service.database.connections import ConnectionPool
+from service.event_log.follow import AwaitedPosition
 from service.features.proofs import bundles, storage
 from service.features.proofs.bundles import (
     Bundle,
@@ -33,6 +33,7 @@ from service.http.endpoints import HTML, OCTETS, TEXT, Endpoint, PathParameters,
 from service.http.parameters import Position, Query, Version, order_path, parse_number, parse_order_no
 from service.http.problems import ProblemError, ProblemType, bad_parameter, unavailable
 from service.http.responses import json_response, response
+from service.projecting.position import AFTER_POSITION_SECONDS_MAX
 
 # The paths below which the resources of tlog-tiles lie.
 PREFIX: Final = "/history"

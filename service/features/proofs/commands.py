@@ -11,7 +11,6 @@ from typing import Annotated, Final
 
 import typer
 
-from projections.position import AFTER_POSITION_SECONDS_MAX
 from projections.postgres import Connection
 from service.console import EXIT_USAGE, database, err, fail, show
 from service.database.connections import connected
@@ -31,6 +30,7 @@ from service.features.proofs.restart import restart as restart_history
 from service.features.proofs.settings import ProofsSettings
 from service.features.proofs.signer import Signer, make_signer
 from service.features.proofs.status import read_status
+from service.projecting.position import AFTER_POSITION_SECONDS_MAX
 from service.settings import read
 
 # How often a proof that waits for the service's signature is tried again.

@@ -11,12 +11,11 @@ from typing import Final, NamedTuple, NoReturn, TypeVar
 
 import structlog
 
-from projections.position import AwaitedPosition
 from projections.postgres import Connection
 from service.background import wait_for_event
 from service.database.connections import DedicatedConnection
 from service.event_log import store
-from service.event_log.feed import Feed
+from service.event_log.follow import AwaitedPosition, Memory, Place, follow, has_place
 from service.features.proofs import storage
 from service.features.proofs.entries import (
     NO_SALT,
@@ -68,7 +67,7 @@ class Follower:
 
     Args:
         dedicated: the connection, whose commits wait for the disk.
-        feed: the events of this process that are still in memory.
+        memory: the events of this process that are still in memory.
         signer: the key and its guard.
 
     Attributes:
@@ -76,9 +75,9 @@ class Follower:
         reach: the last position that is signed, as far as this process knows.
     """
 
-    def __init__(self, dedicated: DedicatedConnection, feed: Feed, signer: Signer) -> None:
+    def __init__(self, dedicated: DedicatedConnection, memory: Memory, signer: Signer) -> None:
         self._dedicated = dedicated
-        self._feed = feed
+        self._memory = memory
         self._signer = signer
         self.wake = asyncio.Event()
         self.reach = AwaitedPosition(self.wake.set)
@@ -102,32 +101,28 @@ class Follower:
         Args:
             position: that of the last event in memory.
         """
-        if position >= self._full_at and self._feed.recall(self._edge.size - 1, 1):
+        if position >= self._full_at and self._memory.recall(self._edge.size - 1, 1):
             self._has_full_batch.set()
 
     async def run(self) -> NoReturn:
         """Follow the log. Run this under ``supervise``."""
-        while True:
-            self.wake.clear()
-            while added := await self.step():
-                await self._rest(added)
-            await wait_for_event(self.wake, POLL_SECONDS)
+        await follow(self.step, self.wake, poll_seconds=POLL_SECONDS, rest=self._rest)
 
     async def _rest(self, added: int) -> None:
         """Let events gather in memory after a batch, but not so many that memory drops them."""
-        if added == BATCH_LEAVES_MAX and not self._feed.recall(self._edge.size - 1, 1):
+        if added == BATCH_LEAVES_MAX and not self._memory.recall(self._edge.size - 1, 1):
             # The log may have more.
             return
         self._full_at = self._edge.size + BATCH_LEAVES_MAX - 1
         self._has_full_batch.clear()
-        if not self._feed.recall(self._full_at - 1, 1):
+        if not self._memory.recall(self._full_at - 1, 1):
             await wait_for_event(self._has_full_batch, IDLE_SECONDS)
 
     async def step(self) -> int:
         """Add the next events, or sign those that were added; return the number of entries that were added."""
         added = 0
-        await self._feed.hear_in_time()
-        if self._is_full or self._feed.recall(self._edge.size - 1, 1) or await self._has_events():
+        await self._memory.hear_in_time()
+        if self._is_full or self._memory.recall(self._edge.size - 1, 1) or await self._has_events():
             # Until the commit, this process does not know the edge.
             edge, self._edge = self._edge, Edge(0, {})
             try:
@@ -201,7 +196,7 @@ class Follower:
         if not await store.head_position(connection):
             return 0
         # If this process recorded the first event a moment ago, it has followed the log from the beginning.
-        existing = 0 if self._feed.recall(0, 1) else await storage.count_events(connection)
+        existing = 0 if self._memory.recall(0, 1) else await storage.count_events(connection)
         header = encode_header(key.name, str(key), existing, None).decode()
         tree = Tree(1, header, size=0, last_leaf=b"", salted=0, has_commitments=False, head=0, note=None)
         await begin(connection, tree)
@@ -210,14 +205,13 @@ class Follower:
 
     async def _recall(self, connection: Connection, tree: Tree) -> _Entries | None:
         """Make the next entries from memory; return None if only the log has their events for certain."""
-        recalled = self._feed.recall(tree.size - 1, BATCH_LEAVES_MAX)
+        recalled = self._memory.recall(tree.size - 1, BATCH_LEAVES_MAX)
         # Memory may still have the body of an erased event. After a restart, there are salts already.
         if not recalled or tree.has_commitments or tree.salted > tree.size:
             return None
         # If the database has the last of these events, it has the others: they were committed before it.
         position, event = recalled[-1]
-        last = await store.read_positions(connection, [position])
-        if not last or (last[0].order_no, last[0].report_id) != (event.originator_id, event.report_id):
+        if not await has_place(connection, Place(position, event.report_id)):
             return None
         salts = _split(os.urandom(SALT_BYTES * len(recalled)))
         hashes: list[bytes] = []

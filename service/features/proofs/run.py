@@ -25,7 +25,7 @@ async def run(core: Core) -> AsyncIterator[Contribution]:
     settings = core.settings_as(ProofsSettings)
     signer = make_signer(settings)
     # An entry that is signed must survive a crash of the server.
-    follower = Follower(core.make_hot(synchronous_commit="on"), core.feed, signer)
+    follower = Follower(core.make_hot(synchronous_commit="on"), core.memory, signer)
     committed = 0
 
     def observe_commit(_events: Sequence[Order.StatusReported], positions: Sequence[int]) -> None:
@@ -47,5 +47,5 @@ async def run(core: Core) -> AsyncIterator[Contribution]:
         pages=ProofPages(core.pool, signer).pages(),
         read_metrics=lambda connection: read_metrics(connection, signer),
         on_commit=observe_commit,
-        on_growth=wake,
+        wake=wake,
     )

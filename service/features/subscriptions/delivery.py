@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from functools import partial
 from heapq import heappop, heappush
 from time import monotonic
 from typing import Any, Final
@@ -20,19 +21,19 @@ from uuid import UUID
 import structlog
 from yarl import URL
 
+from domain.logged import FailedEvent
 from domain.order import Order
-from projections.view import FailedEvent
 from service.background import wait_for_event
 from service.event_log.erasures import HeardUpTo
+from service.event_log.follow import Log, Place, PlaceLostError, follow, place_of
 from service.features.subscriptions.held_orders import HELD_ORDERS_MAX
-from service.features.subscriptions.log_reader import LogReader, PlaceLostError, place_of
 from service.features.subscriptions.message import Selection, make_message_id
 from service.features.subscriptions.pace import Pace
 from service.features.subscriptions.progress import ErasedError, Held, Loaded, Progress
 from service.features.subscriptions.responses import ATTEMPT_SECONDS_MAX
 from service.features.subscriptions.sending import Attempt, AttemptOutcome, Sender
 from service.features.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState
-from service.features.subscriptions.window import STARTED_MAX, Entry, LogPlace, Message, Window
+from service.features.subscriptions.window import STARTED_MAX, Entry, Message, Window
 from service.http.times import to_rfc3339
 
 # The requests in flight of one subscription, and of one order: one.
@@ -130,7 +131,7 @@ class Delivery:
         subscription_id: the subscription.
         session: the session of ``progress`` that holds the subscription's lock.
         progress: loads and saves it.
-        reader: reads the log.
+        log: the log.
         sender: sends the messages.
         retry_seconds: the pauses before each attempt at an event, the first of which is 0.
         now: returns the time.
@@ -150,20 +151,20 @@ class Delivery:
         subscription_id: UUID,
         session: int,
         progress: Progress,
-        reader: LogReader,
+        log: Log,
         sender: Sender,
         retry_seconds: Sequence[float],
         now: Clock,
         outcomes: Counter[tuple[UUID, AttemptOutcome]],
         pace: Pace,
-        reached: LogPlace | None = None,
+        reached: Place | None = None,
     ) -> None:
         self.subscription_id = subscription_id
         self.session = session
         self.log_grown = asyncio.Event()
         self.revision = 0
         self._progress = progress
-        self._reader = reader
+        self._log = log
         self._sender = sender
         self._retry_seconds = retry_seconds
         self._now = now
@@ -193,7 +194,7 @@ class Delivery:
         self._saving: asyncio.Task[None] | None = None
 
     @property
-    def reached(self) -> LogPlace | None:
+    def reached(self) -> Place | None:
         """Up to where this process has ever read the log for the subscription, None if that does not matter."""
         reached = self._reached
         if self._work is not None:
@@ -224,8 +225,8 @@ class Delivery:
                 self._interrupted.clear()
                 self._ending = None
                 # First: what is loaded later lacks what these erasures have erased.
-                await self._reader.hear()
-                heard = self._reader.erasures.up_to
+                await self._log.memory.hear_in_time()
+                heard = self._log.memory.erasures.up_to
                 now = self._now()
                 loaded = await self._progress.load(self.subscription_id, self.session, now, self.reached)
                 if loaded is None:
@@ -298,15 +299,16 @@ class Delivery:
 
     async def _hear(self, work: _Work, *, at_once: bool = False) -> None:
         """Drop what erasures have erased: the events of these orders are read again from the log."""
-        await self._reader.hear(at_once=at_once)
-        erasures = self._reader.erasures
-        orders = erasures.orders_after(work.heard)
-        if orders == set() or work is not self._work:
+        await self._log.memory.hear_in_time(at_once=at_once)
+        erasures = self._log.memory.erasures
+        erased = erasures.after(work.heard)
+        if erased == [] or work is not self._work:
             return
+        orders = {one["order_no"] for one in erased or ()}
         for number, (at, order_no, version, attempts, attempt) in enumerate(self._responses):
-            if orders is None or order_no in orders:
+            if erased is None or order_no in orders:
                 self._responses[number] = at, order_no, version, attempts, attempt._replace(error=None)
-        if orders is None:
+        if erased is None:
             # It is not known which ones were erased.
             self._interrupted.set()
             return
@@ -319,20 +321,19 @@ class Delivery:
                 self._hold(work, order_no, first.message.version, first.place.position)
 
     async def _read(self, work: _Work) -> None:
-        while True:
-            self.log_grown.clear()
-            if self._must_not_read(work):
-                self._space.clear()
-                await wait_for_event(self._space, POLL_SECONDS)
-                continue
-            events = await self._reader.read(work.window.read, BATCH_EVENTS)
-            for position, event in events:
-                self._admit(work, position, event)
-            if events:
-                self._wake.set()
-                self._dirty.set()
-            else:
-                await wait_for_event(self.log_grown, POLL_SECONDS)
+        await follow(partial(self._read_next, work), self.log_grown, poll_seconds=POLL_SECONDS)
+
+    async def _read_next(self, work: _Work) -> int:
+        while self._must_not_read(work):
+            self._space.clear()
+            await wait_for_event(self._space, POLL_SECONDS)
+        events = await self._log.read_after(work.window.read, BATCH_EVENTS)
+        for position, event in events:
+            self._admit(work, position, event)
+        if events:
+            self._wake.set()
+            self._dirty.set()
+        return len(events)
 
     def _must_not_read(self, work: _Work) -> bool:
         is_full = len(work.held) >= HELD_ORDERS_MAX
@@ -489,12 +490,13 @@ class Delivery:
         while self._goes_on(work):
             await self._hear(work)
             heard = work.heard
-            events = await self._reader.read_order(order_no, held.version - 1, work.window.read)
+            events = await self._log.read_order(order_no, held.version - 1, work.window.read)
             if work is not self._work:
                 return
             for position, event in events:
                 await self._hear(work)
-                if order_no in (self._reader.erasures.orders_after(heard) or ()):
+                erased = self._log.memory.erasures.after(heard) or ()
+                if any(one["order_no"] == order_no for one in erased):
                     # Read the events again, as they are now.
                     break
                 if position > work.window.read.position:
@@ -567,7 +569,7 @@ class Delivery:
         attempt = await self._sender.send(
             work.url, secrets, message.message_id, message.body, message.traceparent
         )
-        if self._reader.erasures.has_erased(message.order_no, message.version):
+        if self._log.memory.erasures.has_erased(message.order_no, message.version):
             # The endpoint may repeat what was erased while it responded.
             attempt = attempt._replace(error=None)
         self._outcomes[self.subscription_id, attempt.outcome] += 1

@@ -11,12 +11,11 @@ from uuid import UUID
 import structlog
 
 from service.background import wait_for_event
+from service.event_log.follow import Log, Place
 from service.features.subscriptions.delivery import WENT_BACK, Clock, Delivery, log_end
-from service.features.subscriptions.log_reader import LogReader
 from service.features.subscriptions.pace import Pace
 from service.features.subscriptions.progress import Present, Progress
 from service.features.subscriptions.sending import AttemptOutcome, Sender
-from service.features.subscriptions.window import LogPlace
 
 # How often the table is read: so long may another process's change, or a dead deliverer, go unnoticed.
 POLL_SECONDS: Final = 1.0
@@ -35,7 +34,7 @@ class Dispatcher:
 
     Args:
         progress: loads and saves subscriptions, and holds their locks.
-        reader: reads the log.
+        log: the log.
         sender: sends messages.
         retry_seconds: the pauses before each attempt at an event, the first of which is 0.
         now: returns the time.
@@ -50,7 +49,7 @@ class Dispatcher:
     def __init__(  # noqa: PLR0913, PLR0917 - the parts that it connects
         self,
         progress: Progress,
-        reader: LogReader,
+        log: Log,
         sender: Sender,
         retry_seconds: Sequence[float],
         now: Clock = _now,
@@ -60,7 +59,7 @@ class Dispatcher:
         self.changed = asyncio.Event()
         self.pace = Pace()
         self._progress = progress
-        self._reader = reader
+        self._log = log
         self._sender = sender
         self._retry_seconds = retry_seconds
         self._now = now
@@ -72,14 +71,14 @@ class Dispatcher:
         # Whether the log has lost events, so that every subscription must pause.
         self._has_lost_events = False
         # The last commit of this process, until a loss of it is known, and the recorder's losses at that time.
-        self._committed: LogPlace | None = None
+        self._committed: Place | None = None
         self._recorder_losses = 0
         # The session of ``progress`` whose server is known to have that commit.
         self._proved_in = 0
         # Up to where this process has read the log for each subscription, even if another one delivers it now.
-        self._reached: dict[UUID, LogPlace] = {}
+        self._reached: dict[UUID, Place] = {}
 
-    def observe_commit(self, place: LogPlace, losses: int) -> None:
+    def observe_commit(self, place: Place, losses: int) -> None:
         """Learn of a commit of this process, before a deliverer can find its events in memory.
 
         Args:
@@ -211,7 +210,7 @@ class Dispatcher:
             subscription_id,
             self._progress.session,
             self._progress,
-            self._reader,
+            self._log,
             self._sender,
             self._retry_seconds,
             self._now,

@@ -12,8 +12,8 @@ from uuid import UUID
 
 from service.database.connections import DedicatedConnection
 from service.database.operations import Actor, record_operation
+from service.event_log.follow import HAS_PLACE, Place, PlaceLostError, has_place
 from service.features.subscriptions.held_orders import apply_requests
-from service.features.subscriptions.log_reader import HAS_PLACE, PlaceLostError, has_place
 from service.features.subscriptions.message import Selection
 from service.features.subscriptions.subscription import (
     Declaration,
@@ -22,7 +22,6 @@ from service.features.subscriptions.subscription import (
     SubscriptionState,
     valid_secrets,
 )
-from service.features.subscriptions.window import LogPlace
 
 # The service's own actions in the record of operations.
 SERVICE: Final = Actor("service", None)
@@ -116,7 +115,7 @@ class Loaded(NamedTuple):
     selection: Selection
     secrets: tuple[str, ...]
     secrets_until: datetime | None
-    place: LogPlace
+    place: Place
     is_other_log: bool
     has_lost_events: bool
     held: dict[str, Held]
@@ -168,13 +167,13 @@ class Progress:
         async with self._dedicated.connection() as connection:
             await connection.fetchval(GIVE_UP_LEAD, str(subscription_id))
 
-    async def has(self, place: LogPlace) -> bool:
+    async def has(self, place: Place) -> bool:
         """Return whether the log still has a place."""
         async with self._dedicated.connection() as connection:
             return await has_place(connection, place)
 
     async def load(
-        self, subscription_id: UUID, session: int, now: datetime, reached: LogPlace | None
+        self, subscription_id: UUID, session: int, now: datetime, reached: Place | None
     ) -> Loaded | None:
         """Take a subscription over, and return it; None if it is not active any more.
 
@@ -195,7 +194,7 @@ class Progress:
                 return None
             await apply_requests(connection, subscription_id)
             held = {order_no: Held(*rest) for order_no, *rest in await connection.fetch(HELD, subscription_id)}
-            place = LogPlace(row["position"], row["report_id"])
+            place = Place(row["position"], row["report_id"])
             has_lost_events = not await has_place(connection, place)
             if reached is not None:
                 has_lost_events = has_lost_events or not await has_place(connection, reached)
@@ -219,13 +218,13 @@ class Progress:
         subscription_id: UUID,
         session: int,
         generation: int,
-        place: LogPlace,
+        place: Place,
         delivered: int,
         failed: int,
         responses: Sequence[Response] | None,
         held: Mapping[str, Held | None],
         down_since: datetime | None,
-        read: LogPlace,
+        read: Place,
         erasure_id: int,
     ) -> bool:
         """Save what was delivered. Return whether the subscription has not changed in the meantime.

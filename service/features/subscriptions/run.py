@@ -7,10 +7,10 @@ from typing import Final
 
 from domain.order import Order
 from service.core import Core
+from service.event_log.follow import Log, place_of
 from service.feature import Contribution, Task
 from service.features.subscriptions.api import SubscriptionsApi
 from service.features.subscriptions.dispatcher import Dispatcher
-from service.features.subscriptions.log_reader import LogReader, place_of
 from service.features.subscriptions.metrics import measure, read_metrics
 from service.features.subscriptions.pages import DeliveryPages
 from service.features.subscriptions.progress import Progress
@@ -26,10 +26,10 @@ async def run(core: Core) -> AsyncIterator[Contribution]:
     settings = core.settings_as(SubscriptionsSettings)
     # A position that is lost in a crash of the server costs repeats, so no save waits for the disk.
     progress = Progress(core.make_hot(synchronous_commit="off"))
-    sender = Sender(settings.subscription_networks, core.log, budgets=core.budgets)
+    sender = Sender(settings.subscription_networks, core.identity, budgets=core.budgets)
     dispatcher = Dispatcher(
         progress,
-        LogReader(core.feed, core.make_hot()),
+        Log(core.make_hot(), core.memory),
         sender,
         settings.subscription_retry_seconds,
         count_losses=lambda: core.tail.losses,
@@ -47,6 +47,6 @@ async def run(core: Core) -> AsyncIterator[Contribution]:
         measure=partial(measure, dispatcher.outcomes),
         read_metrics=read_metrics,
         on_commit=observe_commit,
-        on_growth=dispatcher.wake,
+        wake=dispatcher.wake,
     )
     await dispatcher.stop()

@@ -11,18 +11,13 @@ from heapq import heapify, heappop, heappush
 from time import monotonic
 from typing import Final, NamedTuple
 
+from service.event_log.follow import Place
+
 # Enough for all senders. More would only have to be read again after a restart.
 EVENTS_MAX: Final = 256
 BYTES_MAX: Final = 4 * 1024 * 1024
 # So many started events may wait for the first one, so that they can be saved.
 STARTED_MAX: Final = 64
-
-
-class LogPlace(NamedTuple):
-    """A position of the log, and the id of the report there; None if it is unknown."""
-
-    position: int
-    report_id: str | None
 
 
 class Message(NamedTuple):
@@ -56,8 +51,8 @@ class Entry:
     """
 
     message: Message
-    place: LogPlace
-    before: LogPlace
+    place: Place
+    before: Place
     started_at: float | None = None
     is_done: bool = False
 
@@ -73,7 +68,7 @@ class Window:
         started: the number of started events that cannot be saved yet.
     """
 
-    def __init__(self, place: LogPlace) -> None:
+    def __init__(self, place: Place) -> None:
         self.read = place
         self._entries: deque[Entry] = deque()
         self._lanes: dict[str, deque[Entry]] = {}
@@ -94,7 +89,7 @@ class Window:
         return len(self._entries) >= EVENTS_MAX or self._bytes >= BYTES_MAX
 
     @property
-    def done(self) -> LogPlace:
+    def done(self) -> Place:
         """The place up to which everything is done."""
         return self._entries[0].before if self._entries else self.read
 
@@ -108,11 +103,11 @@ class Window:
         """The first entry that is not done."""
         return self._entries[0] if self._entries else None
 
-    def pass_over(self, place: LogPlace) -> None:
+    def pass_over(self, place: Place) -> None:
         """Read an event that is not to be delivered, or that waits behind a held one."""
         self.read = place
 
-    def add(self, place: LogPlace, message: Message) -> None:
+    def add(self, place: Place, message: Message) -> None:
         """Read an event that is to be delivered."""
         entry = Entry(message, place, self.read)
         self.read = place

@@ -3,12 +3,13 @@
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
+from domain.logged import LoggedEvent
 from projections import parked
-from projections.engine import OutdatedViewError, apply_batch, view_state
-from projections.locks import TAKE_VIEW_LOCK
 from projections.parked import ParkedOrder
 from projections.postgres import Connection
-from projections.view import LoggedEvent, View
+from projections.view import View
+from service.projecting.locks import TAKE_VIEW_LOCK
+from service.projecting.projector import OutdatedViewError, apply_batch, view_state
 
 # Returns one order's events above a version, the first ones if there are many; none at the order's end.
 ReadOrder = Callable[[str, int], Awaitable[Sequence[LoggedEvent]]]

@@ -2,34 +2,37 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from time import monotonic
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NamedTuple
 
 import asyncpg
 import structlog
 
+from domain.logged import LoggedEvent
 from projections import parked
-from projections.engine import (
-    Log,
-    OutdatedViewError,
-    advance,
-    apply_batch,
-    apply_erasures,
-    require_event,
-    view_state,
-    without_parked,
-)
-from projections.locks import (
+from projections.postgres import Connection, is_event_at_fault
+from projections.view import View
+from service.database.schema import CREATE_VIEW_SCHEMA
+from service.event_log.follow import START, Log, Place, place_of, require_place
+from service.event_log.snapshot import Snapshot
+from service.event_log.snapshot import snapshot as read_snapshot
+from service.projecting.locks import (
     HOLD_ERASURE_LOCK,
     HOLD_VIEW_LOCK,
     TAKE_SWAP_LOCK,
     TAKE_VIEW_LOCK,
     TRY_REBUILD_LOCK,
 )
-from projections.postgres import Connection, is_event_at_fault
-from projections.view import LoggedEvent, View
+from service.projecting.projector import (
+    OutdatedViewError,
+    advance,
+    apply_batch,
+    apply_erasures,
+    view_state,
+    without_parked,
+)
 
 # Dropping an old schema waits for its last readers, such as a dump, but must not block new readers for long.
 DROP_LOCK_TIMEOUT: Final = "SET lock_timeout = '200ms'"
@@ -46,8 +49,7 @@ INSERT_PROJECTION: Final = "INSERT INTO projection (position, erasure_id, defini
 
 # Schema and table names cannot be parameters. They are constants of the views, never a caller's text.
 DROP_SCHEMA: Final = "DROP SCHEMA IF EXISTS {schema} CASCADE"
-# The service's role may not create schemas. These functions create and rename the views' schemas as the owner.
-CREATE_SCHEMA: Final = "SELECT public.make_view_schema($1)"
+# As the owner, since the service's role may not rename schemas.
 SWAP_SCHEMAS: Final = "SELECT public.swap_view_schemas($1)"
 COUNT_DIFFERENCES: Final = """
     SELECT (SELECT count(*) FROM (TABLE {view}.{table} EXCEPT ALL TABLE {view}_next.{table}) AS only_live)
@@ -63,30 +65,6 @@ class RebuildRunningError(Exception):
 
 class _EventAtFaultError(Exception):
     """Some event of those in memory cannot be added to a view."""
-
-
-class Snapshot(NamedTuple):
-    """The log at one moment.
-
-    Attributes:
-        last: its last event; None if it is empty.
-        erasure_id: the id of its last erasure, 0 if there is none.
-        total: the number of its events.
-        batches: its events in batches, sorted by order number and version.
-    """
-
-    last: LoggedEvent | None
-    erasure_id: int
-    total: int
-    batches: AsyncGenerator[Sequence[LoggedEvent]]
-
-
-class WholeLog(Log, Protocol):
-    """The log, as a rebuild reads it."""
-
-    def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
-        """Read the log as it is now until the block ends."""
-        ...
 
 
 # Opens a connection with the given search path.
@@ -111,7 +89,7 @@ class _NextView(NamedTuple):
 
 
 async def rebuild(
-    views: Sequence[View], connect: ConnectTo, log: WholeLog, progress: OnProgress, *, verify: bool = False
+    views: Sequence[View], connect: ConnectTo, log: Log, progress: OnProgress, *, verify: bool = False
 ) -> list[RebuiltView]:
     """Rebuild views and swap them in, or compare them with the live views and leave those unchanged.
 
@@ -125,7 +103,7 @@ async def rebuild(
     Raises:
         RebuildRunningError: another rebuild or a backup is running, in this process or another.
         OutdatedViewError: a live view to be compared was built with another definition.
-        OtherLogError: the log has lost events, by a failover or a restore, while it was read.
+        PlaceLostError: the log has lost events, by a failover or a restore, while it was read.
     """
     async with contextlib.AsyncExitStack() as stack:
 
@@ -141,7 +119,7 @@ async def rebuild(
             await guard.execute(TAKE_SWAP_LOCK)
         rebuilt = [_NextView(view, await open_connection(f"{view.name}_next")) for view in views]
         try:
-            last = await _fill(rebuilt, guard, log, progress, at_once=False)
+            end = await _fill(rebuilt, guard, connect, progress, at_once=False)
         except _EventAtFaultError as error:
             # Batch by batch, the order with the event at fault is found and parked.
             logger.warning(
@@ -149,42 +127,41 @@ async def rebuild(
             )
             # The views that did not fail were cancelled, which has closed their connections.
             rebuilt = [_NextView(view, await open_connection(f"{view.name}_next")) for view in views]
-            last = await _fill(rebuilt, guard, log, progress, at_once=True)
-        lasts = [last] * len(rebuilt)
+            end = await _fill(rebuilt, guard, connect, progress, at_once=True)
+        ends = [end] * len(rebuilt)
         for number, (view, connection) in enumerate(rebuilt):
             # Apply most of the new events now, so that the live projector waits only for the rest.
             for _ in range(CATCH_UP_ROUNDS):
-                lasts[number] = await _catch_up(connection, view, log, await log.head(), lasts[number])
-        done = zip(rebuilt, lasts, strict=True)
+                ends[number] = await _catch_up(connection, view, log, await log.head(), ends[number])
+        done = zip(rebuilt, ends, strict=True)
         if verify:
-            return [await _compare(*one, connect, guard, log, last) for one, last in done]
-        return [await _swap(*one, guard, log, last) for one, last in done]
+            return [await _compare(*one, connect, guard, log, end) for one, end in done]
+        return [await _swap(*one, guard, log, end) for one, end in done]
 
 
 async def _create_tables(view: View, connection: Connection, guard: Connection, snapshot: Snapshot) -> None:
     await _drop(guard, f"{view.name}_next")
-    await guard.execute(CREATE_SCHEMA, f"{view.name}_next")
+    await guard.execute(CREATE_VIEW_SCHEMA, f"{view.name}_next")
     await connection.execute(view.tables_sql)
-    head = snapshot.last[0] if snapshot.last else 0
-    await connection.execute(INSERT_PROJECTION, head, snapshot.erasure_id, view.definition)
+    await connection.execute(INSERT_PROJECTION, snapshot.end.position, snapshot.erasure_id, view.definition)
 
 
 async def _fill(
-    rebuilt: Sequence[_NextView], guard: Connection, log: WholeLog, progress: OnProgress, *, at_once: bool
-) -> LoggedEvent | None:
+    rebuilt: Sequence[_NextView], guard: Connection, connect: ConnectTo, progress: OnProgress, *, at_once: bool
+) -> Place:
     """Write the log as it is now into new tables, order by order, then create their indexes.
 
     The log is read once, and each view writes at its own pace: while the server writes one batch, the next ones
     are decoded and folded. Unless ``at_once``, a view folds batches until its rows are many.
 
     Returns:
-        The last event that was read. The log may lose it before the new tables are used.
+        The place at the end of what was read. The log may lose it before the new tables are used.
     """
-    async with log.snapshot() as snapshot:
+    async with read_snapshot(partial(connect, "public")) as snapshot:
         for view, connection in rebuilt:
             await _create_tables(view, connection, guard, snapshot)
         await _write_all(rebuilt, snapshot, progress, at_once=at_once)
-    return snapshot.last
+    return snapshot.end
 
 
 async def _write_all(
@@ -247,16 +224,14 @@ def _blaming_events(connection: Connection) -> Iterator[None]:
         raise _EventAtFaultError from error
 
 
-async def _swap(
-    view: View, connection: Connection, guard: Connection, log: Log, last: LoggedEvent | None
-) -> RebuiltView:
+async def _swap(view: View, connection: Connection, guard: Connection, log: Log, end: Place) -> RebuiltView:
     """Apply the remaining events and rename the schemas, in one transaction under the live projector's lock."""
     await _drop(guard, f"{view.name}_old")
     async with connection.transaction():
         await connection.execute(TAKE_SWAP_LOCK)
         await connection.execute(TAKE_VIEW_LOCK, view.name)
         # The live view cannot be beyond this head: it does not move while its lock is held.
-        await _catch_up(connection, view, log, await log.head(), last)
+        await _catch_up(connection, view, log, await log.head(), end)
         parked_orders = await parked.count_parked(connection)
         # The guard holds the rebuild lock. If it was lost, another rebuild may have dropped these tables.
         await guard.fetchval(IS_ALIVE)
@@ -274,7 +249,7 @@ async def _compare(  # noqa: PLR0913, PLR0917 - two views, and what their tables
     connect: ConnectTo,
     guard: Connection,
     log: Log,
-    last: LoggedEvent | None,
+    end: Place,
 ) -> RebuiltView:
     """Bring the rebuilt and the live view to the same position and erasure, and compare them in a snapshot."""
     live = await connect(view.name)
@@ -285,11 +260,11 @@ async def _compare(  # noqa: PLR0913, PLR0917 - two views, and what their tables
         # Checked before any write: this code must not write to a view that was built with another definition.
         if (await view_state(live)).definition != view.definition:
             raise OutdatedViewError(f"the view {view.name} is outdated: run 'replay' to rebuild it")
-        await _catch_up(live, view, log, (await view_state(rebuilt)).position, None)
-        last = await _catch_up(rebuilt, view, log, (await view_state(live)).position, last)
+        await _catch_up(live, view, log, (await view_state(rebuilt)).position, START)
+        end = await _catch_up(rebuilt, view, log, (await view_state(live)).position, end)
         await rebuilt.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         # The first query takes the snapshot.
-        await require_event(rebuilt, last)
+        await require_place(rebuilt, end)
         parked_orders = await parked.count_parked(rebuilt)
     finally:
         # This also releases the locks.
@@ -302,9 +277,7 @@ async def _compare(  # noqa: PLR0913, PLR0917 - two views, and what their tables
     return RebuiltView(view.name, parked_orders, differences)
 
 
-async def _catch_up(
-    connection: Connection, view: View, log: Log, head: int, last: LoggedEvent | None
-) -> LoggedEvent | None:
+async def _catch_up(connection: Connection, view: View, log: Log, head: int, end: Place) -> Place:
     """Apply all erasures, and the events up to a head in log order, as the live projection does.
 
     Args:
@@ -312,30 +285,30 @@ async def _catch_up(
         view: the view.
         log: the log.
         head: the head.
-        last: the last event that was applied before, which the log must still have.
+        end: the place up to which events were applied before, which the log must still have.
 
     Returns:
-        The last event that was applied by now.
+        The place up to which they are applied by now.
 
     Raises:
-        OtherLogError: the log has lost an event that was applied.
+        PlaceLostError: the log has lost an event that was applied.
     """
     while True:
         async with connection.transaction():
             began = monotonic()
             state = await view_state(connection)
             has_more_erasures = await apply_erasures(connection, view, state)
-            await log.hear(state.newest_erasure_id, began)
+            await log.memory.hear(state.newest_erasure_id, began)
             batch = await log.read_log(state.position, view.batch_events_max)
             batch = [logged for logged in batch if logged[0] <= head]
             # Only now: a log that still has the last event had it when this batch was read.
-            await require_event(connection, last)
+            await require_place(connection, end)
             if batch:
                 await _apply(connection, view, batch, has_parked=state.has_parked)
                 await advance(connection, state.position, batch[-1])
-                last = batch[-1]
+                end = place_of(*batch[-1])
         if not (batch or has_more_erasures):
-            return last
+            return end
 
 
 async def _apply(connection: Connection, view: View, batch: Sequence[LoggedEvent], *, has_parked: bool) -> None:

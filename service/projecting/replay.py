@@ -7,13 +7,13 @@ from typing import Final
 import asyncpg
 import structlog
 
-from projections.engine import OutdatedViewError, log_head, view_state
 from projections.postgres import Connection
-from projections.rebuild import OnProgress, RebuildRunningError, RebuiltView, rebuild
-from projections.unpark import Unparked, unpark_order
 from projections.view import View
 from service.database.connections import DedicatedConnection, as_unavailable, connect, connected
-from service.event_log.feed import Feed
+from service.event_log.follow import Log, Place, has_place
+from service.projecting.projector import OutdatedViewError, view_state
+from service.projecting.rebuild import OnProgress, RebuildRunningError, RebuiltView, rebuild
+from service.projecting.unpark import Unparked, unpark_order
 
 # How often an outdated view is checked while another process rebuilds it.
 CHECK_SECONDS: Final = 2.0
@@ -22,9 +22,9 @@ logger = structlog.get_logger()
 
 
 async def rebuild_views(
-    dsn: str, views: Sequence[View], feed: Feed, progress: OnProgress, *, verify: bool = False
+    dsn: str, views: Sequence[View], log: Log, progress: OnProgress, *, verify: bool = False
 ) -> list[RebuiltView]:
-    """Rebuild views of a database; see ``projections.rebuild``.
+    """Rebuild views of a database; see ``service.projecting.rebuild``.
 
     Raises:
         StorageUnavailableError: the connection was lost.
@@ -37,11 +37,11 @@ async def rebuild_views(
         return await connect(dsn, search_path=search_path, idle_in_transaction_session_timeout="0")
 
     with as_unavailable():
-        return await rebuild(views, connect_to, feed, progress, verify=verify)
+        return await rebuild(views, connect_to, log, progress, verify=verify)
 
 
-async def unpark_order_in_views(dsn: str, views: Sequence[View], feed: Feed, order_no: str) -> list[Unparked]:
-    """Apply the waiting events of a parked order to each of these views; see ``projections.unpark``.
+async def unpark_order_in_views(dsn: str, views: Sequence[View], log: Log, order_no: str) -> list[Unparked]:
+    """Apply the waiting events of a parked order to each of these views; see ``service.projecting.unpark``.
 
     Raises:
         StorageUnavailableError: the connection was lost.
@@ -51,7 +51,7 @@ async def unpark_order_in_views(dsn: str, views: Sequence[View], feed: Feed, ord
     with as_unavailable():
         for view in views:
             async with connected(dsn, search_path=view.name) as connection:
-                results.append(await unpark_order(connection, view, order_no, feed.read_order))
+                results.append(await unpark_order(connection, view, order_no, log.read_order))
     return results
 
 
@@ -62,16 +62,16 @@ class Rebuilder:
         dsn: the database.
         views: every view.
         connections: a connection for each view, by name, with the view's search path.
-        feed: the log.
+        log: the log.
     """
 
     def __init__(
-        self, dsn: str, views: Sequence[View], connections: dict[str, DedicatedConnection], feed: Feed
+        self, dsn: str, views: Sequence[View], connections: dict[str, DedicatedConnection], log: Log
     ) -> None:
         self._dsn = dsn
         self._views = views
         self._connections = connections
-        self._feed = feed
+        self._log = log
         self._turn = asyncio.Lock()
         # The views that have had this release's definition since the start of this process.
         self._were_current: set[str] = set()
@@ -99,7 +99,7 @@ class Rebuilder:
                 logged = names
                 logger.info("rebuilding outdated views", views=names)
             try:
-                await rebuild_views(self._dsn, outdated, self._feed, lambda _done, _total: None)
+                await rebuild_views(self._dsn, outdated, self._log, lambda _done, _total: None)
             except RebuildRunningError:
                 await asyncio.sleep(CHECK_SECONDS)
 
@@ -116,10 +116,10 @@ class Rebuilder:
         try:
             async with self._connections[view.name].connection() as connection:
                 state = await view_state(connection)
-                head = await log_head(connection)
+                is_there = await has_place(connection, Place(state.position, None))
         except OutdatedViewError:
             return None
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
             return "other tables"
-        is_ahead = state.definition == view.definition and state.position > head
+        is_ahead = state.definition == view.definition and not is_there
         return None if is_ahead else state.definition or None

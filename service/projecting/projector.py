@@ -8,17 +8,20 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from time import monotonic
-from typing import Final, NamedTuple, Protocol, TypeAlias, cast
+from typing import Final, NamedTuple, TypeAlias, cast
 
 import structlog
 
-from domain.order import Order
+from domain.logged import DecodedEvent, FailedEvent, LoggedEvent
 from projections import parked
-from projections.erasure import BATCH_ERASURES_MAX, last_versions, read_erasures
-from projections.locks import BEGIN_WITH_VIEW_LOCK, GIVE_UP_LEAD, TRY_LEAD
-from projections.position import AwaitedPosition
+from projections.parked import ParkedOrder
 from projections.postgres import Connection, is_event_at_fault
-from projections.view import DecodedEvent, FailedEvent, LoggedEvent, View
+from projections.view import View
+from service.event_log.erasures import PAGE_ERASURES_MAX, last_versions, read_erasures
+from service.event_log.follow import HAS_PLACE, Log, Place, PlaceLostError, has_place, place_of
+from service.event_log.store import head_position
+from service.projecting.locks import BEGIN_WITH_VIEW_LOCK, GIVE_UP_LEAD, TRY_LEAD
+from service.projecting.position import ViewPosition
 
 # Begins a transaction with the given statements, and commits it at the end of the block.
 Transaction: TypeAlias = Callable[[str], AbstractAsyncContextManager[Connection]]
@@ -35,33 +38,8 @@ LEADER_SECONDS_MAX: Final = 2.0
 logger = structlog.get_logger()
 
 
-class Log(Protocol):
-    """The log, as a view follows it."""
-
-    async def hear(self, erasure_id: int, at: float) -> None:
-        """Let out no event from memory as it was before an erasure.
-
-        Args:
-            erasure_id: the id of the newest erasure, 0 if there is none.
-            at: when it was the newest one, or earlier (monotonic clock).
-        """
-        ...
-
-    async def read_log(self, after: int, limit: int) -> Sequence[LoggedEvent]:
-        """Return the events above a position, at most ``limit``, in the order of the log."""
-        ...
-
-    async def head(self) -> int:
-        """Return the highest position."""
-        ...
-
-
 class OutdatedViewError(Exception):
     """The view in the database was built with another definition, or has lost its position."""
-
-
-class OtherLogError(ConnectionError):
-    """The events come from the log of another server than the view's, such as an old primary."""
 
 
 class ViewState(NamedTuple):
@@ -94,24 +72,12 @@ SAVE_ERASURE: Final = "UPDATE projection SET erasure_id = $1"
 LOOK: Final = """
     SELECT position, definition, CASE definition WHEN $1 THEN {try_lead} ELSE false END FROM projection
 """
-LOG_HEAD: Final = "SELECT notification_id FROM public.order_events ORDER BY notification_id DESC LIMIT 1"
-HAS_EVENT: Final = """
-    SELECT EXISTS (
-        SELECT FROM public.order_events
-        WHERE notification_id = $1 AND originator_id = $2 AND originator_version = $3
-            AND position(convert_to($4, 'UTF8') IN state) > 0
-    )
-"""
 # The first condition fails only if another process moved the view without the lock. The second one fails if the
-# batch is from another server's log. Equal last events imply equal logs up to them: each report has its own id.
-ADVANCE: Final = """
-    UPDATE projection SET position = $2
-    WHERE position = $1 AND EXISTS (
-        SELECT FROM public.order_events
-        WHERE notification_id = $2 AND originator_id = $3 AND originator_version = $4
-            AND position(convert_to($5, 'UTF8') IN state) > 0
-    )
-"""
+# batch is from another server's log.
+ADVANCE: Final = f"""
+    UPDATE projection SET position = $2::bigint
+    WHERE position = $1 AND {HAS_PLACE.format(position="$2::bigint", report_id="$3")}
+"""  # noqa: S608 - our own texts
 
 
 async def view_state(connection: Connection) -> ViewState:
@@ -126,48 +92,15 @@ async def view_state(connection: Connection) -> ViewState:
     return ViewState(*row)
 
 
-async def log_head(connection: Connection) -> int:
-    """Return the highest position of the log that a connection's server has, 0 if the log is empty."""
-    head: int | None = await connection.fetchval(LOG_HEAD)
-    return head or 0
-
-
-async def has_event(connection: Connection, position: int, order_no: str, version: int, report_id: str) -> bool:
-    """Return whether the log has this event; an empty ``report_id`` stands for any report."""
-    has: bool = await connection.fetchval(HAS_EVENT, position, order_no, version, report_id)
-    return has
-
-
-async def require_event(connection: Connection, last: LoggedEvent | None) -> None:
-    """Prove that the log still has the last event that was read from it, and so every earlier one.
-
-    Args:
-        connection: a connection to the log.
-        last: the event, None if nothing was read.
-
-    Raises:
-        OtherLogError: the log does not have the event.
-    """
-    if last is not None and not await has_event(connection, last[0], *_identity(last[1])):
-        raise OtherLogError(f"the log has lost the event at position {last[0]}, up to which it was read")
-
-
-def _identity(event: Order.StatusReported | FailedEvent) -> tuple[str, int, str]:
-    """Return an event's order, version and report; the report of an undecodable event is unknown."""
-    # Any state contains the empty string.
-    report_id = "" if isinstance(event, FailedEvent) else event.report_id
-    return event.originator_id, event.originator_version, report_id
-
-
 async def advance(connection: Connection, old: int, last: LoggedEvent) -> None:
     """Move the view's position from ``old`` to that of the last event, in the transaction that applied it.
 
     Raises:
-        OtherLogError: the log of this connection's server does not have the event, or the view was moved.
+        PlaceLostError: the log of this connection's server does not have the event, or the view was moved.
     """
-    position, event = last
-    if await connection.execute(ADVANCE, old, position, *_identity(event)) != "UPDATE 1":
-        raise OtherLogError(f"the server of the view does not have the log's event at position {position}")
+    place = place_of(*last)
+    if await connection.execute(ADVANCE, old, *place) != "UPDATE 1":
+        raise PlaceLostError(place)
 
 
 async def apply_erasures(connection: Connection, view: View, state: ViewState) -> bool:
@@ -184,8 +117,8 @@ async def apply_erasures(connection: Connection, view: View, state: ViewState) -
     if erasures:
         if view.erase is not None:
             await view.erase(connection, last_versions(erasures))
-        await connection.execute(SAVE_ERASURE, erasures[-1].erasure_id)
-    return len(erasures) == BATCH_ERASURES_MAX
+        await connection.execute(SAVE_ERASURE, erasures[-1]["erasure_id"])
+    return len(erasures) == PAGE_ERASURES_MAX
 
 
 async def prepare(connection: Connection, view: View) -> None:
@@ -199,7 +132,7 @@ async def prepare(connection: Connection, view: View) -> None:
     if view.erase is not None:
         await view.erase(connection, {})
     # No event is at position 0.
-    await connection.execute(ADVANCE, 0, 0, "", 0, "")
+    await connection.execute(ADVANCE, 0, 0, "")
 
 
 async def apply_batch(
@@ -269,39 +202,28 @@ async def _apply_order(connection: Connection, view: View, events: Sequence[Deco
 
 
 async def _park(connection: Connection, view: View, position: int, failed: FailedEvent) -> None:
-    order = failed.to_parked(position)
-    logger.error(
-        "order parked",
-        view=view.name,
-        position=position,
-        version=order["since_version"],
-        reason=order["reason"],
-    )
+    order_no, version, reason = failed
+    logger.error("order parked", view=view.name, position=position, version=version, reason=reason)
+    order = ParkedOrder(order_no=order_no, since_version=version, position=position, reason=reason)
     await parked.park(connection, [order])
 
 
 class Projector:
-    """Keeps one view at the head of the log. ``service.background.follow`` calls ``step``.
+    """Keeps one view at the head of the log, as its follower.
 
     Of all processes, one leads: it projects the view. The others look at the view's position for their readers.
     If the leader's session ends, another process leads; if the leader only stops to work, such as a suspended
     process, another one stands in for it until it moves the view again.
 
     Args:
-        view: the view.
+        position: where the view's position is noted.
         transaction: begins a transaction on a connection whose search path is the view's schema.
         log: the log.
-
-    Attributes:
-        wake: set when the log has grown.
-        reach: the view's position.
     """
 
-    def __init__(self, view: View, transaction: Transaction, log: Log) -> None:
-        self.view = view
-        self.is_outdated = True  # until the first check
-        self.wake = asyncio.Event()
-        self.reach = AwaitedPosition(self.wake.set)
+    def __init__(self, position: ViewPosition, transaction: Transaction, log: Log) -> None:
+        self.position = position
+        self.view = view = position.view
         self._begin = BEGIN_WITH_VIEW_LOCK.format(view=view.name)
         self._look_statement = LOOK.format(try_lead=TRY_LEAD.format(view=view.name))
         self._leads = False
@@ -310,7 +232,6 @@ class Projector:
         self._look_at = 0.0
         self._transaction = transaction
         self._log = log
-        self.read_head = log.head
         self._failures = 0
 
     async def step(self) -> int:
@@ -327,7 +248,7 @@ class Projector:
                     return 0
                 events = await self._apply_next_batch()
         except OutdatedViewError:
-            self.is_outdated = True
+            self.position.is_outdated = True
             self._look_at = 0.0
             if self._leads:
                 await self._give_up_lead()
@@ -336,18 +257,18 @@ class Projector:
             self._failures += is_event_at_fault(error)
             raise
         self._failures = 0
-        self.is_outdated = False
+        self.position.is_outdated = False
         return events
 
     async def _look(self) -> bool:
         """Look at the view, and return whether this process projects its next batch."""
         now = asyncio.get_running_loop().time()
-        if not self.reach.has_readers and not self._stands_in and now < self._look_at:
+        if not self.position.reach.has_readers and not self._stands_in and now < self._look_at:
             return False
         async with self._transaction("BEGIN") as connection:
             row = await connection.fetchrow(self._look_statement, self.view.definition)
             # On the same connection: another one may be to another server, such as during a failover.
-            head = await log_head(connection)
+            head = await head_position(connection)
         if row is None:
             raise OutdatedViewError("the view has no position")
         position, definition, self._leads = row
@@ -355,8 +276,8 @@ class Projector:
             raise OutdatedViewError(f"the view {self.view.name} was built with another definition")
         if not self._leads:
             self._stand_in(self._must_stand_in(position, head, now))
-            self.reach.move(position)
-            self.is_outdated = False
+            self.position.reach.move(position)
+            self.position.is_outdated = False
         self._look_at = now + LOOK_SECONDS
         if not (self._leads or self._stands_in):
             return False
@@ -368,7 +289,7 @@ class Projector:
         """Return whether the leader has left the view behind the log for too long."""
         if position > head:
             raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
-        if position != self.reach.position:
+        if position != self.position.reach.position:
             # Another process moves the view.
             self._behind_since = None
             return False
@@ -404,7 +325,7 @@ class Projector:
                 raise OutdatedViewError(f"the view {self.view.name} was built with another definition")
             position = state.position
             has_more_erasures = await apply_erasures(connection, self.view, state)
-            await self._log.hear(state.newest_erasure_id, began)
+            await self._log.memory.hear(state.newest_erasure_id, began)
             batch = await self._log.read_log(position, self.view.batch_events_max)
             if batch:
                 position, _ = batch[-1]
@@ -413,9 +334,9 @@ class Projector:
                     connection, self.view, batch, has_parked=state.has_parked, one_by_one=one_by_one
                 )
                 await advance(connection, state.position, batch[-1])
-            elif position > await log_head(connection):
+            elif not await has_place(connection, Place(position, None)):
                 raise OutdatedViewError(f"the view {self.view.name} has events that the log has lost")
-        self.reach.move(position)
+        self.position.reach.move(position)
         return len(batch) or has_more_erasures
 
     def forget(self) -> None:
@@ -423,8 +344,7 @@ class Projector:
 
         A new connection does not lead either.
         """
-        self.reach.forget()
+        self.position.forget()
         self._leads = self._stands_in = False
         self._behind_since = None
         self._look_at = 0.0
-        self.wake.set()

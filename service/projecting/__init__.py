@@ -1,0 +1,1 @@
+"""What runs a view: it follows the log with it, rebuilds it, and knows how far it has come."""
