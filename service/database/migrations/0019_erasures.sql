@@ -1,4 +1,16 @@
--- An erasure also empties what endpoints said of the order, and rewrites each tile of salts once.
+-- An erasure also empties what endpoints said of the order, rewrites each tile of salts once, and parses an event once.
+
+CREATE OR REPLACE FUNCTION erased(state bytea) RETURNS bytea IMMUTABLE LANGUAGE plpgsql
+    SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    event jsonb := convert_from(state, 'UTF8');
+BEGIN
+    event := event || '{"body": "", "remote": null}';
+    IF event ->> 'verdict' = 'unrecognised' THEN
+        event := event || '{"reported_status": ""}';
+    END IF;
+    RETURN convert_to(event::text, 'UTF8');
+END $$;
 
 -- Empties what endpoints said of an order: they may have repeated its events.
 CREATE FUNCTION erase_echoes(erased_order_no text) RETURNS void LANGUAGE sql
@@ -21,6 +33,9 @@ CREATE OR REPLACE PROCEDURE erase_order(erased_order_no text, erasure_reason tex
 DECLARE
     events bigint;
     entries bigint;
+    touched record;
+    place integer;
+    no_salt CONSTANT bytea := decode(repeat('00', 16), 'hex');
 BEGIN
     -- Erasures take turns, so that their ids rise in the order of their commits.
     PERFORM pg_advisory_xact_lock(hashtextextended('order_tracking erasure', 0));
@@ -40,18 +55,19 @@ BEGIN
     WHERE event.originator_id = erased_order_no AND event.originator_version <= last_version
     ON CONFLICT DO NOTHING;
     -- A tile of salts is rewritten once.
-    UPDATE history_salts AS kept
-    SET salts = (
-        SELECT string_agg(
-            CASE WHEN kept.tile * 256 + at = ANY (touched.positions) THEN decode(repeat('00', 16), 'hex')
-                 ELSE substr(kept.salts, at * 16 + 1, 16) END, ''::bytea ORDER BY at)
-        FROM generate_series(0, length(kept.salts) / 16 - 1) AS at)
-    FROM (
-        SELECT notification_id / 256 AS tile, array_agg(notification_id) AS positions FROM order_events
+    FOR touched IN
+        SELECT tile, salts, array_agg((notification_id % 256)::integer) AS places
+        FROM order_events JOIN history_salts ON tile = notification_id / 256
         WHERE originator_id = erased_order_no AND originator_version <= last_version
-        GROUP BY notification_id / 256
-    ) AS touched
-    WHERE kept.tile = touched.tile;
+        GROUP BY tile
+    LOOP
+        FOREACH place IN ARRAY touched.places LOOP
+            IF length(touched.salts) > place * 16 THEN
+                touched.salts := overlay(touched.salts PLACING no_salt FROM place * 16 + 1);
+            END IF;
+        END LOOP;
+        UPDATE history_salts SET salts = touched.salts WHERE tile = touched.tile;
+    END LOOP;
     UPDATE order_events SET state = erased(state)
     WHERE originator_id = erased_order_no AND originator_version <= last_version;
     GET DIAGNOSTICS events = ROW_COUNT;
