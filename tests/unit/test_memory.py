@@ -7,8 +7,8 @@ from typing import Final
 
 import pytest
 
-from tests.integration.test_followers import EXPERIMENTS, READS
 from tests.support.folders import ROOT
+from tests.support.ways_out import EXPERIMENTS, READS
 
 # The packages that see the log. Whatever the others keep is of requests, settings or connections.
 PACKAGES: Final = (
