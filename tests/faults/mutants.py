@@ -25,6 +25,7 @@ from service.features.proofs import storage
 from service.features.proofs.signer import Signer
 from service.features.proofs.storage import Tree
 from service.features.subscriptions.delivery import Delivery
+from service.features.subscriptions.holding import Holding
 from service.features.subscriptions.progress import Progress
 from service.http import connections as http_connections
 from service.http import streaming
@@ -173,7 +174,7 @@ def forget_held() -> None:
     save = Progress.save
 
     async def save_without_held(progress: Progress, *arguments: Any) -> Any:
-        return await cast("Any", save)(progress, *arguments[:-1], {})
+        return await cast("Any", save)(progress, *arguments[:-1], arguments[-1]._replace(held={}))
 
     _replace(Progress, "save", save_without_held)
 
@@ -183,7 +184,7 @@ def pass_held() -> None:
     admit = Delivery._admit  # noqa: SLF001
 
     def admit_all(delivery: Delivery, work: Any, position: int, event: Any) -> None:
-        held, work.held = work.held, {}
+        held, work.held = work.held, Holding({}, (), frozenset(), lambda: None)
         admit(delivery, work, position, event)
         work.held = held
 

@@ -20,8 +20,9 @@ from service.database.log_identity import LogIdentity
 from service.database.operations import Actor
 from service.event_log.follow import Log
 from service.features.subscriptions.check import check
-from service.features.subscriptions.delivery import IN_FLIGHT_MAX, PROBE_SECONDS_MAX
+from service.features.subscriptions.delivery import IN_FLIGHT_MAX
 from service.features.subscriptions.dispatcher import Dispatcher
+from service.features.subscriptions.endpoint import PROBE_SECONDS_MAX
 from service.features.subscriptions.held_orders import HELD_ORDERS_MAX, retry_held
 from service.features.subscriptions.progress import Progress
 from service.features.subscriptions.sending import Sender

@@ -71,9 +71,12 @@ FENCES: Final = {
     "Delivery": {
         "_reached _work": "each save proves the last event that was read",
         "has_lost_events revision": OWN,
-        "_busy _dirty _ending _failure _has_ended _has_new_responses _interrupted _is_full _is_stopping": OWN,
-        "_outcomes _responses _responses_at _saved _saving _space _tasks _urgent _wake": OWN,
+        "_busy _dirty _ending _failure _has_ended _interrupted _is_full _is_stopping": OWN,
+        "_outcomes _responses _saved _saving _space _tasks _urgent _wake": OWN,
     },
+    "LatestResponses": {"_attempts _save_at is_changed": "what an endpoint said: the log does not prove it"},
+    "Holding": {"_held _probed _unsaved": "see Delivery"},
+    "Endpoint": {"_failing _failing_since _failures _probe_at _probe_seconds": OWN},
     "Dispatcher": {
         "_committed _reached": "proved on each new session; a loss pauses every subscription",
         "_deliveries _failures _has_lost_events _is_stopping _losses _proved_in _recorder_losses": OWN,
@@ -100,6 +103,8 @@ TEXTS: Final = {
     "Log": "test_a_batch_of_before_an_erasure_is_not_shared",
     "Tail": "live streams",
     "Delivery": "test_what_waits_for_an_endpoint_that_is_down_is_erased",
+    "LatestResponses": "test_what_waits_for_an_endpoint_that_is_down_is_erased",
+    "Holding": "test_what_waits_for_an_endpoint_that_is_down_is_erased",
     "Window": "test_what_waits_for_an_endpoint_that_is_down_is_erased",
 }
 # Numbers, times, states and ids; and words that are known by now, which no erasure erases.
@@ -108,7 +113,7 @@ TEXTLESS: Final = frozenset(
         *("Projector", "ViewPosition", "Rebuilder", "AwaitedPosition", "HeardErasures", "Followers"),
         *("OrderStates", "Recorder", "Refusals", "Quarantine", "IngestMetrics", "HourlyBytes", "WebhookAuth"),
         *("Follower", "Edge", "_Tile", "HistoryApi", "Dispatcher", "Pace", "Sender", "EndpointConnection"),
-        *("Retention", "TableAudit", "_Batch", "Starting", "PendingReports"),
+        *("Retention", "TableAudit", "_Batch", "Starting", "PendingReports", "Endpoint"),
     }
 )
 MUTATORS: Final = frozenset(

@@ -6,14 +6,12 @@ later events wait while the other orders go on. After a kill, at most UNSAVED_MA
 """
 
 import asyncio
-import random
-from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from contextvars import Context
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
-from heapq import heappop, heappush
 from time import monotonic
 from typing import Any, Final
 from uuid import UUID
@@ -26,15 +24,17 @@ from domain.order import Order
 from service.background import wait_for_event
 from service.event_log.erasures import HeardUpTo
 from service.event_log.follow import Log, Place, PlaceLostError, follow, place_of
+from service.features.subscriptions.endpoint import Endpoint
 from service.features.subscriptions.held_orders import HELD_ORDERS_MAX
+from service.features.subscriptions.holding import Held, Holding
+from service.features.subscriptions.latest_responses import LatestResponses
 from service.features.subscriptions.message import Selection, make_message_id
 from service.features.subscriptions.pace import Pace
-from service.features.subscriptions.progress import ErasedError, Held, Loaded, Progress
+from service.features.subscriptions.progress import ErasedError, Loaded, Moves, Progress
 from service.features.subscriptions.responses import ATTEMPT_SECONDS_MAX
-from service.features.subscriptions.sending import Attempt, AttemptOutcome, Sender
-from service.features.subscriptions.subscription import Response, SubscriptionReason, SubscriptionState
+from service.features.subscriptions.sending import ENDINGS, Attempt, AttemptOutcome, Sender
+from service.features.subscriptions.subscription import SubscriptionReason, SubscriptionState
 from service.features.subscriptions.window import STARTED_MAX, Entry, Message, Window
-from service.http.times import to_rfc3339
 
 # The requests in flight of one subscription, and of one order: one.
 IN_FLIGHT_MAX: Final = 32
@@ -50,26 +50,8 @@ END_SECONDS_MAX: Final = ATTEMPT_SECONDS_MAX + 5.0
 BLOCKED_SECONDS_MAX: Final = 0.1
 # The longest pause, in case a wake is lost or the clock jumps.
 POLL_SECONDS: Final = 1.0
-# After so many failures in a row, of so many orders, the endpoint is down: no further event is read, so that
-# the held orders stay few. One request from time to time finds out whether it is up again.
-DOWN_FAILURES: Final = 32
-DOWN_ORDERS: Final = 16
-# These outcomes stop the subscription until an operator resumes it.
-ENDINGS: Final[Mapping[AttemptOutcome, tuple[SubscriptionState, SubscriptionReason]]] = {
-    "gone": ("disabled", "gone"),
-    "loop": ("paused", "loop"),
-}
 # The log has lost events that the endpoint may have, or is another one.
 WENT_BACK: Final[tuple[SubscriptionState, SubscriptionReason]] = ("paused", "log_went_back")
-# With these, an endpoint that is up refuses one event.
-REFUSALS: Final = frozenset({400, 409, 413, 422})
-PROBE_SECONDS_MIN: Final = 5.0
-PROBE_SECONDS_MAX: Final = 60.0
-# The share by which a pause before the next attempt is longer or shorter at random.
-JITTER: Final = 0.1
-RESPONSES_MAX: Final = 20
-# The latest responses are written at most this often.
-RESPONSES_SECONDS: Final = 1.0
 BATCH_EVENTS: Final = 200
 
 Clock = Callable[[], datetime]
@@ -83,36 +65,25 @@ class _Work:
 
     Attributes:
         heard: up to where the erasures are applied to its events and texts.
-        due: when which held order is due. An entry is valid while the held order has the same time.
-        dirty: the orders whose holding is not saved.
         begun: the number of requests that were begun.
         covered: the number of those whose results the next save covers.
         saved: the number of those whose results are saved.
-        failures: how many requests have failed in a row.
-        failing: some of their orders.
+        delivered: the number of successful attempts since the last save.
+        failed: the number of the others.
         takes_held: whether the last request that had a choice was one of a held order.
-        probed: the orders with a request ahead of their schedule, to find out whether the endpoint is up.
     """
 
     loaded: Loaded
     heard: HeardUpTo
     url: URL
     window: Window
-    held: dict[str, Held]
-    due: list[tuple[datetime, str]] = field(default_factory=list)
-    dirty: set[str] = field(default_factory=set)
+    held: Holding
+    endpoint: Endpoint = field(default_factory=Endpoint)
     begun: int = 0
     covered: int = 0
     saved: int = 0
     delivered: int = 0
     failed: int = 0
-    failures: int = 0
-    failing: set[str] = field(default_factory=set)
-    failing_since: datetime | None = None
-    is_down: bool = False
-    probe_at: datetime | None = None
-    probe_seconds: float = PROBE_SECONDS_MIN
-    probed: set[str] = field(default_factory=set)
     takes_held: bool = False
 
     @property
@@ -186,9 +157,7 @@ class Delivery:
         # Orders with a request in flight, also of an earlier load.
         self._busy: set[str] = set()
         self._failure: BaseException | None = None
-        self._responses: deque[tuple[datetime, str, int, int, Attempt]] = deque(maxlen=RESPONSES_MAX)
-        self._responses_at = 0.0
-        self._has_new_responses = False
+        self._responses = LatestResponses()
         self._is_full = False
         self._saved = asyncio.Event()
         self._saving: asyncio.Task[None] | None = None
@@ -254,9 +223,8 @@ class Delivery:
             log_end(self.subscription_id, ending)
 
     def _begin(self, loaded: Loaded, heard: HeardUpTo) -> _Work:
-        work = _Work(loaded, heard, URL(loaded.url), Window(loaded.place), loaded.held)
-        for order_no, held in work.held.items():
-            _schedule(work, order_no, held)
+        held = Holding(loaded.held, self._retry_seconds, self._busy, self._note_change)
+        work = _Work(loaded, heard, URL(loaded.url), Window(loaded.place), held)
         self._work = work
         return work
 
@@ -304,19 +272,16 @@ class Delivery:
         erased = erasures.after(work.heard)
         if erased == [] or work is not self._work:
             return
-        orders = {one["order_no"] for one in erased or ()}
-        for number, (at, order_no, version, attempts, attempt) in enumerate(self._responses):
-            if erased is None or order_no in orders:
-                self._responses[number] = at, order_no, version, attempts, attempt._replace(error=None)
-        if erased is None:
+        orders = None if erased is None else {one["order_no"] for one in erased}
+        self._responses.erase(orders)
+        if orders is None:
             # It is not known which ones were erased.
             self._interrupted.set()
             return
         work.heard = erasures.up_to
         for order_no in orders:
-            if (held := work.held.get(order_no)) is not None:
-                held.last_error = None
-                self._mark(work, order_no)
+            if order_no in work.held:
+                work.held.erase_error(order_no)
             elif (first := work.window.first_of(order_no)) is not None:
                 self._hold(work, order_no, first.message.version, first.place.position)
 
@@ -345,7 +310,7 @@ class Delivery:
             )
         self._is_full = is_full
         # A down endpoint gets what was read; if it was all held, a probe needs one more event.
-        return is_full or work.window.is_full or (work.is_down and work.window.first is not None)
+        return is_full or work.window.is_full or (work.endpoint.is_down and work.window.first is not None)
 
     def _admit(self, work: _Work, position: int, event: Order.StatusReported | FailedEvent) -> None:
         place = place_of(position, event)
@@ -383,8 +348,8 @@ class Delivery:
             if work.unsaved >= UNSAVED_MAX:
                 self._urgent.set()
             pause = BLOCKED_SECONDS_MAX if work.window.is_stuck else POLL_SECONDS
-            if work.due:
-                pause = min(pause, max(0.0, (work.due[0][0] - self._now()).total_seconds()))
+            if (until_due := work.held.seconds_until_due(self._now())) is not None:
+                pause = min(pause, until_due)
             if delay:
                 await asyncio.sleep(delay)
             else:
@@ -396,7 +361,7 @@ class Delivery:
         Held orders and new events take turns, so that neither has to wait for all of the others.
         """
         now = self._now()
-        if work.is_down:
+        if work.endpoint.is_down:
             return self._next_held(work, now) or self._next_probe(work, now)
         work.takes_held = not work.takes_held
         if work.takes_held:
@@ -404,8 +369,8 @@ class Delivery:
         return self._next_entry(work) or self._next_held(work, now)
 
     def _next_held(self, work: _Work, now: datetime) -> tuple[str, Coroutine[Any, Any, None]] | None:
-        order_no = self._next_due(work, now)
-        return None if order_no is None else (order_no, self._deliver_held(work, order_no, work.held[order_no]))
+        order_no = work.held.take_due(now)
+        return None if order_no is None else (order_no, self._deliver_held(work, order_no))
 
     def _next_entry(
         self, work: _Work, *, at_random: bool = False
@@ -420,33 +385,13 @@ class Delivery:
 
     def _next_probe(self, work: _Work, now: datetime) -> tuple[str, Coroutine[Any, Any, None]] | None:
         """Return a request that finds out whether a down endpoint is up again, if it is time for one."""
-        if work.probe_at is not None and now < work.probe_at:
+        if not work.endpoint.take_probe(now):
             return None
-        work.probe_seconds = min(PROBE_SECONDS_MAX, 2 * work.probe_seconds)
-        work.probe_at = now + timedelta(seconds=work.probe_seconds)
         # In turns, since the endpoint may refuse just those orders that are held, or just the next ones.
         work.takes_held = not work.takes_held
-        if work.takes_held and (order_no := self._earliest_held(work)) is not None:
-            work.probed.add(order_no)
-            return order_no, self._deliver_held(work, order_no, work.held[order_no])
+        if work.takes_held and (order_no := work.held.take_probe()) is not None:
+            return order_no, self._deliver_held(work, order_no)
         return self._next_entry(work, at_random=True)
-
-    def _next_due(self, work: _Work, now: datetime) -> str | None:
-        while work.due and work.due[0][0] <= now:
-            at, order_no = heappop(work.due)
-            held = work.held.get(order_no)
-            # A busy order is scheduled again when its request ends.
-            if held is not None and held.next_attempt_at == at and order_no not in self._busy:
-                return order_no
-        return None
-
-    def _earliest_held(self, work: _Work) -> str | None:
-        waiting = (
-            (held.next_attempt_at, order_no)
-            for order_no, held in work.held.items()
-            if held.next_attempt_at is not None and order_no not in self._busy and not held.was_told_to_wait
-        )
-        return min(waiting, default=(None, None))[1]
 
     def _start(self, order_no: str, request: Coroutine[Any, Any, None]) -> None:
         self._busy.add(order_no)
@@ -461,10 +406,8 @@ class Delivery:
             self._failure = error
             self._interrupted.set()
         if (work := self._work) is not None:
-            work.probed.discard(order_no)
             work.window.resume(order_no)
-            if (held := work.held.get(order_no)) is not None:
-                _schedule(work, order_no, held)
+            work.held.end_request(order_no)
         for event in (self._wake, self._space, self._dirty):
             event.set()
 
@@ -482,11 +425,12 @@ class Delivery:
             work.covered += work.window.finish(entry)
         else:
             # It took so long that the order became a held one.
-            self._go_on(work, order_no, held, version + 1)
-            await self._deliver_held(work, order_no, held)
+            work.held.go_on(order_no, version + 1, self._now())
+            await self._deliver_held(work, order_no)
 
-    async def _deliver_held(self, work: _Work, order_no: str, held: Held) -> None:
+    async def _deliver_held(self, work: _Work, order_no: str) -> None:
         """Send the events of a held order, one after the other, until one fails or none waits any more."""
+        held = work.held[order_no]
         while self._goes_on(work):
             await self._hear(work)
             heard = work.heard
@@ -501,12 +445,12 @@ class Delivery:
                     break
                 if position > work.window.read.position:
                     # The log has not been read so far: the order's next event is an ordinary one.
-                    self._catch_up(work, order_no)
+                    work.held.release(order_no)
                     return
                 if not await self._deliver_next(work, held, position, event):
                     return
             if not events and held.latest < held.version:
-                self._catch_up(work, order_no)
+                work.held.release(order_no)
                 return
 
     async def _deliver_next(
@@ -528,7 +472,7 @@ class Delivery:
             if attempt.outcome != "delivered":
                 self._postpone(work, order_no, held, attempt)
                 return False
-        self._go_on(work, order_no, held, version + 1)
+        work.held.go_on(order_no, version + 1, self._now())
         return self._goes_on(work)
 
     def _goes_on(self, work: _Work) -> bool:
@@ -573,55 +517,34 @@ class Delivery:
             # The endpoint may repeat what was erased while it responded.
             attempt = attempt._replace(error=None)
         self._outcomes[self.subscription_id, attempt.outcome] += 1
-        self._responses.appendleft((self._now(), message.order_no, message.version, number, attempt))
-        self._has_new_responses = True
+        self._responses.add(self._now(), message, number, attempt)
         if work is self._work:
             self._judge(work, message.order_no, attempt)
         return attempt
 
     def _judge(self, work: _Work, order_no: str, attempt: Attempt) -> None:
         """Find out from an attempt whether the endpoint is up, down or gone."""
-        now = self._now()
+        now, endpoint = self._now(), work.endpoint
         if attempt.outcome == "delivered":
             work.delivered += 1
-            if work.is_down:
-                self._recover(work, now)
-            work.failures, work.failing, work.failing_since = 0, set(), None
-            work.probed.discard(order_no)
+            if (since := endpoint.down_since) is not None:
+                logger.info("endpoint of a subscription is up again", subscription=str(self.subscription_id))
+                work.held.make_due(since, now)
+            endpoint.succeed()
+            work.held.end_probe(order_no)
             return
         work.failed += 1
-        if attempt.status in REFUSALS:
-            return
-        work.failures += 1
-        work.failing.add(order_no)
-        work.failing_since = work.failing_since or now
-        if not work.is_down and work.failures >= DOWN_FAILURES and len(work.failing) >= DOWN_ORDERS:
-            work.is_down, work.probe_seconds, work.takes_held = True, PROBE_SECONDS_MIN, True
-            work.probe_at = now + timedelta(seconds=PROBE_SECONDS_MIN)
+        if endpoint.fail(order_no, attempt, now):
+            work.takes_held = True
             self._dirty.set()
             logger.warning(
                 "endpoint of a subscription is down",
                 subscription=str(self.subscription_id),
                 status=attempt.status,
             )
-        if work.is_down and attempt.retry_after_seconds:
-            asked = now + timedelta(seconds=attempt.retry_after_seconds)
-            work.probe_at = max(work.probe_at or asked, asked)
         if (ending := ENDINGS.get(attempt.outcome)) is not None:
             self._ending = ending
             self._interrupted.set()
-
-    def _recover(self, work: _Work, now: datetime) -> None:
-        """Go on after the endpoint was down: what failed in that time is due at once."""
-        logger.info("endpoint of a subscription is up again", subscription=str(self.subscription_id))
-        since, work.is_down, work.probe_at = work.failing_since or now, False, None
-        for order_no, held in work.held.items():
-            failed_at = held.last_attempt_at
-            if held.was_told_to_wait or held.next_attempt_at is None:
-                continue
-            if failed_at is not None and failed_at >= since:
-                held.next_attempt_at = now
-                _schedule(work, order_no, held)
 
     # Held orders.
 
@@ -629,11 +552,8 @@ class Delivery:
         """Hold an order from its first event in the window on, from this one if it has none there."""
         if (first := work.window.first_of(order_no)) is not None:
             version, position = first.message.version, first.place.position
-        now = self._now()
-        held = work.held[order_no] = Held(version, position, now, 0, None, now, None, latest=version)
+        held = work.held.hold(order_no, version, position, self._now())
         work.covered += work.window.release(order_no)
-        _schedule(work, order_no, held)
-        self._mark(work, order_no)
         return held
 
     def _hold_blocking_entry(self, work: _Work) -> None:
@@ -647,30 +567,14 @@ class Delivery:
             self._hold(work, first.message.order_no, first.message.version, first.place.position)
 
     def _postpone(self, work: _Work, order_no: str, held: Held, attempt: Attempt) -> None:
-        now = self._now()
-        held.last_attempt_at, held.last_error = now, attempt.error
-        held.was_told_to_wait = bool(attempt.retry_after_seconds)
-        if attempt.outcome in ENDINGS:
-            # The endpoint refuses every event, not just this one, which is due once the subscription goes on.
-            held.next_attempt_at = now
-            self._mark(work, order_no)
-            return
-        if order_no in work.probed:
-            # The order keeps its schedule.
-            self._mark(work, order_no)
-            return
-        held.attempts += 1
-        if held.attempts >= len(self._retry_seconds):
-            self._give_up(work, order_no, held, attempt.error)
-            return
-        pause = self._retry_seconds[held.attempts] * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - no secret  # nosec B311
-        held.next_attempt_at = now + timedelta(seconds=max(pause, attempt.retry_after_seconds or 0.0))
-        self._mark(work, order_no)
+        if not work.held.postpone(order_no, attempt, self._now()):
+            self._log_wait(held)
 
-    def _give_up(self, work: _Work, order_no: str, held: Held, error: str | None) -> None:
-        """Hold an order until an operator acts."""
-        held.next_attempt_at, held.last_error = None, error
-        self._mark(work, order_no)
+    def _give_up(self, work: _Work, order_no: str, held: Held, reason: str) -> None:
+        work.held.give_up(order_no, reason)
+        self._log_wait(held)
+
+    def _log_wait(self, held: Held) -> None:
         logger.warning(
             "delivery awaits an operator",
             subscription=str(self.subscription_id),
@@ -679,21 +583,10 @@ class Delivery:
             attempts=held.attempts,
         )
 
-    def _go_on(self, work: _Work, order_no: str, held: Held, version: int) -> None:
-        held.version, held.attempts, held.last_error = version, 0, None
-        held.next_attempt_at = self._now()
-        held.latest = max(held.latest, version - 1)
-        self._mark(work, order_no)
-
-    def _catch_up(self, work: _Work, order_no: str) -> None:
-        del work.held[order_no]
-        self._mark(work, order_no)
-
-    def _mark(self, work: _Work, order_no: str) -> None:
-        work.dirty.add(order_no)
-        self._dirty.set()
-        self._wake.set()
-        self._space.set()
+    def _note_change(self) -> None:
+        """Wake the loops, since the held orders have changed."""
+        for event in (self._dirty, self._wake, self._space):
+            event.set()
 
     # The saves.
 
@@ -726,33 +619,29 @@ class Delivery:
 
     async def _try_save(self, work: _Work) -> bool:
         """Save; return False if an order was erased whose texts were to be saved."""
-        orders, counts, covered = work.dirty, (work.delivered, work.failed), work.covered
-        held = {order_no: work.held.get(order_no) for order_no in orders}
-        work.dirty, work.delivered, work.failed = set(), 0, 0
-        responses = None
-        if self._has_new_responses and (self._interrupted.is_set() or monotonic() >= self._responses_at):
-            responses, self._has_new_responses = [_to_response(*one) for one in self._responses], False
-            self._responses_at = monotonic() + RESPONSES_SECONDS
-        elif self._has_new_responses:
+        counts, covered = (work.delivered, work.failed), work.covered
+        work.delivered, work.failed = 0, 0
+        moves = Moves(
+            place=work.window.done,
+            delivered=counts[0],
+            failed=counts[1],
+            responses=self._responses.take(is_last=self._interrupted.is_set()),
+            held=work.held.take_changes(),
+            down_since=work.endpoint.down_since,
+            read=work.window.read,
+            erasure_id=work.heard.erasure_id,
+        )
+        if self._responses.is_changed:
             self._dirty.set()
         try:
             is_saved = await self._progress.save(
-                self.subscription_id,
-                self.session,
-                work.loaded.generation,
-                work.window.done,
-                *counts,
-                responses,
-                held,
-                work.failing_since if work.is_down else None,
-                work.window.read,
-                work.heard.erasure_id,
+                self.subscription_id, self.session, work.loaded.generation, moves
             )
         except ErasedError:
-            work.dirty |= orders
+            work.held.put_back(moves.held)
             work.delivered, work.failed = work.delivered + counts[0], work.failed + counts[1]
-            if responses is not None:
-                self._has_new_responses, self._responses_at = True, 0.0
+            if moves.responses is not None:
+                self._responses.put_back()
             return False
         if is_saved:
             work.saved = covered
@@ -766,20 +655,3 @@ def log_end(subscription_id: UUID, ending: tuple[SubscriptionState, Subscription
     """Log that a subscription has stopped by itself."""
     state, reason = ending
     logger.warning("subscription ended", subscription=str(subscription_id), state=state, reason=reason)
-
-
-def _to_response(at: datetime, order_no: str, version: int, number: int, attempt: Attempt) -> Response:
-    return {
-        "at": to_rfc3339(at),
-        "order_no": order_no,
-        "version": version,
-        "attempt": number,
-        "status": attempt.status,
-        "ms": round(attempt.seconds * 1_000),
-        "error": attempt.error,
-    }
-
-
-def _schedule(work: _Work, order_no: str, held: Held) -> None:
-    if held.next_attempt_at is not None:
-        heappush(work.due, (held.next_attempt_at, order_no))

@@ -5,7 +5,6 @@ moves, whose messages are then sent again.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, NamedTuple
 from uuid import UUID
@@ -14,6 +13,7 @@ from service.database.connections import DedicatedConnection
 from service.database.operations import Actor, record_operation
 from service.event_log.follow import HAS_PLACE, Place, PlaceLostError, has_place
 from service.features.subscriptions.held_orders import apply_requests
+from service.features.subscriptions.holding import Held
 from service.features.subscriptions.message import Selection
 from service.features.subscriptions.subscription import (
     Declaration,
@@ -80,27 +80,6 @@ SAVE: Final = f"""
 """  # noqa: S608 - our own texts
 
 
-@dataclass(slots=True)
-class Held:
-    """An order that is held: see ``held_orders.HeldOrder``.
-
-    Attributes:
-        version: the first event that is not delivered.
-        latest: the highest version that is known to wait.
-        was_told_to_wait: whether the endpoint has asked for the pause before the next attempt.
-    """
-
-    version: int
-    position: int
-    since: datetime
-    attempts: int
-    last_attempt_at: datetime | None
-    next_attempt_at: datetime | None
-    last_error: str | None
-    latest: int = 0
-    was_told_to_wait: bool = False
-
-
 class Loaded(NamedTuple):
     """A subscription as its deliverer needs it.
 
@@ -119,6 +98,30 @@ class Loaded(NamedTuple):
     is_other_log: bool
     has_lost_events: bool
     held: dict[str, Held]
+
+
+class Moves(NamedTuple):
+    """What a deliverer saves.
+
+    Attributes:
+        place: everything up to it is done, or its order is held.
+        delivered: the number of successful attempts since the last save.
+        failed: the number of the others.
+        responses: the latest responses; None to keep those that were saved.
+        held: the orders whose holding has changed, None for those that are held no longer.
+        down_since: since when all attempts have failed; None while the endpoint is up.
+        read: up to where the log was read, which it must still have.
+        erasure_id: the last erasure that the texts of ``responses`` and ``held`` have lost.
+    """
+
+    place: Place
+    delivered: int
+    failed: int
+    responses: Sequence[Response] | None
+    held: Mapping[str, Held | None]
+    down_since: datetime | None
+    read: Place
+    erasure_id: int
 
 
 class Present(NamedTuple):
@@ -213,41 +216,21 @@ class Progress:
             held=held,
         )
 
-    async def save(  # noqa: PLR0913, PLR0917 - the columns
-        self,
-        subscription_id: UUID,
-        session: int,
-        generation: int,
-        place: Place,
-        delivered: int,
-        failed: int,
-        responses: Sequence[Response] | None,
-        held: Mapping[str, Held | None],
-        down_since: datetime | None,
-        read: Place,
-        erasure_id: int,
-    ) -> bool:
+    async def save(self, subscription_id: UUID, session: int, generation: int, moves: Moves) -> bool:
         """Save what was delivered. Return whether the subscription has not changed in the meantime.
 
         Args:
             subscription_id: the subscription.
             session: the session with the lock.
             generation: the generation that was loaded.
-            place: everything up to it is done, or its order is held.
-            delivered: the number of successful attempts since the last save.
-            failed: the number of the others.
-            responses: the latest responses; None to keep those that were saved.
-            held: the orders whose holding has changed, None for those that are not held any more.
-            down_since: since when all attempts have failed; None while the endpoint is up.
-            read: up to where the log was read, which it must still have.
-            erasure_id: the last erasure that the texts of ``responses`` and ``held`` have lost.
+            moves: what is saved.
 
         Raises:
             ErasedError: an order with such a text was erased since. Nothing was saved.
-            PlaceLostError: it does not.
+            PlaceLostError: the log lacks ``read``.
             LeadLostError: the session with the lock has ended.
         """
-        kept = [(order_no, one) for order_no, one in held.items() if one is not None]
+        kept = [(order_no, one) for order_no, one in moves.held.items() if one is not None]
         columns = [
             [order_no for order_no, _ in kept],
             [one.version for _, one in kept],
@@ -259,15 +242,16 @@ class Progress:
             [one.last_error for _, one in kept],
         ]
         quoted = {order_no for order_no, one in kept if one.last_error is not None}
-        quoted |= {one["order_no"] for one in responses or () if one["error"] is not None}
-        caught_up = [order_no for order_no, one in held.items() if one is None]
+        quoted |= {one["order_no"] for one in moves.responses or () if one["error"] is not None}
+        caught_up = [order_no for order_no, one in moves.held.items() if one is None]
         async with self._dedicated.connection() as connection:
             self._require(session)
-            moved = (delivered, failed, responses)
-            values = (subscription_id, generation, *place, *moved, *columns, caught_up, down_since, *read)
-            ((is_proved, has_heard, is_saved),) = await connection.fetch(SAVE, *values, erasure_id, [*quoted])
+            counted = (moves.delivered, moves.failed, moves.responses)
+            values = (subscription_id, generation, *moves.place, *counted, *columns, caught_up)
+            proof = (moves.down_since, *moves.read, moves.erasure_id, [*quoted])
+            ((is_proved, has_heard, is_saved),) = await connection.fetch(SAVE, *values, *proof)
         if not is_proved:
-            raise PlaceLostError(read)
+            raise PlaceLostError(moves.read)
         if not has_heard:
             raise ErasedError
         return bool(is_saved)

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
@@ -25,7 +25,7 @@ from service.features.subscriptions.responses import (
     ExcessError,
     ResponseLimits,
 )
-from service.features.subscriptions.subscription import Subscription
+from service.features.subscriptions.subscription import Subscription, SubscriptionReason, SubscriptionState
 from service.features.subscriptions.targets import ForbiddenAddressError, make_connector
 from service.http.addresses import Network
 from service.http.budgets import Budgets
@@ -63,6 +63,11 @@ REQUESTS: Final = (
 
 # "gone": the endpoint wants no further request. "loop": the request came back to this service.
 AttemptOutcome: TypeAlias = Literal["delivered", "failed", "gone", "loop"]
+# These outcomes stop the subscription until an operator resumes it.
+ENDINGS: Final[Mapping[AttemptOutcome, tuple[SubscriptionState, SubscriptionReason]]] = {
+    "gone": ("disabled", "gone"),
+    "loop": ("paused", "loop"),
+}
 
 
 class Attempt(NamedTuple):
