@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from operator import itemgetter
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from projections.postgres import Connection
 
-# A row by column name.
+# A row by column name. In a table without a key, where no row ever changes, it is the tuple of the columns'
+# values: a rebuild copies tuples, and a mapping for each event would take 7 % of its CPU.
 Row: TypeAlias = dict[str, Any]
 # The rows of a view's tables, by the table's name. The keys of the inner mapping are the fold's own.
-Rows: TypeAlias = dict[str, dict[Any, Row]]
+Rows: TypeAlias = dict[str, dict[Any, Any]]
 
 # The number of rows in memory with which a rebuild writes a view.
 ROWS_MAX: Final = 2_000
@@ -54,7 +54,7 @@ class Table:
     Args:
         name: the name.
         columns: the columns.
-        key: the columns of the key by which rows are merged. Without one, every row is new.
+        key: the columns of the key by which rows are merged. Without one, every row is new, and is a tuple.
         rows_max: the number of rows in memory with which a rebuild writes the view.
     """
 
@@ -107,14 +107,19 @@ class Table:
         renewed = ", ".join(f"{name} = excluded.{name}" for name, _, _ in merged)
         return f"{sql} ON CONFLICT ({', '.join(self.key)}) DO UPDATE SET {renewed}"
 
-    async def copy(self, connection: Connection, rows: dict[Any, Row]) -> None:
+    def parameter(self, rows: dict[Any, Any]) -> list[Row]:
+        """Return rows as the parameter of the statement that adds them."""
+        if self.key:
+            return [*rows.values()]
+        return [dict(zip(self.names, row, strict=True)) for row in rows.values()]
+
+    async def copy(self, connection: Connection, rows: dict[Any, tuple[Any, ...]]) -> None:
         """Add new rows of a table without a key, in two thirds of the time of the statement.
 
         Never under the view's lock: while PostgreSQL waits for the data of a COPY, no timeout ends a process
         that is suspended.
         """
-        records = map(itemgetter(*self.names), rows.values())
-        await connection.copy_records_to_table(self.name, records=records, columns=self.names)
+        await connection.copy_records_to_table(self.name, records=rows.values(), columns=self.names)
 
 
 def write_sql(tables: tuple[Table, ...]) -> str:

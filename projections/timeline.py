@@ -135,25 +135,25 @@ def fold(events: Iterable[DecodedEvent], rows: Rows) -> None:
     entries, blocks, words = rows["entries"], rows["blocks"], rows["unrecognised"]
     for position, event in events:
         received_at = event.timestamp
-        entries[position] = {
-            "order_no": event.originator_id,
-            "version": event.originator_version,
-            "position": position,
-            "verdict": event.verdict,
-            "previous_status": event.previous_status,
-            "recognised": event.recognised,
-            "status": event.status,
-            "reported_status": event.reported_status,
-            "reported_cnote": event.reported_cnote,
-            "skipped": event.skipped,
-            "reason": event.reason,
-            "received_at": received_at,
-            "occurred_at": event.occurred_at,
-            "repeats": event.repeats,
-            "rejudges": event.rejudges,
-            "reported_at": event.reported_at,
-            "kind": KINDS.get((event.verdict, event.previous_status, event.recognised), UNKNOWN_KIND),
-        }
+        entries[position] = (
+            event.originator_id,
+            event.originator_version,
+            position,
+            event.verdict,
+            event.previous_status,
+            event.recognised,
+            event.status,
+            event.reported_status,
+            event.reported_cnote,
+            event.skipped,
+            event.reason,
+            received_at,
+            event.occurred_at,
+            event.repeats,
+            event.rejudges,
+            event.reported_at,
+            KINDS.get((event.verdict, event.previous_status, event.recognised), UNKNOWN_KIND),
+        )
         number = position // BLOCK_POSITIONS
         block = blocks.get(number)
         if block is None:

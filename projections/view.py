@@ -64,7 +64,7 @@ class View:
 
     async def write(self, connection: Connection, rows: Rows) -> None:
         """Add rows to the tables, which already include all earlier events of the same orders."""
-        await connection.execute(self.write_sql, *([*rows[table.name].values()] for table in self.tables))
+        await connection.execute(self.write_sql, *(table.parameter(rows[table.name]) for table in self.tables))
 
     async def write_new(self, connection: Connection, rows: Rows) -> None:
         """Add rows as ``write`` does, but faster, to tables that no other process uses."""

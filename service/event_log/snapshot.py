@@ -2,14 +2,13 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, cast
 
 from domain.logged import LoggedEvent
 from projections.postgres import Connection
 from service.database.connections import Connect
 from service.event_log.erasures import last_erasure_id
 from service.event_log.follow import Place, decode_logged, read_end
-from service.event_log.store import RecordedEvent
 
 # Batches are small, because decoding one blocks the event loop, and smaller if bodies are large.
 BATCH_EVENTS_MAX: Final = 2_000
@@ -73,4 +72,5 @@ async def _read_batches(connection: Connection, head: int) -> AsyncGenerator[Seq
     while rows := await cursor.fetch(batch_events):
         mean_bytes = sum(len(row["state"]) for row in rows) // len(rows) + 1
         batch_events = max(1, min(BATCH_EVENTS_MAX, BATCH_BYTES_MAX // mean_bytes))
-        yield [decode_logged(RecordedEvent(*row)) for row in rows]
+        # A row unpacks like a RecordedEvent. Making one for each would take 4 % of a rebuild's CPU.
+        yield [decode_logged(row) for row in cast("Any", rows)]

@@ -95,11 +95,12 @@ def test_a_fold_fills_the_columns_of_its_tables(view: View, log: list[DecodedEve
     rows = view.new_rows()
     view.fold(log, rows)
     for table in view.tables:
-        for row in rows[table.name].values():
+        parameter = table.parameter(rows[table.name])
+        for row in parameter:
             assert tuple(row) == table.names
             for name, type_, _ in table.columns:
                 assert row[name] is None or isinstance(row[name], PYTHON_TYPES[type_]), name
-        keys = [tuple(row[name] for name in table.key) for row in rows[table.name].values()]
+        keys = [tuple(row[name] for name in table.key) for row in parameter]
         assert not table.key or len(keys) == len(set(keys))
 
 
@@ -212,7 +213,7 @@ def test_timeline_has_a_row_for_each_event(log: list[DecodedEvent], data: st.Dat
         timeline.fold(page, paged_rows)
     assert paged_rows == rows
     renamed = {"order_no": "originator_id", "version": "originator_version", "received_at": "timestamp"}
-    for row, (position, event) in zip(rows["entries"].values(), log, strict=True):
+    for row, (position, event) in zip(timeline.ENTRIES.parameter(rows["entries"]), log, strict=True):
         computed = {
             "position": position,
             "kind": timeline.KINDS[event.verdict, event.previous_status, event.recognised],
