@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Final
@@ -16,6 +17,7 @@ import asyncpg
 from projections.postgres import Connection
 from service.database.embedded_postgres import NAME, SOCKET_NAME, EmbeddedPostgres, wheel_bindir
 from tests.faults.resources import children
+from tests.support.databases import restore_in_use
 from tests.support.waiting import until, until_async
 
 # The port is a part of the socket's name, so every server has the same port, and an address of its own.
@@ -59,19 +61,7 @@ def dump_database(state_dir: Path, dump: Path) -> None:
 
 def restore_database(state_dir: Path, dump: Path) -> None:
     """Restore a dump into its database, while others use it: all at once, or not at all."""
-
-    def is_restored() -> bool:
-        try:
-            options = ("--clean", "--if-exists", "--single-transaction", "--exit-on-error")
-            _run_tool(state_dir, "pg_restore", *options, f"--dbname={NAME}", str(dump))
-        except subprocess.CalledProcessError as error:
-            # It locks the tables in another sequence than their users do.
-            if b"deadlock detected" in error.stderr:
-                return False
-            raise RuntimeError(error.stderr.decode()) from error
-        return True
-
-    until(is_restored)
+    restore_in_use(partial(_run_tool, state_dir, "pg_restore", f"--dbname={NAME}", str(dump)))
 
 
 def _run_tool(state_dir: Path, tool: str, *options: str) -> None:

@@ -2,8 +2,9 @@
 
 import asyncio
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -46,6 +47,26 @@ async def wait_for_locked(connection: Connection, count: int = 1) -> None:
         return waiting >= count
 
     await until_async(are_waiting)
+
+
+def restore_in_use(pg_restore: Callable[..., object]) -> None:
+    """Replace the tables of a database that others use: all at once, or not at all.
+
+    Args:
+        pg_restore: runs the program with these further options.
+    """
+
+    def is_restored() -> bool:
+        try:
+            pg_restore("--clean", "--if-exists", "--single-transaction", "--exit-on-error")
+        except subprocess.CalledProcessError as error:
+            # It locks the tables in another sequence than their users do.
+            if b"deadlock detected" in error.stderr:
+                return False
+            raise RuntimeError(error.stderr.decode()) from error
+        return True
+
+    until(is_restored)
 
 
 class TestServer:
@@ -116,19 +137,7 @@ class TestServer:
 
     def restore_clean(self, dsn: str, dump: bytes) -> None:
         """Replace all tables of a database by those of a dump, in one transaction that cuts no connection."""
-        options = ("--clean", "--if-exists", "--single-transaction", f"--dbname={_as_superuser(dsn)}")
-
-        def is_restored() -> bool:
-            try:
-                self._run("pg_restore", *options, stdin=dump)
-            except subprocess.CalledProcessError as error:
-                # It locks the tables in another sequence than a service that uses them.
-                if b"deadlock detected" in error.stderr:
-                    return False
-                raise
-            return True
-
-        until(is_restored)
+        restore_in_use(partial(self._run, "pg_restore", f"--dbname={_as_superuser(dsn)}", stdin=dump))
 
     def _run(self, program: str, *arguments: str, stdin: bytes = b"") -> bytes:
         bindir = self._bindir or wheel_bindir()
