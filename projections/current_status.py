@@ -120,7 +120,7 @@ def fold(events: Iterable[DecodedEvent], rows: Rows) -> None:
             if event.status == "out_for_delivery":
                 row["delivery_attempts"] += 1
         reported = event.reported_cnote
-        if reported is not None:
+        if reported is not None and (reported, order_no) not in cnotes:
             cnotes[reported, order_no] = {"cnote": reported, "order_no": order_no}
 
 

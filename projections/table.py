@@ -6,8 +6,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from projections.postgres import Connection
 
-# A row by column name. In a table without a key, where no row ever changes, it is the tuple of the columns'
-# values: a rebuild copies tuples, and a mapping for each event would take 7 % of its CPU.
+# A row by column name. A table without a key never changes a row, so its rows are tuples in the columns' order:
+# a rebuild copies them as they are, and uses a tenth less CPU than with a mapping for each event.
 Row: TypeAlias = dict[str, Any]
 # The rows of a view's tables, by the table's name. The keys of the inner mapping are the fold's own.
 Rows: TypeAlias = dict[str, dict[Any, Any]]

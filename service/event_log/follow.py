@@ -127,7 +127,7 @@ async def read_end(connection: Connection) -> Place:
 
 def decode_logged(recorded: RecordedEvent) -> LoggedEvent:
     """Return a position and its event, a FailedEvent if the event cannot be decoded."""
-    position, order_no, version, topic, state, _ = recorded
+    position, order_no, version, topic, state, *_ = recorded
     try:
         return position, decode_event(order_no, version, topic, state)
     except UndecodableEventError as error:

@@ -21,7 +21,7 @@ NO_TIMEOUTS: Final = "SET idle_in_transaction_session_timeout = 0"
 # In the order of the primary key, through a cursor, so that neither side holds more than a batch. The planner
 # scans the key or sorts the log, depending on how much of the log is in memory.
 EVENTS_BY_ORDER: Final = """
-    SELECT notification_id, originator_id, originator_version, topic, state, recorded_at
+    SELECT notification_id, originator_id, originator_version, topic, state
     FROM order_events
     WHERE notification_id <= $1
     ORDER BY originator_id, originator_version
@@ -72,5 +72,5 @@ async def _read_batches(connection: Connection, head: int) -> AsyncGenerator[Seq
     while rows := await cursor.fetch(batch_events):
         mean_bytes = sum(len(row["state"]) for row in rows) // len(rows) + 1
         batch_events = max(1, min(BATCH_EVENTS_MAX, BATCH_BYTES_MAX // mean_bytes))
-        # A row unpacks like a RecordedEvent. Making one for each would take 4 % of a rebuild's CPU.
+        # A row unpacks like a RecordedEvent. Making one for each would cost a rebuild 4 % of its CPU.
         yield [decode_logged(row) for row in cast("Any", rows)]
