@@ -30,7 +30,7 @@ from service.features.subscriptions.holding import Held, Holding
 from service.features.subscriptions.latest_responses import LatestResponses
 from service.features.subscriptions.message import Selection, make_message_id
 from service.features.subscriptions.pace import Pace
-from service.features.subscriptions.progress import ErasedError, Loaded, Moves, Progress
+from service.features.subscriptions.progress import Changes, ErasedError, Loaded, Progress
 from service.features.subscriptions.responses import ATTEMPT_SECONDS_MAX
 from service.features.subscriptions.sending import ENDINGS, Attempt, AttemptOutcome, Sender
 from service.features.subscriptions.subscription import SubscriptionReason, SubscriptionState
@@ -223,7 +223,7 @@ class Delivery:
             log_end(self.subscription_id, ending)
 
     def _begin(self, loaded: Loaded, heard: HeardUpTo) -> _Work:
-        held = Holding(loaded.held, self._retry_seconds, self._busy, self._note_change)
+        held = Holding(loaded.held, self._retry_seconds, self._busy, self._wake_loops)
         work = _Work(loaded, heard, URL(loaded.url), Window(loaded.place), held)
         self._work = work
         return work
@@ -272,12 +272,13 @@ class Delivery:
         erased = erasures.after(work.heard)
         if erased == [] or work is not self._work:
             return
-        orders = None if erased is None else {one["order_no"] for one in erased}
-        self._responses.erase(orders)
-        if orders is None:
-            # It is not known which ones were erased.
+        if erased is None:
+            # Which orders were erased is unknown.
+            self._responses.erase(None)
             self._interrupted.set()
             return
+        orders = {one["order_no"] for one in erased}
+        self._responses.erase(orders)
         work.heard = erasures.up_to
         for order_no in orders:
             if order_no in work.held:
@@ -369,8 +370,9 @@ class Delivery:
         return self._next_entry(work) or self._next_held(work, now)
 
     def _next_held(self, work: _Work, now: datetime) -> tuple[str, Coroutine[Any, Any, None]] | None:
-        order_no = work.held.take_due(now)
-        return None if order_no is None else (order_no, self._deliver_held(work, order_no))
+        if (order_no := work.held.take_due(now)) is None:
+            return None
+        return order_no, self._deliver_held(work, order_no)
 
     def _next_entry(
         self, work: _Work, *, at_random: bool = False
@@ -408,8 +410,7 @@ class Delivery:
         if (work := self._work) is not None:
             work.window.resume(order_no)
             work.held.end_request(order_no)
-        for event in (self._wake, self._space, self._dirty):
-            event.set()
+        self._wake_loops()
 
     async def _deliver_entry(self, work: _Work, entry: Entry) -> None:
         order_no, version = entry.message.order_no, entry.message.version
@@ -583,8 +584,7 @@ class Delivery:
             attempts=held.attempts,
         )
 
-    def _note_change(self) -> None:
-        """Wake the loops, since the held orders have changed."""
+    def _wake_loops(self) -> None:
         for event in (self._dirty, self._wake, self._space):
             event.set()
 
@@ -621,7 +621,7 @@ class Delivery:
         """Save; return False if an order was erased whose texts were to be saved."""
         counts, covered = (work.delivered, work.failed), work.covered
         work.delivered, work.failed = 0, 0
-        moves = Moves(
+        changes = Changes(
             place=work.window.done,
             delivered=counts[0],
             failed=counts[1],
@@ -635,12 +635,12 @@ class Delivery:
             self._dirty.set()
         try:
             is_saved = await self._progress.save(
-                self.subscription_id, self.session, work.loaded.generation, moves
+                self.subscription_id, self.session, work.loaded.generation, changes
             )
         except ErasedError:
-            work.held.put_back(moves.held)
+            work.held.put_back(changes.held)
             work.delivered, work.failed = work.delivered + counts[0], work.failed + counts[1]
-            if moves.responses is not None:
+            if changes.responses is not None:
                 self._responses.put_back()
             return False
         if is_saved:

@@ -11,12 +11,12 @@ DOWN_FAILURES: Final = 32
 DOWN_ORDERS: Final = 16
 PROBE_SECONDS_MIN: Final = 5.0
 PROBE_SECONDS_MAX: Final = 60.0
-# With these, an endpoint that is up refuses one event.
+# With these statuses an endpoint refuses one event. It is up.
 REFUSALS: Final = frozenset({400, 409, 413, 422})
 
 
 class Endpoint:
-    """An endpoint, judged by the attempts since its subscription was loaded: it is up until many failed."""
+    """An endpoint, judged by the attempts since its subscription was loaded: down after many failures."""
 
     def __init__(self) -> None:
         self._failures = 0
@@ -36,12 +36,12 @@ class Endpoint:
         return self._failing_since if self.is_down else None
 
     def succeed(self) -> None:
-        """Take note of a delivered event: the endpoint is up."""
+        """Record a delivered event: the endpoint is up."""
         self._failures, self._failing = 0, set()
         self._failing_since = self._probe_at = None
 
     def fail(self, order_no: str, attempt: Attempt, now: datetime) -> bool:
-        """Take note of a failed attempt. Return whether the endpoint is down because of this one."""
+        """Record a failed attempt. Return whether it is the one that takes the endpoint down."""
         if attempt.status in REFUSALS:
             return False
         self._failures += 1
@@ -57,7 +57,8 @@ class Endpoint:
 
     def take_probe(self, now: datetime) -> bool:
         """Return whether it is time for a probe. If so, the next one waits twice as long."""
-        if self._probe_at is None or now < self._probe_at:
+        is_due = self._probe_at is not None and now >= self._probe_at
+        if not is_due:
             return False
         self._probe_seconds = min(PROBE_SECONDS_MAX, 2 * self._probe_seconds)
         self._probe_at = now + timedelta(seconds=self._probe_seconds)

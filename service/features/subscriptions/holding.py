@@ -1,4 +1,4 @@
-"""The held orders of a deliverer, and when which of them is due: plain data, without I/O."""
+"""The held orders of a deliverer, and when each of them is due: plain data, without I/O."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +42,7 @@ class Holding:
         held: the orders as they were saved.
         retry_seconds: the pauses before each attempt at an event, the first of which is 0.
         busy: the orders with a request in flight, kept up to date by the caller. They are not due.
-        changed: called after each change that is to be saved.
+        changed: called after each change that needs a save.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Holding:
         self._changed = changed
         # An entry is valid while the held order has the same time.
         self._due: list[tuple[datetime, str]] = []
-        # The orders whose holding is not saved.
+        # The orders that have changed since the last save.
         self._unsaved: set[str] = set()
-        # Those with a request ahead of their schedule, to find out whether the endpoint is up.
+        # The orders with a probe in flight. It is sent ahead of its time, and shows whether the endpoint is up.
         self._probed: set[str] = set()
         for order_no in self._held:
             self._schedule(order_no)
@@ -86,10 +86,10 @@ class Holding:
         return held
 
     def postpone(self, order_no: str, attempt: Attempt, now: datetime) -> bool:
-        """Take note of a failed attempt at an order's event.
+        """Record a failed attempt at an order's event, and schedule the next one.
 
         Returns:
-            Whether there will be another one before an operator acts.
+            False if no attempt is left: the order waits for an operator.
         """
         held = self._held[order_no]
         held.last_attempt_at, held.last_error = now, attempt.error
@@ -128,14 +128,14 @@ class Holding:
         self._mark(order_no)
 
     def erase_error(self, order_no: str) -> None:
-        """Drop the endpoint's words about an order: it may repeat what was erased."""
+        """Drop what the endpoint said about an order, since it may quote an erased text."""
         self._held[order_no].last_error = None
         self._mark(order_no)
 
-    # When they are due.
+    # The schedule.
 
     def take_due(self, now: datetime) -> str | None:
-        """Return an order that is due, None if there is none. It is due again after ``end_request``."""
+        """Return an order that is due, or None. ``end_request`` schedules the order again."""
         while self._due and self._due[0][0] <= now:
             at, order_no = heappop(self._due)
             held = self._held.get(order_no)
@@ -145,7 +145,7 @@ class Holding:
         return None
 
     def take_probe(self) -> str | None:
-        """Return the order that is due first, for a request ahead of its schedule; None if there is none."""
+        """Return the order that is due next, to be sent ahead of its time, or None if no order may be."""
         waiting = (
             (held.next_attempt_at, order_no)
             for order_no, held in self._held.items()
@@ -157,7 +157,7 @@ class Holding:
         return order_no
 
     def end_probe(self, order_no: str) -> None:
-        """Give an order, whose event was delivered, its schedule again."""
+        """Let an order follow its schedule again, after a probe that delivered its event."""
         self._probed.discard(order_no)
 
     def end_request(self, order_no: str) -> None:
@@ -167,16 +167,14 @@ class Holding:
             self._schedule(order_no)
 
     def seconds_until_due(self, now: datetime) -> float | None:
-        """Return how long to wait for the next due order, None if none is scheduled."""
+        """Return how long it takes until an order is due, or None if no order is scheduled."""
         return max(0.0, (self._due[0][0] - now).total_seconds()) if self._due else None
 
     def make_due(self, since: datetime, now: datetime) -> None:
-        """Make due at once what has failed since the endpoint was down."""
+        """Schedule at once each order that has failed since the endpoint went down."""
         for order_no, held in self._held.items():
-            failed_at = held.last_attempt_at
-            if held.was_told_to_wait or held.next_attempt_at is None:
-                continue
-            if failed_at is not None and failed_at >= since:
+            is_waiting = held.next_attempt_at is not None and not held.was_told_to_wait
+            if is_waiting and held.last_attempt_at is not None and held.last_attempt_at >= since:
                 held.next_attempt_at = now
                 self._schedule(order_no)
 
@@ -184,16 +182,16 @@ class Holding:
         if (at := self._held[order_no].next_attempt_at) is not None:
             heappush(self._due, (at, order_no))
 
-    # What is to be saved.
+    # Saving.
 
     def take_changes(self) -> dict[str, Held | None]:
-        """Return the orders whose holding is not saved, None for those that are held no longer."""
+        """Return the unsaved orders, with None for each that is no longer held. They count as saved now."""
         changes = {order_no: self._held.get(order_no) for order_no in self._unsaved}
         self._unsaved = set()
         return changes
 
     def put_back(self, changes: Mapping[str, Held | None]) -> None:
-        """Take note that what was taken was not saved."""
+        """Mark orders as unsaved again, because their save failed."""
         self._unsaved |= changes.keys()
 
     def _mark(self, order_no: str) -> None:

@@ -12,8 +12,8 @@ from service.features.subscriptions.window import Message
 from service.http.times import to_rfc3339
 
 RESPONSES_MAX: Final = 20
-# They are saved at most this often.
-SAVE_SECONDS: Final = 1.0
+# The pause between two saves of them.
+SAVE_PAUSE_SECONDS: Final = 1.0
 
 
 class LatestResponses:
@@ -34,25 +34,25 @@ class LatestResponses:
         self.is_changed = True
 
     def erase(self, orders: Collection[str] | None) -> None:
-        """Drop the endpoint's words about some orders, or about all: it may repeat what was erased."""
+        """Drop what the endpoint said about some orders, or about all if None: it may quote an erased text."""
         for index, (at, order_no, version, number, attempt) in enumerate(self._attempts):
             if orders is None or order_no in orders:
                 self._attempts[index] = at, order_no, version, number, attempt._replace(error=None)
 
     def take(self, *, is_last: bool) -> list[Response] | None:
-        """Return what is to be saved, None if nothing is, or not yet.
+        """Return the responses to save, or None if they are saved or were so a moment ago.
 
         Args:
-            is_last: whether no save follows for long.
+            is_last: whether to save them now, because no other save follows soon.
         """
         if not self.is_changed or not (is_last or monotonic() >= self._save_at):
             return None
         self.is_changed = False
-        self._save_at = monotonic() + SAVE_SECONDS
+        self._save_at = monotonic() + SAVE_PAUSE_SECONDS
         return [_to_response(*one) for one in self._attempts]
 
     def put_back(self) -> None:
-        """Take note that what was taken was not saved."""
+        """Mark the responses as unsaved again, because their save failed."""
         self.is_changed, self._save_at = True, 0.0
 
 

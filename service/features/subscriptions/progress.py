@@ -1,7 +1,7 @@
 """What a deliverer saves: the position, the held orders and the counts. And which process delivers.
 
 Nothing here waits for the disk (synchronous_commit is off): a crash of the server loses at most the latest
-moves, whose messages are then sent again.
+saves, whose messages are then sent again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,8 +100,8 @@ class Loaded(NamedTuple):
     held: dict[str, Held]
 
 
-class Moves(NamedTuple):
-    """What a deliverer saves.
+class Changes(NamedTuple):
+    """What has changed since the last save, and the proof that the log still has what was read.
 
     Attributes:
         place: everything up to it is done, or its order is held.
@@ -216,21 +216,21 @@ class Progress:
             held=held,
         )
 
-    async def save(self, subscription_id: UUID, session: int, generation: int, moves: Moves) -> bool:
+    async def save(self, subscription_id: UUID, session: int, generation: int, changes: Changes) -> bool:
         """Save what was delivered. Return whether the subscription has not changed in the meantime.
 
         Args:
             subscription_id: the subscription.
             session: the session with the lock.
             generation: the generation that was loaded.
-            moves: what is saved.
+            changes: what to save.
 
         Raises:
-            ErasedError: an order with such a text was erased since. Nothing was saved.
+            ErasedError: an order of ``responses`` or ``held`` was erased since. Nothing was saved.
             PlaceLostError: the log lacks ``read``.
             LeadLostError: the session with the lock has ended.
         """
-        kept = [(order_no, one) for order_no, one in moves.held.items() if one is not None]
+        kept = [(order_no, one) for order_no, one in changes.held.items() if one is not None]
         columns = [
             [order_no for order_no, _ in kept],
             [one.version for _, one in kept],
@@ -242,16 +242,16 @@ class Progress:
             [one.last_error for _, one in kept],
         ]
         quoted = {order_no for order_no, one in kept if one.last_error is not None}
-        quoted |= {one["order_no"] for one in moves.responses or () if one["error"] is not None}
-        caught_up = [order_no for order_no, one in moves.held.items() if one is None]
+        quoted |= {one["order_no"] for one in changes.responses or () if one["error"] is not None}
+        caught_up = [order_no for order_no, one in changes.held.items() if one is None]
         async with self._dedicated.connection() as connection:
             self._require(session)
-            counted = (moves.delivered, moves.failed, moves.responses)
-            values = (subscription_id, generation, *moves.place, *counted, *columns, caught_up)
-            proof = (moves.down_since, *moves.read, moves.erasure_id, [*quoted])
+            counted = (changes.delivered, changes.failed, changes.responses)
+            values = (subscription_id, generation, *changes.place, *counted, *columns, caught_up)
+            proof = (changes.down_since, *changes.read, changes.erasure_id, [*quoted])
             ((is_proved, has_heard, is_saved),) = await connection.fetch(SAVE, *values, *proof)
         if not is_proved:
-            raise PlaceLostError(moves.read)
+            raise PlaceLostError(changes.read)
         if not has_heard:
             raise ErasedError
         return bool(is_saved)
