@@ -119,8 +119,18 @@ class TestServer:
     def copy(self, dsn: str) -> str:
         """Copy a database, which accepts no connection for that moment, and return the copy's name."""
         name, copy = _name_of(dsn), f"test_{uuid4().hex}"
+
+        def is_copied() -> bool:
+            self._end_sessions(name)
+            try:
+                self._execute(f'CREATE DATABASE "{copy}" TEMPLATE "{name}" STRATEGY FILE_COPY')
+            except psycopg.errors.ObjectInUse:
+                # A session that was just starting when the database was closed is not listed at once.
+                return False
+            return True
+
         with self._closed(name):
-            self._execute(f'CREATE DATABASE "{copy}" TEMPLATE "{name}" STRATEGY FILE_COPY')
+            until(is_copied)
         self._execute(f'GRANT CREATE ON DATABASE "{copy}" TO {OWNER_ROLE}')
         return copy
 
@@ -148,11 +158,14 @@ class TestServer:
     @contextmanager
     def _closed(self, name: str) -> Iterator[None]:
         self._execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false')
-        self._execute(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{name}'")  # noqa: S608
+        self._end_sessions(name)
         try:
             yield
         finally:
             self._execute(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
+
+    def _end_sessions(self, name: str) -> None:
+        self._execute(f"SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity WHERE datname = '{name}'")  # noqa: S608
 
     def _execute(self, statement: str) -> None:
         assert self._admin is not None
