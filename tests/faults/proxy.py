@@ -1,16 +1,15 @@
 """A proxy between the service and PostgreSQL that delays appends and cuts connections at critical moments."""
 
 import asyncio
-import contextlib
 import time
 from enum import Enum, auto
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
 
-from service.database.embedded_postgres import NAME, SOCKET_NAME
+from service.database.embedded_postgres import NAME
+from tests.support.relay import Relay
 
-CHUNK_BYTES: Final = 256 * 1024
 # Only an append sends the topic of the events.
 APPEND_MARK: Final = b"order.status_reported"
 # ReadyForQuery without an open transaction: an append with this response is either committed or completely
@@ -26,55 +25,23 @@ class Cut(Enum):
     AFTER_COMMIT = auto()
 
 
-class _Pair:
-    """A forwarded connection between the service and the server."""
-
-    def __init__(self) -> None:
-        self.appends = False
-        self.cut_after_commit = False
-        self._is_dropped = False
-        self._used_at = time.monotonic()
-
-    def use(self, idle_seconds_max: float) -> bool:
-        """Note that data arrived, and return whether it may pass."""
-        now = time.monotonic()
-        self._is_dropped = self._is_dropped or now - self._used_at > idle_seconds_max
-        self._used_at = now
-        return not self._is_dropped
-
-
-class Proxy:
-    """Listens on a Unix socket in ``folder``, as PostgreSQL would.
+class Proxy(Relay):
+    """A relay that listens in ``folder``.
 
     Attributes:
         dsn: the server's DSN, through the proxy.
-        server_socket: the socket that new connections are forwarded to.
         idle_seconds_max: connections that were idle for longer are dropped, as a firewall does: everything that
             either side still sends on them is swallowed.
         append_delay_seconds: how long the response to each append is held back.
     """
 
     def __init__(self, folder: Path, server_socket: Path) -> None:
+        super().__init__(folder, server_socket, lambda: _WatchedLink(self))
         self.dsn = f"postgresql:///{NAME}?host={quote(str(folder), safe='')}&port=5432&user={NAME}"
         self.append_delay_seconds = 0.0
         self.idle_seconds_max = float("inf")
-        self._socket = folder / SOCKET_NAME
-        self.server_socket = server_socket
         self._next: Cut | None = None
         self._done = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._listener: asyncio.Server | None = None
-
-    async def start(self) -> None:
-        self._socket.parent.mkdir(exist_ok=True)
-        self._listener = await asyncio.start_unix_server(self._serve, self._socket, limit=CHUNK_BYTES)
-
-    async def stop(self) -> None:
-        if self._listener is not None:
-            self._listener.close()
-        for task in [*self._tasks]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def cut(self, where: Cut, seconds_max: float) -> None:
         """Cut the next connection that appends, and return after the cut."""
@@ -83,67 +50,63 @@ class Proxy:
         async with asyncio.timeout(seconds_max):
             await self._done.wait()
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            return
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        with contextlib.suppress(OSError):
-            server_reader, server_writer = await asyncio.open_unix_connection(
-                self.server_socket, limit=CHUNK_BYTES
-            )
-            pair = _Pair()
-            ways = [
-                asyncio.create_task(self._forward(pair, reader, server_writer)),
-                asyncio.create_task(self._answer(pair, server_reader, writer)),
-            ]
-            try:
-                await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for way in ways:
-                    way.cancel()
-                await asyncio.gather(*ways, return_exceptions=True)
-                server_writer.transport.abort()
-        writer.transport.abort()
+    def take_cut(self) -> Cut | None:
+        """Return the cut that is asked for, to the link that makes it."""
+        asked, self._next = self._next, None
+        return asked
 
-    async def _forward(
-        self, pair: _Pair, reader: asyncio.StreamReader, server_writer: asyncio.StreamWriter
-    ) -> None:
-        while data := await reader.read(CHUNK_BYTES):
-            if not pair.use(self.idle_seconds_max):
-                continue
-            if APPEND_MARK in data:
-                pair.appends = True
-                if self._next is Cut.MID_STATEMENT:
-                    self._next = None
-                    server_writer.write(data[: len(data) // 2])
-                    await server_writer.drain()
-                    self._done.set()
-                    return
-                if self._next is Cut.AFTER_COMMIT:
-                    self._next = None
-                    pair.cut_after_commit = True
-            server_writer.write(data)
-            await server_writer.drain()
+    def note_cut(self) -> None:
+        self._done.set()
 
-    async def _answer(self, pair: _Pair, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        answered = b""
-        while data := await reader.read(CHUNK_BYTES):
-            if not pair.use(self.idle_seconds_max):
-                continue
-            is_end = data.endswith(READY_IDLE)
-            if pair.cut_after_commit:
-                answered += data
-                if not is_end:
-                    continue
-                if any(mark in answered for mark in COMPLETE_MARKS):
-                    self._done.set()
-                    return
-                data, answered = answered, b""
-            if pair.appends and is_end:
-                pair.appends = False
-                if self.append_delay_seconds:
-                    await asyncio.sleep(self.append_delay_seconds)
-            writer.write(data)
-            await writer.drain()
+
+class _WatchedLink:
+    is_cut = False
+
+    def __init__(self, proxy: Proxy) -> None:
+        self._proxy = proxy
+        self._appends = False
+        self._cuts_after_commit = False
+        self._answered = b""
+        self._is_dropped = False
+        self._used_at = time.monotonic()
+
+    async def to_server(self, data: bytes) -> bytes:
+        if self._drops():
+            return b""
+        if APPEND_MARK in data:
+            self._appends = True
+            where = self._proxy.take_cut()
+            if where is Cut.MID_STATEMENT:
+                self._cut()
+                return data[: len(data) // 2]
+            self._cuts_after_commit |= where is Cut.AFTER_COMMIT
+        return data
+
+    async def to_client(self, data: bytes) -> bytes:
+        if self._drops():
+            return b""
+        is_end = data.endswith(READY_IDLE)
+        if self._cuts_after_commit:
+            self._answered += data
+            if not is_end:
+                return b""
+            data, self._answered = self._answered, b""
+            if any(mark in data for mark in COMPLETE_MARKS):
+                self._cut()
+                return b""
+        if self._appends and is_end:
+            self._appends = False
+            if self._proxy.append_delay_seconds:
+                await asyncio.sleep(self._proxy.append_delay_seconds)
+        return data
+
+    def _drops(self) -> bool:
+        """Note that data arrived, and return whether it is swallowed."""
+        now = time.monotonic()
+        self._is_dropped = self._is_dropped or now - self._used_at > self._proxy.idle_seconds_max
+        self._used_at = now
+        return self._is_dropped
+
+    def _cut(self) -> None:
+        self.is_cut = True
+        self._proxy.note_cut()

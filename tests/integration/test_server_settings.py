@@ -30,7 +30,7 @@ from tests.support.client import serving_client
 from tests.support.databases import FAST_SETTINGS, TestServer, wait_for_locked
 from tests.support.folders import copied_folder
 from tests.support.recording import EQUAL, locked_log, logged_events, make_recorder, rebuilt
-from tests.support.relay import relay_to
+from tests.support.relay import pooler_of
 from tests.support.reports import report
 from tests.support.waiting import PATIENCE_SECONDS, until_async
 
@@ -151,14 +151,14 @@ async def test_a_stall_costs_only_the_reports_whose_own_time_is_over(dsn: str) -
 
 async def test_a_pooler_that_drops_settings_is_refused(dsn: str) -> None:
     """Without its settings, the service would write to other schemas, so it does not start."""
-    async with relay_to(dsn) as relay:
-        assert await prepare_database(relay.dsn)
-    async with relay_to(dsn, drops_settings=True) as relay:
+    async with pooler_of(dsn) as pooler:
+        assert await prepare_database(pooler.dsn)
+    async with pooler_of(dsn, drops_settings=True) as pooler:
         with pytest.raises(UnsupportedServerError, match="connect to PostgreSQL itself") as caught:
-            await prepare_database(relay.dsn)
+            await prepare_database(pooler.dsn)
         assert "role" in str(caught.value)
         assert "plan_cache_mode" in str(caught.value)
-        (wrong,) = await check_database(relay.dsn)
+        (wrong,) = await check_database(pooler.dsn)
         assert (wrong.kind, "PgBouncer" in wrong.text) == ("WRONG", True)
 
 
@@ -177,11 +177,11 @@ async def test_a_database_of_another_encoding_is_refused(server: TestServer, emp
 
 async def test_a_silently_dropped_connection_delays_no_report(dsn: str) -> None:
     """A connection that a firewall dropped while it was idle is replaced before the next report uses it."""
-    async with relay_to(dsn) as relay:
-        dedicated = DedicatedConnection(lambda: connect(relay.dsn), idle_seconds_max=0.0)
+    async with pooler_of(dsn) as pooler:
+        dedicated = DedicatedConnection(lambda: connect(pooler.dsn), idle_seconds_max=0.0)
         recorder = make_recorder(dedicated, seconds_max=PATIENCE_SECONDS)
         await recorder.record(report("KOM1"))
-        relay.silence()
+        pooler.silence()
         receipt = await recorder.record(report("KOM1", "Diterima"))
         assert (receipt["version"], receipt["outcome"]) == (2, "advanced")
         assert dedicated.times_opened == 2

@@ -1,11 +1,12 @@
-"""A relay to PostgreSQL that drops settings, as a pooler does, or connections, as a firewall does."""
+"""A relay to PostgreSQL's Unix socket, which a test lets drop, delay or cut what passes."""
 
 import asyncio
 import contextlib
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import quote, unquote
 
 from service.database.embedded_postgres import SOCKET_NAME
@@ -13,40 +14,63 @@ from tests.support.folders import temporary_folder
 
 # What a pooler with ``ignore_startup_parameters`` passes on.
 PASSED = {b"user", b"database", b"client_encoding", b"application_name"}
-CHUNK_BYTES = 65_536
+CHUNK_BYTES = 256 * 1024
+
+
+class Link(Protocol):
+    """One connection through a relay. It is ended once ``is_cut`` and what was returned is written."""
+
+    is_cut: bool
+
+    async def to_server(self, data: bytes) -> bytes:
+        """Return what the server gets of ``data``."""
+
+    async def to_client(self, data: bytes) -> bytes:
+        """Return what the client gets of ``data``."""
 
 
 class Relay:
-    """Forwards connections to the socket of a server.
+    """Listens on a Unix socket in ``folder``, as PostgreSQL would, and forwards each connection over a link.
 
     Attributes:
-        dsn: the server's DSN, through the relay.
-        drops_settings: whether startup parameters are dropped.
-        is_silent: set it to swallow all that is sent on the present connections; new ones work.
+        server_socket: the socket that new connections are forwarded to.
     """
 
-    def __init__(self, folder: Path, dsn: str, *, drops_settings: bool) -> None:
-        host = dsn.partition("host=")[2].partition("&")[0]
-        self.dsn = dsn.replace(host, quote(str(folder), safe=""))
-        self.drops_settings = drops_settings
-        self._server_socket = Path(unquote(host)) / SOCKET_NAME
-        self._generation = 0
+    def __init__(self, folder: Path, server_socket: Path, link: Callable[[], Link]) -> None:
+        self.server_socket = server_socket
+        self._socket = folder / SOCKET_NAME
+        self._link = link
         self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: asyncio.Server | None = None
 
-    def silence(self) -> None:
-        """Drop what is sent from now on over the present connections."""
-        self._generation += 1
+    async def start(self) -> None:
+        self._socket.parent.mkdir(exist_ok=True)
+        self._listener = await asyncio.start_unix_server(self._serve, self._socket, limit=CHUNK_BYTES)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def stop(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        for task in [*self._tasks]:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        server_reader, server_writer = await asyncio.open_unix_connection(self._server_socket)
-        generation = self._generation
+        try:
+            with contextlib.suppress(OSError):
+                await self._pass_on(reader, writer)
+        finally:
+            writer.transport.abort()
+
+    async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server_reader, server_writer = await asyncio.open_unix_connection(self.server_socket, limit=CHUNK_BYTES)
+        link = self._link()
         ways = [
-            asyncio.create_task(self._forward(reader, server_writer, generation, is_startup=True)),
-            asyncio.create_task(self._forward(server_reader, writer, generation, is_startup=False)),
+            asyncio.create_task(_forward(link, link.to_server, reader, server_writer)),
+            asyncio.create_task(_forward(link, link.to_client, server_reader, writer)),
         ]
         try:
             await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -55,23 +79,56 @@ class Relay:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
             server_writer.transport.abort()
-            writer.transport.abort()
 
-    async def stop(self) -> None:
-        for task in [*self._tasks]:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _forward(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, generation: int, *, is_startup: bool
-    ) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(CHUNK_BYTES):
-                if self._generation != generation:
-                    continue
-                writer.write(without_settings(data) if is_startup and self.drops_settings else data)
-                is_startup = False
-                await writer.drain()
+async def _forward(
+    link: Link,
+    passed: Callable[[bytes], Awaitable[bytes]],
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> None:
+    while not link.is_cut and (data := await reader.read(CHUNK_BYTES)):
+        writer.write(await passed(data))
+        await writer.drain()
+
+
+class Pooler(Relay):
+    """Drops settings, as a pooler does, or connections, as a firewall does.
+
+    Attributes:
+        dsn: the server's DSN, through the relay.
+        drops_settings: whether startup parameters are dropped.
+        generation: the connections of an older generation are swallowed.
+    """
+
+    def __init__(self, folder: Path, dsn: str, *, drops_settings: bool) -> None:
+        host = dsn.partition("host=")[2].partition("&")[0]
+        super().__init__(folder, Path(unquote(host)) / SOCKET_NAME, lambda: _PooledLink(self))
+        self.dsn = dsn.replace(host, quote(str(folder), safe=""))
+        self.drops_settings = drops_settings
+        self.generation = 0
+
+    def silence(self) -> None:
+        """Drop what is sent from now on over the present connections; new ones work."""
+        self.generation += 1
+
+
+class _PooledLink:
+    is_cut = False
+
+    def __init__(self, pooler: Pooler) -> None:
+        self._pooler = pooler
+        self._generation = pooler.generation
+        self._is_starting = True
+
+    async def to_server(self, data: bytes) -> bytes:
+        if self._is_starting and self._pooler.drops_settings:
+            data = without_settings(data)
+        self._is_starting = False
+        return await self.to_client(data)
+
+    async def to_client(self, data: bytes) -> bytes:
+        return data if self._generation == self._pooler.generation else b""
 
 
 def without_settings(startup: bytes) -> bytes:
@@ -83,13 +140,12 @@ def without_settings(startup: bytes) -> bytes:
 
 
 @asynccontextmanager
-async def relay_to(dsn: str, *, drops_settings: bool = False) -> AsyncIterator[Relay]:
-    """Run a relay to the server of a DSN."""
+async def pooler_of(dsn: str, *, drops_settings: bool = False) -> AsyncIterator[Pooler]:
+    """Run a pooler before the server of a DSN."""
     with temporary_folder() as folder:
-        relay = Relay(folder, dsn, drops_settings=drops_settings)
-        listener = await asyncio.start_unix_server(relay.serve, folder / SOCKET_NAME)
+        pooler = Pooler(folder, dsn, drops_settings=drops_settings)
+        await pooler.start()
         try:
-            yield relay
+            yield pooler
         finally:
-            listener.close()
-            await relay.stop()
+            await pooler.stop()
