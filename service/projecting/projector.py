@@ -106,19 +106,21 @@ async def advance(connection: Connection, old: int, last: LoggedEvent) -> None:
 async def apply_erasures(connection: Connection, view: View, state: ViewState) -> bool:
     """Apply the next erasures that a view lacks, in the transaction that holds its lock.
 
-    The view need not have the erased events yet: the log gives them away without what was erased.
+    The view need not have the erased events yet: the log gives them away without what was erased. That holds up
+    to the newest erasure of ``state``, of which memory hears before the events are read. A later one waits for
+    the next call, since memory may still hold its events as they were.
 
     Returns:
         Whether there may be more.
     """
     if state.erasure_id >= state.newest_erasure_id:
         return False
-    erasures = await read_erasures(connection, state.erasure_id)
-    if erasures:
+    read = await read_erasures(connection, state.erasure_id)
+    if erasures := [one for one in read if one["erasure_id"] <= state.newest_erasure_id]:
         if view.erase is not None:
             await view.erase(connection, last_versions(erasures))
         await connection.execute(SAVE_ERASURE, erasures[-1]["erasure_id"])
-    return len(erasures) == PAGE_ERASURES_MAX
+    return len(read) == PAGE_ERASURES_MAX
 
 
 async def prepare(connection: Connection, view: View) -> None:

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 
 from domain.order import NEW_ORDER, Order, decide
 from projections.postgres import Connection
+from projections.views import VIEWS
 from service.app import Service
 from service.database.connections import ConnectionPool, connect, connected
 from service.database.operations import Actor
@@ -19,6 +20,7 @@ from service.features.settings import Settings
 from service.maintenance.check import check_database
 from service.maintenance.erasure import Erased, erase_order, find_left, settle
 from service.maintenance.retention import Retention
+from service.projecting.projector import apply_erasures, view_state
 from tests.support.client import Client
 from tests.support.recording import EQUAL, dedicated_connection, make_recorder, rebuilt, record, running
 from tests.support.reports import report
@@ -212,6 +214,23 @@ async def test_words_that_arrive_during_erasures(
     await client.get(f"/statistics?after_position={3 * ERASURES}")
     assert await connection.fetchval(IS_CLEAN)
     assert await rebuilt(dsn, verify=True) == EQUAL
+
+
+async def test_a_view_notes_no_erasure_that_memory_may_lack(dsn: str, owner_dsn: str) -> None:
+    """An erasure that is committed while a view applies others waits for the view's next step."""
+    async with dedicated_connection(dsn) as held:
+        recorder = make_recorder(held)
+        for order_no in ("KOM1", "KOM2"):
+            await recorder.record(report(order_no, WORD))
+    async with connected(owner_dsn) as owner, connected(dsn) as service:
+        await erase_order(owner, "KOM1", "asked for", BY)
+        await service.execute("SET search_path TO timeline")
+        state = await view_state(service)
+        await erase_order(owner, "KOM2", "asked for", BY)
+        for view in VIEWS:
+            await service.execute(f"SET search_path TO {view.name}")
+            await apply_erasures(service, view, state)
+            assert (await view_state(service)).erasure_id == state.newest_erasure_id
 
 
 async def test_the_time_of_another_orders_word_stays(
